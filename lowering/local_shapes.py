@@ -1,0 +1,93 @@
+"""Sizes of values on one rank, from their factors and placements."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from tpcompile.factors import Factors
+from tpcompile.markers import MARKERS, Axes, Placements
+from tpcompile.placements import Placement, Shard, split_evenly
+from tpcompile.rules.rule import Size
+
+
+@dataclass(frozen=True)
+class LocalShapes:
+    """What one rank holds.
+
+    Attributes:
+        factors: the factors of the graph's values.
+        axes: the sizes of the sub-axes.
+        coordinates: the rank's position on each.
+    """
+
+    factors: Factors
+    axes: tuple[int, ...]
+    coordinates: tuple[int, ...]
+
+    def atoms(self, value: Node, placements: Sequence[Placement]) -> list[list[Size]]:
+        """The sizes of the factors of every dimension that this rank holds."""
+        found = [list(dim) for dim in self.factors.layout(origin(value))]
+        for ranks, at, placement in zip(self.axes, self.coordinates, placements, strict=True):
+            if isinstance(placement, Shard):
+                size = found[placement.dim][placement.factor]
+                assert isinstance(size, int), "only static sizes are divided"
+                found[placement.dim][placement.factor] = split_evenly(size, ranks)[at]
+        return found
+
+    def shape(self, value: Node, placements: Sequence[Placement]) -> list[Size]:
+        """The local shape."""
+        return [_product(dim) for dim in self.atoms(value, placements)]
+
+    def start(self, value: Node, placements: Sequence[Placement], place: Shard) -> int:
+        """The first position of the divided factor that this rank holds."""
+        size = self.factors.layout(origin(value))[place.dim][place.factor]
+        assert isinstance(size, int)
+        first = 0
+        for ranks, at, placement in zip(self.axes, self.coordinates, placements, strict=True):
+            if placement == place:
+                sizes = split_evenly(size, ranks)
+                first, size = first + sum(sizes[:at]), sizes[at]
+        return first
+
+    def parts(self, value: Node, placements: Sequence[Placement], place: Shard, axes: Axes) -> list[int]:
+        """How much of a factor each member of the group over ``axes`` holds, in the group's order.
+
+        ``axes`` are the innermost ones that divide the factor; other coordinates are this rank's.
+        """
+        size = self.factors.layout(origin(value))[place.dim][place.factor]
+        assert isinstance(size, int)
+        sizes = [size]
+        for a, (ranks, at, placement) in enumerate(zip(self.axes, self.coordinates, placements, strict=True)):
+            if placement == place:
+                parts = [split_evenly(s, ranks) for s in sizes]
+                sizes = [p for part in parts for p in part] if a in axes else [part[at] for part in parts]
+        return sizes
+
+    def minor(self, value: Node, placements: Placements, place: Shard) -> int:
+        """The local size of everything inside the factor's dimension that is minor to it."""
+        product = _product(self.atoms(value, placements)[place.dim][place.factor + 1 :])
+        assert isinstance(product, int)
+        return product
+
+
+def origin(value: Node) -> Node:
+    """The value that a change of placement started from: it has the same factors."""
+    while value.op == "call_function":
+        if value.target in MARKERS:
+            source = value.args[0]
+        elif value.target is operator.getitem and value.args[0].target in MARKERS:  # type: ignore[union-attr]
+            source = value.args[0].args[0][value.args[1]]  # type: ignore[union-attr,index]
+        else:
+            break
+        assert isinstance(source, Node)
+        value = source
+    return value
+
+
+def _product(sizes: Sequence[Size]) -> Size:
+    return math.prod(sizes) if sizes else 1  # type: ignore[arg-type]

@@ -1,0 +1,31 @@
+"""AnnotatePlacements: writes the planner's decisions into the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+from tpcompile.factors import producer
+from tpcompile.work import Work, is_tensor
+
+from .pipeline import Pass
+
+
+@dataclass(frozen=True)
+class AnnotatePlacements(Pass):
+    """Gives every tensor its placements (``meta["placement"]``) and every call its strategies."""
+
+    name = "annotate-placements"
+
+    def apply(self, work: Work) -> bool:
+        for node in work.graph.nodes:
+            if node.op == "output":
+                continue
+            if is_tensor(node):
+                node.meta["placement"] = tuple(d.output(node) for d in work.decisions)
+            owner, _ = producer(node)
+            if node.op == "call_function" and owner is node:
+                node.meta["strategies"] = tuple(d.nodes.get(node) for d in work.decisions)
+        return True
+
+

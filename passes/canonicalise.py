@@ -1,0 +1,130 @@
+"""Canonicalise: one form for things that can be written in several."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from tpcompile.graph_edit import call, drop_unused
+from tpcompile.rules.rule import argument, shape, sizes_of
+from tpcompile.work import Work, is_tensor
+
+from .pipeline import Pass
+
+aten = torch.ops.aten
+_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unsafe_split.Tensor}
+# What each fills with; None where an argument tells. Uninitialised memory is zeroed: it is only made
+# to be filled, and ranks must agree.
+_NEW = {
+    aten.new_empty.default: 0,
+    aten.new_zeros.default: 0,
+    aten.new_ones.default: 1,
+    aten.new_full.default: None,
+}
+
+
+@dataclass(frozen=True)
+class Canonicalise(Pass):
+    """Writes one thing in one way.
+
+    Replaces slices, views and dropouts that change nothing by their input; unequal splits by slices;
+    an index by a constant single position by a slice; ``x.new_zeros`` and the like by ``full``, which
+    does not need ``x``; ``-1`` in sizes by the number where it is static.
+    """
+
+    name = "canonicalise"
+
+    def apply(self, work: Work) -> bool:
+        changed = False
+        for node in list(work.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if _is_identity(node):
+                node.replace_all_uses_with(node.args[0])
+            elif node.target in _SPLITS and _unequal(node):
+                _split_to_slices(node)
+            elif node.target is aten.index.Tensor and (found := _constant_position(work, node)):
+                _index_to_slice(node, *found)
+            elif node.target in _NEW:
+                _new_to_factory(node)
+            elif node.target in _VIEWS and _state_sizes(node):
+                changed = True
+        return drop_unused(work.graph) or changed
+
+
+def _is_identity(node: Node) -> bool:
+    if not is_tensor(node) or not node.args or not isinstance(node.args[0], Node) or not is_tensor(node.args[0]):
+        return False
+    same = shape(node.args[0]) == shape(node)
+    if node.target is aten.slice.Tensor or node.target in _VIEWS or node.target is aten.expand.default:
+        return same
+    if node.target is aten.dropout.default:
+        return node.args[1] == 0 or not node.args[2]
+    return node.target in (aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default)
+
+
+def _parts(node: Node) -> list[int]:
+    dim = argument(node, 2, "dim", 0)
+    return [sizes_of(t)[dim] for t in node.meta["val"]]  # type: ignore[misc]
+
+
+def _unequal(node: Node) -> bool:
+    parts = _parts(node)
+    return all(isinstance(p, int) for p in parts) and len(set(parts)) > 1
+
+
+def _split_to_slices(node: Node) -> None:
+    graph, dim = node.graph, argument(node, 2, "dim", 0)
+    starts = [0]
+    for part in _parts(node):
+        starts.append(starts[-1] + part)
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        i = user.args[1]
+        with graph.inserting_before(user):
+            part = call(graph, aten.slice.Tensor, (node.args[0], dim, starts[i], starts[i + 1]), like=node)
+        user.replace_all_uses_with(part)
+        graph.erase_node(user)
+
+
+def _constant_position(work: Work, node: Node) -> tuple[int, int] | None:
+    """Dimension and position, if the only index is a constant with one element."""
+    given = [(d, i) for d, i in enumerate(node.args[1]) if i is not None]  # type: ignore[arg-type]
+    if len(given) != 1 or given[0][1] not in work.sources:
+        return None
+    dim, index = given[0]
+    source = work.sources[index].spec
+    value = work.captured.constants.get(source.name) if source.kind == "constant" else None
+    if value is None or tuple(value.shape) != (1,) or value.dtype == torch.bool:
+        return None
+    size = shape(node.args[0])[dim]
+    return (dim, int(value) % size) if isinstance(size, int) else None
+
+
+def _index_to_slice(node: Node, dim: int, position: int) -> None:
+    with node.graph.inserting_before(node):
+        new = call(node.graph, aten.slice.Tensor, (node.args[0], dim, position, position + 1), like=node)
+    node.replace_all_uses_with(new)
+
+
+def _state_sizes(node: Node) -> bool:
+    """Writes static sizes as numbers, whatever they were written as."""
+    old = list(node.args[1])  # type: ignore[arg-type]
+    new = [size if isinstance(size, int) else arg for arg, size in zip(old, shape(node), strict=True)]
+    if new == old:
+        return False
+    node.args = (node.args[0], new)
+    return True
+
+
+def _new_to_factory(node: Node) -> None:
+    fill = node.args[2] if _NEW[node.target] is None else _NEW[node.target]  # type: ignore[index]
+    val = node.meta["val"]
+    options = {"dtype": val.dtype, "device": val.device}
+    with node.graph.inserting_before(node):
+        new = call(node.graph, aten.full.default, (node.args[1], fill), options, like=node)
+    node.replace_all_uses_with(new)

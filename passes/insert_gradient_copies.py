@@ -1,0 +1,95 @@
+"""InsertGradientCopies: whole values used by divided computations, so that their gradients are summed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from tpcompile.graph_edit import call
+from tpcompile.markers import MARKERS, copy_to_ranks
+from tpcompile.placements import Partial, Replicate
+from tpcompile.planner.strategies import Strategy
+from tpcompile.rules.rule import operands
+from tpcompile.work import Work, is_tensor
+
+from .pipeline import Pass
+
+
+@dataclass(frozen=True)
+class InsertGradientCopies(Pass):
+    """Inserts ``copy_to_ranks`` before operands that are whole in a computation that is not.
+
+    Each rank then has a summand of the operand's gradient, so the placement pair changes from
+    (whole, whole gradient) to (whole, partial gradient); the copy's backward reduces. Uses that share
+    an operand share the copy, so q, k and v cost one reduction. Only values that lead to a parameter
+    or to a differentiable input need it, and only where gradients are recorded.
+    """
+
+    name = "insert-gradient-copies"
+    enabled: bool = True
+
+    def apply(self, work: Work) -> bool:
+        if not self.enabled:
+            return False
+        differentiable = _differentiable(work)
+        made: dict[tuple[Node, tuple[int, ...]], Node] = {}
+        for node in list(work.graph.nodes):
+            if node.op != "call_function" or node.target in MARKERS or not node.meta.get("strategies"):
+                continue
+            axes = [_varying(s, len(operands(node))) for s in node.meta["strategies"]]
+            index = -1
+
+            def swap(arg: Any, node: Node = node, axes: list[set[int]] = axes) -> Any:
+                nonlocal index
+                if not (isinstance(arg, Node) and is_tensor(arg)):
+                    return arg
+                index += 1
+                on = tuple(a for a, operand_set in enumerate(axes) if index in operand_set)
+                if not on or arg not in differentiable:
+                    return arg
+                if (arg, on) not in made:
+                    with node.graph.inserting_before(_first_user(arg)):
+                        made[arg, on] = call(node.graph, copy_to_ranks, (arg, on), like=node)
+                    made[arg, on].meta["placement"] = arg.meta["placement"]
+                return made[arg, on]
+
+            node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), swap)
+        return bool(made)
+
+
+def _varying(strategy: Strategy | None, arity: int) -> set[int]:
+    """Operands that are whole on an axis on which the computation is divided or partial."""
+    if strategy is None:
+        return set()
+    divided = strategy.factor is not None or any(isinstance(o, Partial) for o in strategy.outputs)
+    return {i for i in range(arity) if divided and isinstance(strategy.inputs[i], Replicate)}
+
+
+def _differentiable(work: Work) -> set[Node]:
+    """Values through which a gradient may flow to a parameter or to an input."""
+    found: set[Node] = set()
+    for node in work.graph.nodes:
+        if not is_tensor(node) and node.op != "call_function":
+            continue
+        if node.op == "placeholder":
+            if node.meta["val"].dtype.is_floating_point and work.sources[node].spec.kind in ("param", "user"):
+                found.add(node)
+        elif node.op == "call_function" and node.target is not torch.ops.aten.detach.default:
+            if any(i in found for i in node.all_input_nodes) and _carries_gradient(node):
+                found.add(node)
+    return found
+
+
+def _carries_gradient(node: Node) -> bool:
+    val = node.meta["val"]
+    return not isinstance(val, torch.Tensor) or val.dtype.is_floating_point or val.dtype.is_complex
+
+
+def _first_user(value: Node) -> Node:
+    after = value.next
+    while after.op == "placeholder":
+        after = after.next
+    return after

@@ -1,0 +1,63 @@
+"""What a pass is, and the runner that applies a list of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from tpcompile.work import Work
+
+from .verify_graph import verify_graph
+
+log = logging.getLogger("tpcompile.passes")
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A rewrite of the captured graph at global shapes. Options are the fields of the dataclass.
+
+    The file, the class and ``name`` are the same words: ``split_packed_matmul.py``,
+    ``SplitPackedMatmul``, ``split-packed-matmul``.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def apply(self, work: Work) -> bool:
+        """Rewrites the graph in place; says whether anything changed."""
+
+
+def run_passes(work: Work, passes: Sequence[Pass]) -> None:
+    """Applies passes in order; the graph is verified before the first and after each.
+
+    With ``TPCOMPILE_LOGS=<directory>`` the graph is written there before and after every pass that
+    changed it, numbered, with the change in the number of calls.
+
+    Raises:
+        TpCompileError: a pass left an invalid graph; the error names it and those before it.
+    """
+    verify_graph(work, "capture")
+    done: list[str] = []
+    for one in passes:
+        before, start = work.call_count(), time.perf_counter()
+        changed = one.apply(work)
+        done.append(one.name)
+        if changed:
+            verify_graph(work, " -> ".join(done))
+        after = work.call_count()
+        log.info("%-28s %+5d calls  %.3f s", one.name, after - before, time.perf_counter() - start)
+        if changed:
+            _dump(work, f"{work.serial():02d}-{one.name}", after - before)
+
+
+def _dump(work: Work, name: str, difference: int) -> None:
+    folder = os.environ.get("TPCOMPILE_LOGS")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, f"{name}.txt").write_text(f"# {name}: {difference:+d} calls\n{work.text()}\n")

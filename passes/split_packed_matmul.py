@@ -1,0 +1,248 @@
+"""SplitPackedMatmul: a packed projection becomes one projection per segment."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from tpcompile.factors import Factors, producer
+from tpcompile.graph_edit import KEPT_META, call, drop_unused, module_path
+from tpcompile.layout import Segment
+from tpcompile.rules.rule import Rule, operands, results, shape
+from tpcompile.work import Source, Work
+
+from .pipeline import Pass
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Part:
+    """A range of one factor of one dimension: ``sizes`` are the dimension's factors, major first."""
+
+    dim: int
+    sizes: tuple[int, ...]
+    factor: int
+    start: int
+    stop: int
+
+    @property
+    def kept(self) -> int:
+        """The size of the dimension that is left."""
+        return math.prod(self.sizes) // self.sizes[self.factor] * (self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class SplitPackedMatmul(Pass):
+    """Replaces slices of ``op(x, W)`` by ``op(x, slice of W)``, the slices as parameters of their own.
+
+    Fires where slices cut a dimension that comes, through operators whose rules let it pass, from
+    parameters only; together they must cover it. It is what lets ``[q k v]`` with unequal segments be
+    divided by heads. Only the groups named are split (the planner tries which ones pay); a group is a
+    module path with ``*`` for numbers.
+    """
+
+    name = "split-packed-matmul"
+    groups: frozenset[str] = frozenset()
+
+    def apply(self, work: Work) -> bool:
+        changed = False
+        for value, cuts in packed_values(work):
+            if group_of(value) in self.groups:
+                _Splitter(work).split(value, cuts)
+                changed = True
+        if drop_unused(work.graph) or changed:
+            _drop_split_params(work)
+        work.split_groups |= self.groups
+        return changed
+
+
+def _drop_split_params(work: Work) -> None:
+    """Removes the placeholders of parameters that now exist as segments."""
+    split = {s.spec.name for s in work.sources.values() if s.spec.name in work.packed_dims and s.order >= 0}
+    for node, source in list(work.sources.items()):
+        if source.spec.name in split and source.order < 0 and not node.users:
+            del work.sources[node]
+            work.graph.erase_node(node)
+
+
+def group_of(node: Node) -> str:
+    """The module that a node belongs to, numbers replaced by ``*``."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module_path(node))
+
+
+def packed_values(work: Work) -> list[tuple[Node, list[Node]]]:
+    """Values whose every use is a slice of one dimension that leads back to parameters."""
+    splitter = _Splitter(work)
+    found = []
+    for value in work.graph.nodes:
+        if value.op == "call_function" and (cuts := _cuts(value)) and splitter.reaches_params(value, cuts[0]):
+            found.append((value, cuts))
+    return found
+
+
+def _cuts(value: Node) -> list[Node] | None:
+    """The slices that take a value apart, if all its uses are such and they cover it."""
+    users = list(value.users)
+    if len(users) < 2 or any(u.target is not aten.slice.Tensor for u in users):
+        return None
+    parts = [_part(u) for u in users]
+    if any(p is None for p in parts):
+        return None
+    ranges = sorted((p.start, p.stop) for p in parts if p is not None)
+    dims = {p.dim for p in parts if p is not None}
+    ends = [0, *(stop for _, stop in ranges)]
+    size = shape(value)[dims.pop()]
+    return users if not dims and ends == [start for start, _ in ranges] + [size] else None
+
+
+def _part(node: Node) -> Part | None:
+    """What a slice keeps, in numbers; None if that is not static or has a step."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    dim, start, stop, step = (*node.args[1:], *(0, None, 2**63 - 1, 1)[len(node.args) - 1 :])
+    start = start or 0
+    dim %= len(shape(source))
+    size = shape(source)[dim]
+    if not isinstance(size, int) or step != 1 or not isinstance(start, int) or not isinstance(stop, int | None):
+        return None
+    start, stop, _ = slice(start, stop).indices(size)
+    return Part(dim, (size,), 0, start, stop)
+
+
+class _Splitter:
+    """Moves a part from a value up to the parameters that it comes from."""
+
+    def __init__(self, work: Work) -> None:
+        self.work, self.graph = work, work.graph
+        self.factors: Factors = work.factors()
+        self.memo: dict[tuple[Node, Part], Node] = {}
+
+    def reaches_params(self, value: Node, cut: Node) -> bool:
+        """Whether the part can be moved all the way, and its major factors do not fill the ranks."""
+        part = _part(cut)
+        leaves = list(self._leaves(value, part)) if part else []
+        return bool(leaves) and all(
+            p is not None and math.prod(p.sizes[: p.factor]) < self.work.ranks for p in leaves
+        )
+
+    def split(self, value: Node, cuts: list[Node]) -> None:
+        """Replaces each slice by the value computed from the matching slices of parameters."""
+        for order, cut in enumerate(sorted(cuts, key=lambda c: _part(c).start)):  # type: ignore[union-attr]
+            part = _part(cut)
+            assert part is not None
+            with self.graph.inserting_before(cut):
+                new = self._compute(value, part, order)
+            cut.replace_all_uses_with(new)
+        self.factors = self.work.factors()
+
+    def _leaves(self, value: Node, part: Part) -> Iterator[Part | None]:
+        """The part at every parameter it leads to; None where it meets something else."""
+        source = self.work.sources.get(value)
+        if source is not None:
+            whole = source.segment is not None and len(source.segment.factors[part.dim]) == 1
+            yield part if whole and len(value.users) == 1 else None
+            return
+        inputs = self._inputs(value, part)
+        if inputs is None:
+            yield None
+            return
+        for operand, inner in inputs:
+            if inner is not None:
+                yield from self._leaves(operand, inner)
+
+    def _inputs(self, value: Node, part: Part) -> list[tuple[Node, Part | None]] | None:
+        """The operands of a value's operator, each with what the part means there (None: nothing)."""
+        rule = self.factors.rules.get(value)
+        if value.op != "call_function" or not isinstance(rule, Rule) or len(results(value)) != 1:
+            return None
+        if producer(value)[0] is not value or rule.localize not in ("", "sizes"):
+            return None
+        letters = rule.outputs[0][part.dim]
+        moved: list[tuple[Node, Part | None]] = []
+        for operand, labels in zip(operands(value), rule.inputs, strict=True):
+            found = _translate(part, letters, labels, rule)
+            if found == "no":
+                return None
+            moved.append((operand, found))  # type: ignore[arg-type]
+        if not any(p for _, p in moved) or (set(letters) & rule.whole):
+            return None
+        return moved
+
+    def _compute(self, value: Node, part: Part, order: int) -> Node:
+        key = (value, part)
+        if key not in self.memo:
+            if value in self.work.sources:
+                self.memo[key] = self._cut_param(value, part, order)
+            else:
+                self.memo[key] = self._recompute(value, part, order)
+        return self.memo[key]
+
+    def _recompute(self, value: Node, part: Part, order: int) -> Node:
+        inputs = self._inputs(value, part)
+        assert inputs is not None
+        replaced = iter([self._compute(o, p, order) if p else o for o, p in inputs])
+
+        def swap(arg: Any) -> Any:
+            return next(replaced) if isinstance(arg, Node) and isinstance(arg.meta.get("val"), torch.Tensor) else arg
+
+        args, kwargs = torch.fx.node.map_aggregate((value.args, value.kwargs), swap)
+        rule = self.factors.rules[value]
+        assert isinstance(rule, Rule)
+        if rule.localize == "sizes":
+            sizes = list(args[1])
+            sizes[part.dim] = part.kept
+            args = (args[0], sizes)
+        return call(self.graph, value.target, args, kwargs, like=value)  # type: ignore[arg-type]
+
+    def _cut_param(self, param: Node, part: Part, order: int) -> Node:
+        """A placeholder for a slice of a parameter."""
+        source = self.work.sources[param]
+        assert source.segment is not None
+        segment = _cut_segment(source.segment, part)
+        first = next(n for n in self.graph.nodes if n.op == "call_function")
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(f"{param.name}_part{order}")
+        node.meta.update({k: param.meta[k] for k in KEPT_META if k in param.meta})
+        full = param.meta["val"]
+        new_shape = [int(s) for s in full.shape]
+        new_shape[part.dim] = part.kept
+        with full.fake_mode:
+            node.meta["val"] = torch.empty(new_shape, dtype=full.dtype, device=full.device)
+        self.work.sources[node] = Source(source.spec, segment, order)
+        self.work.packed_dims[source.spec.name] = part.dim
+        return node
+
+
+def _cut_segment(segment: Segment, part: Part) -> Segment:
+    at = sum(len(d) for d in segment.factors[: part.dim])
+    ranges = [(0, s) for s in part.sizes]
+    ranges[part.factor] = (part.start, part.stop)
+    factors = segment.factors[: part.dim] + (part.sizes,) + segment.factors[part.dim + 1 :]
+    box = segment.box[:at] + tuple(ranges) + segment.box[at + 1 :]
+    cut = replace(segment, factors=factors, box=box)
+    return replace(cut, atoms=tuple((s,) for s in cut.shape))
+
+
+def _translate(part: Part, letters: tuple[str, ...], labels: Any, rule: Rule) -> Part | str | None:
+    """What a part of an output dimension is in an operand: a part, nothing (None), or ``"no"``."""
+    dims = [d for d, names in enumerate(labels) if set(names) & set(letters)]
+    if not dims:
+        return None
+    if len(dims) > 1:
+        return "no"
+    names = labels[dims[0]]
+    sizes = tuple(rule.sizes[n] for n in names)
+    if not all(isinstance(s, int) for s in sizes):
+        return "no"
+    if names == letters:
+        return replace(part, dim=dims[0])
+    if len(letters) == 1 and len(part.sizes) == 1:  # one factor of a compound dimension
+        return Part(dims[0], sizes, names.index(letters[0]), part.start, part.stop)  # type: ignore[arg-type]
+    return "no"

@@ -1,0 +1,31 @@
+"""Checks that a graph is well formed: run before the first pass and after each."""
+
+from __future__ import annotations
+
+import torch
+
+from tpcompile.errors import TpCompileError
+from tpcompile.work import Work
+
+
+def verify_graph(work: Work, after: str) -> None:
+    """Checks topology, values and placeholders.
+
+    Raises:
+        TpCompileError: the graph is invalid; ``after`` names the passes that ran.
+    """
+    graph = work.graph
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise TpCompileError(f"invalid graph: {error}", where=f"after {after}", todo="report this") from error
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "call_function", "output"):
+            raise TpCompileError(f"{node.op} node {node.name}", where=f"after {after}", todo="report this")
+        if node.op != "output" and "val" not in node.meta:
+            raise TpCompileError(f"node {node.name} has no value", where=f"after {after}", todo="report this")
+        if node.op == "placeholder" and node not in work.sources:
+            raise TpCompileError(f"input {node.name} has no source", where=f"after {after}", todo="report this")
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and not isinstance(val, torch._subclasses.FakeTensor):
+            raise TpCompileError(f"{node.name} holds real data", where=f"after {after}", todo="report this")

@@ -1,0 +1,395 @@
+"""Truncated capture: unrolled it is the whole program, and where layers do not repeat it is not used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import Node
+from torch.nn import functional as F
+
+from tpcompile.capture import Captured, bind_call, capture, flatten_call
+from tpcompile.capture.find_repeats import Repeat, find_repeats, truncated
+from tpcompile.capture.match_periods import BLOCK, block_of
+from tpcompile.capture.repeated_layers import ShortCapture, capture_repeated, unroll_captured
+from tpcompile.capture.unroll_layers import unroll
+from tpcompile.errors import TpCompileError
+from tpcompile.graph_edit import call
+
+transformers = pytest.importorskip("transformers")
+
+TINY = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+DEEPSEEK = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "moe_intermediate_size": 20,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 10,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny(kind: str, layers: int, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    options = {**(DEEPSEEK if kind == "deepseek_v3" else TINY), **changes, "num_hidden_layers": layers}
+    config = transformers.AutoConfig.for_model(kind, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(parameter, 1.0, 0.1)
+    return model
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 100, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def run(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> torch.Tensor:
+    leaves, _ = flatten_call(bound)
+    assert captured.accepts(leaves) is None
+    tables = {
+        "param": dict(model.named_parameters()),
+        "buffer": dict(model.named_buffers()),
+        "constant": captured.constants,
+    }
+    weights = [tables[s.kind][s.name] for s in captured.inputs if s.kind != "user"]
+    result = captured.graph_module(*weights, *leaves)[0]
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def graph_text(captured: Captured) -> list[str]:
+    """Every call with its operands by number, and the module it came from."""
+    numbers = {node: i for i, node in enumerate(captured.graph_module.graph.nodes)}
+    return [
+        f"{n.target} {torch.fx.map_arg((n.args, n.kwargs), numbers.__getitem__)} "
+        f"{[entry[0] for entry in n.meta.get('nn_module_stack', {}).values()]}"
+        for n in captured.graph_module.graph.nodes
+        if n.op not in ("placeholder", "output")
+    ]
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    return [(name, id(value)) for m in model.modules() for name, value in m.__dict__.items()] + [
+        (name, id(t)) for name, t in [*model.named_parameters(), *model.named_buffers()]
+    ]
+
+
+@torch.no_grad()
+def assert_unrolls(model: nn.Module, bound: dict[str, Any], other: dict[str, Any]) -> None:
+    """The truncated capture, unrolled, is node for node the full capture, and computes the same bits."""
+    before = state_of(model)
+    short = capture_repeated(model, bound)
+    assert state_of(model) == before
+    assert isinstance(short, ShortCapture), short.notes
+    full, whole = capture(model, bound), unroll_captured(short)
+    assert whole.inputs == full.inputs
+    assert whole.outputs == full.outputs
+    assert graph_text(whole) == graph_text(full)
+    for call_ in (bound, other):
+        torch.testing.assert_close(run(whole, model, call_), run(full, model, call_), rtol=0, atol=0)
+
+
+def language_call(model: nn.Module, *shape: int) -> dict[str, Any]:
+    return bind_call(model, (), {"input_ids": tokens(*shape), "use_cache": False})
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "changes", "repeat"),
+    [
+        ("llama", 12, {}, Repeat("model.layers", 0, 1, 12)),
+        ("gemma2", 13, {"sliding_window": 4}, Repeat("model.layers", 0, 2, 6)),
+        ("deepseek_v3", 10, {}, Repeat("model.layers", 1, 1, 9)),
+        ("gpt2", 6, {"n_embd": 48, "n_head": 6, "n_positions": 64}, Repeat("transformer.h", 0, 1, 6)),
+    ],
+)
+def test_language_models(kind: str, layers: int, changes: dict[str, Any], repeat: Repeat) -> None:
+    model = tiny(kind, layers, **changes)
+    assert find_repeats(model) == [repeat]
+    assert_unrolls(model, language_call(model, 2, 7), language_call(model, 3, 9))
+
+
+def test_plain_encoder() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 3, 40, batch_first=True)
+    model = nn.TransformerEncoder(layer, 8, norm=nn.LayerNorm(24), enable_nested_tensor=False).eval()
+    assert_unrolls(
+        model, bind_call(model, (torch.randn(2, 5, 24),), {}), bind_call(model, (torch.randn(3, 9, 24),), {})
+    )
+
+
+def test_two_lists() -> None:
+    torch.manual_seed(0)
+    model = nn.Transformer(24, 3, 6, 7, 40, batch_first=True).eval()
+    assert [r.path for r in find_repeats(model)] == ["encoder.layers", "decoder.layers"]
+    calls = [bind_call(model, (torch.randn(b, 5, 24), torch.randn(b, 7, 24)), {}) for b in (2, 3)]
+    assert_unrolls(model, calls[0], calls[1])
+
+
+# ------------------------------------------------------------------------------------- layers that only seem equal
+
+
+class Layer(nn.Module):
+    """A layer of which ``twist`` says what it does with its number."""
+
+    def __init__(self, layer_idx: int, twist: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.up, self.down = nn.Linear(8, 20), nn.Linear(20, 8)
+        self.twist = twist
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.twist(self.layer_idx, self.down(F.gelu(self.up(x))))
+
+
+class Stack(nn.Module):
+    """Adds up what layers give, the sum outside of them; ``style`` says what else the loop does."""
+
+    def __init__(self, twist: Callable[[int, torch.Tensor], torch.Tensor], style: str = "", depth: int = 10):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(i, twist) for i in range(depth))
+        self.style, self.depth = style, depth
+
+    def forward(self, x: torch.Tensor) -> Any:
+        seen = []
+        scale = 1.0 / len(self.layers) if self.style == "length" else 1.0
+        for i, layer in enumerate(self.layers):
+            if self.style == "late" and i == 7:
+                x = x * 2
+            x = x + layer(x * torch.tensor(0.5))
+            seen.append(x)
+        if self.style == "last":
+            return x + seen[2]
+        return (x * scale, *seen) if self.style == "all" else x * scale
+
+
+def straight(i: int, x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def scaled(i: int, x: torch.Tensor) -> torch.Tensor:
+    return x * (1 / (i + 1))
+
+
+def late(i: int, x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x) if i >= 5 else x
+
+
+def frozen(i: int, x: torch.Tensor) -> torch.Tensor:
+    return x.detach() if i >= 5 else x
+
+
+def late_scale(i: int, x: torch.Tensor) -> torch.Tensor:
+    return x * (2.0 if i >= 5 else 3.0)
+
+
+def test_a_loop_that_adds() -> None:
+    torch.manual_seed(0)
+    model = Stack(straight)
+    first, second = (bind_call(model, (torch.randn(b, 5, 8),), {}) for b in (2, 3))
+    short = capture_repeated(model, first)
+    assert isinstance(short, ShortCapture)
+    assert sum(s.kind == "constant" for s in short.inputs) == 1
+    whole = unroll_captured(short)
+    for bound in (first, second):
+        torch.testing.assert_close(run(whole, model, bound), model(**bound), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("twist", "style", "reason"),
+    [
+        (scaled, "", "differ"),
+        (late, "", "layers.5 does not do what"),
+        (frozen, "", "layers.5 does not do what"),
+        (late_scale, "", "layers.5 does not do what"),
+        (straight, "late", "layers.7 does not do what"),
+        (straight, "length", "depends on the number of layers"),
+        (straight, "last", "depends on the number of layers"),
+        (straight, "all", "also used by output"),
+    ],
+)
+def test_falls_back(twist: Callable[[int, torch.Tensor], torch.Tensor], style: str, reason: str) -> None:
+    torch.manual_seed(0)
+    model = Stack(twist, style)
+    bound = bind_call(model, (torch.randn(2, 5, 8),), {})
+    before = state_of(model)
+    captured = capture_repeated(model, bound)
+    assert state_of(model) == before
+    assert not isinstance(captured, ShortCapture)
+    assert unroll_captured(captured) is captured
+    assert "captured one by one" in captured.notes[-1] and reason in captured.notes[-1]
+    expected = model(**bound)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    torch.testing.assert_close(run(captured, model, bound), expected, rtol=0, atol=0)
+
+
+def test_caches_and_hidden_states_fall_back() -> None:
+    model = tiny("llama", 6)
+    for extra in ({}, {"use_cache": False, "output_hidden_states": True}):
+        captured = capture_repeated(model, bind_call(model, (), {"input_ids": tokens(2, 7), **extra}))
+        assert not isinstance(captured, ShortCapture) and captured.notes
+        assert len(captured.outputs) > 6
+
+
+# ------------------------------------------------------------------------------------------------- finding repeats
+
+
+def widths(*sizes: int) -> list[Repeat]:
+    return find_repeats(nn.ModuleDict({"a": nn.ModuleList(nn.Linear(n, n) for n in sizes)}))
+
+
+def test_find_repeats() -> None:
+    assert widths(3, 3, 3, 3) == []
+    assert widths(3, 3, 3, 3, 3) == [Repeat("a", 0, 1, 5)]
+    assert widths(4, 5, 3, 3, 3, 3, 3, 3, 9) == [Repeat("a", 2, 1, 6)]
+    assert widths(*[1, 1, 1, 1, 1, 2] * 6, 1, 1) == [Repeat("a", 0, 6, 6)]
+    assert list(Repeat("a", 2, 2, 6).dropped) == [8, 9, 10, 11, 12, 13]
+    assert Repeat("a.b", 0, 2, 6).shifted("a.b.4.b.4.weight", 3) == "a.b.10.b.4.weight"
+
+
+def test_what_is_no_repeat() -> None:
+    one = nn.Linear(3, 3)
+    assert find_repeats(nn.ModuleList([one] * 8)) == []
+    tied = nn.ModuleList(nn.Linear(3, 3) for _ in range(8))
+    tied[6].weight = tied[1].weight
+    assert [len(r.dropped) for r in find_repeats(nn.ModuleDict({"a": tied}))] == []
+    frozen_last = nn.ModuleList(nn.Linear(3, 3) for _ in range(8))
+    frozen_last[7].requires_grad_(False)
+    assert find_repeats(nn.ModuleDict({"a": frozen_last})) == [Repeat("a", 0, 1, 7)]
+
+
+def test_a_different_last_layer_is_kept() -> None:
+    torch.manual_seed(0)
+    model = Stack(straight)
+    model.layers[9].up, model.layers[9].down = nn.Linear(8, 28), nn.Linear(28, 8)
+    assert_unrolls_stack(model)
+
+
+def assert_unrolls_stack(model: Stack) -> None:
+    bound = bind_call(model, (torch.randn(2, 5, 8),), {})
+    short = capture_repeated(model, bound)
+    assert isinstance(short, ShortCapture), short.notes
+    whole = unroll_captured(short)
+    assert [s.name for s in whole.inputs if s.kind == "param"] == [n for n, _ in model.named_parameters()]
+    torch.testing.assert_close(run(whole, model, bound), model(**bound), rtol=0, atol=0)
+
+
+def test_truncated_restores_after_an_error() -> None:
+    model = Stack(straight)
+    before, names = state_of(model), [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError), truncated(model, find_repeats(model)):
+        assert len(model.layers) == 3
+        raise ValueError
+    assert state_of(model) == before
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+# -------------------------------------------------------------------------------------------------- after passes
+
+
+def linears(short: ShortCapture) -> list[Node]:
+    return short.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+
+
+def insert_identities(short: ShortCapture, *, tagged: bool, skip: int = 0) -> None:
+    """Puts a multiplication by one behind every linear, as a pass would insert a collective."""
+    graph = short.graph_module.graph
+    for linear in linears(short)[skip:]:
+        users = list(linear.users)
+        with graph.inserting_after(linear):
+            same = call(graph, torch.ops.aten.mul.Tensor, (linear, 1.0), like=linear)
+        if not tagged:
+            same.meta.pop(BLOCK, None)
+        for user in users:
+            user.replace_input_with(linear, same)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tagged", [True, False])
+def test_unrolls_after_a_rewrite(tagged: bool) -> None:
+    model = tiny("llama", 12)
+    bound = language_call(model, 2, 7)
+    short = capture_repeated(model, bound)
+    assert isinstance(short, ShortCapture)
+    insert_identities(short, tagged=tagged)
+    whole = unroll_captured(short)
+    graph = whole.graph_module.graph
+    assert len(graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)) == 12 * 7 + 1
+    assert {block_of(n).period for n in graph.nodes if BLOCK in n.meta} == set(range(12))  # type: ignore[union-attr]
+    torch.testing.assert_close(run(whole, model, bound), model(**bound).logits, rtol=0, atol=0)
+
+
+def test_cut_weights_are_copied_one_by_one() -> None:
+    """A pass may have replaced a weight by two halves: each is asked for, under the weight's own name."""
+    model = Stack(straight, depth=6)
+    short = capture_repeated(model, bind_call(model, (torch.randn(2, 5, 8),), {}))
+    assert isinstance(short, ShortCapture) and short.blocks is not None
+    graph = short.graph_module.graph
+    names = {n: s.name for n, s in zip(graph.find_nodes(op="placeholder"), short.inputs, strict=True)}
+    for linear in linears(short):
+        weight = linear.args[1]
+        assert isinstance(weight, Node)
+        with graph.inserting_after(weight):
+            halves = [graph.placeholder(f"{weight.name}_part{i}") for i in range(2)]
+        with graph.inserting_before(linear):
+            whole = call(graph, torch.ops.aten.clone.default, (weight,), like=linear)
+        for half in halves:
+            half.meta.update(weight.meta)
+            names[half] = names[weight]
+        whole.target, whole.args = torch.ops.aten.cat.default, (halves,)
+        linear.replace_input_with(weight, whole)
+        graph.erase_node(weight)
+    asked = []
+
+    def new_param(node: Node, rename: Callable[[str], str]) -> Node:
+        asked.append(rename(names[node]))
+        with graph.inserting_after(node):
+            copy = graph.placeholder(node.name)
+        copy.meta = dict(node.meta)
+        return copy
+
+    unroll(graph, short.blocks, new_param)
+    graph.lint()
+    assert sorted(asked) == sorted(
+        f"layers.{i}.{name}"
+        for i in (3, 4, 5)
+        for name in ("up.weight", "up.weight", "up.bias", "down.weight", "down.weight", "down.bias")
+    )
+
+
+def test_refuses_periods_that_were_rewritten_differently() -> None:
+    model = tiny("llama", 6)
+    short = capture_repeated(model, language_call(model, 2, 7))
+    assert isinstance(short, ShortCapture)
+    count = len(short.graph_module.graph.nodes)
+    insert_identities(short, tagged=True, skip=15)
+    with pytest.raises(TpCompileError, match="periods 1 and 2 of repeated layers differ"):
+        unroll_captured(short)
+    assert len(short.graph_module.graph.nodes) == count + len(linears(short)[15:])

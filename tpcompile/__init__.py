@@ -1,0 +1,18 @@
+"""A compiler that makes PyTorch models tensor-parallel."""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+_HERE = Path(__file__).parent
+# In a checkout passes/ and lowering/ lie beside this folder, where an install has them inside.
+if not (_HERE / "passes").is_dir() and (_HERE.parent / "passes").is_dir():
+    __path__.append(str(_HERE.parent))
+
+from .api import parallelize, plan  # noqa: E402
+from .errors import TpCompileError  # noqa: E402
+from .plan import Plan  # noqa: E402
+from .planner.cost import CostModel  # noqa: E402
+from .rules.table import register_rule  # noqa: E402
+
+__all__ = ["CostModel", "Plan", "TpCompileError", "parallelize", "plan", "register_rule"]

@@ -1,0 +1,179 @@
+"""The two calls that users make: ``parallelize`` and ``plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from .capture.bind_call import bind_call, signature_of
+from .compile_program import Compiler, Options
+from .default_example import default_example
+from .errors import TpCompileError
+from .module import ShardedModule, is_sharded
+from .passes.pipeline import Pass
+from .pins import Pin, check_pins
+from .plan import Plan
+from .planner.cost import CostModel, preset
+from .runtime import Runtime
+from .shell import shard_weights, sharded_class
+
+PlanLike = str | Plan | Mapping[str, Pin]
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh | None = None,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    plan: PlanLike = "auto",
+    axis: str | None = None,
+    dynamic: bool | Mapping[str, Any] = True,
+    compile: bool = False,
+    cost_model: CostModel | str | None = None,
+    memory: float | None = None,
+    passes: Sequence[Pass] = (),
+) -> Any:
+    """Makes a model tensor-parallel over a mesh, in place, and returns it.
+
+    The model keeps its class, names and signature; its parameters become this rank's slices, and its
+    forward runs a compiled program. Every rank of the mesh must call this with the same model.
+
+    Args:
+        model: any module; it must hold the same weights on every rank.
+        mesh: the device mesh; by default one axis over all processes.
+        example_args: positional arguments of a typical call. Without examples a transformers model is
+            captured with ``input_ids`` of shape [2, 16], any other module at its first call.
+        example_kwargs: keyword arguments of that call.
+        plan: ``"auto"``, a ``Plan``, or pins: glob of a module or parameter -> ``Shard(dim)``,
+            ``Replicate()``, ``"colwise"``, ``"rowwise"`` or ``"replicate"``.
+        axis: the name of the mesh axis to divide over, for a mesh of several.
+        dynamic: True: batch and sequence may change; False: shapes are fixed; or argument name ->
+            {dimension: whether it may change}.
+        compile: run the model under ``torch.compile``.
+        cost_model: a ``CostModel`` or the name of a preset; by default the preset for the device.
+        memory: bytes of weights that a rank may hold.
+        passes: passes to run after the compiler's own.
+
+    Raises:
+        TpCompileError: the request is refused; the model is unchanged.
+    """
+    mesh = mesh if mesh is not None else _default_mesh(model)
+    ranks = _check_mesh(mesh, axis)
+    options = _options(model, plan, cost_model, mesh.device_type, dynamic, memory, passes)
+    signature, original = signature_of(model), type(model)
+    example = _example(model, example_args, example_kwargs)
+    runtime = Runtime(Compiler(options, ranks, mesh, axis), signature, original)
+    if example is not None:
+        runtime.capture(model, example)
+    model._tp = runtime  # type: ignore[assignment]
+    model.__class__ = sharded_class(original, ShardedModule)
+    if compile:
+        model.compile()
+    return model
+
+
+def plan(
+    model: nn.Module,
+    mesh_or_sizes: DeviceMesh | int,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    plan: PlanLike = "auto",
+    axis: str | None = None,
+    dynamic: bool | Mapping[str, Any] = True,
+    cost_model: CostModel | str | None = None,
+    memory: float | None = None,
+) -> Plan:
+    """Plans a model without a process group, without weights (``meta`` will do), without a GPU.
+
+    Args:
+        model: any module; it stays as it is.
+        mesh_or_sizes: a mesh, or how many ranks share the model.
+        example_args: see ``parallelize``, as for all that follow. A module that is not from
+            transformers needs an example here.
+
+    Raises:
+        TpCompileError: the model cannot be captured, or the request cannot be met.
+    """
+    ranks = _check_mesh(mesh_or_sizes, axis) if isinstance(mesh_or_sizes, DeviceMesh) else mesh_or_sizes
+    if not isinstance(ranks, int) or ranks < 1:
+        raise TpCompileError(f"{ranks!r} is no number of ranks", todo="give a mesh or a positive number")
+    device = mesh_or_sizes.device_type if isinstance(mesh_or_sizes, DeviceMesh) else "h100"
+    options = _options(model, plan, cost_model, device, dynamic, memory, ())
+    example = _example(model, example_args, example_kwargs)
+    if example is None:
+        raise TpCompileError(
+            "an example call is needed to capture this model", todo="give example_args or example_kwargs"
+        )
+    return Compiler(options, ranks).compile(model, example, None).plan
+
+
+def _default_mesh(model: nn.Module) -> DeviceMesh:
+    if not dist.is_initialized():
+        raise TpCompileError(
+            "there is no process group", todo="call torch.distributed.init_process_group, or give a mesh"
+        )
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    return init_device_mesh("cuda" if device == "cuda" else "cpu", (dist.get_world_size(),))
+
+
+def _check_mesh(mesh: DeviceMesh, axis: str | None) -> int:
+    """The size of the axis to divide over."""
+    if not isinstance(mesh, DeviceMesh):
+        raise TpCompileError(f"{mesh!r} is no DeviceMesh", todo="use torch.distributed.device_mesh.init_device_mesh")
+    names = mesh.mesh_dim_names or ()
+    if axis is not None and axis not in names:
+        raise TpCompileError(f"the mesh has no axis {axis!r}", where=f"axes {names}", todo="name one of its axes")
+    if axis is None and mesh.ndim != 1:
+        raise TpCompileError(
+            f"the mesh has {mesh.ndim} axes", where=f"axes {names}", todo="give axis=, or one axis of it: mesh['tp']"
+        )
+    if dist.is_initialized() and int(mesh.mesh.max()) >= dist.get_world_size():
+        raise TpCompileError(
+            f"the mesh names rank {int(mesh.mesh.max())}, the world has {dist.get_world_size()} processes",
+            todo="start more processes, or make a smaller mesh",
+        )
+    return mesh.size() if axis is None else mesh.size(names.index(axis))
+
+
+def _options(
+    model: nn.Module,
+    plan: PlanLike,
+    cost_model: CostModel | str | None,
+    device: str,
+    dynamic: bool | Mapping[str, Any],
+    memory: float | None,
+    passes: Sequence[Pass],
+) -> Options:
+    if is_sharded(model):
+        raise TpCompileError("this model is parallelised already", todo="use a fresh model")
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise TpCompileError(
+            "the model's parameters are DTensors", todo="parallelize first, then apply FSDP or the like"
+        )
+    if isinstance(plan, str) and plan != "auto":
+        raise TpCompileError(f"unknown plan {plan!r}", todo='give "auto", a Plan, or a dict of pins')
+    pins = plan if isinstance(plan, Mapping) else {}
+    check_pins(pins, [n for n, _ in model.named_parameters()])
+    cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model or device)
+    given = plan if isinstance(plan, Plan) else None
+    return Options(cost, pins, dynamic, memory, tuple(passes), given)
+
+
+def _example(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    if args or kwargs:
+        return bind_call(model, args, kwargs)
+    default = default_example(model)
+    if default is None:
+        return None
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    return bind_call(model, (), {k: v.to(device) for k, v in default.items()})

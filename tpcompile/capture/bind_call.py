@@ -1,0 +1,169 @@
+"""Normalises a call of a model, so that equal calls look equal however they were written."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path
+
+from tpcompile.errors import TpCompileError
+
+_STAR = "*"
+
+
+@dataclass(frozen=True)
+class CallSignature:
+    """The parameters of a forward, in plain tuples that dynamo can trace.
+
+    Attributes:
+        positional: names that can be given by position, in order.
+        positional_only: how many of them can only be given by position.
+        keyword_only: names that can only be given by keyword, in order.
+        required: names without a default.
+        none_defaults: names whose default is None.
+        defaults: the defaults of ``positional``'s optional names.
+        var_positional: the name behind ``*``, or "".
+        var_keyword: whether any other keyword is taken.
+    """
+
+    positional: tuple[str, ...]
+    positional_only: int
+    keyword_only: tuple[str, ...]
+    required: frozenset[str]
+    none_defaults: frozenset[str]
+    defaults: dict[str, Any]
+    var_positional: str
+    var_keyword: bool
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return argument name -> value in the signature's order; raise ValueError if it does not fit."""
+        if len(args) > len(self.positional) and not self.var_positional:
+            raise ValueError(f"takes {len(self.positional)} positional arguments, {len(args)} were given")
+        given = dict(zip(self.positional, args, strict=False))
+        keyword_names = (*self.positional[self.positional_only :], *self.keyword_only)
+        extra = {}
+        for name, value in kwargs.items():
+            if name in given:
+                raise ValueError(f"argument {name!r} was given twice")
+            if name in keyword_names:
+                given[name] = value
+            elif self.var_keyword and name not in self.positional:
+                extra[name] = value
+            else:
+                raise ValueError(f"has no keyword argument {name!r}")
+        for name in self.required:
+            if name not in given:
+                raise ValueError(f"misses the argument {name!r}")
+        bound = self._in_order(given, self.positional)
+        if len(args) > len(self.positional):
+            bound[_STAR + self.var_positional] = tuple(args[len(self.positional) :])
+        bound.update(self._in_order(given, self.keyword_only))
+        bound.update(extra)
+        return bound
+
+    def _in_order(self, given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+        return {
+            name: given[name]
+            for name in names
+            if name in given and not (given[name] is None and name in self.none_defaults)
+        }
+
+    def unbind(self, bound: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the args and kwargs with which the forward is called; the inverse of ``bind``."""
+        rest = dict(bound)
+        star = rest.pop(_STAR + self.var_positional, ()) if self.var_positional else ()
+        by_position = self.positional if star else self.positional[: self.positional_only]
+        while by_position and by_position[-1] not in rest and not star:
+            by_position = by_position[:-1]
+        args = [rest.pop(name) if name in rest else self.defaults[name] for name in by_position]
+        return (*args, *star), rest
+
+
+def signature_of(model: nn.Module) -> CallSignature:
+    """Return the signature of ``model.forward``; kept per function, so that a call costs a look-up."""
+    return _signature(getattr(model.forward, "__func__", model.forward), hasattr(model.forward, "__func__"))
+
+
+@lru_cache(maxsize=512)
+def _signature(forward: Callable[..., Any], is_method: bool) -> CallSignature:
+    parameters = list(inspect.signature(forward).parameters.values())[1 if is_method else 0 :]
+    kinds = inspect.Parameter
+    positional = [p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    keyword_only = [p for p in parameters if p.kind is kinds.KEYWORD_ONLY]
+    named = [*positional, *keyword_only]
+    return CallSignature(
+        positional=tuple(p.name for p in positional),
+        positional_only=sum(p.kind is kinds.POSITIONAL_ONLY for p in positional),
+        keyword_only=tuple(p.name for p in keyword_only),
+        required=frozenset(p.name for p in named if p.default is kinds.empty),
+        none_defaults=frozenset(p.name for p in named if p.default is None),
+        defaults={p.name: p.default for p in positional if p.default is not kinds.empty},
+        var_positional=next((p.name for p in parameters if p.kind is kinds.VAR_POSITIONAL), ""),
+        var_keyword=any(p.kind is kinds.VAR_KEYWORD for p in parameters),
+    )
+
+
+def bind_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Normalise a call to one dict in the order of the forward's signature.
+
+    Arguments that equal a default of None are dropped; what goes into ``*args`` is kept as one tuple
+    under ``"*args"``; other keywords of ``**kwargs`` follow at the end.
+    """
+    try:
+        return signature_of(model).bind(args, kwargs or {})
+    except ValueError as error:
+        raise TpCompileError(
+            f"the call does not fit the model's forward, which {error}",
+            where=f"{type(model).__name__}.forward",
+            todo="give the arguments as you would call the model",
+        ) from None
+
+
+def call_model(model: nn.Module, bound: Mapping[str, Any]) -> Any:
+    """Call the model with a normalised call."""
+    args, kwargs = signature_of(model).unbind(bound)
+    return model(*args, **kwargs)
+
+
+def flatten_call(bound: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
+    """Flatten a normalised call to its leaves; None and python values are leaves too."""
+    return tree_flatten(bound)
+
+
+def leaf_names(bound: dict[str, Any]) -> list[str]:
+    """Return each leaf's key path: ``input_ids``, ``inputs[0]``, ``past_key_values['key_cache'][0]``."""
+    names = []
+    for path, _ in tree_flatten_with_path(bound)[0]:
+        root = str(getattr(path[0], "key", "")).lstrip(_STAR)
+        names.append(root + "".join(str(key) for key in path[1:]))
+    return names
+
+
+def call_key(leaves: Sequence[Any], spec: TreeSpec, model: nn.Module) -> Hashable:
+    """Return what a captured program is specialised on, sizes apart (those are ``Captured.accepts``'s).
+
+    The structure goes in as text, because contexts of tree nodes need not be hashable.
+    """
+    facts: list[Hashable] = [repr(spec), model.training, torch.is_grad_enabled()]
+    devices = {"cpu"}
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            devices.add(leaf.device.type)
+            facts.append((leaf.dtype, leaf.device.type, leaf.ndim, leaf.requires_grad))
+        else:
+            # The type stands beside the value because 1 == 1.0 == True.
+            facts.append((type(leaf).__name__, _hashable(leaf)))
+    for device in sorted(devices - {"meta"}):
+        if torch.is_autocast_enabled(device):
+            facts.append((device, torch.get_autocast_dtype(device)))
+    return tuple(facts)
+
+
+def _hashable(leaf: Any) -> Hashable:
+    return leaf if isinstance(leaf, Hashable) else id(leaf)

@@ -1,0 +1,239 @@
+"""Captures a model's forward as one functional graph at global shapes."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
+
+from tpcompile.capture.bind_call import call_model, flatten_call, leaf_names
+from tpcompile.capture.dynamic_dims import Attempt, Dims, Place, attempts
+from tpcompile.capture.explain_failure import explain_failure, is_data_dependent
+from tpcompile.capture.fake_model import capture_device, fake_input, lend_fake_weights
+from tpcompile.capture.flatten_program import PREFIX, UserResult, flatten_program
+from tpcompile.capture.inline_regions import inline_regions
+from tpcompile.capture.program import Captured
+from tpcompile.capture.read_guards import read_guards, read_ranges
+from tpcompile.capture.register_caches import register_cache_support
+from tpcompile.capture.switch_experts import exportable_experts
+from tpcompile.errors import TpCompileError
+
+log = logging.getLogger(__name__)
+
+_PYTHON_VALUES = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+
+
+def capture(
+    model: nn.Module,
+    bound: dict[str, Any],
+    *,
+    dynamic: bool | Mapping[str, Dims] = True,
+    device: torch.device | str | None = None,
+) -> Captured:
+    """Export ``model`` for the call ``bound`` and return it as a flat functional graph.
+
+    Train mode, grad mode and autocast are taken as they are. Neither the model nor the inputs are
+    touched, and no weight is copied: only shapes, dtypes and the device matter.
+
+    Args:
+        model: any module; its parameters may be on the meta device.
+        bound: what ``bind_call`` returned.
+        dynamic: leave batch and sequence sizes open where the model allows it; or, per input name,
+            which dimensions are to be open.
+        device: the device that the graph is made for; the model's own by default.
+    """
+    register_cache_support()
+    leaves, in_spec = flatten_call(bound)
+    names = leaf_names(bound)
+    _refuse_bad_leaves(names, leaves)
+    target = torch.device(device) if device is not None else capture_device(model, leaves)
+    tried: list[str] = []
+    first_error: Exception | None = None
+    with exportable_experts(model, target), torch.inference_mode(False):
+        for attempt in attempts(names, leaves, _cached(bound, names), dynamic):
+            static = all(spec is None for spec in attempt.dynamic)
+            if first_error is not None and is_data_dependent(first_error) and not static:
+                continue
+            tried.append(attempt.name)
+            try:
+                captured = _export(model, names, leaves, in_spec, attempt, target)
+            except TpCompileError:
+                raise
+            except Exception as error:
+                log.info("capture with %s failed: %s", attempt.name, error)
+                first_error = error
+                continue
+            refusal = captured.accepts(leaves)
+            if refusal is None:
+                captured.notes = _notes(captured, attempt, tried)
+                return captured
+            log.info("capture with %s refuses its own example: %s", attempt.name, refusal)
+    assert first_error is not None
+    raise explain_failure(first_error, model, names, tried) from first_error
+
+
+def _refuse_bad_leaves(names: Sequence[str], leaves: Sequence[Any]) -> None:
+    for name, leaf in zip(names, leaves, strict=True):
+        if not isinstance(leaf, (torch.Tensor, *_PYTHON_VALUES)):
+            raise TpCompileError(
+                f"the argument {name} is a {type(leaf).__name__}, which capture cannot take apart",
+                todo="pass tensors and python values, or register the type with torch.utils._pytree",
+            )
+
+
+def _cached(bound: Mapping[str, Any], names: Sequence[str]) -> list[bool]:
+    """Tell for each leaf whether it is part of a cache: a transformers Cache, or the customary argument."""
+    caches = {
+        name
+        for name, value in bound.items()
+        if "past_key_values" in name or any(base.__name__ == "Cache" for base in type(value).__mro__)
+    }
+    return [any(name == c or name.startswith((f"{c}[", f"{c}.")) for c in caches) for name in names]
+
+
+@dataclass
+class _Seen:
+    """The output side of the last trace; an object of its own because export resets module attributes."""
+
+    results: list[UserResult] = field(default_factory=list)
+    out_spec: TreeSpec | None = None
+
+
+class _FlatModel(nn.Module):
+    """Calls the model on flat tensor leaves, and keeps its output structure and python results aside."""
+
+    def __init__(self, model: nn.Module, leaves: Sequence[Any], in_spec: TreeSpec, attempt: Attempt) -> None:
+        super().__init__()
+        setattr(self, PREFIX, model)
+        self.training = model.training
+        self._fixed = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        self._in_spec = in_spec
+        self._attempt = attempt
+        self.seen = _Seen()
+
+    def forward(self, *leaves: Any) -> tuple[Any, ...]:
+        tensors = iter(leaves)
+        flat = [next(tensors) if t else v for t, v in zip(self._is_tensor, self._fixed, strict=True)]
+        self._tie(flat)
+        result = call_model(getattr(self, PREFIX), tree_unflatten(flat, self._in_spec))
+        values, out_spec = tree_flatten(result)
+        names = ["".join(str(key) for key in path) for path, _ in tree_flatten_with_path(result)[0]]
+        results = [_result(name.lstrip("."), value) for name, value in zip(names, values, strict=True)]
+        self.seen.results, self.seen.out_spec = results, out_spec
+        return tuple(v for v, r in zip(values, results, strict=True) if r.is_traced)
+
+    def _tie(self, flat: Sequence[Any]) -> None:
+        """Compare sizes that belong together: the comparison makes the tracer take them for one symbol."""
+
+        def size(place: Place) -> Any:
+            return flat[place[0]].shape[place[1]]
+
+        equal = all(size(group[0]) == size(other) for group in self._attempt.ties for other in group[1:])
+        if not equal or not all(size(t) == size(a) + size(b) for t, a, b in self._attempt.sums):
+            raise AssertionError("made-up example sizes do not fit together")
+
+
+def _result(name: str, value: Any) -> UserResult:
+    if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return UserResult(name or "output", is_traced=True)
+    if isinstance(value, _PYTHON_VALUES):
+        return UserResult(name or "output", is_traced=False, value=value)
+    raise TpCompileError(
+        f"the model returns a {type(value).__name__} as {name or 'its result'}, which cannot be taken apart",
+        todo="return tensors, or register the type with torch.utils._pytree; caches: pass use_cache=False",
+    )
+
+
+def _export(
+    model: nn.Module,
+    names: Sequence[str],
+    leaves: Sequence[Any],
+    in_spec: TreeSpec,
+    attempt: Attempt,
+    device: torch.device,
+) -> Captured:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Fresh fakes for every attempt: a failed export leaves marks on its example tensors.
+    fakes = tuple(
+        fake_input(mode, leaf, device, shape)
+        for leaf, shape in zip(leaves, attempt.shapes, strict=True)
+        if shape is not None
+    )
+    shapes = tuple(
+        dims for leaf, dims in zip(leaves, attempt.dynamic, strict=True) if isinstance(leaf, torch.Tensor)
+    )
+    flat = _FlatModel(model, leaves, in_spec, attempt)
+    with lend_fake_weights(model, device), _quiet(), _no_fused_encoder():
+        program = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
+        _inline(program)
+        guards = read_guards(program)
+        program = program.run_decompositions({})
+    out_spec = flat.seen.out_spec
+    assert out_spec is not None
+    gm, inputs, outputs, constants = flatten_program(program, model, names, leaves, flat.seen.results)
+    return Captured(
+        gm,
+        tuple(inputs),
+        tuple(outputs),
+        in_spec,
+        out_spec,
+        constants,
+        ranges=read_ranges(program),
+        guards=guards,
+    )
+
+
+def _inline(program: ExportedProgram) -> None:
+    tainted = {
+        node
+        for node in program.graph.find_nodes(op="placeholder")
+        if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].requires_grad
+    }
+    inline_regions(program.graph_module, grad_enabled=torch.is_grad_enabled(), tainted=tainted)
+
+
+@contextmanager
+def _no_fused_encoder() -> Iterator[None]:
+    """Keep nn.TransformerEncoder and nn.MultiheadAttention from calling one opaque inference kernel."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch about torch: its own deprecations, and the partial graph that it prints on failure."""
+    printed = io.StringIO()
+    partial = ""
+    try:
+        with warnings.catch_warnings(), redirect_stderr(printed):
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    except Exception as error:
+        partial = str(getattr(error, "partial_fx_graph", ""))
+        raise
+    finally:
+        text = printed.getvalue()
+        sys.stderr.write(text.replace(partial + "\n", "") if partial else text)
+
+
+def _notes(captured: Captured, attempt: Attempt, tried: Sequence[str]) -> tuple[str, ...]:
+    if len(tried) == 1:
+        return ()
+    fixed = [f"{spec.name}{list(spec.extents)}" for spec in captured.user_inputs if spec.extents is not None]
+    return (f"captured with {attempt.name}; input sizes: {', '.join(fixed)}",)

@@ -1,0 +1,60 @@
+"""Switches transformers' mixture-of-experts layers to an implementation that can be exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_EXPORTABLE = ("batched_mm", "grouped_mm")
+_FIELD = "_experts_implementation_internal"
+
+
+def _expert_configs(model: nn.Module) -> list[Any]:
+    """Return the distinct configs that expert layers look their implementation up in."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        # `_is_expert_parallel` is set by transformers' `use_experts_implementation` and by nothing else.
+        if "_is_expert_parallel" in module.__dict__ and hasattr(config, _FIELD):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def choose_experts_implementation(model: nn.Module, device: torch.device | None = None) -> str | None:
+    """Return the implementation to capture with, or None if the model has no switchable experts.
+
+    A configured choice that can be exported is kept. The python loop over the experts that were hit
+    depends on data; it is replaced by ``batched_mm`` on the CPU (every dtype, every width) and by
+    ``grouped_mm`` elsewhere.
+    """
+    configs = _expert_configs(model)
+    if not configs:
+        return None
+    configured = {getattr(config, _FIELD) for config in configs}
+    if len(configured) == 1 and next(iter(configured)) in _EXPORTABLE:
+        return str(next(iter(configured)))
+    first = next(iter(model.parameters()), None)
+    device = device or (first.device if first is not None else torch.device("cpu"))
+    if device.type in ("cpu", "meta") or (first is not None and first.dtype == torch.float64):
+        return "batched_mm"
+    return "grouped_mm"
+
+
+@contextmanager
+def exportable_experts(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let the model's experts use an exportable implementation inside the block, and the old one after."""
+    chosen = choose_experts_implementation(model, device)
+    configs = _expert_configs(model)
+    before = [getattr(config, _FIELD) for config in configs]
+    try:
+        for config, old in zip(configs, before, strict=True):
+            if old not in _EXPORTABLE:
+                setattr(config, _FIELD, chosen)
+        yield
+    finally:
+        for config, old in zip(configs, before, strict=True):
+            setattr(config, _FIELD, old)

@@ -1,0 +1,131 @@
+"""Repeats the last captured period of repeated layers as often as the model has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from tpcompile.capture.find_repeats import Repeat
+from tpcompile.capture.match_periods import BLOCK, Block, Match, match_periods, tag_by_flow
+
+Rename = Callable[[str], str]
+NewParam = Callable[[Node, Rename], Node]
+
+
+@dataclass(frozen=True)
+class RepeatedBlocks:
+    """Which layers of a captured program stand for others; ``node.meta["block"]`` says where they are.
+
+    Attributes:
+        repeats: the truncated lists of layers, numbered as in ``Block.repeat``.
+    """
+
+    repeats: tuple[Repeat, ...]
+
+
+def unroll(graph: Graph, blocks: RepeatedBlocks, new_param: NewParam) -> None:
+    """Replace, in place, the last captured period of every repeat by as many as the model has.
+
+    Nodes that passes inserted belong to the period in their ``meta["block"]``, else to where the data
+    flow puts them.
+
+    Args:
+        graph: a captured graph, before or after passes.
+        blocks: what capture said about it.
+        new_param: called with a placeholder of the last captured period and with a function that turns
+            that placeholder's original name (``layers.2.q.weight``) into the copy's (``layers.3.q.weight``);
+            adds a placeholder to the graph and returns it. Called copy by copy, in the graph's order.
+
+    Raises:
+        TpCompileError: the last two captured periods were rewritten differently.
+    """
+    tag_by_flow(graph, len(blocks.repeats))
+    # Export renames nodes behind the back of the graph's register of names, and copies would take those again.
+    graph._graph_namespace._used_names.update(node.name for node in graph.nodes)
+    for number, repeat in enumerate(blocks.repeats):
+        # Every match is made before its first copy, so that an error leaves this repeat untouched.
+        _Unroller(graph, number, repeat, match_periods(graph, number, repeat.kept - 1)).run(new_param)
+
+
+class _Unroller:
+    def __init__(self, graph: Graph, number: int, repeat: Repeat, match: Match) -> None:
+        self.graph, self.number, self.repeat, self.match = graph, number, repeat, match
+        self.stacks: dict[tuple[int, int], dict[str, Any]] = {}
+
+    def run(self, new_param: NewParam) -> None:
+        calls = self.match.calls
+        inside = set(calls)
+        readers = [(node, [user for user in node.users if user not in inside]) for node in calls]
+        end = self._delay_readers(calls)
+        latest: dict[Node, Node] = {node: node for node in calls}
+        for copy in range(1, self.repeat.copies + 1):
+            latest = self._copy(copy, latest, end, new_param)
+        for node, users in readers:
+            for user in users:
+                user.replace_input_with(node, latest[node])
+
+    def _delay_readers(self, calls: Sequence[Node]) -> Node:
+        """Moves what reads the period's results behind its last node; returns the node that follows it."""
+        members, late, moved = set(calls), set(), []
+        node, last = calls[0], calls[-1]
+        while node is not last:
+            if node not in members and any(n in members or n in late for n in node.all_input_nodes):
+                late.add(node)
+                moved.append(node)
+            node = node.next
+        for reader in reversed(moved):
+            last.append(reader)
+        return last.next
+
+    def _copy(self, copy: int, latest: dict[Node, Node], end: Node, new_param: NewParam) -> dict[Node, Node]:
+        """Adds one period before ``end``; ``latest`` holds the results of the period before it."""
+
+        def rename(name: str) -> str:
+            return self.repeat.shifted(name, copy)
+
+        block = Block(self.number, self.repeat.kept - 1 + copy)
+        new: dict[Node, Node] = {}
+        for weight in self.match.weights:
+            new[weight] = new_param(weight, rename)
+            new[weight].meta[BLOCK] = block
+
+        def operand(node: Node) -> Node:
+            if node in self.match.carried:
+                return latest[self.match.pairs[node]]
+            return new.get(node, node)
+
+        with self.graph.inserting_before(end):
+            for node in self.match.calls:
+                new[node] = self.graph.node_copy(node, operand)
+                new[node].meta[BLOCK] = block
+                if "nn_module_stack" in node.meta:
+                    new[node].meta["nn_module_stack"] = self._stack(node.meta["nn_module_stack"], copy)
+        return new
+
+    def _stack(self, stack: dict[str, Any], copy: int) -> dict[str, Any]:
+        """The module stack of a copy; keys keep export's form, ``L__self___layers_2``, only in that they differ."""
+        key = (id(stack), copy)
+        if key not in self.stacks:
+            shifted = {}
+            for name, (path, kind) in stack.items():
+                moved = self.repeat.shifted(path, copy)
+                new_key = name.replace(_flat(path), _flat(moved)) if moved != path else name
+                shifted[new_key] = (moved, kind)
+            self.stacks[key] = shifted
+        return self.stacks[key]
+
+
+def _flat(path: str) -> str:
+    return path.replace(".", "_")
+
+
+def dropped_names(names: Iterable[str], blocks: RepeatedBlocks) -> list[tuple[str, str]]:
+    """Return (name in the truncated model, name of its copy) for everything that was left out."""
+    found = []
+    for repeat in blocks.repeats:
+        last = [name for name in names if repeat.period_of(name) == repeat.kept - 1]
+        found += [(n, repeat.shifted(n, c)) for c in range(1, repeat.copies + 1) for n in last]
+    return found

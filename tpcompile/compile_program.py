@@ -1,0 +1,198 @@
+"""Compiles one call signature of a model: capture, plan, rewrite, lower, with all ranks in agreement."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.fx import GraphModule
+
+from .agree import compare, from_first, together
+from .capture import capture, flatten_call
+from .decisions import decisions_from_data, decisions_to_data
+from .errors import TpCompileError
+from .layout import WeightLayout
+from .lowering.groups import AxisGroups
+from .lowering.lower_graph import lower_graph
+from .passes.pipeline import Pass
+from .pipeline import canonical, plan_program, rewrite, split_copy
+from .pins import Pin, make_pins
+from .plan import Plan, make_plan
+from .plan_layout import layout_of, pins_from_layout
+from .planner.cost import CostModel
+from .print_graph import graph_text
+from .print_plan import size_text
+from .shell import whole_tensors
+from .work import Work
+
+
+# The packed matmuls that are split, and the decisions on each sub-axis.
+Decisions = tuple[list[str], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Attributes:
+        cost: the cost model.
+        pins: placements for single parameters.
+        dynamic: which dimensions of the inputs may change (see ``capture``).
+        memory: bytes of weights that a rank may hold, or None.
+        passes: passes that run after ours.
+        plan: a plan to follow instead of making one.
+    """
+
+    cost: CostModel
+    pins: Mapping[str, Pin]
+    dynamic: bool | Mapping[str, Any] = True
+    memory: float | None = None
+    passes: Sequence[Pass] = ()
+    plan: Plan | None = None
+
+
+@dataclass
+class Compiled:
+    """A compiled program.
+
+    Attributes:
+        planned: at global shapes, with decisions, before it was rewritten.
+        rewritten: at global shapes, with collectives.
+        plan: the plan.
+        local: this rank's graph (without a mesh: the one at global shapes).
+    """
+
+    planned: Work
+    rewritten: Work
+    plan: Plan
+    local: GraphModule
+
+
+class Compiler:
+    """Compiles the call signatures of one model.
+
+    Args:
+        options: what the user asked for.
+        ranks: the size of the mesh axis.
+        mesh: the mesh, or None to plan only.
+        axis: the name of the mesh axis, for a mesh of several.
+    """
+
+    def __init__(self, options: Options, ranks: int, mesh: DeviceMesh | None = None, axis: str | None = None) -> None:
+        self.options, self.ranks, self.mesh, self.axis = options, ranks, mesh, axis
+        self.group: dist.ProcessGroup | None = mesh.get_group(axis) if mesh is not None else None
+        self.rank = mesh.get_local_rank(axis) if mesh is not None else 0
+        self._groups: dict[tuple[int, ...], AxisGroups] = {}
+
+    def compile(self, model: nn.Module, bound: dict[str, Any], layout: WeightLayout | None) -> Compiled:
+        """Compiles one call signature, on all ranks together.
+
+        Args:
+            model: the model with its original class and whole weights (their values do not matter).
+            bound: the example call.
+            layout: where the weights already lie, or None if this program is to decide it.
+
+        Raises:
+            TpCompileError: on all ranks, if any of them fails or they disagree.
+        """
+        base = together(self.group, "capture the model", lambda: self._capture(model, bound))
+        graph = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
+        data = from_first(self.group, lambda: self._decide(base, layout, graph))
+        compare(self.group, "plans", [repr(data)])
+        planned = _follow(replace(base, layout=layout), data)
+        self._make_groups(planned.axes)
+        training = any(p.requires_grad for p in model.parameters()) or _wants_gradient(bound)
+
+        def finish() -> Compiled:
+            placed = layout_of(planned, whole_tensors(model)) if layout is None else layout
+            rewritten = _follow(replace(base, layout=layout), data)
+            rewrite(rewritten, training, self.options.passes)
+            plan = make_plan(planned, rewritten, placed, self.options.cost, graph)
+            return Compiled(planned, rewritten, plan, self._lower(rewritten))
+
+        return together(self.group, "lower the model", finish)
+
+    def _capture(self, model: nn.Module, bound: dict[str, Any]) -> Work:
+        differentiable = any(p.requires_grad for p in model.parameters())
+        device = None
+        if self.mesh is not None and self.mesh.device_type != "cpu":
+            device = torch.device(self.mesh.device_type, torch.cuda.current_device())
+        # A program captured with gradients also serves calls without them.
+        with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
+            captured = capture(model, bound, dynamic=self.options.dynamic, device=device)
+        return canonical(captured, self.ranks)
+
+    def _decide(self, base: Work, layout: WeightLayout | None, graph: str) -> Decisions:
+        given = self.options.plan
+        if given is not None and given.ranks != self.ranks:
+            raise TpCompileError(f"the plan is for {given.ranks} ranks, the mesh axis has {self.ranks}", todo="plan again")
+        if given is not None and given.graph == graph:
+            return list(given.layout.groups), given.decisions
+        if given is not None:
+            layout = given.layout
+        if layout is not None:
+            planned = plan_program(base, self.options.cost, pins_from_layout(layout), layout)
+        else:
+            planned = self._within_memory(base)
+        return sorted(planned.split_groups), decisions_to_data(planned)
+
+    def _within_memory(self, base: Work) -> Work:
+        pins, limit = make_pins(self.options.pins), self.options.memory
+        planned = plan_program(base, self.options.cost, pins)
+        if limit is None or _held(planned) <= limit:
+            return planned
+        tighter = plan_program(base, self.options.cost, pins, divide_small=True)
+        if _held(tighter) > limit:
+            raise TpCompileError(
+                f"the parameters take {size_text(_held(tighter))} on the fullest rank, more than the "
+                f"{size_text(limit)} allowed, with everything divided that can be",
+                todo="use more ranks, or allow more memory",
+            )
+        return tighter
+
+    def _make_groups(self, axes: tuple[int, ...]) -> None:
+        """Process groups of sub-axes are made by all ranks at the same point: it is a collective."""
+        if self.mesh is not None and axes not in self._groups:
+            every = range(len(axes))
+            subsets = [c for size in range(1, len(axes)) for c in itertools.combinations(every, size)]
+            self._groups[axes] = AxisGroups(self.mesh, axes, subsets, self.axis)
+
+    def _lower(self, rewritten: Work) -> GraphModule:
+        if self.mesh is None:
+            return GraphModule(nn.Module(), rewritten.graph)
+        axes = rewritten.axes
+        return lower_graph(rewritten, WeightLayout(axes, {}).coordinates(self.rank), self._groups[axes])
+
+
+def _follow(base: Work, data: Decisions) -> Work:
+    """A copy of a canonical program with decisions that were made for it."""
+    groups, decisions = data
+    copy = split_copy(base, frozenset(groups))
+    decisions_from_data(copy, decisions)
+    return copy
+
+
+def _held(planned: Work) -> float:
+    """Bytes of the program's parameters on the fullest rank."""
+    values = {s.spec.name: n.meta["val"] for n, s in planned.sources.items() if s.segment is not None}
+    shapes = {n: torch.empty(full_shape(planned, n), dtype=v.dtype, device="meta") for n, v in values.items()}
+    layout = layout_of(planned, shapes)
+    return max(layout.held(rank) for rank in range(layout.ranks))
+
+
+def full_shape(planned: Work, name: str) -> list[int]:
+    """The whole shape of a parameter, from any of its segments."""
+    segment = next(s.segment for s in planned.sources.values() if s.spec.name == name and s.segment is not None)
+    return [math.prod(dim) for dim in segment.factors]
+
+
+def _wants_gradient(bound: dict[str, Any]) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in flatten_call(bound)[0])

@@ -1,0 +1,64 @@
+"""The planner's decisions as plain data: for rank 0's broadcast, for plans on disk, for fingerprints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from .errors import TpCompileError
+from .placements import parse_placement
+from .planner.search import Assignment
+from .planner.strategies import strategies
+from .work import Work
+
+
+def decisions_to_data(work: Work) -> list[dict[str, Any]]:
+    """Per sub-axis: its size, the strategy of every call and the placement of every parameter and shared value."""
+    return [
+        {
+            "ranks": d.ranks,
+            "nodes": {n.name: _index(work, n, d) for n in d.nodes if len(d.nodes[n].outputs)},
+            "params": {n.name: str(p) for n, p in d.params.items()},
+            "shared": {n.name: str(p) for n, p in d.shared.items()},
+            "penalty": d.penalty,
+            "cost": d.cost,
+        }
+        for d in work.decisions
+    ]
+
+
+def _options(work: Work, node: Node) -> list[Any]:
+    assert work.planned_factors is not None
+    return strategies(node, work.planned_factors, lambda _: True)
+
+
+def _index(work: Work, node: Node, decision: Assignment) -> int:
+    return _options(work, node).index(decision.nodes[node])
+
+
+def decisions_from_data(work: Work, data: list[dict[str, Any]]) -> None:
+    """Gives a program the decisions that were made elsewhere for the same graph.
+
+    Raises:
+        TpCompileError: they are not about this graph.
+    """
+    work.planned_factors = work.factors()
+    by_name = {n.name: n for n in work.graph.nodes}
+    try:
+        work.decisions = [
+            Assignment(
+                d["ranks"],
+                {by_name[n]: _options(work, by_name[n])[i] for n, i in d["nodes"].items()},
+                {by_name[n]: parse_placement(p) for n, p in d["params"].items()},
+                {by_name[n]: parse_placement(p) for n, p in d["shared"].items()},
+                d["penalty"],
+                d["cost"],
+            )
+            for d in data
+        ]
+    except (KeyError, IndexError) as error:
+        raise TpCompileError(
+            f"the plan is about another graph ({error} is not in this one)",
+            todo="plan for this model and these inputs",
+        ) from error

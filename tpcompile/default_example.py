@@ -1,0 +1,27 @@
+"""The call that a transformers model is captured for when the user gives no example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+BATCH, LENGTH = 2, 16
+
+
+def default_example(model: nn.Module) -> dict[str, Any] | None:
+    """Arguments for a model that says what its main input is, or None: it is captured at its first call.
+
+    Token ids are [2, 16]; pictures take their size from the configuration. Values do not matter.
+    """
+    name, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
+    if config is None or not isinstance(name, str):
+        return None
+    if name == "input_ids":
+        return {"input_ids": torch.zeros(BATCH, LENGTH, dtype=torch.long)}
+    size = getattr(config, "image_size", None)
+    if name == "pixel_values" and size is not None:
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return {"pixel_values": torch.zeros(BATCH, getattr(config, "num_channels", 3), height, width)}
+    return None

@@ -1,0 +1,32 @@
+"""The one exception type that tpcompile raises on bad input."""
+
+from __future__ import annotations
+
+
+class TpCompileError(RuntimeError):
+    """A request that tpcompile refuses, raised before anything is changed or sent.
+
+    Args:
+        what: what is wrong, one sentence.
+        where: where in the model, plan, mesh or file; empty if the question makes no sense.
+        todo: what the user can do about it; empty only if nothing can be done.
+    """
+
+    def __init__(self, what: str, *, where: str = "", todo: str = "") -> None:
+        self.what = what
+        self.where = where
+        self.todo = todo
+        lines = [what]
+        if where:
+            lines.append(f"  where: {where}")
+        if todo:
+            lines.append(f"  what to do: {todo}")
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keeps the fields when the error crosses a process boundary (torch.multiprocessing pickles it).
+        return (_rebuild, (self.what, self.where, self.todo))
+
+
+def _rebuild(what: str, where: str, todo: str) -> TpCompileError:
+    return TpCompileError(what, where=where, todo=todo)

@@ -1,0 +1,88 @@
+"""Says why a parameter lies as it does: what the alternatives would have cost, what rules refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.fx import Node
+
+from .errors import TpCompileError
+from .factors import Factors
+from .placements import Placement, R, Shard
+from .planner.cost import CostModel
+from .planner.search import Search
+from .print_graph import target_text
+from .print_plan import time_text
+from .rules.rule import Rule
+from .work import Work
+
+
+def explain_module(work: Work, cost: CostModel, name: str) -> str:
+    """The explanation of ``Plan.explain``.
+
+    Args:
+        work: the planned program, before it was rewritten.
+        cost: the cost model it was planned with.
+        name: a module or parameter.
+
+    Raises:
+        TpCompileError: no parameter of the program belongs to that name.
+    """
+    assert work.planned_factors is not None
+    mine = [n for n, p in work.params().items() if p == name or p.startswith(name + ".")]
+    if not mine:
+        raise TpCompileError(
+            f"{name!r} has no parameters in this program", todo="name a module or parameter that the plan lists"
+        )
+    search = Search(work.graph, work.planned_factors, work.params(), cost, work.free_outputs())
+    return "\n".join(line for param in mine for line in _explain_param(work, search, param))
+
+
+def _explain_param(work: Work, search: Search, param: Node) -> Iterator[str]:
+    factors = work.planned_factors
+    assert factors is not None
+    yield f"{work.sources[param].spec.name} {_factored(factors, param)}"
+    for user in param.users:
+        yield f"  used by {user.name} = {target_text(user)}: {factors.rules.get(user, 'no call')}"
+    for axis, decision in enumerate(work.decisions):
+        label = f" on sub-axis {axis} of {decision.ranks}" if len(work.decisions) > 1 else ""
+        yield f"  chosen{label}: {decision.params[param]}"
+        best = decision.cost + decision.penalty
+        for option in _options(factors, param):
+            if option != decision.params[param]:
+                yield f"    {option}: {_price(work, search, param, option, axis, best)}"
+
+
+def _options(factors: Factors, param: Node) -> list[Placement]:
+    return [R, *(Shard(*place) for place in factors.places(param))]
+
+
+def _price(work: Work, search: Search, param: Node, option: Placement, axis: int, best: float) -> str:
+    ranks, prior = work.decisions[axis].ranks, work.decisions[:axis]
+    if isinstance(option, Shard):
+        atom = search.factors.places(param)[option.dim, option.factor]
+        if atom not in search.candidates:
+            return "refused: this dimension is dynamic, or no matmul has it"
+    try:
+        other = search.plan(ranks, prior, {param: frozenset({option})})
+    except TpCompileError:
+        return f"refused: {_refusal(search, param)}"
+    extra = other.cost + other.penalty - best
+    must = " (a large matrix must be divided)" if other.penalty > work.decisions[axis].penalty else ""
+    return f"{'+' if extra >= 0 else '-'}{time_text(abs(extra))}{must}"
+
+
+def _refusal(search: Search, param: Node) -> str:
+    reasons = []
+    for user in param.users:
+        rule = search.factors.rules.get(user)
+        if isinstance(rule, str):
+            reasons.append(f"{target_text(user)}: {rule}")
+        elif isinstance(rule, Rule) and rule.whole:
+            reasons.append(f"{target_text(user)} wants {', '.join(sorted(rule.whole))} whole")
+    return "; ".join(reasons) or "a weight is not gathered, and no user takes it so"
+
+
+def _factored(factors: Factors, param: Node) -> str:
+    dims = [" ".join(map(str, d)) if len(d) == 1 else f"({' '.join(map(str, d))})" for d in factors.layout(param)]
+    return "[" + ", ".join(d or "1" for d in dims) + "]"

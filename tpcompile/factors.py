@@ -1,0 +1,204 @@
+"""The factors of every dimension in a graph, found by unifying what the operators' rules say.
+
+A rule says which dimensions of one operator's operands and results are the same factor. Put
+together over a whole graph, a dimension of a weight is known to be ``(groups repeats head_dim)``
+because three operators later a view and an attention treat it so. Each dimension becomes an ordered
+list of atoms, major first; atoms are kept in a union-find, and splitting one splits it everywhere.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from .rules.rule import Labels, Rule, Size, divide, operands, results, sizes_of
+from .rules.table import rule_of
+
+Place = tuple[int, int]  # dimension, position of the factor in it
+
+
+@dataclass(frozen=True)
+class OpFactor:
+    """One atom of one node's computation: something that can be divided there.
+
+    Attributes:
+        atom: its class in the graph.
+        size: its size.
+        inputs: per operand, where it stands (None: the operand does not have it).
+        outputs: per result, likewise.
+        reduce: how results without it are completed (``sum``, ``max``), or ``""``.
+    """
+
+    atom: int
+    size: Size
+    inputs: tuple[Place | None, ...]
+    outputs: tuple[Place | None, ...]
+    reduce: str
+
+
+class Factors:
+    """Rules and factors of all nodes of one graph.
+
+    Args:
+        graph: the graph, with ``meta["val"]``.
+        known: factors that placeholders have from elsewhere, per dimension.
+
+    Attributes:
+        rules: per call node its rule, or why it has none.
+    """
+
+    def __init__(self, graph: Graph, known: Mapping[Node, Sequence[Sequence[int]]] | None = None) -> None:
+        self.rules: dict[Node, Rule | str] = {}
+        self._parent: list[int] = []
+        self._size: list[Size] = []
+        self._children: dict[int, tuple[int, int]] = {}
+        self._dims: dict[tuple[Node, int], list[int]] = {}
+        self._factors: dict[Node, tuple[OpFactor, ...]] = {}
+        self._stuck: dict[Node, set[str]] = {}
+        self._letters: dict[Node, dict[str, int]] = {}
+        for node in graph.nodes:
+            self._add(node)
+            for dim, sizes in zip(self._dims.get((node, 0), ()), (known or {}).get(node, ()), strict=False):
+                self._unify([dim], [self._new(s) for s in sizes])
+
+    # Reading.
+
+    def atoms(self, value: Node, dim: int) -> list[int]:
+        """The atoms of one dimension of a value, major first (none for a dimension of size 1)."""
+        node, result = producer(value)
+        root = self._dims[node, result][dim]
+        return list(self._leaves(root)) if self._size[root] != 1 else []
+
+    def layout(self, value: Node) -> tuple[tuple[Size, ...], ...]:
+        """The sizes of the factors of every dimension."""
+        rank = len(sizes_of(tensor_of(value)))
+        return tuple(tuple(self._size[a] for a in self.atoms(value, d)) for d in range(rank))
+
+    def places(self, value: Node) -> dict[Place, int]:
+        """All places of a value at which it could be divided, with their atoms."""
+        rank = len(sizes_of(tensor_of(value)))
+        return {(d, i): a for d in range(rank) for i, a in enumerate(self.atoms(value, d))}
+
+    def size(self, atom: int) -> Size:
+        """The size of an atom."""
+        return self._size[self._find(atom)]
+
+    def op_factors(self, node: Node) -> tuple[OpFactor, ...]:
+        """What can be divided in a node's computation, in the order of its letters."""
+        if node not in self._factors:
+            self._factors[node] = tuple(self._op_factors(node))
+        return self._factors[node]
+
+    # Building.
+
+    def _new(self, size: Size) -> int:
+        self._parent.append(len(self._parent))
+        self._size.append(size)
+        return len(self._parent) - 1
+
+    def _find(self, atom: int) -> int:
+        while self._parent[atom] != atom:
+            self._parent[atom] = self._parent[self._parent[atom]]
+            atom = self._parent[atom]
+        return atom
+
+    def _leaves(self, atom: int) -> Iterator[int]:
+        root = self._find(atom)
+        if root in self._children:
+            for child in self._children[root]:
+                yield from self._leaves(child)
+        else:
+            yield root
+
+    def _unify(self, left: list[int], right: list[int]) -> bool:
+        """Makes two lists of atoms equal, major first; False where they have no common factors."""
+        a = [leaf for x in left for leaf in self._leaves(x)]
+        b = [leaf for x in right for leaf in self._leaves(x)]
+        while a and b:
+            x, y = self._find(a[0]), self._find(b[0])
+            if x in self._children or y in self._children:  # split since the lists were made
+                a[:1], b[:1] = list(self._leaves(x)), list(self._leaves(y))
+                continue
+            if x == y:
+                a.pop(0), b.pop(0)
+                continue
+            size_x, size_y = self._size[x], self._size[y]
+            if size_x == size_y:
+                self._parent[max(x, y)] = min(x, y)
+                a.pop(0), b.pop(0)
+            elif (rest := divide(size_x, size_y)) is not None:
+                self._children[x] = (y, self._new(rest))
+            elif (rest := divide(size_y, size_x)) is not None:
+                self._children[y] = (x, self._new(rest))
+            else:
+                return False
+        return not a and not b
+
+    def _add(self, node: Node) -> None:
+        if node.op == "output" or (node.op == "call_function" and node.target is operator.getitem):
+            return
+        for i, tensor in enumerate(results(node)):
+            self._dims[node, i] = [self._new(s) for s in sizes_of(tensor)]
+        if node.op != "call_function" or not results(node):
+            return
+        rule = self.rules[node] = rule_of(node)
+        if isinstance(rule, str):
+            return
+        letters = self._letters[node] = {k: self._new(s) for k, s in rule.sizes.items()}
+        stuck = self._stuck[node] = set()
+        values = [*(producer(o) for o in operands(node)), *((node, i) for i in range(len(results(node))))]
+        for (owner, result), labels in zip(values, rule.inputs + rule.outputs, strict=True):
+            for dim, names in zip(self._dims[owner, result], labels, strict=True):
+                if names and not self._unify([dim], [letters[n] for n in names]):
+                    stuck.update(names)
+
+    def _op_factors(self, node: Node) -> Iterator[OpFactor]:
+        rule = self.rules.get(node)
+        if not isinstance(rule, Rule):
+            return
+        letters = self._letters[node]
+        for name in rule.sizes:
+            if name in rule.whole or name in self._stuck[node]:
+                continue
+            for k, atom in enumerate(self._leaves(letters[name])):
+                inputs = [self._place(labels, letters, name, k) for labels in rule.inputs]
+                outputs = [self._place(labels, letters, name, k) for labels in rule.outputs]
+                places = inputs + outputs
+                if any(p == "twice" for p in places):
+                    continue
+                reduce = rule.reduce.get(name, "")
+                if any(p is None for p in outputs) and not reduce:
+                    continue
+                yield OpFactor(atom, self._size[atom], tuple(inputs), tuple(outputs), reduce)  # type: ignore[arg-type]
+
+    def _place(self, labels: Labels, letters: dict[str, int], name: str, k: int) -> Place | str | None:
+        """Where the ``k``-th atom of a letter stands in a tensor."""
+        found: Place | str | None = None
+        for d, names in enumerate(labels):
+            position = 0
+            for other in names:
+                if other == name:
+                    found = (d, position + k) if found is None else "twice"
+                position += sum(1 for _ in self._leaves(letters[other]))
+        return found
+
+
+def producer(value: Node) -> tuple[Node, int]:
+    """The node that computes a value, and which of its tensor results the value is."""
+    if value.op == "call_function" and value.target is operator.getitem:
+        source, index = value.args
+        assert isinstance(source, Node) and isinstance(index, int)
+        val = source.meta["val"]
+        return source, sum(isinstance(v, torch.Tensor) for v in val[:index])
+    return value, 0
+
+
+def tensor_of(value: Node) -> torch.Tensor:
+    """The (fake, global) tensor of a value."""
+    val = value.meta["val"]
+    assert isinstance(val, torch.Tensor)
+    return val

@@ -1,0 +1,74 @@
+"""The compiler on one screen: from a captured program to a planned, rewritten one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .capture.program import Captured
+from .layout import WeightLayout
+from .passes.annotate_placements import AnnotatePlacements
+from .passes.canonicalise import Canonicalise
+from .passes.choose_collectives import ChooseCollectives
+from .passes.coalesce_collectives import CoalesceCollectives
+from .passes.insert_gradient_copies import InsertGradientCopies
+from .passes.insert_reshards import InsertReshards
+from .passes.pipeline import Pass, run_passes
+from .passes.split_packed_matmul import SplitPackedMatmul, group_of, packed_values
+from .planner.cost import CostModel
+from .planner.decide import Pins, decide, plan_on_axes
+from .work import Work
+
+
+def before_planning() -> list[Pass]:
+    """Passes that give the planner one form of everything."""
+    return [Canonicalise()]
+
+
+def after_planning(training: bool) -> list[Pass]:
+    """Passes that carry the plan out, still at global shapes."""
+    return [
+        AnnotatePlacements(),
+        InsertReshards(),
+        InsertGradientCopies(enabled=training),
+        ChooseCollectives(),
+        CoalesceCollectives(),
+    ]
+
+
+def canonical(captured: Captured, ranks: int) -> Work:
+    """A captured program in the one form that everything after it expects."""
+    work = Work(captured, ranks)
+    run_passes(work, before_planning())
+    return work
+
+
+def split_copy(base: Work, groups: frozenset[str]) -> Work:
+    """A copy of a program with some packed matmuls split."""
+    copy = base.copy()
+    run_passes(copy, [SplitPackedMatmul(groups)])
+    return copy
+
+
+def plan_program(
+    base: Work, cost: CostModel, pins: Pins, layout: WeightLayout | None = None, *, divide_small: bool = False
+) -> Work:
+    """A planned copy of a canonical program; nothing is rewritten for the plan yet.
+
+    Args:
+        base: the program.
+        cost: the cost model.
+        pins: the placements that parameters may have.
+        layout: where the weights already lie: only activations are planned then.
+        divide_small: small matrices must be divided too.
+    """
+    if layout is not None:
+        copy = split_copy(replace(base, layout=layout), frozenset(layout.groups))
+        return plan_on_axes(copy, layout.axes, cost, pins)
+    groups = list(dict.fromkeys(group_of(value) for value, _ in packed_values(base)))
+    return decide(base, cost, groups, split_copy, pins, divide_small)
+
+
+def rewrite(work: Work, training: bool, extra: Sequence[Pass] = ()) -> None:
+    """Carries a plan out in the graph: reshards, gradients, collectives, then the user's passes."""
+    run_passes(work, [*after_planning(training), *extra])

@@ -1,0 +1,79 @@
+"""How one value lies on one axis of the mesh: divided, whole, or as summands.
+
+The notation is DTensor's: ``S(0)``, ``R``, ``P(sum)``. One thing is added: a dimension may be a
+product of factors, major first (``(heads head_dim)``), and ``S(1/1)`` divides the second factor of
+dimension 1. ``S(1)`` is ``S(1/0)``, an ordinary shard whose unit is whatever the minor factors span.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .errors import TpCompileError
+
+
+@dataclass(frozen=True, order=True)
+class Replicate:
+    """Every rank holds the whole value."""
+
+    def __str__(self) -> str:
+        return "R"
+
+
+@dataclass(frozen=True, order=True)
+class Shard:
+    """Each rank holds a part of one factor of one dimension.
+
+    Attributes:
+        dim: the tensor dimension, counted from the front.
+        factor: which factor of that dimension is divided, major first.
+    """
+
+    dim: int
+    factor: int = 0
+
+    def __str__(self) -> str:
+        return f"S({self.dim})" if self.factor == 0 else f"S({self.dim}/{self.factor})"
+
+
+@dataclass(frozen=True, order=True)
+class Partial:
+    """The value is the reduction (``sum``, ``max``, ``min``) of what the ranks hold."""
+
+    op: str = "sum"
+
+    def __str__(self) -> str:
+        return f"P({self.op})"
+
+
+Placement = Replicate | Shard | Partial
+R = Replicate()
+P = Partial()
+
+_TEXT = re.compile(r"R|S\((\d+)(?:/(\d+))?\)|P\((sum|max|min)\)")
+
+
+def parse_placement(text: str) -> Placement:
+    """Reads what ``str`` of a placement prints.
+
+    Raises:
+        TpCompileError: the text is no placement.
+    """
+    match = _TEXT.fullmatch(text)
+    if match is None:
+        raise TpCompileError(f"{text!r} is no placement", todo="write R, S(dim), S(dim/factor) or P(sum)")
+    if text == "R":
+        return R
+    if text.startswith("S"):
+        return Shard(int(match[1]), int(match[2] or 0))
+    return Partial(match[3])
+
+
+def split_evenly(units: int, ranks: int) -> tuple[int, ...]:
+    """Sizes of the parts when ``units`` are divided over ``ranks``: the first ones get one more.
+
+    The largest part is ``ceil(units / ranks)``; with fewer units than ranks the last parts are empty.
+    """
+    base, extra = divmod(units, ranks)
+    return tuple(base + 1 if r < extra else base for r in range(ranks))

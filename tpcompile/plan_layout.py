@@ -1,0 +1,87 @@
+"""The weight layout that follows from a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+from torch.fx import Node
+
+from .errors import TpCompileError
+from .factors import Factors
+from .layout import ParamLayout, Segment, WeightLayout, whole_layout
+from .placements import Placement, R, Shard
+from .planner.decide import Pins
+from .work import Source, Work
+
+
+def layout_of(work: Work, tensors: Mapping[str, Tensor]) -> WeightLayout:
+    """The layout of all parameters and buffers of a model.
+
+    Args:
+        work: a planned program.
+        tensors: every parameter and buffer of the model by its original name (values do not matter);
+            those that the program does not use are whole.
+    """
+    parts: dict[str, list[tuple[Source, Segment]]] = {}
+    for node, source in work.sources.items():
+        if source.segment is not None:
+            placed = _placed(work, node, source.segment)
+            parts.setdefault(source.spec.name, []).append((source, placed))
+    params: dict[str, ParamLayout] = {}
+    for name, tensor in tensors.items():
+        layout = whole_layout(name, tensor, len(work.decisions))
+        if name in parts:
+            segments = tuple(s for _, s in sorted(parts[name], key=lambda p: p[0].order))
+            layout = replace(layout, segments=segments, packed_dim=work.packed_dims.get(name, 0))
+        params[name] = layout
+    return WeightLayout(work.axes, params, tuple(sorted(work.split_groups)))
+
+
+def _placed(work: Work, node: Node, segment: Segment) -> Segment:
+    assert work.planned_factors is not None, "the program must be planned"
+    atoms = tuple(tuple(int(s) for s in dim) or (1,) for dim in work.planned_factors.layout(node))
+    starts = [sum(len(d) for d in atoms[:i]) for i in range(len(atoms))]
+
+    def flat(placement: Placement) -> int | None:
+        return starts[placement.dim] + placement.factor if isinstance(placement, Shard) else None
+
+    return replace(segment, atoms=atoms, shards=tuple(flat(d.params[node]) for d in work.decisions))
+
+
+def pins_from_layout(layout: WeightLayout) -> Pins:
+    """Pins that keep every parameter where it lies: a later program plans its activations only."""
+
+    def resolve(work: Work, axis: int) -> Mapping[Node, frozenset[Placement]]:
+        factors = work.factors()
+        found = {}
+        for node, source in work.sources.items():
+            if source.segment is not None:
+                found[node] = frozenset({_placement(factors, node, work.held_as(source), axis)})
+        return found
+
+    return resolve
+
+
+def _placement(factors: Factors, node: Node, segment: Segment, axis: int) -> Placement:
+    """Where the atom that the layout divides stands among the (finer) factors of this program."""
+    flat = segment.shards[axis]
+    if flat is None:
+        return R
+    for dim, atoms in enumerate(segment.atoms):
+        if flat < len(atoms):
+            major = math.prod(atoms[:flat])
+            product = 1
+            for position, size in enumerate(factors.layout(node)[dim]):
+                if product == major and size == atoms[flat]:
+                    return Shard(dim, position)
+                product *= int(size)
+            raise TpCompileError(
+                "this call needs finer units of a parameter than it was divided by",
+                where=f"{node.name}, dimension {dim}",
+                todo="capture this call first",
+            )
+        flat -= len(atoms)
+    raise AssertionError("a shard names no factor")

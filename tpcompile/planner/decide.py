@@ -1,0 +1,81 @@
+"""The planner's outer decisions: which packed matmuls to split, into which sub-axes to cut the axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from torch.fx import Node
+
+from tpcompile.placements import Placement
+from tpcompile.work import Work
+
+from .cost import CostModel
+from .search import Assignment, Search
+from .sub_axes import sub_axes, unit_counts
+from .weights import worth_dividing
+
+# The placements allowed for parameters of a program, on one of its sub-axes.
+Pins = Callable[[Work, int], Mapping[Node, frozenset[Placement]]]
+Splitter = Callable[[Work, frozenset[str]], Work]
+
+
+def decide(
+    work: Work, cost: CostModel, groups: list[str], split: Splitter, pins: Pins, divide_small: bool = False
+) -> Work:
+    """The program with the least penalty, then the fewest sub-axes, then the least modelled time.
+
+    Args:
+        work: the canonical program.
+        cost: the cost model.
+        groups: packed matmuls that could be split.
+        split: gives a copy of a program with some groups split.
+        pins: the placements allowed for the parameters of a program.
+        divide_small: small matrices must be divided too.
+    """
+
+    def plan(chosen: frozenset[str], axes: tuple[int, ...]) -> Work:
+        return plan_on_axes(split(work, chosen), axes, cost, pins, divide_small)
+
+    best = _split_what_pays(plan, (work.ranks,), groups)
+    factors = best.factors()
+    units = unit_counts(factors, best.params(), worth_dividing(factors, set(best.params())))
+    axes = sub_axes(work.ranks, units)
+    if len(axes) > 1:
+        other = _split_what_pays(plan, axes, groups)
+        if _penalty(other) < _penalty(best):
+            best = other
+    return best
+
+
+def _split_what_pays(
+    plan: Callable[[frozenset[str], tuple[int, ...]], Work], axes: tuple[int, ...], groups: list[str]
+) -> Work:
+    chosen: frozenset[str] = frozenset()
+    best = plan(chosen, axes)
+    for group in groups:
+        trial = plan(chosen | {group}, axes)
+        if _score(trial) < _score(best):
+            best, chosen = trial, chosen | {group}
+    return best
+
+
+def plan_on_axes(
+    work: Work, axes: tuple[int, ...], cost: CostModel, pins: Pins, divide_small: bool = False
+) -> Work:
+    """The program with the decisions on each sub-axis, one after the other."""
+    factors = work.factors()
+    search = Search(work.graph, factors, work.params(), cost, work.free_outputs(), divide_small)
+    decisions: list[Assignment] = []
+    for i, ranks in enumerate(axes):
+        decisions.append(search.plan(ranks, decisions, pins(work, i)))
+    return replace(work, decisions=decisions, planned_factors=factors)
+
+
+def _penalty(work: Work) -> float:
+    return round(sum(d.penalty for d in work.decisions), 6)
+
+
+def _score(work: Work) -> tuple[float, float]:
+    # Rounded, so that a split that changes nothing is not made for the last bit of a sum.
+    return _penalty(work), float(f"{sum(d.cost for d in work.decisions):.6g}")

@@ -1,0 +1,78 @@
+"""What a node can do on one axis of the mesh, derived from its rule and its factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from ..factors import Factors, OpFactor, Place
+from ..placements import P, Partial, Placement, R, Shard
+from ..rules.rule import Rule, operands, results
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to compute a node on one axis.
+
+    Attributes:
+        inputs: the placement that each operand must have.
+        outputs: the placement of each result.
+        factor: the factor that is divided, if one is.
+    """
+
+    inputs: tuple[Placement, ...]
+    outputs: tuple[Placement, ...]
+    factor: OpFactor | None = None
+
+    def __str__(self) -> str:
+        return f"({', '.join(map(str, self.inputs))}) -> {', '.join(map(str, self.outputs))}"
+
+
+def strategies(node: Node, factors: Factors, may_divide: Callable[[OpFactor], bool]) -> list[Strategy]:
+    """All ways to compute a call node, in the order that breaks ties: whole, divided, partial."""
+    arity, width = len(operands(node)), len(results(node))
+    found = [whole(arity, width)]
+    rule = factors.rules.get(node)
+    if not isinstance(rule, Rule):
+        return found
+    for factor in factors.op_factors(node):
+        if may_divide(factor) and _reduces_numbers(node, factor):
+            found.append(_divided(factor, rule))
+    for group in rule.linear:
+        if group:
+            found.append(
+                Strategy(tuple(P if i in group else R for i in range(arity)), tuple(P for _ in range(width)))
+            )
+    return found
+
+
+def whole(arity: int, width: int) -> Strategy:
+    """Every rank computes the node as a whole."""
+    return Strategy((R,) * arity, (R,) * width)
+
+
+def _shard(place: Place) -> Shard:
+    return Shard(*place)
+
+
+def _reduces_numbers(node: Node, factor: OpFactor) -> bool:
+    """A partial result must be a number: truth values cannot be summed."""
+    missing = any(p is None for p in factor.outputs)
+    return not missing or all(r.dtype.itemsize > 1 for r in results(node))
+
+
+def _divided(factor: OpFactor, rule: Rule) -> Strategy:
+    inputs: list[Placement] = []
+    for i, place in enumerate(factor.inputs):
+        if place is not None:
+            inputs.append(_shard(place))
+        else:
+            inputs.append(P if i in rule.once and factor.reduce == "sum" and _reduced(factor) else R)
+    outputs = tuple(Partial(factor.reduce) if p is None else _shard(p) for p in factor.outputs)
+    return Strategy(tuple(inputs), outputs, factor)
+
+
+def _reduced(factor: OpFactor) -> bool:
+    return any(place is None for place in factor.outputs)

@@ -1,0 +1,76 @@
+"""Which parameters must be divided, and what it costs to leave one whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.fx import Node
+
+from ..factors import Factors, tensor_of
+from ..rules.rule import Rule, operands
+
+# A parameter below this share of the parameters beside it stays whole if dividing it would take a
+# collective of its own (a router, MLA's latent projections, the only key head of many query heads).
+SMALL = 0.2
+# What a whole small parameter costs, as a share of gathering its matmul's result: below one half, so
+# that a collective for it (or for a key and value pair) does not pay, but one for a statistic does.
+SMALL_PRICE = 0.4
+# Seconds; larger than any modelled step, so that dividing comes before time.
+MUST_DIVIDE = 1e4
+
+
+def module_of(name: str) -> str:
+    """The module that holds the leaf module of a parameter (``a.attn`` for ``a.attn.q.weight``)."""
+    return ".".join(name.split(".")[:-2])
+
+
+def shares(sizes: Mapping[str, float], names: Mapping[str, str]) -> dict[str, float]:
+    """Each parameter's share of the parameters beside it.
+
+    Beside it are those below the same parent module, repeated blocks (a numbered child) excepted:
+    an output head is held against the embedding, not against eighty layers.
+
+    Args:
+        sizes: bytes per key.
+        names: the parameter's name per key.
+    """
+    beside: dict[str, float] = {}
+    for key, size in sizes.items():
+        parts = names[key].split(".")
+        for depth in range(len(parts)):
+            if any(p.isdigit() for p in parts[depth:]):
+                continue
+            parent = ".".join(parts[:depth])
+            beside[parent] = beside.get(parent, 0.0) + size
+    return {key: size / beside.get(module_of(names[key]), size) for key, size in sizes.items()}
+
+
+def weight_root(value: Node, params: set[Node]) -> Node | None:
+    """The parameter that a value is a rearrangement of (views, casts, slices, rows), if it is one."""
+    while value not in params:
+        ops = operands(value) if value.op == "call_function" else []
+        if not ops or any(o.meta["val"].dtype.is_floating_point for o in ops[1:]):
+            return None
+        value = ops[0]
+    return value
+
+
+def worth_dividing(factors: Factors, params: set[Node]) -> set[int]:
+    """Atoms of static size that a parameter has where a contraction uses it: the candidates.
+
+    Other dimensions (batch, sequence, a position table's rows that are merely added) may not be
+    divided: that would be data parallelism, with whole weights.
+    """
+    found: set[int] = set()
+    for node, rule in factors.rules.items():
+        if not (isinstance(rule, Rule) and rule.contraction):
+            continue
+        for operand in operands(node):
+            if weight_root(operand, params) is not None:
+                found.update(factors.places(operand).values())
+    return {a for a in found if isinstance(factors.size(a), int)}
+
+
+def matrix(value: Node) -> bool:
+    """A parameter with at least two real dimensions; norms and biases may always stay whole."""
+    return sum(s != 1 for s in tensor_of(value).shape) >= 2

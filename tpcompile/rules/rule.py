@@ -1,0 +1,128 @@
+"""The form of a sharding rule: how the dimensions of an operator's operands and results relate.
+
+A rule labels every dimension with letters, major first, as in einsum; a letter that stands in
+several places is one factor of the computation. From the labels follow which placements are legal,
+what the results' placements are, and which gradients need a reduction. The idea is Shardy's
+(openxla/shardy, "sharding rule"): ``([i, k], [k, j]) -> ([i, j]) reduction={k}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+Size = int | sympy.Expr
+Dim = tuple[str, ...]
+Labels = tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The rule of one node.
+
+    Attributes:
+        inputs: per tensor operand (in the order of ``operands``), per dimension, its letters.
+        outputs: the same per tensor result.
+        sizes: the size of every letter.
+        whole: letters that may not be divided (a softmax's, a sort's).
+        reduce: letters missing from the results, with the reduction that completes them.
+        linear: sets of operands through which ``P(sum)`` passes if all of a set are partial.
+        once: operands that count once under a sum (a bias): partial when a ``sum`` letter is divided.
+        contraction: a matmul-like operator: its letters are worth dividing, its cost is arithmetic.
+        localize: the name of the rewrite that a divided letter needs, if constants do not do it.
+    """
+
+    inputs: tuple[Labels, ...]
+    outputs: tuple[Labels, ...]
+    sizes: Mapping[str, Size]
+    whole: frozenset[str] = frozenset()
+    reduce: Mapping[str, str] = field(default_factory=dict)
+    linear: tuple[frozenset[int], ...] = ()
+    once: frozenset[int] = frozenset()
+    contraction: bool = False
+    localize: str = ""
+
+    def __str__(self) -> str:
+        def tensor(labels: Labels) -> str:
+            return " ".join(
+                "1" if not d else d[0] if len(d) == 1 else "(" + " ".join(d) + ")" for d in labels
+            )
+
+        text = ", ".join(map(tensor, self.inputs)) + " -> " + ", ".join(map(tensor, self.outputs))
+        if self.reduce:
+            text += "  reduce " + " ".join(f"{k}:{v}" for k, v in self.reduce.items())
+        if self.whole:
+            text += "  whole " + " ".join(sorted(self.whole))
+        return text
+
+
+def operands(node: Node) -> list[Node]:
+    """The tensor-valued arguments of a node, in order, repeated ones repeated."""
+    found: list[Node] = []
+
+    def visit(arg: Any) -> Any:
+        if isinstance(arg, Node) and isinstance(arg.meta.get("val"), torch.Tensor):
+            found.append(arg)
+        return arg
+
+    torch.fx.node.map_aggregate((node.args, node.kwargs), visit)
+    return found
+
+
+def results(node: Node) -> list[torch.Tensor]:
+    """The tensors that a node computes (several for an operator that returns a tuple)."""
+    val = node.meta.get("val")
+    if isinstance(val, torch.Tensor):
+        return [val]
+    return [v for v in val if isinstance(v, torch.Tensor)] if isinstance(val, list | tuple) else []
+
+
+def sizes_of(tensor: torch.Tensor) -> tuple[Size, ...]:
+    """The shape, dynamic dimensions as sympy expressions."""
+    return tuple(d.node.expr if isinstance(d, torch.SymInt) else int(d) for d in tensor.shape)
+
+
+def shape(node: Node) -> tuple[Size, ...]:
+    """The shape of a node's (first) result."""
+    return sizes_of(results(node)[0])
+
+
+def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
+    """An argument by position or keyword."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def divide(a: Size, b: Size) -> Size | None:
+    """``a / b`` if ``b`` divides ``a`` for every value of the symbols, else None."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b and a % b == 0 else None
+    quotient = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
+    if sympy.denom(quotient) != 1:
+        return None
+    return int(quotient) if quotient.is_Integer else quotient
+
+
+class Letters:
+    """Hands out fresh letters and remembers their sizes."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, Size] = {}
+
+    def new(self, size: Size) -> str:
+        name = chr(ord("a") + len(self.sizes)) if len(self.sizes) < 26 else f"f{len(self.sizes)}"
+        self.sizes[name] = size
+        return name
+
+    def dims(self, shape: Sequence[Size]) -> Labels:
+        """One fresh letter per dimension, none for a dimension of size 1."""
+        return tuple(() if s == 1 else (self.new(s),) for s in shape)
+
+
+def letters_of(labels: Labels) -> frozenset[str]:
+    """All letters in the labels of one tensor."""
+    return frozenset(letter for dim in labels for letter in dim)

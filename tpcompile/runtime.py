@@ -1,0 +1,223 @@
+"""A sharded model at work: its programs, its weights, and how a call finds its program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from .capture import Captured, flatten_call
+from .capture.bind_call import CallSignature
+from .compile_program import Compiled, Compiler
+from .errors import TpCompileError
+from .layout import WeightLayout
+from .plan import Plan
+from .shell import shard_weights, tensors_by_name, unsharded
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where the value of a placeholder comes from: a parameter, buffer or constant, or a segment of one.
+
+    Attributes:
+        module: the module that holds it.
+        name: its name there.
+        constant: the value itself, for a constant of the graph.
+        segment: dimension, start and length of the segment in the local tensor, or None for all of it.
+    """
+
+    module: nn.Module | None
+    name: str
+    constant: Tensor | None = None
+    segment: tuple[int, int, int] | None = None
+
+    def get(self) -> Tensor:
+        """The value as it is now (optimizers and ``load_state_dict`` may have replaced it)."""
+        if self.constant is not None:
+            return self.constant
+        assert self.module is not None
+        value = getattr(self.module, self.name)
+        return value if self.segment is None else value.narrow(*self.segment)
+
+
+@dataclass
+class Program:
+    """One call signature of a sharded model.
+
+    Attributes:
+        compiled: the program at global shapes, planned and rewritten.
+        graph_module: this rank's lowered graph.
+        plan: what was decided.
+        training: ``model.training`` when it was captured.
+        names: the arguments that are given.
+        example: the leaves of the call that it was captured for, tensors without their values.
+        feeds: the placeholders before the user's inputs.
+        mutated: per buffer that the program changes, where it is.
+    """
+
+    compiled: Compiled
+    graph_module: GraphModule
+    plan: Plan
+    training: bool
+    names: tuple[str, ...]
+    example: tuple[Any, ...]
+    feeds: tuple[Feed, ...]
+    mutated: tuple[Feed, ...]
+
+    @property
+    def captured(self) -> Captured:
+        """The program as it was captured."""
+        return self.compiled.planned.captured
+
+    def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
+        """Whether a call is one of this program's; plain python, so that dynamo can trace it."""
+        if names != self.names or training != self.training or len(leaves) != len(self.example):
+            return False
+        for given, mine, spec in zip(leaves, self.example, self.captured.user_inputs, strict=True):
+            if isinstance(mine, Tensor) != isinstance(given, Tensor):
+                return False
+            if isinstance(mine, Tensor):
+                if given.dtype != mine.dtype or given.ndim != mine.ndim:
+                    return False
+                for size, extent in zip(given.shape, spec.extents or (), strict=False):
+                    if isinstance(extent, int) and size != extent:
+                        return False
+            elif type(given) is not type(mine) or given != mine:
+                return False
+        return True
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """Runs this rank's graph and rebuilds the model's output."""
+        inputs = [feed.get() for feed in self.feeds]
+        given = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
+        flat = self.graph_module(*inputs, *given)
+        if self.mutated:
+            for feed, new in zip(self.mutated, flat[len(flat) - len(self.mutated) :], strict=True):
+                with torch.no_grad():
+                    feed.get().copy_(new)
+        return self.captured.unflatten(flat)
+
+    def __str__(self) -> str:
+        arguments = ", ".join(
+            f"{spec.name}: {'x'.join(map(str, spec.extents))}" if spec.extents is not None else f"{spec.name}={spec.value}"
+            for spec in self.captured.user_inputs
+        )
+        return f"({arguments}) {'train' if self.training else 'eval'}"
+
+
+@dataclass
+class Runtime:
+    """Everything that a sharded module knows beyond the original one.
+
+    Attributes:
+        compiler: makes programs for this model on this mesh.
+        signature: the original forward's.
+        original: the original class of the module.
+        layout: where the weights lie; None until the first program decides it.
+        programs: one per call signature.
+    """
+
+    compiler: Compiler
+    signature: CallSignature
+    original: type[nn.Module]
+    layout: WeightLayout | None = None
+    programs: list[Program] = field(default_factory=list)
+
+    def call(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Runs a call on its program, which is captured if there is none yet."""
+        bound = self.bind(args, kwargs)
+        leaves, spec = flatten_call(bound)
+        names = tuple(bound)
+        for program in self.programs:
+            if program.fits(names, leaves, model.training):
+                if torch.compiler.is_compiling():
+                    return program.run(leaves)
+                if program.captured.in_spec == spec and program.captured.accepts(leaves) is None:
+                    with torch.autocast(leaves_device(leaves), enabled=False):
+                        return program.run(leaves)
+        if torch.compiler.is_compiling():
+            raise TpCompileError(
+                "no program was captured for this call, and none can be while torch.compile traces",
+                todo="call model.capture(...) with these arguments first",
+            )
+        return self.capture(model, bound).run(leaves)
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The call as keyword arguments in the order of the signature."""
+        try:
+            return self.signature.bind(args, kwargs)
+        except ValueError as error:
+            raise TpCompileError(
+                f"the call does not fit the model's forward, which {error}",
+                where=f"{self.original.__name__}.forward",
+                todo="give the arguments as you would call the model",
+            ) from None
+
+    def capture(self, model: nn.Module, bound: dict[str, Any]) -> Program:
+        """Compiles a program for a call; the first one also decides where the weights lie.
+
+        Raises:
+            TpCompileError: the call cannot be captured, planned or lowered; the model is unchanged.
+        """
+        if self.compiler.options.dynamic is False:
+            self._refuse_new_shapes(bound)
+        with unsharded(model, self.original, self.layout):
+            compiled = self.compiler.compile(model, bound, self.layout)
+        if self.layout is None:
+            self.layout = compiled.plan.layout
+            shard_weights(model, self.layout, self.compiler.rank)
+        leaves, _ = flatten_call(bound)
+        program = Program(
+            compiled=compiled,
+            graph_module=compiled.local,
+            plan=compiled.plan,
+            training=model.training,
+            names=tuple(bound),
+            example=tuple(x.to("meta") if isinstance(x, Tensor) else x for x in leaves),
+            feeds=make_feeds(model, compiled, self.compiler.rank),
+            mutated=tuple(
+                Feed(*tensors_by_name(model)[o.name])
+                for o in compiled.planned.captured.outputs
+                if o.kind == "buffer_mutation"
+            ),
+        )
+        self.programs.append(program)
+        return program
+
+    def _refuse_new_shapes(self, bound: dict[str, Any]) -> None:
+        leaves, _ = flatten_call(bound)
+        for program in self.programs:
+            same = program.names == tuple(bound) and len(leaves) == len(program.example)
+            if same and (why := program.captured.accepts(leaves)) is not None:
+                raise TpCompileError(
+                    f"the call has other shapes than the program was captured for: {why}",
+                    todo="parallelize with dynamic=True, or keep to the captured shapes",
+                )
+
+
+def leaves_device(leaves: Sequence[Any]) -> str:
+    """The device type of a call."""
+    return next((x.device.type for x in leaves if isinstance(x, Tensor)), "cpu")
+
+
+def make_feeds(model: nn.Module, compiled: Compiled, rank: int) -> tuple[Feed, ...]:
+    """Where each placeholder before the user's inputs gets its value."""
+    places = tensors_by_name(model)
+    work, layout = compiled.planned, compiled.plan.layout
+    feeds = []
+    for node in work.graph.find_nodes(op="placeholder"):
+        source = work.sources[node]
+        if source.spec.kind == "constant":
+            feeds.append(Feed(None, source.spec.name, work.captured.constants[source.spec.name]))
+        elif source.spec.kind != "user":
+            segment = None
+            if source.order >= 0:
+                dim = layout.params[source.spec.name].packed_dim
+                sizes = [s[dim] for s in layout.segment_shapes(source.spec.name, rank)]
+                segment = (dim, sum(sizes[: source.order]), sizes[source.order])
+            feeds.append(Feed(*places[source.spec.name], segment=segment))
+    return tuple(feeds)

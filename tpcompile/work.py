@@ -1,0 +1,149 @@
+"""The state that passes work on: the graph, where its inputs come from, and what was decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.fx import Graph, Node
+
+from .capture.program import Captured, InputSpec
+from .errors import TpCompileError
+from .factors import Factors
+from .layout import Segment, WeightLayout, whole_segment
+from .planner.search import Assignment
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a placeholder's value comes from.
+
+    Attributes:
+        spec: the captured input.
+        segment: for a parameter or buffer, which part of it (placements are filled in by the layout).
+        order: segments of one parameter are held in this order; -1 for a parameter in one piece.
+    """
+
+    spec: InputSpec
+    segment: Segment | None = None
+    order: int = -1
+
+
+@dataclass
+class Work:
+    """A program on its way through the compiler.
+
+    Attributes:
+        captured: what capture gave; its graph is the one that passes rewrite.
+        ranks: the size of the mesh axis.
+        sources: per placeholder, where its value comes from.
+        decisions: per sub-axis, what the planner decided (empty before planning).
+        planned_factors: the factors that the decisions are about.
+        packed_dims: per parameter that was split into segments, the dimension in which they differ.
+        split_groups: the packed matmuls that were split.
+        layout: where the weights already lie, if another program decided that.
+    """
+
+    captured: Captured
+    ranks: int
+    sources: dict[Node, Source] = field(default_factory=dict)
+    decisions: list[Assignment] = field(default_factory=list)
+    planned_factors: Factors | None = None
+    packed_dims: dict[str, int] = field(default_factory=dict)
+    split_groups: frozenset[str] = frozenset()
+    layout: WeightLayout | None = None
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            for node, spec in zip(self.graph.find_nodes(op="placeholder"), self.captured.inputs, strict=True):
+                segment = None
+                if spec.kind == "param":
+                    segment = whole_segment([int(s) for s in node.meta["val"].shape], 0)
+                self.sources[node] = Source(spec, segment)
+
+    @property
+    def graph(self) -> Graph:
+        """The graph."""
+        return self.captured.graph_module.graph
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The sizes of the sub-axes that were planned."""
+        return tuple(d.ranks for d in self.decisions)
+
+    def params(self) -> dict[Node, str]:
+        """Parameter placeholders (segments) with the original name of their parameter."""
+        return {n: s.spec.name for n, s in self.sources.items() if s.spec.kind == "param"}
+
+    def factors(self) -> Factors:
+        """Rules and factors of the graph as it is now."""
+        known = {}
+        for node, source in self.sources.items():
+            if self.layout is not None and source.segment is not None:
+                known[node] = self.held_as(source).atoms
+        return Factors(self.graph, known)
+
+    def held_as(self, source: Source) -> Segment:
+        """The segment of the given layout that a parameter placeholder is.
+
+        Raises:
+            TpCompileError: the layout holds the parameter in other segments than this program uses.
+        """
+        assert self.layout is not None and source.segment is not None
+        segments = self.layout.params[source.spec.name].segments
+        index = max(source.order, 0)
+        if (len(segments) > 1) != (source.order >= 0) or segments[index].shape != source.segment.shape:
+            raise TpCompileError(
+                "this call uses the packed parameter in another way than the call that it was divided for",
+                where=source.spec.name,
+                todo="pin the parameter to 'replicate', or capture this call first",
+            )
+        return segments[index]
+
+    def free_outputs(self) -> frozenset[Node]:
+        """Results that are handed back in whatever placement they have: the tensors of caches."""
+        return frozenset(
+            out
+            for out, spec in zip(self.outputs(), self.captured.outputs, strict=True)
+            if isinstance(out, Node) and spec.divided
+        )
+
+    def outputs(self) -> tuple[object, ...]:
+        """The graph's flat results."""
+        return tuple(self.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    def copy(self) -> Work:
+        """The same program on a graph of its own; fake tensors are shared."""
+        graph, moved = Graph(), {}
+        result = graph.graph_copy(self.graph, moved)
+        graph.output(result)
+        module = torch.fx.GraphModule(torch.nn.Module(), graph)
+        return replace(
+            self,
+            captured=replace(self.captured, graph_module=module),
+            sources={moved[n]: s for n, s in self.sources.items()},
+            decisions=[],
+            planned_factors=None,
+            packed_dims=dict(self.packed_dims),
+        )
+
+    def call_count(self) -> int:
+        """How many calls the graph has."""
+        return sum(n.op == "call_function" for n in self.graph.nodes)
+
+    def serial(self) -> int:
+        """Numbers the dumps."""
+        self.steps += 1
+        return self.steps
+
+    def text(self) -> str:
+        """The graph, a line per node: name, operator, operands, shape."""
+        from .print_graph import graph_text
+
+        return graph_text(self.graph)
+
+
+def is_tensor(node: Node) -> bool:
+    """Whether a node's value is one tensor."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
