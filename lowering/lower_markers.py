@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,45 +58,22 @@ def _all_reduce_coalesced(low: Lowering, node: Node) -> list[Node]:
 
 def _all_gather(low: Lowering, node: Node) -> Node:
     x, axes, place = node.args
-    before = x.meta["placement"]
-
-    def gather(value: Node, dim: int, sizes: list[int]) -> Node:
-        return low.emit(
-            ops.all_gather.default, value, low.groups.name(axes), dim, sizes, low.groups.index(axes), like=node
-        )
-
-    return _along(low, node, x, before, place, axes, gather)
+    return _along(low, node, _Move(ops.all_gather.default, x, x.meta["placement"], place, axes, from_part=True))
 
 
 def _reduce_scatter(low: Lowering, node: Node) -> Node:
     x, axes, place = node.args
-
-    def scatter(value: Node, dim: int, sizes: list[int]) -> Node:
-        return low.emit(
-            ops.reduce_scatter.default, value, low.groups.name(axes), dim, sizes, low.groups.index(axes), like=node
-        )
-
-    return _along(low, node, x, node.meta["placement"], place, axes, scatter)
+    return _along(low, node, _Move(ops.reduce_scatter.default, x, node.meta["placement"], place, axes))
 
 
 def _take_shard(low: Lowering, node: Node) -> Node:
     x, axes, place = node.args
-
-    def take(value: Node, dim: int, sizes: list[int]) -> Node:
-        return low.emit(
-            ops.take_shard.default, value, low.groups.name(axes), dim, sizes, low.groups.index(axes), like=node
-        )
-
-    return _along(low, node, x, node.meta["placement"], place, axes, take)
+    return _along(low, node, _Move(ops.take_shard.default, x, node.meta["placement"], place, axes))
 
 
 def _pad_shard(low: Lowering, node: Node) -> Node:
     x, axes, place = node.args
-
-    def pad(value: Node, dim: int, sizes: list[int]) -> Node:
-        return low.emit(ops.pad_shard.default, value, dim, sizes, low.groups.index(axes), like=node)
-
-    return _along(low, node, x, x.meta["placement"], place, axes, pad)
+    return _along(low, node, _Move(ops.pad_shard.default, x, x.meta["placement"], place, axes, from_part=True))
 
 
 def _all_to_all(low: Lowering, node: Node) -> Node:
@@ -103,14 +81,8 @@ def _all_to_all(low: Lowering, node: Node) -> Node:
     before, after = x.meta["placement"], node.meta["placement"]
     name, index = low.groups.name(axes), low.groups.index(axes)
     if src.factor or dst.factor:  # not contiguous: by way of the whole
-        whole = _along(
-            low, node, x, before, src, axes,
-            lambda v, d, s: low.emit(ops.all_gather.default, v, name, d, s, index, like=node),
-        )
-        return _along(
-            low, node, x, after, dst, axes,
-            lambda v, d, s: low.emit(ops.take_shard.default, v, name, d, s, index, like=node), whole,
-        )
+        whole = _along(low, node, _Move(ops.all_gather.default, x, before, src, axes, from_part=True))
+        return _along(low, node, _Move(ops.take_shard.default, x, after, dst, axes, local=whole))
     sizes = [
         [p * low.shapes.minor(x, place, shard) for p in low.shapes.parts(x, place, shard, axes)]
         for place, shard in ((before, src), (after, dst))
@@ -128,31 +100,43 @@ def _copy_to_ranks(low: Lowering, node: Node) -> Node:
     return low.emit(ops.copy_to_ranks.default, low.map(x), low.groups.name(axes), like=node)
 
 
-def _along(
-    low: Lowering,
-    node: Node,
-    value: Node,
-    placements: Placements,
-    place: Shard,
-    axes: Axes,
-    collective: Callable[[Node, int, list[int]], Node],
-    local: Node | None = None,
-) -> Node:
-    """Applies a collective along a factor; one that is not the major of its dimension is exposed first."""
-    x = low.map(value) if local is None else local
-    minor = low.shapes.minor(value, placements, place)
-    sizes = [p * minor for p in low.shapes.parts(value, placements, place, axes)]
-    if place.factor == 0:
-        return collective(x, place.dim, sizes)
-    atoms = low.shapes.atoms(value, placements)[place.dim][: place.factor]
-    major = 1
-    for atom in atoms:
-        assert isinstance(atom, int)
-        major *= atom
-    inner = x.meta["val"].shape[place.dim] // major
-    opened = low.emit(aten.unflatten.int, x, place.dim, [major, int(inner)], like=node)
-    moved = collective(opened, place.dim + 1, sizes)
-    return low.emit(aten.flatten.using_ints, moved, place.dim, place.dim + 1, like=node)
+@dataclass(frozen=True)
+class _Move:
+    """A collective along a factor.
+
+    Attributes:
+        op: the operator.
+        value: the value in the global graph.
+        placements: its placements on the side where the factor is divided.
+        place: the factor.
+        axes: the sub-axes of the group.
+        from_part: the factor is divided before, not after.
+        local: the local value, if it is not the value's own.
+    """
+
+    op: Any
+    value: Node
+    placements: Placements
+    place: Shard
+    axes: Axes
+    from_part: bool = False
+    local: Node | None = None
+
+
+def _along(low: Lowering, node: Node, move: _Move) -> Node:
+    """Issues a collective along a factor; one that is not the major of its dimension is exposed first."""
+    x = low.map(move.value) if move.local is None else move.local
+    dim, index = move.place.dim, low.groups.index(move.axes)
+    minor = low.shapes.minor(move.value, move.placements, move.place)
+    parts = low.shapes.parts(move.value, move.placements, move.place, move.axes)
+    sizes = [p * minor for p in parts]
+    group = [] if move.op is ops.pad_shard.default else [low.groups.name(move.axes)]
+    if move.place.factor == 0:
+        return low.emit(move.op, x, *group, dim, sizes, index, like=node)
+    inner = sizes[index] if move.from_part else sum(sizes)
+    opened = low.emit(aten.unflatten.int, x, dim, [-1, inner], like=node)
+    moved = low.emit(move.op, opened, *group, dim + 1, sizes, index, like=node)
+    return low.emit(aten.flatten.using_ints, moved, dim, dim + 1, like=node)
 
 
 _LOWER: dict[Any, Callable[[Lowering, Node], Any]] = {

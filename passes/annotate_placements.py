@@ -27,5 +27,3 @@ class AnnotatePlacements(Pass):
             if node.op == "call_function" and owner is node:
                 node.meta["strategies"] = tuple(d.nodes.get(node) for d in work.decisions)
         return True
-
-

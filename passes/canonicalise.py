@@ -17,6 +17,7 @@ from .pipeline import Pass
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unsafe_split.Tensor}
+_COPIES = {aten.clone.default, aten.lift_fresh_copy.default, aten.detach.default, aten.alias.default}
 # What each fills with; None where an argument tells. Uninitialised memory is zeroed: it is only made
 # to be filled, and ranks must agree.
 _NEW = {
@@ -57,7 +58,12 @@ class Canonicalise(Pass):
 
 
 def _is_identity(node: Node) -> bool:
-    if not is_tensor(node) or not node.args or not isinstance(node.args[0], Node) or not is_tensor(node.args[0]):
+    if (
+        not is_tensor(node)
+        or not node.args
+        or not isinstance(node.args[0], Node)
+        or not is_tensor(node.args[0])
+    ):
         return False
     same = shape(node.args[0]) == shape(node)
     if node.target is aten.slice.Tensor or node.target in _VIEWS or node.target is aten.expand.default:
@@ -94,9 +100,13 @@ def _split_to_slices(node: Node) -> None:
 def _constant_position(work: Work, node: Node) -> tuple[int, int] | None:
     """Dimension and position, if the only index is a constant with one element."""
     given = [(d, i) for d, i in enumerate(node.args[1]) if i is not None]  # type: ignore[arg-type]
-    if len(given) != 1 or given[0][1] not in work.sources:
+    if len(given) != 1:
         return None
     dim, index = given[0]
+    while index.target in _COPIES:
+        index = index.args[0]
+    if index not in work.sources:
+        return None
     source = work.sources[index].spec
     value = work.captured.constants.get(source.name) if source.kind == "constant" else None
     if value is None or tuple(value.shape) != (1,) or value.dtype == torch.bool:

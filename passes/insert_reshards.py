@@ -62,7 +62,9 @@ class _Inserter:
         free = self.work.free_outputs()
         node.args = (
             tuple(
-                self.bring(out, self.whole) if isinstance(out, Node) and is_tensor(out) and out not in free else out
+                self.bring(out, self.whole)
+                if isinstance(out, Node) and is_tensor(out) and out not in free
+                else out
                 for out in self.work.outputs()
             ),
         )
@@ -70,9 +72,7 @@ class _Inserter:
     def bring(self, value: Node, want: Placements) -> Node:
         """The value in a placement, by way of the one in which it is handed on."""
         own = value.meta["placement"]
-        shared = tuple(
-            d.shared.get(value, mine) for d, mine in zip(self.work.decisions, own, strict=True)
-        )
+        shared = tuple(d.shared.get(value, mine) for d, mine in zip(self.work.decisions, own, strict=True))
         return self.convert(self.convert(value, own, shared), shared, want)
 
     def convert(self, value: Node, src: Placements, dst: Placements) -> Node:

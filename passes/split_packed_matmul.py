@@ -110,7 +110,12 @@ def _part(node: Node) -> Part | None:
     start = start or 0
     dim %= len(shape(source))
     size = shape(source)[dim]
-    if not isinstance(size, int) or step != 1 or not isinstance(start, int) or not isinstance(stop, int | None):
+    if (
+        not isinstance(size, int)
+        or step != 1
+        or not isinstance(start, int)
+        or not isinstance(stop, int | None)
+    ):
         return None
     start, stop, _ = slice(start, stop).indices(size)
     return Part(dim, (size,), 0, start, stop)
@@ -190,7 +195,11 @@ class _Splitter:
         replaced = iter([self._compute(o, p, order) if p else o for o, p in inputs])
 
         def swap(arg: Any) -> Any:
-            return next(replaced) if isinstance(arg, Node) and isinstance(arg.meta.get("val"), torch.Tensor) else arg
+            return (
+                next(replaced)
+                if isinstance(arg, Node) and isinstance(arg.meta.get("val"), torch.Tensor)
+                else arg
+            )
 
         args, kwargs = torch.fx.node.map_aggregate((value.args, value.kwargs), swap)
         rule = self.factors.rules[value]

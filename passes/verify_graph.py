@@ -25,7 +25,9 @@ def verify_graph(work: Work, after: str) -> None:
         if node.op != "output" and "val" not in node.meta:
             raise TpCompileError(f"node {node.name} has no value", where=f"after {after}", todo="report this")
         if node.op == "placeholder" and node not in work.sources:
-            raise TpCompileError(f"input {node.name} has no source", where=f"after {after}", todo="report this")
+            raise TpCompileError(
+                f"input {node.name} has no source", where=f"after {after}", todo="report this"
+            )
         val = node.meta.get("val")
         if isinstance(val, torch.Tensor) and not isinstance(val, torch._subclasses.FakeTensor):
             raise TpCompileError(f"{node.name} holds real data", where=f"after {after}", todo="report this")

@@ -108,19 +108,19 @@ class Case:
         return f"{self.op}({', '.join([*map(text, self.args), *named])})"
 
 
-def _map(arg: Any, change: Callable[[Operand], Any]) -> Any:
+def map_operands(arg: Any, change: Callable[[Operand], Any]) -> Any:
     if isinstance(arg, Operand):
         return change(arg)
     if isinstance(arg, list | tuple):
-        return type(arg)(_map(a, change) for a in arg)
+        return type(arg)(map_operands(a, change) for a in arg)
     if isinstance(arg, dict):
-        return {k: _map(v, change) for k, v in arg.items()}
+        return {k: map_operands(v, change) for k, v in arg.items()}
     return arg
 
 
-def _operands(case: Case) -> list[Operand]:
+def operands_of(case: Case) -> list[Operand]:
     found: dict[Operand, None] = {}
-    _map((case.args, case.kwargs), lambda o: found.setdefault(o))
+    map_operands((case.args, case.kwargs), lambda o: found.setdefault(o))
     return list(found)
 
 
@@ -137,7 +137,7 @@ class Program:
     def __init__(self, case: Case) -> None:
         self.case = case
         torch.manual_seed(0)
-        found = _operands(case)
+        found = operands_of(case)
         self.inputs = [o.make(o.shape) for o in found]
         self.expected = self.compute(case.args, case.kwargs, dict(zip(found, self.inputs, strict=True)))
         graph, self.node = self._graph(found)
@@ -151,7 +151,7 @@ class Program:
 
     def compute(self, args: Any, kwargs: Any, values: dict[Operand, Tensor]) -> list[Tensor]:
         """The operator on real tensors."""
-        args, kwargs = _map((args, kwargs), lambda o: values[o])
+        args, kwargs = map_operands((args, kwargs), lambda o: values[o])
         return _tensors(self.case.op(*args, **kwargs))
 
     def _graph(self, found: list[Operand]) -> tuple[Graph, Node]:
@@ -160,7 +160,7 @@ class Program:
         for i, (operand, value) in enumerate(zip(found, self.inputs, strict=True)):
             nodes[operand] = graph.placeholder(f"x{i}")
             nodes[operand].meta["val"] = mode.from_tensor(value)
-        args, kwargs = _map((self.case.args, self.case.kwargs), lambda o: nodes[o])
+        args, kwargs = map_operands((self.case.args, self.case.kwargs), lambda o: nodes[o])
         call = graph.call_function(self.case.op, args, kwargs)
         fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         with mode, torch.no_grad():
@@ -179,8 +179,9 @@ class Program:
                 yield item
 
     def strategies(self) -> list[Strategy]:
-        """Everything that the rule offers."""
-        return strategies(self.node, self.factors, lambda _: True)
+        """Everything that the rule offers, as far as a value that is used twice is wanted in one placement."""
+        found = strategies(self.node, self.factors, lambda _: True)
+        return [s for s in found if self.wants(s) is not None]
 
     def placed(self, axes: tuple[int, ...], chosen: Sequence[Strategy], gradients: bool = False) -> Work:
         """The program with one strategy per sub-axis, its inputs lying as these want."""
@@ -188,19 +189,19 @@ class Program:
         node = next(n for n in work.graph.nodes if n.op == "call_function" and n.target is self.case.op)
         places = work.graph.find_nodes(op="placeholder")
         for ranks, strategy in zip(axes, chosen, strict=True):
-            params = dict(zip(places, self._wants(strategy), strict=True))
+            params = dict(zip(places, self.wants(strategy) or [], strict=True))
             work.decisions.append(Assignment(ranks, {node: strategy}, params))
         work.planned_factors = Factors(work.graph)
         AnnotatePlacements().apply(work)
         InsertGradientCopies(gradients).apply(work)
         return work
 
-    def _wants(self, strategy: Strategy) -> list[Placement]:
-        """The placement of every placeholder; one that is used twice must be wanted in one placement."""
-        wants: dict[Operand, Placement] = {}
+    def wants(self, strategy: Strategy) -> list[Placement] | None:
+        """The placement of every placeholder; None if one of them is wanted in two."""
+        wants: dict[Operand, set[Placement]] = {}
         at = iter(strategy.inputs)
-        _map((self.case.args, self.case.kwargs), lambda o: wants.setdefault(o, next(at)))
-        return list(wants.values())
+        map_operands((self.case.args, self.case.kwargs), lambda o: wants.setdefault(o, set()).add(next(at)))
+        return [w.pop() for w in wants.values()] if all(len(w) == 1 for w in wants.values()) else None
 
     def layouts(self) -> tuple[list[Any], list[Any]]:
         """The sizes of the factors of the inputs, and of the results."""
@@ -228,7 +229,7 @@ def lay_out(value: Tensor, layout: Any, axes: tuple[int, ...], placements: Seque
     pieces = [(value, [list(d) for d in layout])]
     for ranks, placement in zip(axes, placements, strict=True):
         pieces = [part for piece in pieces for part in _cut(*piece, ranks, placement)]
-    return [piece.contiguous() for piece, _ in pieces]
+    return [piece.clone(memory_format=torch.contiguous_format) for piece, _ in pieces]
 
 
 def _cut(value: Tensor, atoms: Atoms, ranks: int, placement: Placement) -> list[tuple[Tensor, Atoms]]:
@@ -323,7 +324,7 @@ def compare_gradients(program: Program, axes: tuple[int, ...], chosen: Sequence[
         AssertionError: a rank's gradient of an input is not what belongs to the input's placement.
     """
     whole = [x.clone().requires_grad_(_differentiable(x)) for x in program.inputs]
-    values = dict(zip(_operands(program.case), whole, strict=True))
+    values = dict(zip(operands_of(program.case), whole, strict=True))
     results = program.compute(program.case.args, program.case.kwargs, values)
     used = [i for i, y in enumerate(results) if y.requires_grad]
     if not used:
@@ -348,7 +349,7 @@ def compare_gradients(program: Program, axes: tuple[int, ...], chosen: Sequence[
     found = iter(got)
     by_rank = [[next(found) if x.requires_grad else None for x in feed] for feed in leaves]
     wanted = iter(expected)
-    wants = [program._wants(s) for s in chosen]
+    wants = [program.wants(s) or [] for s in chosen]
     for k, x in enumerate(whole):
         if not x.requires_grad:
             continue

@@ -103,17 +103,17 @@ def state_of(model: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def assert_unrolls(model: nn.Module, bound: dict[str, Any], other: dict[str, Any]) -> None:
+def assert_unrolls(model: nn.Module, bound: dict[str, Any], other: dict[str, Any] | None = None) -> None:
     """The truncated capture, unrolled, is node for node the full capture, and computes the same bits."""
-    before = state_of(model)
-    short = capture_repeated(model, bound)
+    before, dynamic = state_of(model), other is not None
+    short = capture_repeated(model, bound, dynamic=dynamic)
     assert state_of(model) == before
     assert isinstance(short, ShortCapture), short.notes
-    full, whole = capture(model, bound), unroll_captured(short)
+    full, whole = capture(model, bound, dynamic=dynamic), unroll_captured(short)
     assert whole.inputs == full.inputs
     assert whole.outputs == full.outputs
     assert graph_text(whole) == graph_text(full)
-    for call_ in (bound, other):
+    for call_ in (bound, other) if other else (bound,):
         torch.testing.assert_close(run(whole, model, call_), run(full, model, call_), rtol=0, atol=0)
 
 
@@ -125,35 +125,33 @@ def language_call(model: nn.Module, *shape: int) -> dict[str, Any]:
     ("kind", "layers", "changes", "repeat"),
     [
         ("llama", 12, {}, Repeat("model.layers", 0, 1, 12)),
-        ("gemma2", 13, {"sliding_window": 4}, Repeat("model.layers", 0, 2, 6)),
+        ("gemma2", 12, {"sliding_window": 4}, Repeat("model.layers", 0, 2, 6)),
         ("deepseek_v3", 10, {}, Repeat("model.layers", 1, 1, 9)),
-        ("gpt2", 6, {"n_embd": 48, "n_head": 6, "n_positions": 64}, Repeat("transformer.h", 0, 1, 6)),
     ],
 )
 def test_language_models(kind: str, layers: int, changes: dict[str, Any], repeat: Repeat) -> None:
     model = tiny(kind, layers, **changes)
     assert find_repeats(model) == [repeat]
-    assert_unrolls(model, language_call(model, 2, 7), language_call(model, 3, 9))
+    # Sizes are left open for one model only: that makes captures several times slower.
+    other = language_call(model, 3, 9) if kind == "llama" else None
+    assert_unrolls(model, language_call(model, 2, 7), other)
 
 
 def test_plain_encoder() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(24, 3, 40, batch_first=True)
     model = nn.TransformerEncoder(layer, 8, norm=nn.LayerNorm(24), enable_nested_tensor=False).eval()
-    assert_unrolls(
-        model, bind_call(model, (torch.randn(2, 5, 24),), {}), bind_call(model, (torch.randn(3, 9, 24),), {})
-    )
+    assert_unrolls(model, bind_call(model, (torch.randn(2, 5, 24),), {}))
 
 
 def test_two_lists() -> None:
     torch.manual_seed(0)
-    model = nn.Transformer(24, 3, 6, 7, 40, batch_first=True).eval()
+    model = nn.Transformer(24, 3, 5, 6, 40, batch_first=True).eval()
     assert [r.path for r in find_repeats(model)] == ["encoder.layers", "decoder.layers"]
-    calls = [bind_call(model, (torch.randn(b, 5, 24), torch.randn(b, 7, 24)), {}) for b in (2, 3)]
-    assert_unrolls(model, calls[0], calls[1])
+    assert_unrolls(model, bind_call(model, (torch.randn(2, 5, 24), torch.randn(2, 7, 24)), {}))
 
 
-# ------------------------------------------------------------------------------------- layers that only seem equal
+# ------------------------------------------------------------------------------- layers that only seem equal
 
 
 class Layer(nn.Module):
@@ -213,13 +211,11 @@ def late_scale(i: int, x: torch.Tensor) -> torch.Tensor:
 def test_a_loop_that_adds() -> None:
     torch.manual_seed(0)
     model = Stack(straight)
-    first, second = (bind_call(model, (torch.randn(b, 5, 8),), {}) for b in (2, 3))
-    short = capture_repeated(model, first)
+    bound = bind_call(model, (torch.randn(2, 5, 8),), {})
+    short = capture_repeated(model, bound, dynamic=False)
     assert isinstance(short, ShortCapture)
     assert sum(s.kind == "constant" for s in short.inputs) == 1
-    whole = unroll_captured(short)
-    for bound in (first, second):
-        torch.testing.assert_close(run(whole, model, bound), model(**bound), rtol=0, atol=0)
+    torch.testing.assert_close(run(unroll_captured(short), model, bound), model(**bound), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +236,7 @@ def test_falls_back(twist: Callable[[int, torch.Tensor], torch.Tensor], style: s
     model = Stack(twist, style)
     bound = bind_call(model, (torch.randn(2, 5, 8),), {})
     before = state_of(model)
-    captured = capture_repeated(model, bound)
+    captured = capture_repeated(model, bound, dynamic=False)
     assert state_of(model) == before
     assert not isinstance(captured, ShortCapture)
     assert unroll_captured(captured) is captured
@@ -250,15 +246,14 @@ def test_falls_back(twist: Callable[[int, torch.Tensor], torch.Tensor], style: s
     torch.testing.assert_close(run(captured, model, bound), expected, rtol=0, atol=0)
 
 
-def test_caches_and_hidden_states_fall_back() -> None:
-    model = tiny("llama", 6)
-    for extra in ({}, {"use_cache": False, "output_hidden_states": True}):
-        captured = capture_repeated(model, bind_call(model, (), {"input_ids": tokens(2, 7), **extra}))
-        assert not isinstance(captured, ShortCapture) and captured.notes
-        assert len(captured.outputs) > 6
+def test_caches_fall_back() -> None:
+    model = tiny("llama", 5)
+    captured = capture_repeated(model, bind_call(model, (), {"input_ids": tokens(2, 7)}), dynamic=False)
+    assert not isinstance(captured, ShortCapture) and "also used by output" in captured.notes[-1]
+    assert len(captured.outputs) > 5
 
 
-# ------------------------------------------------------------------------------------------------- finding repeats
+# ------------------------------------------------------------------------------------------- finding repeats
 
 
 def widths(*sizes: int) -> list[Repeat]:
@@ -294,7 +289,7 @@ def test_a_different_last_layer_is_kept() -> None:
 
 def assert_unrolls_stack(model: Stack) -> None:
     bound = bind_call(model, (torch.randn(2, 5, 8),), {})
-    short = capture_repeated(model, bound)
+    short = capture_repeated(model, bound, dynamic=False)
     assert isinstance(short, ShortCapture), short.notes
     whole = unroll_captured(short)
     assert [s.name for s in whole.inputs if s.kind == "param"] == [n for n, _ in model.named_parameters()]
@@ -311,7 +306,7 @@ def test_truncated_restores_after_an_error() -> None:
     assert [name for name, _ in model.named_parameters()] == names
 
 
-# -------------------------------------------------------------------------------------------------- after passes
+# ---------------------------------------------------------------------------------------------- after passes
 
 
 def linears(short: ShortCapture) -> list[Node]:
@@ -331,26 +326,31 @@ def insert_identities(short: ShortCapture, *, tagged: bool, skip: int = 0) -> No
             user.replace_input_with(linear, same)
 
 
-@torch.no_grad()
+def short_stack(depth: int) -> tuple[Stack, dict[str, Any], ShortCapture]:
+    torch.manual_seed(0)
+    model = Stack(straight, depth=depth)
+    bound = bind_call(model, (torch.randn(2, 5, 8),), {})
+    short = capture_repeated(model, bound, dynamic=False)
+    assert isinstance(short, ShortCapture), short.notes
+    return model, bound, short
+
+
 @pytest.mark.parametrize("tagged", [True, False])
 def test_unrolls_after_a_rewrite(tagged: bool) -> None:
-    model = tiny("llama", 12)
-    bound = language_call(model, 2, 7)
-    short = capture_repeated(model, bound)
-    assert isinstance(short, ShortCapture)
+    model, bound, short = short_stack(12)
     insert_identities(short, tagged=tagged)
     whole = unroll_captured(short)
     graph = whole.graph_module.graph
-    assert len(graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)) == 12 * 7 + 1
-    assert {block_of(n).period for n in graph.nodes if BLOCK in n.meta} == set(range(12))  # type: ignore[union-attr]
-    torch.testing.assert_close(run(whole, model, bound), model(**bound).logits, rtol=0, atol=0)
+    assert len(graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)) == 12 * 2
+    blocks = [block for node in graph.nodes if (block := block_of(node))]
+    assert {block.period for block in blocks} == set(range(12))
+    torch.testing.assert_close(run(whole, model, bound), model(**bound), rtol=0, atol=0)
 
 
 def test_cut_weights_are_copied_one_by_one() -> None:
     """A pass may have replaced a weight by two halves: each is asked for, under the weight's own name."""
-    model = Stack(straight, depth=6)
-    short = capture_repeated(model, bind_call(model, (torch.randn(2, 5, 8),), {}))
-    assert isinstance(short, ShortCapture) and short.blocks is not None
+    _, _, short = short_stack(6)
+    assert short.blocks is not None
     graph = short.graph_module.graph
     names = {n: s.name for n, s in zip(graph.find_nodes(op="placeholder"), short.inputs, strict=True)}
     for linear in linears(short):
@@ -385,11 +385,17 @@ def test_cut_weights_are_copied_one_by_one() -> None:
 
 
 def test_refuses_periods_that_were_rewritten_differently() -> None:
-    model = tiny("llama", 6)
-    short = capture_repeated(model, language_call(model, 2, 7))
-    assert isinstance(short, ShortCapture)
+    _, _, short = short_stack(6)
+    insert_identities(short, tagged=True, skip=5)
     count = len(short.graph_module.graph.nodes)
-    insert_identities(short, tagged=True, skip=15)
     with pytest.raises(TpCompileError, match="periods 1 and 2 of repeated layers differ"):
         unroll_captured(short)
-    assert len(short.graph_module.graph.nodes) == count + len(linears(short)[15:])
+    assert len(short.graph_module.graph.nodes) == count
+
+
+def test_names_of_what_was_left_out() -> None:
+    model, _, short = short_stack(6)
+    assert short.blocks is not None
+    names = [s.name for s in short.inputs if s.kind == "param"]
+    copied = [copy for _, copy in short.blocks.left_out(names)]
+    assert names + copied == [name for name, _ in model.named_parameters()]

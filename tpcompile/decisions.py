@@ -22,6 +22,7 @@ def decisions_to_data(work: Work) -> list[dict[str, Any]]:
             "params": {n.name: str(p) for n, p in d.params.items()},
             "shared": {n.name: str(p) for n, p in d.shared.items()},
             "penalty": d.penalty,
+            "price": d.price,
             "cost": d.cost,
         }
         for d in work.decisions
@@ -53,6 +54,7 @@ def decisions_from_data(work: Work, data: list[dict[str, Any]]) -> None:
                 {by_name[n]: parse_placement(p) for n, p in d["params"].items()},
                 {by_name[n]: parse_placement(p) for n, p in d["shared"].items()},
                 d["penalty"],
+                d["price"],
                 d["cost"],
             )
             for d in data

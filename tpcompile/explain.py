@@ -47,7 +47,7 @@ def _explain_param(work: Work, search: Search, param: Node) -> Iterator[str]:
     for axis, decision in enumerate(work.decisions):
         label = f" on sub-axis {axis} of {decision.ranks}" if len(work.decisions) > 1 else ""
         yield f"  chosen{label}: {decision.params[param]}"
-        best = decision.cost + decision.penalty
+        best = decision.cost + decision.price + decision.penalty
         for option in _options(factors, param):
             if option != decision.params[param]:
                 yield f"    {option}: {_price(work, search, param, option, axis, best)}"
@@ -67,7 +67,7 @@ def _price(work: Work, search: Search, param: Node, option: Placement, axis: int
         other = search.plan(ranks, prior, {param: frozenset({option})})
     except TpCompileError:
         return f"refused: {_refusal(search, param)}"
-    extra = other.cost + other.penalty - best
+    extra = other.cost + other.price + other.penalty - best
     must = " (a large matrix must be divided)" if other.penalty > work.decisions[axis].penalty else ""
     return f"{'+' if extra >= 0 else '-'}{time_text(abs(extra))}{must}"
 

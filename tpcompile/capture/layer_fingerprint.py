@@ -62,7 +62,9 @@ def _even_growth(numbers: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return slopes
 
 
-def _describe(layer: nn.Module, owners: Mapping[int, frozenset[str]], path: str) -> tuple[Facts, dict[str, int]]:
+def _describe(
+    layer: nn.Module, owners: Mapping[int, frozenset[str]], path: str
+) -> tuple[Facts, dict[str, int]]:
     facts: Facts = {}
     ints: dict[str, int] = {}
     for name, module in layer.named_modules():

@@ -154,7 +154,7 @@ class _Matcher:
     def compare(self, one: Node, two: Node) -> None:
         same = one.op == two.op and one.target == two.target
         if not same or not self.equal(one.args, two.args) or not self.equal(one.kwargs, two.kwargs):
-            raise self.error(f"{one.format_node()} and {two.format_node()}", two)
+            raise self.error(f"{one} = {one.target}{one.args}, {two} = {two.target}{two.args}", two)
         if describe_value(one.meta.get("val")) != describe_value(two.meta.get("val")):
             raise self.error(f"{one} and {two} have different shapes or types", two)
         self.pair(one, two)

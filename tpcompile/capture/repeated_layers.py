@@ -62,7 +62,7 @@ def capture_repeated(
             match_periods(short.graph_module.graph, number, repeat.kept - 1)
         refusal = _refuse(model, bound, repeats, device)
     except Exception as error:  # the model's own code, run with layers missing: it may fail in any way
-        refusal = str(getattr(error, "what", None) or f"{type(error).__name__}: {error}")
+        refusal = str(getattr(error, "what", None) or f"{type(error).__name__}: {error}").split("\n")[0]
         log.info("capture without repeated layers failed", exc_info=True)
     if refusal is None and short is not None:
         own = {f.name: getattr(short, f.name) for f in fields(Captured)}
@@ -137,7 +137,7 @@ def unroll_captured(captured: Captured) -> Captured:
 
 
 def _followers(specs: list[tuple[Node, InputSpec]]) -> dict[tuple[int, str], Node]:
-    """Return per repeat and kind of weight the node before which copies go: behind the last captured period."""
+    """Return per repeat and kind of weight the node before which copies go: behind the last kept period."""
     found: dict[tuple[int, str], Node] = {}
     for node, spec in specs:
         if BLOCK in node.meta:

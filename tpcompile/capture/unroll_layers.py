@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,18 @@ class RepeatedBlocks:
 
     repeats: tuple[Repeat, ...]
 
+    def left_out(self, names: Sequence[str]) -> list[tuple[str, str]]:
+        """Return (name that was captured, name that was not) for all that was left out.
+
+        Args:
+            names: the captured parameters, buffers or modules.
+        """
+        found = []
+        for repeat in self.repeats:
+            last = [name for name in names if repeat.period_of(name) == repeat.kept - 1]
+            found += [(n, repeat.shifted(n, c)) for c in range(1, repeat.copies + 1) for n in last]
+        return found
+
 
 def unroll(graph: Graph, blocks: RepeatedBlocks, new_param: NewParam) -> None:
     """Replace, in place, the last captured period of every repeat by as many as the model has.
@@ -43,11 +55,12 @@ def unroll(graph: Graph, blocks: RepeatedBlocks, new_param: NewParam) -> None:
         TpCompileError: the last two captured periods were rewritten differently.
     """
     tag_by_flow(graph, len(blocks.repeats))
-    # Export renames nodes behind the back of the graph's register of names, and copies would take those again.
+    # Export renames nodes without telling the graph's register of names; copies would take theirs again.
     graph._graph_namespace._used_names.update(node.name for node in graph.nodes)
-    for number, repeat in enumerate(blocks.repeats):
-        # Every match is made before its first copy, so that an error leaves this repeat untouched.
-        _Unroller(graph, number, repeat, match_periods(graph, number, repeat.kept - 1)).run(new_param)
+    # All periods are compared before the first is copied, so that an error leaves the graph as it was.
+    matches = [match_periods(graph, n, repeat.kept - 1) for n, repeat in enumerate(blocks.repeats)]
+    for number, match in enumerate(matches):
+        _Unroller(graph, number, blocks.repeats[number], match).run(new_param)
 
 
 class _Unroller:
@@ -106,7 +119,7 @@ class _Unroller:
         return new
 
     def _stack(self, stack: dict[str, Any], copy: int) -> dict[str, Any]:
-        """The module stack of a copy; keys keep export's form, ``L__self___layers_2``, only in that they differ."""
+        """The module stack of a copy; keys such as ``L__self___layers_2`` are renamed as well."""
         key = (id(stack), copy)
         if key not in self.stacks:
             shifted = {}
@@ -120,12 +133,3 @@ class _Unroller:
 
 def _flat(path: str) -> str:
     return path.replace(".", "_")
-
-
-def dropped_names(names: Iterable[str], blocks: RepeatedBlocks) -> list[tuple[str, str]]:
-    """Return (name in the truncated model, name of its copy) for everything that was left out."""
-    found = []
-    for repeat in blocks.repeats:
-        last = [name for name in names if repeat.period_of(name) == repeat.kept - 1]
-        found += [(n, repeat.shifted(n, c)) for c in range(1, repeat.copies + 1) for n in last]
-    return found

@@ -8,105 +8,15 @@ they take.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.export._trace import _compiling_state_context
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec
 
-from tpcompile.capture.bind_call import call_model
-from tpcompile.capture.fake_model import fake_input, restore_after
 from tpcompile.capture.find_repeats import Repeat, truncated
-
-_LARGEST_CONSTANT = 1 << 20
-
-
-class _Ref(NamedTuple):
-    """A tensor that an earlier operator made."""
-
-    event: int
-    output: int
-    needs_grad: bool
-
-
-class _Weight(NamedTuple):
-    """A parameter or buffer, under its first name."""
-
-    name: str
-    facts: str
-
-
-class _Mark(NamedTuple):
-    """A layer's call begins or ends before the event of this number."""
-
-    repeat: int
-    layer: int
-    begins: bool
-    event: int
-
-
-@dataclass
-class _Run:
-    """What one run of the model did; an event is an operator, its operands, and the grad mode."""
-
-    events: list[tuple[Any, ...]] = field(default_factory=list)
-    marks: list[_Mark] = field(default_factory=list)
-    results: tuple[Any, ...] = ()
-    out_spec: TreeSpec | None = None
-
-
-class _Recorder(TorchDispatchMode):
-    """Writes every operator down; tensors appear as who made them."""
-
-    def __init__(self, run: _Run, known: dict[int, Any]) -> None:
-        super().__init__()
-        self.run, self.known = run, known
-        self.alive: list[Any] = []  # an id is only a name for as long as its object lives
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        event = (func, self.token(args), self.token(kwargs), torch.is_grad_enabled())
-        result = func(*args, **kwargs)
-        outputs = result if isinstance(result, (list, tuple)) else (result,)
-        for number, output in enumerate(outputs):
-            for tensor in output if isinstance(output, (list, tuple)) else (output,):
-                if isinstance(tensor, torch.Tensor):
-                    self.known[id(tensor)] = (len(self.run.events), number)
-                    self.alive.append(tensor)
-        self.run.events.append(event)
-        return result
-
-    def token(self, value: Any) -> Any:
-        """A value in a form that can be compared between runs."""
-        if isinstance(value, torch.Tensor):
-            known = self.known.get(id(value))
-            if known is None:
-                known = self.known[id(value)] = self._stranger(value)
-                self.alive.append(value)
-            return _Ref(*known, value.requires_grad) if type(known) is tuple else known
-        if isinstance(value, (list, tuple)):
-            return tuple([self.token(item) for item in value])
-        if isinstance(value, dict):
-            return tuple([(key, self.token(item)) for key, item in value.items()])
-        return (type(value).__name__, repr(value))
-
-    def _stranger(self, value: torch.Tensor) -> str:
-        """Name a tensor that came from nowhere: by its value if it has one, else so that it equals nothing."""
-        if isinstance(value, FakeTensor) or value.device.type == "meta" or value.numel() > _LARGEST_CONSTANT:
-            return f"unknown tensor {id(value)}"
-        plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest = hashlib.sha256(bytes(plain.tolist())).hexdigest()
-        return f"constant {tuple(value.shape)} {value.dtype} {digest}"
+from tpcompile.capture.record_run import Mark, Ref, Run, Weight, first_names, record_run
 
 
 def refuse_layers(
@@ -117,113 +27,14 @@ def refuse_layers(
     device: torch.device,
 ) -> str | None:
     """Return None if the model is its truncated self with the last kept period repeated, else why not."""
-    names = _first_names(model)
+    names = first_names(model)
     with truncated(model, repeats):
-        short = _run(model, repeats, leaves, in_spec, device, names)
-    full = _run(model, repeats, leaves, in_spec, device, names)
+        short = record_run(model, repeats, leaves, in_spec, device, names)
+    full = record_run(model, repeats, leaves, in_spec, device, names)
     try:
         return _Comparison(repeats, _Regions(repeats, short), _Regions(repeats, full)).refusal()
     except _Disorder as error:
         return str(error)
-
-
-def _first_names(model: nn.Module) -> dict[int, str]:
-    names: dict[int, str] = {}
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in every:
-        names.setdefault(id(tensor), name)
-    return names
-
-
-def _run(
-    model: nn.Module,
-    repeats: Sequence[Repeat],
-    leaves: Sequence[Any],
-    in_spec: TreeSpec,
-    device: torch.device,
-    names: Mapping[int, str],
-) -> _Run:
-    """Runs the model once without data, as far as possible as export does."""
-    # Sizes that depend on data become symbols instead of errors; those of the inputs stay numbers.
-    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
-    run, known = _Run(), {}
-    with ExitStack() as stack:
-        stack.enter_context(restore_after(model))
-        alive = _lend_weights(model, mode, device, names, known)
-        flat = [
-            fake_input(mode, leaf, device, tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else leaf
-            for leaf in leaves
-        ]
-        known.update({id(leaf): f"input {i}" for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)})
-        stack.enter_context(_marking(model, repeats, run))
-        stack.enter_context(_no_fused_encoder())
-        stack.enter_context(_compiling_state_context())
-        stack.enter_context(mode)
-        recorder = stack.enter_context(_Recorder(run, known))
-        result = call_model(model, tree_unflatten(flat, in_spec))
-        values, run.out_spec = tree_flatten(result)
-        run.results = tuple(recorder.token(value) for value in values)
-        del alive
-    return run
-
-
-def _lend_weights(
-    model: nn.Module,
-    mode: FakeTensorMode,
-    device: torch.device,
-    names: Mapping[int, str],
-    known: dict[int, Any],
-) -> list[torch.Tensor]:
-    """Replaces every weight by a fake one of this mode (``restore_after`` undoes it); notes their names."""
-    memo: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for key, tensor in table.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in memo:
-                    memo[id(tensor)] = fake = _fake_weight(tensor, mode, device)
-                    facts = f"{tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}"
-                    known[id(fake)] = _Weight(names[id(tensor)], facts)
-                table[key] = memo[id(tensor)]  # type: ignore[assignment]
-    return list(memo.values())
-
-
-def _fake_weight(like: torch.Tensor, mode: FakeTensorMode, device: torch.device) -> torch.Tensor:
-    with mode, torch.no_grad():
-        fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
-    # Without gradients a run takes half as long; grad mode and detach() are recorded as they are.
-    return nn.Parameter(fake, requires_grad=False) if isinstance(like, nn.Parameter) else fake
-
-
-@contextmanager
-def _no_fused_encoder() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextmanager
-def _marking(model: nn.Module, repeats: Sequence[Repeat], run: _Run) -> Iterator[None]:
-    """Notes where in the run each layer begins and ends."""
-
-    def note(number: int, layer: int, begins: bool) -> Callable[..., None]:
-        return lambda *_: run.marks.append(_Mark(number, layer, begins, len(run.events)))
-
-    handles = []
-    try:
-        for number, repeat in enumerate(repeats):
-            for name, layer in model.get_submodule(repeat.path)._modules.items():
-                assert layer is not None
-                handles.append(layer.register_forward_pre_hook(note(number, int(name), True), prepend=True))
-                handles.append(layer.register_forward_hook(note(number, int(name), False)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Disorder(Exception):
@@ -256,7 +67,7 @@ class _Regions:
     and what it does after the last layer to none.
     """
 
-    def __init__(self, repeats: Sequence[Repeat], run: _Run) -> None:
+    def __init__(self, repeats: Sequence[Repeat], run: Run) -> None:
         self.run = run
         self.spans: dict[_Place, range] = {}
         cuts = sorted(
@@ -281,11 +92,13 @@ class _Regions:
         return max(place.period for place in self.spans if place.repeat == repeat)
 
 
-def _periods(number: int, repeat: Repeat, marks: Sequence[_Mark]) -> tuple[int, list[int]]:
+def _periods(number: int, repeat: Repeat, marks: Sequence[Mark]) -> tuple[int, list[int]]:
     """Return where the first period begins and where each one ends."""
     own = [mark for mark in marks if mark.repeat == number]
     layers = [mark.layer for mark in own[::2]]
-    paired = all(a.layer == b.layer and a.begins > b.begins for a, b in zip(own[::2], own[1::2], strict=False))
+    paired = all(
+        a.layer == b.layer and a.begins > b.begins for a, b in zip(own[::2], own[1::2], strict=False)
+    )
     if len(own) % 2 or not paired or layers != sorted(set(layers)) or repeat.first not in layers:
         raise _Disorder(f"the layers of {repeat.path} are not called once each, one after the other")
     inside = range(repeat.first, repeat.first + repeat.count * repeat.period)
@@ -307,7 +120,9 @@ class _Comparison:
         for number, repeat in enumerate(self.repeats):
             lasts = (self.short.last(number) + 1, self.full.last(number) + 1)
             if lasts != (repeat.kept, repeat.count):
-                return f"{repeat.path} runs {lasts[1]} of its {repeat.count} periods, {lasts[0]} when truncated"
+                return (
+                    f"{repeat.path} runs {lasts[1]} of its {repeat.count} periods, {lasts[0]} when truncated"
+                )
             refusal = self._refuse_periods(number, repeat)
             if refusal:
                 return refusal
@@ -346,7 +161,7 @@ class _Comparison:
         Seen from elsewhere, the full run's last period of a list is the last kept one, and what stands
         between has no counterpart.
         """
-        if isinstance(token, _Ref):
+        if isinstance(token, Ref):
             place, position = regions.places[token.event]
             if regions is self.full and place.repeat not in (-1, here):
                 repeat = self.repeats[place.repeat]
@@ -365,14 +180,14 @@ class _Comparison:
         span = regions.spans[_Place(number, period)]
 
         def visit(token: Any) -> Any:
-            if isinstance(token, _Ref):
+            if isinstance(token, Ref):
                 place, position = regions.places[token.event]
                 distance = period - place.period if place.repeat == number else -1
                 source = {0: _OWN, 1: _BEFORE}.get(distance, place)
                 return _Operand(source, position, token.output, token.needs_grad)
-            if isinstance(token, _Weight):
+            if isinstance(token, Weight):
                 own = repeat.period_of(token.name) == period
-                return _Weight(repeat.shifted(token.name, -period) if own else token.name, token.facts)
+                return Weight(repeat.shifted(token.name, -period) if own else token.name, token.facts)
             if type(token) is tuple:
                 return tuple([visit(item) for item in token])
             return token

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from tpcompile.placements import Placement
+from tpcompile.factors import tensor_of
+from tpcompile.placements import Placement, Shard, split_evenly
 from tpcompile.work import Work
 
 from .cost import CostModel
@@ -23,7 +24,7 @@ Splitter = Callable[[Work, frozenset[str]], Work]
 def decide(
     work: Work, cost: CostModel, groups: list[str], split: Splitter, pins: Pins, divide_small: bool = False
 ) -> Work:
-    """The program with the least penalty, then the fewest sub-axes, then the least modelled time.
+    """The program with the least penalty, then the least memory by sub-axes, then the least time.
 
     Args:
         work: the canonical program.
@@ -43,7 +44,7 @@ def decide(
     axes = sub_axes(work.ranks, units)
     if len(axes) > 1:
         other = _split_what_pays(plan, axes, groups)
-        if _penalty(other) < _penalty(best):
+        if (_penalty(other), _held(other)) < (_penalty(best), _held(best)):
             best = other
     return best
 
@@ -74,6 +75,24 @@ def plan_on_axes(
 
 def _penalty(work: Work) -> float:
     return round(sum(d.penalty for d in work.decisions), 6)
+
+
+def _held(work: Work) -> float:
+    """Bytes of parameters on the fullest rank, to three digits."""
+    assert work.planned_factors is not None
+    total = 0.0
+    for node in work.params():
+        size = tensor_of(node).numel() * tensor_of(node).element_size()
+        left = {place: work.planned_factors.size(a) for place, a in work.planned_factors.places(node).items()}
+        for decision in work.decisions:
+            placement = decision.params[node]
+            if isinstance(placement, Shard):
+                units = left[placement.dim, placement.factor]
+                most = split_evenly(int(units), decision.ranks)[0]
+                left[placement.dim, placement.factor] = most
+                size = size * most / int(units)
+        total += size
+    return float(f"{total:.3g}")
 
 
 def _score(work: Work) -> tuple[float, float]:

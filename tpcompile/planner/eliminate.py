@@ -97,7 +97,9 @@ def solve(problem: Problem) -> tuple[dict[Hashable, int], float]:
             heapq.heappush(heap, (current, rank, name))
             continue
         if current > LARGEST_BUCKET:
-            raise TpCompileError("the plan's search space is too large", where=str(name), todo="pin some placements")
+            raise TpCompileError(
+                "the plan's search space is too large", where=str(name), todo="pin some placements"
+            )
         others = scope(name)
         total = _combine([name, *others], buckets[name].values(), problem.domains)
         done.append((name, others, total))
@@ -121,9 +123,7 @@ def solve(problem: Problem) -> tuple[dict[Hashable, int], float]:
     return values, constant
 
 
-def _combine(
-    axes: list[Hashable], tables: object, domains: Mapping[Hashable, int]
-) -> Table:
+def _combine(axes: list[Hashable], tables: object, domains: Mapping[Hashable, int]) -> Table:
     """The sum of tables, spread over the given axes."""
     total = np.zeros([domains[a] for a in axes])
     position = {a: i for i, a in enumerate(axes)}

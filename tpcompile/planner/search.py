@@ -7,20 +7,26 @@ handed on (so that q, k and v pay for one conversion); every cost then involves 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch.fx import Graph, Node
 
-from ..factors import Factors, OpFactor, Place, producer, tensor_of
+from ..factors import Factors, OpFactor, Place, producer
 from ..placements import Partial, Placement, R, Replicate, Shard, split_evenly
-from ..rules.rule import Rule, Size, operands, results
+from ..rules.rule import Rule, Size, letters_of, operands, results
 from .cost import CostModel
 from .eliminate import Problem, Table, solve
 from .strategies import Strategy, strategies
 from .weights import MUST_DIVIDE, SMALL, SMALL_PRICE, matrix, shares, weight_root, worth_dividing
+
+Name = tuple[str, str]
+"""A variable: what it decides about (``node``, ``param`` or ``shared``) and the node's name."""
+
+EXACT = 2.0**44
+"""Costs are counted in units of 1 / EXACT seconds; sums of them are exact up to 512 s."""
 
 
 @dataclass
@@ -33,7 +39,8 @@ class Assignment:
         params: per parameter placeholder, how it is held.
         shared: per value with several uses, the placement in which it is handed on.
         penalty: what large parameters that are not divided were held to cost.
-        cost: the rest of the modelled cost, in seconds.
+        price: what small parameters that are not divided were held to cost.
+        cost: the modelled time in seconds.
     """
 
     ranks: int
@@ -41,6 +48,7 @@ class Assignment:
     params: dict[Node, Placement] = field(default_factory=dict)
     shared: dict[Node, Placement] = field(default_factory=dict)
     penalty: float = 0.0
+    price: float = 0.0
     cost: float = 0.0
 
     def output(self, value: Node) -> Placement:
@@ -79,15 +87,20 @@ class Search:
         divide_small: bool = False,
     ) -> None:
         self.graph, self.factors, self.params, self.cost_model, self.free = graph, factors, params, cost, free
-        self.small = 0.0 if divide_small else SMALL
         self.candidates = worth_dividing(factors, set(params))
         self.hints = symbol_hints(graph)
         self.live = _descendants(graph, set(params))
         self.bytes = {v: self._bytes(v) for v in (*params, *self.live) if results(v)}
-        weights = {v.name: self.bytes[v] for v in params if matrix(v)}
-        self.share = shares(weights, {v.name: n for v, n in params.items()})
         self.uses = self._uses()
-        self.weights = {v for v in self.bytes if weight_root(v, set(params)) is not None}
+        matrices = {v: self.bytes[v] for v in params if matrix(v) and v in self.uses}
+        share = shares(matrices, params)
+        limit = 0.0 if divide_small else SMALL
+        self.large = {v for v in matrices if share[v] >= limit}
+        self.little = {v for v in matrices if share[v] < limit}
+        self._numbers: dict[Size, float] = {}
+        self._operations: dict[Node, float] = {}
+        roots = set(params)
+        self.weights = {v for v in self.bytes if weight_root(v, roots) is not None}
 
     def plan(
         self, ranks: int, prior: list[Assignment], pins: Mapping[Node, frozenset[Placement]] | None = None
@@ -101,19 +114,51 @@ class Search:
 
     def number(self, size: Size) -> float:
         """A size as a number, dynamic dimensions as in the example."""
-        return float(size) if isinstance(size, int) else float(size.subs(self.hints))
+        if isinstance(size, int):
+            return float(size)
+        if size not in self._numbers:  # substituting is slow, and a model has few different sizes
+            self._numbers[size] = float(size.subs(self.hints))
+        return self._numbers[size]
+
+    def operations(self, node: Node) -> float:
+        """The arithmetic of a matmul-like node, 0 for any other."""
+        if node not in self._operations:
+            rule = self.factors.rules.get(node)
+            counts = isinstance(rule, Rule) and rule.contraction
+            self._operations[node] = self._contract(rule) if counts else 0.0  # type: ignore[arg-type]
+        return self._operations[node]
+
+    def _contract(self, rule: Rule) -> float:
+        """Operands multiplied one after the other, so that attention is two matmuls.
+
+        A letter that one operand alone has, and no result, selects (a vocabulary, grouped experts) and
+        costs nothing; operands that bring no new letter (masks, biases) are added.
+        """
+        terms = [letters_of(t) for i, t in enumerate(rule.inputs) if i not in rule.once]
+        seen = frozenset[str]().union(*terms[:2])
+        terms = terms[:2] + [t for t in terms[2:] if not t <= seen]
+        kept = frozenset[str]().union(*map(letters_of, rule.outputs))
+        alone = {x for t in terms for x in t - kept if sum(x in other for other in terms) == 1}
+        total, have = 0.0, terms[0] - alone
+        for i, term in enumerate(terms[1:], 1):
+            have |= term - alone
+            total += 2 * math.prod(self.number(rule.sizes[x]) for x in have)
+            have &= kept.union(*terms[i + 1 :])
+        return total
 
     def _bytes(self, value: Node) -> float:
-        return max(
-            math.prod(_hint(s) for s in t.shape) * t.element_size() for t in results(value)
-        )
+        return max(math.prod(_hint(s) for s in t.shape) * t.element_size() for t in results(value))
 
     def _uses(self) -> dict[Node, list[tuple[Node, int]]]:
         found: dict[Node, list[tuple[Node, int]]] = {}
         for node in self.graph.nodes:
             if node.op == "output":
                 for out in node.args[0]:
-                    if isinstance(out, Node) and out not in self.free and isinstance(out.meta["val"], torch.Tensor):
+                    if (
+                        isinstance(out, Node)
+                        and out not in self.free
+                        and isinstance(out.meta["val"], torch.Tensor)
+                    ):
                         found.setdefault(out, []).append((node, 0))
             elif node in self.live and not _is_getitem(node):
                 for i, operand in enumerate(operands(node)):
@@ -133,6 +178,8 @@ class _Axis:
         self.options: dict[Node, list[Strategy]] = {}
         self.holdings: dict[Node, list[Placement]] = {}
         self.handed: dict[Node, list[Placement]] = {}
+        self.tables: dict[Hashable, Table] = {}
+        self.unavoidable = 0.0
 
     def solve(self) -> Assignment:
         for node in self.search.live:
@@ -146,13 +193,15 @@ class _Axis:
         chosen, cost = solve(self.problem)
         params = {n: h[chosen["param", n.name]] for n, h in self.holdings.items()}
         penalty = sum(self._penalty(n, p) for n, p in params.items())
+        price = sum(self._price(n, p) for n, p in params.items())
         return Assignment(
             self.ranks,
             {n: o[chosen["node", n.name]] for n, o in self.options.items()},
             params,
             {n: h[chosen["shared", n.name]] for n, h in self.handed.items()},
             penalty,
-            cost - penalty,
+            price,
+            cost - (penalty - self.unavoidable) - price,
         )
 
     # Variables.
@@ -166,7 +215,12 @@ class _Axis:
         if param in self.pins:
             options = [o for o in options if o in self.pins[param]]
         self.holdings[param] = options
-        self.problem.variable(("param", param.name), [self._hold_price(param, o) for o in options])
+        penalties = [self._penalty(param, o) for o in options]
+        # What no option avoids is left out, or thousands of seconds would swallow the nanoseconds.
+        least = min(penalties, default=0.0)
+        self.unavoidable += least
+        costs = [self._hold_cost(param, o) + p - least for o, p in zip(options, penalties, strict=True)]
+        self.problem.variable(("param", param.name), _exact(costs))
 
     def _compute(self, node: Node) -> None:
         def may_divide(factor: OpFactor) -> bool:
@@ -174,7 +228,7 @@ class _Axis:
 
         options = strategies(node, self.factors, may_divide)
         self.options[node] = options
-        self.problem.variable(("node", node.name), [self._time(node, o) for o in options])
+        self.problem.variable(("node", node.name), _exact(self._times(node, options)))
 
     def _connect(self, value: Node, uses: list[tuple[Node, int]]) -> None:
         source, outs = self._source(value)
@@ -189,7 +243,7 @@ class _Axis:
         for use in uses:
             self._edge(name, kinds, use, value)
 
-    def _edge(self, source: tuple[str, str], outs: list[Placement], use: tuple[Node, int], value: Node) -> None:
+    def _edge(self, source: Name, outs: list[Placement], use: tuple[Node, int], value: Node) -> None:
         wants = self._wants(use)
         table = self._conversions(outs, wants, value)
         if use[0] in self.options:
@@ -201,7 +255,7 @@ class _Axis:
         node, operand = use
         return [s.inputs[operand] for s in self.options[node]] if node in self.options else [R]
 
-    def _source(self, value: Node) -> tuple[tuple[str, str], list[Placement]]:
+    def _source(self, value: Node) -> tuple[Name, list[Placement]]:
         if value in self.holdings:
             return ("param", value.name), self.holdings[value]
         node, result = producer(value)
@@ -216,50 +270,55 @@ class _Axis:
         rule = self.factors.rules.get(producer(value)[0])
         statistic = isinstance(rule, Rule) and bool(rule.reduce) and not rule.contraction
 
-        def cost(a: Placement, b: Placement) -> float:
-            if weight and isinstance(a, Shard) and a != b:
-                return math.inf
-            return self.model.reshard(a, b, size, self.ranks, statistic=statistic)
+        key = (tuple(src), tuple(dst), size, weight, statistic)
+        if key not in self.tables:
+            self.tables[key] = _exact(
+                [[self._conversion(a, b, size, weight, statistic) for b in dst] for a in src]
+            )
+        return self.tables[key]
 
-        return np.array([[cost(a, b) for b in dst] for a in src])
+    def _conversion(self, a: Placement, b: Placement, size: float, weight: bool, statistic: bool) -> float:
+        if weight and isinstance(a, Shard) and a != b:
+            return math.inf
+        return self.model.reshard(a, b, size, self.ranks, statistic=statistic)
 
-    def _time(self, node: Node, strategy: Strategy) -> float:
+    def _times(self, node: Node, options: list[Strategy]) -> list[float]:
+        """What each strategy of a node costs by itself."""
+        earlier = math.prod(a.ranks for a in self.prior if a.nodes[node].factor)
         rule = self.factors.rules.get(node)
-        share = self._largest(self._left_in(node, strategy.factor)) if strategy.factor else 1.0
-        value = self.search.bytes[node]
-        earlier = 1.0
-        for assignment in self.prior:
-            if assignment.nodes[node].factor:
-                earlier *= assignment.ranks
         if isinstance(rule, Rule) and rule.contraction:
-            work = 2 * math.prod(self.search.number(s) for s in rule.sizes.values())
-            return work * share / earlier / self.model.flops
+            whole = self.search.operations(node) / self.model.flops / earlier
+            return [whole * self._share(node, o) for o in options]
         # Elementwise work is fused: it breaks ties and no more. A partial value is reduced early.
-        late = 1e-9 if any(isinstance(o, Partial) for o in strategy.outputs) and not strategy.factor else 0.0
-        return 0.05 * self.model.touch(value) * share / earlier + late
+        whole = 0.05 * self.model.touch(self.search.bytes[node]) / earlier
+        return [whole * self._share(node, o) + (1e-9 if _passes_partial(o) else 0.0) for o in options]
 
-    def _hold_price(self, param: Node, placement: Placement) -> float:
-        """Reading what a rank holds, and the penalty of a matrix that stays whole."""
+    def _share(self, node: Node, strategy: Strategy) -> float:
+        """The share of a node's work that the fullest rank has."""
+        return self._largest(self._left_in(node, strategy.factor)) if strategy.factor else 1.0
+
+    def _hold_cost(self, param: Node, placement: Placement) -> float:
+        """Reading what a rank holds, and what is held against leaving a small matrix whole."""
         size = self.search.bytes[param] / self._earlier(param)
         if isinstance(placement, Shard):
-            part = self._largest(self._left(param, (placement.dim, placement.factor)))
-            return self.model.touch(size * part) + self._penalty(param, placement)
-        price = self.model.touch(size)
-        if not matrix(param):
-            return price
-        if self.search.share[param.name] >= self.search.small:
-            return price + self._penalty(param, placement)
-        made = [self.search.bytes[n] for n, _ in self.search.uses.get(param, []) if n in self.options]
-        return price + SMALL_PRICE * self.model.all_gather(min(made, default=0.0), self.ranks)
+            size *= self._largest(self._left(param, (placement.dim, placement.factor)))
+        return self.model.touch(size) + self._price(param, placement)
 
     def _penalty(self, param: Node, placement: Placement) -> float:
-        """The price of a large matrix that is whole, or that more than half of the ranks have no part of."""
-        if not matrix(param) or self.search.share[param.name] < self.search.small or param not in self.search.uses:
+        """The price of a large matrix that is whole, or that half of the ranks or more have no part of."""
+        if param not in self.search.large:
             return 0.0
         if isinstance(placement, Shard):
             part = self._largest(self._left(param, (placement.dim, placement.factor)))
             return MUST_DIVIDE * (part - 1 / self.ranks) if part * self.ranks >= 2 else 0.0
         return MUST_DIVIDE
+
+    def _price(self, param: Node, placement: Placement) -> float:
+        """The price of a small matrix that is whole: part of a collective on what it computes."""
+        if param not in self.search.little or isinstance(placement, Shard):
+            return 0.0
+        made = [self.search.bytes[n] for n, _ in self.search.uses[param] if n in self.options]
+        return SMALL_PRICE * self.model.all_gather(min(made, default=0.0), self.ranks)
 
     def _largest(self, units: int) -> float:
         """The share of the units that the fullest rank gets."""
@@ -285,6 +344,15 @@ class _Axis:
 
     def _earlier(self, value: Node) -> float:
         return math.prod(a.ranks for a in self.prior if isinstance(a.output(value), Shard))
+
+
+def _exact(costs: Sequence[float] | Sequence[Sequence[float]]) -> Table:
+    """Costs as multiples of a tiny power of two: sums are then exact, in any order, and ties are ties."""
+    return np.round(np.asarray(costs, dtype=float) * EXACT) / EXACT
+
+
+def _passes_partial(strategy: Strategy) -> bool:
+    return strategy.factor is None and any(isinstance(o, Partial) for o in strategy.outputs)
 
 
 def _order(placement: Placement) -> tuple[int, Placement]:

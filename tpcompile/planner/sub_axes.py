@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -21,7 +22,7 @@ def sub_axes(ranks: int, units: Iterable[int]) -> tuple[int, ...]:
         if cut > cuts[-1] and cut % cuts[-1] == 0:
             cuts.append(cut)
     cuts.append(ranks)
-    return tuple(b // a for a, b in zip(cuts, cuts[1:], strict=False) if b > a) or (ranks,)
+    return tuple(b // a for a, b in itertools.pairwise(cuts) if b > a) or (ranks,)
 
 
 def unit_counts(factors: Factors, params: Mapping[Node, str], candidates: set[int]) -> set[int]:

@@ -12,9 +12,9 @@ from ..rules.rule import Rule, operands
 # A parameter below this share of the parameters beside it stays whole if dividing it would take a
 # collective of its own (a router, MLA's latent projections, the only key head of many query heads).
 SMALL = 0.2
-# What a whole small parameter costs, as a share of gathering its matmul's result: below one half, so
-# that a collective for it (or for a key and value pair) does not pay, but one for a statistic does.
-SMALL_PRICE = 0.4
+# What a whole small parameter is held to cost, as a share of gathering its matmul's result: below one, so
+# that a collective for it alone does not pay; above one half, so that one for two of them does.
+SMALL_PRICE = 0.6
 # Seconds; larger than any modelled step, so that dividing comes before time.
 MUST_DIVIDE = 1e4
 
@@ -24,15 +24,15 @@ def module_of(name: str) -> str:
     return ".".join(name.split(".")[:-2])
 
 
-def shares(sizes: Mapping[str, float], names: Mapping[str, str]) -> dict[str, float]:
+def shares(sizes: Mapping[Node, float], names: Mapping[Node, str]) -> dict[Node, float]:
     """Each parameter's share of the parameters beside it.
 
     Beside it are those below the same parent module, repeated blocks (a numbered child) excepted:
     an output head is held against the embedding, not against eighty layers.
 
     Args:
-        sizes: bytes per key.
-        names: the parameter's name per key.
+        sizes: bytes per parameter.
+        names: the qualified names.
     """
     beside: dict[str, float] = {}
     for key, size in sizes.items():

@@ -92,17 +92,18 @@ def cat(node: Node) -> Rule:
     """cat: the joined dimension is whole; all parts must be partial for a partial result."""
     letters = Letters()
     ops, target = operands(node), shape(node)
-    # Legacy: an empty 1-d tensor may be joined to anything.
     dim = _dim(node, 1, rank=len(target))
     common = list(letters.dims([1 if i == dim else s for i, s in enumerate(target)]))
     whole: set[str] = set()
 
-    def labels(size: Size) -> Labels:
+    def labels(size: Size, empty: bool = False) -> Labels:
         letter = () if size == 1 else (letters.new(size),)
         whole.update(letter)
-        return tuple(letter if i == dim else d for i, d in enumerate(common))
+        return (letter,) if empty else tuple(letter if i == dim else d for i, d in enumerate(common))
 
-    inputs = tuple(labels(shape(o)[dim]) if len(shape(o)) == len(target) else ((),) for o in ops)
+    # Legacy: an empty 1-d tensor may be joined to anything (a cache begins so).
+    sizes = [shape(o) for o in ops]
+    inputs = tuple(labels(s[dim]) if len(s) == len(target) else labels(0, empty=True) for s in sizes)
     return Rule(
         inputs,
         (labels(target[dim]),),

@@ -1,0 +1,62 @@
+"""Times the truncated capture of the largest Llamas, without weights: ``python -m tests.time_repeated_layers``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+from tpcompile.capture import bind_call, repeated_layers
+
+SIZES = {
+    "70B": (80, 8192, 28672, 64),
+    "405B": (126, 16384, 53248, 128),
+}
+
+
+def llama(layers: int, hidden: int, width: int, heads: int) -> Any:
+    """A model on the meta device."""
+    config = transformers.AutoConfig.for_model(
+        "llama",
+        vocab_size=128256,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def timed(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which now prints its wall and CPU seconds."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = function(*args, **kwargs)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        print(f"  {what:40} {wall:6.2f} s, {cpu:6.2f} s of CPU")
+        return result
+
+    return call
+
+
+def main() -> None:
+    """Prints a line per step."""
+    for name in ("find_repeats", "capture", "refuse_layers"):
+        setattr(repeated_layers, name, timed(name, getattr(repeated_layers, name)))
+    for name, sizes in SIZES.items():
+        model = llama(*sizes)
+        print(f"Llama {name}, {sizes[0]} layers")
+        bound = bind_call(model, (), {"input_ids": torch.zeros(2, 7, dtype=torch.long), "use_cache": False})
+        captured = timed("capture_repeated", repeated_layers.capture_repeated)(model, bound)
+        assert isinstance(captured, repeated_layers.ShortCapture), captured.notes
+        timed("unroll_captured", repeated_layers.unroll_captured)(captured)
+
+
+if __name__ == "__main__":
+    main()
