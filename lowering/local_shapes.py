@@ -12,7 +12,7 @@ from torch.fx import Node
 from tpcompile.factors import Factors
 from tpcompile.markers import MARKERS, Axes, Placements
 from tpcompile.placements import Placement, Shard, split_evenly
-from tpcompile.rules.rule import Size
+from tpcompile.rules.rule import Size, arguments
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,16 @@ class LocalShapes:
 def origin(value: Node) -> Node:
     """The value that a change of placement started from: it has the same factors."""
     while value.op == "call_function":
+        found: Node | None = None
         if value.target in MARKERS:
-            source = value.args[0]
-        elif value.target is operator.getitem and value.args[0].target in MARKERS:  # type: ignore[union-attr]
-            source = value.args[0].args[0][value.args[1]]  # type: ignore[union-attr,index]
-        else:
+            found = arguments(value)[0]
+        elif value.target is operator.getitem and arguments(value)[0].target in MARKERS:
+            found = arguments(arguments(value)[0])[0][arguments(value)[1]]
+        if found is None:
             break
-        assert isinstance(source, Node)
-        value = source
+        value = found
     return value
 
 
 def _product(sizes: Sequence[Size]) -> Size:
-    return math.prod(sizes) if sizes else 1  # type: ignore[arg-type]
+    return math.prod(sizes) if sizes else 1

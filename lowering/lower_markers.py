@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from tpcompile import markers
 from tpcompile.errors import TpCompileError
 from tpcompile.markers import Axes, Placements
 from tpcompile.placements import Shard
+from tpcompile.rules.rule import arguments
 
 from . import collectives as _registers_the_operators  # noqa: F401
 
@@ -31,18 +33,20 @@ def lower_marker(low: Lowering, node: Node) -> Any:
         TpCompileError: an abstract reshard was left in the graph.
     """
     if node.target not in _LOWER:
-        raise TpCompileError(f"{node.name} was not turned into a collective", todo="keep the pass choose-collectives")
+        raise TpCompileError(
+            f"{node.name} was not turned into a collective", todo="keep the pass choose-collectives"
+        )
     return _LOWER[node.target](low, node)
 
 
 def _all_reduce(low: Lowering, node: Node) -> Node:
-    x, axes, op = node.args
+    x, axes, op = arguments(node)
     return low.emit(ops.all_reduce.default, low.map(x), low.groups.name(axes), op, like=node)
 
 
 def _all_reduce_coalesced(low: Lowering, node: Node) -> list[Node]:
     """Several values as one flat buffer: one collective instead of many small ones."""
-    xs, axes, op = node.args
+    xs, axes, op = arguments(node)
     parts = [low.map(x) for x in xs]
     flat = [low.emit(aten.flatten.using_ints, p, like=node) for p in parts]
     joined = low.emit(aten.cat.default, flat, like=node)
@@ -57,27 +61,31 @@ def _all_reduce_coalesced(low: Lowering, node: Node) -> list[Node]:
 
 
 def _all_gather(low: Lowering, node: Node) -> Node:
-    x, axes, place = node.args
-    return _along(low, node, _Move(ops.all_gather.default, x, x.meta["placement"], place, axes, from_part=True))
+    x, axes, place = arguments(node)
+    return _along(
+        low, node, _Move(ops.all_gather.default, x, x.meta["placement"], place, axes, from_part=True)
+    )
 
 
 def _reduce_scatter(low: Lowering, node: Node) -> Node:
-    x, axes, place = node.args
+    x, axes, place = arguments(node)
     return _along(low, node, _Move(ops.reduce_scatter.default, x, node.meta["placement"], place, axes))
 
 
 def _take_shard(low: Lowering, node: Node) -> Node:
-    x, axes, place = node.args
+    x, axes, place = arguments(node)
     return _along(low, node, _Move(ops.take_shard.default, x, node.meta["placement"], place, axes))
 
 
 def _pad_shard(low: Lowering, node: Node) -> Node:
-    x, axes, place = node.args
-    return _along(low, node, _Move(ops.pad_shard.default, x, x.meta["placement"], place, axes, from_part=True))
+    x, axes, place = arguments(node)
+    return _along(
+        low, node, _Move(ops.pad_shard.default, x, x.meta["placement"], place, axes, from_part=True)
+    )
 
 
 def _all_to_all(low: Lowering, node: Node) -> Node:
-    x, axes, src, dst = node.args
+    x, axes, src, dst = arguments(node)
     before, after = x.meta["placement"], node.meta["placement"]
     name, index = low.groups.name(axes), low.groups.index(axes)
     if src.factor or dst.factor:  # not contiguous: by way of the whole
@@ -91,12 +99,12 @@ def _all_to_all(low: Lowering, node: Node) -> Node:
 
 
 def _keep_first(low: Lowering, node: Node) -> Node:
-    x, axes = node.args
+    x, axes = arguments(node)
     return low.emit(ops.keep_first.default, low.map(x), low.groups.index(axes), like=node)
 
 
 def _copy_to_ranks(low: Lowering, node: Node) -> Node:
-    x, axes = node.args
+    x, axes = arguments(node)
     return low.emit(ops.copy_to_ranks.default, low.map(x), low.groups.name(axes), like=node)
 
 
@@ -134,7 +142,9 @@ def _along(low: Lowering, node: Node, move: _Move) -> Node:
     if move.place.factor == 0:
         return low.emit(move.op, x, *group, dim, sizes, index, like=node)
     inner = sizes[index] if move.from_part else sum(sizes)
-    opened = low.emit(aten.unflatten.int, x, dim, [-1, inner], like=node)
+    atoms = low.shapes.atoms(move.value, move.placements)[dim][: move.place.factor]
+    major = math.prod(atoms) if all(isinstance(a, int) for a in atoms) else -1
+    opened = low.emit(aten.unflatten.int, x, dim, [major, inner], like=node)
     moved = low.emit(move.op, opened, *group, dim + 1, sizes, index, like=node)
     return low.emit(aten.flatten.using_ints, moved, dim, dim + 1, like=node)
 

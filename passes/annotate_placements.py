@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 from tpcompile.factors import producer
 from tpcompile.work import Work, is_tensor
 

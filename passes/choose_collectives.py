@@ -48,50 +48,100 @@ def steps(src: Placements, dst: Placements) -> Iterator[Step]:
     Raises:
         TpCompileError: no collective does it.
     """
-    now = list(src)
-
-    def move(target: Callable[..., Any], axes: Axes, to: Placement, *options: Any) -> Step:
-        for a in axes:
-            now[a] = to
-        return target, (axes, *options), tuple(now)
-
-    def todo(kind: type, goal: type) -> dict[tuple[Placement, Placement], Axes]:
-        pairs: dict[tuple[Placement, Placement], Axes] = {}
-        for a, (x, y) in enumerate(zip(now, dst, strict=True)):
-            if x != y and isinstance(x, kind) and isinstance(y, goal):
-                pairs[x, y] = (*pairs.get((x, y), ()), a)
-        return pairs
-
     _refuse_impossible(src, dst)
-    for (_, to), axes in todo(Partial, Shard).items():
-        yield move(markers.reduce_scatter, axes, to, to)
-    for (x, _), axes in todo(Partial, Replicate).items():
-        assert isinstance(x, Partial)
-        yield move(markers.all_reduce, axes, R, x.op)
-    for (x, to), axes in todo(Shard, Shard).items():
-        if len(axes) == 1 and _alone(now, axes, x) and _alone(list(dst), axes, to):
-            yield move(markers.all_to_all, axes, to, x, to)
-    for place in dict.fromkeys(p for p in now if isinstance(p, Shard)):
-        held = [a for a, p in enumerate(now) if p == place]
-        leaves = [a for a in held if dst[a] != place and not isinstance(dst[a], Partial)]
-        if leaves:
-            # Axes divide one after the other: an outer one can only be gathered with those inside it.
-            yield move(markers.all_gather, tuple(a for a in held if a >= leaves[0]), R, place)
-    for (_, to), axes in todo(Replicate, Shard).items():
-        assert isinstance(to, Shard)
-        inside = [a for a, p in enumerate(now) if p == to and a > axes[0]]
-        if inside:
-            yield move(markers.all_gather, tuple(inside), R, to)
-            axes = tuple(sorted((*axes, *inside)))
-        yield move(markers.take_shard, axes, to, to)
-    for (x, to), axes in todo(Shard, Partial).items():
-        yield move(markers.pad_shard, axes, to, x)
-    for (_, to), axes in todo(Replicate, Partial).items():
-        yield move(markers.keep_first, axes, to)
+    moves = _Moves(list(src), dst)
+    yield from moves.enter()
+    yield from moves.reduce()
+    yield from moves.exchange()
+    yield from moves.leave()
+    yield from moves.enter()
+    yield from moves.keep()
 
 
-def _alone(placements: list[Placement], axes: Axes, place: Placement) -> bool:
-    return all(p != place for a, p in enumerate(placements) if a not in axes)
+class _Moves:
+    """The placements on the way, and the moves that are possible from there.
+
+    Axes that divide the same factor do so one after the other, in their order. So an axis can only be
+    added or taken away inside all others that divide it; those further inside have to leave before.
+    """
+
+    def __init__(self, now: list[Placement], dst: Placements) -> None:
+        self.now, self.dst = now, dst
+
+    def enter(self) -> Iterator[Step]:
+        """``R -> S`` and ``P -> S``, wherever it is possible; what moves nothing comes first."""
+        kinds: tuple[type[Placement], ...] = (Replicate, Partial)
+        while entering := next((e for kind in kinds for e in self._entering(kind)), None):
+            place, axes = entering
+            whole = isinstance(self.now[axes[0]], Replicate)
+            yield self._move(markers.take_shard if whole else markers.reduce_scatter, axes, place, place)
+
+    def reduce(self) -> Iterator[Step]:
+        """``P -> R``."""
+        ops = dict.fromkeys(p.op for p in self.now if isinstance(p, Partial))
+        for op in ops:
+            axes = self._axes(lambda x, y, op=op: x == Partial(op) and isinstance(y, Replicate))  # type: ignore[misc]
+            if axes:
+                yield self._move(markers.all_reduce, axes, R, op)
+
+    def exchange(self) -> Iterator[Step]:
+        """``S -> S``, where the innermost axes of one factor become the innermost of another."""
+        while movable := next((e for e in self._entering(Shard) if self._innermost(e[1])), None):
+            to, axes = movable
+            yield self._move(markers.all_to_all, axes, to, self.now[axes[0]], to)
+
+    def leave(self) -> Iterator[Step]:
+        """``S -> R`` and ``S -> P``, with whatever stands inside, or in the way of an axis that enters."""
+        for place in self._held():
+            held, wanted = self._dividing(place), self._wanting(place)
+            changed = {*held} ^ {*wanted}
+            leaving = [a for a in held if changed and a >= min(changed)]
+            while leaving:
+                to_sum = isinstance(self.dst[leaving[-1]], Partial)
+                axes: Axes = ()
+                while leaving and isinstance(self.dst[leaving[-1]], Partial) == to_sum:
+                    axes = (leaving.pop(), *axes)
+                if to_sum:
+                    yield self._move(markers.pad_shard, axes, Partial(), place)
+                else:
+                    yield self._move(markers.all_gather, axes, R, place)
+
+    def keep(self) -> Iterator[Step]:
+        """``R -> P``."""
+        if axes := self._axes(lambda x, y: isinstance(x, Replicate) and isinstance(y, Partial)):
+            yield self._move(markers.keep_first, axes, Partial())
+
+    def _entering(self, kind: type[Placement]) -> Iterator[tuple[Shard, Axes]]:
+        """Places that axes now placed as ``kind`` could divide next, with those axes."""
+        for place in dict.fromkeys(p for p in self.dst if isinstance(p, Shard)):
+            held, wanted = self._dividing(place), self._wanting(place)
+            if held == wanted[: len(held)]:
+                axes = wanted[len(held) :]
+                same = next((i for i, a in enumerate(axes) if self.now[a] != self.now[axes[0]]), len(axes))
+                if axes and isinstance(self.now[axes[0]], kind):
+                    yield place, axes[:same]
+
+    def _move(self, target: Callable[..., Any], axes: Axes, to: Placement, *options: Any) -> Step:
+        for a in axes:
+            self.now[a] = to
+        return target, (axes, *options), tuple(self.now)
+
+    def _axes(self, wanted: Callable[[Placement, Placement], bool]) -> Axes:
+        return tuple(a for a, (x, y) in enumerate(zip(self.now, self.dst, strict=True)) if wanted(x, y))
+
+    def _innermost(self, axes: Axes) -> bool:
+        """Whether no axis that divides the same factor is further inside than these."""
+        place = self.now[axes[0]]
+        return isinstance(place, Shard) and axes == self._dividing(place)[-len(axes) :]
+
+    def _held(self) -> list[Shard]:
+        return list(dict.fromkeys(p for p in self.now if isinstance(p, Shard)))
+
+    def _dividing(self, place: Shard) -> Axes:
+        return self._axes(lambda x, _: x == place)
+
+    def _wanting(self, place: Shard) -> Axes:
+        return self._axes(lambda _, y: y == place)
 
 
 def _refuse_impossible(src: Placements, dst: Placements) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, Node
 
 from tpcompile.graph_edit import call
@@ -26,75 +28,72 @@ class CoalesceCollectives(Pass):
     largest: int = 1 << 20
 
     def apply(self, work: Work) -> bool:
-        changed = False
-        pending: list[Node] = []
-        for node in work.graph.find_nodes(op="call_function", target=all_reduce):
-            if not self._small(node):
-                continue
-            if pending and _same_kind(pending[0], node) and not _depends(node, set(pending)):
-                pending.append(node)
-                continue
-            changed |= _join(work.graph, pending)
-            pending = [node]
-        return _join(work.graph, pending) or changed
-
-    def _small(self, node: Node) -> bool:
-        val = node.meta["val"]
-        count = 1
-        for size in val.shape:
-            count *= size if isinstance(size, int) else size.node.hint
-        return bool(count * val.element_size() <= self.largest)
+        groups = list(_independent(work.graph, self.largest))
+        for group in groups:
+            _join(work.graph, group)
+        return bool(groups)
 
 
-def _same_kind(a: Node, b: Node) -> bool:
-    return a.args[1:] == b.args[1:] and a.meta["val"].dtype == b.meta["val"].dtype
+def _independent(graph: Graph, largest: int) -> Iterator[list[Node]]:
+    """Runs of small all-reduces of one kind that do not need each other's results.
+
+    Runs are found in the graph's order and do not interleave. So joining one, which makes its results
+    depend on all its operands, cannot make a member of another depend on a second one.
+    """
+    group: list[Node] = []
+    needing: set[Node] = set()  # members of the group, and what is computed from them
+    for node in graph.nodes:
+        needs = any(i in needing for i in node.all_input_nodes)
+        if node.target is all_reduce and _size(node) <= largest:
+            if not group or needs or _kind(group[0]) != _kind(node):
+                if len(group) > 1:
+                    yield group
+                group, needing = [], set()
+            group.append(node)
+            needing.add(node)
+        elif needs:
+            needing.add(node)
+    if len(group) > 1:
+        yield group
 
 
-def _depends(node: Node, on: set[Node]) -> bool:
-    """Whether a value needs one of the others; looks back only as far as the first of them."""
-    first = next(n for n in node.graph.nodes if n in on)
-    position = {n: i for i, n in enumerate(node.graph.nodes)}
-    stack, seen = [node], set()
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source in on:
-                return True
-            if source not in seen and position[source] > position[first]:
-                seen.add(source)
-                stack.append(source)
-    return False
+def _kind(node: Node) -> tuple[object, ...]:
+    return (*node.args[1:], node.meta["val"].dtype)
 
 
-def _join(graph: Graph, nodes: list[Node]) -> bool:
-    """Puts one collective behind the last value that it needs, and everything that waited behind it."""
-    if len(nodes) < 2:
-        return False
-    values = [n.args[0] for n in nodes]
-    with graph.inserting_before(nodes[-1]):
-        joined = call(graph, all_reduce_coalesced, (values, *nodes[0].args[1:]), like=nodes[-1])
-        for i, node in enumerate(nodes):
-            part = call(graph, operator.getitem, (joined, i), like=node)
-            part.meta["placement"] = node.meta["placement"]
-            node.replace_all_uses_with(part)
-    for node in nodes:
-        graph.erase_node(node)
-    _sink_users(graph, joined)
-    return True
+def _size(node: Node) -> float:
+    """Bytes for the example's sizes; a size that only a run can tell counts as endless."""
+    val = node.meta["val"]
+    count: float = val.element_size()
+    for size in val.shape:
+        hint = size.node.hint if isinstance(size, torch.SymInt) else size
+        count *= float("inf") if hint is None else hint
+    return count
 
 
-def _sink_users(graph: Graph, joined: Node) -> None:
-    """Moves behind the collective what stood before it and uses its results, keeping the order."""
-    position = {n: i for i, n in enumerate(graph.nodes)}
-    moved: set[Node] = set()
-    parts = [joined, *joined.users]
-    late = {*parts}
-    before = [n for n in graph.nodes if position[n] < position[joined]]
-    for node in before:
+def _join(graph: Graph, nodes: list[Node]) -> None:
+    """Puts one collective in the place of the last of several, and behind it what waits for any of them."""
+    first, last = nodes[0], nodes[-1]
+    between = list(_between(first, last))
+    with graph.inserting_before(last):
+        joined = call(graph, all_reduce_coalesced, ([n.args[0] for n in nodes], *first.args[1:]), like=last)
+        parts = [call(graph, operator.getitem, (joined, i), like=n) for i, n in enumerate(nodes)]
+    for node, part in zip(nodes, parts, strict=True):
+        part.meta["placement"] = node.meta["placement"]
+        node.replace_all_uses_with(part)
+    late = set(parts)
+    anchor = parts[-1]
+    for node in between:
         if any(i in late for i in node.all_input_nodes):
             late.add(node)
-            moved.add(node)
-    anchor = list(joined.users)[-1]
-    for node in before:
-        if node in moved:
             anchor.append(node)
             anchor = node
+    for node in nodes:
+        graph.erase_node(node)
+
+
+def _between(first: Node, last: Node) -> Iterator[Node]:
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next

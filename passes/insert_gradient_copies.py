@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tpcompile.graph_edit import call
+from tpcompile.graph_edit import behind, call
 from tpcompile.markers import MARKERS, copy_to_ranks
 from tpcompile.placements import Partial, Replicate
 from tpcompile.planner.strategies import Strategy
@@ -51,7 +51,7 @@ class InsertGradientCopies(Pass):
                 if not on or arg not in differentiable:
                     return arg
                 if (arg, on) not in made:
-                    with node.graph.inserting_before(_first_user(arg)):
+                    with node.graph.inserting_before(behind(arg)):
                         made[arg, on] = call(node.graph, copy_to_ranks, (arg, on), like=node)
                     made[arg, on].meta["placement"] = arg.meta["placement"]
                 return made[arg, on]
@@ -86,10 +86,3 @@ def _differentiable(work: Work) -> set[Node]:
 def _carries_gradient(node: Node) -> bool:
     val = node.meta["val"]
     return not isinstance(val, torch.Tensor) or val.dtype.is_floating_point or val.dtype.is_complex
-
-
-def _first_user(value: Node) -> Node:
-    after = value.next
-    while after.op == "placeholder":
-        after = after.next
-    return after

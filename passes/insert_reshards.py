@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tpcompile.graph_edit import call
+from tpcompile.graph_edit import behind, call
 from tpcompile.markers import Placements, reshard
 from tpcompile.placements import R
+from tpcompile.planner.search import SHAPE_ONLY
 from tpcompile.rules.rule import operands
 from tpcompile.work import Work, is_tensor
 
@@ -22,7 +23,8 @@ class InsertReshards(Pass):
     """Inserts ``reshard(x, from, to)`` where producer and consumer differ, shared by equal wants.
 
     A value with several uses is first brought to the placement that the planner chose to hand it on
-    in, then for each use to the one that it wants; conversions between equal placements are left out.
+    in, then for each use to the one that it wants; a use that wants it as it was computed takes it so.
+    Conversions stand right behind what they convert: most of them shrink it.
     """
 
     name = "insert-reshards"
@@ -32,9 +34,9 @@ class InsertReshards(Pass):
         for node in list(work.graph.nodes):
             if node.op == "output":
                 inserter.results(node)
-            elif node.meta.get("strategies") or (node.op == "call_function" and operands(node)):
+            elif node.meta.get("strategies") and node.target not in SHAPE_ONLY:
                 inserter.operands(node)
-        return True
+        return bool(inserter.made)
 
 
 class _Inserter:
@@ -44,21 +46,18 @@ class _Inserter:
         self.made: dict[tuple[Node, Placements], Node] = {}
 
     def operands(self, node: Node) -> None:
-        if "strategies" not in node.meta:  # a getitem
-            return
-        index = -1
-        wants = [tuple(d.need(node, i) for d in self.work.decisions) for i in range(len(operands(node)))]
+        """Brings a call's operands to where its strategies want them."""
+        wants = iter(
+            [tuple(d.need(node, i) for d in self.work.decisions) for i in range(len(operands(node)))]
+        )
 
         def swap(arg: Any) -> Any:
-            nonlocal index
-            if not (isinstance(arg, Node) and is_tensor(arg)):
-                return arg
-            index += 1
-            return self.bring(arg, wants[index])
+            return self.bring(arg, next(wants)) if isinstance(arg, Node) and is_tensor(arg) else arg
 
-        node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), swap)
+        node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), swap)  # type: ignore[assignment]
 
     def results(self, node: Node) -> None:
+        """Brings the program's results to where the caller wants them: whole, caches as they lie."""
         free = self.work.free_outputs()
         node.args = (
             tuple(
@@ -72,23 +71,18 @@ class _Inserter:
     def bring(self, value: Node, want: Placements) -> Node:
         """The value in a placement, by way of the one in which it is handed on."""
         own = value.meta["placement"]
+        if want == own:
+            return value
         shared = tuple(d.shared.get(value, mine) for d, mine in zip(self.work.decisions, own, strict=True))
-        return self.convert(self.convert(value, own, shared), shared, want)
+        return self._convert(self._convert(value, own, shared), shared, want)
 
-    def convert(self, value: Node, src: Placements, dst: Placements) -> Node:
+    def _convert(self, value: Node, src: Placements, dst: Placements) -> Node:
         if src == dst:
             return value
         key = (value, dst)
         if key not in self.made:
-            with value.graph.inserting_before(self._behind(value)):
+            with value.graph.inserting_before(behind(value)):
                 node = call(value.graph, reshard, (value, src, dst), like=value)
             node.meta["placement"] = dst
             self.made[key] = node
         return self.made[key]
-
-    def _behind(self, value: Node) -> Node:
-        """The node before which something computed from the value can stand."""
-        after = value.next
-        while after.op == "placeholder":
-            after = after.next
-        return after

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from tpcompile.errors import TpCompileError
 from tpcompile.work import Work
 
 from .verify_graph import verify_graph
@@ -40,17 +41,24 @@ def run_passes(work: Work, passes: Sequence[Pass]) -> None:
     changed it, numbered, with the change in the number of calls.
 
     Raises:
-        TpCompileError: a pass left an invalid graph; the error names it and those before it.
+        TpCompileError: a pass left an invalid graph, or changed it and says that it did not; the error
+            names it and those before it. Other errors of a pass get that as a note.
     """
     verify_graph(work, "capture")
     done: list[str] = []
     for one in passes:
         before, start = work.call_count(), time.perf_counter()
-        changed = one.apply(work)
         done.append(one.name)
+        try:
+            changed = one.apply(work)
+        except Exception as error:
+            error.add_note(f"in the last of these passes: {' -> '.join(done)}")
+            raise
+        after = work.call_count()
         if changed:
             verify_graph(work, " -> ".join(done))
-        after = work.call_count()
+        elif after != before:
+            raise TpCompileError(f"the pass {one.name} says that it changed nothing", todo="return True")
         log.info("%-28s %+5d calls  %.3f s", one.name, after - before, time.perf_counter() - start)
         if changed:
             _dump(work, f"{work.serial():02d}-{one.name}", after - before)

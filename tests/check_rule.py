@@ -213,8 +213,6 @@ class Program:
         )
 
 
-
-
 def _tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [v for v in value if isinstance(v, Tensor)]
 
@@ -224,7 +222,9 @@ def _tensors(value: Any) -> list[Tensor]:
 Atoms = list[list[int]]
 
 
-def lay_out(value: Tensor, layout: Any, axes: tuple[int, ...], placements: Sequence[Placement]) -> list[Tensor]:
+def lay_out(
+    value: Tensor, layout: Any, axes: tuple[int, ...], placements: Sequence[Placement]
+) -> list[Tensor]:
     """What each rank holds of a value."""
     pieces = [(value, [list(d) for d in layout])]
     for ranks, placement in zip(axes, placements, strict=True):
@@ -375,7 +375,9 @@ def _feeds(program: Program, work: Work, axes: tuple[int, ...]) -> list[list[Ten
     torch.manual_seed(1)
     layouts, _ = program.layouts()
     columns = []
-    for node, value, layout in zip(work.graph.find_nodes(op="placeholder"), program.inputs, layouts, strict=True):
+    for node, value, layout in zip(
+        work.graph.find_nodes(op="placeholder"), program.inputs, layouts, strict=True
+    ):
         columns.append(lay_out(value, layout, axes, [d.params[node] for d in work.decisions]))
     return [list(row) for row in zip(*columns, strict=True)]
 

@@ -119,13 +119,18 @@ def _fit(parts: list[Tensor], want: Tensor, placement: Placement) -> bool:
         shape[placement.dim] //= RANKS
     if any(list(p.shape) != shape for p in parts):
         return False
-    if isinstance(placement, Partial) and (want.dtype is torch.bool or want.dtype.is_complex and placement.op != "sum"):
+    if isinstance(placement, Partial) and (
+        want.dtype is torch.bool or (want.dtype.is_complex and placement.op != "sum")
+    ):
         return False
     try:
         got = put_together(parts, [[s] for s in want.shape], (RANKS,), [placement])
     except AssertionError:
         return False
-    return torch.allclose(got.double() if not got.is_complex() else got, want.double() if not want.is_complex() else want,
-                          rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
-
-
+    return torch.allclose(
+        got.double() if not got.is_complex() else got,
+        want.double() if not want.is_complex() else want,
+        rtol=TOLERANCE,
+        atol=TOLERANCE,
+        equal_nan=True,
+    )

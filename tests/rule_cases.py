@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.check_rule import Case, boolean, complex_, ints, order, real, signed, single
+from tests.check_rule import Case, boolean, ints, order, real, signed, single
 
 aten = torch.ops.aten
 
@@ -46,29 +46,51 @@ MATMULS = [
     _case(aten.baddbmm.default, signed(1, 14), signed(4, 6, 10), signed(4, 10, 14)),
     _case(aten.einsum.default, "bqd,bkd->bqk", [signed(4, 6, 10), signed(4, 14, 10)]),
     _case(aten.einsum.default, "bq,kd->bd", [signed(4, 6), signed(14, 10)]),
-    _case(aten.scaled_dot_product_attention.default, signed(3, 4, 6, 10), signed(3, 4, 14, 10), signed(3, 4, 14, 22)),
     _case(
         aten.scaled_dot_product_attention.default,
-        signed(3, 4, 6, 10), signed(3, 4, 14, 10), signed(3, 4, 14, 22), signed(1, 1, 6, 14), scale=0.3,
+        signed(3, 4, 6, 10),
+        signed(3, 4, 14, 10),
+        signed(3, 4, 14, 22),
     ),
     _case(
         aten.scaled_dot_product_attention.default,
-        signed(3, 12, 6, 10), signed(3, 4, 14, 10), signed(3, 4, 14, 22), boolean(3, 1, 6, 14), enable_gqa=True,
+        signed(3, 4, 6, 10),
+        signed(3, 4, 14, 10),
+        signed(3, 4, 14, 22),
+        signed(1, 1, 6, 14),
+        scale=0.3,
     ),
     _case(
         aten.scaled_dot_product_attention.default,
-        signed(3, 4, 6, 10), signed(3, 4, 14, 10), signed(3, 4, 14, 22), None, 0.0, True,
+        signed(3, 12, 6, 10),
+        signed(3, 4, 14, 10),
+        signed(3, 4, 14, 22),
+        boolean(3, 1, 6, 14),
+        enable_gqa=True,
+    ),
+    _case(
+        aten.scaled_dot_product_attention.default,
+        signed(3, 4, 6, 10),
+        signed(3, 4, 14, 10),
+        signed(3, 4, 14, 22),
+        None,
+        0.0,
+        True,
     ),
     _case(aten.scaled_dot_product_attention.default, signed(4, 6, 10), signed(4, 14, 10), signed(4, 14, 22)),
     _case(aten.embedding.default, signed(14, 10), ints(14, 4, 6)),
     _case(aten.embedding.default, signed(14, 10), ints(14, 6), 9),
-    _case(aten.convolution.default, signed(4, 6, 10), signed(14, 6, 3), signed(14), [2], [1], [1], False, [0], 1),
+    _case(
+        aten.convolution.default, signed(4, 6, 10), signed(14, 6, 3), signed(14), [2], [1], [1], False, [0], 1
+    ),
     _case(aten.convolution.default, signed(4, 18, 10), signed(12, 3, 2), None, [1], [0], [1], False, [0], 6),
     _case(aten.conv1d.default, signed(4, 12, 10), signed(12, 1, 4), signed(12), [1], [3], [1], 12),
     _case(aten.conv2d.default, signed(4, 6, 10, 8), signed(14, 6, 3, 3)),
     _case(aten.conv3d.default, signed(2, 4, 5, 6, 7), signed(6, 4, 3, 3, 3)),
     _case(aten.conv_transpose1d.default, signed(4, 6, 10), signed(6, 14, 3), signed(14)),
-    _case(aten.conv_transpose2d.input, signed(4, 6, 10, 8), signed(6, 7, 3, 3), None, [1, 1], [0, 0], [0, 0], 2),
+    _case(
+        aten.conv_transpose2d.input, signed(4, 6, 10, 8), signed(6, 7, 3, 3), None, [1, 1], [0, 0], [0, 0], 2
+    ),
     _case(aten.conv_transpose3d.input, signed(2, 4, 5, 6, 7), signed(4, 6, 3, 3, 3)),
 ]
 
@@ -202,10 +224,27 @@ REDUCTIONS = [
     _case(aten.rms_norm.default, signed(4, 6, 10), [10], signed(10)),
     _case(aten.group_norm.default, signed(4, 12, 10), 6, signed(12), signed(12)),
     _case(aten.group_norm.default, signed(4, 12, 10), 6),
-    _case(aten.batch_norm.default, signed(4, 6, 10), signed(6), signed(6), signed(6), real(6), False, 0.1, 1e-5, False),
+    _case(
+        aten.batch_norm.default,
+        signed(4, 6, 10),
+        signed(6),
+        signed(6),
+        signed(6),
+        real(6),
+        False,
+        0.1,
+        1e-5,
+        False,
+    ),
     _tie(
         aten._native_batch_norm_legit_no_training.default,
-        signed(4, 6, 10), signed(6), signed(6), signed(6), real(6), 0.1, 1e-5,
+        signed(4, 6, 10),
+        signed(6),
+        signed(6),
+        signed(6),
+        real(6),
+        0.1,
+        1e-5,
     ),
 ]
 

@@ -111,7 +111,9 @@ def _load(node: Node, values: dict[Node, Any]) -> Any:
 def _members(group: str, everyone: list[tuple[int, ...]], rank: int) -> list[int]:
     axes = [int(a) for a in group.split(",")]
     mine = everyone[rank]
-    return [r for r, at in enumerate(everyone) if all(at[a] == mine[a] for a in range(len(mine)) if a not in axes)]
+    return [
+        r for r, at in enumerate(everyone) if all(at[a] == mine[a] for a in range(len(mine)) if a not in axes)
+    ]
 
 
 def _joint(target: Any, loaded: list[Any]) -> list[Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
 from tests.check_rule import Case, Program, blame, compare, compare_gradients

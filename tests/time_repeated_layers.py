@@ -1,4 +1,4 @@
-"""Times the truncated capture of the largest Llamas, without weights: ``python -m tests.time_repeated_layers``."""
+"""Times the truncated capture of large Llamas: ``python -m tests.time_repeated_layers``."""
 
 from __future__ import annotations
 

@@ -11,8 +11,19 @@ if not (_HERE / "passes").is_dir() and (_HERE.parent / "passes").is_dir():
 
 from .api import parallelize, plan  # noqa: E402
 from .errors import TpCompileError  # noqa: E402
+from .placements import Partial, Replicate, Shard  # noqa: E402
 from .plan import Plan  # noqa: E402
 from .planner.cost import CostModel  # noqa: E402
 from .rules.table import register_rule  # noqa: E402
 
-__all__ = ["CostModel", "Plan", "TpCompileError", "parallelize", "plan", "register_rule"]
+__all__ = [
+    "CostModel",
+    "Partial",
+    "Plan",
+    "Replicate",
+    "Shard",
+    "TpCompileError",
+    "parallelize",
+    "plan",
+    "register_rule",
+]

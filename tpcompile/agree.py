@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -31,10 +31,12 @@ def together(group: dist.ProcessGroup | None, what: str, do: Callable[[], T]) ->
         dist.all_gather_object(everyone, mine, group=group)
         first = next(((r, e) for r, e in enumerate(everyone) if e is not None), None)
         if failure is None and first is not None:
-            raise TpCompileError(f"rank {first[0]} failed to {what}: {first[1]}", todo="see that rank's error")
+            raise TpCompileError(
+                f"rank {first[0]} failed to {what}: {first[1]}", todo="see that rank's error"
+            )
     if failure is not None:
         raise failure
-    return result  # type: ignore[return-value]
+    return cast(T, result)
 
 
 def from_first(group: dist.ProcessGroup | None, make: Callable[[], T]) -> T:
@@ -56,7 +58,8 @@ def from_first(group: dist.ProcessGroup | None, make: Callable[[], T]) -> T:
     status, value = box[0]
     if status == "failed":
         raise TpCompileError(f"rank 0 could not make the plan: {value}", todo="see rank 0's error")
-    return value  # type: ignore[no-any-return]
+    result: T = value
+    return result
 
 
 def compare(group: dist.ProcessGroup | None, what: str, lines: list[str]) -> str:

@@ -21,7 +21,7 @@ from .pins import Pin, check_pins
 from .plan import Plan
 from .planner.cost import CostModel, preset
 from .runtime import Runtime
-from .shell import shard_weights, sharded_class
+from .shell import sharded_class
 
 PlanLike = str | Plan | Mapping[str, Pin]
 
@@ -127,13 +127,19 @@ def _default_mesh(model: nn.Module) -> DeviceMesh:
 def _check_mesh(mesh: DeviceMesh, axis: str | None) -> int:
     """The size of the axis to divide over."""
     if not isinstance(mesh, DeviceMesh):
-        raise TpCompileError(f"{mesh!r} is no DeviceMesh", todo="use torch.distributed.device_mesh.init_device_mesh")
+        raise TpCompileError(
+            f"{mesh!r} is no DeviceMesh", todo="use torch.distributed.device_mesh.init_device_mesh"
+        )
     names = mesh.mesh_dim_names or ()
     if axis is not None and axis not in names:
-        raise TpCompileError(f"the mesh has no axis {axis!r}", where=f"axes {names}", todo="name one of its axes")
+        raise TpCompileError(
+            f"the mesh has no axis {axis!r}", where=f"axes {names}", todo="name one of its axes"
+        )
     if axis is None and mesh.ndim != 1:
         raise TpCompileError(
-            f"the mesh has {mesh.ndim} axes", where=f"axes {names}", todo="give axis=, or one axis of it: mesh['tp']"
+            f"the mesh has {mesh.ndim} axes",
+            where=f"axes {names}",
+            todo="give axis=, or one axis of it: mesh['tp']",
         )
     if dist.is_initialized() and int(mesh.mesh.max()) >= dist.get_world_size():
         raise TpCompileError(

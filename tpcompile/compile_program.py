@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +24,8 @@ from .layout import WeightLayout
 from .lowering.groups import AxisGroups
 from .lowering.lower_graph import lower_graph
 from .passes.pipeline import Pass
-from .pipeline import canonical, plan_program, rewrite, split_copy
 from .pins import Pin, make_pins
+from .pipeline import canonical, plan_program, rewrite, split_copy
 from .plan import Plan, make_plan
 from .plan_layout import layout_of, pins_from_layout
 from .planner.cost import CostModel
@@ -32,7 +33,6 @@ from .print_graph import graph_text
 from .print_plan import size_text
 from .shell import whole_tensors
 from .work import Work
-
 
 # The packed matmuls that are split, and the decisions on each sub-axis.
 Decisions = tuple[list[str], list[dict[str, Any]]]
@@ -86,7 +86,9 @@ class Compiler:
         axis: the name of the mesh axis, for a mesh of several.
     """
 
-    def __init__(self, options: Options, ranks: int, mesh: DeviceMesh | None = None, axis: str | None = None) -> None:
+    def __init__(
+        self, options: Options, ranks: int, mesh: DeviceMesh | None = None, axis: str | None = None
+    ) -> None:
         self.options, self.ranks, self.mesh, self.axis = options, ranks, mesh, axis
         self.group: dist.ProcessGroup | None = mesh.get_group(axis) if mesh is not None else None
         self.rank = mesh.get_local_rank(axis) if mesh is not None else 0
@@ -103,10 +105,13 @@ class Compiler:
         Raises:
             TpCompileError: on all ranks, if any of them fails or they disagree.
         """
+        clock = [time.perf_counter()]
         base = together(self.group, "capture the model", lambda: self._capture(model, bound))
+        clock.append(time.perf_counter())
         graph = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
         data = from_first(self.group, lambda: self._decide(base, layout, graph))
         compare(self.group, "plans", [repr(data)])
+        clock.append(time.perf_counter())
         planned = _follow(replace(base, layout=layout), data)
         self._make_groups(planned.axes)
         training = any(p.requires_grad for p in model.parameters()) or _wants_gradient(bound)
@@ -115,7 +120,9 @@ class Compiler:
             placed = layout_of(planned, whole_tensors(model)) if layout is None else layout
             rewritten = _follow(replace(base, layout=layout), data)
             rewrite(rewritten, training, self.options.passes)
-            plan = make_plan(planned, rewritten, placed, self.options.cost, graph)
+            pins = make_pins(self.options.pins) if layout is None else pins_from_layout(layout)
+            plan = make_plan(planned, rewritten, placed, self.options.cost, graph, pins)
+            plan.timings = {"capture": clock[1] - clock[0], "plan": clock[2] - clock[1]}
             return Compiled(planned, rewritten, plan, self._lower(rewritten))
 
         return together(self.group, "lower the model", finish)
@@ -133,7 +140,9 @@ class Compiler:
     def _decide(self, base: Work, layout: WeightLayout | None, graph: str) -> Decisions:
         given = self.options.plan
         if given is not None and given.ranks != self.ranks:
-            raise TpCompileError(f"the plan is for {given.ranks} ranks, the mesh axis has {self.ranks}", todo="plan again")
+            raise TpCompileError(
+                f"the plan is for {given.ranks} ranks, the mesh axis has {self.ranks}", todo="plan again"
+            )
         if given is not None and given.graph == graph:
             return list(given.layout.groups), given.decisions
         if given is not None:
@@ -190,7 +199,9 @@ def _held(planned: Work) -> float:
 
 def full_shape(planned: Work, name: str) -> list[int]:
     """The whole shape of a parameter, from any of its segments."""
-    segment = next(s.segment for s in planned.sources.values() if s.spec.name == name and s.segment is not None)
+    segment = next(
+        s.segment for s in planned.sources.values() if s.spec.name == name and s.segment is not None
+    )
     return [math.prod(dim) for dim in segment.factors]
 
 

@@ -14,7 +14,7 @@ from .work import Work
 
 
 def decisions_to_data(work: Work) -> list[dict[str, Any]]:
-    """Per sub-axis: its size, the strategy of every call and the placement of every parameter and shared value."""
+    """Per sub-axis: its size, every call's strategy, every parameter's and shared value's placement."""
     return [
         {
             "ranks": d.ranks,

@@ -10,6 +10,7 @@ from .errors import TpCompileError
 from .factors import Factors
 from .placements import Placement, R, Shard
 from .planner.cost import CostModel
+from .planner.decide import Pins
 from .planner.search import Search
 from .print_graph import target_text
 from .print_plan import time_text
@@ -17,12 +18,13 @@ from .rules.rule import Rule
 from .work import Work
 
 
-def explain_module(work: Work, cost: CostModel, name: str) -> str:
+def explain_module(work: Work, cost: CostModel, pins: Pins, name: str) -> str:
     """The explanation of ``Plan.explain``.
 
     Args:
         work: the planned program, before it was rewritten.
         cost: the cost model it was planned with.
+        pins: what parameters were held to; alternatives respect those of the others.
         name: a module or parameter.
 
     Raises:
@@ -32,13 +34,14 @@ def explain_module(work: Work, cost: CostModel, name: str) -> str:
     mine = [n for n, p in work.params().items() if p == name or p.startswith(name + ".")]
     if not mine:
         raise TpCompileError(
-            f"{name!r} has no parameters in this program", todo="name a module or parameter that the plan lists"
+            f"{name!r} has no parameters in this program",
+            todo="name a module or parameter that the plan lists",
         )
     search = Search(work.graph, work.planned_factors, work.params(), cost, work.free_outputs())
-    return "\n".join(line for param in mine for line in _explain_param(work, search, param))
+    return "\n".join(line for param in mine for line in _explain_param(work, search, pins, param))
 
 
-def _explain_param(work: Work, search: Search, param: Node) -> Iterator[str]:
+def _explain_param(work: Work, search: Search, pins: Pins, param: Node) -> Iterator[str]:
     factors = work.planned_factors
     assert factors is not None
     yield f"{work.sources[param].spec.name} {_factored(factors, param)}"
@@ -47,28 +50,27 @@ def _explain_param(work: Work, search: Search, param: Node) -> Iterator[str]:
     for axis, decision in enumerate(work.decisions):
         label = f" on sub-axis {axis} of {decision.ranks}" if len(work.decisions) > 1 else ""
         yield f"  chosen{label}: {decision.params[param]}"
-        best = decision.cost + decision.price + decision.penalty
         for option in _options(factors, param):
             if option != decision.params[param]:
-                yield f"    {option}: {_price(work, search, param, option, axis, best)}"
+                yield f"    {option}: {_price(work, search, pins, param, option, axis)}"
 
 
 def _options(factors: Factors, param: Node) -> list[Placement]:
     return [R, *(Shard(*place) for place in factors.places(param))]
 
 
-def _price(work: Work, search: Search, param: Node, option: Placement, axis: int, best: float) -> str:
-    ranks, prior = work.decisions[axis].ranks, work.decisions[:axis]
+def _price(work: Work, search: Search, pins: Pins, param: Node, option: Placement, axis: int) -> str:
+    best, prior = work.decisions[axis], work.decisions[:axis]
     if isinstance(option, Shard):
         atom = search.factors.places(param)[option.dim, option.factor]
         if atom not in search.candidates:
             return "refused: this dimension is dynamic, or no matmul has it"
     try:
-        other = search.plan(ranks, prior, {param: frozenset({option})})
+        other = search.plan(best.ranks, prior, {**pins(work, axis), param: frozenset({option})})
     except TpCompileError:
         return f"refused: {_refusal(search, param)}"
-    extra = other.cost + other.price + other.penalty - best
-    must = " (a large matrix must be divided)" if other.penalty > work.decisions[axis].penalty else ""
+    extra = other.cost + other.price - best.cost - best.price
+    must = ", but a large matrix must be divided" if other.penalty > best.penalty else ""
     return f"{'+' if extra >= 0 else '-'}{time_text(abs(extra))}{must}"
 
 
@@ -84,5 +86,7 @@ def _refusal(search: Search, param: Node) -> str:
 
 
 def _factored(factors: Factors, param: Node) -> str:
-    dims = [" ".join(map(str, d)) if len(d) == 1 else f"({' '.join(map(str, d))})" for d in factors.layout(param)]
+    dims = [
+        " ".join(map(str, d)) if len(d) == 1 else f"({' '.join(map(str, d))})" for d in factors.layout(param)
+    ]
     return "[" + ", ".join(d or "1" for d in dims) + "]"

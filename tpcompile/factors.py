@@ -171,7 +171,7 @@ class Factors:
                 if any(p == "twice" for p in places):
                     continue
                 reduce = rule.reduce.get(name, "")
-                if any(p is None for p in outputs) and not reduce:
+                if any(p is None and i not in rule.fixed for i, p in enumerate(outputs)) and not reduce:
                     continue
                 yield OpFactor(atom, self._size[atom], tuple(inputs), tuple(outputs), reduce)  # type: ignore[arg-type]
 

@@ -46,6 +46,14 @@ def call(
     return node
 
 
+def behind(value: Node) -> Node:
+    """The first node before which something computed from a value can stand."""
+    after = value.next
+    while after.op == "placeholder":
+        after = after.next
+    return after
+
+
 def module_path(node: Node) -> str:
     """The innermost module that a node was traced in, by its qualified name."""
     stack = node.meta.get("nn_module_stack") or {}

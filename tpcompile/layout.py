@@ -187,9 +187,7 @@ class WeightLayout:
 
     def held(self, rank: int) -> float:
         """Bytes of parameters and buffers that a rank holds."""
-        return sum(
-            math.prod(self.local_shape(n, rank)) * p.dtype.itemsize for n, p in self.params.items()
-        )
+        return sum(math.prod(self.local_shape(n, rank)) * p.dtype.itemsize for n, p in self.params.items())
 
     def to_json(self) -> dict[str, Any]:
         """A form for ``json``; ``from_json`` reads it."""

@@ -69,5 +69,3 @@ class ShardedModule(nn.Module):
 def is_sharded(model: nn.Module) -> bool:
     """Whether a module came from ``parallelize``."""
     return isinstance(model, ShardedModule)
-
-

@@ -55,12 +55,21 @@ def make_pins(pins: Mapping[str, Pin]) -> Pins:
             return {}
         factors = work.factors()
         found: dict[Node, frozenset[Placement]] = {}
+        idle = set(pins)
         for node, name in work.params().items():
             for glob, pin in pins.items():
-                if _matches(glob, name):
+                if _matches(glob, name) and node.users:
                     wanted = _allowed(factors, node, _kind(glob, pin), glob)
                     if wanted is not None:
                         found[node] = wanted if axis == 0 else wanted | {R}
+                        idle.discard(glob)
+        for glob in idle:
+            raise TpCompileError(
+                f"the pin {glob!r} asks for {pins[glob]!r}, which this parameter does not have, "
+                "or which the captured call does not use",
+                where="plan",
+                todo="pin a dimension that can be divided",
+            )
         return found
 
     return resolve
@@ -119,7 +128,11 @@ def _style_dim(factors: Factors, param: Node, style: str) -> int | None:
             labels = rule.inputs[operands(user).index(param)]
             for d, letters in enumerate(labels):
                 summed = bool(letters) and all(x in rule.reduce for x in letters)
-                if letters and summed == (style == "rowwise") and not set(letters) & _shared(rule, user, param):
+                if (
+                    letters
+                    and summed == (style == "rowwise")
+                    and not set(letters) & _shared(rule, user, param)
+                ):
                     return d
     return None
 

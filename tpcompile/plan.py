@@ -19,6 +19,7 @@ from .explain import explain_module
 from .graph_edit import module_path
 from .layout import ParamLayout, WeightLayout
 from .planner.cost import CostModel
+from .planner.decide import Pins
 from .rules.rule import operands
 from .work import Work
 
@@ -56,6 +57,9 @@ class Plan:
         cost: the cost model.
         seconds: the modelled time of one forward of the example.
         model_bytes: bytes of all parameters and buffers.
+        timings: seconds that the stages took where the plan was made.
+        work: the planned program, and
+        pins: what its parameters were held to, for explanations; None for a plan from disk.
     """
 
     layout: WeightLayout
@@ -67,7 +71,9 @@ class Plan:
     cost: CostModel
     seconds: float
     model_bytes: int
+    timings: dict[str, float] = field(default_factory=dict, compare=False)
     work: Work | None = field(default=None, repr=False, compare=False)
+    pins: Pins | None = field(default=None, repr=False, compare=False)
 
     @property
     def ranks(self) -> int:
@@ -88,13 +94,13 @@ class Plan:
         Raises:
             TpCompileError: there is no such module, or the plan was loaded from disk.
         """
-        if self.work is None:
+        if self.work is None or self.pins is None:
             raise TpCompileError(
                 "a plan from disk has no alternatives to compare",
                 where=name,
                 todo="make the plan again with tpcompile.plan",
             )
-        return explain_module(self.work, self.cost, name)
+        return explain_module(self.work, self.cost, self.pins, name)
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON; the file appears whole or not at all."""
@@ -115,11 +121,15 @@ class Plan:
             version = data["version"]
             if version != VERSION:
                 raise TpCompileError(
-                    f"plan of version {version}, this is version {VERSION}", where=str(path), todo="plan again"
+                    f"plan of version {version}, this is version {VERSION}",
+                    where=str(path),
+                    todo="plan again",
                 )
             return Plan.from_json(data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TpCompileError(f"not a plan: {error!r}", where=str(path), todo="save one with plan.save") from error
+            raise TpCompileError(
+                f"not a plan: {error!r}", where=str(path), todo="save one with plan.save"
+            ) from error
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -157,7 +167,9 @@ class Plan:
         return plan_text(self)
 
 
-def make_plan(work: Work, rewritten: Work, layout: WeightLayout, cost: CostModel, graph: str) -> Plan:
+def make_plan(
+    work: Work, rewritten: Work, layout: WeightLayout, cost: CostModel, graph: str, pins: Pins
+) -> Plan:
     """The plan of a program, from it as it was planned and as it was rewritten."""
     return Plan(
         layout=layout,
@@ -170,6 +182,7 @@ def make_plan(work: Work, rewritten: Work, layout: WeightLayout, cost: CostModel
         seconds=sum(d.cost for d in work.decisions),
         model_bytes=sum(_bytes(p) for p in layout.params.values()),
         work=work,
+        pins=pins,
     )
 
 

@@ -20,7 +20,7 @@ def node_text(node: Node) -> str:
         return f"return {_arguments(node.args)}"
     head = f"{node.name}: {_value(node.meta.get('val'))}"
     if "placement" in node.meta:
-        head += f" {node.meta['placement']}"
+        head += f" {' x '.join(map(str, node.meta['placement']))}"
     if node.op == "placeholder":
         return head
     return f"{head} = {target_text(node)}({_arguments(node.args, node.kwargs)})"

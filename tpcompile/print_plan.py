@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 def plan_text(plan: Plan) -> str:
     """Parameters, collectives, modelled time and memory; equal blocks share a line."""
     held = max(plan.layout.held(r) for r in range(plan.ranks))
+    times = held * plan.ranks / max(plan.model_bytes, 1)
     axes = "" if len(plan.axes) == 1 else f" as {' x '.join(map(str, plan.axes))}"
     lines = [
         f"plan for {plan.ranks} ranks{axes}: {size_text(plan.model_bytes)} of parameters and buffers, "
-        f"{size_text(held)} on the fullest rank ({held * plan.ranks / max(plan.model_bytes, 1):.3f} x its share)",
+        f"{size_text(held)} on the fullest rank ({times:.3f} x its share)",
         "",
         *_table(("parameter", "x", "shape", "placement", "local shape", "bytes"), _param_rows(plan)),
         "",

@@ -103,7 +103,9 @@ class Program:
 
     def __str__(self) -> str:
         arguments = ", ".join(
-            f"{spec.name}: {'x'.join(map(str, spec.extents))}" if spec.extents is not None else f"{spec.name}={spec.value}"
+            f"{spec.name}: {'x'.join(map(str, spec.extents))}"
+            if spec.extents is not None
+            else f"{spec.name}={spec.value}"
             for spec in self.captured.user_inputs
         )
         return f"({arguments}) {'train' if self.training else 'eval'}"
@@ -139,12 +141,7 @@ class Runtime:
                 if program.captured.in_spec == spec and program.captured.accepts(leaves) is None:
                     with torch.autocast(leaves_device(leaves), enabled=False):
                         return program.run(leaves)
-        if torch.compiler.is_compiling():
-            raise TpCompileError(
-                "no program was captured for this call, and none can be while torch.compile traces",
-                todo="call model.capture(...) with these arguments first",
-            )
-        return self.capture(model, bound).run(leaves)
+        return _capture_and_run(self, model, bound, leaves)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The call as keyword arguments in the order of the signature."""
@@ -197,6 +194,14 @@ class Runtime:
                     f"the call has other shapes than the program was captured for: {why}",
                     todo="parallelize with dynamic=True, or keep to the captured shapes",
                 )
+
+
+# Under torch.compile(fullgraph=True) the reason is the error; without fullgraph the graph breaks here.
+@torch.compiler.disable(reason="no program was captured for this call: call model.capture(...) with it first")
+def _capture_and_run(
+    runtime: Runtime, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]
+) -> Any:
+    return runtime.capture(model, bound).run(leaves)
 
 
 def leaves_device(leaves: Sequence[Any]) -> str:

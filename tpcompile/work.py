@@ -115,7 +115,8 @@ class Work:
 
     def copy(self) -> Work:
         """The same program on a graph of its own; fake tensors are shared."""
-        graph, moved = Graph(), {}
+        graph = Graph()
+        moved: dict[Node, Node] = {}
         result = graph.graph_copy(self.graph, moved)
         graph.output(result)
         module = torch.fx.GraphModule(torch.nn.Module(), graph)

@@ -148,7 +148,7 @@ def record_run(
         )
         stack.enter_context(_marking(model, repeats, run))
         stack.enter_context(_no_fused_encoder())
-        stack.enter_context(_trace._compiling_state_context())
+        stack.enter_context(_trace._compiling_state_context())  # type: ignore[attr-defined]
         stack.enter_context(mode)
         recorder = stack.enter_context(_Recorder(run, known))
         result = call_model(model, tree_unflatten(flat, in_spec))

@@ -82,7 +82,7 @@ def _held(work: Work) -> float:
     assert work.planned_factors is not None
     total = 0.0
     for node in work.params():
-        size = tensor_of(node).numel() * tensor_of(node).element_size()
+        size = float(tensor_of(node).numel() * tensor_of(node).element_size())
         left = {place: work.planned_factors.size(a) for place, a in work.planned_factors.places(node).items()}
         for decision in work.decisions:
             placement = decision.params[node]

@@ -25,6 +25,9 @@ from .weights import MUST_DIVIDE, SMALL, SMALL_PRICE, matrix, shares, weight_roo
 Name = tuple[str, str]
 """A variable: what it decides about (``node``, ``param`` or ``shared``) and the node's name."""
 
+SHAPE_ONLY = (torch.ops.aten.sym_size.int,)
+"""What needs no more of a value than its shape, in whatever placement."""
+
 EXACT = 2.0**44
 """Costs are counted in units of 1 / EXACT seconds; sums of them are exact up to 512 s."""
 
@@ -160,7 +163,7 @@ class Search:
                         and isinstance(out.meta["val"], torch.Tensor)
                     ):
                         found.setdefault(out, []).append((node, 0))
-            elif node in self.live and not _is_getitem(node):
+            elif node in self.live and not _is_getitem(node) and node.target not in SHAPE_ONLY:
                 for i, operand in enumerate(operands(node)):
                     found.setdefault(operand, []).append((node, i))
         return found

@@ -42,9 +42,8 @@ def strategies(node: Node, factors: Factors, may_divide: Callable[[OpFactor], bo
             found.append(_divided(factor, rule))
     for group in rule.linear:
         if group:
-            found.append(
-                Strategy(tuple(P if i in group else R for i in range(arity)), tuple(P for _ in range(width)))
-            )
+            outputs = tuple(R if i in rule.fixed else P for i in range(width))
+            found.append(Strategy(tuple(P if i in group else R for i in range(arity)), outputs))
     return found
 
 
@@ -70,8 +69,15 @@ def _divided(factor: OpFactor, rule: Rule) -> Strategy:
             inputs.append(_shard(place))
         else:
             inputs.append(P if i in rule.once and factor.reduce == "sum" and _reduced(factor) else R)
-    outputs = tuple(Partial(factor.reduce) if p is None else _shard(p) for p in factor.outputs)
+    outputs = tuple(
+        _missing(i, factor, rule) if p is None else _shard(p) for i, p in enumerate(factor.outputs)
+    )
     return Strategy(tuple(inputs), outputs, factor)
+
+
+def _missing(result: int, factor: OpFactor, rule: Rule) -> Placement:
+    """How a result lies that does not have the divided factor."""
+    return R if result in rule.fixed else Partial(factor.reduce)
 
 
 def _reduced(factor: OpFactor) -> bool:

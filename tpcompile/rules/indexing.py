@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from torch.fx import Node
 
-from .rule import Dim, Labels, Letters, Rule, Size, argument, divide, operands, results, shape, sizes_of
+from .rule import (
+    UNARY,
+    Dim,
+    Labels,
+    Letters,
+    Rule,
+    Size,
+    aligned,
+    divide,
+    letters_of,
+    op_name,
+    operands,
+    option,
+    results,
+    shape,
+    sizes_of,
+)  # fmt: skip
 
 
-def _dim(node: Node, index: int, name: str = "dim", default: int = 0, rank: int | None = None) -> int:
-    rank = len(shape(operands(node)[0])) if rank is None else rank
-    return int(argument(node, index, name, default)) % rank
+def _dim(node: Node, rank: int, name: str = "dim") -> int:
+    return int(option(node, name, 0)) % rank
+
+
+def _except(sizes: Sequence[Size], dims: Iterable[int], letters: Letters) -> Labels:
+    """Fresh labels for all dimensions but some."""
+    left_out = set(dims)
+    return letters.dims([1 if d in left_out else s for d, s in enumerate(sizes)])
+
+
+def _at(labels: Labels, dim: int, new: Dim) -> Labels:
+    """Labels with one dimension replaced."""
+    return (*labels[:dim], new, *labels[dim + 1 :])
+
+
+def _without(labels: Labels, dim: int) -> Labels:
+    return labels[:dim] + labels[dim + 1 :]
 
 
 def slice_(node: Node) -> Rule:
@@ -19,23 +51,26 @@ def slice_(node: Node) -> Rule:
     """
     letters = Letters()
     source, target = shape(operands(node)[0]), shape(node)
-    dim = _dim(node, 1)
-    step = argument(node, 4, "step", 1)
-    dims = list(letters.dims([1 if i == dim else s for i, s in enumerate(source)]))
-    new: list[Dim] = list(dims)
-    whole: set[str] = set()
+    dim = _dim(node, len(source))
+    step = option(node, "step", 1)
+    others = _except(source, [dim], letters)
+    old: Dim
+    new: Dim
     if source[dim] == target[dim]:
-        dims[dim] = new[dim] = () if source[dim] == 1 else (letters.new(source[dim]),)
+        old = new = letters.dim(source[dim])
+        whole: Dim = ()
     elif step > 1 and divide(source[dim], step) == target[dim]:
-        major, minor = letters.new(target[dim]), letters.new(step)
-        dims[dim], new[dim], whole = (major, minor), (major,), {minor}
+        new, whole = letters.dim(target[dim]), letters.dim(step)
+        old = new + whole
     else:
-        for labels, size in ((dims, source[dim]), (new, target[dim])):
-            if size != 1:
-                labels[dim] = (letters.new(size),)
-                whole |= set(labels[dim])
+        old, new = letters.dim(source[dim]), letters.dim(target[dim])
+        whole = old + new
     return Rule(
-        (tuple(dims),), (tuple(new),), letters.sizes, whole=frozenset(whole), linear=(frozenset({0}),)
+        (_at(others, dim, old),),
+        (_at(others, dim, new),),
+        letters.sizes,
+        whole=frozenset(whole),
+        linear=UNARY,
     )
 
 
@@ -43,47 +78,44 @@ def select(node: Node) -> Rule:
     """``x[:, i]``: the dimension goes."""
     letters = Letters()
     source = letters.dims(shape(operands(node)[0]))
-    dim = _dim(node, 1)
-    target = source[:dim] + source[dim + 1 :]
+    dim = _dim(node, len(source))
     return Rule(
-        (source,), (target,), letters.sizes, whole=frozenset(source[dim]), linear=(frozenset({0}),)
+        (source,), (_without(source, dim),), letters.sizes, whole=frozenset(source[dim]), linear=UNARY
     )
 
 
+def unbind(node: Node) -> Rule:
+    """``unbind``: all selections along one dimension."""
+    letters = Letters()
+    source = letters.dims(shape(operands(node)[0]))
+    dim = _dim(node, len(source))
+    outputs = tuple(_without(source, dim) for _ in results(node))
+    return Rule((source,), outputs, letters.sizes, whole=frozenset(source[dim]), linear=UNARY)
+
+
 def split(node: Node) -> Rule:
-    """split, split_with_sizes, chunk, unbind: several results, the dimension whole.
+    """split, split_with_sizes, chunk: several results, the dimension whole.
 
     Equal parts are ``(parts size)``, and ``size`` may be divided: every rank then has its share of
     each part. That is how equal packed segments stay packed.
     """
     letters = Letters()
     source = shape(operands(node)[0])
-    unbind = len(sizes_of(results(node)[0])) == len(source) - 1
-    dim = _dim(node, 1 if unbind else 2)
-    parts = [1 if unbind else sizes_of(r)[dim] for r in results(node)]
-    dims = list(letters.dims([1 if i == dim else s for i, s in enumerate(source)]))
-    whole: set[str] = set()
-    outputs: list[Labels] = []
-    if len(set(parts)) == 1 and parts[0] != 1:
-        part = letters.new(parts[0])
-        count = () if len(parts) == 1 else (letters.new(len(parts)),)
-        whole |= set(count)
-        dims[dim] = (*count, part)
-        outputs = [tuple((part,) if i == dim else d for i, d in enumerate(dims)) for _ in parts]
+    dim = _dim(node, len(source))
+    parts = [sizes_of(r)[dim] for r in results(node)]
+    others = _except(source, [dim], letters)
+    if len(set(parts)) == 1:
+        part, count = letters.dim(parts[0]), letters.dim(len(parts))
+        old, new, whole = count + part, [part for _ in parts], count
     else:
-        dims[dim] = () if source[dim] == 1 else (letters.new(source[dim]),)
-        whole |= set(dims[dim])
-        for part_size in parts:
-            new = () if part_size == 1 else (letters.new(part_size),)
-            whole |= set(new)
-            kept = [new if i == dim else d for i, d in enumerate(dims) if not (unbind and i == dim)]
-            outputs.append(tuple(kept))
+        old, new = letters.dim(source[dim]), [letters.dim(p) for p in parts]
+        whole = old + tuple(letter for part in new for letter in part)
     return Rule(
-        (tuple(dims),),
-        tuple(outputs),
+        (_at(others, dim, old),),
+        tuple(_at(others, dim, part) for part in new),
         letters.sizes,
         whole=frozenset(whole),
-        linear=(frozenset({0}),),
+        linear=UNARY,
         localize="split",
     )
 
@@ -91,25 +123,22 @@ def split(node: Node) -> Rule:
 def cat(node: Node) -> Rule:
     """cat: the joined dimension is whole; all parts must be partial for a partial result."""
     letters = Letters()
-    ops, target = operands(node), shape(node)
-    dim = _dim(node, 1, rank=len(target))
-    common = list(letters.dims([1 if i == dim else s for i, s in enumerate(target)]))
-    whole: set[str] = set()
+    target = shape(node)
+    dim = _dim(node, len(target))
+    others = _except(target, [dim], letters)
 
-    def labels(size: Size, empty: bool = False) -> Labels:
-        letter = () if size == 1 else (letters.new(size),)
-        whole.update(letter)
-        return (letter,) if empty else tuple(letter if i == dim else d for i, d in enumerate(common))
+    def labels(sizes: tuple[Size, ...]) -> Labels:
+        # torch joins an empty vector to anything.
+        return _at(others, dim, letters.dim(sizes[dim])) if len(sizes) == len(target) else letters.dims(sizes)
 
-    # Legacy: an empty 1-d tensor may be joined to anything (a cache begins so).
-    sizes = [shape(o) for o in ops]
-    inputs = tuple(labels(s[dim]) if len(s) == len(target) else labels(0, empty=True) for s in sizes)
+    inputs = tuple(labels(shape(o)) for o in operands(node))
+    output = labels(target)
     return Rule(
         inputs,
-        (labels(target[dim]),),
+        (output,),
         letters.sizes,
-        whole=frozenset(whole),
-        linear=(frozenset(range(len(ops))),),
+        whole=frozenset(letters.sizes) - letters_of(others),
+        linear=(frozenset(range(len(inputs))),),
     )
 
 
@@ -117,114 +146,87 @@ def stack(node: Node) -> Rule:
     """stack: a new dimension of the result."""
     letters = Letters()
     ops, target = operands(node), shape(node)
-    dim = _dim(node, 1, rank=len(target))
-    common = list(letters.dims([1 if i == dim else s for i, s in enumerate(target)]))
-    new = () if target[dim] == 1 else (letters.new(target[dim]),)
-    source = tuple(d for i, d in enumerate(common) if i != dim)
-    out = tuple(new if i == dim else d for i, d in enumerate(common))
+    output = letters.dims(target)
+    dim = _dim(node, len(target))
     return Rule(
-        tuple(source for _ in ops),
-        (out,),
+        tuple(_without(output, dim) for _ in ops),
+        (output,),
         letters.sizes,
-        whole=frozenset(new),
+        whole=frozenset(output[dim]),
         linear=(frozenset(range(len(ops))),),
     )
 
 
-def resized(node: Node) -> Rule | str:
-    """pad, roll-like: dimensions whose size changes are whole, the others pass (constant fill is 0)."""
+def pad(node: Node) -> Rule:
+    """pad: padded dimensions are whole, even where as much is cut off on one side as is added on the other.
+
+    A partial value may only be padded with zeros, or with values of its own.
+    """
     letters = Letters()
     source, target = shape(operands(node)[0]), shape(node)
-    if len(source) != len(target):
-        return "the rank changes"
-    old, new, whole = [], [], set()
-    for a, b in zip(source, target, strict=True):
-        if a == b:
-            letter = () if a == 1 else (letters.new(a),)
-            old.append(letter)
-            new.append(letter)
-            continue
-        for size, labels in ((a, old), (b, new)):
-            labels.append(() if size == 1 else (letters.new(size),))
-            whole |= set(labels[-1])
-    value = argument(node, 2 if len(node.args) < 4 else 3, "value", 0) or 0
-    # A partial value may only be padded with zeros; a padding that adds nothing in a dimension of
-    # unchanged size but shifts it (negative on one side) would need that dimension whole.
-    pads = argument(node, 1, "pad", ())
-    shifts = [i for i in range(0, len(pads), 2) if isinstance(pads[i], int) and pads[i] != 0]
-    for i in shifts:
-        whole |= set(old[len(old) - 1 - i // 2])
+    pads = option(node, "pad")
+    padded = {len(source) - 1 - i // 2 for i, amount in enumerate(pads) if amount != 0}
+    others = _except(source, padded, letters)
+
+    def labels(sizes: tuple[Size, ...]) -> Labels:
+        return tuple(letters.dim(s) if d in padded else others[d] for d, s in enumerate(sizes))
+
+    inputs, outputs = (labels(source),), (labels(target),)
+    constant = option(node, "mode", "constant") == "constant" and option(node, "value", 0) != 0
+    whole = frozenset(letters.sizes) - letters_of(others)
+    return Rule(inputs, outputs, letters.sizes, whole=whole, linear=() if constant else UNARY)
+
+
+def unfold(node: Node) -> Rule:
+    """``x.unfold(dim, size, step)``: windows of a whole dimension, their contents behind all others."""
+    letters = Letters()
+    source, target = shape(operands(node)[0]), shape(node)
+    dim = _dim(node, max(len(source), 1), "dimension")
+    others = _except(source, [dim], letters)
+    old, windows, inside = letters.dims((source[dim], target[dim], target[-1]))
     return Rule(
-        (tuple(old),),
-        (tuple(new),),
+        (_at(others, dim, old),),
+        ((*_at(others, dim, windows), inside),),
         letters.sizes,
-        whole=frozenset(whole),
-        linear=(frozenset({0}),) if value == 0 else (),
+        whole=frozenset(old + windows + inside),
+        linear=UNARY,
     )
 
 
-def roll(node: Node) -> Rule:
-    """roll: rolled dimensions are whole (all, if none is named)."""
+def diagonal(node: Node) -> Rule:
+    """``diagonal``: two whole dimensions become one behind all others."""
     letters = Letters()
     source = letters.dims(shape(operands(node)[0]))
-    dims = argument(node, 2, "dims", ()) or range(len(source))
-    whole = frozenset(letter for d in dims for letter in source[d])
-    return Rule((source,), (source,), letters.sizes, whole=whole, linear=(frozenset({0}),))
+    pair = sorted(_dim(node, len(source), name) for name in ("dim1", "dim2"))
+    behind = letters.dim(shape(node)[-1])
+    target = (*_without(_without(source, pair[1]), pair[0]), behind)
+    whole = letters_of([source[d] for d in pair]) | frozenset(behind)
+    return Rule((source,), (target,), letters.sizes, whole=whole, linear=UNARY)
 
 
-def flip(node: Node) -> Rule:
-    """flip: flipped dimensions are whole."""
+def meshgrid(node: Node) -> Rule:
+    """``meshgrid``: every result has all the letters, every operand one of them."""
     letters = Letters()
-    source = letters.dims(shape(operands(node)[0]))
-    whole = frozenset(letter for d in argument(node, 1, "dims") for letter in source[d])
-    return Rule((source,), (source,), letters.sizes, whole=whole, linear=(frozenset({0}),))
-
-
-def gather_scatter(node: Node) -> Rule | str:
-    """gather, scatter, scatter_add, index_add-like: whole along their dimension, pointwise elsewhere.
-
-    The index may be smaller than the source in the other dimensions; such ones are whole too.
-    """
-    letters = Letters()
+    order = [0, 1] if option(node, "indexing", "ij") == "ij" else [1, 0]
+    sizes = shape(node)
+    full = letters.dims(sizes)
     ops = operands(node)
-    rank = len(shape(ops[0]))
-    if any(len(shape(o)) != rank for o in ops):
-        return "operands differ in rank"
-    dim = _dim(node, 1)
-    everything = [shape(o) for o in ops] + [shape(node)]
-    shared: list[Dim] = []
-    for d in range(rank):
-        sizes = {s[d] for s in everything}
-        shared.append((letters.new(sizes.pop()),) if d != dim and len(sizes) == 1 and 1 not in sizes else ())
-    whole: set[str] = set()
+    places = [order[i] if i < 2 and len(ops) > 1 else i for i in range(len(ops))]
+    inputs = tuple((full[p],) if shape(o) else () for p, o in zip(places, ops, strict=True))
+    return Rule(inputs, tuple(full for _ in ops), letters.sizes)
 
-    def labels(sizes: tuple[Size, ...]) -> Labels:
-        out = []
-        for d, size in enumerate(sizes):
-            if shared[d] or size == 1:
-                out.append(shared[d])
-            else:
-                out.append((letters.new(size),))
-                whole.update(out[-1])
-        return tuple(out)
 
-    inputs = tuple(labels(shape(o)) for o in ops)
-    return Rule(inputs, (labels(shape(node)),), letters.sizes, whole=frozenset(whole))
+# With indices.
 
 
 def index_select(node: Node) -> Rule:
     """index_select: the dimension is replaced by the index's."""
     letters = Letters()
-    source, target = shape(operands(node)[0]), shape(node)
-    dim = _dim(node, 1)
-    dims = letters.dims(source)
-    new = () if target[dim] == 1 else (letters.new(target[dim]),)
+    source = letters.dims(shape(operands(node)[0]))
+    dim = _dim(node, len(source))
+    new = letters.dim(shape(node)[dim])
     return Rule(
-        (dims, (new,)),
-        (dims[:dim] + (new,) + dims[dim + 1 :],),
-        letters.sizes,
-        whole=frozenset(dims[dim] + new),
-        linear=(frozenset({0}),),
+        (source, (new,)), (_at(source, dim, new),), letters.sizes, whole=frozenset(source[dim]), linear=UNARY
     )
 
 
@@ -234,75 +236,171 @@ def index(node: Node) -> Rule | str:
     The broadcast shape of the indices stands where the first index stood if the indices are
     adjacent, in front otherwise (as in numpy); boolean indices have no static shape and are refused.
     """
-    letters = Letters()
-    ops = operands(node)
-    where = list(argument(node, 1, "indices"))
-    indices = ops[1:]
-    if any(not i.meta["val"].dtype.is_floating_point and i.meta["val"].dtype.itemsize == 1 for i in indices):
+    source, *indices = operands(node)
+    if any(_masks(i) for i in indices):
         return "boolean or byte indices give a data-dependent shape"
-    source = letters.dims(shape(ops[0]))
-    indexed = [d for d, i in enumerate(where) if i is not None]
-    kept = [d for d in range(len(source)) if d not in indexed]
-    target = shape(node)
-    width = len(target) - len(kept)
-    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
-    at = indexed[0] if adjacent else 0
-    spread = letters.dims(target[at : at + width])
-    out = [source[d] for d in kept]
-    out[at:at] = spread
-    inputs: list[Labels] = [source]
-    for i in indices:
-        sizes = shape(i)
-        pad = width - len(sizes)
-        inputs.append(tuple(spread[pad + k] if s == target[at + pad + k] else () for k, s in enumerate(sizes)))
-    return Rule(
-        inputs=tuple(inputs),
-        outputs=(tuple(out),),
-        sizes=letters.sizes,
-        whole=frozenset(letter for d in indexed for letter in source[d]),
-        linear=(frozenset({0}),),
-    )
+    letters = Letters()
+    dims = letters.dims(shape(source))
+    found = _indexed(node, dims, indices, letters)
+    inputs = (dims, *(aligned(shape(i), found.spread) for i in indices))
+    return Rule(inputs, (found.result,), letters.sizes, whole=letters_of(found.gone), linear=UNARY)
 
 
 def index_put(node: Node) -> Rule | str:
-    """``x[i] = v`` on the leading dimensions: these are whole, trailing ones pass through all."""
-    ops = operands(node)
-    where = list(argument(node, 1, "indices"))
-    if any(i is None for i in where):
-        return "only leading dimensions may be indexed"
-    letters = Letters()
-    dims = letters.dims(shape(ops[0]))
-    lead = len(where)
-    whole = {letter for d in dims[:lead] for letter in d}
+    """``x[i, :, j] = v``: indexed dimensions are whole, the others pass; so do indices that accumulate.
 
-    def other(sizes: tuple[Size, ...], tail: Labels) -> Labels:
-        out: list[Dim] = []
-        for k, size in enumerate(sizes):
-            from_end = len(sizes) - k
-            if from_end <= len(tail):
-                match = tail[-from_end]
-                out.append(match if size != 1 else ())
-            else:
-                out.append(() if size == 1 else (letters.new(size),))
-                whole.update(out[-1])
+    Linear in x and v together. Where v is added, a divided index leaves a sum in which x counts once.
+    """
+    source, *indices, values = operands(node)
+    if any(_masks(i) for i in indices):
+        return "boolean or byte indices give a data-dependent shape"
+    letters = Letters()
+    dims = letters.dims(shape(source))
+    found = _indexed(node, dims, indices, letters)
+    inputs = (dims, *(aligned(shape(i), found.spread) for i in indices), aligned(shape(values), found.result))
+    adds = bool(option(node, "accumulate", False))
+    spread = letters_of(found.spread)
+    return Rule(
+        inputs,
+        (dims,),
+        letters.sizes,
+        whole=letters_of(found.gone) | (frozenset() if adds else spread),
+        reduce=dict.fromkeys(sorted(spread), "sum") if adds else {},
+        linear=(frozenset({0, len(indices) + 1}),),
+        once=frozenset({0} if adds else ()),
+    )
+
+
+class _Indexed:
+    """What ``x[i, :, j]`` is made of: the indexed dimensions, the indices' own, and the result's."""
+
+    def __init__(self, gone: list[Dim], spread: Labels, result: Labels) -> None:
+        self.gone, self.spread, self.result = gone, spread, result
+
+
+def _indexed(node: Node, dims: Labels, indices: list[Node], letters: Letters) -> _Indexed:
+    where = [d for d, i in enumerate(option(node, "indices")) if i is not None]
+    shapes = [shape(i) for i in indices]
+    width = max(map(len, shapes))
+    padded = [(1,) * (width - len(s)) + s for s in shapes]
+    spread = letters.dims([next((s for s in sizes if s != 1), 1) for sizes in zip(*padded, strict=True)])
+    kept = [d for i, d in enumerate(dims) if i not in where]
+    adjacent = where == list(range(where[0], where[-1] + 1))
+    at = where[0] if adjacent else 0
+    return _Indexed([dims[d] for d in where], spread, (*kept[:at], *spread, *kept[at:]))
+
+
+def _masks(index: Node) -> bool:
+    return bool(index.meta["val"].dtype.itemsize == 1)
+
+
+def gather(node: Node) -> Rule | str:
+    """gather: whole along the source's dimension, pointwise elsewhere; the index may be divided anywhere.
+
+    The index may be smaller than the source in the other dimensions; such ones are whole too.
+    """
+    source, picked = (shape(o) for o in operands(node))
+    if len(source) != len(picked) or not source:
+        return "operands differ in rank"
+    letters = Letters()
+    dim = _dim(node, len(source))
+    found = letters.dims(picked)
+    inside = tuple(found[d] if s == picked[d] and d != dim else letters.dim(s) for d, s in enumerate(source))
+    cropped = {d for d in range(len(source)) if d != dim and source[d] != picked[d]}
+    whole = letters_of(inside) - letters_of(found) | letters_of(found[d] for d in cropped)
+    return Rule((inside, found), (found,), letters.sizes, whole=whole, linear=UNARY)
+
+
+_ADDED = {"sum": "sum", "amax": "max", "amin": "min"}
+
+
+def scatter(node: Node) -> Rule | str:
+    """scatter, scatter_add, scatter_reduce: whole along the dimension of x, pointwise elsewhere.
+
+    What is added may be divided along its dimension: that leaves a sum in which x counts once.
+    """
+    into, picked, *source = (shape(o) for o in operands(node))
+    if len({len(into), len(picked), *map(len, source)}) > 1 or not into:
+        return "operands differ in rank"
+    letters = Letters()
+    dim = _dim(node, len(into))
+    how = _added(node)
+    found, whole = letters.dims(picked), set()
+
+    def labels(sizes: tuple[Size, ...], shares_dim: bool) -> Labels:
+        out = []
+        for d, size in enumerate(sizes):
+            shared = size == picked[d] and (d != dim or shares_dim)
+            out.append(found[d] if shared else letters.dim(size))
+            if not shared:
+                whole.update(out[-1] + found[d])
         return tuple(out)
 
-    indices = [other(shape(i), ()) for i in ops[1:-1]]
-    values = other(shape(ops[-1]), dims[lead:])
-    return Rule((dims, *indices, values), (dims,), letters.sizes, whole=frozenset(whole))
+    into_labels = labels(into, False)
+    source_labels = [labels(s, True) for s in source]
+    if how:
+        whole -= {letter for letter in found[dim] if all(s[dim] == picked[dim] for s in source)}
+    return Rule(
+        (into_labels, found, *source_labels),
+        (into_labels,),
+        letters.sizes,
+        whole=frozenset(whole),
+        reduce=dict.fromkeys(found[dim], how) if how and not whole & set(found[dim]) else {},
+        linear=(frozenset({0, 2}),) if source and how in ("", "sum") and _linear(node) else (),
+        once=frozenset({0}) if how == "sum" else frozenset(),
+    )
+
+
+def _added(node: Node) -> str:
+    """The reduction by which scattered values meet those that are there, if a collective does it."""
+    if op_name(node) in ("scatter_add", "index_add"):
+        return "sum"
+    return _ADDED.get(option(node, "reduce", ""), "") if option(node, "include_self", True) else ""
+
+
+def _linear(node: Node) -> bool:
+    return option(node, "reduce", "sum") == "sum"
+
+
+def scatter_rows(node: Node) -> Rule:
+    """index_add, index_copy: rows of a whole dimension are added or replaced."""
+    letters = Letters()
+    into = letters.dims(shape(operands(node)[0]))
+    dim = _dim(node, len(into))
+    rows = letters.dim(shape(operands(node)[1])[0] if shape(operands(node)[1]) else 1)
+    adds = _added(node) == "sum"
+    picked = (rows,) if shape(operands(node)[1]) else ()
+    return Rule(
+        (into, picked, _at(into, dim, rows)),
+        (into,),
+        letters.sizes,
+        whole=frozenset(into[dim] + (() if adds else rows)),
+        reduce=dict.fromkeys(rows, "sum") if adds else {},
+        linear=(frozenset({0, 2}),),
+        once=frozenset({0} if adds else ()),
+    )
+
+
+def fill_rows(node: Node) -> Rule:
+    """index_fill: rows of a whole dimension get one value."""
+    letters = Letters()
+    into = letters.dims(shape(operands(node)[0]))
+    dim = _dim(node, len(into))
+    others = [letters.dims(shape(o)) for o in operands(node)[1:]]
+    whole = frozenset(into[dim]) | letters_of(d for o in others for d in o)
+    return Rule((into, *others), (into,), letters.sizes, whole=whole)
 
 
 def slice_scatter(node: Node) -> Rule:
     """``slice_scatter(x, part)``: the dimension is whole; linear in both together."""
     letters = Letters()
     source, part = (shape(o) for o in operands(node))
-    dim = _dim(node, 2)
-    dims = list(letters.dims(source))
-    inner = () if part[dim] == 1 else (letters.new(part[dim]),)
-    placed = tuple(inner if i == dim else d for i, d in enumerate(dims))
+    dim = _dim(node, len(source))
+    dims = letters.dims(source)
+    inner = letters.dim(part[dim])
     return Rule(
-        (tuple(dims), placed),
-        (tuple(dims),),
+        (dims, _at(dims, dim, inner)),
+        (dims,),
         letters.sizes,
         whole=frozenset(dims[dim] + inner),
         linear=(frozenset({0, 1}),),
@@ -313,9 +411,9 @@ def select_scatter(node: Node) -> Rule:
     """``select_scatter(x, row)``: like ``slice_scatter`` for one position."""
     letters = Letters()
     dims = letters.dims(shape(operands(node)[0]))
-    dim = _dim(node, 2)
+    dim = _dim(node, len(dims))
     return Rule(
-        (dims, dims[:dim] + dims[dim + 1 :]),
+        (dims, _without(dims, dim)),
         (dims,),
         letters.sizes,
         whole=frozenset(dims[dim]),

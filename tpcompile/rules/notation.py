@@ -1,24 +1,29 @@
 """Rules as one line of text: ``"... k, n k, n? -> ... n; once 2; linear 0,2; contraction"``.
 
 Before the first ``;`` stand the dimensions of the operands and of the results, one letter each;
-``...`` is any number of leading dimensions, ``n?`` marks an operand that may be missing (it closes
-the list of operands). A letter that only operands have is summed. After it, in any order:
+``...`` is any number of leading dimensions, ``n?`` marks an operand that may be missing (such operands
+stand last). A letter that only operands have is summed. After it, in any order:
 
     whole k m      these letters may not be divided
     reduce k:max   the letter is reduced by ``max`` (``sum`` is the default for missing letters)
     linear 0,2|1   sets of operands through which a partial sum passes
     once 2         operands that count once under a sum
+    fixed 1        results that depend on no operand's values
     contraction    a matmul-like operator
-    localize NAME  the rewrite that dividing needs (``lowering/localize.py``)
+    localize NAME  the rewrite that dividing needs (``lowering/localise.py``)
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from ..errors import TpCompileError
 from .rule import Labels, Rule, Size
+
+_OPTIONS = ("whole", "reduce", "linear", "once", "fixed", "contraction", "localize")
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,12 @@ class Row:
     reduce: tuple[tuple[str, str], ...]
     linear: tuple[frozenset[int], ...]
     once: frozenset[int]
+    fixed: frozenset[int]
     contraction: bool
     localize: str
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse_row(text: str) -> Row:
     """Parses one line of the notation.
 
@@ -47,28 +53,75 @@ def parse_row(text: str) -> Row:
     if equation.count("->") != 1:
         raise TpCompileError("a rule needs one '->'", where=text, todo="see tpcompile/rules/notation.py")
     left, right = (side.split(",") for side in equation.split("->"))
-    fields: dict[str, str] = {}
-    for option in options:
-        key, _, rest = option.partition(" ")
-        if key not in ("whole", "reduce", "linear", "once", "contraction", "localize"):
-            raise TpCompileError(f"unknown option {key!r} in a rule", where=text)
-        fields[key] = rest
-    return Row(
-        inputs=tuple(tuple(t.replace("?", "").split()) for t in left),
-        optional=sum("?" in t for t in left),
-        outputs=tuple(tuple(t.split()) for t in right),
+    fields = _options(options, text)
+    missing = ["?" in term for term in left]
+    if missing != sorted(missing):
+        raise TpCompileError("an operand that may be missing stands before one that may not", where=text)
+    row = Row(
+        inputs=tuple(_letters(term.replace("?", ""), text) for term in left),
+        optional=sum(missing),
+        outputs=tuple(_letters(term, text) for term in right),
         whole=frozenset(fields.get("whole", "").split()),
-        reduce=tuple(tuple(r.split(":")) for r in fields.get("reduce", "").split()),  # type: ignore[misc]
-        linear=tuple(
-            frozenset(int(i) for i in group.split(",")) for group in fields.get("linear", "").split("|") if group
-        ),
-        once=frozenset(int(i) for i in fields.get("once", "").split()),
+        reduce=_reductions(fields.get("reduce", ""), text),
+        linear=tuple(_numbers(g, text) for g in fields.get("linear", "").split("|") if g),
+        once=_numbers(fields.get("once", ""), text),
+        fixed=_numbers(fields.get("fixed", ""), text),
         contraction="contraction" in fields,
         localize=fields.get("localize", ""),
     )
+    _check(row, text)
+    return row
 
 
-def _bind(pattern: tuple[str, ...], shape: tuple[Size, ...], sizes: dict[str, Size]) -> Labels | str:
+def _options(options: list[str], text: str) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for option in options:
+        key, _, rest = option.partition(" ")
+        if key not in _OPTIONS:
+            raise TpCompileError(
+                f"unknown option {key!r} in a rule", where=text, todo=f"options are {', '.join(_OPTIONS)}"
+            )
+        fields[key] = rest
+    return fields
+
+
+def _letters(term: str, text: str) -> tuple[str, ...]:
+    names = tuple(term.split())
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z]\w*|1|\.\.\.", name):
+            raise TpCompileError(f"{name!r} is no letter, '1' or '...'", where=text)
+    letters = [n for n in names if n != "1"]
+    if len(set(letters)) != len(letters):
+        raise TpCompileError(f"a letter stands twice in '{term.strip()}'", where=text)
+    return names
+
+
+def _numbers(text: str, where: str) -> frozenset[int]:
+    words = re.split(r"[,\s]+", text.strip())
+    if not all(w.isdecimal() for w in words if w):
+        raise TpCompileError(f"'{text}' are no numbers of operands or results", where=where)
+    return frozenset(int(w) for w in words if w)
+
+
+def _reductions(text: str, where: str) -> tuple[tuple[str, str], ...]:
+    pairs = [tuple(item.partition(":")[::2]) for item in text.split()]
+    if any(how not in ("sum", "max", "min") for _, how in pairs):
+        raise TpCompileError("a letter is reduced by sum, max or min, as in 'reduce k:max'", where=where)
+    return tuple((letter, how) for letter, how in pairs)
+
+
+def _check(row: Row, text: str) -> None:
+    """What options name must be there."""
+    known = {name for term in row.inputs + row.outputs for name in term}
+    for letter in (*row.whole, *(letter for letter, _ in row.reduce)):
+        if letter not in known:
+            raise TpCompileError(f"no operand or result has the letter {letter!r}", where=text)
+    named = frozenset().union(*row.linear, row.once)
+    if any(i >= len(row.inputs) for i in named) or any(i >= len(row.outputs) for i in row.fixed):
+        raise TpCompileError("an option names an operand or result that is not there", where=text)
+
+
+def _bind(pattern: Sequence[str], shape: Sequence[Size], sizes: dict[str, Size]) -> Labels | str:
     """Labels of one tensor, or why the pattern does not fit its shape."""
     names = list(pattern)
     if "..." in names:
@@ -91,7 +144,7 @@ def _bind(pattern: tuple[str, ...], shape: tuple[Size, ...], sizes: dict[str, Si
     return tuple(labels)
 
 
-def instantiate(row: Row, inputs: list[tuple[Size, ...]], outputs: list[tuple[Size, ...]]) -> Rule | str:
+def instantiate(row: Row, inputs: Sequence[Sequence[Size]], outputs: Sequence[Sequence[Size]]) -> Rule | str:
     """The rule of a node with these shapes, or why the row does not fit."""
     missing = len(row.inputs) - len(inputs)
     if not 0 <= missing <= row.optional:
@@ -116,8 +169,9 @@ def instantiate(row: Row, inputs: list[tuple[Size, ...]], outputs: list[tuple[Si
         sizes=sizes,
         whole=row.whole & sizes.keys(),
         reduce={k: v for k, v in reduce.items() if k in sizes and k not in row.whole},
-        linear=tuple(group & set(present) for group in row.linear),
+        linear=tuple(group & set(present) for group in row.linear if group & set(present)),
         once=row.once & set(present),
+        fixed=row.fixed,
         contraction=row.contraction,
         localize=row.localize,
     )

@@ -2,64 +2,146 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.fx import Node
 
-from .rule import Dim, Letters, Rule, Size, argument, operands, results, shape, sizes_of
+from .randomness import is_random
+from .rule import Labels, Letters, Rule, aligned, op_name, operands, option, results, shape, sizes_of
 
-_ADDITIVE = {"add", "sub"}
-_UNARY_LINEAR = {"neg", "clone", "alias", "detach", "real", "imag", "positive", "lift_fresh_copy"}
-_CASTS = {"_to_copy", "to", "type_as", "_cast_Float", "_cast_Double", "_cast_Half"}
+Linear = list[frozenset[int]]
 
-
-def op_name(node: Node) -> str:
-    """``add`` for ``aten.add.Tensor``."""
-    target = node.target
-    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else str(target)
+_VALUELESS = {"zeros_like", "ones_like", "full_like", "empty_like"}
 
 
 def broadcast(node: Node) -> Rule:
     """Operands aligned from the right; an operand of size 1 carries no letter there."""
     letters = Letters()
-    out = sizes_of(results(node)[0])
-    dims = letters.dims(out)
+    dims = letters.dims(sizes_of(results(node)[0]))
     ops = operands(node)
-    inputs = tuple(_aligned(shape(o), out, dims) for o in ops)
     return Rule(
-        inputs, tuple(dims for _ in results(node)), letters.sizes, linear=tuple(linear_operands(node, ops))
+        tuple(aligned(shape(o), dims) for o in ops),
+        tuple(dims for _ in results(node)),
+        letters.sizes,
+        linear=tuple(linear_operands(node, ops)),
+        fixed=frozenset({0} if op_name(node) in _VALUELESS else ()),
     )
 
 
-def _aligned(source: tuple[Size, ...], out: tuple[Size, ...], dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    pad = len(out) - len(source)
-    return tuple(dims[pad + i] if size == out[pad + i] else () for i, size in enumerate(source))
+def first_alone(node: Node) -> Rule:
+    """``x.type_as(y)``: of y nothing but its type is used, so its dimensions are nobody's."""
+    letters = Letters()
+    ops = operands(node)
+    dims = letters.dims(shape(ops[0]))
+    others = [letters.dims(shape(o)) for o in ops[1:]]
+    unused = frozenset(letter for other in others for dim in other for letter in dim)
+    linear = tuple(linear_operands(node, ops))
+    return Rule((dims, *others), (dims,), letters.sizes, whole=unused, linear=linear)
 
 
-def linear_operands(node: Node, ops: list[Node]) -> list[frozenset[int]]:
+def prelu(node: Node) -> Rule:
+    """A slope for all of ``x``, or one per channel."""
+    letters = Letters()
+    source, weight = operands(node)
+    dims = letters.dims(shape(source))
+    slope: Labels = ((),) if shape(weight) == (1,) else (dims[1],)
+    return Rule((dims, slope[: len(shape(weight))]), (dims,), letters.sizes)
+
+
+def linear_operands(node: Node, ops: list[Node]) -> Linear:
     """Sets of operands in which the operator is linear, so that ``f(P, ...) = P(f)``.
 
     Tempting but wrong: ``P + scalar`` (every rank would add it), ``x * x``, a cast to a narrower
     type (rounds the summands, not the sum), ``div`` in its second operand.
     """
-    name = op_name(node)
-    if name in _ADDITIVE:
-        return [frozenset(range(len(ops)))] if len(ops) == 2 else []
-    if name in _UNARY_LINEAR:
-        return [frozenset({0})]
-    if name == "mul":
-        return [frozenset({i}) for i in range(len(ops))] if len({id(o) for o in ops}) == len(ops) else []
-    if name == "div":
-        exact = argument(node, 3, "rounding_mode") is None
-        return [frozenset({0})] if exact and isinstance(node.args[0], Node) and ops[0] not in ops[1:] else []
-    if name == "where":
-        return [frozenset({1, 2})] if len(ops) == 3 else []
-    if name in _CASTS:
-        return [frozenset({0})] if _widens(ops[0], node) else []
+    return _LINEAR.get(op_name(node), _nothing)(node, ops)
+
+
+def _nothing(node: Node, ops: list[Node]) -> Linear:
     return []
+
+
+def _unary(node: Node, ops: list[Node]) -> Linear:
+    return [frozenset({0})]
+
+
+def _both(node: Node, ops: list[Node]) -> Linear:
+    return [frozenset({0, 1})] if len(ops) == 2 else []
+
+
+def _each(node: Node, ops: list[Node]) -> Linear:
+    return [frozenset({i}) for i in range(len(ops))]
+
+
+def _numerator(node: Node, ops: list[Node]) -> Linear:
+    exact = option(node, "rounding_mode") is None
+    return [frozenset({0})] if exact and isinstance(node.args[0], Node) else []
+
+
+def _add_product(node: Node, ops: list[Node]) -> Linear:
+    return [frozenset({0, 1}), frozenset({0, 2})]
+
+
+def _add_quotient(node: Node, ops: list[Node]) -> Linear:
+    return [frozenset({0, 1})]
+
+
+def _interpolate(node: Node, ops: list[Node]) -> Linear:
+    return [frozenset({0, 1})]
+
+
+def _choose(node: Node, ops: list[Node]) -> Linear:
+    """``where(c, x, y)``: both branches, or the only one that is no zero."""
+    if len(ops) == 3:
+        return [frozenset({1, 2})]
+    scalars = [option(node, name) for name in ("self", "other")]
+    return [frozenset({1})] if len(ops) == 2 and 0 in [s for s in scalars if not isinstance(s, Node)] else []
+
+
+def _fill(node: Node, ops: list[Node]) -> Linear:
+    """``masked_fill(x, mask, value)``: with zeros, or with a value that is a summand itself."""
+    if len(ops) == 3:
+        return [frozenset({0, 2})]
+    return [frozenset({0})] if option(node, "value") == 0 else []
+
+
+def _identity(node: Node, ops: list[Node]) -> Linear:
+    return [] if is_random(node) else [frozenset({0})]
+
+
+def _copy(node: Node, ops: list[Node]) -> Linear:
+    """``copy(x, y)`` is y in x's form: x's values are lost, whole or partial."""
+    if ops[0].meta["val"].dtype != ops[1].meta["val"].dtype:
+        return []
+    return [frozenset({1}), frozenset({0, 1})]
+
+
+def _cast(node: Node, ops: list[Node]) -> Linear:
+    return [frozenset({0})] if _widens(ops[0], node) else []
 
 
 def _widens(source: Node, node: Node) -> bool:
     old, new = source.meta["val"].dtype, results(node)[0].dtype
     if not (old.is_floating_point and new.is_floating_point):
         return False
-    return old == new or torch.finfo(new).bits > torch.finfo(old).bits
+    return bool(old == new or torch.finfo(new).bits > torch.finfo(old).bits)
+
+
+_LINEAR: dict[str, Callable[[Node, list[Node]], Linear]] = {
+    **dict.fromkeys(
+        ("neg", "positive", "conj_physical", "_conj", "real", "imag", *_VALUELESS),
+        _unary,
+    ),
+    **dict.fromkeys(("add", "sub", "rsub", "complex"), _both),
+    **dict.fromkeys(("_to_copy", "to", "type_as"), _cast),
+    **dict.fromkeys(("dropout", "native_dropout", "feature_dropout", "alpha_dropout"), _identity),
+    "mul": _each,
+    "div": _numerator,
+    "addcmul": _add_product,
+    "addcdiv": _add_quotient,
+    "lerp": _interpolate,
+    "where": _choose,
+    "masked_fill": _fill,
+    "copy": _copy,
+}

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch.fx import Node
 
-from .pointwise import op_name
-from .rule import Labels, Letters, Rule, argument, operands, results, shape, sizes_of
+from .rule import (
+    UNARY,
+    Labels,
+    Letters,
+    Rule,
+    letters_of,
+    op_name,
+    operands,
+    option,
+    results,
+    shape,
+    sizes_of,
+)
 
-_REDUCE = {"sum": "sum", "mean": "sum", "amax": "max", "amin": "min", "max": "", "min": ""}
+# How a divided dimension is completed. Not here, because ranks would need more than one number of each
+# other: var, std, logsumexp, norms, argmax; prod has no collective; max with a dim also returns positions.
+_REDUCE = {"sum": "sum", "mean": "sum", "count_nonzero": "sum", "amax": "max", "amin": "min"}
 
 
-def _dims(node: Node, index: int = 1) -> list[int]:
+def _dims(node: Node) -> list[int]:
+    """The dimensions that a reduction is over: those named, or all."""
     rank = len(shape(operands(node)[0]))
-    dim = argument(node, index, "dim")
+    dim = option(node, "dim")
     if dim is None or dim == []:
         return list(range(rank))
     return [d % rank for d in (dim if isinstance(dim, list | tuple) else [dim])]
@@ -28,64 +45,82 @@ def reduction(node: Node) -> Rule:
     source = letters.dims(shape(operands(node)[0]))
     dims = set(_dims(node))
     keep = len(sizes_of(results(node)[0])) == len(source)
-    target: Labels = tuple(
-        () if i in dims else d for i, d in enumerate(source) if keep or i not in dims
-    )
+    target: Labels = tuple(() if i in dims else d for i, d in enumerate(source) if keep or i not in dims)
     name = op_name(node)
-    gone = [letter for i in dims for letter in source[i]]
-    how = _REDUCE.get(name, "")
+    gone = [letter for i in sorted(dims) for letter in source[i]]
+    how = _how(node)
     return Rule(
         inputs=(source,),
         outputs=tuple(target for _ in results(node)),
         sizes=letters.sizes,
         whole=frozenset() if how else frozenset(gone),
         reduce=dict.fromkeys(gone, how) if how else {},
-        linear=(frozenset({0}),) if name in ("sum", "mean") else (),
+        linear=UNARY if name in ("sum", "mean") else (),
         localize="mean" if name == "mean" else "",
     )
 
 
-def whole_dim(index: int, name: str = "dim", default: int | None = None) -> object:
-    """A maker of rules for operators of one tensor that keep its shape and want one dimension whole."""
+def _how(node: Node) -> str:
+    name = op_name(node)
+    if name in ("max", "min") and len(results(node)) == 1:
+        return name
+    return _REDUCE.get(name, "")
+
+
+def whole_dim(name: str = "dim", linear: bool = False) -> Callable[[Node], Rule]:
+    """A maker of rules for operators that keep their operand's shape and want the named dimensions whole."""
 
     def rule(node: Node) -> Rule:
         letters = Letters()
         source = letters.dims(shape(operands(node)[0]))
-        dim = argument(node, index, name, default)
-        if dim is None:
-            dim = -1
+        dims = _named(node, name, len(source))
         return Rule(
             inputs=tuple(source for _ in operands(node)),
             outputs=tuple(source for _ in results(node)),
             sizes=letters.sizes,
-            whole=frozenset(source[dim]) if source else frozenset(),
-            linear=(frozenset({0}),) if op_name(node) in ("cumsum", "flip", "roll") else (),
+            whole=letters_of([source[d] for d in dims]),
+            linear=UNARY if linear else (),
         )
 
     return rule
 
 
-def changed_dim(index: int, name: str = "dim", default: int = -1) -> object:
-    """Like ``whole_dim`` for operators that change the size of that dimension (topk, diff)."""
+def _named(node: Node, name: str, rank: int) -> list[int]:
+    """Dimensions that an option names; all of them if it names none (``roll``), the last if it has none."""
+    dims: Any = option(node, name, -1)
+    found = dims if isinstance(dims, list | tuple) else [dims]
+    return [d % rank for d in found] if found and rank else list(range(rank))
+
+
+def last_dims_whole(count: int, linear: bool = False) -> Callable[[Node], Rule]:
+    """A maker of rules for operators that keep the shape and work on the last dimensions (tril)."""
 
     def rule(node: Node) -> Rule:
         letters = Letters()
-        source = letters.dims(shape(operands(node)[0]))
-        dim = argument(node, index, name, default) % len(source)
-        outputs = []
-        whole = set(source[dim])
-        for result in results(node):
-            size = sizes_of(result)[dim]
-            new = () if size == 1 else (letters.new(size),)
-            whole |= set(new)
-            outputs.append(source[:dim] + (new,) + source[dim + 1 :])
-        inputs = [source]
-        for other in operands(node)[1:]:  # what diff puts before and behind
-            size = shape(other)[dim]
-            new = () if size == 1 else (letters.new(size),)
-            whole |= set(new)
-            inputs.append(source[:dim] + (new,) + source[dim + 1 :])
-        return Rule(tuple(inputs), tuple(outputs), letters.sizes, whole=frozenset(whole))
+        dims = letters.dims(shape(operands(node)[0]))
+        whole = letters_of(dims[-count:])
+        return Rule((dims,), (dims,), letters.sizes, whole=whole, linear=UNARY if linear else ())
+
+    return rule
+
+
+def changed_dims(name: str = "dim", linear: bool = False) -> Callable[[Node], Rule]:
+    """Like ``whole_dim`` for operators that change the size of these dimensions (topk, diff, fft)."""
+
+    def rule(node: Node) -> Rule:
+        letters = Letters()
+        source = shape(operands(node)[0])
+        dims = _named(node, name, len(source))
+        kept = letters.dims([1 if d in dims else s for d, s in enumerate(source)])
+
+        def labels(sizes: tuple[Any, ...]) -> Labels:
+            return tuple(letters.dim(s) if d in dims else kept[d] for d, s in enumerate(sizes))
+
+        inputs = tuple(labels(shape(o)) for o in operands(node))
+        outputs = tuple(labels(sizes_of(r)) for r in results(node))
+        whole = frozenset(letters.sizes) - letters_of(kept)
+        group = (frozenset(range(len(inputs))),) if linear else ()
+        return Rule(inputs, outputs, letters.sizes, whole=whole, linear=group)
 
     return rule
 
@@ -95,8 +130,7 @@ def layer_norm(node: Node) -> Rule:
     letters = Letters()
     ops = operands(node)
     source = letters.dims(shape(ops[0]))
-    normalised = len(argument(node, 1, "normalized_shape"))
-    tail = source[len(source) - normalised :]
+    tail = source[len(source) - len(option(node, "normalized_shape")) :]
     outputs: list[Labels] = [source]
     for extra in results(node)[1:]:
         outputs.append(tuple(d if s != 1 else () for d, s in zip(source, sizes_of(extra), strict=True)))
@@ -104,7 +138,7 @@ def layer_norm(node: Node) -> Rule:
         inputs=(source, *(tail for _ in ops[1:])),
         outputs=tuple(outputs),
         sizes=letters.sizes,
-        whole=frozenset(letter for dim in tail for letter in dim),
+        whole=letters_of(tail),
     )
 
 
@@ -113,29 +147,85 @@ def group_norm(node: Node) -> Rule | str:
     letters = Letters()
     ops = operands(node)
     batch, channels, *space = shape(ops[0])
-    groups = argument(node, 1, "num_groups")
-    b = letters.dims([batch])[0]
-    g = letters.dims([groups])[0]
-    c = letters.dims([channels // groups])[0]
-    rest = letters.dims(space)
+    groups = option(node, "num_groups")
+    b, g, c, *rest = letters.dims((batch, groups, channels // groups, *space))
     source = (b, g + c, *rest)
     return Rule(
         inputs=(source, *((g + c,) for _ in ops[1:])),
         outputs=(source,),
         sizes=letters.sizes,
-        whole=frozenset(c + tuple(letter for d in rest for letter in d)),
+        whole=letters_of((c, *rest)),
         localize="group_norm",
     )
 
 
-def batch_norm(node: Node) -> Rule:
+def batch_norm(node: Node) -> Rule | str:
     """Inference-mode batch norm: per channel, everything else follows."""
+    if option(node, "training", False):
+        return "statistics of a divided batch are not supported"
     letters = Letters()
     ops = operands(node)
     source = letters.dims(shape(ops[0]))
+    statistics = [letters.dims(sizes_of(r)) for r in results(node)[1:]]  # empty in inference
     return Rule(
         inputs=(source, *((source[1],) for _ in ops[1:])),
-        outputs=(source,),
+        outputs=(source, *statistics),
         sizes=letters.sizes,
-        whole=frozenset(),
+        whole=letters_of(d for dims in statistics for d in dims),
+        fixed=frozenset(range(1, len(results(node)))),
+    )
+
+
+def histogram(node: Node) -> Rule:
+    """``histc``: what falls into each bin may be counted by parts, if the bins are given."""
+    letters = Letters()
+    source = letters.dims(shape(operands(node)[0]))
+    bins = letters.dims(shape(node))
+    given = option(node, "min", 0) < option(node, "max", 0)
+    counted = letters_of(source)
+    return Rule(
+        (source,),
+        (bins,),
+        letters.sizes,
+        whole=letters_of(bins) | (frozenset() if given else counted),
+        reduce=dict.fromkeys(sorted(counted), "sum") if given else {},
+    )
+
+
+def cross_entropy(node: Node) -> Rule:
+    """``cross_entropy_loss(x[n v ...], target[n ...])``: classes are whole.
+
+    A mean counts only the targets that are not ignored, so its samples are whole too.
+    """
+    letters = Letters()
+    x, target, *weight = operands(node)
+    source = letters.dims(shape(x))
+    at = 1 if len(source) > 1 else 0
+    samples = source[:at] + source[at + 1 :]
+    probabilities = len(shape(target)) == len(source)
+    how = option(node, "reduction", 1)
+    outputs = (samples if how == 0 else (),)
+    return Rule(
+        (source, source if probabilities else samples, *((source[at],) for _ in weight)),
+        outputs,
+        letters.sizes,
+        whole=frozenset(source[at]) | (letters_of(samples) if how == 1 else frozenset()),
+        reduce=dict.fromkeys(sorted(letters_of(samples)), "sum") if how == 2 else {},
+    )
+
+
+def elementwise_loss(node: Node) -> Rule | str:
+    """``mse_loss`` and its like: pointwise, then nothing, a mean (whole) or a sum."""
+    letters = Letters()
+    a, b = (shape(o) for o in operands(node))
+    if a != b:
+        return "operands of a loss that broadcast"
+    dims = letters.dims(a)
+    how = option(node, "reduction", 1)
+    return Rule(
+        (dims, dims),
+        (dims if how == 0 else (),),
+        letters.sizes,
+        whole=letters_of(dims) if how == 1 else frozenset(),
+        reduce=dict.fromkeys(sorted(letters_of(dims)), "sum") if how == 2 else {},
     )

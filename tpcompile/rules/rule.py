@@ -8,7 +8,8 @@ what the results' placements are, and which gradients need a reduction. The idea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch.fx import Node
 Size = int | sympy.Expr
 Dim = tuple[str, ...]
 Labels = tuple[Dim, ...]
+
+UNARY = (frozenset({0}),)
+"""``linear`` of an operator that is linear in its only operand."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Rule:
         reduce: letters missing from the results, with the reduction that completes them.
         linear: sets of operands through which ``P(sum)`` passes if all of a set are partial.
         once: operands that count once under a sum (a bias): partial when a ``sum`` letter is divided.
+        fixed: results whose values no operand's values change: whole where they have no divided letter.
         contraction: a matmul-like operator: its letters are worth dividing, its cost is arithmetic.
         localize: the name of the rewrite that a divided letter needs, if constants do not do it.
     """
@@ -44,6 +49,7 @@ class Rule:
     reduce: Mapping[str, str] = field(default_factory=dict)
     linear: tuple[frozenset[int], ...] = ()
     once: frozenset[int] = frozenset()
+    fixed: frozenset[int] = frozenset()
     contraction: bool = False
     localize: str = ""
 
@@ -92,9 +98,36 @@ def shape(node: Node) -> tuple[Size, ...]:
     return sizes_of(results(node)[0])
 
 
+def arguments(node: Node) -> tuple[Any, ...]:
+    """A node's positional arguments. What they are depends on the operator, so their type is open."""
+    return node.args
+
+
 def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     """An argument by position or keyword."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def option(node: Node, name: str, default: Any = None) -> Any:
+    """An argument by its name in the operator's schema, or the schema's default, or ``default``.
+
+    Overloads of one operator have the same option in different places: this finds it in all.
+    """
+    if name in node.kwargs:
+        return node.kwargs[name]
+    if isinstance(node.target, torch._ops.OpOverload):
+        for i, declared in enumerate(node.target._schema.arguments):
+            if declared.name == name:
+                given = i < len(node.args) and not declared.kwarg_only
+                value = node.args[i] if given else declared.default_value
+                return default if value is None else value
+    return default
+
+
+def op_name(node: Node) -> str:
+    """``add`` for ``aten.add.Tensor``."""
+    target = node.target
+    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else str(target)
 
 
 def divide(a: Size, b: Size) -> Size | None:
@@ -114,15 +147,30 @@ class Letters:
         self.sizes: dict[str, Size] = {}
 
     def new(self, size: Size) -> str:
+        """A letter of this size."""
         name = chr(ord("a") + len(self.sizes)) if len(self.sizes) < 26 else f"f{len(self.sizes)}"
         self.sizes[name] = size
         return name
 
+    def dim(self, size: Size) -> Dim:
+        """The label of one dimension: a fresh letter, or none for size 1."""
+        return () if size == 1 else (self.new(size),)
+
     def dims(self, shape: Sequence[Size]) -> Labels:
-        """One fresh letter per dimension, none for a dimension of size 1."""
-        return tuple(() if s == 1 else (self.new(s),) for s in shape)
+        """The labels of several dimensions, all fresh."""
+        return tuple(self.dim(s) for s in shape)
+
+    def product(self, dim: Dim) -> Size:
+        """The size of a dimension."""
+        return math.prod(self.sizes[letter] for letter in dim)  # type: ignore[return-value]
 
 
-def letters_of(labels: Labels) -> frozenset[str]:
+def letters_of(labels: Iterable[Dim]) -> frozenset[str]:
     """All letters in the labels of one tensor."""
     return frozenset(letter for dim in labels for letter in dim)
+
+
+def aligned(sizes: Sequence[Size], full: Labels) -> Labels:
+    """Labels of an operand that broadcasts to ``full``: from the right, none where it has size 1."""
+    pad = len(full) - len(sizes)
+    return tuple(() if size == 1 else full[pad + i] for i, size in enumerate(sizes))

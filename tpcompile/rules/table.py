@@ -6,8 +6,9 @@ that torch tags as pointwise needs no row. An operator without a rule is replica
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch.fx import Node
@@ -15,112 +16,150 @@ from torch.fx import Node
 from ..errors import TpCompileError
 from . import contractions, indexing, pointwise, reductions, views
 from .notation import instantiate, parse_row
+from .randomness import is_random
 from .rule import Rule, operands, results, shape, sizes_of
 
 RuleMaker = Callable[[Node], Rule | str]
+Row = str | RuleMaker
 
-_LINEAR = "... k, n k, n? -> ... n; once 2; linear 0,2; contraction"
 
-ROWS: dict[str, str | RuleMaker] = {
-    # Matmuls.
-    "aten.linear": _LINEAR,
+def _rows(row: Row, *operators: str) -> dict[str, Row]:
+    """The same row for several operators of aten."""
+    return {f"aten.{name}": row for words in operators for name in words.split()}
+
+
+def refuse(why: str) -> RuleMaker:
+    """A row that says why there is no rule: the operator is always computed whole."""
+    return lambda _: why
+
+
+_DATA_DEPENDENT = "its result's shape depends on the data"
+_GROUPED = "t k, e k n, e? -> t n; whole t e; linear 0; contraction"
+
+MATMULS: dict[str, Row] = {
+    "aten.linear": "... k, n k, n? -> ... n; once 2; linear 0,2; contraction",
     "aten.mm": "i k, k n -> i n; linear 0|1; contraction",
     "aten.mv": "i k, k -> i; linear 0|1; contraction",
     "aten.bmm": "b i k, b k n -> b i n; linear 0|1; contraction",
-    "aten.addmm": "n, i k, k n -> i n; once 0; linear 0,1|0,2; contraction",
     "aten.dot": "k, k -> ; linear 0|1; contraction",
     "aten.matmul": contractions.matmul,
-    "aten.baddbmm": contractions.baddbmm,
+    **_rows(contractions.add_matmul, "addmm addmv baddbmm"),
     "aten.einsum": contractions.einsum,
-    "aten.scaled_dot_product_attention": contractions.attention,
+    **_rows(
+        contractions.attention,
+        "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu",
+    ),
     # One matmul per group of sorted rows: rows and groups stay together.
-    "aten._grouped_mm": "t k, e k n, e? -> t n; whole t e; linear 0; contraction",
-    "transformers.grouped_mm_fallback": "t k, e k n, e? -> t n; whole t e; linear 0; contraction",
-    # A divided vocabulary is looked up where it lies; other ranks contribute zeros.
-    "aten.embedding": "v d, ... -> ... d; contraction; localize lookup",
-    **dict.fromkeys(
-        ("aten.convolution", "aten.conv1d", "aten.conv2d", "aten.conv3d",
-         "aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"),
+    "aten._grouped_mm": _GROUPED,
+    "transformers.grouped_mm_fallback": _GROUPED,
+    "aten.embedding": contractions.embedding,
+    "aten._cdist_forward": "... i d, ... j d -> ... i j; whole d; contraction",
+    **_rows(
         contractions.convolution,
+        "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
     ),
-    **dict.fromkeys(
-        ("aten.max_pool2d", "aten.avg_pool2d", "aten.avg_pool1d", "aten.max_pool1d", "aten.adaptive_avg_pool2d",
-         "aten.adaptive_avg_pool1d", "aten._adaptive_avg_pool2d", "aten.max_pool2d_with_indices",
-         "aten.upsample_nearest2d", "aten.upsample_bilinear2d", "aten.upsample_bicubic2d",
-         "aten.upsample_nearest1d"),
+    **_rows(
         contractions.spatial,
+        "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices",
+        "avg_pool1d avg_pool2d avg_pool3d",
+        "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
+        "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d",
+        "upsample_nearest1d upsample_nearest2d upsample_nearest3d",
+        "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d",
+        "upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d",
+        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa",
     ),
-    # Rearrangements.
-    **dict.fromkeys(
-        ("aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten", "aten.unflatten"), views.view
-    ),
-    **dict.fromkeys(("aten.permute", "aten.transpose", "aten.t"), views.permute),
-    **dict.fromkeys(("aten.squeeze", "aten.unsqueeze"), views.keep_sized_dims),
-    **dict.fromkeys(
-        ("aten.clone", "aten.alias", "aten.contiguous", "aten.detach", "aten.detach_",
-         "aten.lift_fresh_copy"),
-        views.same_shape,
-    ),
-    **dict.fromkeys(("aten.expand", "aten.expand_as"), views.expand),
-    "aten.repeat": views.repeat,
-    "aten.repeat_interleave.self_int": views.repeat_interleave,
-    # Parts.
-    "aten.slice": indexing.slice_,
-    "aten.narrow": indexing.slice_,
-    "aten.select": indexing.select,
-    **dict.fromkeys(
-        ("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind", "aten.unsafe_split",
-         "aten.unsafe_chunk"),
-        indexing.split,
-    ),
-    "aten.cat": indexing.cat,
-    "aten.stack": indexing.stack,
-    **dict.fromkeys(("aten.pad", "aten.constant_pad_nd"), indexing.resized),
-    "aten.roll": indexing.roll,
-    "aten.flip": indexing.flip,
-    "aten.index_select": indexing.index_select,
-    "aten.index": indexing.index,
-    "aten.index_put": indexing.index_put,
-    "aten.slice_scatter": indexing.slice_scatter,
-    "aten.select_scatter": indexing.select_scatter,
-    **dict.fromkeys(
-        ("aten.gather", "aten.scatter", "aten.scatter_add", "aten.scatter_reduce"), indexing.gather_scatter
-    ),
-    # Reductions and whole dimensions.
-    **dict.fromkeys(
-        ("aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.max.dim", "aten.min.dim", "aten.var",
-         "aten.std", "aten.prod", "aten.any", "aten.all", "aten.argmax", "aten.argmin", "aten.logsumexp",
-         "aten.linalg_vector_norm", "aten.norm"),
-        reductions.reduction,
-    ),
-    **dict.fromkeys(
-        ("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten.cumsum",
-         "aten.cumprod", "aten.sort", "aten.argsort", "aten.logcumsumexp"),
-        reductions.whole_dim(1),
-    ),
-    "aten.topk": reductions.changed_dim(2),
-    "aten.diff": reductions.changed_dim(2),
-    "aten.layer_norm": reductions.layer_norm,
-    "aten.native_layer_norm": reductions.layer_norm,
-    "aten.rms_norm": reductions.layer_norm,
-    "aten.group_norm": reductions.group_norm,
-    "aten.batch_norm": reductions.batch_norm,
-    "aten._native_batch_norm_legit_no_training": reductions.batch_norm,
-    # Written out of order by torch's tags, but pointwise.
-    **dict.fromkeys(
-        ("aten._to_copy", "aten.to", "aten.type_as", "aten.masked_fill", "aten.where", "aten.dropout",
-         "aten.silu", "aten.gelu", "aten.softplus", "aten.zeros_like", "aten.ones_like", "aten.full_like",
-         "aten.empty_like", "aten.copy", "aten.prelu", "aten.addcmul", "aten.lerp", "aten.clamp",
-         "aten.__and__", "aten.__or__", "aten.leaky_relu", "aten.relu6", "aten.selu",
-         "aten.square", "aten.mish", "aten.logaddexp"),
-        pointwise.broadcast,
-    ),
+    "aten.grid_sampler_2d": "b c h w, b i j t -> b c i j; whole h w t; linear 0",
+    "aten.grid_sampler": "b c h w, b i j t -> b c i j; whole h w t; linear 0",
 }
 
-_USER: dict[str, str | RuleMaker] = {}
+REARRANGEMENTS: dict[str, Row] = {
+    **_rows(views.view, "view _unsafe_view reshape flatten unflatten"),
+    "aten.view.dtype": refuse("it reads the bits of numbers as other numbers"),
+    "aten.as_strided": refuse("it reads memory by strides, whatever the dimensions"),
+    **_rows(views.permute, "permute transpose t"),
+    **_rows(views.keep_sized_dims, "squeeze unsqueeze"),
+    **_rows(views.same_shape, "clone alias contiguous detach lift_fresh_copy resolve_conj resolve_neg"),
+    **_rows(views.expand, "expand expand_as"),
+    "aten.repeat": views.repeat,
+    "aten.repeat_interleave.self_int": views.repeat_interleave,
+    "aten.repeat_interleave": refuse(_DATA_DEPENDENT),
+    "aten.view_as_complex": "... t -> ...; whole t; linear 0",
+    "aten.view_as_real": "... -> ... t; whole t; linear 0",
+    "aten.glu": views.glu,
+    **_rows(views.pixel_shuffle, "pixel_shuffle pixel_unshuffle"),
+    **_rows(views.create, "new_zeros new_ones new_full new_empty"),
+}
+
+PARTS: dict[str, Row] = {
+    **_rows(indexing.slice_, "slice narrow"),
+    "aten.select": indexing.select,
+    "aten.unbind": indexing.unbind,
+    **_rows(indexing.split, "split split_with_sizes chunk unsafe_split unsafe_split_with_sizes unsafe_chunk"),
+    "aten.cat": indexing.cat,
+    "aten.stack": indexing.stack,
+    **_rows(indexing.pad, "pad constant_pad_nd"),
+    **_rows(reductions.whole_dim("dims", linear=True), "roll flip"),
+    "aten.unfold": indexing.unfold,
+    "aten.diagonal": indexing.diagonal,
+    **_rows(reductions.last_dims_whole(2, linear=True), "tril triu"),
+    "aten.meshgrid": indexing.meshgrid,
+    "aten.index_select": indexing.index_select,
+    "aten.index": indexing.index,
+    **_rows(indexing.index_put, "index_put _unsafe_index_put"),
+    "aten._unsafe_index": indexing.index,
+    "aten.gather": indexing.gather,
+    **_rows(indexing.scatter, "scatter scatter_add scatter_reduce"),
+    **_rows(indexing.scatter_rows, "index_add index_copy"),
+    "aten.index_fill": indexing.fill_rows,
+    "aten.slice_scatter": indexing.slice_scatter,
+    "aten.select_scatter": indexing.select_scatter,
+    "aten.one_hot": "... -> ... c; whole c",
+    "aten.bucketize.Tensor": "..., n -> ...; whole n",
+    "aten.searchsorted.Tensor": "... n, ... m -> ... m; whole n",
+    **_rows(refuse(_DATA_DEPENDENT), "nonzero masked_select unique_dim _unique2 bincount where.default"),
+    "aten.masked_scatter": refuse("where a value goes depends on all mask bits before it"),
+}
+
+REDUCTIONS: dict[str, Row] = {
+    **_rows(
+        reductions.reduction,
+        "sum mean amax amin max.dim min.dim max.default min.default prod any all count_nonzero",
+        "var std var_mean std_mean argmax argmin logsumexp linalg_vector_norm norm",
+    ),
+    **_rows(
+        reductions.whole_dim(),
+        "softmax _softmax _safe_softmax log_softmax _log_softmax",
+        "cumprod logcumsumexp cummax cummin sort argsort",
+    ),
+    "aten.cumsum": reductions.whole_dim(linear=True),
+    "aten.topk": reductions.changed_dims(),
+    **_rows(reductions.changed_dims(linear=True), "diff _fft_r2c _fft_c2c _fft_c2r"),
+    "aten.histc": reductions.histogram,
+    **_rows(reductions.layer_norm, "layer_norm native_layer_norm rms_norm _fused_rms_norm"),
+    "aten.group_norm": reductions.group_norm,
+    **_rows(reductions.batch_norm, "batch_norm _native_batch_norm_legit_no_training"),
+    "aten.cross_entropy_loss": reductions.cross_entropy,
+    **_rows(reductions.elementwise_loss, "mse_loss smooth_l1_loss huber_loss"),
+}
+
+# Pointwise although torch does not tag it, or with a meaning of its own.
+POINTWISE: dict[str, Row] = {
+    **_rows(
+        pointwise.broadcast,
+        "_to_copy to masked_fill where complex polar copy dropout native_dropout feature_dropout",
+        "zeros_like ones_like full_like empty_like isin.Tensor_Scalar __and__ __or__ __xor__",
+    ),
+    "aten.type_as": pointwise.first_alone,
+    "aten.prelu": pointwise.prelu,
+}
+
+ROWS: dict[str, Row] = {**MATMULS, **REARRANGEMENTS, **PARTS, **REDUCTIONS, **POINTWISE}
+
+_USER: dict[str, Row] = {}
 
 
-def register_rule(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket | str, rule: str | RuleMaker) -> None:
+def register_rule(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket | str, rule: Row) -> None:
     """Adds or replaces the rule of an operator.
 
     Args:
@@ -136,6 +175,25 @@ def register_rule(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket | str,
     _USER[op if isinstance(op, str) else str(op)] = rule
 
 
+def rule_of(node: Node) -> Rule | str:
+    """The rule of a call node, or the reason why it has none (it is then replicated).
+
+    Raises:
+        TpCompileError: the rule does not describe the node's shapes.
+    """
+    if is_random(node):
+        return "it draws random numbers"
+    names = _names(node)
+    row = _look_up(node, names)
+    if row is None:
+        return f"no rule for {names[0]}"
+    rule = row(node) if not isinstance(row, str) else _instantiate(row, node)
+    if isinstance(rule, str):
+        return rule
+    _check(rule, node)
+    return _without_useless(rule, node)
+
+
 def _names(node: Node) -> list[str]:
     if not isinstance(node.target, torch._ops.OpOverload):
         return [f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}"]
@@ -143,42 +201,48 @@ def _names(node: Node) -> list[str]:
     return [full, full.rpartition(".")[0]]
 
 
-def rule_of(node: Node) -> Rule | str:
-    """The rule of a call node, or the reason why it has none (it is then replicated)."""
-    names = _names(node)
+def _look_up(node: Node, names: Iterable[str]) -> Row | None:
     for table in (_USER, ROWS):
         for name in names:
             if name in table:
-                return _apply(table[name], node)
+                return table[name]
     if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
-        return _apply(pointwise.broadcast, node)
-    return f"no rule for {names[0]}"
+        return pointwise.broadcast
+    return None
 
 
-def _apply(row: str | RuleMaker, node: Node) -> Rule | str:
-    if not isinstance(row, str):
-        rule = row(node)
-    else:
-        rule = instantiate(parse_row(row), [shape(o) for o in operands(node)], [sizes_of(r) for r in results(node)])
-    if isinstance(rule, Rule):
-        _check(rule, node)
-    return rule
+def _instantiate(row: str, node: Node) -> Rule | str:
+    return instantiate(parse_row(row), list(map(shape, operands(node))), list(map(sizes_of, results(node))))
+
+
+def _without_useless(rule: Rule, node: Node) -> Rule:
+    """Leaves out partial sums of truth values, and those that want one value both partial and whole."""
+    ops = operands(node)
+
+    def useful(group: frozenset[int]) -> bool:
+        others = {ops[i] for i in range(len(ops)) if i not in group}
+        return not any(ops[i] in others or ops[i].meta["val"].dtype is torch.bool for i in group)
+
+    kept = tuple(group for group in rule.linear if useful(group))
+    return rule if kept == rule.linear else replace(rule, linear=kept)
 
 
 def _check(rule: Rule, node: Node) -> None:
     """A rule that does not describe the node's shapes is an error in the rule, not in the model."""
-    shapes = [shape(o) for o in operands(node)] + [sizes_of(r) for r in results(node)]
+    shapes = [*map(shape, operands(node)), *map(sizes_of, results(node))]
     labels = [*rule.inputs, *rule.outputs]
-    for sizes, dims in zip(shapes, labels, strict=False):
-        if len(sizes) != len(dims) or len(shapes) != len(labels):
-            raise TpCompileError(
-                f"the rule of {node.target} does not fit its shapes {shapes}",
-                where=str(rule),
-                todo="correct the rule (tpcompile.register_rule)",
-            )
+    if list(map(len, shapes)) != list(map(len, labels)):
+        raise TpCompileError(
+            f"the rule of {node.target} does not fit its shapes {shapes}",
+            where=str(rule),
+            todo="correct the rule (tpcompile.register_rule)",
+        )
+    for sizes, dims in zip(shapes, labels, strict=True):
         for size, dim in zip(sizes, dims, strict=True):
-            product = cast(int, 1)
-            for letter in dim:
-                product = product * rule.sizes[letter]
+            product = math.prod(rule.sizes[letter] for letter in dim)
             if product != size:
-                raise TpCompileError(f"in the rule of {node.target}, {dim} is no factorisation of {size}", where=str(rule))
+                raise TpCompileError(
+                    f"in the rule of {node.target}, {dim} is no factorisation of {size}",
+                    where=str(rule),
+                    todo="correct the rule (tpcompile.register_rule)",
+                )

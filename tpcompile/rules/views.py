@@ -2,98 +2,120 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch.fx import Node
 
-from .rule import Dim, Labels, Letters, Rule, Size, argument, divide, operands, results, shape
+from .rule import (
+    UNARY,
+    Dim,
+    Labels,
+    Letters,
+    Rule,
+    Size,
+    aligned,
+    divide,
+    letters_of,
+    op_name,
+    operands,
+    option,
+    results,
+    shape,
+    sizes_of,
+)  # fmt: skip
+
+
+class _Walk:
+    """One shape, cut into factors from its major end."""
+
+    def __init__(self, sizes: Sequence[Size]) -> None:
+        self.dims: list[list[str]] = [[] for _ in sizes]
+        self._left = list(sizes)
+        self._at = 0
+        self._skip()
+
+    def _skip(self) -> None:
+        while self._at < len(self._left) and self._left[self._at] == 1:
+            self._at += 1
+
+    @property
+    def size(self) -> Size:
+        """What is left of the dimension that the walk is in; 1 at the end."""
+        return self._left[self._at] if self._at < len(self._left) else 1
+
+    def take(self, letter: str, size: Size) -> None:
+        """Cuts a factor off."""
+        rest = 1 if self.size == size else divide(self.size, size)
+        assert rest is not None
+        self.dims[self._at].append(letter)
+        self._left[self._at] = rest
+        self._skip()
+
+    def finish(self, letters: Letters) -> set[str]:
+        """Gives all that is left letters of its own."""
+        new = set()
+        while self.size != 1:
+            letter = letters.new(self.size)
+            self.take(letter, self.size)
+            new.add(letter)
+        return new
+
+    def labels(self) -> Labels:
+        """The factors of every dimension."""
+        return tuple(map(tuple, self.dims))
 
 
 def align(left: Sequence[Size], right: Sequence[Size], letters: Letters) -> tuple[Labels, Labels, set[str]]:
     """Labels two shapes with the same number of elements by their common factors.
 
-    Walks both from the major end and splits the larger size by the smaller, which is how a view
-    splits or joins dimensions. Where no size divides the other, the rest of that group gets letters
-    of its own on either side, returned as the third value: these must stay whole.
+    Walks both from the major end and cuts the largest common factor off both, which is how a view
+    splits or joins dimensions. Where there is none, all that is left gets letters of its own on
+    either side, returned as the third value: these must stay whole.
     """
-    out: tuple[list[Dim], list[Dim]] = ([], [])
-    stuck: set[str] = set()
-    a, b = [s for s in left], [s for s in right]
-    i = j = 0
-    rest_a: Size | None = None
-    rest_b: Size | None = None
-    dim_a: list[str] = []
-    dim_b: list[str] = []
+    a, b = _Walk(left), _Walk(right)
+    while (size := _common(a.size, b.size)) is not None:
+        letter = letters.new(size)
+        a.take(letter, size)
+        b.take(letter, size)
+    stuck = a.finish(letters) | b.finish(letters)
+    return a.labels(), b.labels(), stuck
 
-    def close(side: int, dim: list[str]) -> None:
-        out[side].append(tuple(dim))
-        dim.clear()
 
-    while i < len(a) or j < len(b):
-        size_a = rest_a if rest_a is not None else (a[i] if i < len(a) else 1)
-        size_b = rest_b if rest_b is not None else (b[j] if j < len(b) else 1)
-        if i < len(a) and size_a == 1:
-            close(0, dim_a)
-            i, rest_a = i + 1, None
-        elif j < len(b) and size_b == 1:
-            close(1, dim_b)
-            j, rest_b = j + 1, None
-        elif size_a == size_b:
-            letter = letters.new(size_a)
-            dim_a.append(letter)
-            dim_b.append(letter)
-            close(0, dim_a)
-            close(1, dim_b)
-            i, j, rest_a, rest_b = i + 1, j + 1, None, None
-        elif (quotient := divide(size_a, size_b)) is not None:
-            letter = letters.new(size_b)
-            dim_a.append(letter)
-            dim_b.append(letter)
-            close(1, dim_b)
-            j, rest_b, rest_a = j + 1, None, quotient
-        elif (quotient := divide(size_b, size_a)) is not None:
-            letter = letters.new(size_a)
-            dim_a.append(letter)
-            dim_b.append(letter)
-            close(0, dim_a)
-            i, rest_a, rest_b = i + 1, None, quotient
-        else:
-            for side, dim, sizes, at, rest in ((0, dim_a, a, i, rest_a), (1, dim_b, b, j, rest_b)):
-                for k in range(at, len(sizes)):
-                    size = rest if k == at and rest is not None else sizes[k]
-                    if size != 1:
-                        stuck.add(letters.new(size))
-                        dim.append(list(letters.sizes)[-1])
-                    close(side, dim)
-            break
-    return tuple(out[0]), tuple(out[1]), stuck
+def _common(a: Size, b: Size) -> Size | None:
+    """The largest factor of two sizes, if it is more than 1 and known."""
+    if a == 1 or b == 1:
+        return None
+    if a == b:
+        return a
+    if isinstance(a, int) and isinstance(b, int):
+        return math.gcd(a, b) if math.gcd(a, b) > 1 and a and b else None
+    return b if divide(a, b) is not None else a if divide(b, a) is not None else None
 
 
 def view(node: Node) -> Rule:
     """``(b, s, (h d)) -> (b, s, h, d)``: common factors of both shapes."""
     letters = Letters()
     source, target, stuck = align(shape(operands(node)[0]), shape(node), letters)
-    return Rule(
-        (source,), (target,), letters.sizes, whole=frozenset(stuck), linear=(frozenset({0}),), localize="sizes"
-    )
+    whole = frozenset(stuck)
+    return Rule((source,), (target,), letters.sizes, whole=whole, linear=UNARY, localize="sizes")
 
 
 def permute(node: Node) -> Rule:
-    """Any reordering of dimensions, told by the strides of nothing but the arguments."""
+    """Any reordering of dimensions."""
     source = operands(node)[0]
     rank = len(shape(source))
-    name = node.target.__name__ if callable(node.target) else ""
-    if name.startswith("permute"):
-        order = [d % rank for d in argument(node, 1, "dims")]
-    elif name.startswith("t."):
-        order = list(reversed(range(rank)))
+    order = list(range(rank))
+    if op_name(node) == "permute":
+        order = [d % rank for d in option(node, "dims")]
+    elif op_name(node) == "t":
+        order.reverse()
     else:
-        order = list(range(rank))
-        d0, d1 = (argument(node, i, f"dim{i - 1}") % rank for i in (1, 2))
+        d0, d1 = (option(node, name) % rank for name in ("dim0", "dim1"))
         order[d0], order[d1] = order[d1], order[d0]
     letters = Letters()
     dims = letters.dims(shape(source))
-    return Rule((dims,), (tuple(dims[d] for d in order),), letters.sizes, linear=(frozenset({0}),))
+    return Rule((dims,), (tuple(dims[d] for d in order),), letters.sizes, linear=UNARY)
 
 
 def keep_sized_dims(node: Node) -> Rule | str:
@@ -101,65 +123,54 @@ def keep_sized_dims(node: Node) -> Rule | str:
     letters = Letters()
     dims = letters.dims(shape(operands(node)[0]))
     sized = iter([d for d in dims if d])
-    target = []
-    for size in shape(node):
-        target.append(() if size == 1 else next(sized, None))
+    target = [() if size == 1 else next(sized, None) for size in shape(node)]
     if None in target or next(sized, None) is not None:
         return "the sized dimensions differ"
-    return Rule((dims,), (tuple(t or () for t in target),), letters.sizes, linear=(frozenset({0}),))
+    return Rule((dims,), (tuple(t or () for t in target),), letters.sizes, linear=UNARY)
 
 
 def expand(node: Node) -> Rule:
-    """Dimensions of size 1 become sized; the new ones are factors of the result only."""
+    """Dimensions of size 1 become sized; the new ones are factors of the result only.
+
+    A value that is expanded along a divided letter is the same everywhere along it, hence still linear.
+    """
     letters = Letters()
-    source, target = shape(operands(node)[0]), shape(node)
-    new = letters.dims(target)
-    pad = len(target) - len(source)
-    old = tuple(new[pad + i] if s == target[pad + i] else () for i, s in enumerate(source))
-    # A value that is expanded along a divided letter is the same everywhere along it, hence still linear.
-    return Rule((old,), (new,), letters.sizes, linear=(frozenset({0}),), localize="sizes")
+    new = letters.dims(shape(node))
+    source, *pattern = (shape(o) for o in operands(node))  # expand_as has a pattern
+    inputs = (aligned(source, new), *(new for _ in pattern))
+    return Rule(inputs, (new,), letters.sizes, linear=UNARY, localize="sizes")
 
 
 def repeat(node: Node) -> Rule | str:
     """``repeat``: a repeated dimension is ``(times old)``; ``times`` is a factor of the result only."""
-    letters = Letters()
     source, target = shape(operands(node)[0]), shape(node)
-    pad = len(target) - len(source)
-    old, new, whole = [], [], set()
-    for i, size in enumerate(target):
-        before = source[i - pad] if i >= pad else 1
-        times = divide(size, before)
-        if times is None:
-            return f"cannot tell how often dimension {i} is repeated"
-        outer = () if times == 1 else (letters.new(times),)
-        inner = () if before == 1 else (letters.new(before),)
-        whole |= set(outer)
-        new.append(outer + inner)
-        if i >= pad:
-            old.append(inner)
-    return Rule(
-        (tuple(old),), (tuple(new),), letters.sizes, whole=frozenset(whole), linear=(frozenset({0}),)
-    )
+    padded = (1,) * (len(target) - len(source)) + source
+    return _repeated(padded, target, len(source), outside=True)
 
 
 def repeat_interleave(node: Node) -> Rule | str:
     """``repeat_interleave`` by a constant: a repeated dimension is ``(old times)``."""
-    letters = Letters()
     source, target = shape(operands(node)[0]), shape(node)
     if len(source) != len(target):
         return "flattens its input"
-    old, new, whole = [], [], set()
+    return _repeated(source, target, len(source), outside=False)
+
+
+def _repeated(source: Sequence[Size], target: Sequence[Size], rank: int, outside: bool) -> Rule | str:
+    letters = Letters()
+    old: list[Dim] = []
+    new: list[Dim] = []
+    whole: set[str] = set()
     for before, after in zip(source, target, strict=True):
         times = divide(after, before)
         if times is None:
             return "the repetition is no constant"
-        outer = () if before == 1 else (letters.new(before),)
-        inner = () if times == 1 else (letters.new(times),)
-        whole |= set(inner)
-        old.append(outer)
-        new.append(outer + inner)
+        copies, kept = letters.dim(times), letters.dim(before)
+        whole.update(copies)
+        old.append(kept)
+        new.append(copies + kept if outside else kept + copies)
     return Rule(
-        (tuple(old),), (tuple(new),), letters.sizes, whole=frozenset(whole), linear=(frozenset({0}),)
+        (tuple(old[len(old) - rank :]),), (tuple(new),), letters.sizes, whole=frozenset(whole), linear=UNARY
     )
 
 
@@ -167,6 +178,40 @@ def same_shape(node: Node) -> Rule:
     """clone, alias, contiguous, detach: nothing moves."""
     letters = Letters()
     dims = letters.dims(shape(operands(node)[0]))
-    return Rule((dims,), tuple(dims for _ in results(node)), letters.sizes, linear=(frozenset({0}),))
+    return Rule((dims,), tuple(dims for _ in results(node)), letters.sizes, linear=UNARY)
 
 
+def glu(node: Node) -> Rule:
+    """``glu``: a dimension ``(2 f)`` becomes ``f``, which may be divided."""
+    letters = Letters()
+    source = shape(operands(node)[0])
+    dim = option(node, "dim") % len(source)
+    target = letters.dims(shape(node))
+    half = letters.new(2)
+    gated = (*target[:dim], (half, *target[dim]), *target[dim + 1 :])
+    return Rule((gated,), (target,), letters.sizes, whole=frozenset({half}))
+
+
+def pixel_shuffle(node: Node) -> Rule:
+    """``(c r s) h w -> c (h r) (w s)``, or the other way round."""
+    letters = Letters()
+    shuffle = op_name(node) == "pixel_shuffle"
+    deep, flat = (
+        (shape(operands(node)[0]), shape(node)) if shuffle else (shape(node), shape(operands(node)[0]))
+    )
+    lead, (height, width) = letters.dims(deep[:-3]), letters.dims(deep[-2:])
+    channels = letters.dim(flat[-3])
+    factor = option(node, "upscale_factor" if shuffle else "downscale_factor")
+    r, s = letters.dim(factor), letters.dim(factor)
+    source, target = (*lead, channels + r + s, height, width), (*lead, channels, height + r, width + s)
+    if not shuffle:
+        source, target = target, source
+    return Rule((source,), (target,), letters.sizes, whole=letters_of((r, s)), linear=UNARY)
+
+
+def create(node: Node) -> Rule:
+    """``x.new_zeros(sizes)`` and its like: of x only the type is used, the result is divided at will."""
+    letters = Letters()
+    source = letters.dims(shape(operands(node)[0]))
+    result = letters.dims(sizes_of(results(node)[0]))
+    return Rule((source,), (result,), letters.sizes, linear=UNARY, fixed=frozenset({0}), localize="sizes")

@@ -1,0 +1,107 @@
+"""Toy modules, each of which makes one pass do something; sizes differ, so that none is taken for another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Mlp(nn.Module):
+    """A residual MLP: Megatron's column-then-row scheme."""
+
+    def __init__(self, width: int = 12, inner: int = 20, bias: bool = True) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, inner, bias=bias)
+        self.down = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(F.relu(self.up(x)))
+        return y
+
+
+class Attention(nn.Module):
+    """Attention with grouped keys; ``packed`` holds query, key and value in one weight, of unequal parts."""
+
+    def __init__(self, packed: bool, width: int = 20, heads: int = 6, groups: int = 2, size: int = 5) -> None:
+        super().__init__()
+        self.packed, self.size = packed, size
+        self.widths = [heads * size, groups * size, groups * size]
+        if packed:
+            self.qkv = nn.Linear(width, sum(self.widths))
+        else:
+            self.q, self.k, self.v = (nn.Linear(width, w) for w in self.widths)
+        self.out = nn.Linear(heads * size, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).split(self.widths, -1) if self.packed else (self.q(x), self.k(x), self.v(x))
+        q, k, v = (part.unflatten(-1, (-1, self.size)).transpose(1, 2) for part in parts)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
+
+
+class Parallel(nn.Module):
+    """Attention and MLP beside each other, as in cohere: their sums can be reduced together."""
+
+    def __init__(self, width: int = 20) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = Attention(False, width)
+        self.up, self.down = nn.Linear(width, 28, bias=False), nn.Linear(28, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        y: Tensor = x + self.attention(h) + self.down(F.silu(self.up(h)))
+        return y
+
+
+class NormedHeads(nn.Module):
+    """Query and key with a norm over all their heads: two small statistics that are ready together."""
+
+    def __init__(self, width: int = 20, heads: int = 4, size: int = 6) -> None:
+        super().__init__()
+        self.size = size
+        self.q, self.k, self.v = (nn.Linear(width, heads * size, bias=False) for _ in range(3))
+        self.q_scale, self.k_scale = (nn.Parameter(torch.rand(heads * size) + 0.5) for _ in range(2))
+        self.out = nn.Linear(heads * size, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._norm(self.q(x), self.q_scale), self._norm(self.k(x), self.k_scale), self.v(x)
+        q, k, v = (t.unflatten(-1, (-1, self.size)).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
+
+    @staticmethod
+    def _norm(x: Tensor, scale: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * scale
+
+
+class Rearranged(nn.Module):
+    """Things that can be written in several ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.3)
+        self.linear = nn.Linear(12, 18)
+        self.last = torch.tensor([-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.drop(self.linear(x)).split([4, 8, 6], dim=-1)
+        b = b.reshape(x.shape[0], -1, 2, 4).view(x.shape[0], -1, 8)[:, :, 0:8]
+        mask = x.new_zeros(1, 4) + a[:, self.last]
+        return torch.cat([b, mask + a, c.contiguous()], dim=-1)
+
+
+class Tower(nn.Module):
+    """Two inputs that meet: values used in several ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(12, 16), nn.Linear(14, 16, bias=False)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.left(x)) * self.right(y)
+        return self.head(h), h

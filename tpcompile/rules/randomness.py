@@ -1,0 +1,30 @@
+"""Which calls draw random numbers: these are never divided, and a program that has one is refused.
+
+Ranks that draw for themselves would disagree about whole values, and ranks that share a seed would
+draw the same mask for different parts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from .rule import option
+
+# Options that turn an operator's randomness on, each with the value at which it is off.
+_SWITCHES = (("train", False), ("training", False), ("p", 0.0), ("dropout_p", 0.0), ("dropout", 0.0))
+
+
+def random_nodes(graph: Graph) -> list[Node]:
+    """The calls of a graph that draw random numbers, in order."""
+    return [node for node in graph.nodes if is_random(node)]
+
+
+def is_random(node: Node) -> bool:
+    """Whether a call draws random numbers (a dropout outside of training does not)."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    declared = {argument.name for argument in node.target._schema.arguments}
+    return not any(name in declared and option(node, name) == off for name, off in _SWITCHES)
