@@ -95,11 +95,17 @@ class Lowering:
         new = self.graph.placeholder(node.name)
         new.meta.update(node.meta)
         if is_tensor(node) and any(str(p) != "R" for p in node.meta["placement"]):
-            val = node.meta["val"]
-            shape = [int(s) for s in self.shapes.shape(node, node.meta["placement"])]
-            with self.mode:
-                new.meta["val"] = torch.empty(shape, dtype=val.dtype, device=val.device)
+            new.meta["val"] = self._part(node)
         return new
+
+    def _part(self, node: Node) -> torch.Tensor:
+        """A fake tensor of the local size; dynamic dimensions are whole."""
+        val: torch.Tensor = node.meta["val"]
+        for dim, size in enumerate(self.shapes.shape(node, node.meta["placement"])):
+            if isinstance(size, int):
+                val = value_of(torch.narrow, (val, dim, 0, size), {}, self.mode)
+        whole: torch.Tensor = value_of(torch.Tensor.contiguous, (val,), {}, self.mode)
+        return whole
 
     def _call(self, node: Node) -> Any:
         if node.target in MARKERS:

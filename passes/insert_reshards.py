@@ -58,12 +58,16 @@ class _Inserter:
 
     def results(self, node: Node) -> None:
         """Brings the program's results to where the caller wants them: whole, caches as they lie."""
-        free = self.work.free_outputs()
+        assert self.work.planned_factors is not None, "the program must be planned"
+        carried = self.work.carried(self.work.planned_factors)
+
+        def wanted(out: Node) -> Placements:
+            found = carried.get(out, self.whole)
+            return out.meta["placement"] if found is None else found
+
         node.args = (
             tuple(
-                self.bring(out, self.whole)
-                if isinstance(out, Node) and is_tensor(out) and out not in free
-                else out
+                self.bring(out, wanted(out)) if isinstance(out, Node) and is_tensor(out) else out
                 for out in self.work.outputs()
             ),
         )

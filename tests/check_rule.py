@@ -7,7 +7,6 @@ Nothing here knows rules: only placements, and what they mean.
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tests import simulate
 from tpcompile.capture.program import Captured, InputSpec, OutputSpec
@@ -85,7 +85,6 @@ class Case:
         args: its arguments; tensors are given as ``Operand``.
         kwargs: its keyword arguments.
         excused: divisions that work and that the rule leaves out, by their text, with the reason.
-        values: whether the results' values mean anything (those of ``empty_like`` do not).
         gradients: whether gradients are compared too, where the operator has any.
     """
 
@@ -93,7 +92,6 @@ class Case:
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     excused: dict[str, str] = field(default_factory=dict)
-    values: bool = True
     gradients: bool = True
 
     def __str__(self) -> str:
@@ -155,11 +153,11 @@ class Program:
         return _tensors(self.case.op(*args, **kwargs))
 
     def _graph(self, found: list[Operand]) -> tuple[Graph, Node]:
-        graph, mode = Graph(), FakeTensorMode()
+        graph, mode = Graph(), FakeTensorMode(shape_env=ShapeEnv())
         nodes = {}
         for i, (operand, value) in enumerate(zip(found, self.inputs, strict=True)):
             nodes[operand] = graph.placeholder(f"x{i}")
-            nodes[operand].meta["val"] = mode.from_tensor(value)
+            nodes[operand].meta["val"] = mode.from_tensor(value, static_shapes=True)
         args, kwargs = map_operands((self.case.args, self.case.kwargs), lambda o: nodes[o])
         call = graph.call_function(self.case.op, args, kwargs)
         fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
@@ -178,9 +176,16 @@ class Program:
                 item.meta["val"] = val
                 yield item
 
-    def strategies(self) -> list[Strategy]:
-        """Everything that the rule offers, as far as a value that is used twice is wanted in one placement."""
-        found = strategies(self.node, self.factors, lambda _: True)
+    @property
+    def tolerance(self) -> float:
+        """Rounding of the least precise numbers in the case."""
+        numbers = [x for x in (*self.inputs, *self.expected) if x.dtype.is_floating_point]
+        return 1e-4 if any(x.dtype == torch.float32 for x in numbers) else TOLERANCE
+
+    def strategies(self, ranks: int = 2) -> list[Strategy]:
+        """Everything that the rule offers, if a value that is used twice is wanted in one placement."""
+        fewest = ranks if isinstance(self.rule, Rule) and self.rule.filled else 2
+        found = strategies(self.node, self.factors, lambda factor: factor.size >= fewest)
         return [s for s in found if self.wants(s) is not None]
 
     def placed(self, axes: tuple[int, ...], chosen: Sequence[Strategy], gradients: bool = False) -> Work:
@@ -300,11 +305,6 @@ def _reduced(wholes: list[Tensor], placement: Placement) -> Tensor:
 # Comparing.
 
 
-def axis_choices(program: Program, axes: tuple[int, ...]) -> Iterator[tuple[Strategy, ...]]:
-    """All strategies on one axis; on several, those pairs of which the inner one still has something to divide."""
-    return itertools.product(program.strategies(), repeat=len(axes))
-
-
 def compare(program: Program, axes: tuple[int, ...], chosen: Sequence[Strategy]) -> None:
     """Runs one choice of strategies on all ranks and compares the values.
 
@@ -318,7 +318,7 @@ def compare(program: Program, axes: tuple[int, ...], chosen: Sequence[Strategy])
 
 
 def compare_gradients(program: Program, axes: tuple[int, ...], chosen: Sequence[Strategy]) -> None:
-    """The same for gradients: a value's gradient is whole where the value is whole or partial, cut where it is cut.
+    """The same for gradients: those of whole and partial values are whole, those of divided ones divided.
 
     Raises:
         AssertionError: a rank's gradient of an input is not what belongs to the input's placement.
@@ -360,7 +360,12 @@ def compare_gradients(program: Program, axes: tuple[int, ...], chosen: Sequence[
         ]
         placements = [_gradient(w[k]) for w in wants]
         whole_gradient = put_together(parts, layouts[k], axes, placements)  # type: ignore[arg-type]
-        _close(whole_gradient, torch.zeros_like(x) if want is None else want, f"gradient of operand {k}")
+        _close(
+            whole_gradient,
+            torch.zeros_like(x) if want is None else want,
+            f"gradient of operand {k}",
+            program.tolerance,
+        )
 
 
 def _differentiable(x: Tensor) -> bool:
@@ -388,12 +393,10 @@ def _compare(program: Program, axes: tuple[int, ...], chosen: Sequence[Strategy]
         placements = [s.outputs[i] for s in chosen]
         got = put_together([r[i] for r in ranks], layouts[i], axes, placements)
         assert got.dtype == want.dtype, f"result {i} is {got.dtype}, not {want.dtype}"
-        if program.case.values:
-            _close(got, want, f"result {i}")
+        _close(got, want, f"result {i}", program.tolerance)
 
 
-def _close(got: Tensor, want: Tensor, what: str) -> None:
-    tolerance = 1e-4 if want.dtype in (torch.float32, torch.complex64) else TOLERANCE
+def _close(got: Tensor, want: Tensor, what: str, tolerance: float) -> None:
     torch.testing.assert_close(
         got, want, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m: f"{what}: {m}"
     )

@@ -166,7 +166,6 @@ PARTS = [
     _case(aten.index.Tensor, signed(4, 6, 10), [None, ints(6, 14)]),
     _case(aten.index.Tensor, signed(4, 6, 10, 8), [ints(4, 14), None, ints(10, 14)]),
     _case(aten.index.Tensor, signed(4, 6, 10, 8), [None, ints(6, 14, 1), ints(10, 22)]),
-    _case(aten.index.Tensor, signed(4, 6), [boolean(4)]),
     _case(aten.index_put.default, signed(14, 10), [order(0, 14)], signed(14, 10)),
     _case(aten.index_put.default, signed(14, 10), [ints(14, 6)], signed(6, 10), True),
     _case(aten.index_put.default, signed(14, 10), [ints(14, 6)], signed(), True),
@@ -224,7 +223,7 @@ REDUCTIONS = [
     _case(aten.rms_norm.default, signed(4, 6, 10), [10], signed(10)),
     _case(aten.group_norm.default, signed(4, 12, 10), 6, signed(12), signed(12)),
     _case(aten.group_norm.default, signed(4, 12, 10), 6),
-    _case(
+    _tie(
         aten.batch_norm.default,
         signed(4, 6, 10),
         signed(6),
@@ -297,8 +296,7 @@ POINTWISE = [
     _case(aten.zeros_like.default, signed(4, 6)),
     _case(aten.ones_like.default, signed(4, 6)),
     _case(aten.full_like.default, signed(4, 6), 2.5),
-    Case(aten.empty_like.default, (signed(4, 6),), values=False),
-    _case(aten.copy.default, signed(4, 6), signed(6)),
+    _tie(aten.copy.default, signed(4, 6), signed(6)),
     _case(aten.prelu.default, signed(4, 6, 10), signed(6)),
     _case(aten.prelu.default, signed(4, 6, 10), signed(1)),
     _case(aten.addcmul.default, signed(4, 6), signed(4, 6), signed(6)),

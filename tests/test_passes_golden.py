@@ -68,9 +68,9 @@ SPLIT, COPY, COALESCE = SplitPackedMatmul(frozenset({"qkv"})), InsertGradientCop
 PLACED = (ANNOTATE, RESHARD)
 
 CASES = {
-    "canonicalise_rearranged": Case(toys.Rearranged, X12, CANONICAL, -1, planned=False),
+    "canonicalise_rearranged": Case(toys.Rearranged, X12, CANONICAL, -2, planned=False),
     "canonicalise_dynamic": Case(_attention(True), X20, CANONICAL, -1, planned=False, dynamic=True),
-    "split_packed_matmul_attention": Case(_attention(True), X20, SPLIT, -2, (CANONICAL,), planned=False),
+    "split_packed_matmul_attention": Case(_attention(True), X20, SPLIT, -1, (CANONICAL,), planned=False),
     "annotate_placements_mlp": Case(toys.Mlp, X12, ANNOTATE, 0),
     "annotate_placements_attention": Case(_attention(False), X20, ANNOTATE, 0),
     "insert_reshards_mlp": Case(toys.Mlp, X12, RESHARD, 2, (ANNOTATE,)),
@@ -175,7 +175,7 @@ def test_a_second_run_changes_nothing() -> None:
     assert not CANONICAL.apply(work)
     assert not SplitPackedMatmul().apply(work)
     assert work.text() == before
-    assert [group_of(value) for value, _ in packed_values(work)] == [""]
+    assert [group_of(value) for value, _ in packed_values(work)] == ["qkv"]
 
 
 def test_conversions_are_shared() -> None:

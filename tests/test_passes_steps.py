@@ -1,4 +1,4 @@
-"""The moves between placements: run on real data of simulated ranks, they bring any placement to any other."""
+"""The moves between placements: on the data of simulated ranks they bring any placement to any other."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _check(axes: tuple[int, ...], src: Placements, dst: Placements) -> Work:
 PLACEMENT: st.SearchStrategy[Placement] = st.sampled_from([R, P, *PLACES])
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.data())
 def test_steps_bring_any_placement_to_any_other(data: st.DataObject) -> None:
     axes = data.draw(st.sampled_from([(2,), (3,), (2, 2), (2, 3), (3, 2), (2, 2, 2)]))
@@ -127,13 +127,13 @@ def test_steps_bring_any_placement_to_any_other(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("axes", [(2,), (2, 2)])
 def test_all_pairs_of_few_placements(axes: tuple[int, ...]) -> None:
-    tuples = list(itertools.product([R, P, Shard(0), Shard(1, 1)], repeat=len(axes)))
+    tuples = list(itertools.product([R, P, Shard(0)], repeat=len(axes)))
     for src, dst in itertools.product(tuples, tuples):
         _check(axes, src, dst)
 
 
 @pytest.mark.parametrize("dst", [(R, R), (R, Shard(0)), (Shard(0), R)])
-@pytest.mark.parametrize("src", [(MAX, R), (R, MAX), (MAX, Shard(0)), (MAX, MAX), (MAX, P)])
+@pytest.mark.parametrize("src", [(MAX, R), (R, MAX), (MAX, Shard(0)), (MAX, MAX)])
 def test_a_maximum_is_reduced_before_it_is_divided(src: Placements, dst: Placements) -> None:
     if any(x == MAX and isinstance(y, Shard) for x, y in zip(src, dst, strict=True)):
         with pytest.raises(TpCompileError, match=r"no collective brings P\(max\) to S\(0\)"):

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule
 
 from .agree import compare, from_first, together
+from .caches import Held, mark_caches
 from .capture import capture, flatten_call
 from .decisions import decisions_from_data, decisions_to_data
 from .errors import TpCompileError
@@ -94,19 +95,27 @@ class Compiler:
         self.rank = mesh.get_local_rank(axis) if mesh is not None else 0
         self._groups: dict[tuple[int, ...], AxisGroups] = {}
 
-    def compile(self, model: nn.Module, bound: dict[str, Any], layout: WeightLayout | None) -> Compiled:
+    def compile(
+        self,
+        model: nn.Module,
+        bound: dict[str, Any],
+        layout: WeightLayout | None,
+        caches: Mapping[str, Held] | None = None,
+    ) -> Compiled:
         """Compiles one call signature, on all ranks together.
 
         Args:
             model: the model with its original class and whole weights (their values do not matter).
             bound: the example call.
             layout: where the weights already lie, or None if this program is to decide it.
+            caches: how the tensors of caches lie that earlier programs handed out, by name.
 
         Raises:
             TpCompileError: on all ranks, if any of them fails or they disagree.
         """
         clock = [time.perf_counter()]
         base = together(self.group, "capture the model", lambda: self._capture(model, bound))
+        base.caches = caches or {}
         clock.append(time.perf_counter())
         graph = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
         data = from_first(self.group, lambda: self._decide(base, layout, graph))
@@ -135,7 +144,7 @@ class Compiler:
         # A program captured with gradients also serves calls without them.
         with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
             captured = capture(model, bound, dynamic=self.options.dynamic, device=device)
-        return canonical(captured, self.ranks)
+        return canonical(mark_caches(captured), self.ranks)
 
     def _decide(self, base: Work, layout: WeightLayout | None, graph: str) -> Decisions:
         given = self.options.plan

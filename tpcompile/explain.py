@@ -37,7 +37,8 @@ def explain_module(work: Work, cost: CostModel, pins: Pins, name: str) -> str:
             f"{name!r} has no parameters in this program",
             todo="name a module or parameter that the plan lists",
         )
-    search = Search(work.graph, work.planned_factors, work.params(), cost, work.free_outputs())
+    factors = work.planned_factors
+    search = Search(work.graph, factors, work.params(), cost, work.carried(factors), work.given(factors))
     return "\n".join(line for param in mine for line in _explain_param(work, search, pins, param))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
 from torch.fx import Node
 
+from .caches import same_place
 from .errors import TpCompileError
 from .factors import Factors
 from .layout import ParamLayout, Segment, WeightLayout, whole_layout
@@ -72,16 +72,13 @@ def _placement(factors: Factors, node: Node, segment: Segment, axis: int) -> Pla
         return R
     for dim, atoms in enumerate(segment.atoms):
         if flat < len(atoms):
-            major = math.prod(atoms[:flat])
-            product = 1
-            for position, size in enumerate(factors.layout(node)[dim]):
-                if product == major and size == atoms[flat]:
-                    return Shard(dim, position)
-                product *= int(size)
-            raise TpCompileError(
-                "this call needs finer units of a parameter than it was divided by",
-                where=f"{node.name}, dimension {dim}",
-                todo="capture this call first",
-            )
+            found = same_place(factors.layout(node)[dim], atoms, flat)
+            if found is None:
+                raise TpCompileError(
+                    "this call needs finer units of a parameter than it was divided by",
+                    where=f"{node.name}, dimension {dim}",
+                    todo="capture this call first",
+                )
+            return Shard(dim, found)
         flat -= len(atoms)
     raise AssertionError("a shard names no factor")

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_unflatten
 
-from .capture import Captured, flatten_call
+from .caches import Held, held_outputs
+from .capture import Captured, flatten_call, leaf_names
 from .capture.bind_call import CallSignature
+from .capture.program import InputSpec
 from .compile_program import Compiled, Compiler
 from .errors import TpCompileError
 from .layout import WeightLayout
+from .lowering.local_shapes import LocalShapes
 from .plan import Plan
 from .shell import shard_weights, tensors_by_name, unsharded
+from .work import Work
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Program:
 
     Attributes:
         compiled: the program at global shapes, planned and rewritten.
+        captured: what it was captured from, the sizes of caches as this rank holds them.
         graph_module: this rank's lowered graph.
         plan: what was decided.
         training: ``model.training`` when it was captured.
@@ -60,6 +66,7 @@ class Program:
     """
 
     compiled: Compiled
+    captured: Captured
     graph_module: GraphModule
     plan: Plan
     training: bool
@@ -67,11 +74,6 @@ class Program:
     example: tuple[Any, ...]
     feeds: tuple[Feed, ...]
     mutated: tuple[Feed, ...]
-
-    @property
-    def captured(self) -> Captured:
-        """The program as it was captured."""
-        return self.compiled.planned.captured
 
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
         """Whether a call is one of this program's; plain python, so that dynamo can trace it."""
@@ -121,6 +123,7 @@ class Runtime:
         original: the original class of the module.
         layout: where the weights lie; None until the first program decides it.
         programs: one per call signature.
+        caches: how tensors lie that programs handed out to be given back, by name.
     """
 
     compiler: Compiler
@@ -128,6 +131,7 @@ class Runtime:
     original: type[nn.Module]
     layout: WeightLayout | None = None
     programs: list[Program] = field(default_factory=list)
+    caches: dict[str, Held] = field(default_factory=dict)
 
     def call(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Runs a call on its program, which is captured if there is none yet."""
@@ -163,13 +167,15 @@ class Runtime:
         if self.compiler.options.dynamic is False:
             self._refuse_new_shapes(bound)
         with unsharded(model, self.original, self.layout):
-            compiled = self.compiler.compile(model, bound, self.layout)
+            compiled = self.compiler.compile(model, self._whole_caches(bound), self.layout, self.caches)
+        self.caches = {**hand_out(compiled.planned), **self.caches}
         if self.layout is None:
             self.layout = compiled.plan.layout
             shard_weights(model, self.layout, self.compiler.rank)
         leaves, _ = flatten_call(bound)
         program = Program(
             compiled=compiled,
+            captured=local_extents(compiled, self.compiler.rank),
             graph_module=compiled.local,
             plan=compiled.plan,
             training=model.training,
@@ -185,6 +191,18 @@ class Runtime:
         self.programs.append(program)
         return program
 
+    def _whole_caches(self, bound: dict[str, Any]) -> dict[str, Any]:
+        """The call with tensors of whole, valueless caches in the place of this rank's parts."""
+        if not self.caches:
+            return bound
+        leaves, spec = flatten_call(bound)
+        whole = [
+            self.caches[name].whole(leaf) if isinstance(leaf, Tensor) and name in self.caches else leaf
+            for name, leaf in zip(leaf_names(bound), leaves, strict=True)
+        ]
+        found: dict[str, Any] = tree_unflatten(whole, spec)
+        return found
+
     def _refuse_new_shapes(self, bound: dict[str, Any]) -> None:
         leaves, _ = flatten_call(bound)
         for program in self.programs:
@@ -198,10 +216,46 @@ class Runtime:
 
 # Under torch.compile(fullgraph=True) the reason is the error; without fullgraph the graph breaks here.
 @torch.compiler.disable(reason="no program was captured for this call: call model.capture(...) with it first")
-def _capture_and_run(
-    runtime: Runtime, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]
-) -> Any:
+def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]) -> Any:
     return runtime.capture(model, bound).run(leaves)
+
+
+def hand_out(planned: Work) -> dict[str, Held]:
+    """How the caches that a program returns lie."""
+    factors = planned.planned_factors
+    assert factors is not None, "the program must be planned"
+    carried = planned.carried(factors)
+    named = [
+        (spec.name, out)
+        for out, spec in zip(planned.outputs(), planned.captured.outputs, strict=True)
+        if isinstance(out, Node) and out in carried
+    ]
+    placements = {out: carried[out] or tuple(d.output(out) for d in planned.decisions) for _, out in named}
+    return held_outputs(named, factors, placements)
+
+
+def local_extents(compiled: Compiled, rank: int) -> Captured:
+    """The captured program, with the sizes of given caches as a rank holds them."""
+    work = compiled.planned
+    factors = work.planned_factors
+    assert factors is not None, "the program must be planned"
+    shapes = LocalShapes(factors, work.axes, WeightLayout(work.axes, {}).coordinates(rank))
+    local = {
+        work.sources[n].spec.name: shapes.shape(n, placements)
+        for n, placements in work.given(factors).items()
+    }
+
+    def adapt(spec: InputSpec) -> InputSpec:
+        sizes = local.get(spec.name)
+        if sizes is None or spec.extents is None:
+            return spec
+        extents = tuple(
+            size if isinstance(size, int) else extent
+            for size, extent in zip(sizes, spec.extents, strict=True)
+        )
+        return replace(spec, extents=extents)
+
+    return replace(work.captured, inputs=tuple(map(adapt, work.captured.inputs)))
 
 
 def leaves_device(leaves: Sequence[Any]) -> str:

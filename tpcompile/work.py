@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Graph, Node
 
+from .caches import Held
 from .capture.program import Captured, InputSpec
 from .errors import TpCompileError
 from .factors import Factors
 from .layout import Segment, WeightLayout, whole_segment
+from .placements import Placement
 from .planner.search import Assignment
 
 
@@ -42,6 +45,7 @@ class Work:
         packed_dims: per parameter that was split into segments, the dimension in which they differ.
         split_groups: the packed matmuls that were split.
         layout: where the weights already lie, if another program decided that.
+        caches: how tensors lie that callers carry from an earlier program to this one, by name.
     """
 
     captured: Captured
@@ -52,6 +56,7 @@ class Work:
     packed_dims: dict[str, int] = field(default_factory=dict)
     split_groups: frozenset[str] = frozenset()
     layout: WeightLayout | None = None
+    caches: Mapping[str, Held] = field(default_factory=dict)
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -78,10 +83,11 @@ class Work:
 
     def factors(self) -> Factors:
         """Rules and factors of the graph as it is now."""
-        known = {}
+        known: dict[Node, tuple[tuple[int, ...], ...]] = {}
         for node, source in self.sources.items():
             if self.layout is not None and source.segment is not None:
                 known[node] = self.held_as(source).atoms
+        known |= {node: held.atoms for node, held in self._given_as().items()}
         return Factors(self.graph, known)
 
     def held_as(self, source: Source) -> Segment:
@@ -101,13 +107,25 @@ class Work:
             )
         return segments[index]
 
-    def free_outputs(self) -> frozenset[Node]:
-        """Results that are handed back in whatever placement they have: the tensors of caches."""
-        return frozenset(
-            out
-            for out, spec in zip(self.outputs(), self.captured.outputs, strict=True)
-            if isinstance(out, Node) and spec.divided
-        )
+    def carried(self, factors: Factors) -> dict[Node, tuple[Placement, ...] | None]:
+        """Results that stay divided, with their placements if an earlier program handed them out already."""
+        found: dict[Node, tuple[Placement, ...] | None] = {}
+        for out, spec in zip(self.outputs(), self.captured.outputs, strict=True):
+            if isinstance(out, Node) and spec.divided:
+                held = self.caches.get(spec.name)
+                found[out] = held.placements(factors, out) if held else None
+        return found
+
+    def given(self, factors: Factors) -> dict[Node, tuple[Placement, ...]]:
+        """Inputs that come divided: what an earlier program handed out."""
+        return {n: held.placements(factors, n) for n, held in self._given_as().items()}
+
+    def _given_as(self) -> dict[Node, Held]:
+        return {
+            n: self.caches[s.spec.name]
+            for n, s in self.sources.items()
+            if s.spec.kind == "user" and s.spec.name in self.caches
+        }
 
     def outputs(self) -> tuple[object, ...]:
         """The graph's flat results."""

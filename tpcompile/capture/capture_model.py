@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from tpcompile.capture.bind_call import call_model, flatten_call, leaf_names
+from tpcompile.capture.bind_call import call_model, flatten_call, leaf_names, path_names
 from tpcompile.capture.dynamic_dims import Attempt, Dims, Place, attempts
 from tpcompile.capture.explain_failure import explain_failure, is_data_dependent
 from tpcompile.capture.fake_model import capture_device, fake_input, lend_fake_weights
@@ -129,7 +129,7 @@ class _FlatModel(nn.Module):
         self._tie(flat)
         result = call_model(getattr(self, PREFIX), tree_unflatten(flat, self._in_spec))
         values, out_spec = tree_flatten(result)
-        names = ["".join(str(key) for key in path) for path, _ in tree_flatten_with_path(result)[0]]
+        names = path_names(result)
         results = [_result(name.lstrip("."), value) for name, value in zip(names, values, strict=True)]
         self.seen.results, self.seen.out_spec = results, out_spec
         return tuple(v for v, r in zip(values, results, strict=True) if r.is_traced)

@@ -75,7 +75,8 @@ class Search:
         graph: the captured graph at global shapes.
         factors: its rules and factors.
         params: parameter placeholders with their names, as the layout knows them.
-        free: values that the program returns as they are (caches), in any placement.
+        carried: results that stay divided (caches): the placement wanted per axis, or None for any.
+        given: inputs that come divided (caches), with their placement per axis.
         cost: the cost model.
         divide_small: small matrices must be divided too, whatever it costs.
     """
@@ -86,14 +87,16 @@ class Search:
         factors: Factors,
         params: Mapping[Node, str],
         cost: CostModel,
-        free: frozenset[Node] = frozenset(),
+        carried: Mapping[Node, Sequence[Placement] | None] | None = None,
+        given: Mapping[Node, Sequence[Placement]] | None = None,
         divide_small: bool = False,
     ) -> None:
-        self.graph, self.factors, self.params, self.cost_model, self.free = graph, factors, params, cost, free
+        self.graph, self.factors, self.params, self.cost_model = graph, factors, params, cost
+        self.carried, self.given = carried or {}, given or {}
         self.candidates = worth_dividing(factors, set(params))
         self.hints = symbol_hints(graph)
-        self.live = _descendants(graph, set(params))
-        self.bytes = {v: self._bytes(v) for v in (*params, *self.live) if results(v)}
+        self.live = _descendants(graph, {*params, *self.given})
+        self.bytes = {v: self._bytes(v) for v in (*params, *self.given, *self.live) if results(v)}
         self.uses = self._uses()
         matrices = {v: self.bytes[v] for v in params if matrix(v) and v in self.uses}
         share = shares(matrices, params)
@@ -159,7 +162,7 @@ class Search:
                 for out in node.args[0]:
                     if (
                         isinstance(out, Node)
-                        and out not in self.free
+                        and self.carried.get(out, ()) is not None
                         and isinstance(out.meta["val"], torch.Tensor)
                     ):
                         found.setdefault(out, []).append((node, 0))
@@ -190,6 +193,9 @@ class _Axis:
                 self._compute(node)
         for param in self.search.params:
             self._hold(param)
+        for value, placements in self.search.given.items():
+            self.holdings[value] = [placements[len(self.prior)]]
+            self.problem.variable(("param", value.name), [0.0])
         for value, uses in self.search.uses.items():
             if value in self.holdings or producer(value)[0] in self.options:
                 self._connect(value, uses)
@@ -226,8 +232,11 @@ class _Axis:
         self.problem.variable(("param", param.name), _exact(costs))
 
     def _compute(self, node: Node) -> None:
+        rule = self.factors.rules.get(node)
+        fewest = self.ranks if isinstance(rule, Rule) and rule.filled else 2
+
         def may_divide(factor: OpFactor) -> bool:
-            return factor.atom in self.search.candidates and self._left_in(node, factor) > 1
+            return factor.atom in self.search.candidates and self._left_in(node, factor) >= fewest
 
         options = strategies(node, self.factors, may_divide)
         self.options[node] = options
@@ -238,7 +247,7 @@ class _Axis:
         if len(uses) == 1:
             self._edge(source, outs, uses[0], value)
             return
-        kinds = sorted({*outs, R, *(w for u in uses for w in self._wants(u))}, key=_order)
+        kinds = sorted({*outs, R, *(w for u in uses for w in self._wants(u, value))}, key=_order)
         self.handed[value] = kinds
         name = ("shared", value.name)
         self.problem.variable(name, np.zeros(len(kinds)))
@@ -247,16 +256,19 @@ class _Axis:
             self._edge(name, kinds, use, value)
 
     def _edge(self, source: Name, outs: list[Placement], use: tuple[Node, int], value: Node) -> None:
-        wants = self._wants(use)
+        wants = self._wants(use, value)
         table = self._conversions(outs, wants, value)
         if use[0] in self.options:
             self.problem.table((source, ("node", use[0].name)), table)
         else:
             self.problem.table((source,), table[:, 0])
 
-    def _wants(self, use: tuple[Node, int]) -> list[Placement]:
+    def _wants(self, use: tuple[Node, int], value: Node) -> list[Placement]:
         node, operand = use
-        return [s.inputs[operand] for s in self.options[node]] if node in self.options else [R]
+        if node in self.options:
+            return [s.inputs[operand] for s in self.options[node]]
+        carried = self.search.carried.get(value) if node.op == "output" else None
+        return [carried[len(self.prior)] if carried else R]
 
     def _source(self, value: Node) -> tuple[Name, list[Placement]]:
         if value in self.holdings:

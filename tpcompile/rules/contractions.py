@@ -141,13 +141,14 @@ def convolution(node: Node) -> Rule | str:
         reduce=dict.fromkeys(i, "sum"),
         linear=(frozenset({0, 2} if bias else {0}),),
         once=frozenset({2} if bias else ()),
+        filled=True,
         contraction=True,
         localize="groups",
     )
 
 
 def embedding(node: Node) -> Rule:
-    """``v d, ... -> ... d``: a divided vocabulary is looked up where it lies; other ranks contribute zeros."""
+    """``v d, ... -> ... d``: a divided vocabulary is looked up where it lies, elsewhere there are zeros."""
     letters = Letters()
     table, picked = (shape(o) for o in operands(node))
     vocabulary, features, *places = letters.dims((*table, *picked))
@@ -178,6 +179,7 @@ def spatial(node: Node) -> Rule | str:
         letters.sizes,
         whole=letters_of(old + new),
         linear=() if "max" in op_name(node) else UNARY,
+        filled=True,
     )
 
 

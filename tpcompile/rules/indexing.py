@@ -171,10 +171,15 @@ def pad(node: Node) -> Rule:
     def labels(sizes: tuple[Size, ...]) -> Labels:
         return tuple(letters.dim(s) if d in padded else others[d] for d, s in enumerate(sizes))
 
-    inputs, outputs = (labels(source),), (labels(target),)
-    constant = option(node, "mode", "constant") == "constant" and option(node, "value", 0) != 0
-    whole = frozenset(letters.sizes) - letters_of(others)
-    return Rule(inputs, outputs, letters.sizes, whole=whole, linear=() if constant else UNARY)
+    constant = option(node, "mode", "constant") == "constant"
+    return Rule(
+        (labels(source),),
+        (labels(target),),
+        letters.sizes,
+        whole=frozenset(letters.sizes) - letters_of(others),
+        linear=() if constant and option(node, "value", 0) != 0 else UNARY,
+        filled=not constant,
+    )
 
 
 def unfold(node: Node) -> Rule:

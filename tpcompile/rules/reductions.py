@@ -56,6 +56,7 @@ def reduction(node: Node) -> Rule:
         whole=frozenset() if how else frozenset(gone),
         reduce=dict.fromkeys(gone, how) if how else {},
         linear=UNARY if name in ("sum", "mean") else (),
+        filled=how in ("max", "min"),
         localize="mean" if name == "mean" else "",
     )
 
@@ -155,6 +156,7 @@ def group_norm(node: Node) -> Rule | str:
         outputs=(source,),
         sizes=letters.sizes,
         whole=letters_of((c, *rest)),
+        filled=True,
         localize="group_norm",
     )
 
@@ -173,6 +175,7 @@ def batch_norm(node: Node) -> Rule | str:
         sizes=letters.sizes,
         whole=letters_of(d for dims in statistics for d in dims),
         fixed=frozenset(range(1, len(results(node)))),
+        filled=True,
     )
 
 
