@@ -45,14 +45,14 @@ def main() -> None:
 
     model = build()
     whole = sum(p.numel() for p in model.parameters())
-    tpcompile.parallelize(model, example_args=(words,))
-    held = sum(p.numel() for p in model.parameters())
+    sharded = tpcompile.parallelize(model, example_args=(words,))
+    held = sum(p.numel() for p in sharded.parameters())
     say(f"this rank holds {held} of {whole} parameters")
 
-    compiled = torch.compile(model, fullgraph=True)  # no graph breaks: collectives are in the graph
+    compiled = torch.compile(sharded, fullgraph=True)  # no graph breaks: collectives are in the graph
     say("compiling and taking one step ...")
     started = time.perf_counter()
-    losses = train(compiled, model, words, labels)
+    losses = train(compiled, sharded, words, labels)
     say(f"... {time.perf_counter() - started:.1f} s")
 
     say(f"unsharded: loss {expected[0]:.6f} -> {expected[1]:.6f}")
@@ -61,7 +61,7 @@ def main() -> None:
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
 
     # The weights after the step, gathered, are those of the unsharded model.
-    gathered = model.full_state_dict()
+    gathered = sharded.full_state_dict()
     for name, weight in reference.state_dict().items():
         torch.testing.assert_close(gathered[name], weight, rtol=1e-4, atol=1e-5)
     say("the weights after the step agree as well")

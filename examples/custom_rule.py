@@ -58,13 +58,15 @@ def main() -> None:
     # must see all of time, and the operator is linear in x: a sum of parts passes through it.
     tpcompile.register_rule("examples.smooth", "b t c, c -> b t c; whole t; linear 0")
 
-    tpcompile.parallelize(model, example_args=(x,))
-    say(f"{model.plan}\n")
-    assert not model.plan.fallbacks
-    assert sum(c.count for c in model.plan.collectives) < sum(c.count for c in before.collectives)
+    sharded = tpcompile.parallelize(model, example_args=(x,))
+    say(f"{sharded.plan}\n")
+    assert not sharded.plan.fallbacks
+    assert sum(c.count for c in sharded.plan.collectives) < sum(c.count for c in before.collectives)
 
-    error = ((model(x) - expected).abs().max() / expected.abs().max()).item()
-    say(f"relative error {error:.1e}; each rank smooths {list(model.get_parameter('decay').shape)} channels")
+    error = ((sharded(x) - expected).abs().max() / expected.abs().max()).item()
+    say(
+        f"relative error {error:.1e}; each rank smooths {list(sharded.get_parameter('decay').shape)} channels"
+    )
     assert error <= 1e-5
 
 

@@ -50,17 +50,20 @@ def main() -> None:
     with torch.no_grad():
         expected = model(words, style)
 
-        tpcompile.parallelize(model, example_args=(words, style))
+        # The model itself is changed: it keeps its class and names, and now holds this rank's slices.
+        sharded = tpcompile.parallelize(model, example_args=(words, style))
 
-        say(f"{model.plan}\n")
-        result = model(words, style=style)  # called as before, by position or by name
+        say(f"{sharded.plan}\n")
+        result = sharded(words, style=style)  # called as before, by position or by name
         for name, value in expected.items():
             error = ((result[name] - value).abs().max() / value.abs().max()).item()
             say(f"{name}: relative error {error:.1e}")
             assert error <= 1e-5
-        say(f"another batch and length, same program: {tuple(model(words[:2, :7], style[:2])['tags'].shape)}")
-    assert len(model.programs) == 1
-    weight = model.get_parameter("up.weight")
+        say(
+            f"another batch and length, same program: {tuple(sharded(words[:2, :7], style[:2])['tags'].shape)}"
+        )
+    assert len(sharded.programs) == 1
+    weight = sharded.get_parameter("up.weight")
     say(f"up.weight is [{4 * WIDTH}, {WIDTH}], of which this rank holds {list(weight.shape)}")
 
 

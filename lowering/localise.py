@@ -55,11 +55,9 @@ def sizes(low: Lowering, node: Node) -> Node:
 
 
 def _local_size(low: Lowering, node: Node, arg: Any, whole: Size, part: Size) -> Any:
-    if whole == part:
-        return arg
     if isinstance(part, int):
         return part  # also for -1, which torch cannot tell where a rank has nothing
-    if isinstance(arg, int) and arg == -1:
+    if whole == part or (isinstance(arg, int) and arg == -1):
         return arg
     # A dynamic dimension with a divided factor in it, such as (batch heads): scale what the graph computes.
     return _scale(low, node, arg, part, whole)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from tpcompile.capture.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
 from tpcompile.graph_edit import KEPT_META, fake_mode, module_path, value_of
 from tpcompile.markers import MARKERS, Axes
 from tpcompile.rules.rule import Rule, sizes_of
-from tpcompile.work import Work, is_tensor
+from tpcompile.work import Source, Work, is_tensor
 
 from . import localise
 from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
+
+
+SOURCE = "source"
+"""The key of a local placeholder's meta data that says where its value comes from."""
 
 
 class Groups(Protocol):
@@ -94,6 +100,7 @@ class Lowering:
     def _placeholder(self, node: Node) -> Node:
         new = self.graph.placeholder(node.name)
         new.meta.update(node.meta)
+        new.meta[SOURCE] = self.work.sources[node]
         if is_tensor(node) and any(str(p) != "R" for p in node.meta["placement"]):
             new.meta["val"] = self._part(node)
         return new
@@ -145,4 +152,21 @@ def lower_graph(work: Work, coordinates: tuple[int, ...], groups: Groups) -> Gra
     """
     assert work.planned_factors is not None, "the program must be planned"
     shapes = LocalShapes(work.planned_factors, work.axes, coordinates)
-    return Lowering(work, shapes, groups).run()
+    local = Lowering(work, shapes, groups).run()
+    if work.blocks is not None:
+        unroll(local.graph, work.blocks, _copy_placeholder)
+        local.recompile()
+    return local
+
+
+def _copy_placeholder(template: Node, rename: Callable[[str], str]) -> Node:
+    """The placeholder of another layer's parameter."""
+    graph = template.graph
+    source: Source = template.meta[SOURCE]
+    with graph.inserting_before(template):
+        new = graph.placeholder(f"{template.name}_copy")
+        new.target = new.name  # the graph made the name its own, the target becomes the argument's name
+    new.meta.update(template.meta)
+    spec = replace(source.spec, name=rename(source.spec.name))
+    new.meta[SOURCE] = replace(source, spec=spec)
+    return new

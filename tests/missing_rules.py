@@ -104,6 +104,8 @@ def _run(program: Program, pieces: Pieces, constant: int | None) -> Pieces | Non
             ranks.append(program.compute(args, kwargs, values))
         except (RuntimeError, IndexError, ValueError, TypeError):
             return None
+    if any(len(parts) != len(program.expected) for parts in ranks):
+        return None
     return [list(parts) for parts in zip(*ranks, strict=True)]
 
 

@@ -59,7 +59,7 @@ BROKEN: dict[str, tuple[Callable[[Work], None], str]] = {
     "no value": (_no_value, "node linear has no value"),
     "real data": (_real_value, "linear holds real data"),
     "input without a source": (_unknown_input, "input surprise has no source"),
-    "attribute": (_attribute, "get_attr node"),
+    "attribute": (_attribute, "nonexistent attribute"),
     "node of another graph": (_foreign_node, "invalid graph"),
 }
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 
 import pytest
 
 from tests.check_rule import Case, Program, blame, compare, compare_gradients
-from tests.rule_cases import CASES
+from tests.missing_rules import missing
+from tests.rule_cases import CASES, EXCUSED, PAIRED, REFUSED, SAMPLED, WITHOUT_CASE
 from tpcompile.placements import Partial
 from tpcompile.planner.strategies import Strategy
+from tpcompile.rules.rule import Rule
+from tpcompile.rules.table import ROWS
 
 Choice = tuple[Strategy, ...]
 
@@ -29,12 +34,20 @@ def _try_all(
     assert not wrong, "".join(wrong)
 
 
-# On seven ranks, most ranks have nothing of a dimension of 4 or 6.
+# On five ranks some have nothing of a dimension of 4.
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_strategies_compute_the_whole(case: Case) -> None:
     program = Program(case)
-    for ranks in (2, 3, 7):
+    assert isinstance(program.rule, Rule), program.rule
+    for ranks in (3, 5):
         _try_all(program, (ranks,), [(s,) for s in program.strategies(ranks)], compare)
+
+
+@pytest.mark.parametrize("case", SAMPLED, ids=str)
+def test_pointwise_operators_need_no_row(case: Case) -> None:
+    program = Program(case)
+    assert isinstance(program.rule, Rule), program.rule
+    _try_all(program, (3,), [(s,) for s in program.strategies()], compare)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.gradients], ids=str)
@@ -46,3 +59,48 @@ def test_gradients_are_those_of_the_whole(case: Case) -> None:
 def _differentiable(strategy: Strategy) -> bool:
     """A maximum over ranks has no gradient (lowering/collectives.py refuses it)."""
     return not any(isinstance(p, Partial) and p.op != "sum" for p in strategy.outputs)
+
+
+@pytest.mark.parametrize("case", PAIRED, ids=str)
+def test_two_sub_axes(case: Case) -> None:
+    program = Program(case)
+    found = [s for s in program.strategies(4) if _differentiable(s)]
+    _try_all(program, (2, 2), list(itertools.product(found, found)), compare)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_division_is_missing(case: Case) -> None:
+    # What is found with two sets of random numbers is no coincidence.
+    found = [missing(Program(case, seed)) for seed in (1, 2)]
+    assert not [text for text in found[0] if text in found[1] and not _excused(case, text)]
+
+
+def _excused(case: Case, text: str) -> bool:
+    return any(_matches(case, text, excuse) for excuse in EXCUSED)
+
+
+def _matches(case: Case, text: str, excuse: tuple[str, str, str]) -> bool:
+    operator, inputs, _ = excuse
+    return fnmatchcase(str(case.op), operator) and fnmatchcase(text.partition(" -> ")[0], inputs)
+
+
+def test_every_excuse_is_needed() -> None:
+    texts = [(str(case.op), t.partition(" -> ")[0]) for case in CASES for t in missing(Program(case))]
+    idle = [
+        (op, like)
+        for op, like, _ in EXCUSED
+        if not any(fnmatchcase(o, op) and fnmatchcase(t, like) for o, t in texts)
+    ]
+    assert not idle
+
+
+@pytest.mark.parametrize(("case", "why"), REFUSED.items(), ids=str)
+def test_refused(case: Case, why: str) -> None:
+    program = Program(case)
+    assert isinstance(program.rule, str)
+    assert why in program.rule
+
+
+def test_every_row_has_a_case() -> None:
+    named = {name for case in (*CASES, *REFUSED) for name in (str(case.op), str(case.op).rpartition(".")[0])}
+    assert not {row for row in ROWS if row not in named} - WITHOUT_CASE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,7 +108,7 @@ def plan(
         raise TpCompileError(f"{ranks!r} is no number of ranks", todo="give a mesh or a positive number")
     device = mesh_or_sizes.device_type if isinstance(mesh_or_sizes, DeviceMesh) else "h100"
     options = _options(model, plan, cost_model, device, dynamic, memory, ())
-    example = _example(model, example_args, example_kwargs)
+    example = _example(model, example_args, example_kwargs, planning=True)
     if example is None:
         raise TpCompileError(
             "an example call is needed to capture this model", todo="give example_args or example_kwargs"
@@ -174,12 +175,15 @@ def _options(
 
 
 def _example(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, planning: bool = False
 ) -> dict[str, Any] | None:
     if args or kwargs:
         return bind_call(model, args, kwargs)
     default = default_example(model)
     if default is None:
         return None
+    if planning and "use_cache" in inspect.signature(model.forward).parameters:
+        default["use_cache"] = False  # caches come layer by layer, and keep repeated layers from being shared
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    return bind_call(model, (), {k: v.to(device) for k, v in default.items()})
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in default.items()}
+    return bind_call(model, (), moved)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,8 @@ from torch.fx import GraphModule
 
 from .agree import compare, from_first, together
 from .caches import Held, mark_caches
-from .capture import capture, flatten_call
+from .capture import flatten_call
+from .capture.repeated_layers import capture_repeated
 from .decisions import decisions_from_data, decisions_to_data
 from .errors import TpCompileError
 from .layout import WeightLayout
@@ -118,7 +118,8 @@ class Compiler:
         base.caches = caches or {}
         clock.append(time.perf_counter())
         graph = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
-        data = from_first(self.group, lambda: self._decide(base, layout, graph))
+        tensors = whole_tensors(model)
+        data = from_first(self.group, lambda: self._decide(base, layout, graph, tensors))
         compare(self.group, "plans", [repr(data)])
         clock.append(time.perf_counter())
         planned = _follow(replace(base, layout=layout), data)
@@ -126,7 +127,7 @@ class Compiler:
         training = any(p.requires_grad for p in model.parameters()) or _wants_gradient(bound)
 
         def finish() -> Compiled:
-            placed = layout_of(planned, whole_tensors(model)) if layout is None else layout
+            placed = layout_of(planned, tensors) if layout is None else layout
             rewritten = _follow(replace(base, layout=layout), data)
             rewrite(rewritten, training, self.options.passes)
             pins = make_pins(self.options.pins) if layout is None else pins_from_layout(layout)
@@ -143,10 +144,12 @@ class Compiler:
             device = torch.device(self.mesh.device_type, torch.cuda.current_device())
         # A program captured with gradients also serves calls without them.
         with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
-            captured = capture(model, bound, dynamic=self.options.dynamic, device=device)
+            captured = capture_repeated(model, bound, dynamic=self.options.dynamic, device=device)
         return canonical(mark_caches(captured), self.ranks)
 
-    def _decide(self, base: Work, layout: WeightLayout | None, graph: str) -> Decisions:
+    def _decide(
+        self, base: Work, layout: WeightLayout | None, graph: str, tensors: Mapping[str, Tensor]
+    ) -> Decisions:
         given = self.options.plan
         if given is not None and given.ranks != self.ranks:
             raise TpCompileError(
@@ -159,18 +162,18 @@ class Compiler:
         if layout is not None:
             planned = plan_program(base, self.options.cost, pins_from_layout(layout), layout)
         else:
-            planned = self._within_memory(base)
+            planned = self._within_memory(base, tensors)
         return sorted(planned.split_groups), decisions_to_data(planned)
 
-    def _within_memory(self, base: Work) -> Work:
+    def _within_memory(self, base: Work, tensors: Mapping[str, Tensor]) -> Work:
         pins, limit = make_pins(self.options.pins), self.options.memory
         planned = plan_program(base, self.options.cost, pins)
-        if limit is None or _held(planned) <= limit:
+        if limit is None or _held(planned, tensors) <= limit:
             return planned
         tighter = plan_program(base, self.options.cost, pins, divide_small=True)
-        if _held(tighter) > limit:
+        if _held(tighter, tensors) > limit:
             raise TpCompileError(
-                f"the parameters take {size_text(_held(tighter))} on the fullest rank, more than the "
+                f"the fullest rank would hold {size_text(_held(tighter, tensors))} of parameters, more than the "
                 f"{size_text(limit)} allowed, with everything divided that can be",
                 todo="use more ranks, or allow more memory",
             )
@@ -198,20 +201,10 @@ def _follow(base: Work, data: Decisions) -> Work:
     return copy
 
 
-def _held(planned: Work) -> float:
-    """Bytes of the program's parameters on the fullest rank."""
-    values = {s.spec.name: n.meta["val"] for n, s in planned.sources.items() if s.segment is not None}
-    shapes = {n: torch.empty(full_shape(planned, n), dtype=v.dtype, device="meta") for n, v in values.items()}
-    layout = layout_of(planned, shapes)
+def _held(planned: Work, tensors: Mapping[str, Tensor]) -> float:
+    """Bytes of parameters and buffers on the fullest rank."""
+    layout = layout_of(planned, tensors)
     return max(layout.held(rank) for rank in range(layout.ranks))
-
-
-def full_shape(planned: Work, name: str) -> list[int]:
-    """The whole shape of a parameter, from any of its segments."""
-    segment = next(
-        s.segment for s in planned.sources.values() if s.spec.name == name and s.segment is not None
-    )
-    return [math.prod(dim) for dim in segment.factors]
 
 
 def _wants_gradient(bound: dict[str, Any]) -> bool:

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 
 KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "block")
@@ -16,10 +15,9 @@ KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "block")
 
 def fake_mode(graph: Graph) -> FakeTensorMode:
     """The mode under which the graph's fake tensors were made."""
-    vals = [n.meta.get("val") for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    mode = detect_fake_mode(vals)
-    assert isinstance(mode, FakeTensorMode), "a captured graph holds fake tensors"
-    return mode
+    # The first one tells; looking at all of them, for every call that is added, would be quadratic.
+    found = (n.meta.get("val") for n in graph.nodes)
+    return next(val.fake_mode for val in found if isinstance(val, FakeTensor))
 
 
 def value_of(target: Callable[..., Any], args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:

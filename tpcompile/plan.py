@@ -196,7 +196,7 @@ def collectives_of(work: Work) -> tuple[Collective, ...]:
     for node in work.graph.nodes:
         if node.op == "call_function" and node.target in markers.COMMUNICATING:
             key = (node.target.__name__, starred(module_path(node)), _moved(node))
-            found[key] = found.get(key, 0) + 1
+            found[key] = found.get(key, 0) + work.times(node)
     return tuple(Collective(kind, where, count, size) for (kind, where, size), count in found.items())
 
 
@@ -227,7 +227,7 @@ def fallbacks_of(work: Work) -> tuple[str, ...]:
         if isinstance(rule, str) and work.decisions and node in work.decisions[0].nodes:
             gathered = sum(_moved_value(o) for o in operands(node))
             count, size = found.get((str(node.target), rule), (0, 0))
-            found[str(node.target), rule] = (count + 1, size + gathered)
+            found[str(node.target), rule] = (count + work.times(node), size + gathered * work.times(node))
     return tuple(
         f"{op}: replicated {count} times, {size} bytes of operands whole on every rank ({why})"
         for (op, why), (count, size) in found.items()

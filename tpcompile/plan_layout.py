@@ -30,12 +30,17 @@ def layout_of(work: Work, tensors: Mapping[str, Tensor]) -> WeightLayout:
         if source.segment is not None:
             placed = _placed(work, node, source.segment)
             parts.setdefault(source.spec.name, []).append((source, placed))
+    # Layers that were left out lie as the one that stands for them.
+    like = {name: name for name in parts}
+    if work.blocks is not None:
+        like |= {left_out: name for name, left_out in work.blocks.left_out(list(parts))}
     params: dict[str, ParamLayout] = {}
     for name, tensor in tensors.items():
         layout = whole_layout(name, tensor, len(work.decisions))
-        if name in parts:
-            segments = tuple(s for _, s in sorted(parts[name], key=lambda p: p[0].order))
-            layout = replace(layout, segments=segments, packed_dim=work.packed_dims.get(name, 0))
+        if name in like:
+            captured = like[name]
+            segments = tuple(s for _, s in sorted(parts[captured], key=lambda p: p[0].order))
+            layout = replace(layout, segments=segments, packed_dim=work.packed_dims.get(captured, 0))
         params[name] = layout
     return WeightLayout(work.axes, params, tuple(sorted(work.split_groups)))
 

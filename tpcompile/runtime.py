@@ -19,9 +19,10 @@ from .compile_program import Compiled, Compiler
 from .errors import TpCompileError
 from .layout import WeightLayout
 from .lowering.local_shapes import LocalShapes
+from .lowering.lower_graph import SOURCE
 from .plan import Plan
 from .shell import shard_weights, tensors_by_name, unsharded
-from .work import Work
+from .work import Source, Work
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Program:
         training: ``model.training`` when it was captured.
         names: the arguments that are given.
         example: the leaves of the call that it was captured for, tensors without their values.
-        feeds: the placeholders before the user's inputs.
+        feeds: where each placeholder's value comes from; a number stands for a leaf of the call.
         mutated: per buffer that the program changes, where it is.
     """
 
@@ -72,7 +73,7 @@ class Program:
     training: bool
     names: tuple[str, ...]
     example: tuple[Any, ...]
-    feeds: tuple[Feed, ...]
+    feeds: tuple[Feed | int, ...]
     mutated: tuple[Feed, ...]
 
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
@@ -94,9 +95,9 @@ class Program:
 
     def run(self, leaves: Sequence[Any]) -> Any:
         """Runs this rank's graph and rebuilds the model's output."""
-        inputs = [feed.get() for feed in self.feeds]
         given = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
-        flat = self.graph_module(*inputs, *given)
+        inputs = [given[feed] if isinstance(feed, int) else feed.get() for feed in self.feeds]
+        flat = self.graph_module(*inputs)
         if self.mutated:
             for feed, new in zip(self.mutated, flat[len(flat) - len(self.mutated) :], strict=True):
                 with torch.no_grad():
@@ -263,20 +264,22 @@ def leaves_device(leaves: Sequence[Any]) -> str:
     return next((x.device.type for x in leaves if isinstance(x, Tensor)), "cpu")
 
 
-def make_feeds(model: nn.Module, compiled: Compiled, rank: int) -> tuple[Feed, ...]:
-    """Where each placeholder before the user's inputs gets its value."""
+def make_feeds(model: nn.Module, compiled: Compiled, rank: int) -> tuple[Feed | int, ...]:
+    """Where each placeholder of the local graph gets its value."""
     places = tensors_by_name(model)
     work, layout = compiled.planned, compiled.plan.layout
-    feeds = []
-    for node in work.graph.find_nodes(op="placeholder"):
-        source = work.sources[node]
+    leaves = {spec.name: i for i, spec in enumerate(work.captured.user_inputs)}
+
+    def feed(source: Source) -> Feed | int:
+        name = source.spec.name
+        if source.spec.kind == "user":
+            return leaves[name]
         if source.spec.kind == "constant":
-            feeds.append(Feed(None, source.spec.name, work.captured.constants[source.spec.name]))
-        elif source.spec.kind != "user":
-            segment = None
-            if source.order >= 0:
-                dim = layout.params[source.spec.name].packed_dim
-                sizes = [s[dim] for s in layout.segment_shapes(source.spec.name, rank)]
-                segment = (dim, sum(sizes[: source.order]), sizes[source.order])
-            feeds.append(Feed(*places[source.spec.name], segment=segment))
-    return tuple(feeds)
+            return Feed(None, name, work.captured.constants[name])
+        if source.order < 0:
+            return Feed(*places[name])
+        dim = layout.params[name].packed_dim
+        sizes = [s[dim] for s in layout.segment_shapes(name, rank)]
+        return Feed(*places[name], segment=(dim, sum(sizes[: source.order]), sizes[source.order]))
+
+    return tuple(feed(node.meta[SOURCE]) for node in compiled.local.graph.find_nodes(op="placeholder"))

@@ -9,7 +9,10 @@ import torch
 from torch.fx import Graph, Node
 
 from .caches import Held
+from .capture.match_periods import block_of
 from .capture.program import Captured, InputSpec
+from .capture.repeated_layers import ShortCapture
+from .capture.unroll_layers import RepeatedBlocks
 from .errors import TpCompileError
 from .factors import Factors
 from .layout import Segment, WeightLayout, whole_segment
@@ -76,6 +79,19 @@ class Work:
     def axes(self) -> tuple[int, ...]:
         """The sizes of the sub-axes that were planned."""
         return tuple(d.ranks for d in self.decisions)
+
+    @property
+    def blocks(self) -> RepeatedBlocks | None:
+        """Which captured layers stand for others, if layers were left out."""
+        return self.captured.blocks if isinstance(self.captured, ShortCapture) else None
+
+    def times(self, node: Node) -> int:
+        """How many nodes of the whole program a node stands for."""
+        block = block_of(node)
+        if self.blocks is None or block is None:
+            return 1
+        repeat = self.blocks.repeats[block.repeat]
+        return 1 + repeat.copies if block.period == repeat.kept - 1 else 1
 
     def params(self) -> dict[Node, str]:
         """Parameter placeholders (segments) with the original name of their parameter."""

@@ -99,6 +99,7 @@ def attention(node: Node) -> Rule | str:
         letters.sizes,
         whole=frozenset(keys + features + values * bool(statistics) + length * causal),
         linear=() if statistics else (frozenset({2}),),
+        filled=bool(statistics),
         contraction=True,
     )
 

@@ -330,7 +330,8 @@ def scatter(node: Node) -> Rule | str:
     letters = Letters()
     dim = _dim(node, len(into))
     how = _added(node)
-    found, whole = letters.dims(picked), set()
+    found = letters.dims(picked)
+    whole: set[str] = set()
 
     def labels(sizes: tuple[Size, ...], shares_dim: bool) -> Labels:
         out = []

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..errors import TpCompileError
-from .rule import Labels, Rule, Size
+from .rule import Dim, Labels, Rule, Size
 
 _OPTIONS = ("whole", "reduce", "linear", "once", "fixed", "contraction", "localize")
 
@@ -133,7 +133,7 @@ def _bind(pattern: Sequence[str], shape: Sequence[Size], sizes: dict[str, Size])
         names[at : at + 1] = [f"...{extra - i}" for i in range(extra)]
     if len(names) != len(shape):
         return f"rank {len(shape)} does not fit '{' '.join(pattern)}'"
-    labels = []
+    labels: list[Dim] = []
     for name, size in zip(names, shape, strict=True):
         if size == 1 or name == "1":
             labels.append(())

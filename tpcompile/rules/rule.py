@@ -8,18 +8,17 @@ what the results' placements are, and which gradients need a reduction. The idea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 from torch.fx import Node
 
-Size = int | sympy.Expr
-Dim = tuple[str, ...]
-Labels = tuple[Dim, ...]
+Size: TypeAlias = int | sympy.Expr
+Dim: TypeAlias = tuple[str, ...]
+Labels: TypeAlias = tuple[Dim, ...]
 
 UNARY = (frozenset({0}),)
 """``linear`` of an operator that is linear in its only operand."""
@@ -161,10 +160,6 @@ class Letters:
     def dims(self, shape: Sequence[Size]) -> Labels:
         """The labels of several dimensions, all fresh."""
         return tuple(self.dim(s) for s in shape)
-
-    def product(self, dim: Dim) -> Size:
-        """The size of a dimension."""
-        return math.prod(self.sizes[letter] for letter in dim)  # type: ignore[return-value]
 
 
 def letters_of(labels: Iterable[Dim]) -> frozenset[str]:
