@@ -27,7 +27,7 @@ def build() -> nn.Module:
 
 def train(step: Callable[[Tensor], Tensor], model: nn.Module, words: Tensor, labels: Tensor) -> list[float]:
     """The loss before and after one step. A rank's optimizer only sees the slices that it holds."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     before = cross_entropy(step(words).flatten(0, 1), labels.flatten())
     before.backward()
     optimizer.step()
@@ -63,7 +63,7 @@ def main() -> None:
     # The weights after the step, gathered, are those of the unsharded model.
     gathered = sharded.full_state_dict()
     for name, weight in reference.state_dict().items():
-        torch.testing.assert_close(gathered[name], weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gathered[name], weight, rtol=1e-4, atol=1e-6)
     say("the weights after the step agree as well")
 
 

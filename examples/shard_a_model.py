@@ -59,9 +59,8 @@ def main() -> None:
             error = ((result[name] - value).abs().max() / value.abs().max()).item()
             say(f"{name}: relative error {error:.1e}")
             assert error <= 1e-5
-        say(
-            f"another batch and length, same program: {tuple(sharded(words[:2, :7], style[:2])['tags'].shape)}"
-        )
+        tags = sharded(words[:2, :7], style[:2])["tags"]
+        say(f"another batch and length, same program: {list(tags.shape)}")
     assert len(sharded.programs) == 1
     weight = sharded.get_parameter("up.weight")
     say(f"up.weight is [{4 * WIDTH}, {WIDTH}], of which this rank holds {list(weight.shape)}")

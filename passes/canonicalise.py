@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -33,6 +34,7 @@ class Canonicalise(Pass):
     """Writes one thing in one way.
 
     Replaces slices, views and dropouts that change nothing by their input; unequal splits by slices;
+    ``type_as`` by a cast;
     an index by a constant single position by a slice; ``x.new_zeros`` and the like by ``full``, which
     does not need ``x``; ``-1`` in sizes by the number where it is static.
     """
@@ -50,6 +52,8 @@ class Canonicalise(Pass):
                 _split_to_slices(node)
             elif node.target is aten.index.Tensor and (found := _constant_position(work, node)):
                 _index_to_slice(node, *found)
+            elif node.target is aten.type_as.default:
+                _type_as_to_cast(node)
             elif node.target in _NEW:
                 _new_to_factory(node)
             elif node.target in _VIEWS and _state_sizes(node):
@@ -58,24 +62,20 @@ class Canonicalise(Pass):
 
 
 def _is_identity(node: Node) -> bool:
-    if (
-        not is_tensor(node)
-        or not node.args
-        or not isinstance(node.args[0], Node)
-        or not is_tensor(node.args[0])
-    ):
+    source = argument(node, 0, "self")
+    if not is_tensor(node) or not isinstance(source, Node) or not is_tensor(source):
         return False
-    same = shape(node.args[0]) == shape(node)
+    same = shape(source) == shape(node)
     if node.target is aten.slice.Tensor or node.target in _VIEWS or node.target is aten.expand.default:
         return same
     if node.target is aten.dropout.default:
-        return node.args[1] == 0 or not node.args[2]
+        return bool(node.args[1] == 0 or not node.args[2])
     return node.target in (aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default)
 
 
-def _parts(node: Node) -> list[int]:
+def _parts(node: Node) -> list[Any]:
     dim = argument(node, 2, "dim", 0)
-    return [sizes_of(t)[dim] for t in node.meta["val"]]  # type: ignore[misc]
+    return [sizes_of(t)[dim] for t in node.meta["val"]]
 
 
 def _unequal(node: Node) -> bool:
@@ -90,16 +90,16 @@ def _split_to_slices(node: Node) -> None:
         starts.append(starts[-1] + part)
     for user in list(node.users):
         assert user.target is operator.getitem
-        i = user.args[1]
+        i = argument(user, 1, "index")
         with graph.inserting_before(user):
-            part = call(graph, aten.slice.Tensor, (node.args[0], dim, starts[i], starts[i + 1]), like=node)
-        user.replace_all_uses_with(part)
+            new = call(graph, aten.slice.Tensor, (node.args[0], dim, starts[i], starts[i + 1]), like=node)
+        user.replace_all_uses_with(new)
         graph.erase_node(user)
 
 
 def _constant_position(work: Work, node: Node) -> tuple[int, int] | None:
     """Dimension and position, if the only index is a constant with one element."""
-    given = [(d, i) for d, i in enumerate(node.args[1]) if i is not None]  # type: ignore[arg-type]
+    given = [(d, i) for d, i in enumerate(argument(node, 1, "indices")) if i is not None]
     if len(given) != 1:
         return None
     dim, index = given[0]
@@ -111,7 +111,7 @@ def _constant_position(work: Work, node: Node) -> tuple[int, int] | None:
     value = work.captured.constants.get(source.name) if source.kind == "constant" else None
     if value is None or tuple(value.shape) != (1,) or value.dtype == torch.bool:
         return None
-    size = shape(node.args[0])[dim]
+    size = shape(argument(node, 0, "self"))[dim]
     return (dim, int(value) % size) if isinstance(size, int) else None
 
 
@@ -121,9 +121,18 @@ def _index_to_slice(node: Node, dim: int, position: int) -> None:
     node.replace_all_uses_with(new)
 
 
+def _type_as_to_cast(node: Node) -> None:
+    """Of the other operand only the type counts: it need not be brought along."""
+    with node.graph.inserting_before(node):
+        cast = call(
+            node.graph, aten._to_copy.default, (node.args[0],), {"dtype": node.meta["val"].dtype}, like=node
+        )
+    node.replace_all_uses_with(cast)
+
+
 def _state_sizes(node: Node) -> bool:
     """Writes static sizes as numbers, whatever they were written as."""
-    old = list(node.args[1])  # type: ignore[arg-type]
+    old = list(argument(node, 1, "size"))
     new = [size if isinstance(size, int) else arg for arg, size in zip(old, shape(node), strict=True)]
     if new == old:
         return False

@@ -75,7 +75,7 @@ def _differentiable(work: Work) -> set[Node]:
         if not is_tensor(node) and node.op != "call_function":
             continue
         if node.op == "placeholder":
-            if node.meta["val"].dtype.is_floating_point and work.sources[node].spec.kind in ("param", "user"):
+            if _carries_gradient(node) and work.sources[node].spec.kind in ("param", "user"):
                 found.add(node)
         elif node.op == "call_function" and node.target is not torch.ops.aten.detach.default:
             if any(i in found for i in node.all_input_nodes) and _carries_gradient(node):

@@ -54,7 +54,7 @@ class _Inserter:
         def swap(arg: Any) -> Any:
             return self.bring(arg, next(wants)) if isinstance(arg, Node) and is_tensor(arg) else arg
 
-        node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), swap)  # type: ignore[assignment]
+        node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), swap)
 
     def results(self, node: Node) -> None:
         """Brings the program's results to where the caller wants them: whole, caches as they lie."""
@@ -65,12 +65,10 @@ class _Inserter:
             found = carried.get(out, self.whole)
             return out.meta["placement"] if found is None else found
 
-        node.args = (
-            tuple(
-                self.bring(out, wanted(out)) if isinstance(out, Node) and is_tensor(out) else out
-                for out in self.work.outputs()
-            ),
-        )
+        def brought(out: Any) -> Any:
+            return self.bring(out, wanted(out)) if isinstance(out, Node) and is_tensor(out) else out
+
+        node.args = (tuple(brought(out) for out in self.work.outputs()),)
 
     def bring(self, value: Node, want: Placements) -> Node:
         """The value in a placement, by way of the one in which it is handed on."""

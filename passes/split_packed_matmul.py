@@ -14,7 +14,7 @@ from torch.fx import Node
 from tpcompile.factors import Factors, producer
 from tpcompile.graph_edit import KEPT_META, call, drop_unused, module_path
 from tpcompile.layout import Segment
-from tpcompile.rules.rule import Rule, operands, results, shape
+from tpcompile.rules.rule import Rule, argument, operands, results, shape
 from tpcompile.work import Source, Work
 
 from .pipeline import Pass
@@ -104,12 +104,10 @@ def _cuts(value: Node) -> list[Node] | None:
 
 def _part(node: Node) -> Part | None:
     """What a slice keeps, in numbers; None if that is not static or has a step."""
-    source = node.args[0]
-    assert isinstance(source, Node)
-    dim, start, stop, step = (*node.args[1:], *(0, None, 2**63 - 1, 1)[len(node.args) - 1 :])
-    start = start or 0
-    dim %= len(shape(source))
-    size = shape(source)[dim]
+    source: Node = argument(node, 0, "self")
+    dim = argument(node, 1, "dim", 0) % len(shape(source))
+    start, stop = argument(node, 2, "start") or 0, argument(node, 3, "end")
+    step, size = argument(node, 4, "step", 1), shape(source)[dim]
     if (
         not isinstance(size, int)
         or step != 1
@@ -201,7 +199,8 @@ class _Splitter:
                 else arg
             )
 
-        args, kwargs = torch.fx.node.map_aggregate((value.args, value.kwargs), swap)
+        given: Any = (value.args, value.kwargs)
+        args, kwargs = torch.fx.node.map_aggregate(given, swap)
         rule = self.factors.rules[value]
         assert isinstance(rule, Rule)
         if rule.localize == "sizes":
@@ -253,5 +252,5 @@ def _translate(part: Part, letters: tuple[str, ...], labels: Any, rule: Rule) ->
     if names == letters:
         return replace(part, dim=dims[0])
     if len(letters) == 1 and len(part.sizes) == 1:  # one factor of a compound dimension
-        return Part(dims[0], sizes, names.index(letters[0]), part.start, part.stop)  # type: ignore[arg-type]
+        return Part(dims[0], sizes, names.index(letters[0]), part.start, part.stop)
     return "no"

@@ -47,7 +47,7 @@ def _covered(outputs: tuple[Placement, ...], works: list[list[Placement]]) -> bo
 def _choices(program: Program) -> Iterator[tuple[Placement, ...]]:
     """Placements of the operands: equal sizes cut together, or one of them, or nothing; the rest R or P."""
     operands = operands_of(program.case)
-    sizes = {s for o in operands for s in o.shape if s % RANKS == 0}
+    sizes = {s for o in operands for s in o.shape if s and s % RANKS == 0}
     seen = set()
     for size in (0, *sorted(sizes)):
         cuts = [_kinds(o, x, size) for o, x in zip(operands, program.inputs, strict=True)]

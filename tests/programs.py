@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from tests import simulate
 from tpcompile.capture import bind_call, capture, flatten_call
@@ -15,7 +16,7 @@ from tpcompile.pipeline import canonical, plan_program
 from tpcompile.plan_layout import layout_of
 from tpcompile.planner.cost import PRESETS, CostModel
 from tpcompile.planner.decide import Pins
-from tpcompile.work import Work
+from tpcompile.work import Source, Work
 
 
 def captured(model: nn.Module, *args: Any, ranks: int = 2, dynamic: Any = False, **kwargs: Any) -> Work:
@@ -38,7 +39,12 @@ def planned(
     model: nn.Module, *args: Any, cost: CostModel = PRESETS["cpu"], pins: Pins = no_pins, **options: Any
 ) -> Work:
     """The planned program of one call; nothing is rewritten for the plan yet."""
-    return plan_program(canonicalised(model, *args, **options), cost, pins)
+    return planned_work(captured(model, *args, **options), cost, pins)
+
+
+def planned_work(work: Work, cost: CostModel = PRESETS["cpu"], pins: Pins = no_pins) -> Work:
+    """A captured program, planned."""
+    return plan_program(canonical(work.captured, work.ranks), cost, pins)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -50,15 +56,59 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def run_whole(work: Work, model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
     """Runs the graph as it is, at global shapes, where markers are identities."""
     alone = replace(work, decisions=[], planned_factors=work.factors())
-    inputs = _feed(alone, model, layout_of(alone, tensors_of(model)), 0, args, kwargs)
+    inputs = _feed(alone, model, _undivided(alone, model), 0, args, kwargs)
     return list(torch.fx.Interpreter(work.captured.graph_module, graph=work.graph).run(*inputs))
 
 
-def run_ranks(work: Work, model: nn.Module, *args: Any, **kwargs: Any) -> list[list[Any]]:
+def run_ranks(
+    work: Work, model: nn.Module, *args: Any, lowered: list[GraphModule] | None = None, **kwargs: Any
+) -> list[list[Any]]:
     """Lowers a rewritten program for every rank and runs all in lockstep; the results by rank."""
     layout = layout_of(work, tensors_of(model))
     inputs = [_feed(work, model, layout, rank, args, kwargs) for rank in range(layout.ranks)]
-    return [list(results) for results in simulate.run(work, inputs)]
+    return [list(results) for results in simulate.run(work, inputs, lowered)]
+
+
+def gradients_agree(work: Work, model: nn.Module, *args: Any) -> None:
+    """Each rank's gradients are its parts of the undivided program's.
+
+    The loss is a sum of all results, weighted at random, which every rank computes.
+    """
+    layout = layout_of(work, tensors_of(model))
+
+    def loss(results: list[Any]) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        weighted = [(r * torch.randn(r.shape, generator=generator, dtype=r.dtype)).sum() for r in results]
+        return torch.stack(weighted).sum()
+
+    def leaves(inputs: list[Any]) -> list[Any]:
+        return [t.clone().requires_grad_() if t.is_floating_point() else t for t in inputs]
+
+    nodes = work.graph.find_nodes(op="placeholder")
+    whole = leaves(_feed(replace(work, decisions=[]), model, _undivided(work, model), 0, args, {}))
+    interpreter = torch.fx.Interpreter(work.captured.graph_module, graph=work.graph)
+    loss(list(interpreter.run(*whole))).backward()
+    ranks = [leaves(_feed(work, model, layout, rank, args, {})) for rank in range(layout.ranks)]
+    torch.stack([loss(list(results)) for results in simulate.run(work, ranks)]).sum().backward()
+    for rank, inputs in enumerate(ranks):
+        for node, mine, full in zip(nodes, inputs, whole, strict=True):
+            if full.grad is not None:
+                wanted = _part(layout, work.sources[node], full.grad, rank)
+                got = torch.zeros_like(mine) if mine.grad is None else mine.grad
+                torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+def _part(layout: WeightLayout, source: Source, full: Tensor, rank: int) -> Tensor:
+    """What a rank holds of the value of a placeholder."""
+    if source.segment is None:
+        return full
+    segment, box = layout.boxes(source.spec.name, rank)[max(source.order, 0)]
+    alone = replace(segment, factors=segment.atoms, box=tuple((0, a) for dim in segment.atoms for a in dim))
+    return alone.take(full, box)
+
+
+def _undivided(work: Work, model: nn.Module) -> WeightLayout:
+    return layout_of(replace(work, decisions=[]), tensors_of(model))
 
 
 def _feed(

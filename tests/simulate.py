@@ -57,10 +57,12 @@ def lower_all(work: Work) -> list[GraphModule]:
     return [lower_graph(work, at, SimulatedGroups(work.axes, at)) for at in coordinates(work.axes)]
 
 
-def run(work: Work, inputs: list[list[Any]]) -> list[tuple[Any, ...]]:
+def run(
+    work: Work, inputs: list[list[Any]], lowered: list[GraphModule] | None = None
+) -> list[tuple[Any, ...]]:
     """Runs all ranks on their own inputs (placeholders in order); returns their results."""
     everyone = coordinates(work.axes)
-    graphs = [list(p.graph.nodes) for p in lower_all(work)]
+    graphs = [list(p.graph.nodes) for p in lowered or lower_all(work)]
     values: list[dict[Node, Any]] = [dict() for _ in everyone]
     cursors = [0] * len(everyone)
     feeds = [iter(i) for i in inputs]

@@ -108,11 +108,11 @@ def test_large_values_travel_alone() -> None:
     assert [n.target for n in _collectives(work)] == [all_reduce, all_reduce]
 
 
-def test_ten_thousand_calls() -> None:
+def test_thousands_of_calls() -> None:
     """Four times the calls take about four times the time."""
     layer: Recipe = [("add", -1, 0), ("reduce", -1, 0), ("reduce", -2, 0), ("add", -1, -2), ("add", -1, 1)]
     times = []
-    for layers in (500, 2000):
+    for layers in (250, 1000):
         work = _program(list(layer) * layers, results=1)
         start = time.process_time()
         assert CoalesceCollectives().apply(work)

@@ -134,7 +134,7 @@ TOYS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("name", TOYS)
 def test_all_passes_then_lowered(name: str, ranks: int) -> None:
-    """The whole pipeline, lowered and run on simulated ranks, gives what the module gives."""
+    """The whole pipeline, lowered and run on simulated ranks, gives the module's results and gradients."""
     module, shapes = TOYS[name]
     torch.manual_seed(0)
     model, inputs = module().double().eval(), [torch.randn(shape, dtype=torch.float64) for shape in shapes]
@@ -144,6 +144,7 @@ def test_all_passes_then_lowered(name: str, ranks: int) -> None:
     for results in programs.run_ranks(work, model, *inputs):
         for got, want in zip(results, wanted, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    programs.gradients_agree(work, model, *inputs)
 
 
 @pytest.mark.parametrize("left_out", ["insert-gradient-copies", "coalesce-collectives"])

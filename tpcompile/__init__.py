@@ -13,6 +13,7 @@ from .api import parallelize, plan  # noqa: E402
 from .errors import TpCompileError  # noqa: E402
 from .placements import Partial, Replicate, Shard  # noqa: E402
 from .plan import Plan  # noqa: E402
+from .planner.calibrate import calibrate  # noqa: E402
 from .planner.cost import CostModel  # noqa: E402
 from .rules.table import register_rule  # noqa: E402
 
@@ -23,6 +24,7 @@ __all__ = [
     "Replicate",
     "Shard",
     "TpCompileError",
+    "calibrate",
     "parallelize",
     "plan",
     "register_rule",

@@ -67,6 +67,7 @@ def parallelize(
     """
     mesh = mesh if mesh is not None else _default_mesh(model)
     ranks = _check_mesh(mesh, axis)
+    _check_device(model, mesh)
     options = _options(model, plan, cost_model, mesh.device_type, dynamic, memory, passes)
     signature, original = signature_of(model), type(model)
     example = _example(model, example_args, example_kwargs)
@@ -148,6 +149,18 @@ def _check_mesh(mesh: DeviceMesh, axis: str | None) -> int:
             todo="start more processes, or make a smaller mesh",
         )
     return mesh.size() if axis is None else mesh.size(names.index(axis))
+
+
+def _check_device(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Refuses weights that the program, made for the mesh's device, could not use."""
+    for name, param in model.named_parameters():
+        if param.device.type not in (mesh.device_type, "meta"):
+            raise TpCompileError(
+                f"the mesh is for {mesh.device_type}, the model is on {param.device}",
+                where=name,
+                todo=f"move the model to {mesh.device_type} (or to meta, for a model without weights) first, "
+                "or make a mesh for the model's device",
+            )
 
 
 def _options(

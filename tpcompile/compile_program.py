@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from .agree import compare, from_first, together
 from .caches import Held, mark_caches
 from .capture import flatten_call
-from .capture.repeated_layers import capture_repeated
+from .capture.store_capture import capture_cached
 from .decisions import decisions_from_data, decisions_to_data
 from .errors import TpCompileError
 from .layout import WeightLayout
@@ -33,10 +33,8 @@ from .planner.cost import CostModel
 from .print_graph import graph_text
 from .print_plan import size_text
 from .shell import whole_tensors
+from .store_plan import Decisions, plan_cached
 from .work import Work
-
-# The packed matmuls that are split, and the decisions on each sub-axis.
-Decisions = tuple[list[str], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -139,13 +137,19 @@ class Compiler:
 
     def _capture(self, model: nn.Module, bound: dict[str, Any]) -> Work:
         differentiable = any(p.requires_grad for p in model.parameters())
-        device = None
-        if self.mesh is not None and self.mesh.device_type != "cpu":
-            device = torch.device(self.mesh.device_type, torch.cuda.current_device())
+        device = self._device(model)
         # A program captured with gradients also serves calls without them.
         with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
-            captured = capture_repeated(model, bound, dynamic=self.options.dynamic, device=device)
+            captured = capture_cached(model, bound, dynamic=self.options.dynamic, device=device)
         return canonical(mark_caches(captured), self.ranks)
+
+    def _device(self, model: nn.Module) -> torch.device | None:
+        """The device to capture for: where this rank's weights are, or will be."""
+        if self.mesh is None or self.mesh.device_type == "cpu":
+            return None
+        found = (p.device for p in model.parameters() if p.device.type == self.mesh.device_type)
+        here = torch.device(self.mesh.device_type, torch.accelerator.current_device_index())
+        return next(found, here)
 
     def _decide(
         self, base: Work, layout: WeightLayout | None, graph: str, tensors: Mapping[str, Tensor]
@@ -159,6 +163,11 @@ class Compiler:
             return list(given.layout.groups), given.decisions
         if given is not None:
             layout = given.layout
+        o = self.options
+        wishes = {"cost": o.cost, "pins": o.pins, "memory": o.memory, "layout": layout}
+        return plan_cached(lambda: self._plan(base, layout, tensors), base, wishes)
+
+    def _plan(self, base: Work, layout: WeightLayout | None, tensors: Mapping[str, Tensor]) -> Decisions:
         if layout is not None:
             planned = plan_program(base, self.options.cost, pins_from_layout(layout), layout)
         else:

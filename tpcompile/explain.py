@@ -31,7 +31,12 @@ def explain_module(work: Work, cost: CostModel, pins: Pins, name: str) -> str:
         TpCompileError: no parameter of the program belongs to that name.
     """
     assert work.planned_factors is not None
-    mine = [n for n, p in work.params().items() if p == name or p.startswith(name + ".")]
+    # Of layers that repeat only some were planned: the others are explained by the one that they copy.
+    names = list(dict.fromkeys(work.params().values()))
+    copies = [] if work.blocks is None else work.blocks.left_out(names)
+    like = {p: p for p in names} | {copy: kept for kept, copy in copies}
+    wanted = {kept for p, kept in like.items() if p == name or p.startswith(name + ".")}
+    mine = [n for n, p in work.params().items() if p in wanted]
     if not mine:
         raise TpCompileError(
             f"{name!r} has no parameters in this program",
@@ -68,8 +73,9 @@ def _price(work: Work, search: Search, pins: Pins, param: Node, option: Placemen
             return "refused: this dimension is dynamic, or no matmul has it"
     try:
         other = search.plan(best.ranks, prior, {**pins(work, axis), param: frozenset({option})})
-    except TpCompileError:
-        return f"refused: {_refusal(search, param)}"
+    except TpCompileError as error:
+        spent = error.where == search.params[param]
+        return f"refused: {'nothing is left to divide' if spent else _refusal(search, param)}"
     extra = other.cost + other.price - best.cost - best.price
     must = ", but a large matrix must be divided" if other.penalty > best.penalty else ""
     return f"{'+' if extra >= 0 else '-'}{time_text(abs(extra))}{must}"

@@ -160,31 +160,40 @@ class Factors:
         rule = self.rules.get(node)
         if not isinstance(rule, Rule):
             return
-        letters = self._letters[node]
+        leaves = {name: list(self._leaves(root)) for name, root in self._letters[node].items()}
+        inputs, outputs = ([_places(t, leaves) for t in side] for side in (rule.inputs, rule.outputs))
         for name in rule.sizes:
             if name in rule.whole or name in self._stuck[node]:
                 continue
-            for k, atom in enumerate(self._leaves(letters[name])):
-                inputs = [self._place(labels, letters, name, k) for labels in rule.inputs]
-                outputs = [self._place(labels, letters, name, k) for labels in rule.outputs]
-                places = inputs + outputs
-                if any(p == "twice" for p in places):
-                    continue
-                reduce = rule.reduce.get(name, "")
-                if any(p is None and i not in rule.fixed for i, p in enumerate(outputs)) and not reduce:
-                    continue
-                yield OpFactor(atom, self._size[atom], tuple(inputs), tuple(outputs), reduce)  # type: ignore[arg-type]
+            if any(name in twice for _, twice in inputs + outputs):
+                continue
+            reduce = rule.reduce.get(name, "")
+            if (
+                any(name not in at and i not in rule.fixed for i, (at, _) in enumerate(outputs))
+                and not reduce
+            ):
+                continue
+            for k, atom in enumerate(leaves[name]):
+                read, made = (tuple(_shift(at.get(name), k) for at, _ in side) for side in (inputs, outputs))
+                yield OpFactor(atom, self._size[atom], read, made, reduce)
 
-    def _place(self, labels: Labels, letters: dict[str, int], name: str, k: int) -> Place | str | None:
-        """Where the ``k``-th atom of a letter stands in a tensor."""
-        found: Place | str | None = None
-        for d, names in enumerate(labels):
-            position = 0
-            for other in names:
-                if other == name:
-                    found = (d, position + k) if found is None else "twice"
-                position += sum(1 for _ in self._leaves(letters[other]))
-        return found
+
+def _places(labels: Labels, leaves: dict[str, list[int]]) -> tuple[dict[str, Place], set[str]]:
+    """Where the first atom of every letter of a tensor stands, and the letters that stand there twice."""
+    found: dict[str, Place] = {}
+    twice = set()
+    for dim, names in enumerate(labels):
+        position = 0
+        for name in names:
+            if name in found:
+                twice.add(name)
+            found[name] = (dim, position)
+            position += len(leaves[name])
+    return found, twice
+
+
+def _shift(place: Place | None, by: int) -> Place | None:
+    return (place[0], place[1] + by) if place else None
 
 
 def producer(value: Node) -> tuple[Node, int]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import TpCompileError
+from .index_ranges import Range, Region, regions
 from .placements import split_evenly
 
 Box = tuple[tuple[int, int], ...]
@@ -184,6 +185,17 @@ class WeightLayout:
         for i, segment in enumerate(layout.segments):
             segment.put(full, [(boxes[rank][i][1], parts[rank][i]) for rank in locals_])
         return full
+
+    def ranges(self, name: str, rank: int) -> list[Range]:
+        """What a rank holds of a parameter: the fewest boxes of the whole that are boxes of the local tensor.
+
+        Boxes of two ranks are the same or have nothing in common; those of all ranks make up the whole.
+        """
+        return [part for region in self.regions(name, rank) for part in region.ranges()]
+
+    def regions(self, name: str, rank: int) -> list[Region]:
+        """As ``ranges``, but fewer: a box of the whole may lie in pieces in the local tensor."""
+        return regions(self.params[name], self.axes, self.coordinates(rank))
 
     def held(self, rank: int) -> float:
         """Bytes of parameters and buffers that a rank holds."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from .checkpoint import sharded_state_dict
 from .errors import TpCompileError
 from .gather_weights import full_state_dict
 from .plan import Plan
@@ -56,6 +57,18 @@ class ShardedModule(nn.Module):
         All ranks must call it. It holds the whole model once per rank.
         """
         return full_state_dict(self, self._tp)
+
+    def sharded_state_dict(self, *, tied: bool = True) -> dict[str, Any]:
+        """The state dict for ``torch.distributed.checkpoint``: slices that know the whole they belong to.
+
+        ``dcp.save(model.sharded_state_dict(), checkpoint_id=...)`` writes a checkpoint that any number of
+        ranks, and the model before it was sharded, can load; loading is in place. See ``checkpoint``.
+
+        Args:
+            tied: whether a tied parameter comes under each of its names, as the unsharded model wants it, or
+                only under the first.
+        """
+        return sharded_state_dict(self, self._tp, tied)
 
     def _last(self) -> Program:
         if not self._tp.programs:

@@ -57,4 +57,6 @@ def _argument(arg: Any) -> str:
         return f"[{', '.join(map(_argument, arg))}]"
     if isinstance(arg, int) and not isinstance(arg, bool) and arg == 2**63 - 1:
         return "end"
+    if isinstance(arg, torch.device):
+        return arg.type  # ranks that sit on different cards have the same program
     return str(arg)

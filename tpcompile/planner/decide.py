@@ -39,7 +39,8 @@ def decide(
         return plan_on_axes(split(work, chosen), axes, cost, pins, divide_small)
 
     best = _split_what_pays(plan, (work.ranks,), groups)
-    factors = best.factors()
+    factors = best.planned_factors
+    assert factors is not None
     units = unit_counts(factors, best.params(), worth_dividing(factors, set(best.params())))
     axes = sub_axes(work.ranks, units)
     if len(axes) > 1:
@@ -56,7 +57,7 @@ def _split_what_pays(
     best = plan(chosen, axes)
     for group in groups:
         trial = plan(chosen | {group}, axes)
-        if _score(trial) < _score(best):
+        if _score(trial) < _score(best) and _fits_together(trial):
             best, chosen = trial, chosen | {group}
     return best
 
@@ -66,7 +67,9 @@ def plan_on_axes(
 ) -> Work:
     """The program with the decisions on each sub-axis, one after the other."""
     factors = work.factors()
-    search = Search(work.graph, factors, work.params(), cost, work.carried(factors), work.given(factors), divide_small)
+    search = Search(
+        work.graph, factors, work.params(), cost, work.carried(factors), work.given(factors), divide_small
+    )
     decisions: list[Assignment] = []
     for i, ranks in enumerate(axes):
         decisions.append(search.plan(ranks, decisions, pins(work, i)))
@@ -93,6 +96,27 @@ def _held(work: Work) -> float:
                 size = size * most / int(units)
         total += size
     return float(f"{total:.3g}")
+
+
+def _fits_together(work: Work) -> bool:
+    """Whether the segments of every parameter can lie one behind the other in one local tensor.
+
+    They may be divided differently along the dimension in which they differ; along any other all must be
+    divided alike, or their local sizes there would not be the same.
+    """
+    assert work.planned_factors is not None
+    held: dict[str, set[object]] = {}
+    for node, name in work.params().items():
+        if name in work.packed_dims:
+            layout = work.planned_factors.layout(node)
+            others = [_except(d.params[node], work.packed_dims[name]) for d in work.decisions]
+            key = tuple((p, layout[p.dim][p.factor]) if p else None for p in others)
+            held.setdefault(name, set()).add(key)
+    return all(len(ways) == 1 for ways in held.values())
+
+
+def _except(placement: Placement, dim: int) -> Shard | None:
+    return placement if isinstance(placement, Shard) and placement.dim != dim else None
 
 
 def _score(work: Work) -> tuple[float, float]:

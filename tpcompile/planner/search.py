@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.fx import Graph, Node
 
+from ..errors import TpCompileError
 from ..factors import Factors, OpFactor, Place, producer
 from ..placements import Partial, Placement, R, Replicate, Shard, split_evenly
 from ..rules.rule import Rule, Size, letters_of, operands, results
@@ -223,6 +224,13 @@ class _Axis:
                 options.append(Shard(dim, pos))
         if param in self.pins:
             options = [o for o in options if o in self.pins[param]]
+        if not options:
+            wanted = " or ".join(sorted(map(str, self.pins[param])))
+            raise TpCompileError(
+                f"{wanted} is not possible: no matmul has that dimension, or nothing of it is left to divide",
+                where=self.search.params[param],
+                todo="pin another dimension, or none",
+            )
         self.holdings[param] = options
         penalties = [self._penalty(param, o) for o in options]
         # What no option avoids is left out, or thousands of seconds would swallow the nanoseconds.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch.fx import Node
 
 from ..factors import Factors, tensor_of
@@ -45,11 +46,18 @@ def shares(sizes: Mapping[Node, float], names: Mapping[Node, str]) -> dict[Node,
     return {key: size / beside.get(module_of(names[key]), size) for key, size in sizes.items()}
 
 
-def weight_root(value: Node, params: set[Node]) -> Node | None:
-    """The parameter that a value is a rearrangement of (views, casts, slices, rows), if it is one."""
+def weight_root(value: Node, params: set[Node], *, rows: bool = False) -> Node | None:
+    """The parameter that a value is a rearrangement of (views, casts, slices), if it is one.
+
+    Args:
+        value: the value.
+        params: the parameters.
+        rows: also look through a choice of rows by integers, such as each token's expert.
+    """
     while value not in params:
         ops = operands(value) if value.op == "call_function" else []
-        if not ops or any(o.meta["val"].dtype.is_floating_point for o in ops[1:]):
+        chosen = rows and value.target is torch.ops.aten.index.Tensor
+        if len(ops) != 1 and not chosen:
             return None
         value = ops[0]
     return value
@@ -66,8 +74,9 @@ def worth_dividing(factors: Factors, params: set[Node]) -> set[int]:
         if not (isinstance(rule, Rule) and rule.contraction):
             continue
         for operand in operands(node):
-            if weight_root(operand, params) is not None:
-                found.update(factors.places(operand).values())
+            if (root := weight_root(operand, params, rows=True)) is not None:
+                own = set(factors.places(root).values())
+                found.update(own.intersection(factors.places(operand).values()))
     return {a for a in found if isinstance(factors.size(a), int)}
 
 

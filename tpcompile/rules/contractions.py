@@ -87,7 +87,6 @@ def attention(node: Node) -> Rule | str:
     lead = _broadcast_batch([q[:-3], k[:-3], v[:-3]], letters)
     rows = (*lead, *heads_q, length)
     causal = bool(option(node, "is_causal", False))
-    statistics = [rows for _ in results(node)[1:]]  # the logarithms of the sums of exponentials
     return Rule(
         (
             (*aligned(q[:-3], lead), *heads_q, length, features),
@@ -95,11 +94,10 @@ def attention(node: Node) -> Rule | str:
             (*aligned(v[:-3], lead), *heads_k, keys, values),
             *(aligned(mask, (*rows, keys)) for mask in masks),
         ),
-        ((*rows, values), *statistics),
+        ((*rows, values),),
         letters.sizes,
-        whole=frozenset(keys + features + values * bool(statistics) + length * causal),
-        linear=() if statistics else (frozenset({2}),),
-        filled=bool(statistics),
+        whole=frozenset(keys + features + length * causal),
+        linear=(frozenset({2}),),
         contraction=True,
     )
 

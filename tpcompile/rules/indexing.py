@@ -394,7 +394,9 @@ def fill_rows(node: Node) -> Rule:
     dim = _dim(node, len(into))
     others = [letters.dims(shape(o)) for o in operands(node)[1:]]
     whole = frozenset(into[dim]) | letters_of(d for o in others for d in o)
-    return Rule((into, *others), (into,), letters.sizes, whole=whole)
+    zeros = option(node, "value") == 0
+    linear = (frozenset({0, 2}),) if len(others) > 1 else UNARY if zeros else ()
+    return Rule((into, *others), (into,), letters.sizes, whole=whole, linear=linear)
 
 
 def slice_scatter(node: Node) -> Rule:

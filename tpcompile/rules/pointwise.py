@@ -8,11 +8,24 @@ import torch
 from torch.fx import Node
 
 from .randomness import is_random
-from .rule import Labels, Letters, Rule, aligned, op_name, operands, option, results, shape, sizes_of
+from .rule import (
+    Labels,
+    Letters,
+    Rule,
+    aligned,
+    letters_of,
+    op_name,
+    operands,
+    option,
+    results,
+    shape,
+    sizes_of,
+)
 
 Linear = list[frozenset[int]]
 
-_VALUELESS = {"zeros_like", "ones_like", "full_like", "empty_like"}
+# Results that do not depend on values: all of those of factories, and the mask of a dropout that is off.
+_VALUELESS = {"zeros_like": 0, "ones_like": 0, "full_like": 0, "empty_like": 0, "native_dropout": 1}
 
 
 def broadcast(node: Node) -> Rule:
@@ -25,19 +38,25 @@ def broadcast(node: Node) -> Rule:
         tuple(dims for _ in results(node)),
         letters.sizes,
         linear=tuple(linear_operands(node, ops)),
-        fixed=frozenset({0} if op_name(node) in _VALUELESS else ()),
+        fixed=frozenset({_VALUELESS[op_name(node)]} if op_name(node) in _VALUELESS else ()),
     )
 
 
-def first_alone(node: Node) -> Rule:
-    """``x.type_as(y)``: of y nothing but its type is used, so its dimensions are nobody's."""
+def type_as(node: Node) -> Rule:
+    """``x.type_as(y)``: of y nothing but its type is used; it lies like x where it has x's shape."""
+    x, y = operands(node)
     letters = Letters()
-    ops = operands(node)
-    dims = letters.dims(shape(ops[0]))
-    others = [letters.dims(shape(o)) for o in ops[1:]]
-    unused = frozenset(letter for other in others for dim in other for letter in dim)
-    linear = tuple(linear_operands(node, ops))
-    return Rule((dims, *others), (dims,), letters.sizes, whole=unused, linear=linear)
+    dims = letters.dims(shape(x))
+    same = shape(x) == shape(y)
+    other = dims if same else letters.dims(shape(y))
+    linear = [frozenset({0}), frozenset({0, 1})] if same else [frozenset({0})]
+    return Rule(
+        (dims, other),
+        (dims,),
+        letters.sizes,
+        whole=frozenset() if same else letters_of(other),
+        linear=tuple(linear) if _widens(x, node) else (),
+    )
 
 
 def prelu(node: Node) -> Rule:
@@ -53,7 +72,8 @@ def linear_operands(node: Node, ops: list[Node]) -> Linear:
     """Sets of operands in which the operator is linear, so that ``f(P, ...) = P(f)``.
 
     Tempting but wrong: ``P + scalar`` (every rank would add it), ``x * x``, a cast to a narrower
-    type (rounds the summands, not the sum), ``div`` in its second operand.
+    type (rounds the summands, not the sum), ``div`` in its second operand, ``polar`` in its lengths
+    (torch's gradient of it is right for positive ones only).
     """
     return _LINEAR.get(op_name(node), _nothing)(node, ops)
 
@@ -134,8 +154,8 @@ _LINEAR: dict[str, Callable[[Node, list[Node]], Linear]] = {
         _unary,
     ),
     **dict.fromkeys(("add", "sub", "rsub", "complex"), _both),
-    **dict.fromkeys(("_to_copy", "to", "type_as"), _cast),
-    **dict.fromkeys(("dropout", "native_dropout", "feature_dropout", "alpha_dropout"), _identity),
+    **dict.fromkeys(("_to_copy", "to"), _cast),
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), _identity),
     "mul": _each,
     "div": _numerator,
     "addcmul": _add_product,

@@ -45,10 +45,7 @@ MATMULS: dict[str, Row] = {
     "aten.matmul": contractions.matmul,
     **_rows(contractions.add_matmul, "addmm addmv baddbmm"),
     "aten.einsum": contractions.einsum,
-    **_rows(
-        contractions.attention,
-        "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu",
-    ),
+    "aten.scaled_dot_product_attention": contractions.attention,
     # One matmul per group of sorted rows: rows and groups stay together.
     "aten._grouped_mm": _GROUPED,
     "transformers.grouped_mm_fallback": _GROUPED,
@@ -148,9 +145,10 @@ POINTWISE: dict[str, Row] = {
     **_rows(
         pointwise.broadcast,
         "_to_copy to masked_fill where complex polar copy dropout native_dropout feature_dropout",
-        "zeros_like ones_like full_like empty_like isin.Tensor_Scalar __and__ __or__ __xor__",
+        "rsub.Tensor real imag _conj isin.Tensor_Scalar __and__ __or__ __xor__",
+        "zeros_like ones_like full_like empty_like",
     ),
-    "aten.type_as": pointwise.first_alone,
+    "aten.type_as": pointwise.type_as,
     "aten.prelu": pointwise.prelu,
 }
 

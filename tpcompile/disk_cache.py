@@ -1,0 +1,143 @@
+"""Entries on disk that survive a restart: written whole or not at all, and never trusted blindly.
+
+Where: ``$TPCOMPILE_CACHE_DIR``, by default ``~/.cache/tpcompile``. ``TPCOMPILE_CACHE=0`` switches it off.
+A cache may only ever save time: whatever is wrong with it is logged, and the work is done anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import stat
+import tempfile
+import time
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+MOST_ENTRIES = 64
+MOST_BYTES = 1 << 30
+_MAGIC = b"tpcompile entry 1\n"
+_PART = ".tpcompile-part-"
+_NAME = re.compile(r"[a-z]+-[0-9a-f]{64}")
+_ABANDONED = 3600.0
+"""Seconds after which a file that is still being written belongs to a process that died."""
+
+
+def cache_folder() -> Path | None:
+    """The folder of the cache, made if it is not there; None if the cache is off or cannot be used safely."""
+    if os.environ.get("TPCOMPILE_CACHE", "1").lower() in ("0", "off", "false", "no"):
+        return None
+    given = os.environ.get("TPCOMPILE_CACHE_DIR")
+    try:
+        folder = Path(given) if given else Path.home() / ".cache" / "tpcompile"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        log.warning("no cache: %s", error)
+        return None
+    # Entries are pickles: who can put one here can run code as this user.
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        log.warning(
+            "the cache %s is not used: others can write to it (chmod 700 helps if it is yours)", folder
+        )
+        return None
+    return folder
+
+
+def entry_name(kind: str, *facts: object) -> str:
+    """The name of what depends on nothing but these facts (of which the representation counts)."""
+    return f"{kind}-{hashlib.sha256(repr(facts).encode()).hexdigest()}"
+
+
+def read_entry(name: str) -> bytes | None:
+    """What was stored under a name; None if there is nothing, or nothing that can be trusted."""
+    folder = cache_folder()
+    if folder is None:
+        return None
+    path = folder / name
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("the cache entry %s is ignored: %s", path, error)
+        return None
+    with open(descriptor, "rb") as file:
+        try:
+            refusal = _refuse(os.fstat(file.fileno()))
+            whole = b"" if refusal else file.read()
+            payload = None if refusal else _open_envelope(whole)
+            if payload is not None:
+                os.utime(file.fileno())  # it is the oldest that are removed
+                return payload
+        except OSError as error:
+            refusal = str(error)
+    log.warning("the cache entry %s is ignored: %s", path, refusal or "it is damaged")
+    return None
+
+
+def write_entry(name: str, payload: bytes) -> None:
+    """Stores an entry in the place of the one of that name; others see the old one, or the new one."""
+    folder = cache_folder()
+    if folder is None or len(payload) > MOST_BYTES:
+        return
+    part: str | None = None
+    try:
+        descriptor, part = tempfile.mkstemp(prefix=_PART, dir=folder)  # its mode is 0600
+        with open(descriptor, "wb") as file:
+            file.write(_MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+        os.replace(part, folder / name)
+        part = None
+        _remove_oldest(folder)
+    except OSError as error:
+        log.warning("the cache %s cannot be written: %s", folder, error)
+    finally:
+        if part is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+
+
+def _refuse(found: os.stat_result) -> str | None:
+    """Why a file is not to be read; None if this user, and nobody else, has written it."""
+    if not stat.S_ISREG(found.st_mode):
+        return "it is no file"
+    if found.st_uid != os.geteuid():
+        return "it belongs to another user"
+    if found.st_mode & 0o077:
+        return "others have access to it"
+    return None
+
+
+def _open_envelope(whole: bytes) -> bytes | None:
+    size = len(_MAGIC) + 64 + 1
+    digest, payload = whole[len(_MAGIC) : size - 1], whole[size:]
+    if not whole.startswith(_MAGIC) or digest != hashlib.sha256(payload).hexdigest().encode():
+        return None
+    return payload
+
+
+def _remove_oldest(folder: Path) -> None:
+    """Keeps the cache within its bounds; other processes may do the same, and other files are not ours."""
+    entries: list[tuple[float, int, Path]] = []
+    now = time.time()
+    for path in folder.iterdir():
+        try:
+            found = path.lstat()
+        except OSError:
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            continue
+        if _NAME.fullmatch(path.name):
+            entries.append((found.st_mtime, found.st_size, path))
+        elif path.name.startswith(_PART) and now - found.st_mtime > _ABANDONED:
+            path.unlink(missing_ok=True)
+    entries.sort(reverse=True)
+    total = 0
+    for number, (_, size, path) in enumerate(entries):
+        total += size
+        if number >= MOST_ENTRIES or total > MOST_BYTES:
+            path.unlink(missing_ok=True)
