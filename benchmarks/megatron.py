@@ -96,7 +96,11 @@ class Layer(nn.Module):
         repeats = q.shape[1] // k.shape[1]
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, -1)
+        mixed = (
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, -1)
+        )
         x = x + model.all_reduce(F.linear(mixed, self.o))
         y = model._normalised(x, self.norm2)
-        return x + model.all_reduce(F.linear(F.silu(F.linear(y, self.gate)) * F.linear(y, self.up), self.down))
+        return x + model.all_reduce(
+            F.linear(F.silu(F.linear(y, self.gate)) * F.linear(y, self.up), self.down)
+        )

@@ -1,6 +1,6 @@
 """Times ``tpcompile.plan`` for large models that have no weights: 8 ranks, no process group, no GPU.
 
-    python -m benchmarks.plan_large [70b] [405b]
+python -m benchmarks.plan_large [70b] [405b]
 """
 
 from __future__ import annotations
@@ -15,9 +15,24 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import tpcompile
 
 SIZES = {
-    "8b, 4 layers": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 4},
-    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80},
-    "405b": {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "num_hidden_layers": 126},
+    "8b, 4 layers": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 4,
+    },
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 80,
+    },
+    "405b": {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_attention_heads": 128,
+        "num_hidden_layers": 126,
+    },
 }
 
 

@@ -69,7 +69,9 @@ def by_hand(family: str, mesh: DeviceMesh, folder: str) -> Step:
 
 def hugging_face(family: str, mesh: DeviceMesh, folder: str) -> Step:
     """transformers' own plan, under torch.compile."""
-    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, tp_plan="auto", device_mesh=mesh, dtype=torch.float32
+    )
     compiled = torch.compile(model.eval(), dynamic=False)
     return lambda ids: compiled(input_ids=ids, use_cache=False).logits
 
@@ -86,7 +88,13 @@ def dtensor(family: str, mesh: DeviceMesh, folder: str) -> Step:
         "lm_head": ColwiseParallel(output_layouts=Replicate()),
     }
     for i in range(len(model.model.layers)):
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+        ):
             plan[f"model.layers.{i}.{name}"] = column
         plan[f"model.layers.{i}.self_attn.o_proj"] = row
         plan[f"model.layers.{i}.mlp.down_proj"] = row
@@ -121,11 +129,17 @@ def measure(rank: int, port: int, family: str, rounds: int, folder: str, shapes:
     mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
     names = [n for n in VARIANTS if family == "llama" or n not in LLAMA_ONLY]
     base = names[0]
-    report = [f"### {family}", "", "| shape | variant | first call, s | wall, ms | wall ratio | CPU ratio |", "|---|---|---|---|---|---|"]
+    report = [
+        f"### {family}",
+        "",
+        "| shape | variant | first call, s | wall, ms | wall ratio | CPU ratio |",
+        "|---|---|---|---|---|---|",
+    ]
     for shape in shapes:
         ids = torch.randint(0, 32000, SHAPES[shape], generator=torch.Generator().manual_seed(1))
         steps: dict[str, Step] = {}
         first: dict[str, float] = {}
+        expected = torch.empty(0)
         with torch.no_grad():
             for name in names:
                 torch._dynamo.reset()
@@ -149,7 +163,9 @@ def measure(rank: int, port: int, family: str, rounds: int, folder: str, shapes:
     dist.destroy_process_group()
 
 
-def time_in_turns(steps: dict[str, Step], ids: Tensor, rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def time_in_turns(
+    steps: dict[str, Step], ids: Tensor, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds per step of each variant in each round, wall and CPU (of this rank)."""
     repeats = 20 if ids.numel() < 64 else 2
     wall: dict[str, list[float]] = {n: [] for n in steps}

@@ -162,7 +162,8 @@ def line(cells: list[str]) -> str:
 
 def heading() -> str:
     """What stands above the table; rows below another one are of other versions."""
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, tpcompile {tpcompile.__version__}"
+    packages = (torch, transformers, tpcompile)
+    versions = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
     return f"""# What works
 
 Every row was measured by `python -m benchmarks.support_matrix` with {versions}: tiny two-layer models

@@ -20,7 +20,6 @@ from . import localise
 from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
 
-
 SOURCE = "source"
 """The key of a local placeholder's meta data that says where its value comes from."""
 

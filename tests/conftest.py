@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# Tests neither see what a user has captured, nor leave anything there; tests/test_disk_cache.py has its own.
+os.environ["TPCOMPILE_CACHE"] = "0"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -24,12 +24,16 @@ def mesh() -> DeviceMesh:
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A family or an edge case; the same weights on every rank."""
-    return families.build(name, dtype) if name in families.FAMILIES else families.EDGE_CASES[name](dtype=dtype)
+    return (
+        families.build(name, dtype) if name in families.FAMILIES else families.EDGE_CASES[name](dtype=dtype)
+    )
 
 
 def call(name: str, sizes: tuple[int, int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Inputs of a family or an edge case."""
-    return families.inputs(name, *sizes, dtype) if name in families.FAMILIES else families.causal_inputs(*sizes)
+    if name in families.FAMILIES:
+        return families.inputs(name, *sizes, dtype)
+    return families.causal_inputs(*sizes)
 
 
 def error(mine: Any, theirs: Any) -> float:
@@ -55,7 +59,9 @@ def forward(name: str, compiled: bool) -> dict[str, Any]:
             found[label] = error(mine, theirs)
             found["type"] = type(mine) is type(theirs)
     state, expected = sharded.full_state_dict(), whole.state_dict()
-    found["state"] = state.keys() == expected.keys() and all(torch.equal(state[k], expected[k]) for k in state)
+    found["state"] = state.keys() == expected.keys() and all(
+        torch.equal(state[k], expected[k]) for k in state
+    )
     found["programs"] = len(sharded.programs)
     return found
 
@@ -122,7 +128,9 @@ def refusals() -> list[str]:
         messages.append("accepted")
     except tpcompile.TpCompileError as refusal:
         messages.append(str(refusal))
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), "a refusal changed the model"
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), (
+        "a refusal changed the model"
+    )
     sharded = tpcompile.parallelize(model, tp, example_kwargs=example)
     try:
         tpcompile.parallelize(sharded, tp, example_kwargs=example)
@@ -170,7 +178,8 @@ def one_rank_fails() -> str:
 def fixed_shapes() -> tuple[str, int]:
     """With ``dynamic=False`` another shape is refused."""
     example = families.inputs("two_towers", *CAPTURED)
-    sharded = tpcompile.parallelize(families.build("two_towers"), mesh(), example_kwargs=example, dynamic=False)
+    model = families.build("two_towers")
+    sharded = tpcompile.parallelize(model, mesh(), example_kwargs=example, dynamic=False)
     try:
         sharded(**families.inputs("two_towers", *OTHER))
     except tpcompile.TpCompileError as refusal:
@@ -222,4 +231,5 @@ def saved_plan(path: str) -> dict[str, Any]:
     second = tpcompile.parallelize(model, mesh(), example_kwargs=call("phi3", CAPTURED), plan=loaded)
     with torch.no_grad():
         worst = error(second(**call("phi3", OTHER)), whole(**call("phi3", OTHER)))
-    return {"error": worst, "same": loaded.layout == first.plan.layout == second.plan.layout, "text": str(loaded)}
+    same = loaded.layout == first.plan.layout == second.plan.layout
+    return {"error": worst, "same": same, "text": str(loaded)}

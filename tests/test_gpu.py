@@ -40,7 +40,7 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 
 
 def mesh(device: str, backend: str) -> DeviceMesh:
-    """All ranks as one axis, all on the same card; without the override torch may choose NCCL, which refuses."""
+    """All ranks as one axis on one card; without the override torch may take NCCL, which refuses that."""
     exact_float32()
     if device == "cuda":
         torch.cuda.set_device(0)
@@ -97,7 +97,7 @@ def gradients(name: str, device: str, backend: str) -> float:
 
 
 def collectives(device: str, backend: str) -> dict[str, bool]:
-    """Every operator on a group of one rank, where each is the identity: eager, compiled, and its gradient."""
+    """Every operator on a group of one rank, where it is the identity: eager, compiled, its gradient."""
     group = mesh(device, backend).get_group().group_name
     ops = torch.ops.tpcompile
     calls: dict[str, Callable[[Tensor], Tensor]] = {

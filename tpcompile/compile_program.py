@@ -21,6 +21,7 @@ from .capture import flatten_call
 from .capture.store_capture import capture_cached
 from .decisions import decisions_from_data, decisions_to_data
 from .errors import TpCompileError
+from .graph_edit import module_path
 from .layout import WeightLayout
 from .lowering.groups import AxisGroups
 from .lowering.lower_graph import lower_graph
@@ -32,6 +33,7 @@ from .plan_layout import layout_of, pins_from_layout
 from .planner.cost import CostModel
 from .print_graph import graph_text
 from .print_plan import size_text
+from .rules.randomness import random_nodes
 from .shell import whole_tensors
 from .store_plan import Decisions, plan_cached
 from .work import Work
@@ -141,7 +143,9 @@ class Compiler:
         # A program captured with gradients also serves calls without them.
         with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
             captured = capture_cached(model, bound, dynamic=self.options.dynamic, device=device)
-        return canonical(mark_caches(captured), self.ranks)
+        base = canonical(mark_caches(captured), self.ranks)
+        _refuse_randomness(base)
+        return base
 
     def _device(self, model: nn.Module) -> torch.device | None:
         """The device to capture for: where this rank's weights are, or will be."""
@@ -180,9 +184,10 @@ class Compiler:
         if limit is None or _held(planned, tensors) <= limit:
             return planned
         tighter = plan_program(base, self.options.cost, pins, divide_small=True)
-        if _held(tighter, tensors) > limit:
+        held = _held(tighter, tensors)
+        if held > limit:
             raise TpCompileError(
-                f"the fullest rank would hold {size_text(_held(tighter, tensors))} of parameters, more than the "
+                f"the fullest rank would hold {size_text(held)} of parameters, more than the "
                 f"{size_text(limit)} allowed, with everything divided that can be",
                 todo="use more ranks, or allow more memory",
             )
@@ -208,6 +213,17 @@ def _follow(base: Work, data: Decisions) -> Work:
     copy = split_copy(base, frozenset(groups))
     decisions_from_data(copy, decisions)
     return copy
+
+
+def _refuse_randomness(base: Work) -> None:
+    """Random numbers would have to agree where values are whole and differ where they are divided."""
+    nodes = random_nodes(base.graph)
+    if nodes:
+        raise TpCompileError(
+            f"the model draws random numbers ({len(nodes)} calls, the first is {nodes[0].target})",
+            where=module_path(nodes[0]) or nodes[0].name,
+            todo="call model.eval(), or set its dropout probabilities to 0",
+        )
 
 
 def _held(planned: Work, tensors: Mapping[str, Tensor]) -> float:

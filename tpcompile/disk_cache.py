@@ -58,26 +58,16 @@ def read_entry(name: str) -> bytes | None:
     folder = cache_folder()
     if folder is None:
         return None
-    path = folder / name
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        whole = _read_own_file(folder / name)
+        payload = _open_envelope(whole)
+        os.utime(folder / name)  # it is the oldest that are removed
+        return payload
     except FileNotFoundError:
         return None
-    except OSError as error:
-        log.warning("the cache entry %s is ignored: %s", path, error)
+    except (OSError, ValueError) as error:
+        log.warning("the cache entry %s is ignored: %s", folder / name, error)
         return None
-    with open(descriptor, "rb") as file:
-        try:
-            refusal = _refuse(os.fstat(file.fileno()))
-            whole = b"" if refusal else file.read()
-            payload = None if refusal else _open_envelope(whole)
-            if payload is not None:
-                os.utime(file.fileno())  # it is the oldest that are removed
-                return payload
-        except OSError as error:
-            refusal = str(error)
-    log.warning("the cache entry %s is ignored: %s", path, refusal or "it is damaged")
-    return None
 
 
 def write_entry(name: str, payload: bytes) -> None:
@@ -101,22 +91,33 @@ def write_entry(name: str, payload: bytes) -> None:
                 os.unlink(part)
 
 
-def _refuse(found: os.stat_result) -> str | None:
-    """Why a file is not to be read; None if this user, and nobody else, has written it."""
-    if not stat.S_ISREG(found.st_mode):
-        return "it is no file"
-    if found.st_uid != os.geteuid():
-        return "it belongs to another user"
-    if found.st_mode & 0o077:
-        return "others have access to it"
-    return None
+def _read_own_file(path: Path) -> bytes:
+    """A file's contents.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: somebody else may have written it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is no file")
+        if found.st_uid != os.geteuid():
+            raise ValueError("it belongs to another user")
+        if found.st_mode & 0o077:
+            raise ValueError("others have access to it")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
-def _open_envelope(whole: bytes) -> bytes | None:
+def _open_envelope(whole: bytes) -> bytes:
     size = len(_MAGIC) + 64 + 1
     digest, payload = whole[len(_MAGIC) : size - 1], whole[size:]
     if not whole.startswith(_MAGIC) or digest != hashlib.sha256(payload).hexdigest().encode():
-        return None
+        raise ValueError("it is damaged")
     return payload
 
 

@@ -60,6 +60,7 @@ class Program:
         graph_module: this rank's lowered graph.
         plan: what was decided.
         training: ``model.training`` when it was captured.
+        autocast: the autocast type when it was captured, or None; its casts are in the graph.
         names: the arguments that are given.
         example: the leaves of the call that it was captured for, tensors without their values.
         feeds: where each placeholder's value comes from; a number stands for a leaf of the call.
@@ -71,6 +72,7 @@ class Program:
     graph_module: GraphModule
     plan: Plan
     training: bool
+    autocast: torch.dtype | None
     names: tuple[str, ...]
     example: tuple[Any, ...]
     feeds: tuple[Feed | int, ...]
@@ -79,6 +81,8 @@ class Program:
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
         """Whether a call is one of this program's; plain python, so that dynamo can trace it."""
         if names != self.names or training != self.training or len(leaves) != len(self.example):
+            return False
+        if autocast_of(leaves) != self.autocast:
             return False
         for given, mine, spec in zip(leaves, self.example, self.captured.user_inputs, strict=True):
             if isinstance(mine, Tensor) != isinstance(given, Tensor):
@@ -141,10 +145,13 @@ class Runtime:
         names = tuple(bound)
         for program in self.programs:
             if program.fits(names, leaves, model.training):
-                if torch.compiler.is_compiling():
+                same = torch.compiler.is_compiling() or (
+                    program.captured.in_spec == spec and program.captured.accepts(leaves) is None
+                )
+                if same and program.autocast is None:
                     return program.run(leaves)
-                if program.captured.in_spec == spec and program.captured.accepts(leaves) is None:
-                    with torch.autocast(leaves_device(leaves), enabled=False):
+                if same:
+                    with torch.autocast(device_of(leaves), enabled=False):
                         return program.run(leaves)
         return _capture_and_run(self, model, bound, leaves)
 
@@ -180,6 +187,7 @@ class Runtime:
             graph_module=compiled.local,
             plan=compiled.plan,
             training=model.training,
+            autocast=autocast_of(leaves),
             names=tuple(bound),
             example=tuple(x.to("meta") if isinstance(x, Tensor) else x for x in leaves),
             feeds=make_feeds(model, compiled, self.compiler.rank),
@@ -218,7 +226,9 @@ class Runtime:
 # Under torch.compile(fullgraph=True) the reason is the error; without fullgraph the graph breaks here.
 @torch.compiler.disable(reason="no program was captured for this call: call model.capture(...) with it first")
 def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]) -> Any:
-    return runtime.capture(model, bound).run(leaves)
+    program = runtime.capture(model, bound)
+    with torch.autocast(device_of(leaves), enabled=False):
+        return program.run(leaves)
 
 
 def hand_out(planned: Work) -> dict[str, Held]:
@@ -259,7 +269,13 @@ def local_extents(compiled: Compiled, rank: int) -> Captured:
     return replace(work.captured, inputs=tuple(map(adapt, work.captured.inputs)))
 
 
-def leaves_device(leaves: Sequence[Any]) -> str:
+def autocast_of(leaves: Sequence[Any]) -> torch.dtype | None:
+    """The autocast type that is on for a call's device, or None."""
+    device = device_of(leaves)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def device_of(leaves: Sequence[Any]) -> str:
     """The device type of a call."""
     return next((x.device.type for x in leaves if isinstance(x, Tensor)), "cpu")
 

@@ -34,8 +34,8 @@ from tpcompile.capture.describe_code import CodeDescription, NotCacheable, is_to
 from tpcompile.capture.layer_fingerprint import weight_owners
 
 _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}
-# What parallelize and torch.compile leave on a model, neither of which changes what its original forward does,
-# and a hash of transformers' that is another in every process.
+# What parallelize and torch.compile leave on a model, neither of which changes its original forward, and a
+# hash of transformers' that is another in every process.
 _IGNORED = frozenset({"_tp", "_compiled_call_impl", "_original_object_hash"})
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_hooks")

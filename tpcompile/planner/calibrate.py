@@ -21,7 +21,7 @@ _ROUNDS = 5  # of which the median counts
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What is measured on a kind of device: large enough to be bound by what is meant, small enough to be quick.
+    """What is measured on a kind of device: enough to be bound by what is meant, and quick still.
 
     Attributes:
         dtype: of the matmul, as models are run there.
@@ -106,10 +106,7 @@ class _Meter:
         self.device, self.sizes, self.group = device, sizes, group
 
     def rates(self) -> list[float]:
-        """What this rank saw, all the more the better.
-
-        Operations per second, bytes of memory per second, small all-reduces per second, bytes sent per second.
-        """
+        """What this rank saw, per second: operations, bytes of memory, small all-reduces, bytes sent."""
         memory = self.memory()
         small, *line = (self.all_reduce(size) for size in self.sizes.reduced)
         return [self.flops(), memory, 1 / small, self.bandwidth(line) or memory]
