@@ -29,7 +29,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 # torch comes first and at the version of constraints.txt, so that a CPU build that pip is told of (find-links, TORCH_INDEX)
 # is taken, and nothing after it asks for another one. The demo's model wants sentence-transformers, of which
