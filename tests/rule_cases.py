@@ -421,7 +421,7 @@ _UNARY, _BINARY = (("Tensor",), ("Tensor", "Tensor"))
 
 
 def _sampled() -> list[Case]:
-    """Functional operators of one or two tensors that torch tags as pointwise, every third of them."""
+    """Functional operators of one or two tensors that torch tags as pointwise, every fifth of them."""
     found = []
     for name in sorted(torch._C._dispatch_get_all_op_names()):
         namespace, _, rest = name.partition("::")
@@ -435,7 +435,7 @@ def _sampled() -> list[Case]:
         if torch.Tag.pointwise in op.tags and tensor and not op._schema.is_mutable and not random:
             if kinds in (_UNARY, _BINARY) and base != "clip":  # clip wants one of its options
                 found.append(_pointwise(op, len(kinds)))
-    return found[::3]
+    return found[::5]
 
 
 def _pointwise(op: torch._ops.OpOverload, arity: int) -> Case:
@@ -497,7 +497,7 @@ EXCUSED = [
     ("aten.*pool*", "(S(*", _LINES),
     ("aten.*upsample_nearest*", "(S(*", _LINES),
     ("aten.any.default", "(S(*", _TRUTH),
-    ("aten.type_as.*", "*P(sum))", _LOST),
+    ("aten.type_as.*", "*", _LOST),
     ("aten.expand_as.*", "*P(sum))", _LOST),
     ("aten.copy.*", "(P(sum), R)", _LOST),
     ("aten.new_*", "*", _LOST),
