@@ -433,7 +433,7 @@ def _sampled() -> list[Case]:
         random = torch.Tag.nondeterministic_seeded in op.tags
         tensor = [str(r.type) for r in op._schema.returns] == ["Tensor"]
         if torch.Tag.pointwise in op.tags and tensor and not op._schema.is_mutable and not random:
-            if kinds in (_UNARY, _BINARY) and base != "clip":  # clip wants one of its options
+            if kinds in (_UNARY, _BINARY) and base not in ("clamp", "clip"):  # they want an option
                 found.append(_pointwise(op, len(kinds)))
     return found[::5]
 
