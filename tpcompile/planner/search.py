@@ -33,6 +33,11 @@ EXACT = 2.0**44
 """Costs are counted in units of 1 / EXACT seconds; sums of them are exact up to 512 s."""
 
 
+# How much of its memory traffic an elementwise operator counts. More would let a large activation pay for
+# statistics that are reduced by themselves: norms on a divided hidden dimension, with twice the collectives.
+TIE_BREAK = 1e-4
+
+
 @dataclass
 class Assignment:
     """The decisions on one axis.
@@ -313,7 +318,7 @@ class _Axis:
             whole = self.search.operations(node) / self.model.flops / earlier
             return [whole * self._share(node, o) for o in options]
         # Elementwise work is fused: it breaks ties and no more. A partial value is reduced early.
-        whole = 0.05 * self.model.touch(self.search.bytes[node]) / earlier
+        whole = TIE_BREAK * self.model.touch(self.search.bytes[node]) / earlier
         return [whole * self._share(node, o) + (1e-9 if _passes_partial(o) else 0.0) for o in options]
 
     def _share(self, node: Node, strategy: Strategy) -> float:
