@@ -117,10 +117,10 @@ def _normal(dim: int, x: Tensor) -> int:
 
 def _check_op(op: str, x: Tensor) -> None:
     # gloo adds booleans as bytes, which leaves values that are neither True nor False.
-    if op not in ("sum", "max") or (op == "sum" and x.dtype == torch.bool):
+    if op not in ("sum", "max", "min") or (op == "sum" and x.dtype == torch.bool):
         raise TpCompileError(
             f"The ranks' tensors can't be reduced by {op!r} in {x.dtype}.",
-            todo="Use 'sum' or 'max'; for bool, all_reduce by 'max' only.",
+            todo="Use 'sum', 'max' or 'min'; for bool, all_reduce by 'max' only.",
         )
 
 

@@ -75,7 +75,7 @@ def _register(arguments: str) -> Callable[[Callable[..., Tensor]], Callable[...,
 
 @_register("(Tensor x, str group, str op='sum') -> Tensor")
 def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
-    """`P(op) -> R`, gradient `R -> R`: Megatron's g. Shape unchanged. `op` is "sum" or "max".
+    """`P(op) -> R`, gradient `R -> R`: Megatron's g. Shape unchanged. `op` is "sum", "max" or "min".
 
     Every rank uses the whole result in the same way, so the gradient is whole on every rank already.
     """

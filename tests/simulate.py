@@ -124,7 +124,7 @@ def _joint(target: Any, loaded: list[Any]) -> list[Tensor]:
 
 
 class _Joint(torch.autograd.Function):
-    """A collective as a function of all members' values; its transpose is what ``collectives.py`` states."""
+    """A collective as one function of all members' values; its transpose is that of ``collectives.py``."""
 
     @staticmethod
     def forward(ctx: Any, target: Any, options: list[Any], *xs: Tensor) -> tuple[Tensor, ...]:
