@@ -101,7 +101,8 @@ class Program:
         """Runs this rank's graph and rebuilds the model's output."""
         given = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
         inputs = [given[feed] if isinstance(feed, int) else feed.get() for feed in self.feeds]
-        flat = self.graph_module(*inputs)
+        # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
+        flat = self.graph_module.forward(*inputs)
         if self.mutated:
             for feed, new in zip(self.mutated, flat[len(flat) - len(self.mutated) :], strict=True):
                 with torch.no_grad():
