@@ -78,7 +78,7 @@ def hugging_face(family: str, mesh: DeviceMesh, folder: str) -> Step:
 
 def dtensor(family: str, mesh: DeviceMesh, folder: str) -> Step:
     """torch's parallelize_module with the usual styles, under torch.compile."""
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     model = whole_model(family)
@@ -98,7 +98,6 @@ def dtensor(family: str, mesh: DeviceMesh, folder: str) -> Step:
             plan[f"model.layers.{i}.{name}"] = column
         plan[f"model.layers.{i}.self_attn.o_proj"] = row
         plan[f"model.layers.{i}.mlp.down_proj"] = row
-    assert Shard is not None
     compiled = torch.compile(parallelize_module(model, mesh, plan), dynamic=False)
     return lambda ids: compiled(input_ids=ids, use_cache=False).logits
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests import families, programs, simulate
 from tpcompile import markers
 from tpcompile.capture import bind_call, capture
+from tpcompile.capture.fake_model import no_fused_encoder
 from tpcompile.decisions import decisions_from_data, decisions_to_data
 from tpcompile.layout import WeightLayout
 from tpcompile.pipeline import canonical, plan_program, rewrite, split_copy
@@ -70,8 +71,7 @@ def assert_equal_to_whole(
 ) -> float:
     """Every rank's results against the unsharded model's; the share of arithmetic that a rank does."""
     # The fused encoder layer counts no operations, and rounds otherwise.
-    torch.backends.mha.set_fastpath_enabled(False)
-    with torch.no_grad(), FlopCounterMode(display=False) as alone:
+    with torch.no_grad(), no_fused_encoder(), FlopCounterMode(display=False) as alone:
         whole = torch.utils._pytree.tree_leaves(model(**call))
     with torch.no_grad(), FlopCounterMode(display=False) as together:
         ranks = programs.run_ranks(work, model, lowered=lowered, **call)

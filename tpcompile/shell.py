@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .gather_weights import is_whole
 from .layout import WeightLayout
 
 Place = tuple[nn.Module, str]
@@ -46,8 +47,7 @@ def replace_tensors(model: nn.Module, new: dict[int, Tensor]) -> None:
 def shard_weights(model: nn.Module, layout: WeightLayout, rank: int) -> None:
     """Replaces every divided parameter by this rank's slice, one at a time: the whole is freed at once."""
     for name, (module, attribute) in tensors_by_name(model).items():
-        param = layout.params[name]
-        if len(param.segments) == 1 and all(s is None for s in param.segments[0].shards):
+        if is_whole(layout.params[name]):
             continue
         whole = getattr(module, attribute)
         local: Tensor = layout.shard(name, whole.detach(), rank)

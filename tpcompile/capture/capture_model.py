@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from tpcompile.capture.bind_call import call_model, flatten_call, leaf_names, path_names
 from tpcompile.capture.dynamic_dims import Attempt, Dims, Place, attempts
 from tpcompile.capture.explain_failure import explain_failure, is_data_dependent
-from tpcompile.capture.fake_model import capture_device, fake_input, lend_fake_weights
+from tpcompile.capture.fake_model import capture_device, fake_input, lend_fake_weights, no_fused_encoder
 from tpcompile.capture.flatten_program import PREFIX, UserResult, flatten_program
 from tpcompile.capture.inline_regions import inline_regions
 from tpcompile.capture.program import Captured
@@ -175,7 +175,7 @@ def _export(
         dims for leaf, dims in zip(leaves, attempt.dynamic, strict=True) if isinstance(leaf, torch.Tensor)
     )
     flat = _FlatModel(model, leaves, in_spec, attempt)
-    with lend_fake_weights(model, device), _quiet(), _no_fused_encoder():
+    with lend_fake_weights(model, device), _quiet(), no_fused_encoder():
         program = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
         _inline(program)
         guards = read_guards(program)
@@ -202,17 +202,6 @@ def _inline(program: ExportedProgram) -> None:
         if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].requires_grad
     }
     inline_regions(program.graph_module, grad_enabled=torch.is_grad_enabled(), tainted=tainted)
-
-
-@contextmanager
-def _no_fused_encoder() -> Iterator[None]:
-    """Keep nn.TransformerEncoder and nn.MultiheadAttention from calling one opaque inference kernel."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -58,6 +58,17 @@ def lend_fake_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def no_fused_encoder() -> Iterator[None]:
+    """Keep nn.TransformerEncoder and nn.MultiheadAttention from calling one opaque inference kernel."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def restore_after(model: nn.Module) -> Iterator[None]:
     """Put every module attribute back after the block, however it ends.
 

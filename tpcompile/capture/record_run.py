@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tpcompile.capture.bind_call import call_model
-from tpcompile.capture.fake_model import fake_input, restore_after
+from tpcompile.capture.fake_model import fake_input, no_fused_encoder, restore_after
 from tpcompile.capture.find_repeats import Repeat
 
 _LARGEST_CONSTANT = 1 << 20
@@ -147,7 +147,7 @@ def record_run(
             {id(leaf): f"input {i}" for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)}
         )
         stack.enter_context(_marking(model, repeats, run))
-        stack.enter_context(_no_fused_encoder())
+        stack.enter_context(no_fused_encoder())
         stack.enter_context(_trace._compiling_state_context())  # type: ignore[attr-defined]
         stack.enter_context(mode)
         recorder = stack.enter_context(_Recorder(run, known))
@@ -185,16 +185,6 @@ def _fake_weight(like: torch.Tensor, mode: FakeTensorMode, device: torch.device)
         fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
     # Without gradients a run takes half as long; grad mode and detach() are recorded as they are.
     return nn.Parameter(fake, requires_grad=False) if isinstance(like, nn.Parameter) else fake
-
-
-@contextmanager
-def _no_fused_encoder() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
