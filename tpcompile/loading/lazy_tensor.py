@@ -17,6 +17,7 @@ from ..errors import TpCompileError
 from .expressions import AddDim, Apply, Cast, Cut, DropDim, Expression, Join, Permute
 
 aten = torch.ops.aten
+_LOOKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class LazyTensor(Tensor):
@@ -60,6 +61,12 @@ class LazyTensor(Tensor):
 def _apply(func: Any, args: Any, kwargs: Any) -> Any:
     """An operator without a rule; its results' shapes come from running it on valueless tensors."""
 
+    if _LOOKS & set(func.tags):
+        raise TpCompileError(
+            f"a weight conversion looks at values ({func})",
+            todo="write the conversion without decisions that depend on weights",
+        )
+
     def empty(e: Expression) -> Tensor:
         return torch.empty(e.shape, dtype=e.dtype, device="meta")
 
@@ -67,11 +74,6 @@ def _apply(func: Any, args: Any, kwargs: Any) -> Any:
     result = func(*fake_args, **fake_kwargs)
     if isinstance(result, Tensor):
         return Apply(tuple(result.shape), result.dtype, func, args, kwargs)
-    if not isinstance(result, tuple | list) or not all(isinstance(r, Tensor) for r in result):
-        raise TpCompileError(
-            f"a weight conversion looks at values ({func})",
-            todo="write the conversion without decisions that depend on weights",
-        )
     parts = [Apply(tuple(r.shape), r.dtype, func, args, kwargs, i) for i, r in enumerate(result)]
     return type(result)(parts)
 
