@@ -63,8 +63,9 @@ def find_files(
 
 
 def variant_of(name: str, variant: str | None) -> str:
-    """``model.safetensors`` as ``model.<variant>.safetensors``, the index likewise."""
-    return name if variant is None else name.replace(".safetensors", f".{variant}.safetensors", 1)
+    """``model.safetensors`` as ``model.<variant>.safetensors``; the variant stands before the last ending."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
 def _in_folder(folder: Path, variant: str | None) -> Files:
