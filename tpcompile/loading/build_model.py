@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import initialization
 
 from ..errors import TpCompileError
 from .read_headers import Stored
@@ -203,7 +204,7 @@ def build_model(
             )
     config = copy.deepcopy(config)
     extra = {"attn_implementation": attention} if attention is not None else {}
-    safe = getattr(transformers.initialization, "meta_device_safe_creation_ops", contextlib.nullcontext)
+    safe = getattr(initialization, "meta_device_safe_creation_ops", contextlib.nullcontext)
     try:
         with torch.device("meta"), safe():
             model = model_class._from_config(config, dtype=dtype, **extra)
