@@ -17,6 +17,7 @@ from tpcompile.passes.choose_collectives import ChooseCollectives
 from tpcompile.passes.coalesce_collectives import CoalesceCollectives
 from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
 from tpcompile.passes.insert_reshards import InsertReshards
+from tpcompile.passes.merge_matmuls import MergeMatmuls
 from tpcompile.passes.pipeline import Pass, run_passes
 from tpcompile.passes.split_packed_matmul import SplitPackedMatmul, group_of, packed_values
 from tpcompile.pipeline import after_planning, rewrite
@@ -81,6 +82,7 @@ CASES = {
     "choose_collectives_mlp": Case(toys.Mlp, X12, CHOOSE, 0, PLACED),
     "choose_collectives_tower": Case(toys.Tower, PAIR, CHOOSE, 0, PLACED),
     "coalesce_collectives_norms": Case(toys.NormedHeads, X20, COALESCE, 1, (*PLACED, CHOOSE)),
+    "merge_matmuls_attention": Case(_attention(True), X20, MergeMatmuls(), 1, (*PLACED, COPY, CHOOSE)),
 }
 
 
