@@ -1,12 +1,12 @@
 """Times one forward step, tensor-parallel on two processes of one thread: ours against what else there is.
 
-    python -m benchmarks.step [--family llama] [--shape "decode-like 8 x 1"] [--variant tpcompile] [--rounds 1.0]
+    python -m benchmarks.step [--family llama] [--shape "decode-like 8 x 1"] [--variant tpcompile]
 
 All variants live in the same processes and take turns, round by round, so that a machine whose speed drifts
 slows them alike. What is reported are medians of the ratios to the first variant within a round, with the
-quartiles behind them, for wall time (the slower rank's) and for CPU time (the ranks' mean). The first variant is
-measured twice: the second against the first is the noise. Every variant is built once, and compiled for each
-shape by itself. Prints a markdown table per family.
+quartiles behind them, for wall time (the slower rank's) and for CPU time (the ranks' mean). The first variant
+is measured twice: the second against the first is the noise. Every variant is built once, and compiled for
+each shape by itself. Prints a markdown table per family.
 
 Hugging Face's variant needs the package accelerate, which transformers wants for ``tp_plan``.
 """

@@ -20,7 +20,7 @@ from .pipeline import Pass
 
 aten = torch.ops.aten
 # Where the input, the weight and the bias stand, and the dimension of the weight that the result keeps.
-_MATMULS = {
+_MATMULS: dict[Any, tuple[int, int, int | None, int]] = {
     aten.linear.default: (0, 1, 2, 0),
     aten.addmm.default: (1, 2, 0, 1),
     aten.mm.default: (0, 1, None, 1),
@@ -30,7 +30,7 @@ _MATMULS = {
 
 @dataclass(frozen=True)
 class MergeMatmuls(Pass):
-    """Replaces ``op(x, W0)``, ``op(x, W1)``, ... by one ``op(x, [W0 W1 ...])`` where W0, W1, ... lie together.
+    """Replaces ``op(x, W0)``, ``op(x, W1)``, ... by one ``op(x, [W0 W1 ...])`` where these lie together.
 
     They do where they are segments of one parameter, as ``split-packed-matmul`` cut it: on every rank the
     local segments stand one behind the other in one tensor, so that one matmul on it gives all results, each

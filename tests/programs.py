@@ -131,9 +131,7 @@ def _values(
 
 def _feed(program: GraphModule, values: Values, layout: WeightLayout, rank: int) -> list[Any]:
     """What the placeholders of a rank's program get, in their order."""
-    return [
-        _pick(n.meta[SOURCE], values, layout, rank) for n in program.graph.find_nodes(op="placeholder")
-    ]
+    return [_pick(n.meta[SOURCE], values, layout, rank) for n in program.graph.find_nodes(op="placeholder")]
 
 
 def _pick(source: Source, values: Values, layout: WeightLayout, rank: int) -> Any:

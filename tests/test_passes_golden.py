@@ -19,6 +19,7 @@ from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
 from tpcompile.passes.insert_reshards import InsertReshards
 from tpcompile.passes.merge_matmuls import MergeMatmuls
 from tpcompile.passes.pipeline import Pass, run_passes
+from tpcompile.passes.simplify_masks import SimplifyMasks
 from tpcompile.passes.split_packed_matmul import SplitPackedMatmul, group_of, packed_values
 from tpcompile.pipeline import after_planning, rewrite
 from tpcompile.work import Work
@@ -71,6 +72,9 @@ PLACED = (ANNOTATE, RESHARD)
 CASES = {
     "canonicalise_rearranged": Case(toys.Rearranged, X12, CANONICAL, -2, planned=False),
     "canonicalise_dynamic": Case(_attention(True), X20, CANONICAL, -1, planned=False, dynamic=True),
+    "simplify_masks_masked": Case(
+        toys.Masked, X12, SimplifyMasks(), -6, (CANONICAL,), planned=False, dynamic=True
+    ),
     "split_packed_matmul_attention": Case(_attention(True), X20, SPLIT, -1, (CANONICAL,), planned=False),
     "annotate_placements_mlp": Case(toys.Mlp, X12, ANNOTATE, 0),
     "annotate_placements_attention": Case(_attention(False), X20, ANNOTATE, 0),

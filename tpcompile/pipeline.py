@@ -15,6 +15,7 @@ from .passes.insert_gradient_copies import InsertGradientCopies
 from .passes.insert_reshards import InsertReshards
 from .passes.merge_matmuls import MergeMatmuls
 from .passes.pipeline import Pass, run_passes
+from .passes.simplify_masks import SimplifyMasks
 from .passes.split_packed_matmul import SplitPackedMatmul, group_of, packed_values
 from .planner.cost import PRESETS, CostModel
 from .planner.decide import Pins, decide, plan_on_axes
@@ -23,7 +24,7 @@ from .work import Work
 
 def before_planning() -> list[Pass]:
     """Passes that give the planner one form of everything."""
-    return [Canonicalise()]
+    return [Canonicalise(), SimplifyMasks()]
 
 
 def after_planning(training: bool, cost: CostModel = PRESETS["cpu"]) -> list[Pass]:
@@ -71,8 +72,6 @@ def plan_program(
     return decide(base, cost, groups, split_copy, pins, divide_small)
 
 
-def rewrite(
-    work: Work, training: bool, extra: Sequence[Pass] = (), cost: CostModel = PRESETS["cpu"]
-) -> None:
+def rewrite(work: Work, training: bool, extra: Sequence[Pass] = (), cost: CostModel = PRESETS["cpu"]) -> None:
     """Carries a plan out in the graph: reshards, gradients, collectives, then the user's passes."""
     run_passes(work, [*after_planning(training, cost), *extra])
