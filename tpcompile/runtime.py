@@ -297,6 +297,9 @@ def make_feeds(model: nn.Module, compiled: Compiled, rank: int) -> tuple[Feed | 
             return Feed(*places[name])
         dim = layout.params[name].packed_dim
         sizes = [s[dim] for s in layout.segment_shapes(name, rank)]
-        return Feed(*places[name], segment=(dim, sum(sizes[: source.order]), sizes[source.order]))
+        if source.count == len(sizes):
+            return Feed(*places[name])
+        mine = sizes[source.order : source.order + source.count]
+        return Feed(*places[name], segment=(dim, sum(sizes[: source.order]), sum(mine)))
 
     return tuple(feed(node.meta[SOURCE]) for node in compiled.local.graph.find_nodes(op="placeholder"))
