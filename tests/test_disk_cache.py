@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import copy
 import json
 import logging
 import os
@@ -75,7 +76,7 @@ def run(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> list[Ten
     users = iter(leaves)
     inputs = [next(users) if s.kind == "user" else tables[s.kind][s.name] for s in captured.inputs]
     with torch.no_grad():
-        result = captured.unflatten(captured.graph_module(*inputs))
+        result = captured.unflatten(captured.graph_module(*inputs), bound)
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
