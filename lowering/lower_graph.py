@@ -19,6 +19,7 @@ from tpcompile.work import Source, Work, is_tensor
 from . import localise
 from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
+from .update_in_place import update_in_place
 
 SOURCE = "source"
 """The key of a local placeholder's meta data that says where its value comes from."""
@@ -179,7 +180,14 @@ def lower_graph(work: Work, coordinates: tuple[int, ...], groups: Groups) -> Gra
     if work.blocks is not None:
         unroll(local.graph, work.blocks, _copy_placeholder)
         local.recompile()
+    update_in_place(local, work.captured.outputs, _given(local.graph))
     return local
+
+
+def _given(graph: Graph) -> dict[str, Node]:
+    """The placeholders of what a call brings, by name."""
+    sources: dict[Node, Source] = {n: n.meta[SOURCE] for n in graph.find_nodes(op="placeholder")}
+    return {source.spec.name: node for node, source in sources.items() if source.spec.kind == "user"}
 
 
 def _copy_placeholder(template: Node, rename: Callable[[str], str]) -> Node:
