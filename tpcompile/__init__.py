@@ -16,13 +16,17 @@ from .plan import Plan  # noqa: E402
 from .planner.calibrate import calibrate  # noqa: E402
 from .planner.cost import CostModel  # noqa: E402
 from .rules.table import register_rule  # noqa: E402
+from .strategies.parallel_interface import ParallelInterface  # noqa: E402
+from .strategies.strategy import Strategy  # noqa: E402
 
 __all__ = [
     "CostModel",
+    "ParallelInterface",
     "Partial",
     "Plan",
     "Replicate",
     "Shard",
+    "Strategy",
     "TpCompileError",
     "calibrate",
     "parallelize",
