@@ -12,13 +12,16 @@ from torch.fx import Graph, GraphModule, Node
 from tpcompile.capture.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
 from tpcompile.graph_edit import KEPT_META, fake_mode, module_path, value_of
+from tpcompile.layout import WeightLayout
 from tpcompile.markers import MARKERS, Axes
+from tpcompile.rules.opaque import is_opaque
 from tpcompile.rules.rule import Rule, sizes_of
 from tpcompile.work import Source, Work, is_tensor
 
 from . import localise
 from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
+from .opaque_module import LocalModule, lower_opaque
 
 SOURCE = "source"
 """The key of a local placeholder's meta data that says where its value comes from."""
@@ -44,6 +47,7 @@ class Lowering:
         groups: this rank's process groups.
         graph: the local graph being built.
         local: per node of the global graph, its local counterpart.
+        local_modules: the modules of custom strategies, by key.
     """
 
     work: Work
@@ -51,6 +55,7 @@ class Lowering:
     groups: Groups
     graph: Graph = field(default_factory=Graph)
     local: dict[Node, Any] = field(default_factory=dict)
+    local_modules: dict[str, LocalModule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.mode = fake_mode(self.work.graph)
@@ -68,6 +73,10 @@ class Lowering:
                 where=f"{like.name} in {module_path(like)}",
                 todo="report this; a pin to replicate the parameters of that module avoids it",
             ) from error
+        return self.emit_as(target, args, val, like=like, **kwargs)
+
+    def emit_as(self, target: Any, args: tuple[Any, ...], val: Any, *, like: Node, **kwargs: Any) -> Node:
+        """Adds a call whose value is known."""
         node = self.graph.call_function(target, args, kwargs)
         node.meta.update({k: like.meta[k] for k in KEPT_META if k in like.meta})
         node.meta["val"] = val
@@ -100,11 +109,16 @@ class Lowering:
         new = self.graph.placeholder(node.name)
         new.meta.update(node.meta)
         new.meta[SOURCE] = self.work.sources[node]
-        if is_tensor(node) and any(str(p) != "R" for p in node.meta["placement"]):
-            new.meta["val"] = self._part(node)
+        name = self.work.sources[node].spec.name
+        custom = self.work.custom.parts.get(name)
+        if custom is not None:
+            shape = custom[WeightLayout(self.work.axes, {}).rank(self.shapes.coordinates)].shape
+            new.meta["val"] = value_of(torch.Tensor.new_empty, (node.meta["val"], shape), {}, self.mode)
+        elif is_tensor(node) and any(str(p) != "R" for p in node.meta["placement"]):
+            new.meta["val"] = self.part(node)
         return new
 
-    def _part(self, node: Node) -> torch.Tensor:
+    def part(self, node: Node) -> torch.Tensor:
         """A fake tensor of the local size; dynamic dimensions are whole."""
         val: torch.Tensor = node.meta["val"]
         for dim, size in enumerate(self.shapes.shape(node, node.meta["placement"])):
@@ -116,6 +130,8 @@ class Lowering:
     def _call(self, node: Node) -> Any:
         if node.target in MARKERS:
             return lower_marker(self, node)
+        if is_opaque(node):
+            return lower_opaque(self, node)
         rule = self.shapes.factors.rules.get(node)
         name = rule.localize if isinstance(rule, Rule) and self.divided(node) else ""
         if name:

@@ -18,6 +18,11 @@ from .planner.cost import CostModel  # noqa: E402
 from .rules.table import register_rule  # noqa: E402
 from .strategies.parallel_interface import ParallelInterface  # noqa: E402
 from .strategies.strategy import Strategy  # noqa: E402
+from .strategies.tensor_parallel_layer import (  # noqa: E402
+    TensorParallelLayer,
+    get_packed_weights,
+    get_tensor_shard,
+)
 
 __all__ = [
     "CostModel",
@@ -27,8 +32,11 @@ __all__ = [
     "Replicate",
     "Shard",
     "Strategy",
+    "TensorParallelLayer",
     "TpCompileError",
     "calibrate",
+    "get_packed_weights",
+    "get_tensor_shard",
     "parallelize",
     "plan",
     "register_rule",

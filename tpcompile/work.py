@@ -18,6 +18,7 @@ from .factors import Factors
 from .layout import Segment, WeightLayout, whole_segment
 from .placements import Placement
 from .planner.search import Assignment
+from .strategies.custom_modules import CustomModules
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Work:
         split_groups: the packed matmuls that were split.
         layout: where the weights already lie, if another program decided that.
         caches: how tensors lie that callers carry from an earlier program to this one, by name.
+        custom: the modules that the plan gives to custom strategies.
     """
 
     captured: Captured
@@ -60,6 +62,7 @@ class Work:
     split_groups: frozenset[str] = frozenset()
     layout: WeightLayout | None = None
     caches: Mapping[str, Held] = field(default_factory=dict)
+    custom: CustomModules = field(default_factory=CustomModules)
     steps: int = 0
 
     def __post_init__(self) -> None:
