@@ -36,8 +36,10 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
         one, two = torch.randn(3, 5, 12).double(), torch.randn(2, 7, 12).double()
         return Packed().double(), {"x": one}, {"x": two}
     layers, _, name = name.rpartition(" layers of ")
-    more = {"num_hidden_layers": int(layers)} if layers else {}
-    model = families.build(name, torch.float64, **more)
+    if layers:
+        model = families.build(name, torch.float64, num_hidden_layers=int(layers))
+    else:
+        model = families.EDGE_CASES[name](dtype=torch.float64)
     return model, call(name, (2, 16), torch.float64), call(name, (3, 19), torch.float64)
 
 

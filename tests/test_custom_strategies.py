@@ -22,9 +22,10 @@ def check(name: str, ranks: int, plan: dict[str, Any], compiled: bool = False) -
         assert found["programs"] == 1
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_documents_example(ranks: int) -> None:
-    check("6 layers of llama", ranks, Q_PROJ)  # four of them are captured once
+# Of six layers three are captured; with two key heads, four ranks are planned as 2 x 2.
+@pytest.mark.parametrize(("name", "ranks"), [("6 layers of llama", 2), ("two_kv_heads", 4)])
+def test_the_documents_example(name: str, ranks: int) -> None:
+    check(name, ranks, Q_PROJ)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -67,19 +67,21 @@ def pins_from_layout(layout: WeightLayout) -> Pins:
         for node, source in work.sources.items():
             if source.spec.name in work.custom.parts:
                 found[node] = frozenset({R})  # it lies as its strategy wants it
-            elif (
-                source.segment is not None and (own := layout.params[source.spec.name].selection) is not None
-            ):
-                raise TpCompileError(
-                    f"the plan leaves the parameter to the custom strategy {own.strategy!r}",
-                    where=source.spec.name,
-                    todo="give parallelize the strategies again, instead of the plan",
-                )
             elif source.segment is not None:
+                _refuse_selection(layout.params[source.spec.name])
                 found[node] = frozenset({_placement(factors, node, work.held_as(source), axis)})
         return found
 
     return resolve
+
+
+def _refuse_selection(param: ParamLayout) -> None:
+    if param.selection is not None:
+        raise TpCompileError(
+            f"the plan leaves the parameter to the custom strategy {param.selection.strategy!r}",
+            where=param.name,
+            todo="give parallelize the strategies again, instead of the plan",
+        )
 
 
 def _placement(factors: Factors, node: Node, segment: Segment, axis: int) -> Placement:

@@ -100,7 +100,7 @@ def _misfit(
     ranks = " x ".join(map(str, axes))
     side = "output_layouts" if value is node else "input_layouts"
     return TpCompileError(
-        f"a custom strategy declares {placement} of a value whose dimension {placement.dim} is made of {sizes}, "
+        f"a custom strategy declares {placement} of a value whose dimension {placement.dim} is {sizes}, "
         f"which {ranks} ranks do not divide evenly by rows",
         where=str(node.args[2]),
         todo=f"declare Replicate() as its {side} and divide or gather in the strategy, "
