@@ -21,6 +21,7 @@ from tpcompile.work import Source, Work, is_tensor
 from . import localise
 from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
+from .lower_randomness import UNIFORM, lower_uniform, seed_graph
 from .opaque_module import LocalModule, lower_opaque
 
 SOURCE = "source"
@@ -132,6 +133,8 @@ class Lowering:
             return lower_marker(self, node)
         if is_opaque(node):
             return lower_opaque(self, node)
+        if node.target is UNIFORM:
+            return lower_uniform(self, node)
         rule = self.shapes.factors.rules.get(node)
         name = rule.localize if isinstance(rule, Rule) and self.divided(node) else ""
         if name:
@@ -170,7 +173,8 @@ def lower_graph(work: Work, coordinates: tuple[int, ...], groups: Groups) -> Gra
     local = Lowering(work, shapes, groups).run()
     if work.blocks is not None:
         unroll(local.graph, work.blocks, _copy_placeholder)
-        local.recompile()
+    seed_graph(local.graph, groups, len(work.axes))
+    local.recompile()
     return local
 
 

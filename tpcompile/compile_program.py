@@ -232,13 +232,13 @@ def _follow(base: Work, data: Decisions) -> Work:
 
 
 def _refuse_randomness(base: Work) -> None:
-    """Random numbers would have to agree where values are whole and differ where they are divided."""
+    """Random numbers have to agree where values are whole and differ where they are divided: by a pass."""
     nodes = random_nodes(base.graph)
     if nodes:
         raise TpCompileError(
-            f"the model draws random numbers ({len(nodes)} calls, the first is {nodes[0].target})",
+            f"the model draws random numbers in a way that is not supported ({nodes[0].target})",
             where=module_path(nodes[0]) or nodes[0].name,
-            todo="call model.eval(), or set its dropout probabilities to 0",
+            todo="draw with dropout, bernoulli, rand, randn or rand_like; or call model.eval()",
         )
 
 

@@ -11,6 +11,7 @@ from .passes.annotate_placements import AnnotatePlacements
 from .passes.canonicalise import Canonicalise
 from .passes.choose_collectives import ChooseCollectives
 from .passes.coalesce_collectives import CoalesceCollectives
+from .passes.expand_randomness import ExpandRandomness
 from .passes.insert_gradient_copies import InsertGradientCopies
 from .passes.insert_reshards import InsertReshards
 from .passes.pipeline import Pass, run_passes
@@ -22,7 +23,7 @@ from .work import Work
 
 def before_planning() -> list[Pass]:
     """Passes that give the planner one form of everything."""
-    return [Canonicalise()]
+    return [Canonicalise(), ExpandRandomness()]
 
 
 def after_planning(training: bool) -> list[Pass]:

@@ -152,9 +152,9 @@ POINTWISE: dict[str, Row] = {
     "aten.prelu": pointwise.prelu,
 }
 
-CUSTOM: dict[str, Row] = {opaque.NAME: opaque.opaque_module}
+OURS: dict[str, Row] = {opaque.NAME: opaque.opaque_module, "tpcompile.uniform": pointwise.broadcast}
 
-ROWS: dict[str, Row] = {**MATMULS, **REARRANGEMENTS, **PARTS, **REDUCTIONS, **POINTWISE, **CUSTOM}
+ROWS: dict[str, Row] = {**MATMULS, **REARRANGEMENTS, **PARTS, **REDUCTIONS, **POINTWISE, **OURS}
 
 _USER: dict[str, Row] = {}
 
