@@ -23,6 +23,7 @@ from .plan import Plan
 from .planner.cost import CostModel, preset
 from .runtime import Runtime
 from .shell import sharded_class
+from .strategies.custom_strategy import split_plan
 
 PlanLike = str | Plan | Mapping[str, Pin]
 
@@ -180,11 +181,11 @@ def _options(
         )
     if isinstance(plan, str) and plan != "auto":
         raise TpCompileError(f"unknown plan {plan!r}", todo='give "auto", a Plan, or a dict of pins')
-    pins = plan if isinstance(plan, Mapping) else {}
+    pins, custom = split_plan(plan) if isinstance(plan, Mapping) else ({}, {})
     check_pins(pins, [n for n, _ in model.named_parameters()])
     cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model or device)
     given = plan if isinstance(plan, Plan) else None
-    return Options(cost, pins, dynamic, memory, tuple(passes), given)
+    return Options(cost, pins, dynamic, memory, tuple(passes), given, custom)
 
 
 def _example(

@@ -201,7 +201,7 @@ class Runtime:
         self.caches = {**hand_out(compiled.planned), **self.caches}
         if self.layout is None:
             self.layout = compiled.plan.layout
-            shard_weights(model, self.layout, self.compiler.rank)
+            shard_weights(model, self.layout, self.compiler.rank, compiled.planned.custom)
         leaves, _ = flatten_call(bound)
         captured = local_extents(compiled, self.compiler.rank)
         program = Program(
