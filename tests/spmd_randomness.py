@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 import tpcompile
 from tests import families
@@ -43,6 +44,11 @@ def train() -> dict[str, Any]:
         piece = layout.shard(key, grad, dist.get_rank())
         worst = max(worst, float((param.grad - piece).abs().max() / grad.abs().max().clamp_min(1e-12)))
     found["gradients"] = worst
+    before = {k: p.grad for k, p in sharded.named_parameters()}
+    sharded.zero_grad()
+    torch.manual_seed(7)
+    (checkpoint(lambda: sharded(**given).logits, use_reentrant=False) * weights).sum().backward()
+    found["checkpointed"] = all(torch.equal(before[k], p.grad) for k, p in sharded.named_parameters())
     with torch.no_grad():
         torch.manual_seed(7)
         found["again"] = torch.equal(sharded(**given).logits, mine)
