@@ -115,6 +115,11 @@ class PackedPlain(Plain):
     ) -> Tensor:
         return get_packed_weights(param, empty_param, mesh, rank, 0)
 
+    # A bare function, as the document prints it.
+    def _prepare_output_fn(output_layouts, use_local_output, mod, outputs, device_mesh):  # type: ignore
+        assert output_layouts == tpcompile.Shard(-1, 1)
+        return outputs
+
 
 class Gathering(ColwiseParallel):
     """Column-wise, and gathered at once; each rank's rows are cut unevenly, as ``torch.chunk`` does."""

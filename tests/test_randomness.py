@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from tests import simulate, spmd_randomness
-from tests.programs import canonicalised, gradients_agree, planned, run_ranks, run_whole
+from tests.golden_text import stable_text
+from tests.programs import canonicalised, captured, gradients_agree, planned, run_ranks, run_whole
 from tests.spmd import run_spmd
+from tpcompile.passes.expand_randomness import ExpandRandomness
+from tpcompile.passes.pipeline import run_passes
 from tpcompile.pipeline import rewrite
 from tpcompile.rules.randomness import random_nodes
 
@@ -85,6 +89,28 @@ def inputs() -> tuple[Tensor, Tensor]:
     return x, torch.rand(5, 5, generator=generator) > 0.3
 
 
+class Drops(nn.Module):
+    """A dropout, and an attention with one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(12, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout(self.proj(x), 0.25).unflatten(-1, (4, 5)).transpose(1, 2)
+        return F.scaled_dot_product_attention(y, y, y, is_causal=True, dropout_p=0.5)
+
+
+def test_golden_text(golden: Callable[[str, str], None]) -> None:
+    work = captured(Drops().train(), torch.randn(3, 7, 12))
+    before, calls = stable_text(work), work.call_count()
+    one = ExpandRandomness()
+    run_passes(work, [one])
+    assert work.call_count() - calls == 16
+    text = f"before {one.name}:\n{before}\n\nafter {one.name}:\n{stable_text(work)}\n"
+    golden("expand_randomness_drops", text)
+
+
 def unseeded(lowered: list[GraphModule]) -> list[GraphModule]:
     """Programs whose seed is zero, as that of a graph at global shapes."""
     for program in lowered:
@@ -140,7 +166,7 @@ def test_what_is_not_known_stays_random() -> None:
 def check_training(found: dict[str, Any]) -> None:
     assert found["forward"] <= 1e-11
     assert found["gradients"] <= 1e-11
-    assert found["again"] and found["other"] and found["layers"]
+    assert found["again"] and found["checkpointed"] and found["other"] and found["layers"]
 
 
 def test_training_gpt2_with_its_dropout() -> None:
