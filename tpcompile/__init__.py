@@ -17,16 +17,28 @@ from .plan import Plan  # noqa: E402
 from .planner.calibrate import calibrate  # noqa: E402
 from .planner.cost import CostModel  # noqa: E402
 from .rules.table import register_rule  # noqa: E402
+from .strategies.parallel_interface import ParallelInterface  # noqa: E402
+from .strategies.strategy import Strategy  # noqa: E402
+from .strategies.tensor_parallel_layer import (  # noqa: E402
+    TensorParallelLayer,
+    get_packed_weights,
+    get_tensor_shard,
+)
 
 __all__ = [
     "CostModel",
+    "ParallelInterface",
     "Partial",
     "Plan",
     "Replicate",
     "Shard",
+    "Strategy",
+    "TensorParallelLayer",
     "TpCompileError",
     "calibrate",
     "from_pretrained",
+    "get_packed_weights",
+    "get_tensor_shard",
     "parallelize",
     "plan",
     "register_rule",

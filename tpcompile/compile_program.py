@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from .print_plan import size_text
 from .rules.randomness import random_nodes
 from .shell import whole_tensors
 from .store_plan import Decisions, plan_cached
+from .strategies.custom_modules import CustomModules, partition_modules
 from .work import Work
 
 
@@ -50,6 +51,7 @@ class Options:
         memory: bytes of weights that a rank may hold, or None.
         passes: passes that run after ours.
         plan: a plan to follow instead of making one.
+        custom: custom strategies by glob of a module.
     """
 
     cost: CostModel
@@ -58,6 +60,7 @@ class Options:
     memory: float | None = None
     passes: Sequence[Pass] = ()
     plan: Plan | None = None
+    custom: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -94,6 +97,7 @@ class Compiler:
         self.group: dist.ProcessGroup | None = mesh.get_group(axis) if mesh is not None else None
         self.rank = mesh.get_local_rank(axis) if mesh is not None else 0
         self._groups: dict[tuple[int, ...], AxisGroups] = {}
+        self._custom: CustomModules | None = None
 
     def compile(
         self,
@@ -114,7 +118,8 @@ class Compiler:
             TpCompileError: on all ranks, if any of them fails or they disagree.
         """
         clock = [time.perf_counter()]
-        base = together(self.group, "capture the model", lambda: self._capture(model, bound))
+        custom = self._custom_modules(model)
+        base = together(self.group, "capture the model", lambda: self._capture(model, bound, custom))
         base.caches = caches or {}
         clock.append(time.perf_counter())
         graph = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
@@ -137,13 +142,24 @@ class Compiler:
 
         return together(self.group, "lower the model", finish)
 
-    def _capture(self, model: nn.Module, bound: dict[str, Any]) -> Work:
+    def _custom_modules(self, model: nn.Module) -> CustomModules:
+        """The modules of custom strategies; the first program finds them while the weights are whole."""
+        if self._custom is None:
+            mesh = self.mesh[self.axis] if self.mesh is not None and self.axis is not None else self.mesh
+            where = (self.ranks, mesh, self.group, self.rank)
+            self._custom = partition_modules(model, self.options.custom, *where)
+        return self._custom
+
+    def _capture(self, model: nn.Module, bound: dict[str, Any], custom: CustomModules) -> Work:
         differentiable = any(p.requires_grad for p in model.parameters())
         device = self._device(model)
         # A program captured with gradients also serves calls without them.
         with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
-            captured = capture_shared(model, bound, self.group, dynamic=self.options.dynamic, device=device)
-        base = canonical(mark_caches(captured), self.ranks)
+            with custom.captured(model):
+                captured = capture_shared(
+                    model, bound, self.group, dynamic=self.options.dynamic, device=device
+                )
+        base = replace(canonical(mark_caches(captured), self.ranks), custom=custom)
         _refuse_randomness(base)
         return base
 
@@ -216,13 +232,13 @@ def _follow(base: Work, data: Decisions) -> Work:
 
 
 def _refuse_randomness(base: Work) -> None:
-    """Random numbers would have to agree where values are whole and differ where they are divided."""
+    """Random numbers have to agree where values are whole and differ where they are divided: by a pass."""
     nodes = random_nodes(base.graph)
     if nodes:
         raise TpCompileError(
-            f"the model draws random numbers ({len(nodes)} calls, the first is {nodes[0].target})",
+            f"the model draws random numbers in a way that is not supported ({nodes[0].target})",
             where=module_path(nodes[0]) or nodes[0].name,
-            todo="call model.eval(), or set its dropout probabilities to 0",
+            todo="draw with dropout, bernoulli, rand, randn or rand_like; or call model.eval()",
         )
 
 

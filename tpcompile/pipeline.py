@@ -11,6 +11,7 @@ from .passes.annotate_placements import AnnotatePlacements
 from .passes.canonicalise import Canonicalise
 from .passes.choose_collectives import ChooseCollectives
 from .passes.coalesce_collectives import CoalesceCollectives
+from .passes.expand_randomness import ExpandRandomness
 from .passes.insert_gradient_copies import InsertGradientCopies
 from .passes.insert_reshards import InsertReshards
 from .passes.merge_matmuls import MergeMatmuls
@@ -24,7 +25,7 @@ from .work import Work
 
 def before_planning() -> list[Pass]:
     """Passes that give the planner one form of everything."""
-    return [Canonicalise(), SimplifyMasks()]
+    return [Canonicalise(), SimplifyMasks(), ExpandRandomness()]
 
 
 def after_planning(training: bool, cost: CostModel = PRESETS["cpu"]) -> list[Pass]:
@@ -41,7 +42,8 @@ def after_planning(training: bool, cost: CostModel = PRESETS["cpu"]) -> list[Pas
 
 def canonical(captured: Captured, ranks: int) -> Work:
     """A captured program in the one form that everything after it expects."""
-    work = Work(captured, ranks)
+    # A copy, so that names of new nodes follow from the graph, not from how it came here: ranks compare them.
+    work = Work(captured, ranks).copy()
     run_passes(work, before_planning())
     return work
 
