@@ -42,7 +42,9 @@ def after_planning(training: bool, cost: CostModel = PRESETS["cpu"]) -> list[Pas
 
 def canonical(captured: Captured, ranks: int) -> Work:
     """A captured program in the one form that everything after it expects."""
-    work = Work(captured, ranks)
+    # On a copy: a graph remembers names that it no longer has, and one that was received has forgotten them;
+    # nodes that passes add would be named differently on different ranks.
+    work = Work(captured, ranks).copy()
     run_passes(work, before_planning())
     return work
 
