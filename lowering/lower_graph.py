@@ -49,8 +49,8 @@ class Lowering:
         groups: this rank's process groups.
         graph: the local graph being built.
         local: per node of the global graph, its local counterpart.
-        local_modules: the modules of custom strategies, by key.
         joined: the placeholders of segments that are used together.
+        local_modules: the modules of custom strategies, by key.
     """
 
     work: Work
@@ -58,8 +58,8 @@ class Lowering:
     groups: Groups
     graph: Graph = field(default_factory=Graph)
     local: dict[Node, Any] = field(default_factory=dict)
-    local_modules: dict[str, LocalModule] = field(default_factory=dict)
     joined: dict[tuple[Node, ...], Node] = field(default_factory=dict)
+    local_modules: dict[str, LocalModule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.mode = fake_mode(self.work.graph)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -26,6 +27,7 @@ from tests.test_checkpoint import fewer, planned
 from tpcompile.loading.expressions import Expression, Leaf
 from tpcompile.loading.fill_tensor import Filler
 from tpcompile.loading.lazy_tensor import LazyTensor
+from tpcompile.loading.leaf_boxes import leaf_boxes
 from tpcompile.loading.load_slices import load_slices
 from tpcompile.loading.match_keys import warn_unexpected
 from tpcompile.loading.read_headers import MappedFiles
@@ -75,7 +77,18 @@ def test_boxes_of_conversions(name: str, data: st.DataObject) -> None:
     filler.fill(target, lazy.expression, offsets)
     box = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
     assert torch.equal(target, expected[box])
+    needs_whole = name in ("reshape", "step", "arithmetic")
+    assert needs_whole or not filler._whole, "a copy was made on the way"
     assert torch.equal(filler.whole(lazy.expression), expected)
+    # What is announced to be read is all that counts, and no more than that unless an operator needs it.
+    boxes = list(leaf_boxes(lazy.expression, offsets, sizes))
+    parts = [torch.zeros(4, 6) for _ in tensors]
+    for leaf, start, shape in boxes:
+        inside = tuple(slice(o, o + s) for o, s in zip(start, shape, strict=True))
+        parts[int(leaf.name)][inside] = tensors[int(leaf.name)][inside]
+    assert torch.equal(CONVERSIONS[name](parts)[box], expected[box])
+    if not needs_whole:
+        assert sum(math.prod(shape) for _, _, shape in boxes) == target.numel()
 
 
 def test_conversions_that_cannot_be_recorded() -> None:

@@ -16,6 +16,7 @@ from .capture.bind_call import bind_call, signature_of
 from .compile_program import Compiler, Options
 from .default_example import default_example
 from .errors import TpCompileError
+from .generation import ShardedGeneration
 from .module import ShardedModule, is_sharded
 from .passes.pipeline import Pass
 from .pins import Pin, check_pins
@@ -76,7 +77,8 @@ def parallelize(
     if example is not None:
         runtime.capture(model, example)
     model._tp = runtime  # type: ignore[assignment]
-    model.__class__ = sharded_class(original, ShardedModule)
+    generates = hasattr(original, "generate") and hasattr(original, "_sample")
+    model.__class__ = sharded_class(original, ShardedGeneration if generates else ShardedModule)
     if compile:
         runtime.compile_options = {}
     return model

@@ -103,8 +103,8 @@ def from_pretrained(
     compare(group, "checkpoints", opened.lines())
     built = together(group, "match the checkpoint with the model", lambda: request.build(opened, device))
     first = mesh.get_local_rank(axis) == 0
-    if first:
-        warn_unexpected(built.unexpected, request.name)
+    unexpected = built.unexpected if first else ()
+    together(group, "warn of unexpected keys", lambda: warn_unexpected(unexpected, request.name))
     model = built.model
     if not example_args and not example_kwargs:
         _check_example(model)

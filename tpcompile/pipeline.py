@@ -42,8 +42,7 @@ def after_planning(training: bool, cost: CostModel = PRESETS["cpu"]) -> list[Pas
 
 def canonical(captured: Captured, ranks: int) -> Work:
     """A captured program in the one form that everything after it expects."""
-    # On a copy: a graph remembers names that it no longer has, and one that was received has forgotten them;
-    # nodes that passes add would be named differently on different ranks.
+    # A copy, so that names of new nodes follow from the graph, not from how it came here: ranks compare them.
     work = Work(captured, ranks).copy()
     run_passes(work, before_planning())
     return work

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from .caches import Held, held_outputs
 from .capture import Captured, flatten_call, leaf_names
 from .capture.bind_call import CallSignature
+from .capture.call_results import given_caches, state_of
 from .capture.program import InputSpec
 from .capture.size_check import Check, size_check
 from .compile_program import Compiled, Compiler
@@ -166,16 +167,22 @@ class Runtime:
         """Runs a call on its program, which is captured if there is none yet."""
         bound = self.bind(args, kwargs)
         leaves, spec = flatten_call(bound)
-        names = tuple(bound)
+        program = self.find(tuple(bound), leaves, spec, model.training)
+        if program is None:
+            return _capture_and_run(self, model, bound)
+        if program.autocast is None:
+            return program.run(leaves, bound, self.compile_options)
+        with torch.autocast(device_of(leaves), enabled=False):
+            return program.run(leaves, bound, self.compile_options)
+
+    def find(
+        self, names: tuple[str, ...], leaves: Sequence[Any], spec: TreeSpec, training: bool
+    ) -> Program | None:
+        """The program of a call, if it was captured."""
         for program in self.programs:
-            if program.fits(names, leaves, model.training):
-                if program.captured.in_spec != spec:
-                    continue
-                if program.autocast is None:
-                    return program.run(leaves, bound, self.compile_options)
-                with torch.autocast(device_of(leaves), enabled=False):
-                    return program.run(leaves, bound, self.compile_options)
-        return _capture_and_run(self, model, bound, leaves)
+            if program.fits(names, leaves, training) and program.captured.in_spec == spec:
+                return program
+        return None
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The call as keyword arguments in the order of the signature."""
@@ -224,6 +231,23 @@ class Runtime:
         self.programs.append(program)
         return program
 
+    def divide_caches(self, bound: dict[str, Any]) -> None:
+        """Leaves of caches that the caller brings whole only this rank's parts.
+
+        Raises:
+            TpCompileError: a cache is of another size than this model's.
+        """
+        if self.layout is None or not self.caches:
+            return
+        axes, at = self.layout.axes, self.layout.coordinates(self.compiler.rank)
+        for name, cache in given_caches(bound).items():
+            own = {name: cache}
+            mine = [
+                self.caches[leaf_name].part(leaf, axes, at) if leaf_name in self.caches else leaf
+                for leaf_name, leaf in zip(leaf_names(own), flatten_call(own)[0], strict=True)
+            ]
+            state_of(name, cache).put(cache, mine)
+
     def _whole_caches(self, bound: dict[str, Any]) -> dict[str, Any]:
         """The call with tensors of whole, valueless caches in the place of this rank's parts."""
         if not self.caches:
@@ -249,8 +273,10 @@ class Runtime:
 
 # Under torch.compile(fullgraph=True) the reason is the error; without fullgraph the graph breaks here.
 @torch.compiler.disable(reason="no program was captured for this call: call model.capture(...) with it first")
-def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]) -> Any:
-    program = runtime.capture(model, bound)
+def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any]) -> Any:
+    runtime.divide_caches(bound)
+    leaves, spec = flatten_call(bound)
+    program = runtime.find(tuple(bound), leaves, spec, model.training) or runtime.capture(model, bound)
     with torch.autocast(device_of(leaves), enabled=False):
         return program.run(leaves, bound, runtime.compile_options)
 

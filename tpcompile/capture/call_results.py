@@ -77,7 +77,7 @@ def take_results(call: Mapping[str, Any], result: Any) -> Results:
     Raises:
         TpCompileError: a cache has layers that nobody has said how to take apart.
     """
-    given = {name: value for name, value in call.items() if is_cache(value)}
+    given = given_caches(call)
     by_id = {id(cache): GivenCache(name) for name, cache in given.items()}
 
     def is_given(node: Any) -> bool:
@@ -86,13 +86,19 @@ def take_results(call: Mapping[str, Any], result: Any) -> Results:
     flat, out_spec = tree_flatten(result, is_leaf=is_given)
     values = [by_id.get(id(value), value) for value in flat]
     paths = [path for path, _ in tree_flatten_with_path(result, is_leaf=is_given)[0]]
-    states = tuple(_state(name, cache) for name, cache in given.items())
+    states = tuple(state_of(name, cache) for name, cache in given.items())
     tensors, _ = tree_flatten(given)
     names = [_name(path) for path in paths] + leaf_names(given)
     return Results(names, values + tensors, out_spec, states)
 
 
-def _state(argument: str, cache: Any) -> CacheState:
+def given_caches(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The caches among the arguments of a call."""
+    return {name: value for name, value in call.items() if is_cache(value)}
+
+
+def state_of(argument: str, cache: Any) -> CacheState:
+    """How a cache is made of its tensors as it is now."""
     taken = [take_layer(layer) for layer in cache.layers]
     return CacheState(argument, tuple((tuple(parts), context) for parts, context in taken))
 
