@@ -16,6 +16,7 @@ from .plan import Plan  # noqa: E402
 from .planner.calibrate import calibrate  # noqa: E402
 from .planner.cost import CostModel  # noqa: E402
 from .rules.table import register_rule  # noqa: E402
+from .strategies.hf_plan import hf_plan  # noqa: E402
 from .strategies.parallel_interface import ParallelInterface  # noqa: E402
 from .strategies.strategy import Strategy  # noqa: E402
 
@@ -29,6 +30,7 @@ __all__ = [
     "Strategy",
     "TpCompileError",
     "calibrate",
+    "hf_plan",
     "parallelize",
     "plan",
     "register_rule",

@@ -18,11 +18,12 @@ from .default_example import default_example
 from .errors import TpCompileError
 from .module import ShardedModule, is_sharded
 from .passes.pipeline import Pass
-from .pins import Pin, check_pins
 from .plan import Plan
 from .planner.cost import CostModel, preset
 from .runtime import Runtime
 from .shell import sharded_class
+from .strategies.hf_plan import hf_plan
+from .strategies.read_rules import Pin, Rules, read_rules
 
 PlanLike = str | Plan | Mapping[str, Pin]
 
@@ -52,8 +53,9 @@ def parallelize(
         example_args: positional arguments of a typical call. Without examples a transformers model is
             captured with ``input_ids`` of shape [2, 16], any other module at its first call.
         example_kwargs: keyword arguments of that call.
-        plan: ``"auto"``, a ``Plan``, or pins: glob of a module or parameter -> ``Shard(dim)``,
-            ``Replicate()``, ``"colwise"``, ``"rowwise"`` or ``"replicate"``.
+        plan: ``"auto"``, a ``Plan``, or rules: glob of a module or parameter -> ``Shard(dim)``,
+            ``Replicate()`` or the name of a strategy, as in a ``tp_plan`` of transformers. ``"hf"`` is
+            the model's own such plan, ``"hf-ep"`` the one with whole experts on each rank.
         axis: the name of the mesh axis to divide over, for a mesh of several.
         dynamic: True: batch and sequence may change; False: shapes are fixed; or argument name ->
             {dimension: whether it may change}.
@@ -178,13 +180,23 @@ def _options(
         raise TpCompileError(
             "the model's parameters are DTensors", todo="parallelize first, then apply FSDP or the like"
         )
-    if isinstance(plan, str) and plan != "auto":
-        raise TpCompileError(f"unknown plan {plan!r}", todo='give "auto", a Plan, or a dict of pins')
-    pins = plan if isinstance(plan, Mapping) else {}
-    check_pins(pins, [n for n, _ in model.named_parameters()])
+    rules = _rules(model, plan)
     cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model or device)
     given = plan if isinstance(plan, Plan) else None
-    return Options(cost, pins, dynamic, memory, tuple(passes), given)
+    return Options(cost, rules, dynamic, memory, tuple(passes), given)
+
+
+def _rules(model: nn.Module, plan: PlanLike) -> Rules:
+    """What a plan asks of the model's parameters."""
+    if isinstance(plan, Mapping):
+        return read_rules(model, plan)
+    if plan in ("hf", "hf-ep"):
+        return read_rules(model, hf_plan(model, experts=plan == "hf-ep"), own=True)
+    if isinstance(plan, str) and plan != "auto":
+        raise TpCompileError(
+            f"unknown plan {plan!r}", todo='give "auto", "hf", "hf-ep", a Plan, or a dict of rules'
+        )
+    return Rules()
 
 
 def _example(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.fx import GraphModule
 from .agree import compare, from_first, together
 from .caches import Held, mark_caches
 from .capture import flatten_call
+from .capture.repeated_layers import unroll_captured
 from .capture.store_capture import capture_cached
 from .decisions import decisions_from_data, decisions_to_data
 from .errors import TpCompileError
@@ -26,7 +28,8 @@ from .layout import WeightLayout
 from .lowering.groups import AxisGroups
 from .lowering.lower_graph import lower_graph
 from .passes.pipeline import Pass
-from .pins import Pin, make_pins
+from .compare_plans import outcome_of, worse
+from .pins import make_pins, unlike_copies, unmet
 from .pipeline import canonical, plan_program, rewrite, split_copy
 from .plan import Plan, make_plan
 from .plan_layout import layout_of, pins_from_layout
@@ -36,6 +39,7 @@ from .print_plan import size_text
 from .rules.randomness import random_nodes
 from .shell import whole_tensors
 from .store_plan import Decisions, plan_cached
+from .strategies.read_rules import Rules
 from .work import Work
 
 
@@ -45,7 +49,7 @@ class Options:
 
     Attributes:
         cost: the cost model.
-        pins: placements for single parameters.
+        rules: what the user's plan asks of single parameters.
         dynamic: which dimensions of the inputs may change (see ``capture``).
         memory: bytes of weights that a rank may hold, or None.
         passes: passes that run after ours.
@@ -53,7 +57,7 @@ class Options:
     """
 
     cost: CostModel
-    pins: Mapping[str, Pin]
+    rules: Rules = field(default_factory=Rules)
     dynamic: bool | Mapping[str, Any] = True
     memory: float | None = None
     passes: Sequence[Pass] = ()
@@ -130,12 +134,40 @@ class Compiler:
             placed = layout_of(planned, tensors) if layout is None else layout
             rewritten = _follow(replace(base, layout=layout), data)
             rewrite(rewritten, training, self.options.passes)
-            pins = make_pins(self.options.pins) if layout is None else pins_from_layout(layout)
+            pins = make_pins(self.options.rules.wishes) if layout is None else pins_from_layout(layout)
             plan = make_plan(planned, rewritten, placed, self.options.cost, graph, pins)
             plan.timings = {"capture": clock[1] - clock[0], "plan": clock[2] - clock[1]}
             return Compiled(planned, rewritten, plan, self._lower(rewritten))
 
-        return together(self.group, "lower the model", finish)
+        compiled = together(self.group, "lower the model", finish)
+        if layout is None and self.options.rules.wishes:
+            self._remark(base, compiled, tensors)
+        return compiled
+
+    def _remark(self, base: Work, compiled: Compiled, tensors: Mapping[str, Tensor]) -> None:
+        """Adds to a plan what its user should know of the rules that it follows, and warns of it once."""
+
+        def remarks() -> list[str]:
+            rules = self.options.rules
+            found = [*rules.notes, *unmet(base, rules.wishes)]
+            mine, best = outcome_of(compiled.plan), outcome_of(self._automatic(base, tensors))
+            if worse(mine, best):
+                found.append(f'the rules of the plan cost: {mine}; plan="auto" has {best}')
+            return found
+
+        notes = from_first(self.group, remarks)
+        compiled.plan.notes += tuple(notes)
+        if notes and self.rank == 0:
+            warnings.warn("\n".join(notes), stacklevel=2)
+
+    def _automatic(self, base: Work, tensors: Mapping[str, Tensor]) -> Plan:
+        """The plan of a program without any rules."""
+        o = self.options
+        free = Compiler(replace(o, rules=Rules(), plan=None), self.ranks)
+        data = free._decide(base, None, "", tensors)
+        planned, rewritten = _follow(base, data), _follow(base, data)
+        rewrite(rewritten, training=False)
+        return make_plan(planned, rewritten, layout_of(planned, tensors), o.cost, "", make_pins({}))
 
     def _capture(self, model: nn.Module, bound: dict[str, Any]) -> Work:
         differentiable = any(p.requires_grad for p in model.parameters())
@@ -143,6 +175,8 @@ class Compiler:
         # A program captured with gradients also serves calls without them.
         with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
             captured = capture_cached(model, bound, dynamic=self.options.dynamic, device=device)
+        if unlike_copies(Work(captured, self.ranks), self.options.rules.wishes):
+            captured = unroll_captured(captured)
         base = canonical(mark_caches(captured), self.ranks)
         _refuse_randomness(base)
         return base
@@ -168,7 +202,7 @@ class Compiler:
         if given is not None:
             layout = given.layout
         o = self.options
-        wishes = {"cost": o.cost, "pins": o.pins, "memory": o.memory, "layout": layout}
+        wishes = {"cost": o.cost, "pins": o.rules.wishes, "memory": o.memory, "layout": layout}
         return plan_cached(lambda: self._plan(base, layout, tensors), base, wishes)
 
     def _plan(self, base: Work, layout: WeightLayout | None, tensors: Mapping[str, Tensor]) -> Decisions:
@@ -179,7 +213,7 @@ class Compiler:
         return sorted(planned.split_groups), decisions_to_data(planned)
 
     def _within_memory(self, base: Work, tensors: Mapping[str, Tensor]) -> Work:
-        pins, limit = make_pins(self.options.pins), self.options.memory
+        pins, limit = make_pins(self.options.rules.wishes), self.options.memory
         planned = plan_program(base, self.options.cost, pins)
         if limit is None or _held(planned, tensors) <= limit:
             return planned
