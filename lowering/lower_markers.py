@@ -108,6 +108,10 @@ def _copy_to_ranks(low: Lowering, node: Node) -> Node:
     return low.emit(ops.copy_to_ranks.default, low.map(x), low.groups.name(axes), like=node)
 
 
+def _keep_whole(low: Lowering, node: Node) -> Any:
+    return low.map(arguments(node)[0])
+
+
 @dataclass(frozen=True)
 class _Move:
     """A collective along a factor.
@@ -159,4 +163,5 @@ _LOWER: dict[Any, Callable[[Lowering, Node], Any]] = {
     markers.all_to_all: _all_to_all,
     markers.keep_first: _keep_first,
     markers.copy_to_ranks: _copy_to_ranks,
+    markers.keep_whole: _keep_whole,
 }

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 import tpcompile
 from tests import families, simulate

@@ -11,6 +11,7 @@ if not (_HERE / "passes").is_dir() and (_HERE.parent / "passes").is_dir():
 
 from .api import parallelize, plan  # noqa: E402
 from .errors import TpCompileError  # noqa: E402
+from .lint_plan import PlanReport, lint_plan  # noqa: E402
 from .placements import Partial, Replicate, Shard  # noqa: E402
 from .plan import Plan  # noqa: E402
 from .planner.calibrate import calibrate  # noqa: E402
@@ -25,12 +26,14 @@ __all__ = [
     "ParallelInterface",
     "Partial",
     "Plan",
+    "PlanReport",
     "Replicate",
     "Shard",
     "Strategy",
     "TpCompileError",
     "calibrate",
     "hf_plan",
+    "lint_plan",
     "parallelize",
     "plan",
     "register_rule",

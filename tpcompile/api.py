@@ -111,12 +111,24 @@ def plan(
         raise TpCompileError(f"{ranks!r} is no number of ranks", todo="give a mesh or a positive number")
     device = mesh_or_sizes.device_type if isinstance(mesh_or_sizes, DeviceMesh) else "h100"
     options = _options(model, plan, cost_model, device, dynamic, memory, ())
-    example = _example(model, example_args, example_kwargs, planning=True)
+    example = example_call(model, example_args, example_kwargs)
+    return Compiler(options, ranks).compile(model, example, None).plan
+
+
+def example_call(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The call to plan a model for: the one that is given, or the default one of a transformers model.
+
+    Raises:
+        TpCompileError: none is given, and there is no default.
+    """
+    example = _example(model, args, kwargs, planning=True)
     if example is None:
         raise TpCompileError(
             "an example call is needed to capture this model", todo="give example_args or example_kwargs"
         )
-    return Compiler(options, ranks).compile(model, example, None).plan
+    return example
 
 
 def _default_mesh(model: nn.Module) -> DeviceMesh:

@@ -21,6 +21,7 @@ from .caches import Held, mark_caches
 from .capture import flatten_call
 from .capture.repeated_layers import unroll_captured
 from .capture.store_capture import capture_cached
+from .compare_plans import outcome_of, worse
 from .decisions import decisions_from_data, decisions_to_data
 from .errors import TpCompileError
 from .graph_edit import module_path
@@ -28,7 +29,6 @@ from .layout import WeightLayout
 from .lowering.groups import AxisGroups
 from .lowering.lower_graph import lower_graph
 from .passes.pipeline import Pass
-from .compare_plans import outcome_of, worse
 from .pins import make_pins, unlike_copies, unmet
 from .pipeline import canonical, plan_program, rewrite, split_copy
 from .plan import Plan, make_plan
@@ -118,7 +118,7 @@ class Compiler:
             TpCompileError: on all ranks, if any of them fails or they disagree.
         """
         clock = [time.perf_counter()]
-        base = together(self.group, "capture the model", lambda: self._capture(model, bound))
+        base = together(self.group, "capture the model", lambda: self.capture(model, bound))
         base.caches = caches or {}
         clock.append(time.perf_counter())
         graph = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
@@ -150,7 +150,10 @@ class Compiler:
         def remarks() -> list[str]:
             rules = self.options.rules
             found = [*rules.notes, *unmet(base, rules.wishes)]
-            mine, best = outcome_of(compiled.plan), outcome_of(self._automatic(base, tensors))
+            mine, best = (
+                outcome_of(compiled.plan),
+                outcome_of(self.without_rules().plan_captured(base, tensors)),
+            )
             if worse(mine, best):
                 found.append(f'the rules of the plan cost: {mine}; plan="auto" has {best}')
             return found
@@ -160,16 +163,20 @@ class Compiler:
         if notes and self.rank == 0:
             warnings.warn("\n".join(notes), stacklevel=2)
 
-    def _automatic(self, base: Work, tensors: Mapping[str, Tensor]) -> Plan:
-        """The plan of a program without any rules."""
-        o = self.options
-        free = Compiler(replace(o, rules=Rules(), plan=None), self.ranks)
-        data = free._decide(base, None, "", tensors)
+    def plan_captured(self, base: Work, tensors: Mapping[str, Tensor], *, coalesce: bool = True) -> Plan:
+        """A plan for a program that this rank has captured; other ranks are not asked."""
+        data = self._decide(base, None, "", tensors)
         planned, rewritten = _follow(base, data), _follow(base, data)
-        rewrite(rewritten, training=False)
-        return make_plan(planned, rewritten, layout_of(planned, tensors), o.cost, "", make_pins({}))
+        rewrite(rewritten, training=False, coalesce=coalesce)
+        pins = make_pins(self.options.rules.wishes)
+        return make_plan(planned, rewritten, layout_of(planned, tensors), self.options.cost, "", pins)
 
-    def _capture(self, model: nn.Module, bound: dict[str, Any]) -> Work:
+    def without_rules(self) -> Compiler:
+        """A compiler that plans automatically, for comparison."""
+        return Compiler(replace(self.options, rules=Rules(), plan=None), self.ranks)
+
+    def capture(self, model: nn.Module, bound: dict[str, Any]) -> Work:
+        """The canonical program of one call signature."""
         differentiable = any(p.requires_grad for p in model.parameters())
         device = self._device(model)
         # A program captured with gradients also serves calls without them.

@@ -66,6 +66,11 @@ def copy_to_ranks(x: Tensor, axes: Axes) -> Tensor:
     return x
 
 
+def keep_whole(x: Tensor) -> Tensor:
+    """Wants ``x`` whole here, whoever comes next (a plan that gathers, taken literally)."""
+    return x
+
+
 MARKERS: tuple[Callable[..., object], ...] = (
     reshard,
     all_reduce,
@@ -77,5 +82,6 @@ MARKERS: tuple[Callable[..., object], ...] = (
     keep_first,
     pad_shard,
     copy_to_ranks,
+    keep_whole,
 )
 COMMUNICATING = frozenset({all_reduce, all_reduce_coalesced, all_gather, reduce_scatter, all_to_all})

@@ -58,7 +58,7 @@ Resolved = tuple[Node, tuple[str, Wish], frozenset[Placement] | None, str]
 
 
 def _resolved(work: Work, wishes: Wishes) -> Iterator[Resolved]:
-    """Per parameter and wish what is allowed; None where nothing follows from it, with the reason if it should."""
+    """Per parameter and wish what is allowed: None where nothing follows, with the reason if it should."""
     factors = work.factors()
     candidates = worth_dividing(factors, set(work.params()))
     for node, name in work.params().items():
@@ -67,7 +67,8 @@ def _resolved(work: Work, wishes: Wishes) -> Iterator[Resolved]:
             allowed, why = _allowed(factors, node, wish, candidates)
             if why and not wish.optional:
                 raise TpCompileError(
-                    f"the rule {wish.rule!r} asks for {wish.asked!r}, which this parameter does not have: {why}",
+                    f"the rule {wish.rule!r} asks for {wish.asked!r}, "
+                    f"which this parameter does not have: {why}",
                     where=f"{name} of shape {tuple(node.meta['val'].shape)}",
                     todo="pin another dimension, or none",
                 )
@@ -87,7 +88,7 @@ def _resolved(work: Work, wishes: Wishes) -> Iterator[Resolved]:
 def _allowed(
     factors: Factors, param: Node, wish: Wish, candidates: set[int]
 ) -> tuple[frozenset[Placement] | None, str]:
-    """The placements that a wish allows; None where it asks for nothing or cannot be met, and why it cannot."""
+    """The placements that a wish allows; None where it asks for nothing, or cannot be met, and why not."""
     if wish.want == "whole":
         return frozenset({R}), ""
     if wish.want == "any":
@@ -105,7 +106,7 @@ def _allowed(
 
 
 def _dim(factors: Factors, param: Node, wish: Wish) -> int | str | None:
-    """The dimension that a wish divides; None where it does not concern the parameter; or why there is none."""
+    """The dimension that a wish divides; None where it does not concern the parameter; or why not."""
     rank = param.meta["val"].ndim
     if isinstance(wish.want, int):
         dim = wish.want + rank if wish.want < 0 else wish.want

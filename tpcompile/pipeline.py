@@ -25,15 +25,15 @@ def before_planning() -> list[Pass]:
     return [Canonicalise()]
 
 
-def after_planning(training: bool) -> list[Pass]:
+def after_planning(training: bool, coalesce: bool = True) -> list[Pass]:
     """Passes that carry the plan out, still at global shapes."""
-    return [
+    passes: list[Pass] = [
         AnnotatePlacements(),
         InsertReshards(),
         InsertGradientCopies(enabled=training),
         ChooseCollectives(),
-        CoalesceCollectives(),
     ]
+    return [*passes, CoalesceCollectives()] if coalesce else passes
 
 
 def canonical(captured: Captured, ranks: int) -> Work:
@@ -69,6 +69,6 @@ def plan_program(
     return decide(base, cost, groups, split_copy, pins, divide_small)
 
 
-def rewrite(work: Work, training: bool, extra: Sequence[Pass] = ()) -> None:
+def rewrite(work: Work, training: bool, extra: Sequence[Pass] = (), *, coalesce: bool = True) -> None:
     """Carries a plan out in the graph: reshards, gradients, collectives, then the user's passes."""
-    run_passes(work, [*after_planning(training), *extra])
+    run_passes(work, [*after_planning(training, coalesce), *extra])

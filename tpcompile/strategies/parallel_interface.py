@@ -49,11 +49,14 @@ class ParallelInterface(MutableMapping[str, Any]):
 
 _OURS = {
     **dict.fromkeys(("colwise", "local_colwise", "packed_colwise", "local_packed_colwise"), Strategy("out")),
-    **dict.fromkeys(("colwise_gather_output", "colwise_rep"), Strategy("out", gathers=True)),
-    **dict.fromkeys(("rowwise", "local_rowwise", "rowwise_split_input", "rowwise_rep"), Strategy("in")),
+    **dict.fromkeys(("colwise_gather_output", "colwise_rep"), Strategy("out", whole_result=True)),
+    **dict.fromkeys(("rowwise", "local_rowwise"), Strategy("in", whole_result=True)),
+    **dict.fromkeys(
+        ("rowwise_split_input", "rowwise_rep"), Strategy("in", whole_input=True, whole_result=True)
+    ),
     **dict.fromkeys(("packed_rowwise", "local_packed_rowwise"), Strategy("in")),
-    "embedding_rowwise": Strategy("rows"),
-    "embedding_colwise": Strategy("columns"),
+    "embedding_rowwise": Strategy("rows", whole_result=True),
+    "embedding_colwise": Strategy("columns", whole_result=True),
     # Gradients of whole parameters are right anyway: how they are reduced follows from the graph.
     **dict.fromkeys(("replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj"), Strategy("whole")),
     "sequence_parallel": Strategy("whole", note="the sequence is not divided between norms"),

@@ -45,13 +45,15 @@ class Rules:
 
     Attributes:
         wishes: per parameter (by its first name) what is asked of it, once per name that it is tied to.
-        gathering: modules whose results a literal reading of the plan makes whole.
+        whole_inputs: modules that get their input whole if the plan is taken literally.
+        whole_results: modules whose results are made whole then.
         custom: per module with a custom strategy, the strategy.
         notes: what a user should know of a plan that is not their own.
     """
 
     wishes: Mapping[str, tuple[Wish, ...]] = field(default_factory=dict)
-    gathering: tuple[str, ...] = ()
+    whole_inputs: tuple[str, ...] = ()
+    whole_results: tuple[str, ...] = ()
     custom: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -77,15 +79,16 @@ def read_rules(
     names = names_of(model)
     best: dict[str, tuple[Target, Wish]] = {}
     custom: dict[str, Any] = {}
-    gathering: list[str] = []
+    whole: dict[str, list[str]] = {"inputs": [], "results": []}
     notes: list[str] = []
     for glob, pin in rules.items():
         strategy = _strategy(glob, pin, strategies)
         targets, modules = names.targets(glob), names.modules_of(glob)
         if not isinstance(strategy, Strategy | int):
             custom |= dict.fromkeys(modules, strategy)
-        if isinstance(strategy, Strategy) and strategy.gathers:
-            gathering += modules
+        if isinstance(strategy, Strategy):
+            whole["inputs"] += modules if strategy.whole_input else []
+            whole["results"] += modules if strategy.whole_result else []
         if isinstance(strategy, Strategy) and strategy.note and targets:
             notes.append(f"{pin!r} ({glob}): {strategy.note}")
         if not targets and not (modules and _needs_no_weights(strategy)):
@@ -102,7 +105,7 @@ def read_rules(
     for name, (_, wish) in best.items():
         first = names.params[name]
         wishes[first] = (*wishes.get(first, ()), wish)
-    return Rules(wishes, tuple(dict.fromkeys(gathering)), custom, tuple(notes))
+    return Rules(wishes, tuple(whole["inputs"]), tuple(whole["results"]), custom, tuple(notes))
 
 
 def _strategy(glob: str, pin: Pin, strategies: Mapping[str, Any]) -> Any:

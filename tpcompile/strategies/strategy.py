@@ -23,10 +23,12 @@ class Strategy:
 
     Attributes:
         division: which dimension of the parameters is divided.
-        gathers: what the module computes is made whole by whoever takes the plan literally.
+        whole_input: whoever takes the plan literally gives the module its input whole.
+        whole_result: whoever takes the plan literally makes the module's result whole at once.
         note: what the name promises elsewhere and is not done here, or ``""``.
     """
 
     division: Division
-    gathers: bool = False
+    whole_input: bool = False
+    whole_result: bool = False
     note: str = ""
