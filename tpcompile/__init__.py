@@ -20,6 +20,7 @@ from .rules.table import register_rule  # noqa: E402
 from .strategies.hf_plan import hf_plan  # noqa: E402
 from .strategies.parallel_interface import ParallelInterface  # noqa: E402
 from .strategies.strategy import Strategy  # noqa: E402
+from .to_hf_plan import to_hf_plan  # noqa: E402
 
 __all__ = [
     "CostModel",
@@ -37,4 +38,5 @@ __all__ = [
     "parallelize",
     "plan",
     "register_rule",
+    "to_hf_plan",
 ]
