@@ -93,6 +93,14 @@ class Factors:
             self._factors[node] = tuple(self._op_factors(node))
         return self._factors[node]
 
+    def stuck_atoms(self) -> set[int]:
+        """Atoms that some call with a rule has but cannot divide: a softmax's, a rotation's, a part count."""
+        found: set[int] = set()
+        for node, letters in self._letters.items():
+            divisible = {factor.atom for factor in self.op_factors(node)}
+            found.update(a for root in letters.values() for a in self._leaves(root) if a not in divisible)
+        return found
+
     # Building.
 
     def _new(self, size: Size) -> int:

@@ -61,10 +61,11 @@ def _resolved(work: Work, wishes: Wishes) -> Iterator[Resolved]:
     """Per parameter and wish what is allowed: None where nothing follows, with the reason if it should."""
     factors = work.factors()
     candidates = worth_dividing(factors, set(work.params()))
+    stuck = factors.stuck_atoms()
     for node, name in work.params().items():
         met: frozenset[Placement] | None = None
         for wish in wishes.get(name, ()) if node.users else ():
-            allowed, why = _allowed(factors, node, wish, candidates)
+            allowed, why = _allowed(factors, node, wish, candidates, stuck)
             if why and not wish.optional:
                 raise TpCompileError(
                     f"the rule {wish.rule!r} asks for {wish.asked!r}, "
@@ -86,7 +87,7 @@ def _resolved(work: Work, wishes: Wishes) -> Iterator[Resolved]:
 
 
 def _allowed(
-    factors: Factors, param: Node, wish: Wish, candidates: set[int]
+    factors: Factors, param: Node, wish: Wish, candidates: set[int], stuck: set[int]
 ) -> tuple[frozenset[Placement] | None, str]:
     """The placements that a wish allows; None where it asks for nothing, or cannot be met, and why not."""
     if wish.want == "whole":
@@ -99,10 +100,12 @@ def _allowed(
     if dim is None:
         return None, ""
     places = {place: atom for place, atom in factors.places(param).items() if place[0] == dim}
-    usable = [Shard(*place) for place, atom in places.items() if atom in candidates]
+    usable = {Shard(*place): atom for place, atom in places.items() if atom in candidates}
     if not usable:
         return None, f"dimension {dim} cannot be divided: no matmul has it, or it has size 1"
-    return frozenset(usable), ""
+    # By name, whole units are meant: heads, not halves of them, and a share of each packed part.
+    units = [place for place, atom in usable.items() if atom not in stuck and isinstance(wish.want, str)]
+    return frozenset(units or usable), ""
 
 
 def _dim(factors: Factors, param: Node, wish: Wish) -> int | str | None:
