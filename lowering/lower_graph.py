@@ -19,6 +19,7 @@ from tpcompile.work import Source, Work, is_tensor
 from . import localise
 from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
+from .owned_rows import begins_rows, lower_choice
 
 SOURCE = "source"
 """The key of a local placeholder's meta data that says where its value comes from."""
@@ -116,6 +117,9 @@ class Lowering:
     def _call(self, node: Node) -> Any:
         if node.target in MARKERS:
             return lower_marker(self, node)
+        begun = next((s for s in node.meta.get("strategies") or () if begins_rows(s)), None)
+        if begun is not None:
+            return lower_choice(self, node, begun)
         rule = self.shapes.factors.rules.get(node)
         name = rule.localize if isinstance(rule, Rule) and self.divided(node) else ""
         if name:

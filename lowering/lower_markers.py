@@ -18,6 +18,7 @@ from tpcompile.placements import Shard
 from tpcompile.rules.rule import arguments
 
 from . import collectives as _registers_the_operators  # noqa: F401
+from .owned_rows import owned_units, rows_here
 
 if TYPE_CHECKING:
     from .lower_graph import Lowering
@@ -108,6 +109,14 @@ def _copy_to_ranks(low: Lowering, node: Node) -> Node:
     return low.emit(ops.copy_to_ranks.default, low.map(x), low.groups.name(axes), like=node)
 
 
+def _mask_rows(low: Lowering, node: Node) -> Node:
+    x, _, place, ids = arguments(node)
+    here = rows_here(low, node, low.map(ids), owned_units(low, x.meta["placement"], place))
+    for _ in range(x.meta["val"].ndim - 1 - place.dim):
+        here = low.emit(aten.unsqueeze.default, here, -1, like=node)
+    return low.emit(aten.where.ScalarOther, here, low.map(x), 0.0, like=node)
+
+
 def _keep_whole(low: Lowering, node: Node) -> Any:
     return low.map(arguments(node)[0])
 
@@ -164,4 +173,5 @@ _LOWER: dict[Any, Callable[[Lowering, Node], Any]] = {
     markers.keep_first: _keep_first,
     markers.copy_to_ranks: _copy_to_ranks,
     markers.keep_whole: _keep_whole,
+    markers.mask_rows: _mask_rows,
 }

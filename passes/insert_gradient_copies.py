@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from tpcompile.graph_edit import behind, call
 from tpcompile.markers import MARKERS, copy_to_ranks
-from tpcompile.placements import Partial, Replicate
+from tpcompile.placements import Owned, Partial, Replicate
 from tpcompile.planner.strategies import Strategy
 from tpcompile.rules.rule import operands
 from tpcompile.work import Work, is_tensor
@@ -64,7 +64,7 @@ def _varying(strategy: Strategy | None, arity: int) -> set[int]:
     """Operands that are whole on an axis on which the computation is divided or partial."""
     if strategy is None:
         return set()
-    divided = strategy.factor is not None or any(isinstance(o, Partial) for o in strategy.outputs)
+    divided = strategy.factor is not None or any(isinstance(o, Partial | Owned) for o in strategy.outputs)
     return {i for i in range(arity) if divided and isinstance(strategy.inputs[i], Replicate)}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .placements import Placement, Shard
+from .placements import Owned, Placement, Shard
 
 Placements = tuple[Placement, ...]
 Axes = tuple[int, ...]
@@ -66,6 +66,11 @@ def copy_to_ranks(x: Tensor, axes: Axes) -> Tensor:
     return x
 
 
+def mask_rows(x: Tensor, axes: Axes, place: Owned, ids: Tensor) -> Tensor:
+    """``O -> P(sum)`` on these axes: rows of other ranks' experts become zeros."""
+    return x
+
+
 def keep_whole(x: Tensor) -> Tensor:
     """Wants ``x`` whole here, whoever comes next (a plan that gathers, taken literally)."""
     return x
@@ -83,5 +88,6 @@ MARKERS: tuple[Callable[..., object], ...] = (
     pad_shard,
     copy_to_ranks,
     keep_whole,
+    mask_rows,
 )
 COMMUNICATING = frozenset({all_reduce, all_reduce_coalesced, all_gather, reduce_scatter, all_to_all})

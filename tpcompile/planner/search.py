@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from ..errors import TpCompileError
 from ..factors import Factors, OpFactor, Place, producer
-from ..placements import Partial, Placement, R, Replicate, Shard, split_evenly
+from ..placements import Owned, Partial, Placement, R, Replicate, Shard, split_evenly
 from ..rules.rule import Rule, Size, letters_of, operands, results
 from .cost import CostModel
 from .eliminate import Problem, Table, solve
@@ -249,7 +249,9 @@ class _Axis:
         fewest = self.ranks if isinstance(rule, Rule) and rule.filled else 2
 
         def may_divide(factor: OpFactor) -> bool:
-            return factor.atom in self.search.candidates and self._left_in(node, factor) >= fewest
+            # Rows of experts: no rank may be without one.
+            least = fewest if factor.reduce or None not in factor.outputs else self.ranks
+            return factor.atom in self.search.candidates and self._left_in(node, factor) >= least
 
         options = strategies(node, self.factors, may_divide)
         self.options[node] = options
@@ -384,8 +386,7 @@ def _passes_partial(strategy: Strategy) -> bool:
 
 
 def _order(placement: Placement) -> tuple[int, Placement]:
-    kind = 0 if isinstance(placement, Replicate) else 1 if isinstance(placement, Shard) else 2
-    return kind, placement
+    return [Replicate, Shard, Partial, Owned].index(type(placement)), placement
 
 
 def _is_getitem(node: Node) -> bool:
