@@ -148,10 +148,16 @@ def _along(low: Lowering, node: Node, move: _Move) -> Node:
     """Issues a collective along a factor; one that is not the major of its dimension is exposed first."""
     x = low.map(move.value) if move.local is None else move.local
     dim, index = move.place.dim, low.groups.index(move.axes)
-    minor = low.shapes.minor(move.value, move.placements, move.place)
+    minor = low.shapes.inside(move.value, move.placements, move.place)
     parts = low.shapes.parts(move.value, move.placements, move.place, move.axes)
-    sizes = [p * minor for p in parts]
     group = [] if move.op is ops.pad_shard.default else [low.groups.name(move.axes)]
+    if not isinstance(minor, int):  # such as (experts tokens)
+        assert move.place.factor == 0, "only static sizes are divided"
+        held = parts[index] if move.from_part else sum(parts)
+        opened = low.emit(aten.unflatten.int, x, dim, [held, -1], like=node)
+        moved = low.emit(move.op, opened, *group, dim, parts, index, like=node)
+        return low.emit(aten.flatten.using_ints, moved, dim, dim + 1, like=node)
+    sizes = [p * minor for p in parts]
     if move.place.factor == 0:
         return low.emit(move.op, x, *group, dim, sizes, index, like=node)
     inner = sizes[index] if move.from_part else sum(sizes)
