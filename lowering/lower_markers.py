@@ -121,6 +121,25 @@ def _keep_whole(low: Lowering, node: Node) -> Any:
     return low.map(arguments(node)[0])
 
 
+def _matmul_merged(low: Lowering, node: Node) -> list[Node]:
+    """One matmul on segments that lie together; its results stand beside each other in the last dimension."""
+    target, *args = arguments(node)
+    groups = [a for a in args if isinstance(a, list | tuple)]
+    packed = {id(g): low.work.packed_dims[low.work.sources[g[0]].spec.name] for g in groups}
+    given = [low.join(a, packed[id(a)]) if id(a) in packed else low.map(a) for a in args]
+    weights = max(groups, key=lambda g: g[0].meta["val"].ndim)
+    sizes = [low.map(w).meta["val"].shape[packed[id(weights)]] for w in weights]
+    whole = low.emit(target, *given, like=node)
+    pieces = low.emit(aten.split_with_sizes.default, whole, sizes, -1, like=node)
+    return [low.emit(operator.getitem, pieces, i, like=node) for i in range(len(sizes))]
+
+
+def _part_of(low: Lowering, node: Node) -> Node:
+    merged, index = arguments(node)
+    part: Node = low.map(merged)[index]
+    return part
+
+
 @dataclass(frozen=True)
 class _Move:
     """A collective along a factor.
@@ -180,4 +199,6 @@ _LOWER: dict[Any, Callable[[Lowering, Node], Any]] = {
     markers.copy_to_ranks: _copy_to_ranks,
     markers.keep_whole: _keep_whole,
     markers.mask_rows: _mask_rows,
+    markers.matmul_merged: _matmul_merged,
+    markers.part_of: _part_of,
 }

@@ -157,7 +157,6 @@ def test_the_mapping() -> None:
         with pytest.raises(KeyError):
             del own["colwise"]
         found = read_rules(Toy(), {"model.layers.*.mlp": "mine", "lm_head": "mine_too"})
-        assert found.custom == {f"model.layers.{i}.mlp": Custom for i in range(2)}
         assert found.wishes.keys() == {"lm_head.weight"}
     finally:
         del ParallelInterface._global_mapping["mine"], ParallelInterface._global_mapping["mine_too"]

@@ -16,12 +16,14 @@ from .capture.bind_call import bind_call, signature_of
 from .compile_program import Compiler, Options
 from .default_example import default_example
 from .errors import TpCompileError
+from .generation import ShardedGeneration
 from .module import ShardedModule, is_sharded
 from .passes.pipeline import Pass
 from .plan import Plan
 from .planner.cost import CostModel, preset
 from .runtime import Runtime
 from .shell import sharded_class
+from .strategies.custom_strategy import split_plan
 from .strategies.hf_plan import hf_plan
 from .strategies.read_rules import Pin, Rules, read_rules
 
@@ -59,7 +61,7 @@ def parallelize(
         axis: the name of the mesh axis to divide over, for a mesh of several.
         dynamic: True: batch and sequence may change; False: shapes are fixed; or argument name ->
             {dimension: whether it may change}.
-        compile: run the model under ``torch.compile``.
+        compile: run every program under ``torch.compile``.
         cost_model: a ``CostModel`` or the name of a preset; by default the preset for the device.
         memory: bytes of weights that a rank may hold.
         passes: passes to run after the compiler's own.
@@ -77,9 +79,10 @@ def parallelize(
     if example is not None:
         runtime.capture(model, example)
     model._tp = runtime  # type: ignore[assignment]
-    model.__class__ = sharded_class(original, ShardedModule)
+    generates = hasattr(original, "generate") and hasattr(original, "_sample")
+    model.__class__ = sharded_class(original, ShardedGeneration if generates else ShardedModule)
     if compile:
-        model.compile()
+        runtime.compile_options = {}
     return model
 
 
@@ -192,23 +195,25 @@ def _options(
         raise TpCompileError(
             "the model's parameters are DTensors", todo="parallelize first, then apply FSDP or the like"
         )
-    rules = _rules(model, plan)
+    rules, custom = _rules(model, plan)
     cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model or device)
     given = plan if isinstance(plan, Plan) else None
-    return Options(cost, rules, dynamic, memory, tuple(passes), given)
+    return Options(cost, rules, dynamic, memory, tuple(passes), given, custom)
 
 
-def _rules(model: nn.Module, plan: PlanLike) -> Rules:
-    """What a plan asks of the model's parameters."""
+def _rules(model: nn.Module, plan: PlanLike) -> tuple[Rules, dict[str, str]]:
+    """What a plan asks of the model's parameters, and its custom strategies by glob."""
     if isinstance(plan, Mapping):
-        return read_rules(model, plan)
+        pins, custom = split_plan(plan)
+        return read_rules(model, pins), custom
     if plan in ("hf", "hf-ep"):
-        return read_rules(model, hf_plan(model, experts=plan == "hf-ep"), own=True)
+        pins, custom = split_plan(hf_plan(model, experts=plan == "hf-ep"))
+        return read_rules(model, pins, own=True), custom
     if isinstance(plan, str) and plan != "auto":
         raise TpCompileError(
             f"unknown plan {plan!r}", todo='give "auto", "hf", "hf-ep", a Plan, or a dict of rules'
         )
-    return Rules()
+    return Rules(), {}
 
 
 def _example(

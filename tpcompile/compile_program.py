@@ -20,7 +20,7 @@ from .agree import compare, from_first, together
 from .caches import Held, mark_caches
 from .capture import flatten_call
 from .capture.repeated_layers import unroll_captured
-from .capture.store_capture import capture_cached
+from .capture.share_capture import capture_shared
 from .compare_plans import outcome_of, worse
 from .decisions import decisions_from_data, decisions_to_data
 from .errors import TpCompileError
@@ -39,6 +39,7 @@ from .print_plan import size_text
 from .rules.randomness import random_nodes
 from .shell import whole_tensors
 from .store_plan import Decisions, plan_cached
+from .strategies.custom_modules import CustomModules, partition_modules
 from .strategies.read_rules import Rules
 from .work import Work
 
@@ -54,6 +55,7 @@ class Options:
         memory: bytes of weights that a rank may hold, or None.
         passes: passes that run after ours.
         plan: a plan to follow instead of making one.
+        custom: custom strategies by glob of a module.
     """
 
     cost: CostModel
@@ -62,6 +64,7 @@ class Options:
     memory: float | None = None
     passes: Sequence[Pass] = ()
     plan: Plan | None = None
+    custom: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -98,6 +101,7 @@ class Compiler:
         self.group: dist.ProcessGroup | None = mesh.get_group(axis) if mesh is not None else None
         self.rank = mesh.get_local_rank(axis) if mesh is not None else 0
         self._groups: dict[tuple[int, ...], AxisGroups] = {}
+        self._custom: CustomModules | None = None
 
     def compile(
         self,
@@ -118,6 +122,7 @@ class Compiler:
             TpCompileError: on all ranks, if any of them fails or they disagree.
         """
         clock = [time.perf_counter()]
+        self._custom_modules(model)  # of all ranks together
         base = together(self.group, "capture the model", lambda: self.capture(model, bound))
         base.caches = caches or {}
         clock.append(time.perf_counter())
@@ -133,7 +138,7 @@ class Compiler:
         def finish() -> Compiled:
             placed = layout_of(planned, tensors) if layout is None else layout
             rewritten = _follow(replace(base, layout=layout), data)
-            rewrite(rewritten, training, self.options.passes)
+            rewrite(rewritten, training, self.options.passes, self.options.cost)
             pins = make_pins(self.options.rules.wishes) if layout is None else pins_from_layout(layout)
             plan = make_plan(planned, rewritten, placed, self.options.cost, graph, pins)
             plan.timings = {"capture": clock[1] - clock[0], "plan": clock[2] - clock[1]}
@@ -150,10 +155,8 @@ class Compiler:
         def remarks() -> list[str]:
             rules = self.options.rules
             found = [*rules.notes, *unmet(base, rules.wishes)]
-            mine, best = (
-                outcome_of(compiled.plan),
-                outcome_of(self.without_rules().plan_captured(base, tensors)),
-            )
+            mine = outcome_of(compiled.plan)
+            best = outcome_of(self.without_rules().plan_captured(base, tensors))
             if worse(mine, best):
                 found.append(f'the rules of the plan cost: {mine}; plan="auto" has {best}')
             return found
@@ -167,7 +170,7 @@ class Compiler:
         """A plan for a program that this rank has captured; other ranks are not asked."""
         data = self._decide(base, None, "", tensors)
         planned, rewritten = _follow(base, data), _follow(base, data)
-        rewrite(rewritten, training=False, coalesce=coalesce)
+        rewrite(rewritten, training=False, cost=self.options.cost, coalesce=coalesce)
         pins = make_pins(self.options.rules.wishes)
         return make_plan(planned, rewritten, layout_of(planned, tensors), self.options.cost, "", pins)
 
@@ -175,16 +178,28 @@ class Compiler:
         """A compiler that plans automatically, for comparison."""
         return Compiler(replace(self.options, rules=Rules(), plan=None), self.ranks)
 
+    def _custom_modules(self, model: nn.Module) -> CustomModules:
+        """The modules of custom strategies; the first program finds them while the weights are whole."""
+        if self._custom is None:
+            mesh = self.mesh[self.axis] if self.mesh is not None and self.axis is not None else self.mesh
+            where = (self.ranks, mesh, self.group, self.rank)
+            self._custom = partition_modules(model, self.options.custom, *where)
+        return self._custom
+
     def capture(self, model: nn.Module, bound: dict[str, Any]) -> Work:
         """The canonical program of one call signature."""
+        custom = self._custom_modules(model)
         differentiable = any(p.requires_grad for p in model.parameters())
         device = self._device(model)
         # A program captured with gradients also serves calls without them.
         with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
-            captured = capture_cached(model, bound, dynamic=self.options.dynamic, device=device)
+            with custom.captured(model):
+                captured = capture_shared(
+                    model, bound, self.group, dynamic=self.options.dynamic, device=device
+                )
         if unlike_copies(Work(captured, self.ranks), self.options.rules.wishes):
             captured = unroll_captured(captured)
-        base = canonical(mark_caches(captured), self.ranks)
+        base = replace(canonical(mark_caches(captured), self.ranks), custom=custom)
         _refuse_randomness(base)
         return base
 
@@ -257,13 +272,13 @@ def _follow(base: Work, data: Decisions) -> Work:
 
 
 def _refuse_randomness(base: Work) -> None:
-    """Random numbers would have to agree where values are whole and differ where they are divided."""
+    """Random numbers have to agree where values are whole and differ where they are divided: by a pass."""
     nodes = random_nodes(base.graph)
     if nodes:
         raise TpCompileError(
-            f"the model draws random numbers ({len(nodes)} calls, the first is {nodes[0].target})",
+            f"the model draws random numbers in a way that is not supported ({nodes[0].target})",
             where=module_path(nodes[0]) or nodes[0].name,
-            todo="call model.eval(), or set its dropout probabilities to 0",
+            todo="draw with dropout, bernoulli, rand, randn or rand_like; or call model.eval()",
         )
 
 

@@ -201,7 +201,7 @@ def _repeated(plan: Plan) -> tuple[str, ...]:
     found = []
     for node in work.decisions[0].nodes:
         rule = factors.rules.get(node)
-        if not isinstance(rule, Rule) or not rule.contraction or not search.operations(node):
+        if not isinstance(rule, Rule) or not rule.contraction or not search.quantities.operations(node):
             continue
         if any(weight_root(operand, params, rows=True) for operand in operands(node)):
             continue

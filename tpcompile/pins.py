@@ -64,7 +64,7 @@ def _resolved(work: Work, wishes: Wishes) -> Iterator[Resolved]:
     stuck = factors.stuck_atoms()
     for node, name in work.params().items():
         met: frozenset[Placement] | None = None
-        for wish in wishes.get(name, ()) if node.users else ():
+        for wish in wishes.get(name, ()) if node.users and name not in work.custom.parts else ():
             allowed, why = _allowed(factors, node, wish, candidates, stuck)
             if why and not wish.optional:
                 raise TpCompileError(

@@ -47,14 +47,12 @@ class Rules:
         wishes: per parameter (by its first name) what is asked of it, once per name that it is tied to.
         whole_inputs: modules that get their input whole if the plan is taken literally.
         whole_results: modules whose results are made whole then.
-        custom: per module with a custom strategy, the strategy.
         notes: what a user should know of a plan that is not their own.
     """
 
     wishes: Mapping[str, tuple[Wish, ...]] = field(default_factory=dict)
     whole_inputs: tuple[str, ...] = ()
     whole_results: tuple[str, ...] = ()
-    custom: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -78,14 +76,11 @@ def read_rules(
     """
     names = names_of(model)
     best: dict[str, tuple[Target, Wish]] = {}
-    custom: dict[str, Any] = {}
     whole: dict[str, list[str]] = {"inputs": [], "results": []}
     notes: list[str] = []
     for glob, pin in rules.items():
         strategy = _strategy(glob, pin, strategies)
         targets, modules = names.targets(glob), names.modules_of(glob)
-        if not isinstance(strategy, Strategy | int):
-            custom |= dict.fromkeys(modules, strategy)
         if isinstance(strategy, Strategy):
             whole["inputs"] += modules if strategy.whole_input else []
             whole["results"] += modules if strategy.whole_result else []
@@ -93,8 +88,6 @@ def read_rules(
             notes.append(f"{pin!r} ({glob}): {strategy.note}")
         if not targets and not (modules and _needs_no_weights(strategy)):
             notes.append(_unused(glob, pin, names, own))
-        if not isinstance(strategy, Strategy | int):
-            continue
         for target in targets:
             wish = _wish(glob, pin, strategy, target, names, own)
             if target.param not in best or target.rank >= best[target.param][0].rank:
@@ -105,14 +98,15 @@ def read_rules(
     for name, (_, wish) in best.items():
         first = names.params[name]
         wishes[first] = (*wishes.get(first, ()), wish)
-    return Rules(wishes, tuple(whole["inputs"]), tuple(whole["results"]), custom, tuple(notes))
+    return Rules(wishes, tuple(whole["inputs"]), tuple(whole["results"]), tuple(notes))
 
 
-def _strategy(glob: str, pin: Pin, strategies: Mapping[str, Any]) -> Any:
-    """The strategy that a rule names, or the dimension that it divides."""
+def _strategy(glob: str, pin: Pin, strategies: Mapping[str, Any]) -> Strategy | int:
+    """The strategy that a rule names, or the dimension that it divides; a custom one pins nothing."""
     if isinstance(pin, str):
         if pin in strategies:
-            return strategies[pin]
+            found = strategies[pin]
+            return found if isinstance(found, Strategy) else Strategy("any")
         near = difflib.get_close_matches(pin, strategies, n=1)
         raise TpCompileError(
             f"the rule {glob!r} asks for {pin!r}, which is no placement and no strategy",
@@ -133,11 +127,9 @@ def _strategy(glob: str, pin: Pin, strategies: Mapping[str, Any]) -> Any:
     )
 
 
-def _needs_no_weights(strategy: Any) -> bool:
+def _needs_no_weights(strategy: Strategy | int) -> bool:
     """Whether a rule may name a module without parameters of its own."""
-    if isinstance(strategy, int):
-        return False
-    return not isinstance(strategy, Strategy) or strategy.division == "any"
+    return isinstance(strategy, Strategy) and strategy.division == "any"
 
 
 def _wish(glob: str, pin: Pin, strategy: Strategy | int, target: Target, names: Names, own: bool) -> Wish:
