@@ -157,6 +157,17 @@ def own_cache() -> dict[str, Any]:
     return found
 
 
+def summed_keys() -> bool:
+    """A plan that leaves each rank a summand of the keys: what is handed out is the sum."""
+    model = families.build("llama", num_hidden_layers=1)
+    whole = copy.deepcopy(model)
+    pins = {"model.layers.0.self_attn.k_proj": "rowwise"}
+    sharded = tpcompile.parallelize(model, mesh(), example_kwargs=families.causal_inputs(), plan=pins)
+    ids = families.token_ids(2, 7)
+    options = {**GREEDY, "max_new_tokens": 5}
+    return torch.equal(sharded.generate(ids, **options), whole.generate(ids, **options))
+
+
 def refusals() -> list[str]:
     """Calls that must be refused on all ranks, before anything is sent."""
     _, sharded = pair("llama")

@@ -45,8 +45,8 @@ def test_llama() -> None:
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
 def test_sliding_windows(name: str) -> None:
-    """Prompts past the window; then one that grows past it, which takes a program more on either side."""
-    calls = [("dynamic", 9, LONG, 2), ("static", 9, LONG, 2), ("static", 3, 8, 2), ("dynamic", 3, 8, 2)]
+    """Prompts past the window; then shorter ones that grow past it: programs for either side of it."""
+    calls = [("dynamic", 9, LONG, 2), ("static", 9, LONG, 2), ("static", 3, 8, 2), ("dynamic", 3, 8, 3)]
     check(name, 2, calls, 2)
 
 
@@ -77,6 +77,10 @@ def test_caches_of_the_caller() -> None:
         assert found.pop("is the caller's")
         assert found.pop("heads") == [2, 2]
         assert max(found.values()) <= F32, found
+
+
+def test_keys_that_are_sums_are_completed() -> None:
+    assert all(run_spmd(spmd_generate.summed_keys, 2, timeout=TIMEOUT))
 
 
 def test_refusals() -> None:
