@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -12,13 +12,18 @@ from torch.fx import Graph, GraphModule, Node
 from tpcompile.capture.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
 from tpcompile.graph_edit import KEPT_META, fake_mode, module_path, value_of
-from tpcompile.markers import MARKERS, Axes
+from tpcompile.layout import WeightLayout
+from tpcompile.markers import MARKERS, MERGED, Axes
+from tpcompile.rules.opaque import is_opaque
 from tpcompile.rules.rule import Rule, sizes_of
 from tpcompile.work import Source, Work, is_tensor
 
 from . import localise
 from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
+from .lower_randomness import UNIFORM, lower_uniform, seed_graph
+from .opaque_module import LocalModule, lower_opaque
+from .owned_rows import begins_rows, lower_choice
 from .update_in_place import update_in_place
 
 SOURCE = "source"
@@ -45,6 +50,8 @@ class Lowering:
         groups: this rank's process groups.
         graph: the local graph being built.
         local: per node of the global graph, its local counterpart.
+        joined: the placeholders of segments that are used together.
+        local_modules: the modules of custom strategies, by key.
     """
 
     work: Work
@@ -52,6 +59,8 @@ class Lowering:
     groups: Groups
     graph: Graph = field(default_factory=Graph)
     local: dict[Node, Any] = field(default_factory=dict)
+    joined: dict[tuple[Node, ...], Node] = field(default_factory=dict)
+    local_modules: dict[str, LocalModule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.mode = fake_mode(self.work.graph)
@@ -69,6 +78,10 @@ class Lowering:
                 where=f"{like.name} in {module_path(like)}",
                 todo="report this; a pin to replicate the parameters of that module avoids it",
             ) from error
+        return self.emit_as(target, args, val, like=like, **kwargs)
+
+    def emit_as(self, target: Any, args: tuple[Any, ...], val: Any, *, like: Node, **kwargs: Any) -> Node:
+        """Adds a call whose value is known."""
         node = self.graph.call_function(target, args, kwargs)
         node.meta.update({k: like.meta[k] for k in KEPT_META if k in like.meta})
         node.meta["val"] = val
@@ -85,6 +98,7 @@ class Lowering:
                 self.local[node] = self._call(node)
                 self._check(node)
         self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+        self._drop_joined()
         self.graph.lint()
         return GraphModule(torch.nn.Module(), self.graph, "LocalProgram")
 
@@ -101,11 +115,37 @@ class Lowering:
         new = self.graph.placeholder(node.name)
         new.meta.update(node.meta)
         new.meta[SOURCE] = self.work.sources[node]
-        if is_tensor(node) and any(str(p) != "R" for p in node.meta["placement"]):
-            new.meta["val"] = self._part(node)
+        name = self.work.sources[node].spec.name
+        custom = self.work.custom.parts.get(name)
+        if custom is not None:
+            shape = custom[WeightLayout(self.work.axes, {}).rank(self.shapes.coordinates)].shape
+            new.meta["val"] = value_of(torch.Tensor.new_empty, (node.meta["val"], shape), {}, self.mode)
+        elif is_tensor(node) and any(str(p) != "R" for p in node.meta["placement"]):
+            new.meta["val"] = self.part(node)
         return new
 
-    def _part(self, node: Node) -> torch.Tensor:
+    def join(self, parts: Sequence[Node], dim: int) -> Node:
+        """A placeholder for segments of one parameter, given in their order: locally they are one tensor."""
+        key = tuple(parts)
+        if key not in self.joined:
+            first, last = self.local[parts[0]], self.local[parts[-1]]
+            with self.graph.inserting_after(last):
+                node = self.graph.placeholder(f"{first.name}_to_{last.name}")
+            vals = [self.local[p].meta["val"] for p in parts]
+            node.meta.update({k: first.meta[k] for k in KEPT_META if k in first.meta})
+            node.meta["val"] = value_of(torch.cat, (vals, dim), {}, self.mode)
+            node.meta[SOURCE] = replace(self.work.sources[parts[0]], segment=None, count=len(parts))
+            self.joined[key] = node
+        return self.joined[key]
+
+    def _drop_joined(self) -> None:
+        """Removes placeholders of segments that are only used together."""
+        for parts in self.joined:
+            for node in (self.local[p] for p in parts):
+                if not node.users:
+                    self.graph.erase_node(node)
+
+    def part(self, node: Node) -> torch.Tensor:
         """A fake tensor of the local size; dynamic dimensions are whole."""
         val: torch.Tensor = node.meta["val"]
         for dim, size in enumerate(self.shapes.shape(node, node.meta["placement"])):
@@ -115,8 +155,15 @@ class Lowering:
         return whole
 
     def _call(self, node: Node) -> Any:
-        if node.target in MARKERS:
+        if node.target in MARKERS or node.target in MERGED:
             return lower_marker(self, node)
+        begun = next((s for s in node.meta.get("strategies") or () if begins_rows(s)), None)
+        if begun is not None:
+            return lower_choice(self, node, begun)
+        if is_opaque(node):
+            return lower_opaque(self, node)
+        if node.target is UNIFORM:
+            return lower_uniform(self, node)
         rule = self.shapes.factors.rules.get(node)
         name = rule.localize if isinstance(rule, Rule) and self.divided(node) else ""
         if name:
@@ -155,7 +202,8 @@ def lower_graph(work: Work, coordinates: tuple[int, ...], groups: Groups) -> Gra
     local = Lowering(work, shapes, groups).run()
     if work.blocks is not None:
         unroll(local.graph, work.blocks, _copy_placeholder)
-        local.recompile()
+    seed_graph(local.graph, groups, len(work.axes))
+    local.recompile()
     update_in_place(local, work.captured.outputs, _given(local.graph))
     return local
 

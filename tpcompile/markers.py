@@ -7,10 +7,11 @@ lowering gives these groups, sizes and local shapes. Placements are tuples with 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
-from .placements import Placement, Shard
+from .placements import Owned, Placement, Shard
 
 Placements = tuple[Placement, ...]
 Axes = tuple[int, ...]
@@ -66,6 +67,27 @@ def copy_to_ranks(x: Tensor, axes: Axes) -> Tensor:
     return x
 
 
+def mask_rows(x: Tensor, axes: Axes, place: Owned, ids: Tensor) -> Tensor:
+    """``O -> P(sum)`` on these axes: rows of other ranks' experts become zeros."""
+    return x
+
+
+def keep_whole(x: Tensor) -> Tensor:
+    """Wants ``x`` whole here, whoever comes next (a plan that gathers, taken literally)."""
+    return x
+
+
+def matmul_merged(matmul: Callable[..., Tensor], *args: Any) -> list[Tensor]:
+    """Several calls of one matmul: operands that differ are lists, and lie one behind the other on a rank."""
+    count = next(len(a) for a in args if isinstance(a, list | tuple))
+    return [matmul(*(a[i] if isinstance(a, list | tuple) else a for a in args)) for i in range(count)]
+
+
+def part_of(results: list[Tensor], index: int) -> Tensor:
+    """One result of ``matmul_merged``: a matmul whose factors and placement are those that were planned."""
+    return results[index]
+
+
 MARKERS: tuple[Callable[..., object], ...] = (
     reshard,
     all_reduce,
@@ -77,5 +99,9 @@ MARKERS: tuple[Callable[..., object], ...] = (
     keep_first,
     pad_shard,
     copy_to_ranks,
+    keep_whole,
+    mask_rows,
 )
+MERGED: tuple[Callable[..., object], ...] = (matmul_merged, part_of)
+"""Not changes of placement, but calls that only the lowering can carry out."""
 COMMUNICATING = frozenset({all_reduce, all_reduce_coalesced, all_gather, reduce_scatter, all_to_all})
