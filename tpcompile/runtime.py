@@ -264,13 +264,12 @@ def hand_out(planned: Work) -> dict[str, Held]:
     """How the caches that a program returns lie."""
     factors = planned.planned_factors
     assert factors is not None, "the program must be planned"
-    carried = planned.carried(factors)
+    placements = planned.handed_out(factors)
     named = [
         (spec.name, out)
         for out, spec in zip(planned.outputs(), planned.captured.outputs, strict=True)
-        if isinstance(out, Node) and out in carried
+        if isinstance(out, Node) and out in placements
     ]
-    placements = {out: carried[out] or tuple(d.output(out) for d in planned.decisions) for _, out in named}
     return held_outputs(named, factors, placements)
 
 
