@@ -23,6 +23,7 @@ from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
 from .lower_randomness import UNIFORM, lower_uniform, seed_graph
 from .opaque_module import LocalModule, lower_opaque
+from .owned_rows import begins_rows, lower_choice
 from .update_in_place import update_in_place
 
 SOURCE = "source"
@@ -156,6 +157,9 @@ class Lowering:
     def _call(self, node: Node) -> Any:
         if node.target in MARKERS or node.target in MERGED:
             return lower_marker(self, node)
+        begun = next((s for s in node.meta.get("strategies") or () if begins_rows(s)), None)
+        if begun is not None:
+            return lower_choice(self, node, begun)
         if is_opaque(node):
             return lower_opaque(self, node)
         if node.target is UNIFORM:

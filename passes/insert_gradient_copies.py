@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from tpcompile.graph_edit import behind, call
 from tpcompile.markers import MARKERS, copy_to_ranks
-from tpcompile.placements import Partial, Replicate
+from tpcompile.placements import Owned, Partial, Replicate
 from tpcompile.planner.strategies import Strategy
 from tpcompile.rules.rule import Rule, operands
 from tpcompile.work import Work, is_tensor
@@ -67,7 +67,7 @@ def _varying(work: Work, node: Node, strategy: Strategy | None) -> set[int]:
     rule = work.planned_factors.rules.get(node) if work.planned_factors else None
     if isinstance(rule, Rule) and rule.declared is not None:
         return set(rule.declared.summed)
-    divided = strategy.factor is not None or any(isinstance(o, Partial) for o in strategy.outputs)
+    divided = strategy.factor is not None or any(isinstance(o, Partial | Owned) for o in strategy.outputs)
     arity = len(operands(node))
     return {i for i in range(arity) if divided and isinstance(strategy.inputs[i], Replicate)}
 

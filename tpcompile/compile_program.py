@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,9 @@ from torch.fx import GraphModule
 from .agree import compare, from_first, together
 from .caches import Held, mark_caches
 from .capture import flatten_call
+from .capture.repeated_layers import unroll_captured
 from .capture.share_capture import capture_shared
+from .compare_plans import outcome_of, worse
 from .decisions import decisions_from_data, decisions_to_data
 from .errors import TpCompileError
 from .graph_edit import module_path
@@ -26,7 +29,7 @@ from .layout import WeightLayout
 from .lowering.groups import AxisGroups
 from .lowering.lower_graph import lower_graph
 from .passes.pipeline import Pass
-from .pins import Pin, make_pins
+from .pins import make_pins, unlike_copies, unmet
 from .pipeline import canonical, plan_program, rewrite, split_copy
 from .plan import Plan, make_plan
 from .plan_layout import layout_of, pins_from_layout
@@ -37,6 +40,7 @@ from .rules.randomness import random_nodes
 from .shell import whole_tensors
 from .store_plan import Decisions, plan_cached
 from .strategies.custom_modules import CustomModules, partition_modules
+from .strategies.read_rules import Rules
 from .work import Work
 
 
@@ -46,7 +50,7 @@ class Options:
 
     Attributes:
         cost: the cost model.
-        pins: placements for single parameters.
+        rules: what the user's plan asks of single parameters.
         dynamic: which dimensions of the inputs may change (see ``capture``).
         memory: bytes of weights that a rank may hold, or None.
         passes: passes that run after ours.
@@ -55,7 +59,7 @@ class Options:
     """
 
     cost: CostModel
-    pins: Mapping[str, Pin]
+    rules: Rules = field(default_factory=Rules)
     dynamic: bool | Mapping[str, Any] = True
     memory: float | None = None
     passes: Sequence[Pass] = ()
@@ -118,8 +122,8 @@ class Compiler:
             TpCompileError: on all ranks, if any of them fails or they disagree.
         """
         clock = [time.perf_counter()]
-        custom = self._custom_modules(model)
-        base = together(self.group, "capture the model", lambda: self._capture(model, bound, custom))
+        self._custom_modules(model)  # of all ranks together
+        base = together(self.group, "capture the model", lambda: self.capture(model, bound))
         base.caches = caches or {}
         clock.append(time.perf_counter())
         graph = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
@@ -135,12 +139,44 @@ class Compiler:
             placed = layout_of(planned, tensors) if layout is None else layout
             rewritten = _follow(replace(base, layout=layout), data)
             rewrite(rewritten, training, self.options.passes, self.options.cost)
-            pins = make_pins(self.options.pins) if layout is None else pins_from_layout(layout)
+            pins = make_pins(self.options.rules.wishes) if layout is None else pins_from_layout(layout)
             plan = make_plan(planned, rewritten, placed, self.options.cost, graph, pins)
             plan.timings = {"capture": clock[1] - clock[0], "plan": clock[2] - clock[1]}
             return Compiled(planned, rewritten, plan, self._lower(rewritten))
 
-        return together(self.group, "lower the model", finish)
+        compiled = together(self.group, "lower the model", finish)
+        if layout is None and self.options.rules.wishes:
+            self._remark(base, compiled, tensors)
+        return compiled
+
+    def _remark(self, base: Work, compiled: Compiled, tensors: Mapping[str, Tensor]) -> None:
+        """Adds to a plan what its user should know of the rules that it follows, and warns of it once."""
+
+        def remarks() -> list[str]:
+            rules = self.options.rules
+            found = [*rules.notes, *unmet(base, rules.wishes)]
+            mine = outcome_of(compiled.plan)
+            best = outcome_of(self.without_rules().plan_captured(base, tensors))
+            if worse(mine, best):
+                found.append(f'the rules of the plan cost: {mine}; plan="auto" has {best}')
+            return found
+
+        notes = from_first(self.group, remarks)
+        compiled.plan.notes += tuple(notes)
+        if notes and self.rank == 0:
+            warnings.warn("\n".join(notes), stacklevel=2)
+
+    def plan_captured(self, base: Work, tensors: Mapping[str, Tensor], *, coalesce: bool = True) -> Plan:
+        """A plan for a program that this rank has captured; other ranks are not asked."""
+        data = self._decide(base, None, "", tensors)
+        planned, rewritten = _follow(base, data), _follow(base, data)
+        rewrite(rewritten, training=False, cost=self.options.cost, coalesce=coalesce)
+        pins = make_pins(self.options.rules.wishes)
+        return make_plan(planned, rewritten, layout_of(planned, tensors), self.options.cost, "", pins)
+
+    def without_rules(self) -> Compiler:
+        """A compiler that plans automatically, for comparison."""
+        return Compiler(replace(self.options, rules=Rules(), plan=None), self.ranks)
 
     def _custom_modules(self, model: nn.Module) -> CustomModules:
         """The modules of custom strategies; the first program finds them while the weights are whole."""
@@ -150,7 +186,9 @@ class Compiler:
             self._custom = partition_modules(model, self.options.custom, *where)
         return self._custom
 
-    def _capture(self, model: nn.Module, bound: dict[str, Any], custom: CustomModules) -> Work:
+    def capture(self, model: nn.Module, bound: dict[str, Any]) -> Work:
+        """The canonical program of one call signature."""
+        custom = self._custom_modules(model)
         differentiable = any(p.requires_grad for p in model.parameters())
         device = self._device(model)
         # A program captured with gradients also serves calls without them.
@@ -159,6 +197,8 @@ class Compiler:
                 captured = capture_shared(
                     model, bound, self.group, dynamic=self.options.dynamic, device=device
                 )
+        if unlike_copies(Work(captured, self.ranks), self.options.rules.wishes):
+            captured = unroll_captured(captured)
         base = replace(canonical(mark_caches(captured), self.ranks), custom=custom)
         _refuse_randomness(base)
         return base
@@ -184,7 +224,7 @@ class Compiler:
         if given is not None:
             layout = given.layout
         o = self.options
-        wishes = {"cost": o.cost, "pins": o.pins, "memory": o.memory, "layout": layout}
+        wishes = {"cost": o.cost, "pins": o.rules.wishes, "memory": o.memory, "layout": layout}
         return plan_cached(lambda: self._plan(base, layout, tensors), base, wishes)
 
     def _plan(self, base: Work, layout: WeightLayout | None, tensors: Mapping[str, Tensor]) -> Decisions:
@@ -195,7 +235,7 @@ class Compiler:
         return sorted(planned.split_groups), decisions_to_data(planned)
 
     def _within_memory(self, base: Work, tensors: Mapping[str, Tensor]) -> Work:
-        pins, limit = make_pins(self.options.pins), self.options.memory
+        pins, limit = make_pins(self.options.rules.wishes), self.options.memory
         planned = plan_program(base, self.options.cost, pins)
         if limit is None or _held(planned, tensors) <= limit:
             return planned

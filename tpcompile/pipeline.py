@@ -28,16 +28,16 @@ def before_planning() -> list[Pass]:
     return [Canonicalise(), SimplifyMasks(), ExpandRandomness()]
 
 
-def after_planning(training: bool, cost: CostModel = PRESETS["cpu"]) -> list[Pass]:
+def after_planning(training: bool, cost: CostModel = PRESETS["cpu"], coalesce: bool = True) -> list[Pass]:
     """Passes that carry the plan out, still at global shapes."""
-    return [
+    passes: list[Pass] = [
         AnnotatePlacements(),
         InsertReshards(),
         InsertGradientCopies(enabled=training),
         ChooseCollectives(),
-        CoalesceCollectives(),
-        MergeMatmuls(cost),  # by now it is known which matmuls have the very same input
     ]
+    # By now it is known which matmuls have the very same input.
+    return [*passes, *([CoalesceCollectives()] if coalesce else []), MergeMatmuls(cost)]
 
 
 def canonical(captured: Captured, ranks: int) -> Work:
@@ -74,6 +74,13 @@ def plan_program(
     return decide(base, cost, groups, split_copy, pins, divide_small)
 
 
-def rewrite(work: Work, training: bool, extra: Sequence[Pass] = (), cost: CostModel = PRESETS["cpu"]) -> None:
+def rewrite(
+    work: Work,
+    training: bool,
+    extra: Sequence[Pass] = (),
+    cost: CostModel = PRESETS["cpu"],
+    *,
+    coalesce: bool = True,
+) -> None:
     """Carries a plan out in the graph: reshards, gradients, collectives, then the user's passes."""
-    run_passes(work, [*after_planning(training, cost), *extra])
+    run_passes(work, [*after_planning(training, cost, coalesce), *extra])

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from ..errors import TpCompileError
 from ..factors import Factors, OpFactor, producer
-from ..placements import Placement, R, Replicate, Shard
+from ..placements import Owned, Partial, Placement, R, Replicate, Shard
 from ..rules.rule import Rule, operands, results
 from .assignment import Assignment
 from .axis_costs import AxisCosts, exact
@@ -170,7 +170,9 @@ class _Axis:
         fewest = self.ranks if isinstance(rule, Rule) and rule.filled else 2
 
         def may_divide(factor: OpFactor) -> bool:
-            return factor.atom in self.search.candidates and self.costs.left_in(node, factor) >= fewest
+            # Rows of experts: no rank may be without one.
+            least = fewest if factor.reduce or None not in factor.outputs else self.ranks
+            return factor.atom in self.search.candidates and self.costs.left_in(node, factor) >= least
 
         axes = [*(a.ranks for a in self.prior), self.ranks]
         options = strategies(node, self.factors, may_divide, axes)
@@ -217,8 +219,7 @@ class _Axis:
 
 
 def _order(placement: Placement) -> tuple[int, Placement]:
-    kind = 0 if isinstance(placement, Replicate) else 1 if isinstance(placement, Shard) else 2
-    return kind, placement
+    return [Replicate, Shard, Partial, Owned].index(type(placement)), placement
 
 
 def _is_getitem(node: Node) -> bool:

@@ -77,6 +77,11 @@ def worth_dividing(factors: Factors, params: set[Node]) -> set[int]:
             if (root := weight_root(operand, params, rows=True)) is not None:
                 own = set(factors.places(root).values())
                 found.update(own.intersection(factors.places(operand).values()))
+    for node, carriers in factors.carriers.items():
+        for carrier in carriers:
+            if carrier.stack is not None and weight_root(operands(node)[carrier.stack], params) is not None:
+                atoms = factors.atoms(operands(node)[carrier.stack], 0)
+                found.update(atoms if len(atoms) == 1 else ())
     return {a for a in found if isinstance(factors.size(a), int)}
 
 

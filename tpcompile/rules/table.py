@@ -85,6 +85,7 @@ REARRANGEMENTS: dict[str, Row] = {
     "aten.view_as_real": "... -> ... t; whole t; linear 0",
     "aten.glu": views.glu,
     **_rows(views.pixel_shuffle, "pixel_shuffle pixel_unshuffle"),
+    "tpcompile.markers.keep_whole": views.kept_whole,
     **_rows(views.create, "new_zeros new_ones new_full new_empty"),
 }
 

@@ -48,36 +48,22 @@ class ParallelInterface(MutableMapping[str, Any]):
 
 
 _OURS = {
-    "colwise": Strategy("out"),
-    "colwise_rep": Strategy("out"),
-    "colwise_gather_output": Strategy("out"),
-    "local_colwise": Strategy("out"),
-    "packed_colwise": Strategy("out"),
-    "local_packed_colwise": Strategy("out"),
-    "rowwise": Strategy("in"),
-    "rowwise_rep": Strategy("in"),
-    "rowwise_split_input": Strategy("in"),
-    "local_rowwise": Strategy("in"),
-    "packed_rowwise": Strategy("in"),
-    "local_packed_rowwise": Strategy("in"),
-    "embedding_rowwise": Strategy("rows"),
-    "embedding_colwise": Strategy("columns"),
-    "replicate": Strategy("whole"),
-    "replicated_with_grad_allreduce": Strategy("whole"),
-    "mla_kv_a_proj": Strategy("whole"),
-    "sequence_parallel": Strategy(
-        "whole", "the sequence is not divided, only the weights' placement is honoured"
+    **dict.fromkeys(("colwise", "local_colwise", "packed_colwise", "local_packed_colwise"), Strategy("out")),
+    **dict.fromkeys(("colwise_gather_output", "colwise_rep"), Strategy("out", whole_result=True)),
+    **dict.fromkeys(("rowwise", "local_rowwise"), Strategy("in", whole_result=True)),
+    **dict.fromkeys(
+        ("rowwise_split_input", "rowwise_rep"), Strategy("in", whole_input=True, whole_result=True)
     ),
-    "grouped_gemm": Strategy("experts"),
-    "ep": Strategy("experts"),
-    "local": Strategy("experts"),
-    "ep_dispatch_experts": Strategy("experts"),
-    "gather": Strategy("any"),
-    "all_reduce": Strategy("any"),
-    "moe_tp_experts": Strategy("any"),
-    "moe_identity_expert": Strategy("any"),
-    "ep_router": Strategy("any"),
-    "local_params": Strategy("any"),
+    **dict.fromkeys(("packed_rowwise", "local_packed_rowwise"), Strategy("in")),
+    "embedding_rowwise": Strategy("rows", whole_result=True),
+    "embedding_colwise": Strategy("columns", whole_result=True),
+    # Gradients of whole parameters are right anyway: how they are reduced follows from the graph.
+    **dict.fromkeys(("replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj"), Strategy("whole")),
+    "sequence_parallel": Strategy("whole", note="the sequence is not divided between norms"),
+    **dict.fromkeys(("ep", "local", "grouped_gemm", "ep_dispatch_experts"), Strategy("experts")),
+    # How activations travel follows from the placements of weights.
+    **dict.fromkeys(("gather", "all_reduce", "moe_tp_experts", "moe_identity_expert"), Strategy("any")),
+    **dict.fromkeys(("ep_router", "local_params"), Strategy("any")),
 }
 for _name, _strategy in _OURS.items():
     ParallelInterface.register(_name, _strategy)
