@@ -178,7 +178,7 @@ def main() -> None:
         rounds = [{v: load(v, folder) for v in VARIANTS} for _ in range(options.rounds)]
     print(f"\n{size / MIB:.0f} MiB of safetensors, {RANKS} ranks, {options.rounds} rounds\n")
     print(
-        "| | read and used, wall s | CPU s | of which read, CPU s | all, CPU s | anonymous MiB | held MiB |"
+        "| | read and used, wall s | CPU s | read, CPU s | all, CPU s | anonymous MiB | held MiB |"
     )
     print("|---|---|---|---|---|---|---|")
     for variant in VARIANTS:
