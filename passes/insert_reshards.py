@@ -59,14 +59,11 @@ class _Inserter:
     def results(self, node: Node) -> None:
         """Brings the program's results to where the caller wants them: whole, caches as they lie."""
         assert self.work.planned_factors is not None, "the program must be planned"
-        carried = self.work.carried(self.work.planned_factors)
-
-        def wanted(out: Node) -> Placements:
-            found = carried.get(out, self.whole)
-            return out.meta["placement"] if found is None else found
+        divided = self.work.handed_out(self.work.planned_factors)
 
         def brought(out: Any) -> Any:
-            return self.bring(out, wanted(out)) if isinstance(out, Node) and is_tensor(out) else out
+            is_value = isinstance(out, Node) and is_tensor(out)
+            return self.bring(out, divided.get(out, self.whole)) if is_value else out
 
         node.args = (tuple(brought(out) for out in self.work.outputs()),)
 

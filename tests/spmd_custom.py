@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import tpcompile
 from tests import custom_layers, families
@@ -87,6 +88,24 @@ def halved() -> tuple[float, str]:
     except tpcompile.TpCompileError as refusal:
         return wrong, str(refusal)
     return wrong, "accepted"
+
+
+def loaded(folder: str, other: str) -> tuple[float, bool]:
+    """A checkpoint read by slices under custom strategies, one of which cuts unevenly, and written again."""
+    custom_layers.register()
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    plan = {
+        "model.layers.*.self_attn.q_proj": "colwise_custom",
+        "model.layers.*.mlp.gate_proj": "gathering_custom",
+    }
+    sharded = tpcompile.from_pretrained(folder, mesh(), plan=plan)
+    assert sharded.plan.layout.params["model.layers.0.mlp.gate_proj.weight"].selection is not None
+    given = families.inputs("llama", 3, 19)
+    with torch.no_grad():
+        wrong = error(sharded(**given), whole(**given))
+    sharded.save_pretrained(other)
+    back = AutoModelForCausalLM.from_pretrained(other).state_dict()
+    return wrong, all(torch.equal(back[k], v) for k, v in whole.state_dict().items())
 
 
 def refusals() -> list[str]:

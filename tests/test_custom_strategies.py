@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import spmd_custom
+from tests import families, spmd_custom
 from tests.spmd import run_spmd
 
 F64 = 1e-11
@@ -35,6 +36,14 @@ def test_plain_packed_and_gathering(ranks: int) -> None:
 
 def test_compiled() -> None:
     check("packed", 2, {"inner": "colwise_custom", "gate_up": "packed_custom"}, compiled=True)
+
+
+def test_checkpoints_are_read_and_written_by_slices(tmp_path: Path) -> None:
+    model = families.build("llama", intermediate_size=70)
+    model.save_pretrained(tmp_path / "a")
+    for wrong, same in run_spmd(spmd_custom.loaded, 4, str(tmp_path / "a"), str(tmp_path / "b"), timeout=300):
+        assert wrong <= 1e-5
+        assert same
 
 
 def test_a_partition_that_computes() -> None:

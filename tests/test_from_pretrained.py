@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests import spmd_from_pretrained
 from tests.spmd import run_spmd
 from tests.spmd_models import build
 from tests.test_checkpoint import fewer, planned
+from tpcompile.layout import WeightLayout, whole_layout
 from tpcompile.loading.expressions import Expression, Leaf
 from tpcompile.loading.fill_tensor import Filler
 from tpcompile.loading.lazy_tensor import LazyTensor
@@ -32,7 +34,9 @@ from tpcompile.loading.load_slices import load_slices
 from tpcompile.loading.match_keys import warn_unexpected
 from tpcompile.loading.read_headers import MappedFiles
 from tpcompile.loading.request import Built, Request
+from tpcompile.selection import Selection
 from tpcompile.shell import shard_weights, tensors_by_name
+from tpcompile.strategies.custom_modules import CustomModules
 
 TIMEOUT = 240
 CPU = torch.device("cpu")
@@ -168,10 +172,29 @@ def test_every_rank_reads_its_slices(
     for lying in (layout, fewer(layout, 2)):
         for rank in range(lying.ranks):
             built = opened(tmp_path, dtype=dtype)
-            shard_weights(built.model, lying, rank)
-            load_slices(built.model, built.expressions, lying, rank, CPU)
+            load_rank(built, lying, rank)
             for key, local in tensors_of(built.model).items():
                 assert torch.equal(local, lying.shard(key, expected[key].detach(), rank)), key
+
+
+def load_rank(built: Built, layout: WeightLayout, rank: int) -> None:
+    """One rank's slices, without a group."""
+    shard_weights(built.model, layout, rank, CustomModules())
+    load_slices(built.model, built.expressions, layout, rank, CPU, CustomModules())
+
+
+def test_parts_that_a_custom_strategy_has_cut(tmp_path: Path) -> None:
+    """Rows in any order, which no box of the local tensor says."""
+    model_class = checkpoint_of("llama", tmp_path)
+    expected = tensors_of(model_class.from_pretrained(tmp_path))
+    name, runs = "model.layers.0.mlp.up_proj.weight", (((60, 8), (0, 20)), ((0, 40),))
+    params = {key: whole_layout(key, tensor, 1) for key, tensor in expected.items()}
+    params[name] = replace(params[name], selection=Selection("own", ((28, 40),), (runs,)))
+    built = opened(tmp_path)
+    load_rank(built, WeightLayout((1,), params), 0)
+    found = tensors_of(built.model)
+    assert torch.equal(found.pop(name), torch.cat([expected[name][60:], expected[name][:20]]))
+    assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
 def test_the_kinds_of_folders(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.random_programs import INPUTS, MODEL, random_program
 from tpcompile.capture import bind_call
 from tpcompile.capture.repeated_layers import ShortCapture, capture_repeated, unroll_captured
 from tpcompile.decisions import decisions_to_data
-from tpcompile.markers import COMMUNICATING
+from tpcompile.markers import COMMUNICATING, copy_to_ranks
 from tpcompile.pipeline import rewrite
 from tpcompile.placements import Shard
 from tpcompile.plan import collectives_of
@@ -148,7 +148,8 @@ def test_megatron_comes_out_by_itself() -> None:
     assert found["model.norm.weight"] == "R"
     assert found["lm_head.weight"] == "S(0)"
     assert found["model.embed_tokens.weight"] in ("S(0)", "S(1)")
-    rewrite(work, training=False)
+    rewrite(work, training=True)
+    assert sum(n.target is copy_to_ranks for n in work.graph.nodes) == 5  # what backward reduces
     assert _collectives(work) == 6
 
 

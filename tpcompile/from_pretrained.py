@@ -122,12 +122,12 @@ def from_pretrained(
         passes=passes,
     )
     runtime: Runtime = model._tp
-    layout, rank = runtime.layout, runtime.compiler.rank
+    layout, rank, custom = runtime.layout, runtime.compiler.rank, runtime.programs[0].compiled.planned.custom
     assert layout is not None, "with an example there is a layout"
     together(
         group,
         "load the weights",
-        lambda: load_slices(model, built.expressions, layout, rank, device, show=first),
+        lambda: load_slices(model, built.expressions, layout, rank, device, custom, show=first),
     )
     return model
 

@@ -209,6 +209,8 @@ class WeightLayout:
 
         Boxes of two ranks are the same or have nothing in common; those of all ranks make up the whole.
         """
+        if (selection := self.params[name].selection) is not None:
+            return selection.ranges(name, rank)
         return [part for region in self.regions(name, rank) for part in region.ranges()]
 
     def regions(self, name: str, rank: int) -> list[Region]:

@@ -20,37 +20,13 @@ from .capture.size_check import Check, size_check
 from .compile_program import Compiled, Compiler
 from .compile_step import Step, compile_step, mark_open_sizes
 from .errors import TpCompileError
+from .fetch_inputs import Feed, make_fetch
 from .layout import WeightLayout
 from .lowering.local_shapes import LocalShapes
 from .lowering.lower_graph import SOURCE
 from .plan import Plan
 from .shell import shard_weights, tensors_by_name, unsharded
 from .work import Source, Work
-
-
-@dataclass(frozen=True)
-class Feed:
-    """Where the value of a placeholder comes from: a parameter, buffer or constant, or a segment of one.
-
-    Attributes:
-        module: the module that holds it.
-        name: its name there.
-        constant: the value itself, for a constant of the graph.
-        segment: dimension, start and length of the segment in the local tensor, or None for all of it.
-    """
-
-    module: nn.Module | None
-    name: str
-    constant: Tensor | None = None
-    segment: tuple[int, int, int] | None = None
-
-    def get(self) -> Tensor:
-        """The value as it is now (optimizers and ``load_state_dict`` may have replaced it)."""
-        if self.constant is not None:
-            return self.constant
-        assert self.module is not None
-        value = getattr(self.module, self.name)
-        return value if self.segment is None else value.narrow(*self.segment)
 
 
 @dataclass
@@ -84,6 +60,9 @@ class Program:
     mutated: tuple[Feed, ...]
     check: Check
     steps: dict[str, Step] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.fetch = make_fetch(self.feeds)
 
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
         """Whether a call is one of this program's, by its structure apart; dynamo can trace it."""
@@ -122,7 +101,7 @@ class Program:
 
     def step(self, given: Sequence[Any]) -> Sequence[Any]:
         """Runs this rank's graph on the tensors of a call; the flat results."""
-        inputs = [given[feed] if isinstance(feed, int) else feed.get() for feed in self.feeds]
+        inputs = self.fetch(given)
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
         flat: Sequence[Any] = self.graph_module.forward(*inputs)
         if self.mutated:
@@ -285,13 +264,12 @@ def hand_out(planned: Work) -> dict[str, Held]:
     """How the caches that a program returns lie."""
     factors = planned.planned_factors
     assert factors is not None, "the program must be planned"
-    carried = planned.carried(factors)
+    placements = planned.handed_out(factors)
     named = [
         (spec.name, out)
         for out, spec in zip(planned.outputs(), planned.captured.outputs, strict=True)
-        if isinstance(out, Node) and out in carried
+        if isinstance(out, Node) and out in placements
     ]
-    placements = {out: carried[out] or tuple(d.output(out) for d in planned.decisions) for _, out in named}
     return held_outputs(named, factors, placements)
 
 

@@ -6,6 +6,7 @@ is kept of it is what each rank holds, as runs of indices per dimension.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import TpCompileError
+from .index_ranges import Range
 
 Runs = tuple[tuple[int, int], ...]
 """Start and length of indices that follow each other; in the order of the local tensor."""
@@ -71,11 +73,24 @@ class Selection:
                 todo="let the ranks' parts make up the parameter",
             )
 
+    def ranges(self, name: str, rank: int) -> list[Range]:
+        """The boxes of the whole that a rank holds, each with where it is in the local tensor."""
+        dims = []
+        for runs in self.held(name, rank):
+            starts = itertools.accumulate((size for _, size in runs), initial=0)
+            dims.append(
+                [(start, size, slice(at, at + size)) for (start, size), at in zip(runs, starts, strict=False)]
+            )
+        return [
+            Range(tuple(o for o, _, _ in box), tuple(n for _, n, _ in box), tuple(w for _, _, w in box))
+            for box in itertools.product(*dims)
+        ]
+
     def refuse_regions(self, name: str) -> NoReturn:
         """Boxes of such a parameter are no boxes of the local tensor."""
         raise TpCompileError(
             f"the custom strategy {self.strategy!r} cuts the parameter in a way that checkpoints by slices "
-            "cannot express",
+            "(torch.distributed.checkpoint) cannot express",
             where=name,
             todo="save full_state_dict() instead",
         )

@@ -54,15 +54,19 @@ def shard_weights(model: nn.Module, layout: WeightLayout, rank: int, custom: Cus
         if is_whole(layout.params[name]):
             continue
         whole = getattr(module, attribute)
-        selection = layout.params[name].selection
-        if selection is not None and selection.runs is None:
-            local: Tensor = custom.local_part(name, whole, rank)
-        else:
-            local = layout.shard(name, whole.detach(), rank)
+        local = cut(name, whole.detach(), layout, rank, custom)
         if isinstance(whole, nn.Parameter):
             local = nn.Parameter(local, requires_grad=whole.requires_grad)
         replace_tensors(model, {id(whole): local})
         del whole
+
+
+def cut(name: str, whole: Tensor, layout: WeightLayout, rank: int, custom: CustomModules) -> Tensor:
+    """A rank's slice of a whole parameter."""
+    selection = layout.params[name].selection
+    if selection is not None and selection.runs is None:
+        return custom.local_part(name, whole, rank)
+    return layout.shard(name, whole, rank)
 
 
 @contextmanager

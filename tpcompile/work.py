@@ -16,7 +16,7 @@ from .capture.unroll_layers import RepeatedBlocks
 from .errors import TpCompileError
 from .factors import Factors
 from .layout import Segment, WeightLayout, whole_segment
-from .placements import Placement
+from .placements import Partial, Placement, R
 from .planner.assignment import Assignment
 from .strategies.custom_modules import CustomModules
 
@@ -137,6 +137,18 @@ class Work:
                 held = self.caches.get(spec.name)
                 found[out] = held.placements(factors, out) if held else None
         return found
+
+    def handed_out(self, factors: Factors) -> dict[Node, tuple[Placement, ...]]:
+        """The placements of the results that stay divided, once planned: a sum is completed before."""
+        planned = {
+            out: tuple(decision.output(out) for decision in self.decisions)
+            for out, placements in self.carried(factors).items()
+            if placements is None
+        }
+        completed = {
+            out: tuple(R if isinstance(p, Partial) else p for p in each) for out, each in planned.items()
+        }
+        return {out: placements or completed[out] for out, placements in self.carried(factors).items()}
 
     def given(self, factors: Factors) -> dict[Node, tuple[Placement, ...]]:
         """Inputs that come divided: what an earlier program handed out."""

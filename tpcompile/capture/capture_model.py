@@ -87,9 +87,11 @@ def capture(
 def _refuse_bad_leaves(names: Sequence[str], leaves: Sequence[Any]) -> None:
     for name, leaf in zip(names, leaves, strict=True):
         if not isinstance(leaf, (torch.Tensor, *_PYTHON_VALUES)):
+            cache = any(base.__name__ == "Cache" for base in type(leaf).__mro__)
+            advice = "pass tensors and python values, or register the type with torch.utils._pytree"
             raise TpCompileError(
                 f"the argument {name} is a {type(leaf).__name__}, which capture cannot take apart",
-                todo="pass tensors and python values, or register the type with torch.utils._pytree",
+                todo="give a DynamicCache or a StaticCache, or pass use_cache=False" if cache else advice,
             )
 
 

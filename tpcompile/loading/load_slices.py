@@ -13,7 +13,8 @@ from transformers.utils.logging import tqdm
 
 from ..errors import TpCompileError
 from ..layout import WeightLayout
-from ..shell import replace_tensors, tensors_by_name
+from ..shell import cut, replace_tensors, tensors_by_name
+from ..strategies.custom_modules import CustomModules
 from .expressions import Expression, leaves
 from .fill_tensor import Filler
 from .leaf_boxes import leaf_boxes
@@ -29,13 +30,14 @@ def load_slices(
     layout: WeightLayout,
     rank: int,
     device: torch.device,
+    custom: CustomModules,
     *,
     show: bool = False,
 ) -> None:
     """Reads this rank's slices.
 
-    Beside them it needs memory for one converted parameter at a time, and for that only where a conversion
-    is more than joining, cutting and transposing.
+    Beside them it needs memory for one whole parameter at a time, and for that only where a conversion is
+    more than joining, cutting and transposing, or where a custom strategy cuts the parameter.
 
     Args:
         model: a sharded model; its tensors on ``meta`` have the shapes of this rank's slices.
@@ -43,6 +45,7 @@ def load_slices(
         layout: where the weights lie.
         rank: this rank, in the layout.
         device: where the slices go.
+        custom: cuts what only a custom strategy can.
         show: whether to show a progress bar, if it takes more than a second.
 
     Raises:
@@ -57,7 +60,12 @@ def load_slices(
         for name in _announced(order, expressions, layout, rank, files):
             old = waiting[name]
             local = torch.empty(old.shape, dtype=old.dtype, device=device)
-            _fill(local, name, expressions[name], layout, rank, files.read)
+            if layout.params[name].selection is None:
+                _fill(local, name, expressions[name], layout, rank, files.read)
+            else:
+                whole = _whole(name, expressions[name], files.read)
+                with torch.no_grad():
+                    local.copy_(cut(name, whole, layout, rank, custom))
             new[id(old)] = nn.Parameter(local, old.requires_grad) if isinstance(old, nn.Parameter) else local
             progress.update(local.nbytes)
     replace_tensors(model, new)
@@ -79,8 +87,7 @@ def _announced(
     rest = iter(order)
     while True:
         while sum(size for _, size in ahead) < _AHEAD and (name := next(rest, None)) is not None:
-            parts = layout.ranges(name, rank)
-            boxes = (box for p in parts for box in leaf_boxes(expressions[name], p.offsets, p.sizes))
+            boxes = (b for part in _parts(name, layout, rank) for b in leaf_boxes(expressions[name], *part))
             try:
                 ahead.append((name, sum(files.expect(*box) for box in boxes)))
             except OSError as error:
@@ -88,6 +95,14 @@ def _announced(
         if not ahead:
             return
         yield ahead.popleft()[0]
+
+
+def _parts(name: str, layout: WeightLayout, rank: int) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """The boxes of a parameter that a rank reads, each as offsets and sizes."""
+    param = layout.params[name]
+    if param.selection is not None:
+        return [((0,) * len(param.shape), param.shape)]
+    return [(part.offsets, part.sizes) for part in layout.ranges(name, rank)]
 
 
 def _position(expression: Expression) -> tuple[str, int]:
@@ -111,6 +126,17 @@ def _fill(
                 filler.fill(local[part.where], expression, part.offsets)
     except (OSError, RuntimeError) as error:
         raise _unreadable(name, expression, error) from error
+
+
+def _whole(name: str, expression: Expression, read: Callable[[Stored], Tensor]) -> Tensor:
+    """All of a parameter."""
+    whole = torch.empty(expression.shape, dtype=expression.dtype)
+    try:
+        with torch.no_grad():
+            Filler(read).fill(whole, expression, (0,) * whole.ndim)  # type: ignore[arg-type]
+    except (OSError, RuntimeError) as error:
+        raise _unreadable(name, expression, error) from error
+    return whole
 
 
 def _unreadable(name: str, expression: Expression, error: Exception) -> TpCompileError:

@@ -69,11 +69,7 @@ class CustomModules:
         module, strategy = model.get_submodule(path), self.strategies[path]
         names = weight_names(module)
         lie = {n: self.parts.get(f"{path}.{n}") for n in names}
-        whole = [
-            i
-            for i, n in enumerate(names)
-            if _is_whole(lie[n], module.get_parameter(n).shape if lie[n] else ())
-        ]
+        whole = [i for i, n in enumerate(names) if _is_whole(lie[n], self.shapes.get(f"{path}.{n}", ()))]
         return Wrapped(
             module,
             self.keys[path],
