@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from .capture.bind_call import bind_call, signature_of
 from .compile_program import Compiler, Options
 from .default_example import default_example
+from .entries import guard_submodules
 from .errors import TpCompileError
 from .module import ShardedModule, is_sharded
 from .passes.pipeline import Pass
@@ -76,6 +77,7 @@ def parallelize(
         runtime.capture(model, example)
     model._tp = runtime  # type: ignore[assignment]
     model.__class__ = sharded_class(original, ShardedModule)
+    guard_submodules(model)
     if compile:
         model.compile()
     return model

@@ -63,7 +63,7 @@ def pins_from_layout(layout: WeightLayout) -> Pins:
         factors = work.factors()
         found = {}
         for node, source in work.sources.items():
-            if source.segment is not None:
+            if source.segment is not None and node.users:
                 found[node] = frozenset({_placement(factors, node, work.held_as(source), axis)})
         return found
 

@@ -16,6 +16,7 @@ from .capture import Captured, flatten_call, leaf_names
 from .capture.bind_call import CallSignature
 from .capture.program import InputSpec
 from .compile_program import Compiled, Compiler
+from .entries import Entry, divided_paths, entered, without_guards
 from .errors import TpCompileError
 from .layout import WeightLayout
 from .lowering.local_shapes import LocalShapes
@@ -65,6 +66,7 @@ class Program:
         example: the leaves of the call that it was captured for, tensors without their values.
         feeds: where each placeholder's value comes from; a number stands for a leaf of the call.
         mutated: per buffer that the program changes, where it is.
+        entry: the submodule that is called, "" for the model itself.
     """
 
     compiled: Compiled
@@ -77,6 +79,7 @@ class Program:
     example: tuple[Any, ...]
     feeds: tuple[Feed | int, ...]
     mutated: tuple[Feed, ...]
+    entry: str = ""
 
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
         """Whether a call is one of this program's; plain python, so that dynamo can trace it."""
@@ -116,7 +119,7 @@ class Program:
             else f"{spec.name}={spec.value}"
             for spec in self.captured.user_inputs
         )
-        return f"({arguments}) {'train' if self.training else 'eval'}"
+        return f"{self.entry}({arguments}) {'train' if self.training else 'eval'}"
 
 
 @dataclass
@@ -130,6 +133,7 @@ class Runtime:
         layout: where the weights lie; None until the first program decides it.
         programs: one per call signature.
         caches: how tensors lie that programs handed out to be given back, by name.
+        divided: the paths of modules with divided weights in them.
     """
 
     compiler: Compiler
@@ -138,14 +142,19 @@ class Runtime:
     layout: WeightLayout | None = None
     programs: list[Program] = field(default_factory=list)
     caches: dict[str, Held] = field(default_factory=dict)
+    divided: frozenset[str] = frozenset()
 
-    def call(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Runs a call on its program, which is captured if there is none yet."""
-        bound = self.bind(args, kwargs)
+    def call(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
+    ) -> Any:
+        """Runs a call of the model, or of one of its submodules, on its program, captured if there is none."""
+        bound = self.bind(args, kwargs, entry)
+        path = entry.path if entry is not None else ""
+        training = model.get_submodule(path).training
         leaves, spec = flatten_call(bound)
         names = tuple(bound)
         for program in self.programs:
-            if program.fits(names, leaves, model.training):
+            if program.entry == path and program.fits(names, leaves, training):
                 same = torch.compiler.is_compiling() or (
                     program.captured.in_spec == spec and program.captured.accepts(leaves) is None
                 )
@@ -154,40 +163,48 @@ class Runtime:
                 if same:
                     with torch.autocast(device_of(leaves), enabled=False):
                         return program.run(leaves)
-        return _capture_and_run(self, model, bound, leaves)
+        return _capture_and_run(self, model, bound, leaves, path)
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def bind(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
+    ) -> dict[str, Any]:
         """The call as keyword arguments in the order of the signature."""
         try:
-            return self.signature.bind(args, kwargs)
+            return (entry or self).signature.bind(args, kwargs)
         except ValueError as error:
             raise TpCompileError(
                 f"the call does not fit the model's forward, which {error}",
-                where=f"{self.original.__name__}.forward",
+                where=f"{(entry or self).original.__name__}.forward",
                 todo="give the arguments as you would call the model",
             ) from None
 
-    def capture(self, model: nn.Module, bound: dict[str, Any]) -> Program:
+    def capture(self, model: nn.Module, bound: dict[str, Any], path: str = "") -> Program:
         """Compiles a program for a call; the first one also decides where the weights lie.
+
+        Args:
+            model: the sharded model.
+            bound: the call.
+            path: the submodule that is called, "" for the model itself.
 
         Raises:
             TpCompileError: the call cannot be captured, planned or lowered; the model is unchanged.
         """
         if self.compiler.options.dynamic is False:
-            self._refuse_new_shapes(bound)
-        with unsharded(model, self.original, self.layout):
+            self._refuse_new_shapes(bound, path)
+        with unsharded(model, self.original, self.layout), without_guards(model), entered(model, path):
             compiled = self.compiler.compile(model, self._whole_caches(bound), self.layout, self.caches)
         self.caches = {**hand_out(compiled.planned), **self.caches}
         if self.layout is None:
             self.layout = compiled.plan.layout
             shard_weights(model, self.layout, self.compiler.rank)
+            self.divided = divided_paths(model, self.layout)
         leaves, _ = flatten_call(bound)
         program = Program(
             compiled=compiled,
             captured=local_extents(compiled, self.compiler.rank),
             graph_module=compiled.local,
             plan=compiled.plan,
-            training=model.training,
+            training=model.get_submodule(path).training,
             autocast=autocast_of(leaves),
             names=tuple(bound),
             example=tuple(x.to("meta") if isinstance(x, Tensor) else x for x in leaves),
@@ -197,6 +214,7 @@ class Runtime:
                 for o in compiled.planned.captured.outputs
                 if o.kind == "buffer_mutation"
             ),
+            entry=path,
         )
         self.programs.append(program)
         return program
@@ -213,11 +231,11 @@ class Runtime:
         found: dict[str, Any] = tree_unflatten(whole, spec)
         return found
 
-    def _refuse_new_shapes(self, bound: dict[str, Any]) -> None:
+    def _refuse_new_shapes(self, bound: dict[str, Any], path: str) -> None:
         leaves, _ = flatten_call(bound)
         for program in self.programs:
             same = program.names == tuple(bound) and len(leaves) == len(program.example)
-            if same and (why := program.captured.accepts(leaves)) is not None:
+            if same and program.entry == path and (why := program.captured.accepts(leaves)) is not None:
                 raise TpCompileError(
                     f"the call has other shapes than the program was captured for: {why}",
                     todo="parallelize with dynamic=True, or keep to the captured shapes",
@@ -226,8 +244,10 @@ class Runtime:
 
 # Under torch.compile(fullgraph=True) the reason is the error; without fullgraph the graph breaks here.
 @torch.compiler.disable(reason="no program was captured for this call: call model.capture(...) with it first")
-def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]) -> Any:
-    program = runtime.capture(model, bound)
+def _capture_and_run(
+    runtime: Runtime, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any], path: str
+) -> Any:
+    program = runtime.capture(model, bound, path)
     with torch.autocast(device_of(leaves), enabled=False):
         return program.run(leaves)
 
