@@ -25,7 +25,7 @@ from tpcompile.factors import Factors
 from tpcompile.passes.annotate_placements import AnnotatePlacements
 from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
 from tpcompile.placements import Partial, Placement, Replicate, Shard, split_evenly
-from tpcompile.planner.search import Assignment
+from tpcompile.planner.assignment import Assignment
 from tpcompile.planner.strategies import Strategy, strategies
 from tpcompile.rules.rule import Rule
 from tpcompile.work import Work

@@ -21,10 +21,12 @@ from tests.random_programs import INPUTS, MODEL, random_program
 from tpcompile.decisions import decisions_to_data
 from tpcompile.markers import COMMUNICATING
 from tpcompile.pipeline import rewrite
+from tpcompile.placements import Shard
 from tpcompile.planner import search
 from tpcompile.planner.cost import PRESETS
 from tpcompile.planner.decide import _fits_together, plan_on_axes
 from tpcompile.planner.eliminate import Problem, solve
+from tpcompile.planner.search import Search
 from tpcompile.work import Work
 
 Solution = tuple[dict[Hashable, int], float]
@@ -175,8 +177,8 @@ def test_arithmetic_is_that_of_matmuls() -> None:
     """Attention counts as two matmuls, a look-up as none over the vocabulary."""
     model = families.build("llama", num_hidden_layers=1)
     work = programs.canonicalised(model, **families.causal_inputs())
-    planner = search.Search(work.graph, work.factors(), work.params(), PRESETS["cpu"])
-    counts = {str(n.target).split(".")[1]: planner.operations(n) for n in planner.live}
+    planner = Search(work.graph, work.factors(), work.params(), PRESETS["cpu"])
+    counts = {str(n.target).split(".")[1]: planner.quantities.operations(n) for n in planner.live}
     tokens, heads, size = families.BATCH * families.SEQ, 8, 12
     assert counts["scaled_dot_product_attention"] == 4 * tokens * families.SEQ * heads * size
     assert counts["linear"] == 2 * tokens * 40 * families.VOCAB  # the last one, the head
@@ -281,5 +283,5 @@ def test_packed_segments_must_fit_one_tensor() -> None:
     assert _fits_together(work)
     (decision,) = work.decisions
     (first, *_) = [n for n, name in work.params().items() if name == "qkv.weight"]
-    turned = replace(decision, params={**decision.params, first: search.Shard(1)})
+    turned = replace(decision, params={**decision.params, first: Shard(1)})
     assert not _fits_together(replace(work, decisions=[turned]))

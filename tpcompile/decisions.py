@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from .errors import TpCompileError
 from .placements import parse_placement
-from .planner.search import Assignment
+from .planner.assignment import Assignment
 from .planner.strategies import strategies
 from .work import Work
 

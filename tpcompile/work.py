@@ -17,7 +17,7 @@ from .errors import TpCompileError
 from .factors import Factors
 from .layout import Segment, WeightLayout, whole_segment
 from .placements import Placement
-from .planner.search import Assignment
+from .planner.assignment import Assignment
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def flatten_call(bound: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
 
 
 def leaf_names(bound: dict[str, Any]) -> list[str]:
-    """Return each leaf's key path: ``input_ids``, ``inputs[0]``, ``past_key_values['key_cache'][0]``."""
+    """Return each leaf's key path: ``input_ids``, ``inputs[0]``, ``past_key_values[0]['keys']``."""
     return path_names(bound)
 
 

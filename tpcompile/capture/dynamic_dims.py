@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.export import Dim
 
-from tpcompile.capture.register_caches import SEEN
+from tpcompile.capture.cache_layers import is_count
 
 Dims = Mapping[int, bool]
 Place = tuple[int, int]
@@ -145,7 +145,7 @@ def _open_dims(name: str, leaf: torch.Tensor, in_cache: bool, batch: int, *, dec
     if leaf.ndim == 0:
         return []
     whole_numbers = not leaf.dtype.is_floating_point and not leaf.dtype.is_complex
-    if SEEN in name:
+    if is_count(name):
         return [0]
     if in_cache:
         dims = [0, 2] if leaf.ndim == 4 else [0]

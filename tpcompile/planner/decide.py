@@ -11,8 +11,9 @@ from tpcompile.factors import tensor_of
 from tpcompile.placements import Placement, Shard, split_evenly
 from tpcompile.work import Work
 
+from .assignment import Assignment
 from .cost import CostModel
-from .search import Assignment, Search
+from .search import Search
 from .sub_axes import sub_axes, unit_counts
 from .weights import worth_dividing
 
