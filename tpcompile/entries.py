@@ -111,11 +111,12 @@ def guard_submodules(root: nn.Module) -> None:
         if path and next(module.parameters(), None) is not None:
             entry = Entry(path, signature_of(module), type(module))
             module.__dict__[_ENTRY] = _Guard(entry, root, module.__dict__.pop("forward", None))
-            module.__class__ = guarded_class(type(module))
+            kind: Any = type(module)
+            module.__class__ = guarded_class(kind)
 
 
 def divided_paths(root: nn.Module, layout: WeightLayout) -> frozenset[str]:
-    """The paths of all modules that have a divided parameter or buffer in them; tied ones count everywhere."""
+    """The paths of all modules with a divided parameter or buffer in them; tied ones count everywhere."""
     found: set[str] = set()
     divided = {name for name, param in layout.params.items() if not is_whole(param)}
     slices = {id(t) for n, t in [*root.named_parameters(), *root.named_buffers()] if n in divided}

@@ -37,7 +37,7 @@ class ShardedModule(FixedModules):
 
     @property
     def programs(self) -> list[Program]:
-        """One program per call signature, of the model and of submodules called alone, in order of capture."""
+        """One program per call signature, of the model and of submodules called alone, as they came."""
         return list(self._tp.programs)
 
     def capture(self, *args: Any, **kwargs: Any) -> Program:

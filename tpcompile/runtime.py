@@ -147,7 +147,7 @@ class Runtime:
     def call(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
     ) -> Any:
-        """Runs a call of the model, or of one of its submodules, on its program, captured if there is none."""
+        """Runs a call of the model, or of a submodule, on its program, captured if there is none."""
         bound = self.bind(args, kwargs, entry)
         path = entry.path if entry is not None else ""
         training = model.get_submodule(path).training
