@@ -9,6 +9,8 @@ from torch.export import ExportedProgram
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 
+from tpcompile.simplify_size import simplify_size
+
 
 def read_ranges(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
     """Return the inclusive bounds of every symbol.
@@ -34,10 +36,11 @@ def read_guards(program: ExportedProgram) -> tuple[str, ...]:
     known = set(program.range_constraints)
     found: dict[str, None] = {}
     for guard in env.guards:
-        expression = env.simplify(guard.expr)
+        expression = simplify_size(env.simplify(guard.expr))
         if not expression.free_symbols or not expression.free_symbols <= known:
             continue
-        if env._maybe_evaluate_static(expression) is not None or _is_bound(expression):
+        # Without the axioms, which are the guards themselves: each would be found to hold.
+        if env._maybe_evaluate_static(expression, axioms=()) is not None or _is_bound(expression):
             continue
         found[to_python(expression)] = None
     return tuple(found)

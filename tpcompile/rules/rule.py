@@ -16,6 +16,8 @@ import sympy
 import torch
 from torch.fx import Node
 
+from tpcompile.simplify_size import simplify_size
+
 Size: TypeAlias = int | sympy.Expr
 Dim: TypeAlias = tuple[str, ...]
 Labels: TypeAlias = tuple[Dim, ...]
@@ -91,7 +93,12 @@ def results(node: Node) -> list[torch.Tensor]:
 
 def sizes_of(tensor: torch.Tensor) -> tuple[Size, ...]:
     """The shape, dynamic dimensions as sympy expressions."""
-    return tuple(d.node.expr if isinstance(d, torch.SymInt) else int(d) for d in tensor.shape)
+    return tuple(_size(d.node.expr) if isinstance(d, torch.SymInt) else int(d) for d in tensor.shape)
+
+
+def _size(expression: sympy.Expr) -> Size:
+    simple = simplify_size(expression)
+    return int(simple) if simple.is_Integer else simple
 
 
 def shape(node: Node) -> tuple[Size, ...]:
