@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,11 +79,16 @@ def same_place(finer: Sequence[Size], atoms: Sequence[int], factor: int) -> int 
 
 
 def mark_caches(captured: Captured) -> Captured:
-    """The same program with the results that belong to a cache marked as divided."""
-    flags = cache_leaves(captured.out_spec)
+    """The same program with the results that belong to a cache marked as divided.
+
+    In a tuple a cache is named by its position, ``[1][0]['keys']``; it will be given back by name.
+    """
+    returned = cache_leaves(captured.out_spec)
     marked = [
-        replace(spec, divided=True) if spec.kind == "user" and flag else spec
-        for spec, flag in zip(captured.outputs, flags + [False] * len(captured.outputs), strict=False)
+        replace(spec, divided=True, name=re.sub(r"^\[\d+\]", "past_key_values", spec.name))
+        if spec.kind == "state" or (i < len(returned) and returned[i])
+        else spec
+        for i, spec in enumerate(captured.outputs)
     ]
     return replace(captured, outputs=tuple(marked))
 

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from .agree import compare, from_first, together
 from .caches import Held, mark_caches
 from .capture import flatten_call
-from .capture.store_capture import capture_cached
+from .capture.share_capture import capture_shared
 from .decisions import decisions_from_data, decisions_to_data
 from .errors import TpCompileError
 from .graph_edit import module_path
@@ -142,7 +142,7 @@ class Compiler:
         device = self._device(model)
         # A program captured with gradients also serves calls without them.
         with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
-            captured = capture_cached(model, bound, dynamic=self.options.dynamic, device=device)
+            captured = capture_shared(model, bound, self.group, dynamic=self.options.dynamic, device=device)
         base = canonical(mark_caches(captured), self.ranks)
         _refuse_randomness(base)
         return base

@@ -100,8 +100,8 @@ class Program:
                 return False
         return True
 
-    def run(self, leaves: Sequence[Any]) -> Any:
-        """Runs this rank's graph and rebuilds the model's output."""
+    def run(self, leaves: Sequence[Any], bound: Mapping[str, Any]) -> Any:
+        """Runs this rank's graph, rebuilds the model's output and updates the caches of the call."""
         given = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
         inputs = [given[feed] if isinstance(feed, int) else feed.get() for feed in self.feeds]
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
@@ -110,7 +110,7 @@ class Program:
             for feed, new in zip(self.mutated, flat[len(flat) - len(self.mutated) :], strict=True):
                 with torch.no_grad():
                     feed.get().copy_(new)
-        return self.captured.unflatten(flat)
+        return self.captured.unflatten(flat, bound)
 
     def __str__(self) -> str:
         arguments = ", ".join(
@@ -159,10 +159,10 @@ class Runtime:
                     program.captured.in_spec == spec and program.captured.accepts(leaves) is None
                 )
                 if same and program.autocast is None:
-                    return program.run(leaves)
+                    return program.run(leaves, bound)
                 if same:
                     with torch.autocast(device_of(leaves), enabled=False):
-                        return program.run(leaves)
+                        return program.run(leaves, bound)
         return _capture_and_run(self, model, bound, leaves, path)
 
     def bind(
@@ -249,7 +249,7 @@ def _capture_and_run(
 ) -> Any:
     program = runtime.capture(model, bound, path)
     with torch.autocast(device_of(leaves), enabled=False):
-        return program.run(leaves)
+        return program.run(leaves, bound)
 
 
 def hand_out(planned: Work) -> dict[str, Held]:

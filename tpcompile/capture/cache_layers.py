@@ -23,6 +23,10 @@ COUNT = "_count"
 """How the role of a number ends that travels as a size."""
 SEEN = "seen" + COUNT
 """Tokens that a growing sliding layer has seen: as long as its keys until its window is full."""
+WRITTEN = "written" + COUNT
+"""Tokens that were written into a static sliding layer."""
+CAPACITY = "capacity" + COUNT
+"""Tokens that a static layer without data will hold; later the size of its keys says so."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,66 @@ def _put_sliding(layer: Any, parts: Parts, facts: Facts) -> None:
     layer.cumulative_length = parts[SEEN].shape[0]
 
 
+def _take_static(layer: Any) -> tuple[Parts, Facts]:
+    if not _has_data(layer):
+        return {CAPACITY: as_count(layer.max_cache_len)}, ()
+    return {"keys": layer.keys, "values": layer.values, "cumulative_length": layer.cumulative_length}, ()
+
+
+def _make_static(facts: Facts, parts: Parts) -> Any:
+    from transformers.cache_utils import StaticLayer
+
+    return StaticLayer(max_cache_len=_capacity(parts))
+
+
+def _capacity(parts: Parts) -> int:
+    return parts["keys"].shape[2] if "keys" in parts else parts[CAPACITY].shape[0]
+
+
+def _put_static(layer: Any, parts: Parts, facts: Facts) -> None:
+    """A static layer keeps its tensors: compiled programs and CUDA graphs know them by their address."""
+    if _has_data(layer):
+        for name in ("keys", "values", "cumulative_length"):
+            _refill(getattr(layer, name), parts[name])
+        return
+    _put_tensors(layer, parts)
+    layer.cumulative_length = parts["cumulative_length"]
+    layer.batch_size, layer.num_heads, _, layer.k_head_dim = layer.keys.shape
+    layer.v_head_dim = layer.values.shape[-1]
+    if not torch.compiler.is_compiling():
+        for tensor in (layer.keys, layer.values, layer.cumulative_length):
+            torch._dynamo.mark_static_address(tensor)
+
+
+def _refill(old: Tensor, new: Tensor) -> None:
+    if old is not new:
+        with torch.no_grad():
+            old.copy_(new)
+
+
+def _take_static_sliding(layer: Any) -> tuple[Parts, Facts]:
+    parts, facts = _take_static(layer)
+    if _has_data(layer):
+        parts[WRITTEN] = as_count(layer.cumulative_length_int, layer.keys)
+    return parts, facts
+
+
+def _make_static_sliding(facts: Facts, parts: Parts) -> Any:
+    from transformers.cache_utils import StaticSlidingWindowLayer
+
+    capacity = _capacity(parts)
+    return StaticSlidingWindowLayer(max_cache_len=capacity, sliding_window=capacity)
+
+
+def _put_static_sliding(layer: Any, parts: Parts, facts: Facts) -> None:
+    _put_static(layer, parts, facts)
+    layer.cumulative_length_int = parts[WRITTEN].shape[0]
+
+
 LAYER_FORMS: dict[str, LayerForm] = {
     "DynamicLayer": LayerForm(_take_dynamic, _make_dynamic, _put_dynamic),
     "DynamicSlidingWindowLayer": LayerForm(_take_sliding, _make_sliding, _put_sliding),
+    "StaticLayer": LayerForm(_take_static, _make_static, _put_static),
+    "StaticSlidingWindowLayer": LayerForm(_take_static_sliding, _make_static_sliding, _put_static_sliding),
 }
 """Class name of a layer -> how it is taken apart. A class that is not here is refused."""

@@ -39,7 +39,7 @@ def read_guards(program: ExportedProgram) -> tuple[str, ...]:
         expression = simplify_size(env.simplify(guard.expr))
         if not expression.free_symbols or not expression.free_symbols <= known:
             continue
-        # Without the axioms, which are the guards themselves: each would be found to hold.
+        # Without axioms: by default the guards themselves are among them, and each would follow from itself.
         if env._maybe_evaluate_static(expression, axioms=()) is not None or _is_bound(expression):
             continue
         found[to_python(expression)] = None

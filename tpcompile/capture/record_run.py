@@ -15,9 +15,10 @@ from torch.export import _trace
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from tpcompile.capture.bind_call import call_model
+from tpcompile.capture.call_results import take_results
 from tpcompile.capture.fake_model import fake_input, no_fused_encoder, restore_after
 from tpcompile.capture.find_repeats import Repeat
 
@@ -55,7 +56,7 @@ class Run:
     events: list[tuple[Any, ...]] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     results: tuple[Any, ...] = ()
-    out_spec: TreeSpec | None = None
+    structure: Any = None
 
 
 class _Recorder(TorchDispatchMode):
@@ -151,9 +152,10 @@ def record_run(
         stack.enter_context(_trace._compiling_state_context())  # type: ignore[attr-defined]
         stack.enter_context(mode)
         recorder = stack.enter_context(_Recorder(run, known))
-        result = call_model(model, tree_unflatten(flat, in_spec))
-        values, run.out_spec = tree_flatten(result)
-        run.results = tuple(recorder.token(value) for value in values)
+        call = tree_unflatten(flat, in_spec)
+        taken = take_results(call, call_model(model, call))
+        run.structure = (taken.out_spec, taken.states)
+        run.results = tuple(recorder.token(value) for value in taken.values)
         del alive
     return run
 

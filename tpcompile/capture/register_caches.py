@@ -8,11 +8,11 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from tpcompile.capture.cache_layers import Facts, Parts, make_layer, put_layer, take_layer
+from tpcompile.capture.cache_layers import Facts, Parts, make_layer, take_layer
 from tpcompile.errors import TpCompileError
 
 _Context = tuple[tuple[str, Facts], ...]
-_CACHES = ("DynamicCache",)
+_CACHES = ("DynamicCache", "StaticCache")
 
 
 def register_cache_support() -> None:
@@ -74,10 +74,7 @@ def _make_cache(kind: Any, layers: Sequence[Parts], context: _Context) -> Any:
     return cache
 
 
-def put_cache(cache: Any, layers: Sequence[Parts], context: _Context) -> None:
-    """Gives a caller's cache the state that ``_flatten`` took from the one that the model has written."""
-    for i, (parts, each) in enumerate(zip(layers, context, strict=True)):
-        if i < len(cache.layers):
-            put_layer(cache.layers[i], parts, each)
-        else:
-            cache.layers.append(make_layer(parts, each))
+def is_cache(value: Any) -> bool:
+    """Whether a value is a cache that can be taken apart."""
+    kind = type(value)
+    return kind in pytree.SUPPORTED_NODES and any(base.__name__ == "Cache" for base in kind.__mro__)

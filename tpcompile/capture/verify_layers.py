@@ -130,7 +130,7 @@ class _Comparison:
             if self._absolute(self.short, place) != self._absolute(self.full, place):
                 where = "outside of the layers" if place.repeat < 0 else self.repeats[place.repeat].path
                 return f"what runs {where} depends on the number of layers (after {self._last_op(span)})"
-        if self.short.run.out_spec != self.full.run.out_spec:
+        if self.short.run.structure != self.full.run.structure:
             return "the structure of the result depends on the number of layers"
         results = (self.short.run.results, self.full.run.results)
         if self._token(results[0], self.short, -1) != self._token(results[1], self.full, -1):
