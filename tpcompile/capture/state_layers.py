@@ -6,12 +6,12 @@ that a traced call gets copies: the copies' last values are results, and the cal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from tpcompile.capture.cache_parts import Facts, LayerForm, Parts
+from tpcompile.capture.cache_form import Facts, LayerForm, Parts
 
 _STATE = "_state"
 _TABLES = ("conv", "recurrent")
@@ -80,3 +80,27 @@ def _put_states(layer: Any, parts: Parts, facts: Facts) -> None:
     for i in range(layer.number_of_states):
         if f"used{i}" in parts:
             layer.has_previous_state[i] = parts[f"used{i}"]
+
+
+def state_forms(attention: Mapping[str, LayerForm]) -> dict[str, LayerForm]:
+    """The forms of all layers with recurrent state, given those of layers with keys and values."""
+    found = {"LinearAttentionLayer": state_form(), "DummyLayer": _NOTHING}
+    for kind, inner in _HYBRIDS.items():
+        found[kind] = state_form(attention[inner], kind)
+    return found
+
+
+_HYBRIDS = {
+    "LinearAttentionAndFullAttentionLayer": "DynamicLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "DynamicSlidingWindowLayer",
+}
+
+
+def _make_nothing(facts: Facts, parts: Parts) -> Any:
+    from transformers.cache_utils import DummyLayer
+
+    return DummyLayer()
+
+
+_NOTHING = LayerForm(lambda layer: ({}, ()), _make_nothing, lambda layer, parts, facts: None)
+"""A layer that stands for one without a cache."""
