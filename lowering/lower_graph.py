@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -12,13 +12,14 @@ from torch.fx import Graph, GraphModule, Node
 from tpcompile.capture.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
 from tpcompile.graph_edit import KEPT_META, fake_mode, module_path, value_of
-from tpcompile.markers import MARKERS, Axes
+from tpcompile.markers import MARKERS, MERGED, Axes
 from tpcompile.rules.rule import Rule, sizes_of
 from tpcompile.work import Source, Work, is_tensor
 
 from . import localise
 from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
+from .update_in_place import update_in_place
 
 SOURCE = "source"
 """The key of a local placeholder's meta data that says where its value comes from."""
@@ -44,6 +45,7 @@ class Lowering:
         groups: this rank's process groups.
         graph: the local graph being built.
         local: per node of the global graph, its local counterpart.
+        joined: the placeholders of segments that are used together.
     """
 
     work: Work
@@ -51,6 +53,7 @@ class Lowering:
     groups: Groups
     graph: Graph = field(default_factory=Graph)
     local: dict[Node, Any] = field(default_factory=dict)
+    joined: dict[tuple[Node, ...], Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.mode = fake_mode(self.work.graph)
@@ -84,6 +87,7 @@ class Lowering:
                 self.local[node] = self._call(node)
                 self._check(node)
         self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+        self._drop_joined()
         self.graph.lint()
         return GraphModule(torch.nn.Module(), self.graph, "LocalProgram")
 
@@ -104,6 +108,27 @@ class Lowering:
             new.meta["val"] = self._part(node)
         return new
 
+    def join(self, parts: Sequence[Node], dim: int) -> Node:
+        """A placeholder for segments of one parameter, given in their order: locally they are one tensor."""
+        key = tuple(parts)
+        if key not in self.joined:
+            first, last = self.local[parts[0]], self.local[parts[-1]]
+            with self.graph.inserting_after(last):
+                node = self.graph.placeholder(f"{first.name}_to_{last.name}")
+            vals = [self.local[p].meta["val"] for p in parts]
+            node.meta.update({k: first.meta[k] for k in KEPT_META if k in first.meta})
+            node.meta["val"] = value_of(torch.cat, (vals, dim), {}, self.mode)
+            node.meta[SOURCE] = replace(self.work.sources[parts[0]], segment=None, count=len(parts))
+            self.joined[key] = node
+        return self.joined[key]
+
+    def _drop_joined(self) -> None:
+        """Removes placeholders of segments that are only used together."""
+        for parts in self.joined:
+            for node in (self.local[p] for p in parts):
+                if not node.users:
+                    self.graph.erase_node(node)
+
     def _part(self, node: Node) -> torch.Tensor:
         """A fake tensor of the local size; dynamic dimensions are whole."""
         val: torch.Tensor = node.meta["val"]
@@ -114,7 +139,7 @@ class Lowering:
         return whole
 
     def _call(self, node: Node) -> Any:
-        if node.target in MARKERS:
+        if node.target in MARKERS or node.target in MERGED:
             return lower_marker(self, node)
         rule = self.shapes.factors.rules.get(node)
         name = rule.localize if isinstance(rule, Rule) and self.divided(node) else ""
@@ -155,7 +180,14 @@ def lower_graph(work: Work, coordinates: tuple[int, ...], groups: Groups) -> Gra
     if work.blocks is not None:
         unroll(local.graph, work.blocks, _copy_placeholder)
         local.recompile()
+    update_in_place(local, work.captured.outputs, _given(local.graph))
     return local
+
+
+def _given(graph: Graph) -> dict[str, Node]:
+    """The placeholders of what a call brings, by name."""
+    sources: dict[Node, Source] = {n: n.meta[SOURCE] for n in graph.find_nodes(op="placeholder")}
+    return {source.spec.name: node for node, source in sources.items() if source.spec.kind == "user"}
 
 
 def _copy_placeholder(template: Node, rename: Callable[[str], str]) -> Node:

@@ -18,10 +18,13 @@ import torch
 
 from tests import families, programs, toys
 from tests.random_programs import INPUTS, MODEL, random_program
+from tpcompile.capture import bind_call
+from tpcompile.capture.repeated_layers import ShortCapture, capture_repeated, unroll_captured
 from tpcompile.decisions import decisions_to_data
 from tpcompile.markers import COMMUNICATING
 from tpcompile.pipeline import rewrite
 from tpcompile.placements import Shard
+from tpcompile.plan import collectives_of
 from tpcompile.planner import search
 from tpcompile.planner.cost import PRESETS
 from tpcompile.planner.decide import _fits_together, plan_on_axes
@@ -119,6 +122,22 @@ LAYER = {
     "input_layernorm": "R",
     "post_attention_layernorm": "R",
 }
+
+
+def test_layers_left_out_of_the_graph_count() -> None:
+    """Of seven layers three are captured; time and collectives are those of all seven, as is the plan."""
+    model = families.build("llama", num_hidden_layers=7)
+    short = capture_repeated(model, bind_call(model, (), families.causal_inputs()), dynamic=False)
+    assert isinstance(short, ShortCapture)
+    works = [programs.planned_work(Work(short, 2))]
+    works.append(programs.planned_work(Work(unroll_captured(short), 2)))
+    placements = [_placements(w) for w in works]
+    assert placements[1] == placements[1] | placements[0]
+    for work in works:
+        rewrite(work, training=False)
+    seconds = [sum(d.cost for d in w.decisions) for w in works]
+    assert seconds[0] == pytest.approx(seconds[1], rel=1e-9)
+    assert collectives_of(works[0]) == collectives_of(works[1])
 
 
 def test_megatron_comes_out_by_itself() -> None:

@@ -105,3 +105,16 @@ class Tower(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         h = torch.tanh(self.left(x)) * self.right(y)
         return self.head(h), h
+
+
+class Masked(nn.Module):
+    """Attention with masks of its own: one that is causal, one that hides nothing, one that is neither."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1], device=x.device)
+        causal = (at[None, :] <= at[:, None])[None, None].expand(x.shape[0], 1, -1, -1)
+        every = (at[None, :] - at[:, None] < x.shape[1]) & torch.ones(1, 1, dtype=torch.bool)
+        near = causal & (at[None, :] > at[:, None] - 3)
+        heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        found = [F.scaled_dot_product_attention(heads, heads, heads, m) for m in (causal, every, near)]
+        return torch.stack(found).sum(0)

@@ -11,6 +11,7 @@ if not (_HERE / "passes").is_dir() and (_HERE.parent / "passes").is_dir():
 
 from .api import parallelize, plan  # noqa: E402
 from .errors import TpCompileError  # noqa: E402
+from .from_pretrained import from_pretrained  # noqa: E402
 from .placements import Partial, Replicate, Shard  # noqa: E402
 from .plan import Plan  # noqa: E402
 from .planner.calibrate import calibrate  # noqa: E402
@@ -25,6 +26,7 @@ __all__ = [
     "Shard",
     "TpCompileError",
     "calibrate",
+    "from_pretrained",
     "parallelize",
     "plan",
     "register_rule",

@@ -58,7 +58,7 @@ def parallelize(
         axis: the name of the mesh axis to divide over, for a mesh of several.
         dynamic: True: batch and sequence may change; False: shapes are fixed; or argument name ->
             {dimension: whether it may change}.
-        compile: run the model under ``torch.compile``.
+        compile: run every program under ``torch.compile``.
         cost_model: a ``CostModel`` or the name of a preset; by default the preset for the device.
         memory: bytes of weights that a rank may hold.
         passes: passes to run after the compiler's own.
@@ -79,7 +79,7 @@ def parallelize(
     model.__class__ = sharded_class(original, ShardedModule)
     guard_submodules(model)
     if compile:
-        model.compile()
+        runtime.compile_options = {}
     return model
 
 

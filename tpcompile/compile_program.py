@@ -129,7 +129,7 @@ class Compiler:
         def finish() -> Compiled:
             placed = layout_of(planned, tensors) if layout is None else layout
             rewritten = _follow(replace(base, layout=layout), data)
-            rewrite(rewritten, training, self.options.passes)
+            rewrite(rewritten, training, self.options.passes, self.options.cost)
             pins = make_pins(self.options.pins) if layout is None else pins_from_layout(layout)
             plan = make_plan(planned, rewritten, placed, self.options.cost, graph, pins)
             plan.timings = {"capture": clock[1] - clock[0], "plan": clock[2] - clock[1]}

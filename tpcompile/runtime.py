@@ -15,7 +15,9 @@ from .caches import Held, held_outputs
 from .capture import Captured, flatten_call, leaf_names
 from .capture.bind_call import CallSignature
 from .capture.program import InputSpec
+from .capture.size_check import Check, size_check
 from .compile_program import Compiled, Compiler
+from .compile_step import Step, compile_step, mark_open_sizes
 from .entries import Entry, divided_paths, entered, without_guards
 from .errors import TpCompileError
 from .layout import WeightLayout
@@ -67,6 +69,8 @@ class Program:
         feeds: where each placeholder's value comes from; a number stands for a leaf of the call.
         mutated: per buffer that the program changes, where it is.
         entry: the submodule that is called, "" for the model itself.
+        check: whether the sizes of a call's leaves are ones that it runs on.
+        steps: its compiled steps, by torch.compile's options.
     """
 
     compiled: Compiled
@@ -79,38 +83,55 @@ class Program:
     example: tuple[Any, ...]
     feeds: tuple[Feed | int, ...]
     mutated: tuple[Feed, ...]
+    check: Check
     entry: str = ""
+    steps: dict[str, Step] = field(default_factory=dict)
 
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
-        """Whether a call is one of this program's; plain python, so that dynamo can trace it."""
+        """Whether a call is one of this program's, by its structure apart; dynamo can trace it."""
         if names != self.names or training != self.training or len(leaves) != len(self.example):
             return False
         if autocast_of(leaves) != self.autocast:
             return False
-        for given, mine, spec in zip(leaves, self.example, self.captured.user_inputs, strict=True):
+        for given, mine in zip(leaves, self.example, strict=True):
             if isinstance(mine, Tensor) != isinstance(given, Tensor):
                 return False
             if isinstance(mine, Tensor):
                 if given.dtype != mine.dtype or given.ndim != mine.ndim:
                     return False
-                for size, extent in zip(given.shape, spec.extents or (), strict=False):
-                    if isinstance(extent, int) and size != extent:
-                        return False
             elif type(given) is not type(mine) or given != mine:
                 return False
-        return True
+        return self.check(leaves)
 
-    def run(self, leaves: Sequence[Any], bound: Mapping[str, Any]) -> Any:
-        """Runs this rank's graph, rebuilds the model's output and updates the caches of the call."""
-        given = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
+    def run(
+        self, leaves: Sequence[Any], bound: Mapping[str, Any], options: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs this rank's graph, rebuilds the model's output and updates the caches of the call.
+
+        Args:
+            leaves: the call, flat.
+            bound: the call.
+            options: torch.compile's, if the graph is to run under it.
+        """
+        given = [x.contiguous() if isinstance(x, Tensor) else None for x in leaves]
+        if options is None or torch.compiler.is_compiling():
+            return self.captured.unflatten(self.step(given), bound)
+        key = repr(sorted(options.items()))
+        if key not in self.steps:
+            mark_open_sizes(self.captured, given)
+            self.steps[key] = compile_step(self.step, f"step_{id(self)}", options)
+        return self.captured.unflatten(self.steps[key](given), bound)
+
+    def step(self, given: Sequence[Any]) -> Sequence[Any]:
+        """Runs this rank's graph on the tensors of a call; the flat results."""
         inputs = [given[feed] if isinstance(feed, int) else feed.get() for feed in self.feeds]
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
-        flat = self.graph_module.forward(*inputs)
+        flat: Sequence[Any] = self.graph_module.forward(*inputs)
         if self.mutated:
             for feed, new in zip(self.mutated, flat[len(flat) - len(self.mutated) :], strict=True):
                 with torch.no_grad():
                     feed.get().copy_(new)
-        return self.captured.unflatten(flat, bound)
+        return flat
 
     def __str__(self) -> str:
         arguments = ", ".join(
@@ -134,6 +155,7 @@ class Runtime:
         programs: one per call signature.
         caches: how tensors lie that programs handed out to be given back, by name.
         divided: the paths of modules with divided weights in them.
+        compile_options: torch.compile's for every program, or None to run them as they are.
     """
 
     compiler: Compiler
@@ -143,6 +165,7 @@ class Runtime:
     programs: list[Program] = field(default_factory=list)
     caches: dict[str, Held] = field(default_factory=dict)
     divided: frozenset[str] = frozenset()
+    compile_options: dict[str, Any] | None = None
 
     def call(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
@@ -155,14 +178,12 @@ class Runtime:
         names = tuple(bound)
         for program in self.programs:
             if program.entry == path and program.fits(names, leaves, training):
-                same = torch.compiler.is_compiling() or (
-                    program.captured.in_spec == spec and program.captured.accepts(leaves) is None
-                )
-                if same and program.autocast is None:
-                    return program.run(leaves, bound)
-                if same:
-                    with torch.autocast(device_of(leaves), enabled=False):
-                        return program.run(leaves, bound)
+                if program.captured.in_spec != spec:
+                    continue
+                if program.autocast is None:
+                    return program.run(leaves, bound, self.compile_options)
+                with torch.autocast(device_of(leaves), enabled=False):
+                    return program.run(leaves, bound, self.compile_options)
         return _capture_and_run(self, model, bound, leaves, path)
 
     def bind(
@@ -199,9 +220,10 @@ class Runtime:
             shard_weights(model, self.layout, self.compiler.rank)
             self.divided = divided_paths(model, self.layout)
         leaves, _ = flatten_call(bound)
+        captured = local_extents(compiled, self.compiler.rank)
         program = Program(
             compiled=compiled,
-            captured=local_extents(compiled, self.compiler.rank),
+            captured=captured,
             graph_module=compiled.local,
             plan=compiled.plan,
             training=model.get_submodule(path).training,
@@ -215,6 +237,7 @@ class Runtime:
                 if o.kind == "buffer_mutation"
             ),
             entry=path,
+            check=size_check(captured),
         )
         self.programs.append(program)
         return program
@@ -249,7 +272,7 @@ def _capture_and_run(
 ) -> Any:
     program = runtime.capture(model, bound, path)
     with torch.autocast(device_of(leaves), enabled=False):
-        return program.run(leaves, bound)
+        return program.run(leaves, bound, runtime.compile_options)
 
 
 def hand_out(planned: Work) -> dict[str, Held]:
@@ -317,6 +340,9 @@ def make_feeds(model: nn.Module, compiled: Compiled, rank: int) -> tuple[Feed | 
             return Feed(*places[name])
         dim = layout.params[name].packed_dim
         sizes = [s[dim] for s in layout.segment_shapes(name, rank)]
-        return Feed(*places[name], segment=(dim, sum(sizes[: source.order]), sizes[source.order]))
+        if source.count == len(sizes):
+            return Feed(*places[name])
+        mine = sizes[source.order : source.order + source.count]
+        return Feed(*places[name], segment=(dim, sum(sizes[: source.order]), sum(mine)))
 
     return tuple(feed(node.meta[SOURCE]) for node in compiled.local.graph.find_nodes(op="placeholder"))

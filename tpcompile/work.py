@@ -28,11 +28,14 @@ class Source:
         spec: the captured input.
         segment: for a parameter or buffer, which part of it (placements are filled in by the layout).
         order: segments of one parameter are held in this order; -1 for a parameter in one piece.
+        count: how many segments, from ``order`` on, the placeholder stands for (more than one only in a
+            lowered graph, where they are one tensor).
     """
 
     spec: InputSpec
     segment: Segment | None = None
     order: int = -1
+    count: int = 1
 
 
 @dataclass

@@ -159,6 +159,7 @@ def _order_outputs(
     graph: Graph, program: ExportedProgram, results: Sequence[UserResult], traced_names: Sequence[str]
 ) -> list[OutputSpec]:
     states = {result.name for result in results if result.is_state}
+    written = set()
     output = graph.output_node()
     user: list[Any] = []
     mutations: list[tuple[OutputSpec, Any]] = []
@@ -171,8 +172,9 @@ def _order_outputs(
             name = strip_prefix(str(spec.target))
             if spec.kind is OutputKind.USER_INPUT_MUTATION:
                 name = traced_names[list(program.graph_signature.user_inputs).index(str(spec.target))]
-                if name in states:
-                    continue  # the state of a cache is a result by itself
+                if name in states:  # which is a result by itself
+                    written.add(name)
+                    continue
             raise TpCompileError(
                 f"the model's forward changes {name} in place ({spec.kind.name})",
                 todo="clone the tensor before changing it",
@@ -180,7 +182,9 @@ def _order_outputs(
     traced = iter(user)
     flat = [next(traced) if result.is_traced else _constant_result(result.value) for result in results]
     specs = [
-        OutputSpec("state" if r.is_state else "user", r.name, None if r.is_traced else r.value)
+        OutputSpec("state", r.name, in_place=r.name in written)
+        if r.is_state
+        else OutputSpec("user", r.name, None if r.is_traced else r.value)
         for r in results
     ]
     output.args = ((*flat, *(value for _, value in mutations)),)

@@ -50,12 +50,14 @@ class OutputSpec:
         value: the python value, for a result that is no tensor (its graph output is that constant), or a
             ``GivenCache`` where a cache of the caller's is returned (its graph output is None).
         divided: the result belongs to a cache, which stays divided: it is handed back as it lies.
+        in_place: the model has written this state into the tensor that it was given.
     """
 
     kind: OutputKind
     name: str
     value: Any = None
     divided: bool = False
+    in_place: bool = False
 
 
 @dataclass

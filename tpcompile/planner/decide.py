@@ -68,9 +68,8 @@ def plan_on_axes(
 ) -> Work:
     """The program with the decisions on each sub-axis, one after the other."""
     factors = work.factors()
-    search = Search(
-        work.graph, factors, work.params(), cost, work.carried(factors), work.given(factors), divide_small
-    )
+    carried, given = work.carried(factors), work.given(factors)
+    search = Search(work.graph, factors, work.params(), cost, carried, given, divide_small, work.times)
     decisions: list[Assignment] = []
     for i, ranks in enumerate(axes):
         decisions.append(search.plan(ranks, decisions, pins(work, i)))

@@ -6,7 +6,7 @@ handed on (so that q, k and v pay for one conversion); every cost then involves 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ..rules.rule import Rule, operands, results
 from .assignment import Assignment
 from .axis_costs import AxisCosts, exact
 from .cost import CostModel
-from .eliminate import Problem, solve
+from .eliminate import Problem, Table, solve
 from .quantities import Quantities
 from .strategies import Strategy, strategies
 from .weights import SMALL, matrix, shares, weight_root, worth_dividing
@@ -42,6 +42,7 @@ class Search:
         given: inputs that come divided (caches), with their placement per axis.
         cost: the cost model.
         divide_small: small matrices must be divided too, whatever it costs.
+        times: how many nodes of the whole model a node stands for, where layers were left out of the graph.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class Search:
         carried: Mapping[Node, Sequence[Placement] | None] | None = None,
         given: Mapping[Node, Sequence[Placement]] | None = None,
         divide_small: bool = False,
+        times: Callable[[Node], int] = lambda _: 1,
     ) -> None:
+        self.times = times
         self.graph, self.factors, self.params, self.cost_model = graph, factors, params, cost
         self.carried, self.given = carried or {}, given or {}
         self.candidates = worth_dividing(factors, set(params))
@@ -124,8 +127,8 @@ class _Axis:
                 self._connect(value, uses)
         chosen, cost = solve(self.problem)
         params = {n: h[chosen["param", n.name]] for n, h in self.holdings.items()}
-        penalty = sum(self.costs.penalty(n, p) for n, p in params.items())
-        price = sum(self.costs.price(n, p) for n, p in params.items())
+        penalty = sum(self.search.times(n) * self.costs.penalty(n, p) for n, p in params.items())
+        price = sum(self.search.times(n) * self.costs.price(n, p) for n, p in params.items())
         return Assignment(
             self.ranks,
             {n: o[chosen["node", n.name]] for n, o in self.options.items()},
@@ -156,10 +159,10 @@ class _Axis:
         self.holdings[param] = options
         penalties = [self.costs.penalty(param, o) for o in options]
         # What no option avoids is left out, or thousands of seconds would swallow the nanoseconds.
-        least = min(penalties, default=0.0)
-        self.unavoidable += least
+        least, times = min(penalties, default=0.0), self.search.times(param)
+        self.unavoidable += times * least
         costs = [self.costs.hold_cost(param, o) + p - least for o, p in zip(options, penalties, strict=True)]
-        self.problem.variable(("param", param.name), exact(costs))
+        self.problem.variable(("param", param.name), times * exact(costs))
 
     def _compute(self, node: Node) -> None:
         rule = self.factors.rules.get(node)
@@ -170,7 +173,8 @@ class _Axis:
 
         options = strategies(node, self.factors, may_divide)
         self.options[node] = options
-        self.problem.variable(("node", node.name), exact(self.costs.times(node, options)))
+        costs = exact(self.costs.times(node, options))
+        self.problem.variable(("node", node.name), self.search.times(node) * costs)
 
     def _connect(self, value: Node, uses: list[tuple[Node, int]]) -> None:
         source, outs = self._source(value)
@@ -181,17 +185,20 @@ class _Axis:
         self.handed[value] = kinds
         name = ("shared", value.name)
         self.problem.variable(name, np.zeros(len(kinds)))
-        self.problem.table((source, name), self.costs.conversions(outs, kinds, value))
+        self.problem.table((source, name), self._conversions(outs, kinds, value))
         for use in uses:
             self._edge(name, kinds, use, value)
 
     def _edge(self, source: Name, outs: list[Placement], use: tuple[Node, int], value: Node) -> None:
         wants = self._wants(use, value)
-        table = self.costs.conversions(outs, wants, value)
+        table = self._conversions(outs, wants, value)
         if use[0] in self.options:
             self.problem.table((source, ("node", use[0].name)), table)
         else:
             self.problem.table((source,), table[:, 0])
+
+    def _conversions(self, src: list[Placement], dst: list[Placement], value: Node) -> Table:
+        return self.search.times(value) * self.costs.conversions(src, dst, value)
 
     def _wants(self, use: tuple[Node, int], value: Node) -> list[Placement]:
         node, operand = use
