@@ -41,6 +41,7 @@ def parallelize(
     cost_model: CostModel | str | None = None,
     memory: float | None = None,
     passes: Sequence[Pass] = (),
+    compose: bool = False,
 ) -> Any:
     """Makes a model tensor-parallel over a mesh, in place, and returns it.
 
@@ -62,6 +63,8 @@ def parallelize(
         cost_model: a ``CostModel`` or the name of a preset; by default the preset for the device.
         memory: bytes of weights that a rank may hold.
         passes: passes to run after the compiler's own.
+        compose: run a module that cannot be captured as the python that it is, over its submodules, which
+            are captured one by one, down to single layers. Every such module is warned about.
 
     Raises:
         TpCompileError: the request is refused; the model is unchanged.
@@ -69,15 +72,21 @@ def parallelize(
     mesh = mesh if mesh is not None else _default_mesh(model)
     ranks = _check_mesh(mesh, axis)
     _check_device(model, mesh)
-    options = _options(model, plan, cost_model, mesh.device_type, dynamic, memory, passes)
+    options = _options(model, plan, cost_model, mesh.device_type, dynamic, memory, passes, compose)
     signature, original = signature_of(model), type(model)
     example = _example(model, example_args, example_kwargs)
     runtime = Runtime(Compiler(options, ranks, mesh, axis), signature, original)
-    if example is not None:
-        runtime.capture(model, example)
+    failed = runtime.try_first(model, example) if example is not None else None
     model._tp = runtime  # type: ignore[assignment]
     model.__class__ = sharded_class(original, ShardedModule)
     guard_submodules(model)
+    if failed is not None and example is not None:
+        runtime.compose(model, "", tuple(example), failed)
+        usual = _example(
+            model, (), None
+        )  # a call without pictures, say, of which more can be planned at once
+        if runtime.layout is None and usual is not None and usual.keys() != example.keys():
+            runtime.try_first(model, usual)
     if compile:
         runtime.compile_options = {}
     return model
@@ -173,6 +182,7 @@ def _options(
     dynamic: bool | Mapping[str, Any],
     memory: float | None,
     passes: Sequence[Pass],
+    compose: bool = False,
 ) -> Options:
     if is_sharded(model):
         raise TpCompileError("this model is parallelised already", todo="use a fresh model")
@@ -186,7 +196,7 @@ def _options(
     check_pins(pins, [n for n, _ in model.named_parameters()])
     cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model or device)
     given = plan if isinstance(plan, Plan) else None
-    return Options(cost, pins, dynamic, memory, tuple(passes), given)
+    return Options(cost, pins, dynamic, memory, tuple(passes), given, compose)
 
 
 def _example(

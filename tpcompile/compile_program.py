@@ -29,7 +29,7 @@ from .passes.pipeline import Pass
 from .pins import Pin, make_pins
 from .pipeline import canonical, plan_program, rewrite, split_copy
 from .plan import Plan, make_plan
-from .plan_layout import layout_of, pins_from_layout
+from .plan_layout import extended, layout_of, pins_from_layout
 from .planner.cost import CostModel
 from .print_graph import graph_text
 from .print_plan import size_text
@@ -50,6 +50,7 @@ class Options:
         memory: bytes of weights that a rank may hold, or None.
         passes: passes that run after ours.
         plan: a plan to follow instead of making one.
+        compose: whether what cannot be captured runs as python over its parts.
     """
 
     cost: CostModel
@@ -58,6 +59,7 @@ class Options:
     memory: float | None = None
     passes: Sequence[Pass] = ()
     plan: Plan | None = None
+    compose: bool = False
 
 
 @dataclass
@@ -127,7 +129,7 @@ class Compiler:
         training = any(p.requires_grad for p in model.parameters()) or _wants_gradient(bound)
 
         def finish() -> Compiled:
-            placed = layout_of(planned, tensors) if layout is None else layout
+            placed = layout_of(planned, tensors) if layout is None else extended(layout, planned, tensors)
             rewritten = _follow(replace(base, layout=layout), data)
             rewrite(rewritten, training, self.options.passes, self.options.cost)
             pins = make_pins(self.options.pins) if layout is None else pins_from_layout(layout)

@@ -23,7 +23,11 @@ def default_example(model: nn.Module) -> dict[str, Any] | None:
     decoder = {"decoder_input_ids": tokens} if getattr(config, "is_encoder_decoder", False) else {}
     if name == "input_ids":
         return {"input_ids": tokens, **decoder}
-    if name == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+    if (
+        name == "input_features"
+        and hasattr(config, "num_mel_bins")
+        and hasattr(config, "max_source_positions")
+    ):
         frames = 2 * config.max_source_positions  # a convolution halves them
         return {"input_features": torch.zeros(BATCH, config.num_mel_bins, frames), **decoder}
     size = getattr(config, "image_size", None)

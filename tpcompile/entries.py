@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -94,15 +94,29 @@ def guarded_class(original: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         guard: _Guard = self.__dict__[_ENTRY]
         runtime: Runtime = guard.root._tp  # type: ignore[assignment]
-        if guard.entry.path in runtime.divided:
+        if guard.entry.path in runtime.divided or guard.entry.path in runtime.pieces:
             return runtime.call(guard.root, args, kwargs, guard.entry)
-        if guard.lifted is not None:
-            return guard.lifted(*args, **kwargs)
-        return original.forward(self, *args, **kwargs)
+        return _original(self, guard)(*args, **kwargs)
 
     forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
     body = {"forward": forward, "__module__": original.__module__, "__qualname__": original.__qualname__}
     return type(original.__name__, (GuardedModule, original), body)
+
+
+def _original(module: nn.Module, guard: _Guard) -> Callable[..., Any]:
+    """A guarded module's own forward."""
+    return guard.lifted or functools.partial(guard.entry.original.forward, module)
+
+
+def original_call(
+    root: nn.Module, original: type[nn.Module], path: str, signature: CallSignature, bound: dict[str, Any]
+) -> Any:
+    """Runs the python code of a module; its parts run programs of their own."""
+    args, kwargs = signature.unbind(bound)
+    if not path:
+        return original.forward(root, *args, **kwargs)
+    module = root.get_submodule(path)
+    return _original(module, module.__dict__[_ENTRY])(*args, **kwargs)
 
 
 def guard_submodules(root: nn.Module) -> None:
@@ -126,6 +140,24 @@ def divided_paths(root: nn.Module, layout: WeightLayout) -> frozenset[str]:
             parts = path.split(".") if path else []
             found |= {".".join(parts[:i]) for i in range(len(parts) + 1)}
     return frozenset(found)
+
+
+def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:
+    """The paths of all modules with matrices in them of which nobody has decided where they lie."""
+    found: set[str] = set()
+    for name, param in root.named_parameters():
+        if param.ndim > 1 and (layout is None or name in layout.open):
+            parts = name.split(".")[:-1]
+            found |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
+    return frozenset(found)
+
+
+def can_compose(root: nn.Module, path: str, layout: WeightLayout | None) -> bool:
+    """Whether a module's python can run over its parts: they have weights, and it has no slices of its own."""
+    module = root.get_submodule(path)
+    own = [f"{path}.{name}".lstrip(".") for name in module._parameters]
+    sliced = layout is not None and any(n in layout.params and not is_whole(layout.params[n]) for n in own)
+    return not sliced and any(_ENTRY in child.__dict__ for child in module.children())
 
 
 @contextmanager

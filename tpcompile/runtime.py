@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,13 +19,13 @@ from .capture.program import InputSpec
 from .capture.size_check import Check, size_check
 from .compile_program import Compiled, Compiler
 from .compile_step import Step, compile_step, mark_open_sizes
-from .entries import Entry, divided_paths, entered, without_guards
-from .errors import TpCompileError
+from .entries import Entry, can_compose, divided_paths, entered, open_paths, original_call, without_guards
+from .errors import CannotCapture, TpCompileError
 from .layout import WeightLayout
 from .lowering.local_shapes import LocalShapes
 from .lowering.lower_graph import SOURCE
 from .plan import Plan
-from .shell import shard_weights, tensors_by_name, unsharded
+from .shell import shard_more_weights, shard_weights, tensors_by_name, unsharded
 from .work import Source, Work
 
 
@@ -155,6 +156,8 @@ class Runtime:
         programs: one per call signature.
         caches: how tensors lie that programs handed out to be given back, by name.
         divided: the paths of modules with divided weights in them.
+        composed: the modules, with the arguments given, that run as python over their parts.
+        pieces: the paths of modules that get programs under them although nothing of them is divided yet.
         compile_options: torch.compile's for every program, or None to run them as they are.
     """
 
@@ -165,6 +168,8 @@ class Runtime:
     programs: list[Program] = field(default_factory=list)
     caches: dict[str, Held] = field(default_factory=dict)
     divided: frozenset[str] = frozenset()
+    composed: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
+    pieces: frozenset[str] = frozenset()
     compile_options: dict[str, Any] | None = None
 
     def call(
@@ -184,7 +189,11 @@ class Runtime:
                     return program.run(leaves, bound, self.compile_options)
                 with torch.autocast(device_of(leaves), enabled=False):
                     return program.run(leaves, bound, self.compile_options)
-        return _capture_and_run(self, model, bound, leaves, path)
+        if (path, names) not in self.composed:
+            answer = _capture_and_run(self, model, bound, leaves, path)
+            if answer is not NotImplemented:
+                return answer
+        return original_call(model, self.original, path, (entry or self).signature, bound)
 
     def bind(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
@@ -218,7 +227,12 @@ class Runtime:
         if self.layout is None:
             self.layout = compiled.plan.layout
             shard_weights(model, self.layout, self.compiler.rank)
-            self.divided = divided_paths(model, self.layout)
+        else:
+            layout, decided = compiled.plan.layout, set(self.layout.open) - set(compiled.plan.layout.open)
+            shard_more_weights(model, layout, self.compiler.rank, decided)
+            self.layout = layout
+        self.divided = divided_paths(model, self.layout)
+        self.pieces = open_paths(model, self.layout) if self.composed else frozenset()
         leaves, _ = flatten_call(bound)
         captured = local_extents(compiled, self.compiler.rank)
         program = Program(
@@ -241,6 +255,35 @@ class Runtime:
         )
         self.programs.append(program)
         return program
+
+    def try_first(self, model: nn.Module, bound: dict[str, Any]) -> TpCompileError | None:
+        """Captures a call; returns why it cannot be captured if its parts are to be captured instead.
+
+        Raises:
+            TpCompileError: it is refused for another reason, or is not to be composed.
+        """
+        try:
+            self.capture(model, bound)
+        except TpCompileError as error:
+            if not self.compiler.options.compose or not _is_capture_failure(error):
+                raise
+            return error
+        return None
+
+    def compose(self, model: nn.Module, path: str, names: tuple[str, ...], error: TpCompileError) -> bool:
+        """Whether a call that could not be captured shall run as python over the module's parts, from now on."""
+        wanted = self.compiler.options.compose and _is_capture_failure(error)
+        if not wanted or not can_compose(model, path, self.layout):
+            return False
+        self.composed.add((path, names))
+        self.pieces = open_paths(model, self.layout)
+        where = f"{path or type(model).__name__}({', '.join(names)})"
+        warnings.warn(
+            f"{where} runs as python over parts that are captured by themselves, because it cannot be "
+            f"captured as a whole: {error}",
+            stacklevel=2,
+        )
+        return True
 
     def _whole_caches(self, bound: dict[str, Any]) -> dict[str, Any]:
         """The call with tensors of whole, valueless caches in the place of this rank's parts."""
@@ -265,12 +308,22 @@ class Runtime:
                 )
 
 
+def _is_capture_failure(error: TpCompileError) -> bool:
+    """Whether an error says, on this rank or on another, that python code cannot be captured."""
+    return isinstance(error, CannotCapture) or CannotCapture.__name__ in error.what
+
+
 # Under torch.compile(fullgraph=True) the reason is the error; without fullgraph the graph breaks here.
 @torch.compiler.disable(reason="no program was captured for this call: call model.capture(...) with it first")
 def _capture_and_run(
     runtime: Runtime, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any], path: str
 ) -> Any:
-    program = runtime.capture(model, bound, path)
+    try:
+        program = runtime.capture(model, bound, path)
+    except TpCompileError as error:
+        if not runtime.compose(model, path, tuple(bound), error):
+            raise
+        return NotImplemented
     with torch.autocast(device_of(leaves), enabled=False):
         return program.run(leaves, bound, runtime.compile_options)
 
