@@ -4,8 +4,8 @@
 
 Models are small (two layers, hidden size 64): the numbers are counts, and bytes per token in multiples of the
 hidden size. The process group is torch's fake one, this process is rank 0 of ranks that do not exist; every
-collective that is issued is seen by a dispatch mode. What a rank sends is counted as a ring does it: an all-reduce
-of n bytes 2 (r - 1) / r n, an all-gather or a reduce-scatter of n bytes (the whole) half of that.
+collective that is issued is seen by a dispatch mode. What a rank sends is counted as a ring does it: an
+all-reduce of n bytes 2 (r - 1) / r n, an all-gather or a reduce-scatter of n bytes (the whole) half of that.
 
 Hugging Face's rows need the package accelerate, which transformers wants for ``tp_plan``.
 """
@@ -74,7 +74,7 @@ class Wire(TorchDispatchMode):
 
 
 def config_of(family: str) -> Any:
-    """A small model whose vocabulary is as large as its hidden size, so that the head does not outweigh all."""
+    """A small model; its vocabulary is four times its hidden size, so that the head does not outweigh all."""
     sizes = {
         "hidden_size": HIDDEN,
         "intermediate_size": 176,
@@ -118,13 +118,14 @@ def theirs(family: str, ranks: int) -> tuple[Wire, Wire]:
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config_of(family)).save_pretrained(folder)
         plan = DistributedConfig(tp_size=ranks, tp_plan="auto")
-        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan, dtype=torch.float32)
+    model.eval()
     return step(lambda x: model(input_ids=x, use_cache=False).logits, ranks)
 
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--family", action="append")
     options = parser.parse_args()

@@ -95,7 +95,7 @@ def test_family_on_two_ranks(name: str) -> None:
     lowered = simulate.lower_all(work)
     assert not fallbacks_of(work)
     share = assert_equal_to_whole(model, work, lowered, inputs(name, CAPTURED))
-    assert share <= 0.55
+    assert share <= (0.65 if name in WHOLE_MIXERS else 0.55)
     if name != "mamba":  # its recurrence is a python loop: another length is another program
         assert_equal_to_whole(model, work, lowered, inputs(name, OTHER))
     if family.collectives is not None:
@@ -104,6 +104,9 @@ def test_family_on_two_ranks(name: str) -> None:
         total = sum(math.prod(p.shape) * p.dtype.itemsize for p in layout.params.values())
         assert layout.held(0) * 2 <= (1.06 if name in SMALL_TABLES else 1.03) * total
 
+
+# Their packed projection goes through one convolution, which is not split: each rank repeats the scan.
+WHOLE_MIXERS = {"bamba"}
 
 # Tiny models of these families have one key head, or tables that are a larger share than in a real model.
 SMALL_TABLES = {"falcon_mqa", "mixer", "unet"}

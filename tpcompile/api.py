@@ -82,9 +82,7 @@ def parallelize(
     guard_submodules(model)
     if failed is not None and example is not None:
         runtime.compose(model, "", tuple(example), failed)
-        usual = _example(
-            model, (), None
-        )  # a call without pictures, say, of which more can be planned at once
+        usual = _example(model, (), None)  # perhaps one without pictures: more of it is planned at once
         if runtime.layout is None and usual is not None and usual.keys() != example.keys():
             runtime.try_first(model, usual)
     if compile:

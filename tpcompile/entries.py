@@ -153,7 +153,7 @@ def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:
 
 
 def can_compose(root: nn.Module, path: str, layout: WeightLayout | None) -> bool:
-    """Whether a module's python can run over its parts: they have weights, and it has no slices of its own."""
+    """Whether a module's python can run over its parts: they have weights, it has no slices of its own."""
     module = root.get_submodule(path)
     own = [f"{path}.{name}".lstrip(".") for name in module._parameters]
     sliced = layout is not None and any(n in layout.params and not is_whole(layout.params[n]) for n in own)

@@ -271,7 +271,7 @@ class Runtime:
         return None
 
     def compose(self, model: nn.Module, path: str, names: tuple[str, ...], error: TpCompileError) -> bool:
-        """Whether a call that could not be captured shall run as python over the module's parts, from now on."""
+        """Whether a call that could not be captured runs as python over the module's parts from now on."""
         wanted = self.compiler.options.compose and _is_capture_failure(error)
         if not wanted or not can_compose(model, path, self.layout):
             return False
