@@ -17,7 +17,7 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
 def tokens(name: str, beams: int) -> dict[str, Any]:
-    """Generates with the whole and the sharded model; what they say, the programs, the shapes of the cache."""
+    """Generates with the whole and the sharded model; what they say, the programs, the cache."""
     model = families.build(name)
     whole = copy.deepcopy(model)
     sharded = tpcompile.parallelize(model, mesh(), example_kwargs=families.inputs(name, 2, 16))

@@ -109,7 +109,7 @@ def test_family_on_two_ranks(name: str) -> None:
 WHOLE_MIXERS = {"bamba"}
 
 # Tiny models of these families have one key head, or tables that are a larger share than in a real model.
-SMALL_TABLES = {"falcon_mqa", "mixer", "unet"}
+SMALL_TABLES = {"falcon_mqa", "mixer", "unet", "clip"}
 
 
 # On four ranks everything, on three what three ranks do not divide.
