@@ -11,6 +11,7 @@ anonymous memory of a process grew at most while it read, beside the slices that
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import statistics
 import tempfile
@@ -91,7 +92,9 @@ def ours(folder: str) -> tuple[Any, list[Result]]:
 
 
 def theirs(folder: str) -> tuple[Any, list[Result]]:
-    """transformers; likewise."""
+    """transformers; likewise. It asks for accelerate, but uses nothing of it for a map of one device."""
+    accelerate = importlib.import_module("transformers.integrations.accelerate")
+    accelerate.is_accelerate_available = lambda: True  # type: ignore[attr-defined]
     found: list[Result] = []
     watched(transformers.PreTrainedModel, "_load_pretrained_model", found)
     return transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto"), found
@@ -117,8 +120,11 @@ def run(rank: int, port: int, variant: str, folder: str, out: str) -> None:
     dist.barrier()
     with Watch() as watch:
         model, reads = VARIANTS[variant](folder)
-    held = sum(_local(p).untyped_storage().nbytes() for p in model.parameters())
-    torch.save(watch.result("all") | reads[-1] | {"held": held}, f"{out}/{rank}")
+    with Watch() as use:
+        for parameter in model.parameters():
+            _local(parameter).sum()
+    held = sum(_local(p).nbytes for p in model.parameters())
+    torch.save(watch.result("all") | reads[-1] | use.result("use") | {"held": held}, f"{out}/{rank}")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.zoo [--types a,b,...] [--limit SECONDS] [--total SECONDS]
 
-One line per type: whether it is captured, the error against the unsharded model, the share of the weights that a
-rank holds, of the arithmetic that it does, how many collectives, and what is computed whole for want of a rule.
+One line per type: whether it is captured, the error against the unsharded model, the share of the weights that
+a rank holds, how many collectives, and what is computed whole for want of a rule.
 Each type runs in a process of its own that is stopped after the limit.
 """
 
@@ -129,9 +129,7 @@ def main() -> None:
     done = [found for found in seen if "failed" not in found]
     right = [found for found in done if found["error"] < 1e-5]
     halved = [found for found in right if found["share"] < 0.53 and not found["fallbacks"]]
-    print(
-        f"{len(seen)} types, {len(done)} planned, {len(right)} right, {len(halved)} of them divided completely"
-    )
+    print(f"{len(seen)} types, {len(done)} planned, {len(right)} right, {len(halved)} of them divided fully")
 
 
 if __name__ == "__main__":

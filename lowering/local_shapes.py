@@ -70,9 +70,13 @@ class LocalShapes:
 
     def minor(self, value: Node, placements: Placements, place: Shard) -> int:
         """The local size of everything inside the factor's dimension that is minor to it."""
-        product = _product(self.atoms(value, placements)[place.dim][place.factor + 1 :])
+        product = self.inside(value, placements, place)
         assert isinstance(product, int)
         return product
+
+    def inside(self, value: Node, placements: Placements, place: Shard) -> Size:
+        """As ``minor``, but it may be dynamic."""
+        return _product(self.atoms(value, placements)[place.dim][place.factor + 1 :])
 
 
 def origin(value: Node) -> Node:

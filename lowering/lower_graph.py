@@ -12,13 +12,18 @@ from torch.fx import Graph, GraphModule, Node
 from tpcompile.capture.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
 from tpcompile.graph_edit import KEPT_META, fake_mode, module_path, value_of
+from tpcompile.layout import WeightLayout
 from tpcompile.markers import MARKERS, MERGED, Axes
+from tpcompile.rules.opaque import is_opaque
 from tpcompile.rules.rule import Rule, sizes_of
 from tpcompile.work import Source, Work, is_tensor
 
 from . import localise
 from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
+from .lower_randomness import UNIFORM, lower_uniform, seed_graph
+from .opaque_module import LocalModule, lower_opaque
+from .owned_rows import begins_rows, lower_choice
 from .update_in_place import update_in_place
 
 SOURCE = "source"
@@ -46,6 +51,7 @@ class Lowering:
         graph: the local graph being built.
         local: per node of the global graph, its local counterpart.
         joined: the placeholders of segments that are used together.
+        local_modules: the modules of custom strategies, by key.
     """
 
     work: Work
@@ -54,6 +60,7 @@ class Lowering:
     graph: Graph = field(default_factory=Graph)
     local: dict[Node, Any] = field(default_factory=dict)
     joined: dict[tuple[Node, ...], Node] = field(default_factory=dict)
+    local_modules: dict[str, LocalModule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.mode = fake_mode(self.work.graph)
@@ -71,6 +78,10 @@ class Lowering:
                 where=f"{like.name} in {module_path(like)}",
                 todo="report this; a pin to replicate the parameters of that module avoids it",
             ) from error
+        return self.emit_as(target, args, val, like=like, **kwargs)
+
+    def emit_as(self, target: Any, args: tuple[Any, ...], val: Any, *, like: Node, **kwargs: Any) -> Node:
+        """Adds a call whose value is known."""
         node = self.graph.call_function(target, args, kwargs)
         node.meta.update({k: like.meta[k] for k in KEPT_META if k in like.meta})
         node.meta["val"] = val
@@ -104,8 +115,13 @@ class Lowering:
         new = self.graph.placeholder(node.name)
         new.meta.update(node.meta)
         new.meta[SOURCE] = self.work.sources[node]
-        if is_tensor(node) and any(str(p) != "R" for p in node.meta["placement"]):
-            new.meta["val"] = self._part(node)
+        name = self.work.sources[node].spec.name
+        custom = self.work.custom.parts.get(name)
+        if custom is not None:
+            shape = custom[WeightLayout(self.work.axes, {}).rank(self.shapes.coordinates)].shape
+            new.meta["val"] = value_of(torch.Tensor.new_empty, (node.meta["val"], shape), {}, self.mode)
+        elif is_tensor(node) and any(str(p) != "R" for p in node.meta["placement"]):
+            new.meta["val"] = self.part(node)
         return new
 
     def join(self, parts: Sequence[Node], dim: int) -> Node:
@@ -129,7 +145,7 @@ class Lowering:
                 if not node.users:
                     self.graph.erase_node(node)
 
-    def _part(self, node: Node) -> torch.Tensor:
+    def part(self, node: Node) -> torch.Tensor:
         """A fake tensor of the local size; dynamic dimensions are whole."""
         val: torch.Tensor = node.meta["val"]
         for dim, size in enumerate(self.shapes.shape(node, node.meta["placement"])):
@@ -141,6 +157,13 @@ class Lowering:
     def _call(self, node: Node) -> Any:
         if node.target in MARKERS or node.target in MERGED:
             return lower_marker(self, node)
+        begun = next((s for s in node.meta.get("strategies") or () if begins_rows(s)), None)
+        if begun is not None:
+            return lower_choice(self, node, begun)
+        if is_opaque(node):
+            return lower_opaque(self, node)
+        if node.target is UNIFORM:
+            return lower_uniform(self, node)
         rule = self.shapes.factors.rules.get(node)
         name = rule.localize if isinstance(rule, Rule) and self.divided(node) else ""
         if name:
@@ -179,7 +202,8 @@ def lower_graph(work: Work, coordinates: tuple[int, ...], groups: Groups) -> Gra
     local = Lowering(work, shapes, groups).run()
     if work.blocks is not None:
         unroll(local.graph, work.blocks, _copy_placeholder)
-        local.recompile()
+    seed_graph(local.graph, groups, len(work.axes))
+    local.recompile()
     update_in_place(local, work.captured.outputs, _given(local.graph))
     return local
 

@@ -18,6 +18,7 @@ from tpcompile.placements import Shard
 from tpcompile.rules.rule import arguments
 
 from . import collectives as _registers_the_operators  # noqa: F401
+from .owned_rows import owned_units, rows_here
 
 if TYPE_CHECKING:
     from .lower_graph import Lowering
@@ -108,6 +109,18 @@ def _copy_to_ranks(low: Lowering, node: Node) -> Node:
     return low.emit(ops.copy_to_ranks.default, low.map(x), low.groups.name(axes), like=node)
 
 
+def _mask_rows(low: Lowering, node: Node) -> Node:
+    x, _, place, ids = arguments(node)
+    here = rows_here(low, node, low.map(ids), owned_units(low, x.meta["placement"], place))
+    for _ in range(x.meta["val"].ndim - 1 - place.dim):
+        here = low.emit(aten.unsqueeze.default, here, -1, like=node)
+    return low.emit(aten.where.ScalarOther, here, low.map(x), 0.0, like=node)
+
+
+def _keep_whole(low: Lowering, node: Node) -> Any:
+    return low.map(arguments(node)[0])
+
+
 def _matmul_merged(low: Lowering, node: Node) -> list[Node]:
     """One matmul on segments that lie together; its results stand beside each other in the last dimension."""
     target, *args = arguments(node)
@@ -154,10 +167,16 @@ def _along(low: Lowering, node: Node, move: _Move) -> Node:
     """Issues a collective along a factor; one that is not the major of its dimension is exposed first."""
     x = low.map(move.value) if move.local is None else move.local
     dim, index = move.place.dim, low.groups.index(move.axes)
-    minor = low.shapes.minor(move.value, move.placements, move.place)
+    minor = low.shapes.inside(move.value, move.placements, move.place)
     parts = low.shapes.parts(move.value, move.placements, move.place, move.axes)
-    sizes = [p * minor for p in parts]
     group = [] if move.op is ops.pad_shard.default else [low.groups.name(move.axes)]
+    if not isinstance(minor, int):  # such as (experts tokens)
+        assert move.place.factor == 0, "only static sizes are divided"
+        held = parts[index] if move.from_part else sum(parts)
+        opened = low.emit(aten.unflatten.int, x, dim, [held, -1], like=node)
+        moved = low.emit(move.op, opened, *group, dim, parts, index, like=node)
+        return low.emit(aten.flatten.using_ints, moved, dim, dim + 1, like=node)
+    sizes = [p * minor for p in parts]
     if move.place.factor == 0:
         return low.emit(move.op, x, *group, dim, sizes, index, like=node)
     inner = sizes[index] if move.from_part else sum(sizes)
@@ -178,6 +197,8 @@ _LOWER: dict[Any, Callable[[Lowering, Node], Any]] = {
     markers.all_to_all: _all_to_all,
     markers.keep_first: _keep_first,
     markers.copy_to_ranks: _copy_to_ranks,
+    markers.keep_whole: _keep_whole,
+    markers.mask_rows: _mask_rows,
     markers.matmul_merged: _matmul_merged,
     markers.part_of: _part_of,
 }

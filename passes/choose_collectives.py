@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch.fx import Node
+
 from tpcompile import markers
 from tpcompile.errors import TpCompileError
 from tpcompile.graph_edit import call
 from tpcompile.markers import Axes, Placements
-from tpcompile.placements import Partial, Placement, R, Replicate, Shard
+from tpcompile.placements import Owned, Partial, Placement, R, Replicate, Shard
 from tpcompile.work import Work
 
 from .pipeline import Pass
@@ -35,11 +37,21 @@ class ChooseCollectives(Pass):
             value, src, dst = node.args
             with work.graph.inserting_before(node):
                 for target, options, after in steps(src, dst):
+                    if target is markers.mask_rows:
+                        options = (*options, _whole_value(work, options[1].ids))
                     value = call(work.graph, target, (value, *options), like=node)
                     value.meta["placement"] = after
             node.replace_all_uses_with(value)
             work.graph.erase_node(node)
         return bool(found)
+
+
+def _whole_value(work: Work, name: str) -> Node:
+    """The value of that name, which says each row's expert and must be whole."""
+    found = next(n for n in work.graph.nodes if n.name == name)
+    if any(p != R for p in found.meta.get("placement", ())):
+        raise TpCompileError(f"{name} is divided, but says whose rows are whose", todo="report this plan")
+    return found
 
 
 def steps(src: Placements, dst: Placements) -> Iterator[Step]:
@@ -49,13 +61,18 @@ def steps(src: Placements, dst: Placements) -> Iterator[Step]:
         TpCompileError: no collective does it.
     """
     _refuse_impossible(src, dst)
-    moves = _Moves(list(src), dst)
+    # Rows of experts are masked first, which leaves sums, and are whole before they belong to anybody.
+    entered = tuple(R if isinstance(y, Owned) and x != y else y for x, y in zip(src, dst, strict=True))
+    moves = _Moves(list(src), entered)
+    yield from moves.mask()
     yield from moves.enter()
     yield from moves.reduce()
     yield from moves.exchange()
     yield from moves.leave()
     yield from moves.enter()
     yield from moves.keep()
+    moves.dst = dst
+    yield from moves.disown()
 
 
 class _Moves:
@@ -67,6 +84,20 @@ class _Moves:
 
     def __init__(self, now: list[Placement], dst: Placements) -> None:
         self.now, self.dst = now, dst
+
+    def mask(self) -> Iterator[Step]:
+        """``O -> P``, whatever comes then."""
+        for place in dict.fromkeys(p for p in self.now if isinstance(p, Owned)):
+            axes = self._axes(lambda x, y, place=place: x == place and y != place)  # type: ignore[misc]
+            if axes:
+                yield self._move(markers.mask_rows, axes, Partial(), place)
+
+    def disown(self) -> Iterator[Step]:
+        """``R -> O``: nothing moves, but each rank will have a part of the gradient."""
+        for place in dict.fromkeys(p for p in self.dst if isinstance(p, Owned)):
+            axes = self._axes(lambda x, y, place=place: x != place and y == place)  # type: ignore[misc]
+            if axes:
+                yield self._move(markers.copy_to_ranks, axes, place)
 
     def enter(self) -> Iterator[Step]:
         """``R -> S`` and ``P -> S``, wherever it is possible; what moves nothing comes first."""

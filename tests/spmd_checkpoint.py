@@ -22,6 +22,7 @@ from tpcompile.module import ShardedModule
 from tpcompile.planner.cost import preset
 from tpcompile.runtime import Runtime
 from tpcompile.shell import shard_weights, sharded_class
+from tpcompile.strategies.custom_modules import CustomModules
 
 
 def shell(name: str, data: dict[str, Any], empty: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -38,7 +39,7 @@ def shell(name: str, data: dict[str, Any], empty: bool = False) -> tuple[nn.Modu
     both = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "tp"))
     compiler = Compiler(Options(preset("cpu"), {}), layout.ranks, both, "tp")
     runtime = Runtime(compiler, signature_of(model), type(model), layout)
-    shard_weights(model, layout, compiler.rank)
+    shard_weights(model, layout, compiler.rank, CustomModules())
     model._tp = runtime  # type: ignore[assignment]
     model.__class__ = sharded_class(type(model), ShardedModule)
     expected = {key: value.clone() for key, value in model.state_dict().items()}

@@ -13,6 +13,7 @@ import transformers
 
 import tpcompile
 from tests import families
+from tests.spmd_checkpoint import shell
 from tests.spmd_models import CAPTURED, OTHER, call, error, mesh
 from tpcompile.shell import tensors_by_name
 
@@ -61,6 +62,15 @@ def load(name: str, folder: str, dtype: Any, out: str, decode: bool) -> dict[str
     found["there"] = os.path.exists(out)
     found["failed save"] = failed_save(model, out)
     return found
+
+
+def save_replicas(name: str, data: dict[str, Any], folder: str) -> list[bool]:
+    """Saves from a mesh of two axes: whether the checkpoint is there afterwards, and nothing else."""
+    model: Any = shell(name, data)[0]
+    model.save_pretrained(folder, max_shard_size="30KB")
+    there = os.path.exists(os.path.join(folder, "model.safetensors.index.json"))
+    dist.barrier()
+    return [there, os.listdir(os.path.dirname(folder)) == [os.path.basename(folder)]]
 
 
 def failed_save(model: Any, folder: str) -> str:

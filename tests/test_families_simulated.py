@@ -22,17 +22,22 @@ from tpcompile import markers
 from tpcompile.capture import bind_call, capture
 from tpcompile.capture.fake_model import no_fused_encoder
 from tpcompile.decisions import decisions_from_data, decisions_to_data
+from tpcompile.errors import TpCompileError
 from tpcompile.layout import WeightLayout
+from tpcompile.pins import make_pins
 from tpcompile.pipeline import canonical, plan_program, rewrite, split_copy
 from tpcompile.plan import fallbacks_of
 from tpcompile.plan_layout import layout_of
 from tpcompile.planner.cost import preset
 from tpcompile.shell import whole_tensors
+from tpcompile.strategies.hf_plan import hf_plan
+from tpcompile.strategies.read_rules import Rules, read_rules
 from tpcompile.work import Work
 
 CAPTURED = (2, 16)
 OTHER = (3, 19)
 F64 = torch.float64
+NO_RULES = Rules()
 
 
 @functools.lru_cache(maxsize=1)
@@ -48,11 +53,11 @@ def inputs(name: str, sizes: tuple[int, int]) -> dict[str, Any]:
     return families.inputs(name, *sizes, F64) if name in families.FAMILIES else families.causal_inputs(*sizes)
 
 
-def sharded(name: str, ranks: int) -> tuple[nn.Module, Work, WeightLayout]:
-    """The model with its rewritten program and layout for some ranks."""
+def sharded(name: str, ranks: int, rules: Rules = NO_RULES) -> tuple[nn.Module, Work, WeightLayout]:
+    """The model with its rewritten program and layout for some ranks, under a plan's rules."""
     model, base = captured(name)
     base.ranks = ranks
-    planned = plan_program(base, preset("cpu"), lambda _work, _axis: {})
+    planned = plan_program(base, preset("cpu"), make_pins(rules.wishes))
     work = split_copy(base, planned.split_groups)
     decisions_from_data(work, decisions_to_data(planned))
     layout = layout_of(work, whole_tensors(model))
@@ -103,6 +108,27 @@ def test_family_on_two_ranks(name: str) -> None:
     if family.dense and name != "qwen2_vl":  # text leaves its vision tower alone
         total = sum(math.prod(p.shape) * p.dtype.itemsize for p in layout.params.values())
         assert layout.held(0) * 2 <= (1.06 if name in SMALL_TABLES else 1.03) * total
+    if name in WITHOUT_PLAN:
+        with pytest.raises(TpCompileError, match="no tensor-parallel plan"):
+            hf_plan(model)
+    else:
+        check_own_plan(name)
+
+
+# What transformers has no plan for; all others are also checked with their own one.
+WITHOUT_PLAN = {
+    *("gpt2", "opt", "falcon_mqa", "falcon_gqa", "falcon_mha", "bloom", "gptj", "stablelm", "mamba"),
+    *("bert", "vit", "transformer_encoder", "mixer", "unet", "two_towers"),
+}
+
+
+def check_own_plan(name: str) -> None:
+    """``plan="hf"``: the right numbers, and the arithmetic as divided as with our own."""
+    model = captured(name)[0]
+    rules = read_rules(model, hf_plan(model), own=True)
+    assert rules.wishes
+    model, work, _ = sharded(name, 2, rules)
+    assert assert_equal_to_whole(model, work, simulate.lower_all(work), inputs(name, CAPTURED)) <= 0.55
 
 
 # Their packed projection goes through one convolution, which is not split: each rank repeats the scan.

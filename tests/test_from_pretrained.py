@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,18 @@ from tests import spmd_from_pretrained
 from tests.spmd import run_spmd
 from tests.spmd_models import build
 from tests.test_checkpoint import fewer, planned
+from tpcompile.layout import WeightLayout, whole_layout
 from tpcompile.loading.expressions import Expression, Leaf
 from tpcompile.loading.fill_tensor import Filler
 from tpcompile.loading.lazy_tensor import LazyTensor
+from tpcompile.loading.leaf_boxes import leaf_boxes
 from tpcompile.loading.load_slices import load_slices
 from tpcompile.loading.match_keys import warn_unexpected
 from tpcompile.loading.read_headers import MappedFiles
 from tpcompile.loading.request import Built, Request
+from tpcompile.selection import Selection
 from tpcompile.shell import shard_weights, tensors_by_name
+from tpcompile.strategies.custom_modules import CustomModules
 
 TIMEOUT = 240
 CPU = torch.device("cpu")
@@ -75,7 +81,18 @@ def test_boxes_of_conversions(name: str, data: st.DataObject) -> None:
     filler.fill(target, lazy.expression, offsets)
     box = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
     assert torch.equal(target, expected[box])
+    needs_whole = name in ("reshape", "step", "arithmetic")
+    assert needs_whole or not filler._whole, "a copy was made on the way"
     assert torch.equal(filler.whole(lazy.expression), expected)
+    # What is announced to be read is all that counts, and no more than that unless an operator needs it.
+    boxes = list(leaf_boxes(lazy.expression, offsets, sizes))
+    parts = [torch.zeros(4, 6) for _ in tensors]
+    for leaf, start, shape in boxes:
+        inside = tuple(slice(o, o + s) for o, s in zip(start, shape, strict=True))
+        parts[int(leaf.name)][inside] = tensors[int(leaf.name)][inside]
+    assert torch.equal(CONVERSIONS[name](parts)[box], expected[box])
+    if not needs_whole:
+        assert sum(math.prod(shape) for _, _, shape in boxes) == target.numel()
 
 
 def test_conversions_that_cannot_be_recorded() -> None:
@@ -155,10 +172,29 @@ def test_every_rank_reads_its_slices(
     for lying in (layout, fewer(layout, 2)):
         for rank in range(lying.ranks):
             built = opened(tmp_path, dtype=dtype)
-            shard_weights(built.model, lying, rank)
-            load_slices(built.model, built.expressions, lying, rank, CPU)
+            load_rank(built, lying, rank)
             for key, local in tensors_of(built.model).items():
                 assert torch.equal(local, lying.shard(key, expected[key].detach(), rank)), key
+
+
+def load_rank(built: Built, layout: WeightLayout, rank: int) -> None:
+    """One rank's slices, without a group."""
+    shard_weights(built.model, layout, rank, CustomModules())
+    load_slices(built.model, built.expressions, layout, rank, CPU, CustomModules())
+
+
+def test_parts_that_a_custom_strategy_has_cut(tmp_path: Path) -> None:
+    """Rows in any order, which no box of the local tensor says."""
+    model_class = checkpoint_of("llama", tmp_path)
+    expected = tensors_of(model_class.from_pretrained(tmp_path))
+    name, runs = "model.layers.0.mlp.up_proj.weight", (((60, 8), (0, 20)), ((0, 40),))
+    params = {key: whole_layout(key, tensor, 1) for key, tensor in expected.items()}
+    params[name] = replace(params[name], selection=Selection("own", ((28, 40),), (runs,)))
+    built = opened(tmp_path)
+    load_rank(built, WeightLayout((1,), params), 0)
+    found = tensors_of(built.model)
+    assert torch.equal(found.pop(name), torch.cat([expected[name][60:], expected[name][:20]]))
+    assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
 def test_the_kinds_of_folders(tmp_path: Path) -> None:

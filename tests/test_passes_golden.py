@@ -17,6 +17,7 @@ from tpcompile.passes.choose_collectives import ChooseCollectives
 from tpcompile.passes.coalesce_collectives import CoalesceCollectives
 from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
 from tpcompile.passes.insert_reshards import InsertReshards
+from tpcompile.passes.keep_whole import KeepWhole
 from tpcompile.passes.merge_matmuls import MergeMatmuls
 from tpcompile.passes.pipeline import Pass, run_passes
 from tpcompile.passes.simplify_masks import SimplifyMasks
@@ -68,6 +69,7 @@ CANONICAL, ANNOTATE, RESHARD, CHOOSE = (
 )
 SPLIT, COPY, COALESCE = SplitPackedMatmul(frozenset({"qkv"})), InsertGradientCopies(), CoalesceCollectives()
 PLACED = (ANNOTATE, RESHARD)
+KEEP = KeepWhole(frozenset({"up"}), frozenset({"down"}))
 
 CASES = {
     "canonicalise_rearranged": Case(toys.Rearranged, X12, CANONICAL, -2, planned=False),
@@ -76,6 +78,7 @@ CASES = {
         toys.Masked, X12, SimplifyMasks(), -6, (CANONICAL,), planned=False, dynamic=True
     ),
     "split_packed_matmul_attention": Case(_attention(True), X20, SPLIT, -1, (CANONICAL,), planned=False),
+    "keep_whole_mlp": Case(toys.Mlp, X12, KEEP, 2, (CANONICAL,), planned=False),
     "annotate_placements_mlp": Case(toys.Mlp, X12, ANNOTATE, 0),
     "annotate_placements_attention": Case(_attention(False), X20, ANNOTATE, 0),
     "insert_reshards_mlp": Case(toys.Mlp, X12, RESHARD, 2, (ANNOTATE,)),
@@ -160,6 +163,19 @@ def test_optional_passes_change_no_result(left_out: str) -> None:
     run_passes(work, [p for p in after_planning(training=True) if p.name != left_out])
     for results in programs.run_ranks(work, model, *inputs):
         torch.testing.assert_close(results, _results(model, inputs), rtol=1e-11, atol=1e-11)
+
+
+def test_what_is_kept_whole_is_gathered() -> None:
+    """Both matmuls are divided, each by itself: what they give is gathered, and all is right."""
+    model, inputs = toys.Mlp().double(), [torch.randn(3, 7, 12, dtype=torch.float64)]
+    base = programs.canonicalised(model, *inputs)
+    run_passes(base, [KEEP])
+    work = programs.planned_work(base)
+    rewrite(work, training=True)
+    assert work.text().count(" = all_gather(") == 2
+    for results in programs.run_ranks(work, model, *inputs):
+        torch.testing.assert_close(results, _results(model, inputs), rtol=1e-11, atol=1e-11)
+    programs.gradients_agree(work, model, *inputs)
 
 
 def test_split_segments_lie_as_the_layout_says() -> None:

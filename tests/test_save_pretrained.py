@@ -19,7 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tpcompile
+from tests import spmd_from_pretrained
+from tests.spmd import run_spmd
 from tests.spmd_models import build
+from tests.test_checkpoint import fewer, planned
 from tpcompile.capture.bind_call import signature_of
 from tpcompile.compile_program import Compiler, Options
 from tpcompile.loading.expressions import Leaf
@@ -129,6 +132,17 @@ def test_folders_are_exchanged_where_the_system_cannot(
     assert (tmp_path / "old" / "file").read_text() == "old"
     replacing.replace_folder(tmp_path / "new", tmp_path / "old", lambda name: False)
     assert (tmp_path / "old" / "file").read_text() == "new" and os.listdir(tmp_path) == ["old"]
+
+
+def test_one_replica_of_several_writes(tmp_path: Path) -> None:
+    """Two models over two ranks each: packed segments are put together, once."""
+    name = "phi3_unequal_segments"
+    layout = fewer(planned(name, 4), 2).to_json()
+    for found in run_spmd(spmd_from_pretrained.save_replicas, 4, name, layout, str(tmp_path / "out")):
+        assert all(found)
+    model: Any = build(name)
+    state = type(model).from_pretrained(tmp_path / "out").state_dict()
+    assert states_equal(state, model.state_dict())
 
 
 KILLED = """

@@ -41,6 +41,22 @@ class Attention(nn.Module):
         return out
 
 
+class PackedColumns(nn.Module):
+    """A packed projection that holds its weight by columns, as gpt2 does, with parts of unequal sizes."""
+
+    def __init__(self, width: int = 12, sizes: tuple[int, ...] = (20, 8)) -> None:
+        super().__init__()
+        self.sizes = list(sizes)
+        self.weight = nn.Parameter(torch.randn(width, sum(sizes)) / 4)
+        self.bias = nn.Parameter(torch.randn(sum(sizes)))
+        self.first, self.second = (nn.Linear(size, width, bias=False) for size in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.addmm(self.bias, x.flatten(0, 1), self.weight).split(self.sizes, -1)
+        out: Tensor = self.first(F.relu(a)) + self.second(F.relu(b))
+        return out
+
+
 class Parallel(nn.Module):
     """Attention and MLP beside each other, as in cohere: their sums can be reduced together."""
 

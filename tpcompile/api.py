@@ -17,13 +17,16 @@ from .compile_program import Compiler, Options
 from .default_example import default_example
 from .entries import guard_submodules
 from .errors import TpCompileError
+from .generation import ShardedGeneration
 from .module import ShardedModule, is_sharded
 from .passes.pipeline import Pass
-from .pins import Pin, check_pins
 from .plan import Plan
 from .planner.cost import CostModel, preset
 from .runtime import Runtime
 from .shell import sharded_class
+from .strategies.custom_strategy import split_plan
+from .strategies.hf_plan import hf_plan
+from .strategies.read_rules import Pin, Rules, read_rules
 
 PlanLike = str | Plan | Mapping[str, Pin]
 
@@ -54,8 +57,9 @@ def parallelize(
         example_args: positional arguments of a typical call. Without examples a transformers model is
             captured with ``input_ids`` of shape [2, 16], any other module at its first call.
         example_kwargs: keyword arguments of that call.
-        plan: ``"auto"``, a ``Plan``, or pins: glob of a module or parameter -> ``Shard(dim)``,
-            ``Replicate()``, ``"colwise"``, ``"rowwise"`` or ``"replicate"``.
+        plan: ``"auto"``, a ``Plan``, or rules: glob of a module or parameter -> ``Shard(dim)``,
+            ``Replicate()`` or the name of a strategy, as in a ``tp_plan`` of transformers. ``"hf"`` is
+            the model's own such plan, ``"hf-ep"`` the one with whole experts on each rank.
         axis: the name of the mesh axis to divide over, for a mesh of several.
         dynamic: True: batch and sequence may change; False: shapes are fixed; or argument name ->
             {dimension: whether it may change}.
@@ -78,7 +82,8 @@ def parallelize(
     runtime = Runtime(Compiler(options, ranks, mesh, axis), signature, original)
     failed = runtime.try_first(model, example) if example is not None else None
     model._tp = runtime  # type: ignore[assignment]
-    model.__class__ = sharded_class(original, ShardedModule)
+    generates = hasattr(original, "generate") and hasattr(original, "_sample")
+    model.__class__ = sharded_class(original, ShardedGeneration if generates else ShardedModule)
     guard_submodules(model)
     if failed is not None and example is not None:
         runtime.compose(model, "", tuple(example), failed)
@@ -118,12 +123,24 @@ def plan(
         raise TpCompileError(f"{ranks!r} is no number of ranks", todo="give a mesh or a positive number")
     device = mesh_or_sizes.device_type if isinstance(mesh_or_sizes, DeviceMesh) else "h100"
     options = _options(model, plan, cost_model, device, dynamic, memory, ())
-    example = _example(model, example_args, example_kwargs, planning=True)
+    example = example_call(model, example_args, example_kwargs)
+    return Compiler(options, ranks).compile(model, example, None).plan
+
+
+def example_call(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The call to plan a model for: the one that is given, or the default one of a transformers model.
+
+    Raises:
+        TpCompileError: none is given, and there is no default.
+    """
+    example = _example(model, args, kwargs, planning=True)
     if example is None:
         raise TpCompileError(
             "an example call is needed to capture this model", todo="give example_args or example_kwargs"
         )
-    return Compiler(options, ranks).compile(model, example, None).plan
+    return example
 
 
 def _default_mesh(model: nn.Module) -> DeviceMesh:
@@ -188,13 +205,25 @@ def _options(
         raise TpCompileError(
             "the model's parameters are DTensors", todo="parallelize first, then apply FSDP or the like"
         )
-    if isinstance(plan, str) and plan != "auto":
-        raise TpCompileError(f"unknown plan {plan!r}", todo='give "auto", a Plan, or a dict of pins')
-    pins = plan if isinstance(plan, Mapping) else {}
-    check_pins(pins, [n for n, _ in model.named_parameters()])
+    rules, custom = _rules(model, plan)
     cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model or device)
     given = plan if isinstance(plan, Plan) else None
-    return Options(cost, pins, dynamic, memory, tuple(passes), given, compose)
+    return Options(cost, rules, dynamic, memory, tuple(passes), given, custom, compose)
+
+
+def _rules(model: nn.Module, plan: PlanLike) -> tuple[Rules, dict[str, str]]:
+    """What a plan asks of the model's parameters, and its custom strategies by glob."""
+    if isinstance(plan, Mapping):
+        pins, custom = split_plan(plan)
+        return read_rules(model, pins), custom
+    if plan in ("hf", "hf-ep"):
+        pins, custom = split_plan(hf_plan(model, experts=plan == "hf-ep"))
+        return read_rules(model, pins, own=True), custom
+    if isinstance(plan, str) and plan != "auto":
+        raise TpCompileError(
+            f"unknown plan {plan!r}", todo='give "auto", "hf", "hf-ep", a Plan, or a dict of rules'
+        )
+    return Rules(), {}
 
 
 def _example(

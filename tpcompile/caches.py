@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec
 from .capture import Captured
 from .errors import TpCompileError
 from .factors import Factors
-from .placements import Placement, R, Shard
+from .placements import Placement, R, Shard, split_evenly
 from .rules.rule import Size
 
 
@@ -42,9 +42,46 @@ class Held:
                 f"a cache tensor has {local.ndim} dimensions, {len(self.atoms)} were handed out",
                 todo="give the cache back as the model returned it",
             )
-        divided = {shard[0] for shard in self.shards if shard is not None}
-        shape = [math.prod(self.atoms[d]) if d in divided else s for d, s in enumerate(local.shape)]
+        shape = [math.prod(self.atoms[d]) if d in self.divided else s for d, s in enumerate(local.shape)]
         return torch.empty(shape, dtype=local.dtype, device="meta")
+
+    def part(self, given: Tensor, axes: Sequence[int], coordinates: Sequence[int]) -> Tensor:
+        """A rank's part, from the whole tensor; what is a part already comes back as it is.
+
+        Args:
+            given: what the caller brings.
+            axes: the sizes of the sub-axes.
+            coordinates: the rank's position on each.
+
+        Raises:
+            TpCompileError: it is neither.
+        """
+        whole = self.whole(given)
+        part, local = given, list(whole.shape)
+        for dim in self.divided:
+            sizes, first = list(self.atoms[dim]), [0] * len(self.atoms[dim])
+            for ranks, at, shard in zip(axes, coordinates, self.shards, strict=True):
+                if shard is not None and shard[0] == dim:
+                    mine = split_evenly(sizes[shard[1]], ranks)
+                    first[shard[1]] += sum(mine[:at])
+                    sizes[shard[1]] = mine[at]
+            local[dim] = math.prod(sizes)
+            if given.shape == whole.shape:
+                split = part.unflatten(dim, self.atoms[dim])
+                for factor, (start, size) in enumerate(zip(first, sizes, strict=True)):
+                    split = split.narrow(dim + factor, start, size)
+                part = split.flatten(dim, dim + len(sizes) - 1)
+        if list(part.shape) != local:
+            raise TpCompileError(
+                f"a cache tensor has the shape {list(given.shape)}, {local} was handed out to this rank",
+                todo=f"give the cache back as the model returned it, or whole: {list(whole.shape)}",
+            )
+        return part.contiguous()
+
+    @property
+    def divided(self) -> set[int]:
+        """The dimensions that are divided."""
+        return {shard[0] for shard in self.shards if shard is not None}
 
     def placements(self, factors: Factors, value: Any) -> tuple[Placement, ...]:
         """The same places among the (perhaps finer) factors of a program's value.

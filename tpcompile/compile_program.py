@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch.fx import GraphModule
 from .agree import compare, from_first, together
 from .caches import Held, mark_caches
 from .capture import flatten_call
+from .capture.repeated_layers import unroll_captured
 from .capture.share_capture import capture_shared
+from .compare_plans import outcome_of, worse
 from .decisions import decisions_from_data, decisions_to_data
 from .errors import TpCompileError
 from .graph_edit import module_path
@@ -26,7 +29,7 @@ from .layout import WeightLayout
 from .lowering.groups import AxisGroups
 from .lowering.lower_graph import lower_graph
 from .passes.pipeline import Pass
-from .pins import Pin, make_pins
+from .pins import make_pins, unlike_copies, unmet
 from .pipeline import canonical, plan_program, rewrite, split_copy
 from .plan import Plan, make_plan
 from .plan_layout import extended, layout_of, pins_from_layout
@@ -36,6 +39,8 @@ from .print_plan import size_text
 from .rules.randomness import random_nodes
 from .shell import whole_tensors
 from .store_plan import Decisions, plan_cached
+from .strategies.custom_modules import CustomModules, partition_modules
+from .strategies.read_rules import Rules
 from .work import Work
 
 
@@ -45,20 +50,22 @@ class Options:
 
     Attributes:
         cost: the cost model.
-        pins: placements for single parameters.
+        rules: what the user's plan asks of single parameters.
         dynamic: which dimensions of the inputs may change (see ``capture``).
         memory: bytes of weights that a rank may hold, or None.
         passes: passes that run after ours.
         plan: a plan to follow instead of making one.
+        custom: custom strategies by glob of a module.
         compose: whether what cannot be captured runs as python over its parts.
     """
 
     cost: CostModel
-    pins: Mapping[str, Pin]
+    rules: Rules = field(default_factory=Rules)
     dynamic: bool | Mapping[str, Any] = True
     memory: float | None = None
     passes: Sequence[Pass] = ()
     plan: Plan | None = None
+    custom: Mapping[str, str] = field(default_factory=dict)
     compose: bool = False
 
 
@@ -96,6 +103,7 @@ class Compiler:
         self.group: dist.ProcessGroup | None = mesh.get_group(axis) if mesh is not None else None
         self.rank = mesh.get_local_rank(axis) if mesh is not None else 0
         self._groups: dict[tuple[int, ...], AxisGroups] = {}
+        self._custom: CustomModules | None = None
 
     def compile(
         self,
@@ -116,7 +124,8 @@ class Compiler:
             TpCompileError: on all ranks, if any of them fails or they disagree.
         """
         clock = [time.perf_counter()]
-        base = together(self.group, "capture the model", lambda: self._capture(model, bound))
+        self._custom_modules(model)  # of all ranks together
+        base = together(self.group, "capture the model", lambda: self.capture(model, bound))
         base.caches = caches or {}
         clock.append(time.perf_counter())
         graph = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
@@ -132,20 +141,67 @@ class Compiler:
             placed = layout_of(planned, tensors) if layout is None else extended(layout, planned, tensors)
             rewritten = _follow(replace(base, layout=layout), data)
             rewrite(rewritten, training, self.options.passes, self.options.cost)
-            pins = make_pins(self.options.pins) if layout is None else pins_from_layout(layout)
+            pins = make_pins(self.options.rules.wishes) if layout is None else pins_from_layout(layout)
             plan = make_plan(planned, rewritten, placed, self.options.cost, graph, pins)
             plan.timings = {"capture": clock[1] - clock[0], "plan": clock[2] - clock[1]}
             return Compiled(planned, rewritten, plan, self._lower(rewritten))
 
-        return together(self.group, "lower the model", finish)
+        compiled = together(self.group, "lower the model", finish)
+        if layout is None and self.options.rules.wishes:
+            self._remark(base, compiled, tensors)
+        return compiled
 
-    def _capture(self, model: nn.Module, bound: dict[str, Any]) -> Work:
+    def _remark(self, base: Work, compiled: Compiled, tensors: Mapping[str, Tensor]) -> None:
+        """Adds to a plan what its user should know of the rules that it follows, and warns of it once."""
+
+        def remarks() -> list[str]:
+            rules = self.options.rules
+            found = [*rules.notes, *unmet(base, rules.wishes)]
+            mine = outcome_of(compiled.plan)
+            best = outcome_of(self.without_rules().plan_captured(base, tensors))
+            if worse(mine, best):
+                found.append(f'the rules of the plan cost: {mine}; plan="auto" has {best}')
+            return found
+
+        notes = from_first(self.group, remarks)
+        compiled.plan.notes += tuple(notes)
+        if notes and self.rank == 0:
+            warnings.warn("\n".join(notes), stacklevel=2)
+
+    def plan_captured(self, base: Work, tensors: Mapping[str, Tensor], *, coalesce: bool = True) -> Plan:
+        """A plan for a program that this rank has captured; other ranks are not asked."""
+        data = self._decide(base, None, "", tensors)
+        planned, rewritten = _follow(base, data), _follow(base, data)
+        rewrite(rewritten, training=False, cost=self.options.cost, coalesce=coalesce)
+        pins = make_pins(self.options.rules.wishes)
+        return make_plan(planned, rewritten, layout_of(planned, tensors), self.options.cost, "", pins)
+
+    def without_rules(self) -> Compiler:
+        """A compiler that plans automatically, for comparison."""
+        return Compiler(replace(self.options, rules=Rules(), plan=None), self.ranks)
+
+    def _custom_modules(self, model: nn.Module) -> CustomModules:
+        """The modules of custom strategies; the first program finds them while the weights are whole."""
+        if self._custom is None:
+            mesh = self.mesh[self.axis] if self.mesh is not None and self.axis is not None else self.mesh
+            where = (self.ranks, mesh, self.group, self.rank)
+            self._custom = partition_modules(model, self.options.custom, *where)
+        return self._custom
+
+    def capture(self, model: nn.Module, bound: dict[str, Any]) -> Work:
+        """The canonical program of one call signature."""
+        custom = self._custom_modules(model)
         differentiable = any(p.requires_grad for p in model.parameters())
         device = self._device(model)
         # A program captured with gradients also serves calls without them.
         with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
-            captured = capture_shared(model, bound, self.group, dynamic=self.options.dynamic, device=device)
-        base = canonical(mark_caches(captured), self.ranks)
+            with custom.captured(model):
+                captured = capture_shared(
+                    model, bound, self.group, dynamic=self.options.dynamic, device=device
+                )
+        if unlike_copies(Work(captured, self.ranks), self.options.rules.wishes):
+            captured = unroll_captured(captured)
+        base = replace(canonical(mark_caches(captured), self.ranks), custom=custom)
         _refuse_randomness(base)
         return base
 
@@ -170,7 +226,7 @@ class Compiler:
         if given is not None:
             layout = given.layout
         o = self.options
-        wishes = {"cost": o.cost, "pins": o.pins, "memory": o.memory, "layout": layout}
+        wishes = {"cost": o.cost, "pins": o.rules.wishes, "memory": o.memory, "layout": layout}
         return plan_cached(lambda: self._plan(base, layout, tensors), base, wishes)
 
     def _plan(self, base: Work, layout: WeightLayout | None, tensors: Mapping[str, Tensor]) -> Decisions:
@@ -181,7 +237,7 @@ class Compiler:
         return sorted(planned.split_groups), decisions_to_data(planned)
 
     def _within_memory(self, base: Work, tensors: Mapping[str, Tensor]) -> Work:
-        pins, limit = make_pins(self.options.pins), self.options.memory
+        pins, limit = make_pins(self.options.rules.wishes), self.options.memory
         planned = plan_program(base, self.options.cost, pins)
         if limit is None or _held(planned, tensors) <= limit:
             return planned
@@ -218,13 +274,13 @@ def _follow(base: Work, data: Decisions) -> Work:
 
 
 def _refuse_randomness(base: Work) -> None:
-    """Random numbers would have to agree where values are whole and differ where they are divided."""
+    """Random numbers have to agree where values are whole and differ where they are divided: by a pass."""
     nodes = random_nodes(base.graph)
     if nodes:
         raise TpCompileError(
-            f"the model draws random numbers ({len(nodes)} calls, the first is {nodes[0].target})",
+            f"the model draws random numbers in a way that is not supported ({nodes[0].target})",
             where=module_path(nodes[0]) or nodes[0].name,
-            todo="call model.eval(), or set its dropout probabilities to 0",
+            todo="draw with dropout, bernoulli, rand, randn or rand_like; or call model.eval()",
         )
 
 

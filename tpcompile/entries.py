@@ -63,7 +63,7 @@ class FixedModules(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module) and value is not self._modules.get(name):
-            self._refuse(name)
+            self._refuse_change(name)
         super().__setattr__(name, value)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
@@ -72,9 +72,9 @@ class FixedModules(nn.Module):
         Raises:
             TpCompileError: always.
         """
-        self._refuse(name)
+        self._refuse_change(name)
 
-    def _refuse(self, name: str) -> None:
+    def _refuse_change(self, name: str) -> None:
         raise TpCompileError(
             "a layer of a sharded model is replaced or added, which its programs would not notice",
             where=f"{type(self).__name__}.{name}",

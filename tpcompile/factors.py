@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from .ownership import Carrier, find_carriers
 from .rules.rule import Labels, Rule, Size, divide, operands, results, sizes_of
 from .rules.table import rule_of
 
@@ -49,6 +50,7 @@ class Factors:
 
     Attributes:
         rules: per call node its rule, or why it has none.
+        carriers: per call node, how it can begin or carry rows that belong to experts.
     """
 
     def __init__(self, graph: Graph, known: Mapping[Node, Sequence[Sequence[int]]] | None = None) -> None:
@@ -64,6 +66,7 @@ class Factors:
             self._add(node)
             for dim, sizes in zip(self._dims.get((node, 0), ()), (known or {}).get(node, ()), strict=False):
                 self._unify([dim], [self._new(s) for s in sizes])
+        self.carriers: dict[Node, tuple[Carrier, ...]] = find_carriers(graph, self.rules)
 
     # Reading.
 
@@ -92,6 +95,14 @@ class Factors:
         if node not in self._factors:
             self._factors[node] = tuple(self._op_factors(node))
         return self._factors[node]
+
+    def stuck_atoms(self) -> set[int]:
+        """Atoms that some call with a rule has but cannot divide: a softmax's, a rotation's, a part count."""
+        found: set[int] = set()
+        for node, letters in self._letters.items():
+            divisible = {factor.atom for factor in self.op_factors(node)}
+            found.update(a for root in letters.values() for a in self._leaves(root) if a not in divisible)
+        return found
 
     # Building.
 

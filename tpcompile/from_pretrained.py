@@ -103,8 +103,8 @@ def from_pretrained(
     compare(group, "checkpoints", opened.lines())
     built = together(group, "match the checkpoint with the model", lambda: request.build(opened, device))
     first = mesh.get_local_rank(axis) == 0
-    if first:
-        warn_unexpected(built.unexpected, request.name)
+    unexpected = built.unexpected if first else ()
+    together(group, "warn of unexpected keys", lambda: warn_unexpected(unexpected, request.name))
     model = built.model
     if not example_args and not example_kwargs:
         _check_example(model)
@@ -122,12 +122,12 @@ def from_pretrained(
         passes=passes,
     )
     runtime: Runtime = model._tp
-    layout, rank = runtime.layout, runtime.compiler.rank
+    layout, rank, custom = runtime.layout, runtime.compiler.rank, runtime.programs[0].compiled.planned.custom
     assert layout is not None, "with an example there is a layout"
     together(
         group,
         "load the weights",
-        lambda: load_slices(model, built.expressions, layout, rank, device, show=first),
+        lambda: load_slices(model, built.expressions, layout, rank, device, custom, show=first),
     )
     return model
 

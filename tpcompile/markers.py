@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .placements import Placement, Shard
+from .placements import Owned, Placement, Shard
 
 Placements = tuple[Placement, ...]
 Axes = tuple[int, ...]
@@ -67,6 +67,16 @@ def copy_to_ranks(x: Tensor, axes: Axes) -> Tensor:
     return x
 
 
+def mask_rows(x: Tensor, axes: Axes, place: Owned, ids: Tensor) -> Tensor:
+    """``O -> P(sum)`` on these axes: rows of other ranks' experts become zeros."""
+    return x
+
+
+def keep_whole(x: Tensor) -> Tensor:
+    """Wants ``x`` whole here, whoever comes next (a plan that gathers, taken literally)."""
+    return x
+
+
 def matmul_merged(matmul: Callable[..., Tensor], *args: Any) -> list[Tensor]:
     """Several calls of one matmul: operands that differ are lists, and lie one behind the other on a rank."""
     count = next(len(a) for a in args if isinstance(a, list | tuple))
@@ -89,6 +99,8 @@ MARKERS: tuple[Callable[..., object], ...] = (
     keep_first,
     pad_shard,
     copy_to_ranks,
+    keep_whole,
+    mask_rows,
 )
 MERGED: tuple[Callable[..., object], ...] = (matmul_merged, part_of)
 """Not changes of placement, but calls that only the lowering can carry out."""

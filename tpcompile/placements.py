@@ -47,11 +47,29 @@ class Partial:
         return f"P({self.op})"
 
 
-Placement = Replicate | Shard | Partial
+@dataclass(frozen=True, order=True)
+class Owned:
+    """Every rank has all rows, but only those right whose expert it holds (see ``ownership.py``).
+
+    Attributes:
+        dim: the dimension of the rows.
+        ids: the name of the value that says each row's expert.
+        units: how many experts are divided.
+    """
+
+    dim: int
+    ids: str
+    units: int
+
+    def __str__(self) -> str:
+        return f"O({self.dim} of {self.units} by {self.ids})"
+
+
+Placement = Replicate | Shard | Partial | Owned
 R = Replicate()
 P = Partial()
 
-_TEXT = re.compile(r"R|S\((\d+)(?:/(\d+))?\)|P\((sum|max|min)\)")
+_TEXT = re.compile(r"R|S\((\d+)(?:/(\d+))?\)|P\((sum|max|min)\)|O\((\d+) of (\d+) by (\w+)\)")
 
 
 def parse_placement(text: str) -> Placement:
@@ -67,6 +85,8 @@ def parse_placement(text: str) -> Placement:
         return R
     if text.startswith("S"):
         return Shard(int(match[1]), int(match[2] or 0))
+    if text.startswith("O"):
+        return Owned(int(match[4]), match[6], int(match[5]))
     return Partial(match[3])
 
 

@@ -10,48 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from .caches import Held, held_outputs
 from .capture import Captured, flatten_call, leaf_names
 from .capture.bind_call import CallSignature
+from .capture.call_results import given_caches, states_of
 from .capture.program import InputSpec
 from .capture.size_check import Check, size_check
 from .compile_program import Compiled, Compiler
 from .compile_step import Step, compile_step, mark_open_sizes
 from .entries import Entry, can_compose, divided_paths, entered, open_paths, original_call, without_guards
 from .errors import CannotCapture, TpCompileError
+from .fetch_inputs import Feed, make_fetch
 from .layout import WeightLayout
 from .lowering.local_shapes import LocalShapes
 from .lowering.lower_graph import SOURCE
 from .plan import Plan
 from .shell import shard_more_weights, shard_weights, tensors_by_name, unsharded
 from .work import Source, Work
-
-
-@dataclass(frozen=True)
-class Feed:
-    """Where the value of a placeholder comes from: a parameter, buffer or constant, or a segment of one.
-
-    Attributes:
-        module: the module that holds it.
-        name: its name there.
-        constant: the value itself, for a constant of the graph.
-        segment: dimension, start and length of the segment in the local tensor, or None for all of it.
-    """
-
-    module: nn.Module | None
-    name: str
-    constant: Tensor | None = None
-    segment: tuple[int, int, int] | None = None
-
-    def get(self) -> Tensor:
-        """The value as it is now (optimizers and ``load_state_dict`` may have replaced it)."""
-        if self.constant is not None:
-            return self.constant
-        assert self.module is not None
-        value = getattr(self.module, self.name)
-        return value if self.segment is None else value.narrow(*self.segment)
 
 
 @dataclass
@@ -87,6 +64,9 @@ class Program:
     check: Check
     entry: str = ""
     steps: dict[str, Step] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.fetch = make_fetch(self.feeds)
 
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
         """Whether a call is one of this program's, by its structure apart; dynamo can trace it."""
@@ -125,7 +105,7 @@ class Program:
 
     def step(self, given: Sequence[Any]) -> Sequence[Any]:
         """Runs this rank's graph on the tensors of a call; the flat results."""
-        inputs = [given[feed] if isinstance(feed, int) else feed.get() for feed in self.feeds]
+        inputs = self.fetch(given)
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
         flat: Sequence[Any] = self.graph_module.forward(*inputs)
         if self.mutated:
@@ -181,19 +161,27 @@ class Runtime:
         training = model.get_submodule(path).training
         leaves, spec = flatten_call(bound)
         names = tuple(bound)
+        program = self.find(names, leaves, spec, training, path)
+        if program is None:
+            if (path, names) not in self.composed:
+                answer = _capture_and_run(self, model, bound, path)
+                if answer is not NotImplemented:
+                    return answer
+            return original_call(model, self.original, path, (entry or self).signature, bound)
+        if program.autocast is None:
+            return program.run(leaves, bound, self.compile_options)
+        with torch.autocast(device_of(leaves), enabled=False):
+            return program.run(leaves, bound, self.compile_options)
+
+    def find(
+        self, names: tuple[str, ...], leaves: Sequence[Any], spec: TreeSpec, training: bool, path: str = ""
+    ) -> Program | None:
+        """The program of a call, of the model or of the submodule at ``path``, if it was captured."""
         for program in self.programs:
             if program.entry == path and program.fits(names, leaves, training):
-                if program.captured.in_spec != spec:
-                    continue
-                if program.autocast is None:
-                    return program.run(leaves, bound, self.compile_options)
-                with torch.autocast(device_of(leaves), enabled=False):
-                    return program.run(leaves, bound, self.compile_options)
-        if (path, names) not in self.composed:
-            answer = _capture_and_run(self, model, bound, leaves, path)
-            if answer is not NotImplemented:
-                return answer
-        return original_call(model, self.original, path, (entry or self).signature, bound)
+                if program.captured.in_spec == spec:
+                    return program
+        return None
 
     def bind(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
@@ -226,7 +214,7 @@ class Runtime:
         self.caches = {**hand_out(compiled.planned), **self.caches}
         if self.layout is None:
             self.layout = compiled.plan.layout
-            shard_weights(model, self.layout, self.compiler.rank)
+            shard_weights(model, self.layout, self.compiler.rank, compiled.planned.custom)
         else:
             layout, decided = compiled.plan.layout, set(self.layout.open) - set(compiled.plan.layout.open)
             shard_more_weights(model, layout, self.compiler.rank, decided)
@@ -285,6 +273,25 @@ class Runtime:
         )
         return True
 
+    def divide_caches(self, bound: dict[str, Any]) -> None:
+        """Leaves of caches that the caller brings whole only this rank's parts.
+
+        Raises:
+            TpCompileError: a cache is of another size than this model's.
+        """
+        if self.layout is None or not self.caches:
+            return
+        axes, at = self.layout.axes, self.layout.coordinates(self.compiler.rank)
+        for name, cache in given_caches(bound).items():
+            own = {name: cache}
+            mine = [
+                self.caches[leaf_name].part(leaf, axes, at) if leaf_name in self.caches else leaf
+                for leaf_name, leaf in zip(leaf_names(own), flatten_call(own)[0], strict=True)
+            ]
+            left = iter(mine)
+            for state in states_of(name, cache):
+                state.put(cache, [next(left) for _ in range(state.count)])
+
     def _whole_caches(self, bound: dict[str, Any]) -> dict[str, Any]:
         """The call with tensors of whole, valueless caches in the place of this rank's parts."""
         if not self.caches:
@@ -315,15 +322,18 @@ def _is_capture_failure(error: TpCompileError) -> bool:
 
 # Under torch.compile(fullgraph=True) the reason is the error; without fullgraph the graph breaks here.
 @torch.compiler.disable(reason="no program was captured for this call: call model.capture(...) with it first")
-def _capture_and_run(
-    runtime: Runtime, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any], path: str
-) -> Any:
-    try:
-        program = runtime.capture(model, bound, path)
-    except TpCompileError as error:
-        if not runtime.compose(model, path, tuple(bound), error):
-            raise
-        return NotImplemented
+def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], path: str) -> Any:
+    runtime.divide_caches(bound)
+    leaves, spec = flatten_call(bound)
+    training = model.get_submodule(path).training
+    program = runtime.find(tuple(bound), leaves, spec, training, path)
+    if program is None:
+        try:
+            program = runtime.capture(model, bound, path)
+        except TpCompileError as error:
+            if not runtime.compose(model, path, tuple(bound), error):
+                raise
+            return NotImplemented
     with torch.autocast(device_of(leaves), enabled=False):
         return program.run(leaves, bound, runtime.compile_options)
 

@@ -18,6 +18,7 @@ from .factors import Factors
 from .layout import Segment, WeightLayout, whole_segment
 from .placements import Placement
 from .planner.assignment import Assignment
+from .strategies.custom_modules import CustomModules
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Work:
         split_groups: the packed matmuls that were split.
         layout: where the weights already lie, if another program decided that.
         caches: how tensors lie that callers carry from an earlier program to this one, by name.
+        custom: the modules that the plan gives to custom strategies.
     """
 
     captured: Captured
@@ -63,6 +65,7 @@ class Work:
     split_groups: frozenset[str] = frozenset()
     layout: WeightLayout | None = None
     caches: Mapping[str, Held] = field(default_factory=dict)
+    custom: CustomModules = field(default_factory=CustomModules)
     steps: int = 0
 
     def __post_init__(self) -> None:

@@ -129,7 +129,7 @@ def _capacity(parts: Parts) -> int:
 
 def _put_static(layer: Any, parts: Parts, facts: Facts) -> None:
     """A static layer keeps its tensors: compiled programs and CUDA graphs know them by their address."""
-    if _has_data(layer):
+    if _has_data(layer) and layer.keys.shape == parts["keys"].shape:
         for name in ("keys", "values", "cumulative_length"):
             _refill(getattr(layer, name), parts[name])
         return

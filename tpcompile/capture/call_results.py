@@ -86,7 +86,7 @@ def take_results(call: Mapping[str, Any], result: Any) -> Results:
     Raises:
         TpCompileError: a cache has layers that nobody has said how to take apart.
     """
-    given = {name: value for name, value in call.items() if is_cache(value)}
+    given = given_caches(call)
     by_id = {id(cache): GivenCache(name) for name, cache in given.items()}
 
     def is_given(node: Any) -> bool:
@@ -95,13 +95,19 @@ def take_results(call: Mapping[str, Any], result: Any) -> Results:
     flat, out_spec = tree_flatten(result, is_leaf=is_given)
     values = [by_id.get(id(value), value) for value in flat]
     paths = [path for path, _ in tree_flatten_with_path(result, is_leaf=is_given)[0]]
-    states = tuple(state for name, cache in given.items() for state in _states(name, cache))
+    states = tuple(state for name, cache in given.items() for state in states_of(name, cache))
     tensors, _ = tree_flatten(given)
     names = [_name(path) for path in paths] + leaf_names(given)
     return Results(names, values + tensors, out_spec, states)
 
 
-def _states(argument: str, cache: Any) -> list[CacheState]:
+def given_caches(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The caches among the arguments of a call."""
+    return {name: value for name, value in call.items() if is_cache(value)}
+
+
+def states_of(argument: str, cache: Any) -> list[CacheState]:
+    """How a cache is made of its tensors as it is now; a pair of caches is made of both and of its flags."""
     if not is_paired(cache):
         return [_state(argument, cache)]
     halves = [_state(argument, getattr(cache, part), part) for part in PAIR]

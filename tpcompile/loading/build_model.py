@@ -104,20 +104,23 @@ def _refuse_quantised(config: Any, where: str) -> None:
             )
 
 
-def find_class(config: Any, model_class: Any, trust_remote_code: bool) -> type[nn.Module]:
+def find_class(
+    config: Any, model_class: Any, trust_remote_code: bool, hub: Mapping[str, Any]
+) -> type[nn.Module]:
     """The class of a checkpoint's model: the one given, or the first of the configuration's architectures.
 
     Args:
         config: the configuration.
         model_class: a model's class or an ``AutoModel...`` to take it from, or None.
         trust_remote_code: whether code that comes with the checkpoint may run.
+        hub: arguments for the hub.
 
     Raises:
         TpCompileError: there is none, or it is no transformers model.
     """
     mapping = getattr(model_class, "_model_mapping", None)
     if model_class is None or mapping is not None:
-        found = _class_of(config, model_class, mapping, trust_remote_code)
+        found = _class_of(config, model_class, mapping, trust_remote_code, hub)
     else:
         found = model_class
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
@@ -129,9 +132,12 @@ def find_class(config: Any, model_class: Any, trust_remote_code: bool) -> type[n
     return found
 
 
-def _class_of(config: Any, auto: Any, mapping: Any, trust_remote_code: bool) -> Any:
+def _class_of(config: Any, auto: Any, mapping: Any, trust_remote_code: bool, hub: Mapping[str, Any]) -> Any:
     remote = getattr(config, "auto_map", None) or {}
-    name = auto.__name__ if auto is not None else next((k for k in remote if k.startswith("AutoModel")), None)
+    names = getattr(config, "architectures", None) or []
+    models = [k for k in remote if k.startswith("AutoModel")]
+    own = [k for k in models if str(remote[k]).rpartition(".")[2] in names]
+    name = auto.__name__ if auto is not None else next(iter(own + models), None)
     if name in remote:
         if not trust_remote_code:
             raise TpCompileError(
@@ -141,8 +147,7 @@ def _class_of(config: Any, auto: Any, mapping: Any, trust_remote_code: bool) -> 
             )
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        return get_class_from_dynamic_module(remote[name], config.name_or_path)
-    names = getattr(config, "architectures", None) or []
+        return get_class_from_dynamic_module(remote[name], config.name_or_path, **hub)
     candidates = mapping[type(config)] if mapping is not None and type(config) in mapping else ()
     candidates = candidates if isinstance(candidates, list | tuple) else (candidates,)
     if mapping is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +13,15 @@ from transformers.utils.logging import tqdm
 
 from ..errors import TpCompileError
 from ..layout import WeightLayout
-from ..shell import replace_tensors, tensors_by_name
+from ..shell import cut, replace_tensors, tensors_by_name
+from ..strategies.custom_modules import CustomModules
 from .expressions import Expression, leaves
 from .fill_tensor import Filler
+from .leaf_boxes import leaf_boxes
 from .read_headers import MappedFiles, Stored
 
 _PATIENCE = 1.0  # seconds before a progress bar shows
+_AHEAD = 64 << 20  # bytes that the system is asked to read ahead
 
 
 def load_slices(
@@ -24,13 +30,14 @@ def load_slices(
     layout: WeightLayout,
     rank: int,
     device: torch.device,
+    custom: CustomModules,
     *,
     show: bool = False,
 ) -> None:
     """Reads this rank's slices.
 
-    Beside them it needs memory for one converted parameter at a time, and for that only where a conversion
-    is more than joining, cutting and transposing.
+    Beside them it needs memory for one whole parameter at a time, and for that only where a conversion is
+    more than joining, cutting and transposing, or where a custom strategy cuts the parameter.
 
     Args:
         model: a sharded model; its tensors on ``meta`` have the shapes of this rank's slices.
@@ -38,6 +45,7 @@ def load_slices(
         layout: where the weights lie.
         rank: this rank, in the layout.
         device: where the slices go.
+        custom: cuts what only a custom strategy can.
         show: whether to show a progress bar, if it takes more than a second.
 
     Raises:
@@ -46,17 +54,55 @@ def load_slices(
     places = tensors_by_name(model)
     waiting = {name: getattr(*place) for name, place in places.items() if getattr(*place).is_meta}
     total = sum(tensor.nbytes for tensor in waiting.values())
+    order = sorted(waiting, key=lambda n: _position(expressions[n]))
     files, new = MappedFiles(), {}
-    with tqdm(
-        total=total, desc="loading", unit="B", unit_scale=True, delay=_PATIENCE, disable=not show
-    ) as progress:
-        for name in sorted(waiting, key=lambda n: _position(expressions[n])):
+    with contextlib.closing(files), _bar(total, show) as progress:
+        for name in _announced(order, expressions, layout, rank, files):
             old = waiting[name]
             local = torch.empty(old.shape, dtype=old.dtype, device=device)
-            _fill(local, name, expressions[name], layout, rank, files.read)
+            if layout.params[name].selection is None:
+                _fill(local, name, expressions[name], layout, rank, files.read)
+            else:
+                whole = _whole(name, expressions[name], files.read)
+                with torch.no_grad():
+                    local.copy_(cut(name, whole, layout, rank, custom))
             new[id(old)] = nn.Parameter(local, old.requires_grad) if isinstance(old, nn.Parameter) else local
             progress.update(local.nbytes)
     replace_tensors(model, new)
+
+
+def _bar(total: int, show: bool) -> Any:
+    return tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=_PATIENCE, disable=not show)
+
+
+def _announced(
+    order: Sequence[str],
+    expressions: Mapping[str, Expression],
+    layout: WeightLayout,
+    rank: int,
+    files: MappedFiles,
+) -> Iterator[str]:
+    """The names again; what the next ones are made of is announced to the system before they are read."""
+    ahead: deque[tuple[str, int]] = deque()
+    rest = iter(order)
+    while True:
+        while sum(size for _, size in ahead) < _AHEAD and (name := next(rest, None)) is not None:
+            boxes = (b for part in _parts(name, layout, rank) for b in leaf_boxes(expressions[name], *part))
+            try:
+                ahead.append((name, sum(files.expect(*box) for box in boxes)))
+            except OSError as error:
+                raise _unreadable(name, expressions[name], error) from error
+        if not ahead:
+            return
+        yield ahead.popleft()[0]
+
+
+def _parts(name: str, layout: WeightLayout, rank: int) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """The boxes of a parameter that a rank reads, each as offsets and sizes."""
+    param = layout.params[name]
+    if param.selection is not None:
+        return [((0,) * len(param.shape), param.shape)]
+    return [(part.offsets, part.sizes) for part in layout.ranges(name, rank)]
 
 
 def _position(expression: Expression) -> tuple[str, int]:
@@ -79,9 +125,24 @@ def _fill(
             for part in layout.ranges(name, rank):
                 filler.fill(local[part.where], expression, part.offsets)
     except (OSError, RuntimeError) as error:
-        leaf = next(leaves(expression))
-        raise TpCompileError(
-            f"{name} could not be loaded: {error}",
-            where=f"{leaf.file}: {leaf.name}" if isinstance(leaf, Stored) else leaf.name,
-            todo="see that the checkpoint is complete and not being written",
-        ) from error
+        raise _unreadable(name, expression, error) from error
+
+
+def _whole(name: str, expression: Expression, read: Callable[[Stored], Tensor]) -> Tensor:
+    """All of a parameter."""
+    whole = torch.empty(expression.shape, dtype=expression.dtype)
+    try:
+        with torch.no_grad():
+            Filler(read).fill(whole, expression, (0,) * whole.ndim)  # type: ignore[arg-type]
+    except (OSError, RuntimeError) as error:
+        raise _unreadable(name, expression, error) from error
+    return whole
+
+
+def _unreadable(name: str, expression: Expression, error: Exception) -> TpCompileError:
+    leaf = next(leaves(expression))
+    return TpCompileError(
+        f"{name} could not be loaded: {error}",
+        where=f"{leaf.file}: {leaf.name}" if isinstance(leaf, Stored) else leaf.name,
+        todo="see that the checkpoint is complete and not being written",
+    )

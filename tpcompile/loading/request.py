@@ -103,7 +103,7 @@ class Request:
         refuse_arguments(self.others)
         fields = {k: v for k, v in self.others.items() if k not in HUB and k not in _MEANINGLESS}
         files = find_files(self.name, variant=self.variant, subfolder=self.subfolder, hub=self._hub)
-        remote = {"trust_remote_code": True} if self.trust_remote_code else {}
+        remote = {"trust_remote_code": self.trust_remote_code}  # without a word of it transformers would ask
         config = find_config(self.name, self.config, self.subfolder, self._hub | remote, fields)
         return Opened(config, read_headers(files.paths, files.index))
 
@@ -115,7 +115,7 @@ class Request:
         """
         config = opened.config
         dtype = find_dtype(self.dtype, config, opened.stored)
-        model_class = find_class(config, self.model_class, self.trust_remote_code)
+        model_class = find_class(config, self.model_class, self.trust_remote_code, self._hub)
         model = build_model(model_class, config, dtype, self.attention)
         expressions, _, unexpected = match_keys(model, opened.stored, dtype, self.key_mapping)
         initialise_rest(model, expressions, device)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import TpCompileError
-from ..placements import Partial, Placement, Replicate, Shard
+from ..placements import Owned, Partial, Placement, Replicate, Shard
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,12 @@ class CostModel:
         match src, dst:
             case Replicate(), Shard():
                 return self.touch(size / ranks) + 1e-9
+            case Replicate(), Owned():
+                return 1e-9
+            case Owned(), Partial(op="sum"):  # a mask, which a compiler fuses
+                return 2e-9
+            case Owned(), Replicate():
+                return 2e-9 + self.all_reduce(size, ranks)
             case Replicate(), Partial(op="sum"):
                 return self.touch(size) + 2e-9
             case Shard(), Replicate():

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from ..errors import TpCompileError
 from ..factors import Factors, OpFactor, producer
-from ..placements import Placement, R, Replicate, Shard
+from ..placements import Owned, Partial, Placement, R, Replicate, Shard
 from ..rules.rule import Rule, operands, results
 from .assignment import Assignment
 from .axis_costs import AxisCosts, exact
@@ -22,7 +22,7 @@ from .cost import CostModel
 from .eliminate import Problem, Table, solve
 from .quantities import Quantities
 from .strategies import Strategy, strategies
-from .weights import SMALL, matrix, shares, weight_root, worth_dividing
+from .weights import SMALL, held_elsewhere, matrix, shares, weight_root, worth_dividing
 
 Name = tuple[str, str]
 """A variable: what it decides about (``node``, ``param`` or ``shared``) and the node's name."""
@@ -64,7 +64,8 @@ class Search:
         self.live = _descendants(graph, {*params, *self.given})
         self.bytes = {v: self.quantities.bytes(v) for v in (*params, *self.given, *self.live) if results(v)}
         self.uses = self._uses()
-        matrices = {v: self.bytes[v] for v in params if matrix(v) and v in self.uses}
+        own = held_elsewhere(factors)
+        matrices = {v: self.bytes[v] for v in params if matrix(v) and v in self.uses and v not in own}
         share = shares(matrices, params)
         limit = 0.0 if divide_small else SMALL
         self.large = {v for v in matrices if share[v] >= limit}
@@ -169,9 +170,12 @@ class _Axis:
         fewest = self.ranks if isinstance(rule, Rule) and rule.filled else 2
 
         def may_divide(factor: OpFactor) -> bool:
-            return factor.atom in self.search.candidates and self.costs.left_in(node, factor) >= fewest
+            # Rows of experts: no rank may be without one.
+            least = fewest if factor.reduce or None not in factor.outputs else self.ranks
+            return factor.atom in self.search.candidates and self.costs.left_in(node, factor) >= least
 
-        options = strategies(node, self.factors, may_divide)
+        axes = [*(a.ranks for a in self.prior), self.ranks]
+        options = strategies(node, self.factors, may_divide, axes)
         self.options[node] = options
         costs = exact(self.costs.times(node, options))
         self.problem.variable(("node", node.name), self.search.times(node) * costs)
@@ -215,8 +219,7 @@ class _Axis:
 
 
 def _order(placement: Placement) -> tuple[int, Placement]:
-    kind = 0 if isinstance(placement, Replicate) else 1 if isinstance(placement, Shard) else 2
-    return kind, placement
+    return [Replicate, Shard, Partial, Owned].index(type(placement)), placement
 
 
 def _is_getitem(node: Node) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
 
 from ..factors import Factors, OpFactor, Place
-from ..placements import P, Partial, Placement, R, Shard
+from ..ownership import Carrier
+from ..placements import Owned, P, Partial, Placement, R, Shard
 from ..rules.rule import Rule, operands, results
+from .declared import placements_on
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,25 @@ class Strategy:
         return f"({', '.join(map(str, self.inputs))}) -> {', '.join(map(str, self.outputs))}"
 
 
-def strategies(node: Node, factors: Factors, may_divide: Callable[[OpFactor], bool]) -> list[Strategy]:
-    """All ways to compute a call node, in the order that breaks ties: whole, divided, partial."""
+def strategies(
+    node: Node, factors: Factors, may_divide: Callable[[OpFactor], bool], axes: Sequence[int]
+) -> list[Strategy]:
+    """All ways to compute a call node, in the order that breaks ties: whole, divided, partial, owned.
+
+    Args:
+        node: the call.
+        factors: the factors of its graph.
+        may_divide: which factors may be divided.
+        axes: the sizes of the sub-axes before this one, and its own.
+    """
     arity, width = len(operands(node)), len(results(node))
     found = [whole(arity, width)]
     rule = factors.rules.get(node)
     if not isinstance(rule, Rule):
         return found
+    if rule.declared is not None:
+        lie = tuple(placements_on(factors, node, rule.declared, axes))
+        return [Strategy(lie[:arity], lie[arity:])]
     for factor in factors.op_factors(node):
         if may_divide(factor) and _reduces_numbers(node, factor):
             found.append(_divided(factor, rule))
@@ -44,7 +58,25 @@ def strategies(node: Node, factors: Factors, may_divide: Callable[[OpFactor], bo
         if group:
             outputs = tuple(R if i in rule.fixed else P for i in range(width))
             found.append(Strategy(tuple(P if i in group else R for i in range(arity)), outputs))
+    for carrier in factors.carriers.get(node, ()):
+        owned = _owned(node, carrier, factors)
+        if owned.factor is None or may_divide(owned.factor):
+            found.append(owned)
     return found
+
+
+def _owned(node: Node, carrier: Carrier, factors: Factors) -> Strategy:
+    """Rows of experts: where they begin, whole experts are divided."""
+    ids, units = carrier.tag
+    inputs: list[Placement] = [R if dim is None else Owned(dim, ids, units) for dim in carrier.inputs]
+    outputs = tuple(Owned(dim, ids, units) for dim in carrier.outputs)
+    if carrier.stack is None:
+        return Strategy(tuple(inputs), outputs)
+    inputs[carrier.stack] = Shard(0)
+    atoms = factors.atoms(operands(node)[carrier.stack], 0)
+    at = tuple((0, 0) if i == carrier.stack else None for i in range(len(inputs)))
+    factor = OpFactor(atoms[0] if len(atoms) == 1 else -1, units, at, (None,) * len(outputs), "")
+    return Strategy(tuple(inputs), outputs, factor)
 
 
 def whole(arity: int, width: int) -> Strategy:

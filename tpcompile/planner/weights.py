@@ -77,9 +77,23 @@ def worth_dividing(factors: Factors, params: set[Node]) -> set[int]:
             if (root := weight_root(operand, params, rows=True)) is not None:
                 own = set(factors.places(root).values())
                 found.update(own.intersection(factors.places(operand).values()))
+    for node, carriers in factors.carriers.items():
+        for carrier in carriers:
+            if carrier.stack is not None and weight_root(operands(node)[carrier.stack], params) is not None:
+                atoms = factors.atoms(operands(node)[carrier.stack], 0)
+                found.update(atoms if len(atoms) == 1 else ())
     return {a for a in found if isinstance(factors.size(a), int)}
 
 
 def matrix(value: Node) -> bool:
     """A parameter with at least two real dimensions; norms and biases may always stay whole."""
     return sum(s != 1 for s in tensor_of(value).shape) >= 2
+
+
+def held_elsewhere(factors: Factors) -> set[Node]:
+    """Parameters that lie as a custom strategy wants it, whatever the plan says of them."""
+    found: set[Node] = set()
+    for node, rule in factors.rules.items():
+        if isinstance(rule, Rule) and rule.declared is not None:
+            found.update(operands(node)[rule.declared.weights :])
+    return found

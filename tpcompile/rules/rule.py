@@ -16,7 +16,8 @@ import sympy
 import torch
 from torch.fx import Node
 
-from tpcompile.simplify_size import simplify_size
+from ..placements import Placement
+from ..simplify_size import simplify_size
 
 Size: TypeAlias = int | sympy.Expr
 Dim: TypeAlias = tuple[str, ...]
@@ -24,6 +25,23 @@ Labels: TypeAlias = tuple[Dim, ...]
 
 UNARY = (frozenset({0}),)
 """``linear`` of an operator that is linear in its only operand."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """The only placements of an operator that somebody else has divided already, on every axis alike.
+
+    Attributes:
+        inputs: per operand.
+        outputs: per result.
+        summed: whole operands of whose gradients every rank has a summand.
+        weights: the number of the first operand that lies in a way of its own, whatever is said of it.
+    """
+
+    inputs: tuple[Placement, ...]
+    outputs: tuple[Placement, ...]
+    summed: frozenset[int]
+    weights: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,7 @@ class Rule:
         filled: torch refuses empty operands, so that every rank must have a part of what is divided.
         contraction: a matmul-like operator: its letters are worth dividing, its cost is arithmetic.
         localize: the name of the rewrite that a divided letter needs, if constants do not do it.
+        declared: the placements of an operator that does its own division.
     """
 
     inputs: tuple[Labels, ...]
@@ -55,6 +74,7 @@ class Rule:
     filled: bool = False
     contraction: bool = False
     localize: str = ""
+    declared: Declared | None = None
 
     def __str__(self) -> str:
         def tensor(labels: Labels) -> str:
@@ -67,6 +87,9 @@ class Rule:
             text += "  reduce " + " ".join(f"{k}:{v}" for k, v in self.reduce.items())
         if self.whole:
             text += "  whole " + " ".join(sorted(self.whole))
+        if self.declared:
+            lie = (", ".join(map(str, side)) for side in (self.declared.inputs, self.declared.outputs))
+            text += "  only " + " -> ".join(lie)
         return text
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from ..errors import TpCompileError
-from . import contractions, indexing, parts, pointwise, reductions, views
+from . import contractions, indexing, opaque, parts, pointwise, reductions, views
 from .notation import instantiate, parse_row
 from .randomness import is_random
 from .rule import Rule, operands, results, shape, sizes_of
@@ -85,6 +85,7 @@ REARRANGEMENTS: dict[str, Row] = {
     "aten.view_as_real": "... -> ... t; whole t; linear 0",
     "aten.glu": views.glu,
     **_rows(views.pixel_shuffle, "pixel_shuffle pixel_unshuffle"),
+    "tpcompile.markers.keep_whole": views.kept_whole,
     **_rows(views.create, "new_zeros new_ones new_full new_empty"),
 }
 
@@ -152,7 +153,9 @@ POINTWISE: dict[str, Row] = {
     "aten.prelu": pointwise.prelu,
 }
 
-ROWS: dict[str, Row] = {**MATMULS, **REARRANGEMENTS, **PARTS, **REDUCTIONS, **POINTWISE}
+OURS: dict[str, Row] = {opaque.NAME: opaque.opaque_module, "tpcompile.uniform": pointwise.broadcast}
+
+ROWS: dict[str, Row] = {**MATMULS, **REARRANGEMENTS, **PARTS, **REDUCTIONS, **POINTWISE, **OURS}
 
 _USER: dict[str, Row] = {}
 

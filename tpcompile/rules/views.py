@@ -181,6 +181,13 @@ def same_shape(node: Node) -> Rule:
     return Rule((dims,), tuple(dims for _ in results(node)), letters.sizes, linear=UNARY)
 
 
+def kept_whole(node: Node) -> Rule:
+    """The marker ``keep_whole``: nothing may be divided or partial."""
+    letters = Letters()
+    dims = letters.dims(shape(operands(node)[0]))
+    return Rule((dims,), (dims,), letters.sizes, whole=frozenset(letters.sizes))
+
+
 def glu(node: Node) -> Rule:
     """``glu``: a dimension ``(2 f)`` becomes ``f``, which may be divided."""
     letters = Letters()

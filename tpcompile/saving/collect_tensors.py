@@ -68,12 +68,15 @@ class Collector:
         """Refuses to save what is not a slice of this rank's.
 
         Raises:
-            TpCompileError: a parameter was replaced by something of another shape.
+            TpCompileError: a parameter was replaced by something of another shape, or a custom strategy holds
+                what no whole can be made of.
         """
         for name, local in self._locals.items():
             shape = expected = tuple(local.shape)
             if self.layout is not None and name in self.layout.params:
                 expected = self.layout.local_shape(name, self.rank)
+                if (selection := self.layout.params[name].selection) is not None:
+                    selection.held(name, self.rank)
             if isinstance(local, DTensor) or local.is_meta or shape != expected:
                 kind = "a DTensor" if isinstance(local, DTensor) else f"{shape} on {local.device}"
                 raise TpCompileError(

@@ -1,0 +1,77 @@
+"""Plans a Llama automatically, and loads it by that plan with plain transformers.
+
+python examples/export_plan.py
+torchrun --nproc-per-node 2 examples/export_plan.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+
+import torch
+import torch.distributed as dist
+from launch import launch, say
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+from transformers.utils import is_accelerate_available
+
+import tpcompile
+
+CONFIG = LlamaConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+)
+
+
+def main() -> None:
+    """Runs on every rank."""
+    ranks = dist.get_world_size()
+    torch.manual_seed(0)
+    whole = LlamaForCausalLM(CONFIG).eval()
+    words = torch.randint(512, (2, 12), generator=torch.Generator().manual_seed(1))
+
+    rules = tpcompile.to_hf_plan(tpcompile.plan(whole, ranks))
+    say(f"the automatic plan in transformers' words:\n{json.dumps(rules, indent=2)}\n")
+
+    with tempfile.TemporaryDirectory() as own:
+        shared = [own]
+        dist.broadcast_object_list(shared)  # all read what the first one wrote
+        if dist.get_rank() == 0:
+            whole.save_pretrained(own)
+        dist.barrier()
+        model = load(shared[0], rules)
+        dist.barrier()
+    local = model.model.layers[0].mlp.down_proj.weight.to_local()
+    say(f"transformers holds {tuple(local.shape)} of a down_proj of (64, 192) on each rank")
+    with torch.no_grad():
+        value, expected = model(words).logits, whole(words).logits
+    error = ((value - expected).abs().max() / expected.abs().max()).item()
+    say(f"relative error {error:.1e}")
+    assert error <= 1e-5
+
+
+def load(folder: str, rules: dict[str, str]) -> PreTrainedModel:
+    """Plain transformers, no tpcompile."""
+    os.environ.setdefault("RANK", str(dist.get_rank()))
+    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
+    os.environ.setdefault("WORLD_SIZE", str(dist.get_world_size()))
+    if is_accelerate_available():
+        config = DistributedConfig(tp_size=dist.get_world_size(), tp_plan=rules)
+        return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).eval()
+    # from_pretrained does the same to a model without weights, but asks for accelerate.
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.tp_plan = rules
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    return apply_tensor_parallelism(model, mesh, model._expand_parallel_plan(rules))
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,98 @@
+"""Rows that belong to experts: how their computation begins on the rank that holds some of the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.fx import Node
+
+from tpcompile.errors import TpCompileError
+from tpcompile.graph_edit import module_path
+from tpcompile.placements import Owned, Placement, split_evenly
+from tpcompile.planner.strategies import Strategy
+from tpcompile.rules.rule import operands
+
+if TYPE_CHECKING:
+    from .lower_graph import Lowering
+
+aten = torch.ops.aten
+
+
+def begins_rows(strategy: Strategy | None) -> bool:
+    """Whether a call divides experts and gives rows that belong to them."""
+    return strategy is not None and strategy.factor is not None and isinstance(strategy.outputs[0], Owned)
+
+
+def owned_units(low: Lowering, placements: Sequence[Placement], place: Owned) -> tuple[int, int]:
+    """The first expert that this rank holds, and how many; axes divide one after the other."""
+    first, size = 0, place.units
+    for ranks, at, placement in zip(low.shapes.axes, low.shapes.coordinates, placements, strict=True):
+        if isinstance(placement, Owned) and (placement.ids, placement.units) == (place.ids, place.units):
+            sizes = split_evenly(size, ranks)
+            first, size = first + sum(sizes[:at]), sizes[at]
+    return first, size
+
+
+def rows_here(low: Lowering, node: Node, ids: Node, units: tuple[int, int]) -> Node:
+    """Which rows have chosen an expert of this rank."""
+    above = low.emit(aten.ge.Scalar, ids, units[0], like=node)
+    below = low.emit(aten.lt.Scalar, ids, units[0] + units[1], like=node)
+    return low.emit(aten.logical_and.default, above, below, like=node)
+
+
+def lower_choice(low: Lowering, node: Node, strategy: Strategy) -> Node:
+    """A choice among this rank's experts, or a matmul of the rows that have chosen one of them."""
+    if any(s is not None and s.factor is not None and not begins_rows(s) for s in node.meta["strategies"]):
+        raise TpCompileError(
+            "experts divided on one sub-axis and within on another are not supported",
+            where=f"{node.name} in {module_path(node)}",
+            todo="pin the experts' weights",
+        )
+    place = strategy.outputs[0]
+    assert isinstance(place, Owned)
+    units = owned_units(low, node.meta["placement"], place)
+    if node.target is aten.index.Tensor:
+        return _choose(low, node, units)
+    return _multiply(low, node, units)
+
+
+def _choose(low: Lowering, node: Node, units: tuple[int, int]) -> Node:
+    """``stack[ids]``: rows of other ranks' experts get any expert of this one."""
+    stack, ids = (low.map(o) for o in operands(node))
+    moved = low.emit(aten.sub.Tensor, ids, units[0], like=node)
+    safe = low.emit(aten.clamp.default, moved, 0, units[1] - 1, like=node)
+    return low.emit(aten.index.Tensor, stack, [safe], like=node)
+
+
+def _multiply(low: Lowering, node: Node, units: tuple[int, int]) -> Node:
+    """A grouped matmul: this rank's rows are moved to the front, the others are zeros and cost nothing."""
+    x, stack, offsets = (low.map(o) for o in operands(node))
+    first, count = units
+    ends = low.emit(aten.slice.Tensor, offsets, 0, first, first + count, like=node)
+    position = low.emit(aten.slice.Tensor, x, 1, 0, 1, like=node)
+    position = low.emit(aten.squeeze.dim, position, 1, like=node)
+    position = low.emit(aten.ones_like.default, position, dtype=torch.int64, like=node)
+    position = low.emit(aten.cumsum.default, position, 0, like=node)
+    position = low.emit(aten.sub.Tensor, position, 1, like=node)
+    behind = position
+    if first:
+        start = low.emit(aten.slice.Tensor, offsets, 0, first - 1, first, like=node)
+        ends = low.emit(aten.sub.Tensor, ends, start, like=node)
+        total = low.emit(aten.sym_size.int, x, 0, like=node)
+        ahead = low.emit(aten.add.Tensor, position, start, like=node)
+        ahead = low.emit(aten.remainder.Scalar, ahead, total, like=node)
+        x = low.emit(aten.index.Tensor, x, [ahead], like=node)
+        behind = low.emit(aten.sub.Tensor, position, start, like=node)
+        behind = low.emit(aten.remainder.Scalar, behind, total, like=node)
+    last = low.emit(aten.slice.Tensor, ends, 0, count - 1, count, like=node)
+    mine = low.emit(aten.lt.Tensor, position, last, like=node)
+    mine = low.emit(aten.unsqueeze.default, mine, -1, like=node)
+    # Kernels leave the other rows as they find them, in forward and in backward.
+    x = low.emit(aten.where.ScalarOther, mine, x, 0.0, like=node)
+    ends = low.emit(aten._to_copy.default, ends, dtype=torch.int32, like=node)
+    options = [low.map(a) for a in node.args[3:]]
+    y = low.emit(node.target, x, stack, ends, *options, like=node)
+    y = low.emit(aten.where.ScalarOther, mine, y, 0.0, like=node)
+    return low.emit(aten.index.Tensor, y, [behind], like=node) if first else y

@@ -1,0 +1,170 @@
+"""``generate`` over sharded models: tokens of the unsharded model, caches divided by heads, few captures."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests import families, spmd_generate
+from tests.spmd import run_spmd
+from tpcompile import TpCompileError
+from tpcompile.caches import Held
+from tpcompile.capture import bind_call, capture, flatten_call
+from tpcompile.capture.call_results import state_of
+from tpcompile.capture.register_caches import register_cache_support
+from tpcompile.capture.size_check import size_check
+
+TIMEOUT = 420
+F32 = 1e-5
+LONG = 34
+"""New tokens; the windows of the families are 5."""
+
+
+def check(name: str, ranks: int, calls: list[tuple[str, int, int, int]], heads: int) -> None:
+    """Greedy calls: kind of cache, prompt, new tokens, programs that it may capture."""
+    for found in run_spmd(spmd_generate.tokens, ranks, name, [c[:3] for c in calls], timeout=TIMEOUT):
+        for call, one in zip(calls, found, strict=True):
+            assert one["same"], call
+            assert one["programs"] == call[3], call
+            assert set(one["heads"]) == {heads}, call
+
+
+def test_llama() -> None:
+    """A prefill and a decode program, whatever the lengths."""
+    check(
+        "llama",
+        2,
+        [("dynamic", 7, 40, 2), ("static", 7, 40, 2), ("dynamic", 9, 3, 0), ("static", 5, 9, 0)],
+        2,
+    )
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_sliding_windows(name: str) -> None:
+    """Prompts past the window; then one that grows past it, which takes a program more on either side."""
+    calls = [("dynamic", 9, LONG, 2), ("static", 9, LONG, 2), ("static", 3, 8, 2), ("dynamic", 3, 8, 2)]
+    check(name, 2, calls, 2)
+
+
+def test_two_key_heads_on_four_ranks() -> None:
+    check("two_kv_heads", 4, [("static", 7, 12, 2), ("dynamic", 7, 12, 2)], 1)
+
+
+def test_padding_beams_and_sampling() -> None:
+    for found in run_spmd(spmd_generate.modes, 2, "llama", timeout=TIMEOUT):
+        assert {way: same for way, (same, _) in found.items()} == dict.fromkeys(found, True)
+        assert max(error for _, error in found.values()) <= F32
+
+
+def test_compiled_decoding_compiles_once() -> None:
+    for found in run_spmd(spmd_generate.compiled, 2, "gemma2", timeout=TIMEOUT):
+        for one in found.values():
+            assert one["same"] and one["breaks"] == 0 and one["graphs"] == 2
+        assert [one["programs"] for one in found.values()] == [3, 3, 5, 5]
+
+
+def test_forward_under_the_users_own_compile() -> None:
+    for found in run_spmd(spmd_generate.own_compile, 2, timeout=TIMEOUT):
+        assert found == {"same": True, "graphs": 2, "programs": 3}
+
+
+def test_caches_of_the_caller() -> None:
+    for found in run_spmd(spmd_generate.own_cache, 2, timeout=TIMEOUT):
+        assert found.pop("is the caller's")
+        assert found.pop("heads") == [2, 2]
+        assert max(found.values()) <= F32, found
+
+
+def test_refusals() -> None:
+    expected = [
+        "cache of the kind 'offloaded'",
+        "cache of the kind 'quantized'",
+        "would go stale",
+        "different calls of generate",
+        "different calls of generate",
+        "continuous batching",
+        "handed out to this rank",
+    ]
+    for messages in run_spmd(spmd_generate.refusals, 2, timeout=TIMEOUT):
+        for message, part in zip(messages, expected, strict=True):
+            assert part in message
+
+
+# -------------------------------------------------------------------------------------------- in one process
+
+
+@pytest.mark.parametrize("shards", [((1, 0),), ((1, 0), None), ((1, 0), (1, 0)), ((1, 1), (1, 0))])
+def test_parts_of_a_whole_cache(shards: tuple[tuple[int, int] | None, ...]) -> None:
+    """All ranks' parts together are the whole; a part stays as it is; anything else is refused."""
+    held = Held(((), (4, 3), (), (5,)), shards)
+    axes = (2, 2)[: len(shards)]
+    whole = torch.arange(2 * 12 * 3 * 5).reshape(2, 12, 3, 5)
+    seen = torch.zeros(2, 12, 3, 5, dtype=torch.long)
+    for at in itertools.product(*map(range, axes)):
+        part = held.part(whole, axes, at)
+        seen.view(-1)[part.reshape(-1)] = 1
+        assert torch.equal(held.part(part, axes, at), part)
+        assert part.shape[1] <= 12 and part.is_contiguous()
+        with pytest.raises(TpCompileError, match="handed out to this rank"):
+            held.part(whole[:, :11], axes, at)
+    assert bool(seen.all())
+
+
+def caches(window: int) -> list[Any]:
+    """Caches of every kind, without data, and with more tokens than the window."""
+    config = families.build("gemma2", sliding_window=window).config
+    found: list[Any] = []
+    for new in (0, 3, 9):
+        for cache in (
+            transformers.DynamicCache(config=config),
+            transformers.DynamicCache(),
+            transformers.StaticCache(config=config, max_cache_len=14),
+        ):
+            for i, _ in enumerate(range(2) if new else ()):
+                cache.update(torch.randn(2, 4, new, 12), torch.randn(2, 4, new, 12), i)
+            found.append(cache)
+    return found
+
+
+def test_caches_come_apart_and_together() -> None:
+    """A cache that was made of another one's tensors goes on as the other one does."""
+    register_cache_support()
+    for cache, twin in zip(caches(5), caches(5), strict=True):
+        leaves, spec = flatten_call({"cache": cache})
+        again = torch.utils._pytree.tree_unflatten(leaves, spec)["cache"]
+        state_of("cache", cache).put(twin, leaves)
+        assert type(again) is type(cache)
+        new = torch.randn(2, 4, 1, 12)
+        for one in (again, twin):
+            clone = torch.utils._pytree.tree_map(torch.clone, cache)
+            for step in range(2):
+                for i in range(2):
+                    mine, theirs = one.update(new, new, i), clone.update(new, new, i)
+                    assert all(map(torch.equal, mine, theirs)), (cache, step)
+                    assert one.get_mask_sizes(1, i) == clone.get_mask_sizes(1, i)
+                    assert one.get_seq_length(i) == clone.get_seq_length(i)
+
+
+@torch.no_grad()
+def test_a_size_check_says_what_the_program_says() -> None:
+    """For a static sliding cache that is not full yet: guards, ranges, equal and fixed sizes."""
+    model = families.build("gemma2", num_hidden_layers=1)
+
+    def call(batch: int, past: int, new: int) -> dict[str, Any]:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=14)
+        model(families.token_ids(batch, past), past_key_values=cache)
+        return bind_call(model, (families.token_ids(batch, new),), {"past_key_values": cache})
+
+    captured = capture(model, call(2, 2, 1))
+    check = size_check(captured)
+    verdicts = set()
+    for sizes in itertools.product((1, 3), (2, 4, 5, 9), (1, 2)):
+        leaves, spec = flatten_call(call(*sizes))
+        assert spec == captured.in_spec
+        assert check(leaves) == (captured.accepts(leaves) is None), sizes
+        verdicts.add((sizes, check(leaves)))
+    assert ((3, 4, 1), True) in verdicts and ((3, 5, 1), False) in verdicts and ((3, 4, 2), False) in verdicts
