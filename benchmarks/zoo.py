@@ -2,8 +2,8 @@
 
     python -m benchmarks.zoo [--types a,b,...] [--limit SECONDS] [--total SECONDS]
 
-One line per type: whether it is captured, the error against the unsharded model, the share of the weights that
-a rank holds, how many collectives, and what is computed whole for want of a rule.
+One line per type: whether it is captured, the error against the unsharded model, the share of the weights
+that a rank holds, how many collectives, and what is computed whole for want of a rule.
 Each type runs in a process of its own that is stopped after the limit.
 """
 
@@ -72,7 +72,7 @@ def measure(kind: str) -> dict[str, Any]:
     rewrite(work, training=False)
     lowered = simulate.lower_all(work)
     with torch.no_grad():
-        whole = [x for x in torch.utils._pytree.tree_leaves(model(**call)) if torch.is_tensor(x)][0]
+        whole = next(x for x in torch.utils._pytree.tree_leaves(model(**call)) if torch.is_tensor(x))
         results = [ranks[0] for ranks in programs.run_ranks(work, model, lowered=lowered, **call)]
     total = sum(math.prod(p.shape) * p.dtype.itemsize for p in layout.params.values())
     return {
