@@ -77,6 +77,42 @@ def _masked_inputs(batch: int, seq: int) -> dict[str, Any]:
     return {"input_ids": token_ids(batch, seq), "attention_mask": mask}
 
 
+def _translation_inputs(batch: int, seq: int) -> dict[str, Any]:
+    mask = torch.ones(batch, seq, dtype=torch.long)
+    mask[0, seq - 2 :] = 0
+    ids = token_ids(batch, seq)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "decoder_input_ids": token_ids(batch, 7),
+        "use_cache": False,
+    }
+
+
+def _speech_inputs(batch: int, seq: int) -> dict[str, Any]:
+    sound = torch.randn(batch, 10, 60, generator=_generator("sound", batch))
+    return {"input_features": sound, "decoder_input_ids": token_ids(batch, seq), "use_cache": False}
+
+
+def _text_and_image_inputs(batch: int, seq: int) -> dict[str, Any]:
+    image = torch.randn(batch, 3, 20, 20, generator=_generator("image", batch))
+    return {**_masked_inputs(batch, seq), "pixel_values": image}
+
+
+def picture_inputs(batch: int, seq: int) -> dict[str, Any]:
+    """Arguments of `qwen2_vl` with one picture of 4 x 4 patches per text, which take 4 tokens of it."""
+    ids = token_ids(batch, seq)
+    ids[:, 1], ids[:, 2:6] = 0, 1
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(16 * batch, 3 * 2 * 4 * 4, generator=_generator("patches", batch)),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * batch),
+        "mm_token_type_ids": (ids == 1).int(),
+        "use_cache": False,
+    }
+
+
 def _float_inputs(**shapes: tuple[int, ...]) -> Callable[[int, int], dict[str, Any]]:
     """Normal inputs of the given shapes, in which -1 stands for the batch and -2 for the sequence."""
 
@@ -178,6 +214,19 @@ _MAMBA = _SPECIAL | {
     "time_step_rank": 5,
     "conv_kernel": 4,
     "expand": 2,
+}
+
+
+# A mixer with recurrent state in layer 0, attention in layer 1.
+_BAMBA = _BASE | {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 10,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 7,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 9,
+    "attn_layer_indices": [1],
 }
 
 
@@ -300,6 +349,7 @@ _DECODERS = (
     _decoder("gptj", 4, _GPT2, rotary_dim=10),
     _decoder("stablelm", 6, _WIDE | _HALF_ROTARY, use_qkv_bias=True),
     _decoder("mamba", 6, _MAMBA),
+    _decoder("bamba", 8, _BAMBA),
 )
 
 _BERT = _MHA | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -312,6 +362,49 @@ _VIT = {
     "patch_size": 4,
     "num_channels": 3,
     "num_labels": 17,
+}
+
+_T5 = {
+    "vocab_size": VOCAB,
+    "d_model": WIDTH,
+    "d_kv": 12,
+    "d_ff": 68,
+    "num_layers": 2,
+    "num_heads": 8,
+    "dropout_rate": 0.0,
+    "relative_attention_num_buckets": 10,
+    "relative_attention_max_distance": 20,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
+_WHISPER = _SPECIAL | {
+    "vocab_size": VOCAB,
+    "num_mel_bins": 10,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 8,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 8,
+    "encoder_ffn_dim": 68,
+    "decoder_ffn_dim": 68,
+    "d_model": WIDTH,
+    "max_source_positions": 30,
+    "max_target_positions": 64,
+    "dropout": 0.0,
+    "decoder_start_token_id": 1,
+}
+_CLIP = {
+    "text_config": {
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "intermediate_size": 68,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 64,
+        "eos_token_id": 2,
+    },
+    "vision_config": _VIT,
+    "projection_dim": 44,
 }
 
 # --------------------------------------------------------------------------- models that aren't transformers'
@@ -413,6 +506,21 @@ _OTHERS = (
         "vit",
         partial(_from_config, "vit", _VIT, "AutoModelForImageClassification"),
         _float_inputs(pixel_values=(-1, 3, 20, 20)),
+    ),
+    Family(
+        "bert_classifier",
+        partial(_from_config, "bert", _BERT | {"num_labels": 5}, "AutoModelForSequenceClassification"),
+        _masked_inputs,
+    ),
+    Family("t5", partial(_from_config, "t5", _T5, "AutoModelForSeq2SeqLM"), _translation_inputs),
+    Family(
+        "whisper", partial(_from_config, "whisper", _WHISPER, "AutoModelForSpeechSeq2Seq"), _speech_inputs
+    ),
+    Family(
+        "clip",
+        partial(_from_config, "clip", _CLIP, "AutoModel"),
+        _text_and_image_inputs,
+        output="logits_per_image",
     ),
     Family("transformer_encoder", _transformer_encoder, _float_inputs(src=(-1, -2, WIDTH)), output="output"),
     Family("mixer", Mixer, _float_inputs(image=(-1, 3, 16, 20)), output="output"),

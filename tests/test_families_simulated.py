@@ -100,7 +100,7 @@ def test_family_on_two_ranks(name: str) -> None:
     lowered = simulate.lower_all(work)
     assert not fallbacks_of(work)
     share = assert_equal_to_whole(model, work, lowered, inputs(name, CAPTURED))
-    assert share <= 0.55
+    assert share <= (0.65 if name in WHOLE_MIXERS else 0.55)
     if name != "mamba":  # its recurrence is a python loop: another length is another program
         assert_equal_to_whole(model, work, lowered, inputs(name, OTHER))
     if family.collectives is not None:
@@ -131,8 +131,11 @@ def check_own_plan(name: str) -> None:
     assert assert_equal_to_whole(model, work, simulate.lower_all(work), inputs(name, CAPTURED)) <= 0.55
 
 
+# Their packed projection goes through one convolution, which is not split: each rank repeats the scan.
+WHOLE_MIXERS = {"bamba"}
+
 # Tiny models of these families have one key head, or tables that are a larger share than in a real model.
-SMALL_TABLES = {"falcon_mqa", "mixer", "unet"}
+SMALL_TABLES = {"falcon_mqa", "mixer", "unet", "clip"}
 
 
 # On four ranks everything, on three what three ranks do not divide.

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from .capture.bind_call import bind_call, signature_of
 from .compile_program import Compiler, Options
 from .default_example import default_example
+from .entries import guard_submodules
 from .errors import TpCompileError
 from .generation import ShardedGeneration
 from .module import ShardedModule, is_sharded
@@ -43,6 +44,7 @@ def parallelize(
     cost_model: CostModel | str | None = None,
     memory: float | None = None,
     passes: Sequence[Pass] = (),
+    compose: bool = False,
 ) -> Any:
     """Makes a model tensor-parallel over a mesh, in place, and returns it.
 
@@ -65,6 +67,8 @@ def parallelize(
         cost_model: a ``CostModel`` or the name of a preset; by default the preset for the device.
         memory: bytes of weights that a rank may hold.
         passes: passes to run after the compiler's own.
+        compose: run a module that cannot be captured as the python that it is, over its submodules, which
+            are captured one by one, down to single layers. Every such module is warned about.
 
     Raises:
         TpCompileError: the request is refused; the model is unchanged.
@@ -72,15 +76,20 @@ def parallelize(
     mesh = mesh if mesh is not None else _default_mesh(model)
     ranks = _check_mesh(mesh, axis)
     _check_device(model, mesh)
-    options = _options(model, plan, cost_model, mesh.device_type, dynamic, memory, passes)
+    options = _options(model, plan, cost_model, mesh.device_type, dynamic, memory, passes, compose)
     signature, original = signature_of(model), type(model)
     example = _example(model, example_args, example_kwargs)
     runtime = Runtime(Compiler(options, ranks, mesh, axis), signature, original)
-    if example is not None:
-        runtime.capture(model, example)
+    failed = runtime.try_first(model, example) if example is not None else None
     model._tp = runtime  # type: ignore[assignment]
     generates = hasattr(original, "generate") and hasattr(original, "_sample")
     model.__class__ = sharded_class(original, ShardedGeneration if generates else ShardedModule)
+    guard_submodules(model)
+    if failed is not None and example is not None:
+        runtime.compose(model, "", tuple(example), failed)
+        usual = _example(model, (), None)  # perhaps one without pictures: more of it is planned at once
+        if runtime.layout is None and usual is not None and usual.keys() != example.keys():
+            runtime.try_first(model, usual)
     if compile:
         runtime.compile_options = {}
     return model
@@ -188,6 +197,7 @@ def _options(
     dynamic: bool | Mapping[str, Any],
     memory: float | None,
     passes: Sequence[Pass],
+    compose: bool = False,
 ) -> Options:
     if is_sharded(model):
         raise TpCompileError("this model is parallelised already", todo="use a fresh model")
@@ -198,7 +208,7 @@ def _options(
     rules, custom = _rules(model, plan)
     cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model or device)
     given = plan if isinstance(plan, Plan) else None
-    return Options(cost, rules, dynamic, memory, tuple(passes), given, custom)
+    return Options(cost, rules, dynamic, memory, tuple(passes), given, custom, compose)
 
 
 def _rules(model: nn.Module, plan: PlanLike) -> tuple[Rules, dict[str, str]]:

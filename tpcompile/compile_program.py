@@ -32,7 +32,7 @@ from .passes.pipeline import Pass
 from .pins import make_pins, unlike_copies, unmet
 from .pipeline import canonical, plan_program, rewrite, split_copy
 from .plan import Plan, make_plan
-from .plan_layout import layout_of, pins_from_layout
+from .plan_layout import extended, layout_of, pins_from_layout
 from .planner.cost import CostModel
 from .print_graph import graph_text
 from .print_plan import size_text
@@ -56,6 +56,7 @@ class Options:
         passes: passes that run after ours.
         plan: a plan to follow instead of making one.
         custom: custom strategies by glob of a module.
+        compose: whether what cannot be captured runs as python over its parts.
     """
 
     cost: CostModel
@@ -65,6 +66,7 @@ class Options:
     passes: Sequence[Pass] = ()
     plan: Plan | None = None
     custom: Mapping[str, str] = field(default_factory=dict)
+    compose: bool = False
 
 
 @dataclass
@@ -136,7 +138,7 @@ class Compiler:
         training = any(p.requires_grad for p in model.parameters()) or _wants_gradient(bound)
 
         def finish() -> Compiled:
-            placed = layout_of(planned, tensors) if layout is None else layout
+            placed = layout_of(planned, tensors) if layout is None else extended(layout, planned, tensors)
             rewritten = _follow(replace(base, layout=layout), data)
             rewrite(rewritten, training, self.options.passes, self.options.cost)
             pins = make_pins(self.options.rules.wishes) if layout is None else pins_from_layout(layout)

@@ -28,5 +28,16 @@ class TpCompileError(RuntimeError):
         return (_rebuild, (self.what, self.where, self.todo))
 
 
+class CannotCapture(TpCompileError):
+    """The model's python code cannot be turned into a graph."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_capture, (self.what, self.where, self.todo))
+
+
+def _rebuild_capture(what: str, where: str, todo: str) -> CannotCapture:
+    return CannotCapture(what, where=where, todo=todo)
+
+
 def _rebuild(what: str, where: str, todo: str) -> TpCompileError:
     return TpCompileError(what, where=where, todo=todo)

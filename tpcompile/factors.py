@@ -164,7 +164,9 @@ class Factors:
         values = [*(producer(o) for o in operands(node)), *((node, i) for i in range(len(results(node))))]
         for (owner, result), labels in zip(values, rule.inputs + rule.outputs, strict=True):
             for dim, names in zip(self._dims[owner, result], labels, strict=True):
-                if names and not self._unify([dim], [letters[n] for n in names]):
+                # A size of 1 that the rule knows as an expression is equal for some inputs only.
+                unlike = self._size[dim] == 1 and any(self._size[letters[n]] != 1 for n in names)
+                if names and (unlike or not self._unify([dim], [letters[n] for n in names])):
                     stuck.update(names)
 
     def _op_factors(self, node: Node) -> Iterator[OpFactor]:

@@ -119,11 +119,13 @@ class WeightLayout:
         axes: the sizes of the mesh axis' sub-axes, major first; their product is its size.
         params: per original name, its layout.
         groups: the packed matmuls whose parameters are held in segments.
+        open: parameters that no program has used yet: whole, until the first one that does decides.
     """
 
     axes: tuple[int, ...]
     params: Mapping[str, ParamLayout]
     groups: tuple[str, ...] = ()
+    open: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -232,6 +234,7 @@ class WeightLayout:
         return {
             "axes": list(self.axes),
             "groups": list(self.groups),
+            "open": list(self.open),
             "params": [
                 {
                     "name": p.name,
@@ -269,7 +272,7 @@ class WeightLayout:
             )
             for p in data["params"]
         }
-        return WeightLayout(tuple(data["axes"]), params, tuple(data["groups"]))
+        return WeightLayout(tuple(data["axes"]), params, tuple(data["groups"]), tuple(data.get("open", ())))
 
 
 def whole_segment(shape: Sequence[int], axes: int) -> Segment:

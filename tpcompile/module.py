@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from .checkpoint import sharded_state_dict
+from .entries import FixedModules
 from .errors import TpCompileError
 from .gather_weights import full_state_dict
 from .plan import Plan
@@ -16,7 +17,7 @@ from .print_graph import graph_text
 from .runtime import Program, Runtime
 
 
-class ShardedModule(nn.Module):
+class ShardedModule(FixedModules):
     """Mixed into the class of a parallelised model; everything else is the original's."""
 
     _tp: Runtime
@@ -37,7 +38,7 @@ class ShardedModule(nn.Module):
 
     @property
     def programs(self) -> list[Program]:
-        """One program per call signature, in the order of capture."""
+        """One program per call signature, of the model and of submodules called alone, as they came."""
         return list(self._tp.programs)
 
     def capture(self, *args: Any, **kwargs: Any) -> Program:
@@ -114,12 +115,13 @@ class ShardedModule(nn.Module):
         save_pretrained(self, self._tp, save_directory, wishes)
 
     def _last(self) -> Program:
-        if not self._tp.programs:
+        own = [program for program in self._tp.programs if not program.entry]
+        if not own:
             raise TpCompileError(
                 "nothing was captured yet",
                 todo="call the model, or model.capture(...), or give example_args to parallelize",
             )
-        return self._tp.programs[-1]
+        return own[-1]
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -26,14 +26,17 @@ def layout_of(work: Work, tensors: Mapping[str, Tensor]) -> WeightLayout:
             those that the program does not use are whole.
     """
     parts: dict[str, list[tuple[Source, Segment]]] = {}
+    used: set[str] = set()
     for node, source in work.sources.items():
         if source.segment is not None:
+            used |= {source.spec.name} if node.users else set()
             placed = _placed(work, node, source.segment)
             parts.setdefault(source.spec.name, []).append((source, placed))
     # Layers that were left out lie as the one that stands for them.
     like = {name: name for name in parts}
     if work.blocks is not None:
         like |= {left_out: name for name, left_out in work.blocks.left_out(list(parts))}
+    unused = tuple(name for name, captured in like.items() if captured not in used)
     params: dict[str, ParamLayout] = {}
     for name, tensor in tensors.items():
         layout = whole_layout(name, tensor, len(work.decisions))
@@ -44,7 +47,15 @@ def layout_of(work: Work, tensors: Mapping[str, Tensor]) -> WeightLayout:
         if name in work.custom.parts:
             layout = work.custom.layout(name, tensor, work.axes)
         params[name] = layout
-    return WeightLayout(work.axes, params, tuple(sorted(work.split_groups)))
+    return WeightLayout(work.axes, params, tuple(sorted(work.split_groups)), unused)
+
+
+def extended(layout: WeightLayout, work: Work, tensors: Mapping[str, Tensor]) -> WeightLayout:
+    """A layout with the parameters that it left open, and that a later program uses, as that one has them."""
+    later = layout_of(work, tensors)
+    decided = set(layout.open) - set(later.open)
+    params = {name: later.params[name] if name in decided else p for name, p in layout.params.items()}
+    return replace(layout, params=params, open=tuple(n for n in layout.open if n not in decided))
 
 
 def _placed(work: Work, node: Node, segment: Segment) -> Segment:
@@ -59,7 +70,11 @@ def _placed(work: Work, node: Node, segment: Segment) -> Segment:
 
 
 def pins_from_layout(layout: WeightLayout) -> Pins:
-    """Pins that keep every parameter where it lies: a later program plans its activations only."""
+    """Pins that keep every parameter where it lies: a later program plans its activations only.
+
+    Parameters that no program has used yet are planned as in a first one.
+    """
+    still_open = set(layout.open)
 
     def resolve(work: Work, axis: int) -> Mapping[Node, frozenset[Placement]]:
         factors = work.factors()
@@ -67,7 +82,7 @@ def pins_from_layout(layout: WeightLayout) -> Pins:
         for node, source in work.sources.items():
             if source.spec.name in work.custom.parts:
                 found[node] = frozenset({R})  # it lies as its strategy wants it
-            elif source.segment is not None:
+            elif source.segment is not None and node.users and source.spec.name not in still_open:
                 _refuse_selection(layout.params[source.spec.name])
                 found[node] = frozenset({_placement(factors, node, work.held_as(source), axis)})
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,18 +15,19 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from .caches import Held, held_outputs
 from .capture import Captured, flatten_call, leaf_names
 from .capture.bind_call import CallSignature
-from .capture.call_results import given_caches, state_of
+from .capture.call_results import given_caches, states_of
 from .capture.program import InputSpec
 from .capture.size_check import Check, size_check
 from .compile_program import Compiled, Compiler
 from .compile_step import Step, compile_step, mark_open_sizes
-from .errors import TpCompileError
+from .entries import Entry, can_compose, divided_paths, entered, open_paths, original_call, without_guards
+from .errors import CannotCapture, TpCompileError
 from .fetch_inputs import Feed, make_fetch
 from .layout import WeightLayout
 from .lowering.local_shapes import LocalShapes
 from .lowering.lower_graph import SOURCE
 from .plan import Plan
-from .shell import shard_weights, tensors_by_name, unsharded
+from .shell import shard_more_weights, shard_weights, tensors_by_name, unsharded
 from .work import Source, Work
 
 
@@ -44,6 +46,7 @@ class Program:
         example: the leaves of the call that it was captured for, tensors without their values.
         feeds: where each placeholder's value comes from; a number stands for a leaf of the call.
         mutated: per buffer that the program changes, where it is.
+        entry: the submodule that is called, "" for the model itself.
         check: whether the sizes of a call's leaves are ones that it runs on.
         steps: its compiled steps, by torch.compile's options.
     """
@@ -59,6 +62,7 @@ class Program:
     feeds: tuple[Feed | int, ...]
     mutated: tuple[Feed, ...]
     check: Check
+    entry: str = ""
     steps: dict[str, Step] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -117,7 +121,7 @@ class Program:
             else f"{spec.name}={spec.value}"
             for spec in self.captured.user_inputs
         )
-        return f"({arguments}) {'train' if self.training else 'eval'}"
+        return f"{self.entry}({arguments}) {'train' if self.training else 'eval'}"
 
 
 @dataclass
@@ -131,6 +135,9 @@ class Runtime:
         layout: where the weights lie; None until the first program decides it.
         programs: one per call signature.
         caches: how tensors lie that programs handed out to be given back, by name.
+        divided: the paths of modules with divided weights in them.
+        composed: the modules, with the arguments given, that run as python over their parts.
+        pieces: the paths of modules that get programs under them although nothing of them is divided yet.
         compile_options: torch.compile's for every program, or None to run them as they are.
     """
 
@@ -140,54 +147,80 @@ class Runtime:
     layout: WeightLayout | None = None
     programs: list[Program] = field(default_factory=list)
     caches: dict[str, Held] = field(default_factory=dict)
+    divided: frozenset[str] = frozenset()
+    composed: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
+    pieces: frozenset[str] = frozenset()
     compile_options: dict[str, Any] | None = None
 
-    def call(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Runs a call on its program, which is captured if there is none yet."""
-        bound = self.bind(args, kwargs)
+    def call(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
+    ) -> Any:
+        """Runs a call of the model, or of a submodule, on its program, captured if there is none."""
+        bound = self.bind(args, kwargs, entry)
+        path = entry.path if entry is not None else ""
+        training = model.get_submodule(path).training
         leaves, spec = flatten_call(bound)
-        program = self.find(tuple(bound), leaves, spec, model.training)
+        names = tuple(bound)
+        program = self.find(names, leaves, spec, training, path)
         if program is None:
-            return _capture_and_run(self, model, bound)
+            if (path, names) not in self.composed:
+                answer = _capture_and_run(self, model, bound, path)
+                if answer is not NotImplemented:
+                    return answer
+            return original_call(model, self.original, path, (entry or self).signature, bound)
         if program.autocast is None:
             return program.run(leaves, bound, self.compile_options)
         with torch.autocast(device_of(leaves), enabled=False):
             return program.run(leaves, bound, self.compile_options)
 
     def find(
-        self, names: tuple[str, ...], leaves: Sequence[Any], spec: TreeSpec, training: bool
+        self, names: tuple[str, ...], leaves: Sequence[Any], spec: TreeSpec, training: bool, path: str = ""
     ) -> Program | None:
-        """The program of a call, if it was captured."""
+        """The program of a call, of the model or of the submodule at ``path``, if it was captured."""
         for program in self.programs:
-            if program.fits(names, leaves, training) and program.captured.in_spec == spec:
-                return program
+            if program.entry == path and program.fits(names, leaves, training):
+                if program.captured.in_spec == spec:
+                    return program
         return None
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def bind(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
+    ) -> dict[str, Any]:
         """The call as keyword arguments in the order of the signature."""
         try:
-            return self.signature.bind(args, kwargs)
+            return (entry or self).signature.bind(args, kwargs)
         except ValueError as error:
             raise TpCompileError(
                 f"the call does not fit the model's forward, which {error}",
-                where=f"{self.original.__name__}.forward",
+                where=f"{(entry or self).original.__name__}.forward",
                 todo="give the arguments as you would call the model",
             ) from None
 
-    def capture(self, model: nn.Module, bound: dict[str, Any]) -> Program:
+    def capture(self, model: nn.Module, bound: dict[str, Any], path: str = "") -> Program:
         """Compiles a program for a call; the first one also decides where the weights lie.
+
+        Args:
+            model: the sharded model.
+            bound: the call.
+            path: the submodule that is called, "" for the model itself.
 
         Raises:
             TpCompileError: the call cannot be captured, planned or lowered; the model is unchanged.
         """
         if self.compiler.options.dynamic is False:
-            self._refuse_new_shapes(bound)
-        with unsharded(model, self.original, self.layout):
+            self._refuse_new_shapes(bound, path)
+        with unsharded(model, self.original, self.layout), without_guards(model), entered(model, path):
             compiled = self.compiler.compile(model, self._whole_caches(bound), self.layout, self.caches)
         self.caches = {**hand_out(compiled.planned), **self.caches}
         if self.layout is None:
             self.layout = compiled.plan.layout
             shard_weights(model, self.layout, self.compiler.rank, compiled.planned.custom)
+        else:
+            layout, decided = compiled.plan.layout, set(self.layout.open) - set(compiled.plan.layout.open)
+            shard_more_weights(model, layout, self.compiler.rank, decided)
+            self.layout = layout
+        self.divided = divided_paths(model, self.layout)
+        self.pieces = open_paths(model, self.layout) if self.composed else frozenset()
         leaves, _ = flatten_call(bound)
         captured = local_extents(compiled, self.compiler.rank)
         program = Program(
@@ -195,7 +228,7 @@ class Runtime:
             captured=captured,
             graph_module=compiled.local,
             plan=compiled.plan,
-            training=model.training,
+            training=model.get_submodule(path).training,
             autocast=autocast_of(leaves),
             names=tuple(bound),
             example=tuple(x.to("meta") if isinstance(x, Tensor) else x for x in leaves),
@@ -205,10 +238,40 @@ class Runtime:
                 for o in compiled.planned.captured.outputs
                 if o.kind == "buffer_mutation"
             ),
+            entry=path,
             check=size_check(captured),
         )
         self.programs.append(program)
         return program
+
+    def try_first(self, model: nn.Module, bound: dict[str, Any]) -> TpCompileError | None:
+        """Captures a call; returns why it cannot be captured if its parts are to be captured instead.
+
+        Raises:
+            TpCompileError: it is refused for another reason, or is not to be composed.
+        """
+        try:
+            self.capture(model, bound)
+        except TpCompileError as error:
+            if not self.compiler.options.compose or not _is_capture_failure(error):
+                raise
+            return error
+        return None
+
+    def compose(self, model: nn.Module, path: str, names: tuple[str, ...], error: TpCompileError) -> bool:
+        """Whether a call that could not be captured runs as python over the module's parts from now on."""
+        wanted = self.compiler.options.compose and _is_capture_failure(error)
+        if not wanted or not can_compose(model, path, self.layout):
+            return False
+        self.composed.add((path, names))
+        self.pieces = open_paths(model, self.layout)
+        where = f"{path or type(model).__name__}({', '.join(names)})"
+        warnings.warn(
+            f"{where} runs as python over parts that are captured by themselves, because it cannot be "
+            f"captured as a whole: {error}",
+            stacklevel=2,
+        )
+        return True
 
     def divide_caches(self, bound: dict[str, Any]) -> None:
         """Leaves of caches that the caller brings whole only this rank's parts.
@@ -225,7 +288,9 @@ class Runtime:
                 self.caches[leaf_name].part(leaf, axes, at) if leaf_name in self.caches else leaf
                 for leaf_name, leaf in zip(leaf_names(own), flatten_call(own)[0], strict=True)
             ]
-            state_of(name, cache).put(cache, mine)
+            left = iter(mine)
+            for state in states_of(name, cache):
+                state.put(cache, [next(left) for _ in range(state.count)])
 
     def _whole_caches(self, bound: dict[str, Any]) -> dict[str, Any]:
         """The call with tensors of whole, valueless caches in the place of this rank's parts."""
@@ -239,23 +304,36 @@ class Runtime:
         found: dict[str, Any] = tree_unflatten(whole, spec)
         return found
 
-    def _refuse_new_shapes(self, bound: dict[str, Any]) -> None:
+    def _refuse_new_shapes(self, bound: dict[str, Any], path: str) -> None:
         leaves, _ = flatten_call(bound)
         for program in self.programs:
             same = program.names == tuple(bound) and len(leaves) == len(program.example)
-            if same and (why := program.captured.accepts(leaves)) is not None:
+            if same and program.entry == path and (why := program.captured.accepts(leaves)) is not None:
                 raise TpCompileError(
                     f"the call has other shapes than the program was captured for: {why}",
                     todo="parallelize with dynamic=True, or keep to the captured shapes",
                 )
 
 
+def _is_capture_failure(error: TpCompileError) -> bool:
+    """Whether an error says, on this rank or on another, that python code cannot be captured."""
+    return isinstance(error, CannotCapture) or CannotCapture.__name__ in error.what
+
+
 # Under torch.compile(fullgraph=True) the reason is the error; without fullgraph the graph breaks here.
 @torch.compiler.disable(reason="no program was captured for this call: call model.capture(...) with it first")
-def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any]) -> Any:
+def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], path: str) -> Any:
     runtime.divide_caches(bound)
     leaves, spec = flatten_call(bound)
-    program = runtime.find(tuple(bound), leaves, spec, model.training) or runtime.capture(model, bound)
+    training = model.get_submodule(path).training
+    program = runtime.find(tuple(bound), leaves, spec, training, path)
+    if program is None:
+        try:
+            program = runtime.capture(model, bound, path)
+        except TpCompileError as error:
+            if not runtime.compose(model, path, tuple(bound), error):
+                raise
+            return NotImplemented
     with torch.autocast(device_of(leaves), enabled=False):
         return program.run(leaves, bound, runtime.compile_options)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,16 @@ def replace_tensors(model: nn.Module, new: dict[int, Tensor]) -> None:
             for name, tensor in table.items():
                 if tensor is not None and id(tensor) in new:
                     table[name] = new[id(tensor)]  # type: ignore[assignment]
+
+
+def shard_more_weights(model: nn.Module, layout: WeightLayout, rank: int, names: Iterable[str]) -> None:
+    """Cuts parameters that stayed whole so far, in place: nothing was computed with them yet."""
+    places = tensors_by_name(model)
+    for name in names:
+        if not is_whole(layout.params[name]):
+            module, attribute = places[name]
+            param = getattr(module, attribute)
+            param.data = layout.shard(name, param.detach(), rank)
 
 
 def shard_weights(model: nn.Module, layout: WeightLayout, rank: int, custom: CustomModules) -> None:

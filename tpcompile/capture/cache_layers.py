@@ -7,17 +7,14 @@ as a symbol and not as a constant that would go stale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tpcompile.capture.cache_form import Facts, LayerForm, Parts
+from tpcompile.capture.state_layers import state_forms
 from tpcompile.errors import TpCompileError
-
-Parts = dict[str, Tensor]
-Facts = tuple[Hashable, ...]
 
 COUNT = "_count"
 """How the role of a number ends that travels as a size."""
@@ -27,21 +24,6 @@ WRITTEN = "written" + COUNT
 """Tokens that were written into a static sliding layer."""
 CAPACITY = "capacity" + COUNT
 """Tokens that a static layer without data will hold; later the size of its keys says so."""
-
-
-@dataclass(frozen=True)
-class LayerForm:
-    """How layers of one class are taken apart.
-
-    Attributes:
-        take: gives a layer's tensors by role (none of them if it holds no data yet), and its facts.
-        make: makes an empty layer of its facts and, for a layer without data, its tensors.
-        put: gives a layer the state that ``take`` took from another one with the same facts.
-    """
-
-    take: Callable[[Any], tuple[Parts, Facts]]
-    make: Callable[[Facts, Parts], Any]
-    put: Callable[[Any, Parts, Facts], None]
 
 
 def take_layer(layer: Any) -> tuple[Parts, tuple[str, Facts]]:
@@ -67,7 +49,7 @@ def make_layer(parts: Parts, context: tuple[str, Facts]) -> Any:
 
 def put_layer(layer: Any, parts: Parts, context: tuple[str, Facts]) -> None:
     """Gives an existing layer another state; one without data stays as it is."""
-    if "keys" in parts:
+    if parts.keys() - {CAPACITY}:
         name, facts = context
         LAYER_FORMS[name].put(layer, parts, facts)
 
@@ -185,10 +167,11 @@ def _put_static_sliding(layer: Any, parts: Parts, facts: Facts) -> None:
     layer.cumulative_length_int = parts[WRITTEN].shape[0]
 
 
-LAYER_FORMS: dict[str, LayerForm] = {
+_KEYS_AND_VALUES = {
     "DynamicLayer": LayerForm(_take_dynamic, _make_dynamic, _put_dynamic),
     "DynamicSlidingWindowLayer": LayerForm(_take_sliding, _make_sliding, _put_sliding),
     "StaticLayer": LayerForm(_take_static, _make_static, _put_static),
     "StaticSlidingWindowLayer": LayerForm(_take_static_sliding, _make_static_sliding, _put_static_sliding),
 }
+LAYER_FORMS: dict[str, LayerForm] = _KEYS_AND_VALUES | state_forms(_KEYS_AND_VALUES)
 """Class name of a layer -> how it is taken apart. A class that is not here is refused."""

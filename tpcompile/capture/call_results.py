@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path
 
 from tpcompile.capture.bind_call import join_path, leaf_names
-from tpcompile.capture.cache_layers import Facts, make_layer, put_layer, take_layer
+from tpcompile.capture.cache_form import Facts
+from tpcompile.capture.cache_layers import make_layer, put_layer, take_layer
+from tpcompile.capture.paired_caches import FLAGS, PAIR, is_paired
 from tpcompile.capture.register_caches import is_cache
 
 
@@ -33,18 +34,26 @@ class CacheState:
     Attributes:
         argument: the argument that the cache was given as.
         layers: per layer the roles of its tensors, which stand in this order, its class and its facts.
+        part: the attribute that this is about, in a pair of caches.
+        flags: the keys of the flags, if that attribute holds flags.
     """
 
     argument: str
-    layers: tuple[tuple[tuple[str, ...], tuple[str, Facts]], ...]
+    layers: tuple[tuple[tuple[str, ...], tuple[str, Facts]], ...] = ()
+    part: str = ""
+    flags: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
         """How many tensors it takes."""
-        return sum(len(roles) for roles, _ in self.layers)
+        return sum(len(roles) for roles, _ in self.layers) + len(self.flags)
 
-    def put(self, cache: Any, tensors: Sequence[Tensor]) -> None:
+    def put(self, cache: Any, tensors: Sequence[Any]) -> None:
         """Gives the caller's cache its new state."""
+        if self.part:
+            cache = getattr(cache, self.part)
+        if self.flags:
+            cache.update(zip(self.flags, tensors, strict=True))
         left = iter(tensors)
         for i, (roles, context) in enumerate(self.layers):
             parts = {role: next(left) for role in roles}
@@ -86,7 +95,7 @@ def take_results(call: Mapping[str, Any], result: Any) -> Results:
     flat, out_spec = tree_flatten(result, is_leaf=is_given)
     values = [by_id.get(id(value), value) for value in flat]
     paths = [path for path, _ in tree_flatten_with_path(result, is_leaf=is_given)[0]]
-    states = tuple(state_of(name, cache) for name, cache in given.items())
+    states = tuple(state for name, cache in given.items() for state in states_of(name, cache))
     tensors, _ = tree_flatten(given)
     names = [_name(path) for path in paths] + leaf_names(given)
     return Results(names, values + tensors, out_spec, states)
@@ -97,10 +106,17 @@ def given_caches(call: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in call.items() if is_cache(value)}
 
 
-def state_of(argument: str, cache: Any) -> CacheState:
-    """How a cache is made of its tensors as it is now."""
+def states_of(argument: str, cache: Any) -> list[CacheState]:
+    """How a cache is made of its tensors as it is now; a pair of caches is made of both and of its flags."""
+    if not is_paired(cache):
+        return [_state(argument, cache)]
+    halves = [_state(argument, getattr(cache, part), part) for part in PAIR]
+    return [*halves, CacheState(argument, part=FLAGS, flags=tuple(getattr(cache, FLAGS)))]
+
+
+def _state(argument: str, cache: Any, part: str = "") -> CacheState:
     taken = [take_layer(layer) for layer in cache.layers]
-    return CacheState(argument, tuple((tuple(parts), context) for parts, context in taken))
+    return CacheState(argument, tuple((tuple(parts), context) for parts, context in taken), part)
 
 
 def _name(path: Sequence[Any]) -> str:

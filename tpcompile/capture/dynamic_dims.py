@@ -10,6 +10,8 @@ import torch
 from torch.export import Dim
 
 from tpcompile.capture.cache_layers import CAPACITY, SEEN, is_count
+from tpcompile.capture.paired_caches import is_cross
+from tpcompile.capture.state_layers import is_state
 
 Dims = Mapping[int, bool]
 Place = tuple[int, int]
@@ -78,6 +80,7 @@ def _wanted(
 ) -> list[list[int]]:
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.numel()]
     batch = max((leaf.shape[0] for leaf in tensors), default=1)
+    decoding = any(c and isinstance(leaf, torch.Tensor) for c, leaf in zip(cached, leaves, strict=True))
     wanted: list[list[int]] = []
     for name, leaf, in_cache in zip(names, leaves, cached, strict=True):
         if not isinstance(leaf, torch.Tensor):
@@ -86,7 +89,7 @@ def _wanted(
             chosen = dynamic.get(name, dynamic.get(_root(name), {}))
             wanted.append(sorted(dim % leaf.ndim for dim, is_open in chosen.items() if is_open))
         else:
-            wanted.append(_open_dims(name, leaf, in_cache, batch, decoding=any(cached)))
+            wanted.append(_open_dims(name, leaf, in_cache, batch, decoding=decoding))
     return wanted
 
 
@@ -103,24 +106,30 @@ def _ties(
     """
     groups: dict[tuple[str, int], list[Place]] = {}
     lengths = _cache_lengths(names, shapes, cached)
+    encoded = _cache_lengths(names, shapes, cached, cross=True)
     for leaf, (name, shape, dims, in_cache) in enumerate(zip(names, shapes, wanted, cached, strict=True)):
         for dim in dims:
             kind = _kind(name, shape, dim, in_cache, lengths)
+            if kind == "sequence" and shape is not None and shape[dim] in encoded:
+                kind = "encoded"
             if kind and shape is not None:
                 groups.setdefault((kind, shape[dim]), []).append((leaf, dim))
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
 def _cache_lengths(
-    names: Sequence[str], shapes: Sequence[tuple[int, ...] | None], cached: Sequence[bool]
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...] | None],
+    cached: Sequence[bool],
+    cross: bool = False,
 ) -> set[int]:
-    """How many tokens the layers of the caches hold, or are to hold."""
+    """How many tokens the layers of the caches hold, or are to hold; or those of an encoder's states."""
     found = set()
     for name, shape, in_cache in zip(names, shapes, cached, strict=True):
         if in_cache and shape is not None:
             if CAPACITY in name:
                 found.add(shape[0])
-            elif len(shape) == 4:
+            elif len(shape) == 4 and not is_state(name) and is_cross(name) == cross:
                 found.add(shape[2])
     return found
 
@@ -147,10 +156,12 @@ def _kind(
     if dim == 0:
         return "batch"
     if in_cache:
-        return "cache"
+        return "encoded" if is_cross(name) else "cache"
     if "mask" in name and len(shape) == 4:
         return "cache" if dim == 3 and shape[dim] in lengths else "sequence"
-    return "sequence" if dim == 1 else None
+    if dim == 1:
+        return "decoder" if name.startswith("decoder_") else "sequence"
+    return None
 
 
 def _sums(
@@ -161,13 +172,20 @@ def _sums(
 ) -> tuple[tuple[Place, Place, Place], ...]:
     """Find a padding mask that covers what is cached and the new tokens: past + new == mask."""
     places = {name: index for index, (name, shape) in enumerate(zip(names, shapes, strict=True)) if shape}
-    mask = places.get("attention_mask")
-    new = places.get("input_ids", places.get("inputs_embeds"))
+    prefix = "decoder_" if "decoder_input_ids" in places else ""
+    mask = places.get(f"{prefix}attention_mask")
+    new = places.get(f"{prefix}input_ids", places.get(f"{prefix}inputs_embeds"))
     if mask is None or new is None or wanted[mask] != [0, 1]:
         return ()
     total, added = shapes[mask][1], shapes[new][1]  # type: ignore[index]
     for index, (shape, in_cache) in enumerate(zip(shapes, cached, strict=True)):
-        if shape is not None and in_cache and 2 in wanted[index] and shape[2] + added == total:
+        if (
+            shape is not None
+            and in_cache
+            and 2 in wanted[index]
+            and not is_cross(names[index])
+            and shape[2] + added == total
+        ):
             return (((mask, 1), (index, 2), (new, 1)),)
     return ()
 
@@ -193,7 +211,7 @@ def _open_dims(name: str, leaf: torch.Tensor, in_cache: bool, batch: int, *, dec
     if is_count(name):
         return [0]
     if in_cache:
-        dims = [0, 2] if leaf.ndim == 4 else [0]
+        dims = [0, 2] if leaf.ndim == 4 and not is_state(name) else [0]
     elif leaf.ndim == 4 and "mask" in name:
         dims = [0, 2, 3]
     elif (whole_numbers and leaf.ndim >= 2) or (leaf.dtype.is_floating_point and leaf.ndim == 3):

@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 import torch
 from torch import nn
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import CannotCapture
 
 _OUTSIDE = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _DATA_DEPENDENT = (
@@ -43,8 +43,8 @@ def is_data_dependent(error: BaseException) -> bool:
 
 def explain_failure(
     error: BaseException, model: nn.Module, names: Sequence[str], tried: Sequence[str]
-) -> TpCompileError:
-    """Return a TpCompileError that names the innermost module and source line of the user's code."""
+) -> CannotCapture:
+    """Return an error that names the innermost module and source line of the user's code."""
     text = _first_lines(str(error))
     for index, name in enumerate(names):
         text = text.replace(f"leaves[{index}]", name).replace(f"leaves_{index}.", f"{name}.")
@@ -52,9 +52,8 @@ def explain_failure(
     what = f"the model's forward cannot be captured: {type(error).__name__}: {text}"
     if len(tried) > 1:
         what += f" (tried with {', then '.join(tried)})"
-    return TpCompileError(
-        what, where=_place(error, model), todo=advice or "try model.eval() or other example arguments"
-    )
+    advice = advice or "try model.eval() or other example arguments"
+    return CannotCapture(what, where=_place(error, model), todo=f"{advice}; or parallelize(compose=True)")
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -9,6 +9,8 @@ from torch.export import ExportedProgram
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 
+from tpcompile.simplify_size import simplify_size
+
 
 def read_ranges(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
     """Return the inclusive bounds of every symbol.
@@ -34,7 +36,7 @@ def read_guards(program: ExportedProgram) -> tuple[str, ...]:
     known = set(program.range_constraints)
     found: dict[str, None] = {}
     for guard in env.guards:
-        expression = env.simplify(guard.expr)
+        expression = simplify_size(env.simplify(guard.expr))
         if not expression.free_symbols or not expression.free_symbols <= known:
             continue
         # Without axioms: by default the guards themselves are among them, and each would follow from itself.

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from tpcompile.capture.cache_layers import Facts, Parts, make_layer, take_layer
+from tpcompile.capture.cache_form import Facts, Parts
+from tpcompile.capture.cache_layers import make_layer, take_layer
+from tpcompile.capture.paired_caches import register_paired_cache
 from tpcompile.errors import TpCompileError
 
 _Context = tuple[tuple[str, Facts], ...]
@@ -30,6 +32,7 @@ def register_cache_support() -> None:
         return
     for name in _CACHES:
         _register(getattr(cache_utils, name))
+    register_paired_cache(cache_utils.EncoderDecoderCache)
 
 
 def _register(kind: Any) -> None:

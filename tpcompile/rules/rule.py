@@ -17,6 +17,7 @@ import torch
 from torch.fx import Node
 
 from ..placements import Placement
+from ..simplify_size import simplify_size
 
 Size: TypeAlias = int | sympy.Expr
 Dim: TypeAlias = tuple[str, ...]
@@ -115,7 +116,12 @@ def results(node: Node) -> list[torch.Tensor]:
 
 def sizes_of(tensor: torch.Tensor) -> tuple[Size, ...]:
     """The shape, dynamic dimensions as sympy expressions."""
-    return tuple(d.node.expr if isinstance(d, torch.SymInt) else int(d) for d in tensor.shape)
+    return tuple(_size(d.node.expr) if isinstance(d, torch.SymInt) else int(d) for d in tensor.shape)
+
+
+def _size(expression: sympy.Expr) -> Size:
+    simple = simplify_size(expression)
+    return int(simple) if simple.is_Integer else simple
 
 
 def shape(node: Node) -> tuple[Size, ...]:

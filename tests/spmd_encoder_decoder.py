@@ -1,0 +1,91 @@
+"""What the ranks do in ``test_encoder_decoder`` and ``test_state_caches``."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import tpcompile
+from tests import families
+from tests.spmd_models import error, mesh
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+
+
+def tokens(name: str, beams: int) -> dict[str, Any]:
+    """Generates with the whole and the sharded model; what they say, the programs, the cache."""
+    model = families.build(name)
+    whole = copy.deepcopy(model)
+    sharded = tpcompile.parallelize(model, mesh(), example_kwargs=families.inputs(name, 2, 16))
+    drop = ("decoder_input_ids", "use_cache")
+    given = {k: v for k, v in families.inputs(name, 3, 9).items() if k not in drop}
+    options: dict[str, Any] = GREEDY | {"num_beams": beams}
+    result = sharded.generate(**given, **options, return_dict_in_generate=True)
+    cache = getattr(result, "past_key_values", None)
+    return {
+        "same": torch.equal(result.sequences, whole.generate(**given, **options)),
+        "programs": [(program.entry, program.names) for program in sharded.programs],
+        "shapes": [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(cache) if torch.is_tensor(x)],
+    }
+
+
+def caller_cache(name: str) -> dict[str, Any]:
+    """Steps with a cache that the caller keeps: it is updated in place, and read from there."""
+    from transformers import DynamicCache
+
+    model = families.build(name, torch.float64)
+    whole = copy.deepcopy(model)
+    sharded = tpcompile.parallelize(model, mesh(), example_kwargs=families.causal_inputs())
+    ids = families.token_ids(2, 12)
+    worst = []
+    caches = [DynamicCache(config=whole.config) for _ in range(2)]
+    argument = "cache_params" if name == "mamba" else "past_key_values"
+    for start, stop in ((0, 9), (9, 10), (10, 11), (11, 12)):
+        step = ids[:, start:stop]
+        with torch.no_grad():
+            mine, theirs = (
+                m(input_ids=step, use_cache=True, **{argument: cache}).logits
+                for m, cache in zip((sharded, whole), caches, strict=True)
+            )
+        worst.append(error(mine, theirs))
+    caches[0].reset()  # the tensors stay, but they are no state any more
+    caches[1].reset()
+    with torch.no_grad():
+        mine, theirs = (
+            m(input_ids=ids[:, :9], use_cache=True, **{argument: cache}).logits
+            for m, cache in zip((sharded, whole), caches, strict=True)
+        )
+    worst.append(error(mine, theirs))
+    return {"errors": worst, "programs": len(sharded.programs)}
+
+
+def picture() -> dict[str, Any]:
+    """A model whose vision tower reads tensor values as python numbers, composed of captured parts."""
+    model = families.build("qwen2_vl", torch.float64)
+    whole = copy.deepcopy(model)
+    example = families.picture_inputs(2, 9)
+    example["pixel_values"] = example["pixel_values"].double()
+    refusal = ""
+    try:
+        tpcompile.parallelize(model, mesh(), example_kwargs=example)
+    except tpcompile.TpCompileError as raised:
+        refusal = str(raised)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sharded = tpcompile.parallelize(model, mesh(), example_kwargs=example, compose=True)
+        with torch.no_grad():
+            worst = error(sharded(**example), whole(**example))
+    layout = sharded._tp.layout
+    state, expected = sharded.full_state_dict(), whole.state_dict()
+    return {
+        "refusal": refusal,
+        "error": worst,
+        "warnings": sum("runs as python" in str(w.message) for w in caught),
+        "entries": [program.entry for program in sharded.programs],
+        "vision": layout.local_shape("model.visual.blocks.0.mlp.fc1.weight", dist.get_rank()),
+        "state": all(torch.equal(state[k], expected[k]) for k in expected),
+    }

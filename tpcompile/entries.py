@@ -1,0 +1,207 @@
+"""Submodules of a sharded model that are called on their own, as ``generate`` calls an encoder.
+
+Their weights are this rank's slices, so that their own forward would compute something else. Each call of
+one from outside of a program runs a program of its own over the same weights: the model, entered there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from .capture.bind_call import CallSignature, signature_of
+from .errors import TpCompileError
+from .gather_weights import is_whole
+from .layout import WeightLayout
+
+if TYPE_CHECKING:
+    from .runtime import Runtime
+
+_ENTRY = "_tp_entry"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A place where a model can be called: itself (path ``""``), or one of its submodules.
+
+    Attributes:
+        path: the submodule's name.
+        signature: that of its forward.
+        original: its class before it was sharded.
+    """
+
+    path: str
+    signature: CallSignature
+    original: type[nn.Module]
+
+
+@dataclass(frozen=True)
+class _Guard:
+    """What a guarded submodule knows.
+
+    Attributes:
+        entry: itself.
+        root: the model that it belongs to.
+        lifted: a forward that was set on the instance, which would come before the class's.
+    """
+
+    entry: Entry
+    root: nn.Module
+    lifted: Any = None
+
+
+class FixedModules(nn.Module):
+    """Mixed into sharded modules: programs hold the layers that were there when they were captured."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and value is not self._modules.get(name):
+            self._refuse_change(name)
+        super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Refused.
+
+        Raises:
+            TpCompileError: always.
+        """
+        self._refuse_change(name)
+
+    def _refuse_change(self, name: str) -> None:
+        raise TpCompileError(
+            "a layer of a sharded model is replaced or added, which its programs would not notice",
+            where=f"{type(self).__name__}.{name}",
+            todo="change the model (adapters, wrappers, resized embeddings) before parallelize",
+        )
+
+
+class GuardedModule(FixedModules):
+    """Mixed into the class of a sharded model's submodule."""
+
+
+@functools.cache
+def guarded_class(original: type[nn.Module]) -> type[nn.Module]:
+    """A subclass whose forward runs a program if the module's weights are divided."""
+
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        guard: _Guard = self.__dict__[_ENTRY]
+        runtime: Runtime = guard.root._tp  # type: ignore[assignment]
+        if guard.entry.path in runtime.divided or guard.entry.path in runtime.pieces:
+            return runtime.call(guard.root, args, kwargs, guard.entry)
+        return _original(self, guard)(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+    body = {"forward": forward, "__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original.__name__, (GuardedModule, original), body)
+
+
+def _original(module: nn.Module, guard: _Guard) -> Callable[..., Any]:
+    """A guarded module's own forward."""
+    return guard.lifted or functools.partial(guard.entry.original.forward, module)
+
+
+def original_call(
+    root: nn.Module, original: type[nn.Module], path: str, signature: CallSignature, bound: dict[str, Any]
+) -> Any:
+    """Runs the python code of a module; its parts run programs of their own."""
+    args, kwargs = signature.unbind(bound)
+    if not path:
+        return original.forward(root, *args, **kwargs)
+    module = root.get_submodule(path)
+    return _original(module, module.__dict__[_ENTRY])(*args, **kwargs)
+
+
+def guard_submodules(root: nn.Module) -> None:
+    """Guards every submodule that has parameters in it; the runtime says which of them are divided."""
+    for path, module in root.named_modules():
+        if path and next(module.parameters(), None) is not None:
+            entry = Entry(path, signature_of(module), type(module))
+            module.__dict__[_ENTRY] = _Guard(entry, root, module.__dict__.pop("forward", None))
+            kind: Any = type(module)
+            module.__class__ = guarded_class(kind)
+
+
+def divided_paths(root: nn.Module, layout: WeightLayout) -> frozenset[str]:
+    """The paths of all modules with a divided parameter or buffer in them; tied ones count everywhere."""
+    found: set[str] = set()
+    divided = {name for name, param in layout.params.items() if not is_whole(param)}
+    slices = {id(t) for n, t in [*root.named_parameters(), *root.named_buffers()] if n in divided}
+    for path, module in root.named_modules(remove_duplicate=False):
+        own = [*module._parameters.values(), *module._buffers.values()]
+        if any(id(t) in slices for t in own):
+            parts = path.split(".") if path else []
+            found |= {".".join(parts[:i]) for i in range(len(parts) + 1)}
+    return frozenset(found)
+
+
+def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:
+    """The paths of all modules with matrices in them of which nobody has decided where they lie."""
+    found: set[str] = set()
+    for name, param in root.named_parameters():
+        if param.ndim > 1 and (layout is None or name in layout.open):
+            parts = name.split(".")[:-1]
+            found |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
+    return frozenset(found)
+
+
+def can_compose(root: nn.Module, path: str, layout: WeightLayout | None) -> bool:
+    """Whether a module's python can run over its parts: they have weights, it has no slices of its own."""
+    module = root.get_submodule(path)
+    own = [f"{path}.{name}".lstrip(".") for name in module._parameters]
+    sliced = layout is not None and any(n in layout.params and not is_whole(layout.params[n]) for n in own)
+    return not sliced and any(_ENTRY in child.__dict__ for child in module.children())
+
+
+@contextmanager
+def without_guards(root: nn.Module) -> Iterator[None]:
+    """Gives submodules their own classes back, so that the model can be captured."""
+    guards = [(m, type(m), m.__dict__[_ENTRY]) for m in root.modules() if _ENTRY in m.__dict__]
+    for module, _, guard in guards:
+        del module.__dict__[_ENTRY]
+        module.__class__ = guard.entry.original
+        if guard.lifted is not None:
+            module.__dict__["forward"] = guard.lifted
+    try:
+        yield
+    finally:
+        for module, kind, guard in guards:
+            module.__dict__.pop("forward", None)
+            module.__dict__[_ENTRY] = guard
+            module.__class__ = kind
+
+
+@contextmanager
+def entered(root: nn.Module, path: str) -> Iterator[None]:
+    """Lets a call of the model be a call of one of its submodules, without that module's hooks.
+
+    The hooks run around the program, where the caller sees them; traced, they would run again inside.
+    """
+    module = root.get_submodule(path)
+    hooks = {name: module.__dict__[name] for name in _HOOKS}
+    own_class = type(root)
+    module.__dict__.update({name: OrderedDict() for name in _HOOKS})
+    if path:
+        root.__class__ = _entered_class(own_class, type(module), path)
+    try:
+        yield
+    finally:
+        root.__class__ = own_class
+        module.__dict__.update(hooks)
+
+
+def _entered_class(root: type[nn.Module], entry: type[nn.Module], path: str) -> type[nn.Module]:
+    @functools.wraps(entry.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.get_submodule(path)(*args, **kwargs)
+
+    # The name is part of what captures on disk are found by.
+    body = {"forward": forward, "__module__": root.__module__, "__qualname__": f"{root.__qualname__}:{path}"}
+    return cast(type[nn.Module], type(root.__name__, (root,), body))
