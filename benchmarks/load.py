@@ -177,9 +177,7 @@ def main() -> None:
         size = make_checkpoint(folder, options.layers)
         rounds = [{v: load(v, folder) for v in VARIANTS} for _ in range(options.rounds)]
     print(f"\n{size / MIB:.0f} MiB of safetensors, {RANKS} ranks, {options.rounds} rounds\n")
-    print(
-        "| | read and used, wall s | CPU s | read, CPU s | all, CPU s | anonymous MiB | held MiB |"
-    )
+    print("| | read and used, wall s | CPU s | read, CPU s | all, CPU s | anonymous MiB | held MiB |")
     print("|---|---|---|---|---|---|---|")
     for variant in VARIANTS:
         median = {k: statistics.median(r[variant][k] for r in rounds) for k in rounds[0][variant]}
