@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from tpcompile.capture.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
-from tpcompile.graph_edit import KEPT_META, fake_mode, module_path, value_of
+from tpcompile.graph_edit import KEPT_META, drop_unused, fake_mode, module_path, value_of
 from tpcompile.markers import MARKERS, Axes
 from tpcompile.rules.rule import Rule, sizes_of
 from tpcompile.work import Source, Work, is_tensor
@@ -83,7 +83,7 @@ class Lowering:
             else:
                 self.local[node] = self._call(node)
                 self._check(node)
-        self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+        drop_unused(self.graph)
         self.graph.lint()
         return GraphModule(torch.nn.Module(), self.graph, "LocalProgram")
 
@@ -154,6 +154,7 @@ def lower_graph(work: Work, coordinates: tuple[int, ...], groups: Groups) -> Gra
     local = Lowering(work, shapes, groups).run()
     if work.blocks is not None:
         unroll(local.graph, work.blocks, _copy_placeholder)
+        drop_unused(local.graph)  # of the last layer, what only the others return
         local.recompile()
     return local
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from .capture import Captured
+from .capture.repeated_layers import ShortCapture
 from .errors import TpCompileError
 from .factors import Factors
 from .placements import Placement, R, Shard
@@ -78,11 +79,17 @@ def same_place(finer: Sequence[Size], atoms: Sequence[int], factor: int) -> int 
 
 
 def mark_caches(captured: Captured) -> Captured:
-    """The same program with the results that belong to a cache marked as divided."""
+    """The same program with the results that belong to a cache marked as divided.
+
+    Where layers are left out, a captured result stands for several of the whole program's: all must be.
+    """
     flags = cache_leaves(captured.out_spec)
+    blocks = captured.blocks if isinstance(captured, ShortCapture) else None
+    sources = range(len(flags)) if blocks is None else [derived.output for derived in blocks.results]
+    whole = {at for at, flag in zip(sources, flags, strict=True) if not flag}
     marked = [
-        replace(spec, divided=True) if spec.kind == "user" and flag else spec
-        for spec, flag in zip(captured.outputs, flags + [False] * len(captured.outputs), strict=False)
+        replace(spec, divided=True) if spec.kind == "user" and at not in whole else spec
+        for at, spec in enumerate(captured.outputs)
     ]
     return replace(captured, outputs=tuple(marked))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .caches import Held, held_outputs
 from .capture import Captured, flatten_call, leaf_names
 from .capture.bind_call import CallSignature
 from .capture.program import InputSpec
+from .capture.repeated_layers import whole_outputs
 from .compile_program import Compiled, Compiler
 from .errors import TpCompileError
 from .layout import WeightLayout
@@ -237,10 +238,13 @@ def hand_out(planned: Work) -> dict[str, Held]:
     factors = planned.planned_factors
     assert factors is not None, "the program must be planned"
     carried = planned.carried(factors)
+    results = planned.outputs()
+    if planned.blocks is None:
+        every = [(spec.name, at) for at, spec in enumerate(planned.captured.outputs)]
+    else:
+        every = [(derived.name, derived.output) for derived in planned.blocks.results]
     named = [
-        (spec.name, out)
-        for out, spec in zip(planned.outputs(), planned.captured.outputs, strict=True)
-        if isinstance(out, Node) and out in carried
+        (name, out) for name, at in every if isinstance(out := results[at], Node) and out in carried
     ]
     placements = {out: carried[out] or tuple(d.output(out) for d in planned.decisions) for _, out in named}
     return held_outputs(named, factors, placements)
@@ -256,6 +260,13 @@ def local_extents(compiled: Compiled, rank: int) -> Captured:
         work.sources[n].spec.name: shapes.shape(n, placements)
         for n, placements in work.given(factors).items()
     }
+    inputs, outputs = work.captured.inputs, work.captured.outputs
+    if work.blocks is not None:
+        local |= {
+            leaf: local[twin] for (twin, _), leaf in work.blocks.leaves.items() if twin in local
+        }
+        inputs = (*(spec for spec in inputs if spec.kind != "user"), *work.blocks.users)
+        outputs = whole_outputs(work.captured)
 
     def adapt(spec: InputSpec) -> InputSpec:
         sizes = local.get(spec.name)
@@ -267,7 +278,8 @@ def local_extents(compiled: Compiled, rank: int) -> Captured:
         )
         return replace(spec, extents=extents)
 
-    return replace(work.captured, inputs=tuple(map(adapt, work.captured.inputs)))
+    own = {f.name: getattr(work.captured, f.name) for f in fields(Captured)}
+    return Captured(**{**own, "inputs": tuple(map(adapt, inputs)), "outputs": outputs})
 
 
 def autocast_of(leaves: Sequence[Any]) -> torch.dtype | None:
