@@ -36,6 +36,7 @@ from .print_plan import size_text
 from .rules.randomness import random_nodes
 from .shell import whole_tensors
 from .store_plan import Decisions, plan_cached
+from .uniform_layers import uneven_layers
 from .work import Work
 
 
@@ -114,8 +115,9 @@ class Compiler:
             TpCompileError: on all ranks, if any of them fails or they disagree.
         """
         clock = [time.perf_counter()]
-        base = together(self.group, "capture the model", lambda: self._capture(model, bound))
-        base.caches = caches or {}
+        base = together(
+            self.group, "capture the model", lambda: self._capture(model, bound, layout, caches or {})
+        )
         clock.append(time.perf_counter())
         graph = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
         tensors = whole_tensors(model)
@@ -137,13 +139,26 @@ class Compiler:
 
         return together(self.group, "lower the model", finish)
 
-    def _capture(self, model: nn.Module, bound: dict[str, Any]) -> Work:
+    def _capture(
+        self,
+        model: nn.Module,
+        bound: dict[str, Any],
+        layout: WeightLayout | None,
+        caches: Mapping[str, Held],
+    ) -> Work:
         differentiable = any(p.requires_grad for p in model.parameters())
         device = self._device(model)
         # A program captured with gradients also serves calls without them.
         with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
             captured = capture_cached(model, bound, dynamic=self.options.dynamic, device=device)
+            uneven = uneven_layers(captured, self.options.pins, layout, caches)
+            if uneven is not None:
+                captured = capture_cached(
+                    model, bound, dynamic=self.options.dynamic, device=device, every_layer=True
+                )
+                captured.notes += (f"repeated layers were captured one by one: {uneven}",)
         base = canonical(mark_caches(captured), self.ranks)
+        base.caches = caches
         _refuse_randomness(base)
         return base
 

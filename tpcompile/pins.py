@@ -75,6 +75,11 @@ def make_pins(pins: Mapping[str, Pin]) -> Pins:
     return resolve
 
 
+def matching(pins: Mapping[str, Pin], name: str) -> list[str]:
+    """The globs that match a parameter."""
+    return [glob for glob in pins if _matches(glob, name)]
+
+
 def _matches(glob: str, name: str) -> bool:
     return fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob)
 

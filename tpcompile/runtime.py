@@ -243,9 +243,7 @@ def hand_out(planned: Work) -> dict[str, Held]:
         every = [(spec.name, at) for at, spec in enumerate(planned.captured.outputs)]
     else:
         every = [(derived.name, derived.output) for derived in planned.blocks.results]
-    named = [
-        (name, out) for name, at in every if isinstance(out := results[at], Node) and out in carried
-    ]
+    named = [(name, out) for name, at in every if isinstance(out := results[at], Node) and out in carried]
     placements = {out: carried[out] or tuple(d.output(out) for d in planned.decisions) for _, out in named}
     return held_outputs(named, factors, placements)
 
@@ -262,9 +260,7 @@ def local_extents(compiled: Compiled, rank: int) -> Captured:
     }
     inputs, outputs = work.captured.inputs, work.captured.outputs
     if work.blocks is not None:
-        local |= {
-            leaf: local[twin] for (twin, _), leaf in work.blocks.leaves.items() if twin in local
-        }
+        local |= {leaf: local[twin] for (twin, _), leaf in work.blocks.leaves.items() if twin in local}
         inputs = (*(spec for spec in inputs if spec.kind != "user"), *work.blocks.users)
         outputs = whole_outputs(work.captured)
 

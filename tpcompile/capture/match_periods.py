@@ -252,7 +252,7 @@ class _Matcher:
             if node.op == "placeholder":
                 for user in node.users:
                     if block_of(user) != self.later and not self.returned(node, user, 1):
-                        raise self.error(f"the weight {node} is also used elsewhere", node)
+                        raise self.error(f"the input {node} is also used by {user}", node)
 
     def returned(self, node: Node, user: Node, which: int) -> bool:
         """Whether a node is used as a result that every period has."""

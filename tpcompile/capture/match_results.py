@@ -71,12 +71,14 @@ class _Matcher:
     def match(self) -> Recipe:
         found = [self._inner(i, form) or self._outer(i, form) for i, form in enumerate(self.full.forms)]
         inner = [i for i, form in enumerate(self.full.forms) if self._between(form)]
-        used = sorted({n for n, *_ in found if n >= 0}) + sorted({n for n, *_ in found if n < 0}, reverse=True)
+        used = sorted({n for n, *_ in found if n >= 0}) + sorted(
+            {n for n, *_ in found if n < 0}, reverse=True
+        )
         kept = {n for n in used if n >= 0} | self._of_periods()
         idle = [i for i in range(len(self.short.forms)) if i not in kept]
         if self.short.rest(idle) != self.full.rest(inner):
             raise NotRepeated("what runs behind the layers depends on their number")
-        return self._recipe(found, tuple(sorted(kept)) + tuple(n for n in used if n < 0))
+        return self._recipe(found, (*sorted(kept), *added))
 
     def _recipe(self, found: list[tuple[int, int, int]], outputs: tuple[int, ...]) -> Recipe:
         at = {n: position for position, n in enumerate(outputs)}
@@ -89,7 +91,9 @@ class _Matcher:
         for (repeat, relative), last in self.own.items():
             periods = range(self.repeats[repeat].kept - 1)
             numbers = [self.part.get((Place(repeat, p), relative)) for p in periods]
-            own.append((repeat, tuple([*(at.get(n, -1) if n is not None else -1 for n in numbers), at[last]])))
+            own.append(
+                (repeat, tuple([*(at.get(n, -1) if n is not None else -1 for n in numbers), at[last]]))
+            )
             for period, n in enumerate([*numbers, last]):
                 if n is not None and n >= 0 and not self.short.forms[n].direct:
                     tails.append((at[n], Place(repeat, period)))
@@ -117,7 +121,9 @@ class _Matcher:
         number = self.part.get((Place(place.repeat, kept - 1), form.relative))
         earlier = self.part.get((Place(place.repeat, kept - 2), form.relative))
         if earlier is None or (number is None and not form.direct):
-            raise NotRepeated(f"the result {self.full.regions.run.names[i]} comes from one of the layers only")
+            raise NotRepeated(
+                f"the result {self.full.regions.run.names[i]} comes from one of the layers only"
+            )
         number = ~earlier if number is None else number
         self.own[place.repeat, form.relative] = number
         return number, place.repeat, place.period - kept + 1

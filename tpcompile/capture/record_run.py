@@ -88,6 +88,8 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return func(*args, **kwargs)  # a question, not a step of the computation
         event = (func, self.token(args), self.token(kwargs), torch.is_grad_enabled())
         result = func(*args, **kwargs)
         outputs = result if isinstance(result, (list, tuple)) else (result,)

@@ -24,6 +24,7 @@ from tpcompile.capture.register_caches import register_cache_support
 from tpcompile.capture.switch_experts import exportable_experts
 from tpcompile.capture.unroll_layers import Rename, RepeatedBlocks, unroll
 from tpcompile.capture.verify_layers import Evidence, compare_layers
+from tpcompile.graph_edit import drop_unused
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +159,7 @@ def _arrange_results(captured: Captured, repeats: Sequence[Repeat], evidence: Ev
     output.args = (values,)
     output.meta["val"] = tuple(v.meta.get("val") if isinstance(v, Node) else v for v in values)
     captured.outputs = (*kept, *captured.outputs[len(specs) :])
+    drop_unused(graph)
 
 
 def _share_sizes(graph: Graph) -> None:

@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tpcompile.capture.bind_call import flatten_call
+from tpcompile.capture.capture_model import capture
 from tpcompile.capture.describe_code import NotCacheable, package_versions
 from tpcompile.capture.describe_model import describe_call
 from tpcompile.capture.dynamic_dims import Dims
@@ -49,15 +50,25 @@ def capture_cached(
     *,
     dynamic: bool | Mapping[str, Dims] = True,
     device: torch.device | str | None = None,
+    every_layer: bool = False,
 ) -> Captured:
-    """What ``capture_repeated`` gives for the call, from disk if it was captured before."""
-    name = capture_name(model, bound, dynamic, device)
+    """What ``capture_repeated`` gives for the call, from disk if it was captured before.
+
+    Args:
+        model: see ``capture``, as for all that follow.
+        bound: the call.
+        dynamic: the dimensions that are left open.
+        device: the device that the graph is made for.
+        every_layer: capture all layers, also those that repeat.
+    """
+    name = capture_name(model, bound, dynamic, device, every_layer)
     if name is not None:
         found = _load(name, flatten_call(bound)[0])
         if found is not None:
             log.info("the captured program %s was found on disk", name)
             return found
-    captured = capture_repeated(model, bound, dynamic=dynamic, device=device)
+    how = capture if every_layer else capture_repeated
+    captured = how(model, bound, dynamic=dynamic, device=device)
     if name is not None:
         try:
             write_entry(name, dump_captured(captured))
@@ -71,6 +82,7 @@ def capture_name(
     bound: dict[str, Any],
     dynamic: bool | Mapping[str, Dims],
     device: torch.device | str | None,
+    every_layer: bool = False,
 ) -> str | None:
     """The name of the entry for a call; None if the cache is off or the model cannot be described."""
     if cache_folder() is None:
@@ -81,7 +93,7 @@ def capture_name(
         target = torch.device(device) if device is not None else capture_device(model, leaves)
         facts = describe_call(model, bound, dynamic, target)
         versions = (platform.python_version(), torch.__version__, package_versions(_PACKAGES))
-        return entry_name("capture", versions, _own_sources(), facts)
+        return entry_name("capture", versions, _own_sources(), facts, every_layer)
     except NotCacheable as error:
         log.debug("the captured program is not kept on disk: %s", error)
     except Exception as error:  # describing reads any attribute of any object

@@ -89,7 +89,7 @@ def unroll(graph: Graph, blocks: RepeatedBlocks, new_param: NewParam) -> None:
 
 
 def _return_all(graph: Graph, blocks: RepeatedBlocks, periods: Sequence[Sequence[dict[Node, Node]]]) -> None:
-    """Gives the graph the whole program's results; ``periods`` are per list the copies, the original first."""
+    """Gives the graph the whole program's results; ``periods`` are per list the copies, original first."""
     output = graph.output_node()
     short: tuple[Any, ...] = output.args[0]  # type: ignore[assignment]
 

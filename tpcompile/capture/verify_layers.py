@@ -197,8 +197,7 @@ class _Comparison:
         place = Place(number, period)
         span = self.full.spans[place]
         return [
-            self._seen_from(event, self.full, place)
-            for event in self.full.run.events[span.start : span.stop]
+            self._seen_from(event, self.full, place) for event in self.full.run.events[span.start : span.stop]
         ]
 
     def _seen_from(self, token: Any, regions: Regions, here: Place) -> Any:
