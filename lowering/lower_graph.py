@@ -19,6 +19,7 @@ from tpcompile.work import Source, Work, is_tensor
 from . import localise
 from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
+from .outline_layers import outline
 
 SOURCE = "source"
 """The key of a local placeholder's meta data that says where its value comes from."""
@@ -139,7 +140,17 @@ class Lowering:
 
 
 def lower_graph(work: Work, coordinates: tuple[int, ...], groups: Groups) -> GraphModule:
+    """One rank's program, see ``lower_program``, with all layers one after the other."""
+    return lower_program(work, coordinates, groups)[0]
+
+
+def lower_program(
+    work: Work, coordinates: tuple[int, ...], groups: Groups
+) -> tuple[GraphModule, GraphModule | None]:
     """One rank's program: constants local, parameters as this rank's parts, real collectives.
+
+    It comes twice: with all layers one after the other, and, if many layers repeat, with these as calls of
+    a submodule, to be compiled.
 
     Args:
         work: a program whose reshards have become collectives.
@@ -152,11 +163,13 @@ def lower_graph(work: Work, coordinates: tuple[int, ...], groups: Groups) -> Gra
     assert work.planned_factors is not None, "the program must be planned"
     shapes = LocalShapes(work.planned_factors, work.axes, coordinates)
     local = Lowering(work, shapes, groups).run()
+    outlined = None
     if work.blocks is not None:
-        unroll(local.graph, work.blocks, _copy_placeholder)
+        lists = unroll(local.graph, work.blocks, _copy_placeholder)
+        outlined = outline(local.graph, lists)
         drop_unused(local.graph)  # of the last layer, what only the others return
         local.recompile()
-    return local
+    return local, outlined
 
 
 def _copy_placeholder(template: Node, rename: Callable[[str], str]) -> Node:

@@ -24,7 +24,7 @@ from .errors import TpCompileError
 from .graph_edit import module_path
 from .layout import WeightLayout
 from .lowering.groups import AxisGroups
-from .lowering.lower_graph import lower_graph
+from .lowering.lower_graph import lower_program
 from .passes.pipeline import Pass
 from .pins import Pin, make_pins
 from .pipeline import canonical, plan_program, rewrite, split_copy
@@ -70,12 +70,14 @@ class Compiled:
         rewritten: at global shapes, with collectives.
         plan: the plan.
         local: this rank's graph (without a mesh: the one at global shapes).
+        outlined: the same with repeated layers as calls of a submodule, if there are many.
     """
 
     planned: Work
     rewritten: Work
     plan: Plan
     local: GraphModule
+    outlined: GraphModule | None = None
 
 
 class Compiler:
@@ -135,7 +137,7 @@ class Compiler:
             pins = make_pins(self.options.pins) if layout is None else pins_from_layout(layout)
             plan = make_plan(planned, rewritten, placed, self.options.cost, graph, pins)
             plan.timings = {"capture": clock[1] - clock[0], "plan": clock[2] - clock[1]}
-            return Compiled(planned, rewritten, plan, self._lower(rewritten))
+            return Compiled(planned, rewritten, plan, *self._lower(rewritten))
 
         return together(self.group, "lower the model", finish)
 
@@ -215,11 +217,11 @@ class Compiler:
             subsets = [c for size in range(1, len(axes)) for c in itertools.combinations(every, size)]
             self._groups[axes] = AxisGroups(self.mesh, axes, subsets, self.axis)
 
-    def _lower(self, rewritten: Work) -> GraphModule:
+    def _lower(self, rewritten: Work) -> tuple[GraphModule, GraphModule | None]:
         if self.mesh is None:
-            return GraphModule(nn.Module(), rewritten.graph)
+            return GraphModule(nn.Module(), rewritten.graph), None
         axes = rewritten.axes
-        return lower_graph(rewritten, WeightLayout(axes, {}).coordinates(self.rank), self._groups[axes])
+        return lower_program(rewritten, WeightLayout(axes, {}).coordinates(self.rank), self._groups[axes])
 
 
 def _follow(base: Work, data: Decisions) -> Work:

@@ -66,6 +66,8 @@ class Program:
         example: the leaves of the call that it was captured for, tensors without their values.
         feeds: where each placeholder's value comes from; a number stands for a leaf of the call.
         mutated: per buffer that the program changes, where it is.
+        outlined: the graph with repeated layers as calls of a submodule, for ``torch.compile``, and its
+            feeds; None if no layers repeat often enough.
     """
 
     compiled: Compiled
@@ -78,6 +80,7 @@ class Program:
     example: tuple[Any, ...]
     feeds: tuple[Feed | int, ...]
     mutated: tuple[Feed, ...]
+    outlined: tuple[GraphModule, tuple[Feed | int, ...]] | None = None
 
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
         """Whether a call is one of this program's; plain python, so that dynamo can trace it."""
@@ -85,6 +88,7 @@ class Program:
             return False
         if autocast_of(leaves) != self.autocast:
             return False
+        sizes: dict[str, int] = {}
         for given, mine, spec in zip(leaves, self.example, self.captured.user_inputs, strict=True):
             if isinstance(mine, Tensor) != isinstance(given, Tensor):
                 return False
@@ -92,7 +96,8 @@ class Program:
                 if given.dtype != mine.dtype or given.ndim != mine.ndim:
                     return False
                 for size, extent in zip(given.shape, spec.extents or (), strict=False):
-                    if isinstance(extent, int) and size != extent:
+                    # Sizes that are one to the program are made one for dynamo, before the first layer.
+                    if size != (extent if isinstance(extent, int) else sizes.setdefault(extent, size)):
                         return False
             elif type(given) is not type(mine) or given != mine:
                 return False
@@ -101,9 +106,12 @@ class Program:
     def run(self, leaves: Sequence[Any]) -> Any:
         """Runs this rank's graph and rebuilds the model's output."""
         given = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
-        inputs = [given[feed] if isinstance(feed, int) else feed.get() for feed in self.feeds]
+        graph_module, feeds = self.graph_module, self.feeds
+        if self.outlined is not None and torch.compiler.is_dynamo_compiling():
+            graph_module, feeds = self.outlined
+        inputs = [given[feed] if isinstance(feed, int) else feed.get() for feed in feeds]
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
-        flat = self.graph_module.forward(*inputs)
+        flat = graph_module.forward(*inputs)
         if self.mutated:
             for feed, new in zip(self.mutated, flat[len(flat) - len(self.mutated) :], strict=True):
                 with torch.no_grad():
@@ -192,7 +200,13 @@ class Runtime:
             autocast=autocast_of(leaves),
             names=tuple(bound),
             example=tuple(x.to("meta") if isinstance(x, Tensor) else x for x in leaves),
-            feeds=make_feeds(model, compiled, self.compiler.rank),
+            feeds=make_feeds(model, compiled, compiled.local, self.compiler.rank),
+            outlined=None
+            if compiled.outlined is None
+            else (
+                compiled.outlined,
+                make_feeds(model, compiled, compiled.outlined, self.compiler.rank),
+            ),
             mutated=tuple(
                 Feed(*tensors_by_name(model)[o.name])
                 for o in compiled.planned.captured.outputs
@@ -289,8 +303,8 @@ def device_of(leaves: Sequence[Any]) -> str:
     return next((x.device.type for x in leaves if isinstance(x, Tensor)), "cpu")
 
 
-def make_feeds(model: nn.Module, compiled: Compiled, rank: int) -> tuple[Feed | int, ...]:
-    """Where each placeholder of the local graph gets its value."""
+def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: int) -> tuple[Feed | int, ...]:
+    """Where each placeholder of a rank's graph gets its value."""
     places = tensors_by_name(model)
     work, layout = compiled.planned, compiled.plan.layout
     leaves = {spec.name: i for i, spec in enumerate(work.captured.user_inputs)}
@@ -307,4 +321,4 @@ def make_feeds(model: nn.Module, compiled: Compiled, rank: int) -> tuple[Feed | 
         sizes = [s[dim] for s in layout.segment_shapes(name, rank)]
         return Feed(*places[name], segment=(dim, sum(sizes[: source.order]), sizes[source.order]))
 
-    return tuple(feed(node.meta[SOURCE]) for node in compiled.local.graph.find_nodes(op="placeholder"))
+    return tuple(feed(node.meta[SOURCE]) for node in local.graph.find_nodes(op="placeholder"))

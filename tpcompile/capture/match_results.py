@@ -71,10 +71,9 @@ class _Matcher:
     def match(self) -> Recipe:
         found = [self._inner(i, form) or self._outer(i, form) for i, form in enumerate(self.full.forms)]
         inner = [i for i, form in enumerate(self.full.forms) if self._between(form)]
-        used = sorted({n for n, *_ in found if n >= 0}) + sorted(
-            {n for n, *_ in found if n < 0}, reverse=True
-        )
-        kept = {n for n in used if n >= 0} | self._of_periods()
+        numbers = {n for n, *_ in found}
+        kept = {n for n in numbers if n >= 0} | self._of_periods()
+        added = sorted((n for n in numbers if n < 0), reverse=True)
         idle = [i for i in range(len(self.short.forms)) if i not in kept]
         if self.short.rest(idle) != self.full.rest(inner):
             raise NotRepeated("what runs behind the layers depends on their number")

@@ -63,7 +63,21 @@ class RepeatedBlocks:
         return found
 
 
-def unroll(graph: Graph, blocks: RepeatedBlocks, new_param: NewParam) -> None:
+@dataclass(frozen=True)
+class Unrolled:
+    """The equal periods of a list of layers in a whole graph.
+
+    Attributes:
+        calls: the nodes of the last captured period, in the graph's order.
+        periods: for it, the one before it and all that were added, in order from the earliest: what its
+            nodes and weights are there.
+    """
+
+    calls: list[Node]
+    periods: list[dict[Node, Node]]
+
+
+def unroll(graph: Graph, blocks: RepeatedBlocks, new_param: NewParam) -> list[Unrolled]:
     """Replace, in place, the last captured period of every repeat by as many as the model has.
 
     Nodes that passes inserted belong to the period in their ``meta["block"]``, else to where the data
@@ -76,6 +90,9 @@ def unroll(graph: Graph, blocks: RepeatedBlocks, new_param: NewParam) -> None:
             that placeholder's original name (``layers.2.q.weight``) into the copy's (``layers.3.q.weight``);
             adds a placeholder to the graph and returns it. Called copy by copy, in the graph's order.
 
+    Returns:
+        Per list of layers, which nodes are copies of which.
+
     Raises:
         TpCompileError: the last two captured periods were rewritten differently.
     """
@@ -86,6 +103,11 @@ def unroll(graph: Graph, blocks: RepeatedBlocks, new_param: NewParam) -> None:
     matches = [blocks.match(graph, n, repeat.kept - 1) for n, repeat in enumerate(blocks.repeats)]
     periods = [_Unroller(graph, number, blocks, match).run(new_param) for number, match in enumerate(matches)]
     _return_all(graph, blocks, periods)
+    earlier = [{two: one for one, two in match.pairs.items()} for match in matches]
+    return [
+        Unrolled(match.calls, [before, *copies])
+        for match, before, copies in zip(matches, earlier, periods, strict=True)
+    ]
 
 
 def _return_all(graph: Graph, blocks: RepeatedBlocks, periods: Sequence[Sequence[dict[Node, Node]]]) -> None:
@@ -119,8 +141,8 @@ class _Unroller:
             (node, [user for user in node.users if user not in inside and user.op != "output"])
             for node in calls
         ]
-        end = self._delay_readers(calls)
-        latest: dict[Node, Node] = {node: node for node in calls}
+        end = delay_readers(calls)
+        latest: dict[Node, Node] = {node: node for node in (*calls, *self.match.weights)}
         periods = [latest]
         for copy in range(1, self.repeat.copies + 1):
             latest = self._copy(copy, latest, end, new_param)
@@ -129,19 +151,6 @@ class _Unroller:
             for user in users:
                 user.replace_input_with(node, latest[node])
         return periods
-
-    def _delay_readers(self, calls: Sequence[Node]) -> Node:
-        """Moves what reads the period's results behind its last node; returns the node that follows it."""
-        members, late, moved = set(calls), set(), []
-        node, last = calls[0], calls[-1]
-        while node is not last:
-            if node not in members and any(n in members or n in late for n in node.all_input_nodes):
-                late.add(node)
-                moved.append(node)
-            node = node.next
-        for reader in reversed(moved):
-            last.append(reader)
-        return last.next
 
     def _copy(self, copy: int, latest: dict[Node, Node], end: Node, new_param: NewParam) -> dict[Node, Node]:
         """Adds one period before ``end``; ``latest`` holds the results of the period before it."""
@@ -179,6 +188,20 @@ class _Unroller:
                 shifted[new_key] = (moved, kind)
             self.stacks[key] = shifted
         return self.stacks[key]
+
+
+def delay_readers(calls: Sequence[Node]) -> Node:
+    """Moves what reads the calls' results behind the last of them; returns the node that follows it."""
+    members, late, moved = set(calls), set(), []
+    node, last = calls[0], calls[-1]
+    while node is not last:
+        if node not in members and any(n in members or n in late for n in node.all_input_nodes):
+            late.add(node)
+            moved.append(node)
+        node = node.next
+    for reader in reversed(moved):
+        last.append(reader)
+    return last.next
 
 
 def _flat(path: str) -> str:
