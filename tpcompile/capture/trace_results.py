@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpcompile.capture.cut_run import Place, Regions, atoms
-from tpcompile.capture.record_run import Input, Ref
+from tpcompile.capture.record_run import Input, Ref, Weight
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,14 @@ class Form:
         absolute: equal for equal values of two runs.
         relative: equal for what corresponds in two periods; only where there is one source.
         direct: whether it is something of that period, not computed from it later.
+        alone: whether nothing else came to it later, neither a weight nor a tensor of the call.
     """
 
     sources: frozenset[Place]
     absolute: int
     relative: int
     direct: bool = True
+    alone: bool = True
 
     @property
     def period(self) -> Place | None:
@@ -77,15 +79,19 @@ class Results:
 
     def _form(self, token: Any, direct: bool = False) -> Form:
         sources: set[Place] = set()
+        alone = True
         for atom in atoms(token):
             if isinstance(atom, Ref):
                 place = self.regions.places[atom.event][0]
                 if atom.event in self.events:
                     sources |= self.events[atom.event].sources
+                    alone = alone and self.events[atom.event].alone
                 elif place.repeat >= 0:
                     sources.add(place)
             elif isinstance(atom, Input) and atom.leaf in self.owner:
                 sources.add(self.owner[atom.leaf])
+            elif isinstance(atom, (Input, Weight)):
+                alone = False
         own = next(iter(sources)) if len(sources) == 1 else None
         whole = self._number(self._spell(token, None))
         later = isinstance(token, Ref) and token.event in self.events
@@ -94,6 +100,7 @@ class Results:
             whole,
             whole if own is None else self._number(self._spell(token, own)),
             direct and not later,
+            alone,
         )
 
     def _spell(self, token: Any, own: Place | None) -> Any:

@@ -81,7 +81,8 @@ def _assign(full: Regions, leaves: Sequence[Any], in_spec: TreeSpec) -> Leaves:
     tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
     facts = {i: f"{tuple(leaf.shape)} {leaf.dtype} {leaf.device}" for i, leaf in tensors.items()}
     results = Results(full, {}, lambda token: token, lambda token, place: token, {})
-    made = {name: form.period for name, form in zip(full.run.names, results.forms, strict=True)}
+    forms = zip(full.run.names, results.forms, strict=True)
+    made = {name: form.period for name, form in forms if form.alone}
     names = path_names(torch.utils._pytree.tree_unflatten(list(leaves), in_spec))
     idle = {i: place for i, name in enumerate(names) if i in facts and (place := made.get(name)) is not None}
     return assign_leaves(full, facts, idle)
