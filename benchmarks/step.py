@@ -1,11 +1,14 @@
 """Times one forward step, tensor-parallel on two processes of one thread: ours against what else there is.
 
-    python -m benchmarks.step [--family llama] [--rounds 15] [--quick]
+    python -m benchmarks.step [--family llama] [--shape "decode-like 8 x 1"] [--variant tpcompile]
 
 All variants live in the same processes and take turns, round by round, so that a machine whose speed drifts
-slows them alike; what is reported are medians of the ratios to the hand-written module within a round, for
-wall time and for CPU time, with the hand-written module measured twice: the second against the first is the
-noise. Prints a markdown table.
+slows them alike. What is reported are medians of the ratios to the first variant within a round, with the
+quartiles behind them, for wall time (the slower rank's) and for CPU time (the ranks' mean). The first variant
+is measured twice: the second against the first is the noise. Every variant is built once, and compiled for
+each shape by itself. Prints a markdown table per family.
+
+Hugging Face's variant needs the package accelerate, which transformers wants for ``tp_plan``.
 """
 
 from __future__ import annotations
@@ -13,9 +16,12 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,8 +35,24 @@ import tpcompile
 from benchmarks.megatron import Local
 
 RANKS = 2
-SHAPES = {"prefill 1 x 512": (1, 512), "prefill 4 x 512": (4, 512), "decode-like 8 x 1": (8, 1)}
+VOCABULARY = 32000
 Step = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a call's input, how many rounds are run, and how many calls a round has."""
+
+    size: tuple[int, int]
+    rounds: int
+    repeats: int
+
+
+SHAPES = {
+    "prefill 1 x 512": Shape((1, 512), 11, 1),
+    "prefill 4 x 512": Shape((4, 512), 5, 1),
+    "decode-like 8 x 1": Shape((8, 1), 15, 20),
+}
 
 
 def config_of(family: str) -> Any:
@@ -41,7 +63,7 @@ def config_of(family: str) -> Any:
         "num_hidden_layers": 4,
         "num_attention_heads": 16,
         "num_key_value_heads": 16 if family == "phi3" else 8,
-        "vocab_size": 32000,
+        "vocab_size": VOCABULARY,
         "pad_token_id": 0,
     }
     return AutoConfig.for_model(family, **sizes, use_cache=False)
@@ -56,7 +78,7 @@ def whole_model(family: str) -> Any:
 def ours(family: str, mesh: DeviceMesh, folder: str) -> Step:
     """tpcompile, under torch.compile."""
     model = tpcompile.parallelize(
-        whole_model(family), mesh, example_kwargs={"input_ids": torch.zeros(2, 16, dtype=torch.long)}
+        whole_model(family), mesh, example_kwargs={"input_ids": torch.zeros(2, 512, dtype=torch.long)}
     )
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     return lambda ids: compiled(input_ids=ids).logits
@@ -69,9 +91,10 @@ def by_hand(family: str, mesh: DeviceMesh, folder: str) -> Step:
 
 def hugging_face(family: str, mesh: DeviceMesh, folder: str) -> Step:
     """transformers' own plan, under torch.compile."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, tp_plan="auto", device_mesh=mesh, dtype=torch.float32
-    )
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(tp_size=RANKS, tp_plan="auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, dtype=torch.float32)
     compiled = torch.compile(model.eval(), dynamic=False)
     return lambda ids: compiled(input_ids=ids, use_cache=False).logits
 
@@ -108,92 +131,159 @@ def one_process(family: str, mesh: DeviceMesh, folder: str) -> Step:
     return lambda ids: compiled(input_ids=ids, use_cache=False).logits
 
 
-VARIANTS = {
+VARIANTS: dict[str, Callable[[str, DeviceMesh, str], Step]] = {
     "by hand": by_hand,
-    "by hand, again": by_hand,
     "tpcompile": ours,
     "Hugging Face tp_plan": hugging_face,
     "parallelize_module": dtensor,
     "one process": one_process,
 }
 # What the hand-written module and the plain plan are written for.
-LLAMA_ONLY = {"by hand", "by hand, again", "parallelize_module"}
+LLAMA_ONLY = {"by hand", "parallelize_module"}
+AGAIN = ", again"
 
 
-def measure(rank: int, port: int, family: str, rounds: int, folder: str, shapes: list[str]) -> None:
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured.
+
+    Attributes:
+        family: a model type of transformers.
+        shapes: names of ``SHAPES``.
+        variants: names of ``VARIANTS``; the first one is what others are held against.
+        rounds: how many rounds, as a multiple of the usual number.
+        folder: a checkpoint of the model.
+    """
+
+    family: str
+    shapes: tuple[str, ...]
+    variants: tuple[str, ...]
+    rounds: float
+    folder: str
+
+
+@dataclass
+class Times:
+    """Seconds per step, by round: of the slower rank by the clock, of all ranks' mean in CPU time."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def measure(rank: int, port: int, wanted: Wanted) -> None:
     """One rank: builds all variants, then times them in turns; rank 0 prints."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(RANKS))
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
-    names = [n for n in VARIANTS if family == "llama" or n not in LLAMA_ONLY]
-    base = names[0]
-    report = [
-        f"### {family}",
-        "",
+    # Variants of one class share dynamo's cache of compiled code, and each shape is an entry.
+    torch._dynamo.config.recompile_limit = 64
+    torch.compile(lambda x: x + 1)(torch.ones(3))  # what only the first compilation of a process pays
+    names = [*wanted.variants, wanted.variants[0] + AGAIN]
+    steps: dict[str, Step] = {}
+    built: dict[str, float] = {}
+    rows = [
         "| shape | variant | first call, s | wall, ms | wall ratio | CPU ratio |",
         "|---|---|---|---|---|---|",
     ]
-    for shape in shapes:
-        ids = torch.randint(0, 32000, SHAPES[shape], generator=torch.Generator().manual_seed(1))
-        steps: dict[str, Step] = {}
-        first: dict[str, float] = {}
-        expected = torch.empty(0)
-        with torch.no_grad():
-            for name in names:
-                torch._dynamo.reset()
-                start = time.perf_counter()
-                steps[name] = VARIANTS[name](family, mesh, folder)
-                result = steps[name](ids)
-                first[name] = time.perf_counter() - start
-                expected = result if name == base else expected
-                worst = float((result - expected).abs().max() / expected.abs().max())
-                assert worst < 1e-4, f"{name} is off by {worst}"
-            wall, cpu = time_in_turns(steps, ids, rounds)
+    with torch.no_grad():
         for name in names:
-            ratio_wall = statistics.median(a / b for a, b in zip(wall[name], wall[base], strict=True))
-            ratio_cpu = statistics.median(a / b for a, b in zip(cpu[name], cpu[base], strict=True))
-            report.append(
-                f"| {shape} | {name} | {first[name]:.1f} | {statistics.median(wall[name]) * 1e3:.1f} "
-                f"| {ratio_wall:.3f} | {ratio_cpu:.3f} |"
+            start = time.perf_counter()
+            steps[name] = VARIANTS[name.removesuffix(AGAIN)](wanted.family, mesh, wanted.folder)
+            built[name] = time.perf_counter() - start
+        for shape in wanted.shapes:
+            ids = torch.randint(0, VOCABULARY, SHAPES[shape].size, generator=torch.Generator().manual_seed(1))
+            first = first_calls(steps, ids)
+            if shape == wanted.shapes[0]:
+                first = {name: seconds + built[name] for name, seconds in first.items()}
+            times = time_in_turns(
+                steps, ids, max(2, round(SHAPES[shape].rounds * wanted.rounds)), SHAPES[shape].repeats
             )
+            rows += [row(shape, name, first[name], times[name], times[names[0]]) for name in names]
+            if rank == 0:
+                print(f"{wanted.family}, {shape}: done", file=sys.stderr, flush=True)
     if rank == 0:
-        print("\n".join(report), flush=True)
+        print("\n".join([f"### {wanted.family}", "", *rows, ""]), flush=True)
     dist.destroy_process_group()
 
 
-def time_in_turns(
-    steps: dict[str, Step], ids: Tensor, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds per step of each variant in each round, wall and CPU (of this rank)."""
-    repeats = 20 if ids.numel() < 64 else 2
-    wall: dict[str, list[float]] = {n: [] for n in steps}
-    cpu: dict[str, list[float]] = {n: [] for n in steps}
+def first_calls(steps: dict[str, Step], ids: Tensor) -> dict[str, float]:
+    """Seconds of each variant's first call with a shape, and a check that all give the same."""
+    seconds: dict[str, float] = {}
+    expected: Tensor | None = None
+    for name, step in steps.items():
+        dist.barrier()
+        start = time.perf_counter()
+        result = step(ids)
+        seconds[name] = time.perf_counter() - start
+        expected = result if expected is None else expected
+        worst = float((result - expected).abs().max() / expected.abs().max())
+        assert worst < 1e-4, f"{name} is off by {worst}"
+    return seconds
+
+
+def time_in_turns(steps: dict[str, Step], ids: Tensor, rounds: int, repeats: int) -> dict[str, Times]:
+    """Times of each variant in each round, the same on all ranks; the order is turned round each time."""
+    times = {name: Times() for name in steps}
     for r in range(rounds + 1):
-        order = list(steps) if r % 2 else list(steps)[::-1]
-        for name in order:
+        for name in list(steps) if r % 2 else list(steps)[::-1]:
             dist.barrier()
             start, start_cpu = time.perf_counter(), time.process_time()
             for _ in range(repeats):
                 steps[name](ids)
+            spent = (time.perf_counter() - start, time.process_time() - start_cpu)
+            every: list[Any] = [None] * RANKS
+            dist.all_gather_object(every, spent)
             if r:  # the first round warms up
-                wall[name].append((time.perf_counter() - start) / repeats)
-                cpu[name].append((time.process_time() - start_cpu) / repeats)
-    return wall, cpu
+                times[name].wall.append(max(wall for wall, _ in every) / repeats)
+                times[name].cpu.append(statistics.mean(cpu for _, cpu in every) / repeats)
+    return times
+
+
+def row(shape: str, name: str, first: float, mine: Times, base: Times) -> str:
+    """One line of the table."""
+    wall, cpu = ratios(mine.wall, base.wall), ratios(mine.cpu, base.cpu)
+    return f"| {shape} | {name} | {first:.1f} | {statistics.median(mine.wall) * 1e3:.1f} | {wall} | {cpu} |"
+
+
+def ratios(mine: list[float], base: list[float]) -> str:
+    """The median of the ratios within a round, and their quartiles."""
+    found = [a / b for a, b in zip(mine, base, strict=True)]
+    low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
+    return f"{middle:.3f} ({low:.2f} to {high:.2f})"
+
+
+def variants_of(family: str, chosen: list[str] | None) -> tuple[str, ...]:
+    """What can be measured for a family, of what was chosen; what is left out is said."""
+    names = [n for n in chosen or VARIANTS if family == "llama" or n not in LLAMA_ONLY]
+    if family != "llama":  # held against what there is
+        names.sort(key=lambda n: n != "Hugging Face tp_plan")
+    if "Hugging Face tp_plan" in names and find_spec("accelerate") is None:
+        print("Hugging Face tp_plan is left out: pip install accelerate", file=sys.stderr)
+        names.remove("Hugging Face tp_plan")
+    return tuple(names)
 
 
 def main() -> None:
     """Parses the command line and starts the ranks."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", default="llama")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--shape", action="append", choices=list(SHAPES))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--family", action="append", help="a model type, several times if you like (llama)")
+    parser.add_argument("--shape", action="append", choices=list(SHAPES), help="all of them")
+    parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="all of them")
+    parser.add_argument("--rounds", type=float, default=1.0, help="a multiple of the usual number of rounds")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        whole_model(options.family).save_pretrained(folder)
-        port = 29000 + os.getpid() % 1000
-        arguments = (port, options.family, options.rounds, folder, options.shape or list(SHAPES))
-        mp.spawn(measure, args=arguments, nprocs=RANKS)
+    for i, family in enumerate(options.family or ["llama"]):
+        with tempfile.TemporaryDirectory() as folder:
+            # Everybody starts cold: no kernels, graphs or plans from an earlier run.
+            os.environ.update(TORCHINDUCTOR_CACHE_DIR=f"{folder}/inductor", TPCOMPILE_CACHE="0")
+            whole_model(family).save_pretrained(f"{folder}/model")
+            shapes = tuple(options.shape or SHAPES)
+            wanted = Wanted(
+                family, shapes, variants_of(family, options.variant), options.rounds, f"{folder}/model"
+            )
+            mp.spawn(measure, args=(29000 + os.getpid() % 1000 + i, wanted), nprocs=RANKS)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from tpcompile.capture.repeated_layers import whole_outputs
 from tpcompile.capture.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
 from tpcompile.graph_edit import KEPT_META, drop_unused, fake_mode, module_path, value_of
-from tpcompile.markers import MARKERS, Axes
+from tpcompile.layout import WeightLayout
+from tpcompile.markers import MARKERS, MERGED, Axes
+from tpcompile.rules.opaque import is_opaque
 from tpcompile.rules.rule import Rule, sizes_of
 from tpcompile.work import Source, Work, is_tensor
 
 from . import localise
 from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
+from .lower_randomness import UNIFORM, lower_uniform, seed_graph
+from .opaque_module import LocalModule, lower_opaque
 from .outline_layers import outline
+from .update_in_place import update_in_place
 
 SOURCE = "source"
 """The key of a local placeholder's meta data that says where its value comes from."""
@@ -45,6 +51,8 @@ class Lowering:
         groups: this rank's process groups.
         graph: the local graph being built.
         local: per node of the global graph, its local counterpart.
+        joined: the placeholders of segments that are used together.
+        local_modules: the modules of custom strategies, by key.
     """
 
     work: Work
@@ -52,6 +60,8 @@ class Lowering:
     groups: Groups
     graph: Graph = field(default_factory=Graph)
     local: dict[Node, Any] = field(default_factory=dict)
+    joined: dict[tuple[Node, ...], Node] = field(default_factory=dict)
+    local_modules: dict[str, LocalModule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.mode = fake_mode(self.work.graph)
@@ -69,6 +79,10 @@ class Lowering:
                 where=f"{like.name} in {module_path(like)}",
                 todo="report this; a pin to replicate the parameters of that module avoids it",
             ) from error
+        return self.emit_as(target, args, val, like=like, **kwargs)
+
+    def emit_as(self, target: Any, args: tuple[Any, ...], val: Any, *, like: Node, **kwargs: Any) -> Node:
+        """Adds a call whose value is known."""
         node = self.graph.call_function(target, args, kwargs)
         node.meta.update({k: like.meta[k] for k in KEPT_META if k in like.meta})
         node.meta["val"] = val
@@ -85,6 +99,7 @@ class Lowering:
                 self.local[node] = self._call(node)
                 self._check(node)
         drop_unused(self.graph)
+        self._drop_joined()
         self.graph.lint()
         return GraphModule(torch.nn.Module(), self.graph, "LocalProgram")
 
@@ -101,11 +116,37 @@ class Lowering:
         new = self.graph.placeholder(node.name)
         new.meta.update(node.meta)
         new.meta[SOURCE] = self.work.sources[node]
-        if is_tensor(node) and any(str(p) != "R" for p in node.meta["placement"]):
-            new.meta["val"] = self._part(node)
+        name = self.work.sources[node].spec.name
+        custom = self.work.custom.parts.get(name)
+        if custom is not None:
+            shape = custom[WeightLayout(self.work.axes, {}).rank(self.shapes.coordinates)].shape
+            new.meta["val"] = value_of(torch.Tensor.new_empty, (node.meta["val"], shape), {}, self.mode)
+        elif is_tensor(node) and any(str(p) != "R" for p in node.meta["placement"]):
+            new.meta["val"] = self.part(node)
         return new
 
-    def _part(self, node: Node) -> torch.Tensor:
+    def join(self, parts: Sequence[Node], dim: int) -> Node:
+        """A placeholder for segments of one parameter, given in their order: locally they are one tensor."""
+        key = tuple(parts)
+        if key not in self.joined:
+            first, last = self.local[parts[0]], self.local[parts[-1]]
+            with self.graph.inserting_after(last):
+                node = self.graph.placeholder(f"{first.name}_to_{last.name}")
+            vals = [self.local[p].meta["val"] for p in parts]
+            node.meta.update({k: first.meta[k] for k in KEPT_META if k in first.meta})
+            node.meta["val"] = value_of(torch.cat, (vals, dim), {}, self.mode)
+            node.meta[SOURCE] = replace(self.work.sources[parts[0]], segment=None, count=len(parts))
+            self.joined[key] = node
+        return self.joined[key]
+
+    def _drop_joined(self) -> None:
+        """Removes placeholders of segments that are only used together."""
+        for parts in self.joined:
+            for node in (self.local[p] for p in parts):
+                if not node.users:
+                    self.graph.erase_node(node)
+
+    def part(self, node: Node) -> torch.Tensor:
         """A fake tensor of the local size; dynamic dimensions are whole."""
         val: torch.Tensor = node.meta["val"]
         for dim, size in enumerate(self.shapes.shape(node, node.meta["placement"])):
@@ -115,8 +156,12 @@ class Lowering:
         return whole
 
     def _call(self, node: Node) -> Any:
-        if node.target in MARKERS:
+        if node.target in MARKERS or node.target in MERGED:
             return lower_marker(self, node)
+        if is_opaque(node):
+            return lower_opaque(self, node)
+        if node.target is UNIFORM:
+            return lower_uniform(self, node)
         rule = self.shapes.factors.rules.get(node)
         name = rule.localize if isinstance(rule, Rule) and self.divided(node) else ""
         if name:
@@ -166,10 +211,26 @@ def lower_program(
     outlined = None
     if work.blocks is not None:
         lists = unroll(local.graph, work.blocks, _copy_placeholder)
-        outlined = outline(local.graph, lists)
+        if _may_outline(work, local.graph):
+            outlined = outline(local.graph, lists)
         drop_unused(local.graph)  # of the last layer, what only the others return
-        local.recompile()
+    seed_graph(local.graph, groups, len(work.axes))
+    local.recompile()
+    update_in_place(local, whole_outputs(work.captured), _given(local.graph))
     return local, outlined
+
+
+def _may_outline(work: Work, graph: Graph) -> bool:
+    """Whether layers may become calls: not if they write, draw numbers, or run custom modules."""
+    writes = any(spec.in_place for spec in work.captured.outputs)
+    draws = bool(graph.find_nodes(op="call_function", target=UNIFORM))
+    return not (writes or draws or work.custom.parts)
+
+
+def _given(graph: Graph) -> dict[str, Node]:
+    """The placeholders of what a call brings, by name."""
+    sources: dict[Node, Source] = {n: n.meta[SOURCE] for n in graph.find_nodes(op="placeholder")}
+    return {source.spec.name: node for node, source in sources.items() if source.spec.kind == "user"}
 
 
 def _copy_placeholder(template: Node, rename: Callable[[str], str]) -> Node:

@@ -108,6 +108,25 @@ def _copy_to_ranks(low: Lowering, node: Node) -> Node:
     return low.emit(ops.copy_to_ranks.default, low.map(x), low.groups.name(axes), like=node)
 
 
+def _matmul_merged(low: Lowering, node: Node) -> list[Node]:
+    """One matmul on segments that lie together; its results stand beside each other in the last dimension."""
+    target, *args = arguments(node)
+    groups = [a for a in args if isinstance(a, list | tuple)]
+    packed = {id(g): low.work.packed_dims[low.work.sources[g[0]].spec.name] for g in groups}
+    given = [low.join(a, packed[id(a)]) if id(a) in packed else low.map(a) for a in args]
+    weights = max(groups, key=lambda g: g[0].meta["val"].ndim)
+    sizes = [low.map(w).meta["val"].shape[packed[id(weights)]] for w in weights]
+    whole = low.emit(target, *given, like=node)
+    pieces = low.emit(aten.split_with_sizes.default, whole, sizes, -1, like=node)
+    return [low.emit(operator.getitem, pieces, i, like=node) for i in range(len(sizes))]
+
+
+def _part_of(low: Lowering, node: Node) -> Node:
+    merged, index = arguments(node)
+    part: Node = low.map(merged)[index]
+    return part
+
+
 @dataclass(frozen=True)
 class _Move:
     """A collective along a factor.
@@ -159,4 +178,6 @@ _LOWER: dict[Any, Callable[[Lowering, Node], Any]] = {
     markers.all_to_all: _all_to_all,
     markers.keep_first: _keep_first,
     markers.copy_to_ranks: _copy_to_ranks,
+    markers.matmul_merged: _matmul_merged,
+    markers.part_of: _part_of,
 }

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from tpcompile.capture.unroll_layers import Unrolled, delay_readers
 
-FEWEST = 8
+FEWEST = 7
 """Fewer layers stay as they are: they compile quickly, and Inductor may fuse across their borders."""
 
 

@@ -12,7 +12,7 @@ from tpcompile.graph_edit import behind, call
 from tpcompile.markers import MARKERS, copy_to_ranks
 from tpcompile.placements import Partial, Replicate
 from tpcompile.planner.strategies import Strategy
-from tpcompile.rules.rule import operands
+from tpcompile.rules.rule import Rule, operands
 from tpcompile.work import Work, is_tensor
 
 from .pipeline import Pass
@@ -39,7 +39,7 @@ class InsertGradientCopies(Pass):
         for node in list(work.graph.nodes):
             if node.op != "call_function" or node.target in MARKERS or not node.meta.get("strategies"):
                 continue
-            axes = [_varying(s, len(operands(node))) for s in node.meta["strategies"]]
+            axes = [_varying(work, node, s) for s in node.meta["strategies"]]
             index = -1
 
             def swap(arg: Any, node: Node = node, axes: list[set[int]] = axes) -> Any:
@@ -60,11 +60,15 @@ class InsertGradientCopies(Pass):
         return bool(made)
 
 
-def _varying(strategy: Strategy | None, arity: int) -> set[int]:
+def _varying(work: Work, node: Node, strategy: Strategy | None) -> set[int]:
     """Operands that are whole on an axis on which the computation is divided or partial."""
     if strategy is None:
         return set()
+    rule = work.planned_factors.rules.get(node) if work.planned_factors else None
+    if isinstance(rule, Rule) and rule.declared is not None:
+        return set(rule.declared.summed)
     divided = strategy.factor is not None or any(isinstance(o, Partial) for o in strategy.outputs)
+    arity = len(operands(node))
     return {i for i in range(arity) if divided and isinstance(strategy.inputs[i], Replicate)}
 
 

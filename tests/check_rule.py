@@ -25,7 +25,7 @@ from tpcompile.factors import Factors
 from tpcompile.passes.annotate_placements import AnnotatePlacements
 from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
 from tpcompile.placements import Partial, Placement, Replicate, Shard, split_evenly
-from tpcompile.planner.search import Assignment
+from tpcompile.planner.assignment import Assignment
 from tpcompile.planner.strategies import Strategy, strategies
 from tpcompile.rules.rule import Rule
 from tpcompile.work import Work
@@ -188,7 +188,7 @@ class Program:
     def strategies(self, ranks: int = 2) -> list[Strategy]:
         """Everything that the rule offers, if a value that is used twice is wanted in one placement."""
         fewest = ranks if isinstance(self.rule, Rule) and self.rule.filled else 2
-        found = strategies(self.node, self.factors, lambda factor: factor.size >= fewest)
+        found = strategies(self.node, self.factors, lambda factor: factor.size >= fewest, (fewest,))
         return [s for s in found if self.wants(s) is not None]
 
     def placed(self, axes: tuple[int, ...], chosen: Sequence[Strategy], gradients: bool = False) -> Work:

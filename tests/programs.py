@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from tests import simulate
 from tpcompile.capture import bind_call, capture, flatten_call
 from tpcompile.layout import WeightLayout
+from tpcompile.lowering.lower_graph import SOURCE
 from tpcompile.pipeline import canonical, plan_program
 from tpcompile.plan_layout import layout_of
 from tpcompile.planner.cost import PRESETS, CostModel
@@ -55,8 +56,9 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 def run_whole(work: Work, model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
     """Runs the graph as it is, at global shapes, where markers are identities."""
-    alone = replace(work, decisions=[], planned_factors=work.factors())
-    inputs = _feed(alone, model, _undivided(alone, model), 0, args, kwargs)
+    layout = _undivided(work, model)
+    values = _values(work, model, layout, 0, args, kwargs)
+    inputs = [_pick(work.sources[n], values, layout, 0) for n in work.graph.find_nodes(op="placeholder")]
     return list(torch.fx.Interpreter(work.captured.graph_module, graph=work.graph).run(*inputs))
 
 
@@ -64,9 +66,12 @@ def run_ranks(
     work: Work, model: nn.Module, *args: Any, lowered: list[GraphModule] | None = None, **kwargs: Any
 ) -> list[list[Any]]:
     """Lowers a rewritten program for every rank and runs all in lockstep; the results by rank."""
-    layout = layout_of(work, tensors_of(model))
-    inputs = [_feed(work, model, layout, rank, args, kwargs) for rank in range(layout.ranks)]
-    return [list(results) for results in simulate.run(work, inputs, lowered)]
+    layout, programs = layout_of(work, tensors_of(model)), lowered or simulate.lower_all(work)
+    inputs = [
+        _feed(program, _values(work, model, layout, rank, args, kwargs), layout, rank)
+        for rank, program in enumerate(programs)
+    ]
+    return [list(results) for results in simulate.run(work, inputs, programs)]
 
 
 def gradients_agree(work: Work, model: nn.Module, *args: Any) -> None:
@@ -74,58 +79,66 @@ def gradients_agree(work: Work, model: nn.Module, *args: Any) -> None:
 
     The loss is a sum of all results, weighted at random, which every rank computes.
     """
-    layout = layout_of(work, tensors_of(model))
 
     def loss(results: list[Any]) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         weighted = [(r * torch.randn(r.shape, generator=generator, dtype=r.dtype)).sum() for r in results]
         return torch.stack(weighted).sum()
 
-    def leaves(inputs: list[Any]) -> list[Any]:
-        return [t.clone().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    def leaves(layout: WeightLayout, rank: int) -> Values:
+        found = _values(work, model, layout, rank, args, {})
+        return {k: v.clone().requires_grad_() if v.is_floating_point() else v for k, v in found.items()}
 
-    nodes = work.graph.find_nodes(op="placeholder")
-    whole = leaves(_feed(replace(work, decisions=[]), model, _undivided(work, model), 0, args, {}))
-    interpreter = torch.fx.Interpreter(work.captured.graph_module, graph=work.graph)
-    loss(list(interpreter.run(*whole))).backward()
-    ranks = [leaves(_feed(work, model, layout, rank, args, {})) for rank in range(layout.ranks)]
-    torch.stack([loss(list(results)) for results in simulate.run(work, ranks)]).sum().backward()
-    for rank, inputs in enumerate(ranks):
-        for node, mine, full in zip(nodes, inputs, whole, strict=True):
+    alone = _undivided(work, model)
+    whole = leaves(alone, 0)
+    inputs = [_pick(work.sources[n], whole, alone, 0) for n in work.graph.find_nodes(op="placeholder")]
+    loss(list(torch.fx.Interpreter(work.captured.graph_module, graph=work.graph).run(*inputs))).backward()
+    layout, programs = layout_of(work, tensors_of(model)), simulate.lower_all(work)
+    ranks = [leaves(layout, rank) for rank in range(layout.ranks)]
+    given = [_feed(p, values, layout, r) for r, (p, values) in enumerate(zip(programs, ranks, strict=True))]
+    torch.stack([loss(list(results)) for results in simulate.run(work, given, programs)]).sum().backward()
+    for rank, values in enumerate(ranks):
+        for (kind, name), full in whole.items():
             if full.grad is not None:
-                wanted = _part(layout, work.sources[node], full.grad, rank)
+                wanted = layout.shard(name, full.grad, rank) if kind in ("param", "buffer") else full.grad
+                mine = values[kind, name]
                 got = torch.zeros_like(mine) if mine.grad is None else mine.grad
                 torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
-def _part(layout: WeightLayout, source: Source, full: Tensor, rank: int) -> Tensor:
-    """What a rank holds of the value of a placeholder."""
-    if source.segment is None:
-        return full
-    segment, box = layout.boxes(source.spec.name, rank)[max(source.order, 0)]
-    alone = replace(segment, factors=segment.atoms, box=tuple((0, a) for dim in segment.atoms for a in dim))
-    return alone.take(full, box)
+Values = dict[tuple[str, str], Tensor]
+"""What a rank has: arguments, constants, and its parts of parameters and buffers, by kind and name."""
 
 
 def _undivided(work: Work, model: nn.Module) -> WeightLayout:
-    return layout_of(replace(work, decisions=[]), tensors_of(model))
+    alone = replace(work, decisions=[], planned_factors=work.planned_factors or work.factors())
+    return layout_of(alone, tensors_of(model))
 
 
-def _feed(
+def _values(
     work: Work, model: nn.Module, layout: WeightLayout, rank: int, args: Any, kwargs: dict[str, Any]
-) -> list[Any]:
-    """What the placeholders get on one rank, in their order."""
+) -> Values:
     leaves, _ = flatten_call(bind_call(model, args, kwargs))
-    users = {spec.name: leaf for spec, leaf in zip(work.captured.user_inputs, leaves, strict=True)}
+    found = {("user", s.name): leaf for s, leaf in zip(work.captured.user_inputs, leaves, strict=True)}
+    found |= {("constant", name): value for name, value in work.captured.constants.items()}
     tensors = tensors_of(model)
-    found = []
-    for node in work.graph.find_nodes(op="placeholder"):
-        source, name = work.sources[node], work.sources[node].spec.name
-        if source.spec.kind == "user":
-            found.append(users[name])
-        elif source.spec.kind == "constant":
-            found.append(work.captured.constants[name])
-        else:
-            local = layout.shard(name, tensors[name].detach(), rank)
-            found.append(layout.segments_of(name, local, rank)[max(source.order, 0)])
+    for source in work.sources.values():
+        kind, name = source.spec.kind, source.spec.name
+        if kind not in ("user", "constant"):
+            found[kind, name] = layout.shard(name, tensors[name].detach(), rank)
     return found
+
+
+def _feed(program: GraphModule, values: Values, layout: WeightLayout, rank: int) -> list[Any]:
+    """What the placeholders of a rank's program get, in their order."""
+    return [_pick(n.meta[SOURCE], values, layout, rank) for n in program.graph.find_nodes(op="placeholder")]
+
+
+def _pick(source: Source, values: Values, layout: WeightLayout, rank: int) -> Any:
+    value = values[source.spec.kind, source.spec.name]
+    if source.order < 0:
+        return value
+    dim = layout.params[source.spec.name].packed_dim
+    sizes = [s[dim] for s in layout.segment_shapes(source.spec.name, rank)]
+    mine = sizes[source.order : source.order + source.count]
+    return value.narrow(dim, sum(sizes[: source.order]), sum(mine))

@@ -60,12 +60,13 @@ def test_ranks_agree_on_plausible_numbers() -> None:
     assert first == second
     assert first.name == "calibrated cpu x2"
     numbers = [value for value in asdict(first).values() if isinstance(value, float)]
-    assert len(numbers) == 4
+    assert len(numbers) == 5
     assert all(math.isfinite(number) and number > 0 for number in numbers)
     assert 1e8 < first.flops < 1e13
     assert 1e8 < first.memory < 1e12
     assert 1e-6 < first.latency < 0.5
     assert 1e6 < first.bandwidth < 1e12
+    assert 1e-8 < first.launch < 0.1
     assert seconds < 30  # a loaded machine; alone it takes one or two
 
 

@@ -59,7 +59,7 @@ def run_flat(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> tup
 
 
 def run(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> Any:
-    return captured.unflatten(run_flat(captured, model, bound))
+    return captured.unflatten(run_flat(captured, model, bound), bound)
 
 
 def assert_well_formed(captured: Captured) -> None:
@@ -139,7 +139,7 @@ def test_no_grad_regions_keep_their_meaning() -> None:
     assert torch.equal(model.seen, torch.zeros(5))
     flat = run_flat(captured, model, {"x": x})
     assert captured.outputs[-1].kind == "buffer_mutation" and captured.outputs[-1].name == "seen"
-    assert captured.unflatten(flat)["count"] == 3
+    assert captured.unflatten(flat, {})["count"] == 3
     (flat[0].sum() + flat[1].sum()).backward()
     got = [p.grad for p in model.parameters()]
     model.zero_grad()
@@ -310,7 +310,8 @@ def test_decode_step_with_a_cache(batch: int) -> None:
     assert len(captured.ranges) == 2
     for other in [(2, 5), (1, 9), (3, 1)]:
         bound = decode_call(model, *other)
-        result, expected = run(captured, model, bound), model(**bound)
+        result, expected = run(captured, model, bound), model(**decode_call(model, *other))
+        assert result.past_key_values is bound["past_key_values"]
         torch.testing.assert_close(result.logits, expected.logits, rtol=0, atol=1e-6)
         assert result.past_key_values.get_seq_length() == other[1] + 1
 
@@ -353,7 +354,7 @@ def test_sliding_window_cache_keeps_its_position(past: int, other: int) -> None:
     model = tiny("gemma3_text", sliding_window=6, num_hidden_layers=1)
     captured = capture(model, decode_call(model, 2, past))
     bound = decode_call(model, 3, other)
-    result, expected = run(captured, model, bound), model(**bound)
+    result, expected = run(captured, model, bound), model(**decode_call(model, 3, other))
     torch.testing.assert_close(result.logits, expected.logits, rtol=0, atol=1e-5)
     assert result.past_key_values.get_seq_length() == other + 1
     mixed = decode_call(model, 2, 5 if past == 12 else 12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import itertools
 import json
@@ -75,7 +76,7 @@ def run(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> list[Ten
     users = iter(leaves)
     inputs = [next(users) if s.kind == "user" else tables[s.kind][s.name] for s in captured.inputs]
     with torch.no_grad():
-        result = captured.unflatten(captured.graph_module(*inputs))
+        result = captured.unflatten(captured.graph_module(*inputs), bound)
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
@@ -154,8 +155,9 @@ def test_repeated_layers_and_a_cache_come_back(folder: Path, monkeypatch: pytest
         assert all(getattr(one, field) == getattr(two, field) for field in fields)
         assert getattr(one, "blocks", None) == getattr(two, "blocks", None)
         assert two is not one
+    again = copy.deepcopy(decode)  # a run writes into its cache
     for ours, theirs in zip(
-        run(capture_cached(model, decode), model, decode), run(step, model, decode), strict=True
+        run(capture_cached(model, decode), model, decode), run(step, model, again), strict=True
     ):
         assert torch.equal(ours, theirs)
 
@@ -519,7 +521,6 @@ def test_it_can_be_switched_off(folder: Path, value: str, monkeypatch: pytest.Mo
     monkeypatch.setenv("TPCOMPILE_CACHE", value)
     tpcompile.plan(Mlp(), 2, (X,))
     assert not folder.exists()
-    assert name_of(Mlp(), X) is None
 
 
 def test_it_is_off_in_other_tests() -> None:

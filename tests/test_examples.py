@@ -20,7 +20,10 @@ EXPECTED = {
     "pin_a_layer": r"head\.weight +1 +\[128, 64\] +R [\s\S]*chosen: S\(1\)[\s\S]*saved and loaded",
     "compile_and_train_step": r"sharded: +loss[\s\S]*agree as well",
     "plan_without_gpus": r"plan for 8 ranks[\s\S]*q_proj\.weight +32 +\[4096, 4096\] +S\(0\)",
+    "custom_strategy": r"q_proj\.weight +2 +\[64, 64\] +S\(0\) +\[32, 64\][\s\S]*relative error \d",
     "custom_rule": r"fallback: examples\.smooth[\s\S]*relative error \d",
+    "serve_from_checkpoint": r"7 prompts, \d captured[\s\S]*tokens are those[\s\S]*saved in \d files",
+    "load_and_run": r"output: \[1, 5, 384\], this rank holds [\s\S]*relative error \d",
     "demo": r"0\.\d+  Tensor parallelism divides[\s\S]*all 32 tokens are[\s\S]*checks passed on all 2",
 }
 
@@ -57,14 +60,14 @@ def test_every_example_is_tested() -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_runs_alone(name: str) -> None:
-    if name == "demo":
+    if name in ("demo", "load_and_run"):
         _demo_model()
     _check(name, _run(str(EXAMPLES / f"{name}.py")))
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_runs_under_torchrun(name: str) -> None:
-    if name == "demo":
+    if name in ("demo", "load_and_run"):
         _demo_model()
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     _check(name, _run(*torchrun, str(EXAMPLES / f"{name}.py")))

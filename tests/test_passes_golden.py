@@ -17,7 +17,9 @@ from tpcompile.passes.choose_collectives import ChooseCollectives
 from tpcompile.passes.coalesce_collectives import CoalesceCollectives
 from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
 from tpcompile.passes.insert_reshards import InsertReshards
+from tpcompile.passes.merge_matmuls import MergeMatmuls
 from tpcompile.passes.pipeline import Pass, run_passes
+from tpcompile.passes.simplify_masks import SimplifyMasks
 from tpcompile.passes.split_packed_matmul import SplitPackedMatmul, group_of, packed_values
 from tpcompile.pipeline import after_planning, rewrite
 from tpcompile.work import Work
@@ -70,6 +72,9 @@ PLACED = (ANNOTATE, RESHARD)
 CASES = {
     "canonicalise_rearranged": Case(toys.Rearranged, X12, CANONICAL, -2, planned=False),
     "canonicalise_dynamic": Case(_attention(True), X20, CANONICAL, -1, planned=False, dynamic=True),
+    "simplify_masks_masked": Case(
+        toys.Masked, X12, SimplifyMasks(), -6, (CANONICAL,), planned=False, dynamic=True
+    ),
     "split_packed_matmul_attention": Case(_attention(True), X20, SPLIT, -1, (CANONICAL,), planned=False),
     "annotate_placements_mlp": Case(toys.Mlp, X12, ANNOTATE, 0),
     "annotate_placements_attention": Case(_attention(False), X20, ANNOTATE, 0),
@@ -81,6 +86,7 @@ CASES = {
     "choose_collectives_mlp": Case(toys.Mlp, X12, CHOOSE, 0, PLACED),
     "choose_collectives_tower": Case(toys.Tower, PAIR, CHOOSE, 0, PLACED),
     "coalesce_collectives_norms": Case(toys.NormedHeads, X20, COALESCE, 1, (*PLACED, CHOOSE)),
+    "merge_matmuls_attention": Case(_attention(True), X20, MergeMatmuls(), 1, (*PLACED, COPY, CHOOSE)),
 }
 
 

@@ -19,7 +19,7 @@ from tpcompile.markers import Placements
 from tpcompile.passes.choose_collectives import ChooseCollectives, steps
 from tpcompile.passes.pipeline import run_passes
 from tpcompile.placements import P, Partial, Placement, R, Shard, split_evenly
-from tpcompile.planner.search import Assignment
+from tpcompile.planner.assignment import Assignment
 from tpcompile.work import Work
 
 ATOMS = (5, 3, 4)  # a value of shape [5, 12], its second dimension (3 4)

@@ -18,13 +18,18 @@ import torch
 
 from tests import families, programs, toys
 from tests.random_programs import INPUTS, MODEL, random_program
+from tpcompile.capture import bind_call
+from tpcompile.capture.repeated_layers import ShortCapture, capture_repeated, unroll_captured
 from tpcompile.decisions import decisions_to_data
 from tpcompile.markers import COMMUNICATING
 from tpcompile.pipeline import rewrite
+from tpcompile.placements import Shard
+from tpcompile.plan import collectives_of
 from tpcompile.planner import search
 from tpcompile.planner.cost import PRESETS
 from tpcompile.planner.decide import _fits_together, plan_on_axes
 from tpcompile.planner.eliminate import Problem, solve
+from tpcompile.planner.search import Search
 from tpcompile.work import Work
 
 Solution = tuple[dict[Hashable, int], float]
@@ -119,6 +124,22 @@ LAYER = {
 }
 
 
+def test_layers_left_out_of_the_graph_count() -> None:
+    """Of seven layers three are captured; time and collectives are those of all seven, as is the plan."""
+    model = families.build("llama", num_hidden_layers=7)
+    short = capture_repeated(model, bind_call(model, (), families.causal_inputs()), dynamic=False)
+    assert isinstance(short, ShortCapture)
+    works = [programs.planned_work(Work(short, 2))]
+    works.append(programs.planned_work(Work(unroll_captured(short), 2)))
+    placements = [_placements(w) for w in works]
+    assert placements[1] == placements[1] | placements[0]
+    for work in works:
+        rewrite(work, training=False)
+    seconds = [sum(d.cost for d in w.decisions) for w in works]
+    assert seconds[0] == pytest.approx(seconds[1], rel=1e-9)
+    assert collectives_of(works[0]) == collectives_of(works[1])
+
+
 def test_megatron_comes_out_by_itself() -> None:
     work = _llama()
     expected = {f"model.layers.{i}.{k}.weight": v for i in range(2) for k, v in LAYER.items()}
@@ -175,8 +196,8 @@ def test_arithmetic_is_that_of_matmuls() -> None:
     """Attention counts as two matmuls, a look-up as none over the vocabulary."""
     model = families.build("llama", num_hidden_layers=1)
     work = programs.canonicalised(model, **families.causal_inputs())
-    planner = search.Search(work.graph, work.factors(), work.params(), PRESETS["cpu"])
-    counts = {str(n.target).split(".")[1]: planner.operations(n) for n in planner.live}
+    planner = Search(work.graph, work.factors(), work.params(), PRESETS["cpu"])
+    counts = {str(n.target).split(".")[1]: planner.quantities.operations(n) for n in planner.live}
     tokens, heads, size = families.BATCH * families.SEQ, 8, 12
     assert counts["scaled_dot_product_attention"] == 4 * tokens * families.SEQ * heads * size
     assert counts["linear"] == 2 * tokens * 40 * families.VOCAB  # the last one, the head
@@ -281,5 +302,5 @@ def test_packed_segments_must_fit_one_tensor() -> None:
     assert _fits_together(work)
     (decision,) = work.decisions
     (first, *_) = [n for n, name in work.params().items() if name == "qkv.weight"]
-    turned = replace(decision, params={**decision.params, first: search.Shard(1)})
+    turned = replace(decision, params={**decision.params, first: Shard(1)})
     assert not _fits_together(replace(work, decisions=[turned]))

@@ -14,8 +14,9 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
-from tests import programs
+from tests import programs, spmd_repeated
 from tests.simulate import SimulatedGroups
+from tests.spmd import run_spmd
 from tpcompile.caches import mark_caches
 from tpcompile.capture import Captured, bind_call, capture, flatten_call, leaf_names
 from tpcompile.capture.find_repeats import Repeat, find_repeats, truncated
@@ -95,7 +96,7 @@ def run_all(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> Any:
         "constant": captured.constants,
     }
     weights = [tables[s.kind][s.name] for s in captured.inputs if s.kind != "user"]
-    return captured.unflatten(captured.graph_module(*weights, *leaves))
+    return captured.unflatten(captured.graph_module(*weights, *leaves), bound)
 
 
 def run(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> torch.Tensor:
@@ -312,7 +313,8 @@ def test_caches(kind: str, layers: int, changes: dict[str, Any]) -> None:
     short = assert_short(model, step)
     assert sum(s.kind == "user" for s in short.inputs) < len(short.user_inputs)
     assert [s.name for s in short.user_inputs] == leaf_names(step)
-    assert {s.name for s in whole_outputs(short)} == {*leaf_names(step), "logits"} - {"input_ids"}
+    returned = {s.name for s in whole_outputs(short)} - {"logits", "past_key_values"}
+    assert returned == {*leaf_names(step)} - {"input_ids"}
 
 
 def test_a_cache_of_open_length() -> None:
@@ -442,6 +444,18 @@ def test_outlined_layers_compute_the_same(cached: bool) -> None:
 def test_few_layers_are_not_outlined() -> None:
     model = tiny("llama", 6)
     assert lowered(model, language_call(model, 2, 7))[1] is None
+
+
+def test_compiled_layers_on_two_ranks() -> None:
+    """Seven of eight layers are calls of one submodule; the first one is captured by itself."""
+    for found in run_spmd(spmd_repeated.compiled_gradients, 2, timeout=600):
+        assert found["calls"] == spmd_repeated.LAYERS - 1
+        assert found["logits"] <= 1e-5 and found["gradients"] <= 1e-5
+
+
+def test_tokens_on_two_ranks() -> None:
+    for found in run_spmd(spmd_repeated.tokens, 2, timeout=600):
+        assert found["equal"] and found["states"] <= 1e-5 and not found["one by one"]
 
 
 # ------------------------------------------------------------------------------------------- finding repeats

@@ -41,6 +41,22 @@ class Attention(nn.Module):
         return out
 
 
+class PackedColumns(nn.Module):
+    """A packed projection that holds its weight by columns, as gpt2 does, with parts of unequal sizes."""
+
+    def __init__(self, width: int = 12, sizes: tuple[int, ...] = (20, 8)) -> None:
+        super().__init__()
+        self.sizes = list(sizes)
+        self.weight = nn.Parameter(torch.randn(width, sum(sizes)) / 4)
+        self.bias = nn.Parameter(torch.randn(sum(sizes)))
+        self.first, self.second = (nn.Linear(size, width, bias=False) for size in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.addmm(self.bias, x.flatten(0, 1), self.weight).split(self.sizes, -1)
+        out: Tensor = self.first(F.relu(a)) + self.second(F.relu(b))
+        return out
+
+
 class Parallel(nn.Module):
     """Attention and MLP beside each other, as in cohere: their sums can be reduced together."""
 
@@ -105,3 +121,16 @@ class Tower(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         h = torch.tanh(self.left(x)) * self.right(y)
         return self.head(h), h
+
+
+class Masked(nn.Module):
+    """Attention with masks of its own: one that is causal, one that hides nothing, one that is neither."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1], device=x.device)
+        causal = (at[None, :] <= at[:, None])[None, None].expand(x.shape[0], 1, -1, -1)
+        every = (at[None, :] - at[:, None] < x.shape[1]) & torch.ones(1, 1, dtype=torch.bool)
+        near = causal & (at[None, :] > at[:, None] - 3)
+        heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        found = [F.scaled_dot_product_attention(heads, heads, heads, m) for m in (causal, every, near)]
+        return torch.stack(found).sum(0)

@@ -39,8 +39,12 @@ def together(group: dist.ProcessGroup | None, what: str, do: Callable[[], T]) ->
     return cast(T, result)
 
 
-def from_first(group: dist.ProcessGroup | None, make: Callable[[], T]) -> T:
-    """The first rank's result, on every rank."""
+def from_first(group: dist.ProcessGroup | None, make: Callable[[], T], what: str = "make the plan") -> T:
+    """The first rank's result, on every rank.
+
+    Raises:
+        TpCompileError: the first rank failed (there it is its own error).
+    """
     if group is None or dist.get_world_size(group) == 1:
         return make()
     box: list[Any] = [None]
@@ -57,9 +61,18 @@ def from_first(group: dist.ProcessGroup | None, make: Callable[[], T]) -> T:
         raise failure
     status, value = box[0]
     if status == "failed":
-        raise TpCompileError(f"rank 0 could not make the plan: {value}", todo="see rank 0's error")
+        raise TpCompileError(f"rank 0 could not {what}: {value}", todo="see rank 0's error")
     result: T = value
     return result
+
+
+def same(group: dist.ProcessGroup | None, value: object) -> bool:
+    """Whether all ranks have an equal value."""
+    if group is None:
+        return True
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, value, group=group)
+    return all(other == everyone[0] for other in everyone)
 
 
 def compare(group: dist.ProcessGroup | None, what: str, lines: list[str]) -> str:

@@ -16,6 +16,7 @@ from .capture.bind_call import bind_call, signature_of
 from .compile_program import Compiler, Options
 from .default_example import default_example
 from .errors import TpCompileError
+from .generation import ShardedGeneration
 from .module import ShardedModule, is_sharded
 from .passes.pipeline import Pass
 from .pins import Pin, check_pins
@@ -23,6 +24,7 @@ from .plan import Plan
 from .planner.cost import CostModel, preset
 from .runtime import Runtime
 from .shell import sharded_class
+from .strategies.custom_strategy import split_plan
 
 PlanLike = str | Plan | Mapping[str, Pin]
 
@@ -57,7 +59,7 @@ def parallelize(
         axis: the name of the mesh axis to divide over, for a mesh of several.
         dynamic: True: batch and sequence may change; False: shapes are fixed; or argument name ->
             {dimension: whether it may change}.
-        compile: run the model under ``torch.compile``.
+        compile: run every program under ``torch.compile``.
         cost_model: a ``CostModel`` or the name of a preset; by default the preset for the device.
         memory: bytes of weights that a rank may hold.
         passes: passes to run after the compiler's own.
@@ -75,9 +77,10 @@ def parallelize(
     if example is not None:
         runtime.capture(model, example)
     model._tp = runtime  # type: ignore[assignment]
-    model.__class__ = sharded_class(original, ShardedModule)
+    generates = hasattr(original, "generate") and hasattr(original, "_sample")
+    model.__class__ = sharded_class(original, ShardedGeneration if generates else ShardedModule)
     if compile:
-        model.compile()
+        runtime.compile_options = {}
     return model
 
 
@@ -180,11 +183,11 @@ def _options(
         )
     if isinstance(plan, str) and plan != "auto":
         raise TpCompileError(f"unknown plan {plan!r}", todo='give "auto", a Plan, or a dict of pins')
-    pins = plan if isinstance(plan, Mapping) else {}
+    pins, custom = split_plan(plan) if isinstance(plan, Mapping) else ({}, {})
     check_pins(pins, [n for n, _ in model.named_parameters()])
     cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model or device)
     given = plan if isinstance(plan, Plan) else None
-    return Options(cost, pins, dynamic, memory, tuple(passes), given)
+    return Options(cost, pins, dynamic, memory, tuple(passes), given, custom)
 
 
 def _example(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,10 +13,11 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from .capture import Captured
-from .capture.repeated_layers import ShortCapture
+from .capture.program import OutputSpec
+from .capture.repeated_layers import ShortCapture, whole_outputs
 from .errors import TpCompileError
 from .factors import Factors
-from .placements import Placement, R, Shard
+from .placements import Placement, R, Shard, split_evenly
 from .rules.rule import Size
 
 
@@ -42,9 +44,46 @@ class Held:
                 f"a cache tensor has {local.ndim} dimensions, {len(self.atoms)} were handed out",
                 todo="give the cache back as the model returned it",
             )
-        divided = {shard[0] for shard in self.shards if shard is not None}
-        shape = [math.prod(self.atoms[d]) if d in divided else s for d, s in enumerate(local.shape)]
+        shape = [math.prod(self.atoms[d]) if d in self.divided else s for d, s in enumerate(local.shape)]
         return torch.empty(shape, dtype=local.dtype, device="meta")
+
+    def part(self, given: Tensor, axes: Sequence[int], coordinates: Sequence[int]) -> Tensor:
+        """A rank's part, from the whole tensor; what is a part already comes back as it is.
+
+        Args:
+            given: what the caller brings.
+            axes: the sizes of the sub-axes.
+            coordinates: the rank's position on each.
+
+        Raises:
+            TpCompileError: it is neither.
+        """
+        whole = self.whole(given)
+        part, local = given, list(whole.shape)
+        for dim in self.divided:
+            sizes, first = list(self.atoms[dim]), [0] * len(self.atoms[dim])
+            for ranks, at, shard in zip(axes, coordinates, self.shards, strict=True):
+                if shard is not None and shard[0] == dim:
+                    mine = split_evenly(sizes[shard[1]], ranks)
+                    first[shard[1]] += sum(mine[:at])
+                    sizes[shard[1]] = mine[at]
+            local[dim] = math.prod(sizes)
+            if given.shape == whole.shape:
+                split = part.unflatten(dim, self.atoms[dim])
+                for factor, (start, size) in enumerate(zip(first, sizes, strict=True)):
+                    split = split.narrow(dim + factor, start, size)
+                part = split.flatten(dim, dim + len(sizes) - 1)
+        if list(part.shape) != local:
+            raise TpCompileError(
+                f"a cache tensor has the shape {list(given.shape)}, {local} was handed out to this rank",
+                todo=f"give the cache back as the model returned it, or whole: {list(whole.shape)}",
+            )
+        return part.contiguous()
+
+    @property
+    def divided(self) -> set[int]:
+        """The dimensions that are divided."""
+        return {shard[0] for shard in self.shards if shard is not None}
 
     def placements(self, factors: Factors, value: Any) -> tuple[Placement, ...]:
         """The same places among the (perhaps finer) factors of a program's value.
@@ -81,17 +120,36 @@ def same_place(finer: Sequence[Size], atoms: Sequence[int], factor: int) -> int 
 def mark_caches(captured: Captured) -> Captured:
     """The same program with the results that belong to a cache marked as divided.
 
-    Where layers are left out, a captured result stands for several of the whole program's: all must be.
+    Where layers are left out, a captured result stands for several of the whole program's: all must be. In
+    a tuple a cache is named by its position, ``[1][0]['keys']``; it will be given back by name.
     """
-    flags = cache_leaves(captured.out_spec)
-    blocks = captured.blocks if isinstance(captured, ShortCapture) else None
-    sources = range(len(flags)) if blocks is None else [derived.output for derived in blocks.results]
-    whole = {at for at, flag in zip(sources, flags, strict=True) if not flag}
-    marked = [
-        replace(spec, divided=True) if spec.kind == "user" and at not in whole else spec
-        for at, spec in enumerate(captured.outputs)
+    returned = cache_leaves(captured.out_spec)
+    flags = [
+        spec.kind == "state" or (i < len(returned) and returned[i])
+        for i, spec in enumerate(whole_outputs(captured))
     ]
-    return replace(captured, outputs=tuple(marked))
+    blocks = captured.blocks if isinstance(captured, ShortCapture) else None
+    if blocks is None:
+        return replace(captured, outputs=tuple(map(_marked, captured.outputs, flags)))
+    whole = {d.output for d, flag in zip(blocks.results, flags, strict=False) if not flag}
+    short = [at not in whole and spec.kind != "buffer_mutation" for at, spec in enumerate(captured.outputs)]
+    results = tuple(
+        derived._replace(name=_given_back(derived.name)) if short[derived.output] else derived
+        for derived in blocks.results
+    )
+    return replace(  # type: ignore[call-arg]
+        captured,
+        outputs=tuple(map(_marked, captured.outputs, short)),
+        blocks=replace(blocks, results=results),
+    )
+
+
+def _marked(spec: OutputSpec, divided: bool) -> OutputSpec:
+    return replace(spec, divided=True, name=_given_back(spec.name)) if divided else spec
+
+
+def _given_back(name: str) -> str:
+    return re.sub(r"^\[\d+\]", "past_key_values", name)
 
 
 def cache_leaves(spec: TreeSpec, inside: bool = False) -> list[bool]:

@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.fx import GraphModule
 from .agree import compare, from_first, together
 from .caches import Held, mark_caches
 from .capture import flatten_call
-from .capture.store_capture import capture_cached
+from .capture.share_capture import capture_shared
 from .decisions import decisions_from_data, decisions_to_data
 from .errors import TpCompileError
 from .graph_edit import module_path
@@ -36,6 +37,7 @@ from .print_plan import size_text
 from .rules.randomness import random_nodes
 from .shell import whole_tensors
 from .store_plan import Decisions, plan_cached
+from .strategies.custom_modules import CustomModules, partition_modules
 from .uniform_layers import uneven_layers
 from .work import Work
 
@@ -51,6 +53,7 @@ class Options:
         memory: bytes of weights that a rank may hold, or None.
         passes: passes that run after ours.
         plan: a plan to follow instead of making one.
+        custom: custom strategies by glob of a module.
     """
 
     cost: CostModel
@@ -59,6 +62,7 @@ class Options:
     memory: float | None = None
     passes: Sequence[Pass] = ()
     plan: Plan | None = None
+    custom: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -97,6 +101,7 @@ class Compiler:
         self.group: dist.ProcessGroup | None = mesh.get_group(axis) if mesh is not None else None
         self.rank = mesh.get_local_rank(axis) if mesh is not None else 0
         self._groups: dict[tuple[int, ...], AxisGroups] = {}
+        self._custom: CustomModules | None = None
 
     def compile(
         self,
@@ -117,8 +122,11 @@ class Compiler:
             TpCompileError: on all ranks, if any of them fails or they disagree.
         """
         clock = [time.perf_counter()]
+        custom = self._custom_modules(model)
         base = together(
-            self.group, "capture the model", lambda: self._capture(model, bound, layout, caches or {})
+            self.group,
+            "capture the model",
+            lambda: self._capture(model, bound, custom, layout, caches or {}),
         )
         clock.append(time.perf_counter())
         graph = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
@@ -133,7 +141,7 @@ class Compiler:
         def finish() -> Compiled:
             placed = layout_of(planned, tensors) if layout is None else layout
             rewritten = _follow(replace(base, layout=layout), data)
-            rewrite(rewritten, training, self.options.passes)
+            rewrite(rewritten, training, self.options.passes, self.options.cost)
             pins = make_pins(self.options.pins) if layout is None else pins_from_layout(layout)
             plan = make_plan(planned, rewritten, placed, self.options.cost, graph, pins)
             plan.timings = {"capture": clock[1] - clock[0], "plan": clock[2] - clock[1]}
@@ -141,10 +149,19 @@ class Compiler:
 
         return together(self.group, "lower the model", finish)
 
+    def _custom_modules(self, model: nn.Module) -> CustomModules:
+        """The modules of custom strategies; the first program finds them while the weights are whole."""
+        if self._custom is None:
+            mesh = self.mesh[self.axis] if self.mesh is not None and self.axis is not None else self.mesh
+            where = (self.ranks, mesh, self.group, self.rank)
+            self._custom = partition_modules(model, self.options.custom, *where)
+        return self._custom
+
     def _capture(
         self,
         model: nn.Module,
         bound: dict[str, Any],
+        custom: CustomModules,
         layout: WeightLayout | None,
         caches: Mapping[str, Held],
     ) -> Work:
@@ -152,15 +169,17 @@ class Compiler:
         device = self._device(model)
         # A program captured with gradients also serves calls without them.
         with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
-            captured = capture_cached(model, bound, dynamic=self.options.dynamic, device=device)
-            uneven = uneven_layers(captured, self.options.pins, layout, caches)
-            if uneven is not None:
-                captured = capture_cached(
-                    model, bound, dynamic=self.options.dynamic, device=device, every_layer=True
+            with custom.captured(model):
+                capture = partial(
+                    capture_shared, model, bound, self.group, dynamic=self.options.dynamic, device=device
                 )
-                captured.notes += (f"repeated layers were captured one by one: {uneven}",)
-        base = canonical(mark_caches(captured), self.ranks)
-        base.caches = caches
+                captured = mark_caches(capture())
+                uneven = uneven_layers(captured, self.options.pins, layout, caches)
+                if uneven is not None:
+                    captured = capture(every_layer=True)
+                    captured.notes += (f"repeated layers were captured one by one: {uneven}",)
+                    captured = mark_caches(captured)
+        base = replace(canonical(captured, self.ranks), custom=custom, caches=caches)
         _refuse_randomness(base)
         return base
 
@@ -233,13 +252,13 @@ def _follow(base: Work, data: Decisions) -> Work:
 
 
 def _refuse_randomness(base: Work) -> None:
-    """Random numbers would have to agree where values are whole and differ where they are divided."""
+    """Random numbers have to agree where values are whole and differ where they are divided: by a pass."""
     nodes = random_nodes(base.graph)
     if nodes:
         raise TpCompileError(
-            f"the model draws random numbers ({len(nodes)} calls, the first is {nodes[0].target})",
+            f"the model draws random numbers in a way that is not supported ({nodes[0].target})",
             where=module_path(nodes[0]) or nodes[0].name,
-            todo="call model.eval(), or set its dropout probabilities to 0",
+            todo="draw with dropout, bernoulli, rand, randn or rand_like; or call model.eval()",
         )
 
 

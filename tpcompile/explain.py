@@ -43,7 +43,8 @@ def explain_module(work: Work, cost: CostModel, pins: Pins, name: str) -> str:
             todo="name a module or parameter that the plan lists",
         )
     factors = work.planned_factors
-    search = Search(work.graph, factors, work.params(), cost, work.carried(factors), work.given(factors))
+    carried, given = work.carried(factors), work.given(factors)
+    search = Search(work.graph, factors, work.params(), cost, carried, given, times=work.times)
     return "\n".join(line for param in mine for line in _explain_param(work, search, pins, param))
 
 

@@ -39,7 +39,8 @@ def full_state_dict(model: nn.Module, runtime: Runtime) -> dict[str, Tensor]:
 
 def is_whole(layout: ParamLayout) -> bool:
     """Whether every rank holds the parameter as it is."""
-    return len(layout.segments) == 1 and all(s is None for s in layout.segments[0].shards)
+    one = len(layout.segments) == 1 and layout.selection is None
+    return one and all(s is None for s in layout.segments[0].shards)
 
 
 def gather(

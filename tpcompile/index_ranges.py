@@ -104,7 +104,7 @@ def regions(param: ParamLayout, axes: Sequence[int], at: Sequence[int]) -> list[
     dim, position = param.packed_dim, 0
     packed: dict[tuple[tuple[int, ...], tuple[tuple[Run, ...], ...]], list[Run]] = {}
     for segment in param.segments:
-        runs = _segment_runs(segment, segment.local_box(axes, at))
+        runs = segment_runs(segment, segment.local_box(axes, at))
         key = copied_along(segment, axes), runs[:dim] + ((Run(0, 0, 1),),) + runs[dim + 1 :]
         moved = [Run(r.start, r.at + position, r.length) for r in runs[dim]]
         packed.setdefault(key, []).extend(moved)
@@ -149,7 +149,7 @@ def _touching(runs: Sequence[Run]) -> Iterator[tuple[Run, ...]]:
         yield tuple(group)
 
 
-def _segment_runs(segment: Segment, box: Spans) -> tuple[tuple[Run, ...], ...]:
+def segment_runs(segment: Segment, box: Spans) -> tuple[tuple[Run, ...], ...]:
     """Per dimension the runs of a segment's part."""
     cut, local = iter(segment.box), iter(box)
     return tuple(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from .errors import TpCompileError
 from .index_ranges import Range, Region, regions
 from .placements import split_evenly
+from .selection import Selection, selection_from_json
 
 Box = tuple[tuple[int, int], ...]
 
@@ -98,6 +99,8 @@ class ParamLayout:
         dtype: its type.
         segments: its parts; several are held one behind the other along ``packed_dim``.
         packed_dim: the dimension in which segments differ.
+        selection: what each rank holds, if a custom strategy divides it in a way that segments cannot say;
+            the segment is then the whole.
     """
 
     name: str
@@ -105,6 +108,7 @@ class ParamLayout:
     dtype: torch.dtype
     segments: tuple[Segment, ...]
     packed_dim: int = 0
+    selection: Selection | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,13 @@ class WeightLayout:
             found.append(at)
         return tuple(reversed(found))
 
+    def rank(self, coordinates: Sequence[int]) -> int:
+        """The rank at a position on every sub-axis."""
+        found = 0
+        for size, at in zip(self.axes, coordinates, strict=True):
+            found = found * size + at
+        return found
+
     def boxes(self, name: str, rank: int) -> list[tuple[Segment, Box]]:
         """What a rank holds of a parameter: per segment the index ranges of its factors."""
         at = self.coordinates(rank)
@@ -141,6 +152,8 @@ class WeightLayout:
 
     def segment_shapes(self, name: str, rank: int) -> list[tuple[int, ...]]:
         """The local shape of each segment."""
+        if (selection := self.params[name].selection) is not None:
+            return [selection.shapes[rank]]
         return [s.local_shape(b) for s, b in self.boxes(name, rank)]
 
     def local_shape(self, name: str, rank: int) -> tuple[int, ...]:
@@ -163,6 +176,8 @@ class WeightLayout:
                 where=name,
                 todo="make the plan for this model",
             )
+        if layout.selection is not None:
+            return layout.selection.take(name, full, rank).contiguous()
         parts = [s.take(full, box) for s, box in self.boxes(name, rank)]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=layout.packed_dim)
         return whole.clone(memory_format=torch.contiguous_format)
@@ -180,6 +195,9 @@ class WeightLayout:
         layout = self.params[name]
         first = next(iter(locals_.values()))
         full = torch.empty(layout.shape, dtype=first.dtype, device=first.device)
+        if layout.selection is not None:
+            layout.selection.assemble(name, full, locals_)
+            return full
         parts = {rank: self.segments_of(name, local, rank) for rank, local in locals_.items()}
         boxes = {rank: self.boxes(name, rank) for rank in locals_}
         for i, segment in enumerate(layout.segments):
@@ -194,7 +212,13 @@ class WeightLayout:
         return [part for region in self.regions(name, rank) for part in region.ranges()]
 
     def regions(self, name: str, rank: int) -> list[Region]:
-        """As ``ranges``, but fewer: a box of the whole may lie in pieces in the local tensor."""
+        """As ``ranges``, but fewer: a box of the whole may lie in pieces in the local tensor.
+
+        Raises:
+            TpCompileError: a custom strategy divides the parameter in a way that no boxes say.
+        """
+        if (selection := self.params[name].selection) is not None:
+            selection.refuse_regions(name)
         return regions(self.params[name], self.axes, self.coordinates(rank))
 
     def held(self, rank: int) -> float:
@@ -216,6 +240,7 @@ class WeightLayout:
                         {"factors": s.factors, "box": s.box, "atoms": s.atoms, "shards": s.shards}
                         for s in p.segments
                     ],
+                    "selection": None if p.selection is None else asdict(p.selection),
                 }
                 for p in self.params.values()
             ],
@@ -238,6 +263,7 @@ class WeightLayout:
                 getattr(torch, p["dtype"]),
                 tuple(segments(p["segments"])),
                 int(p["packed_dim"]),
+                selection_from_json(p.get("selection")),
             )
             for p in data["params"]
         }

@@ -7,6 +7,7 @@ lowering gives these groups, sizes and local shapes. Placements are tuples with 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -66,6 +67,17 @@ def copy_to_ranks(x: Tensor, axes: Axes) -> Tensor:
     return x
 
 
+def matmul_merged(matmul: Callable[..., Tensor], *args: Any) -> list[Tensor]:
+    """Several calls of one matmul: operands that differ are lists, and lie one behind the other on a rank."""
+    count = next(len(a) for a in args if isinstance(a, list | tuple))
+    return [matmul(*(a[i] if isinstance(a, list | tuple) else a for a in args)) for i in range(count)]
+
+
+def part_of(results: list[Tensor], index: int) -> Tensor:
+    """One result of ``matmul_merged``: a matmul whose factors and placement are those that were planned."""
+    return results[index]
+
+
 MARKERS: tuple[Callable[..., object], ...] = (
     reshard,
     all_reduce,
@@ -78,4 +90,6 @@ MARKERS: tuple[Callable[..., object], ...] = (
     pad_shard,
     copy_to_ranks,
 )
+MERGED: tuple[Callable[..., object], ...] = (matmul_merged, part_of)
+"""Not changes of placement, but calls that only the lowering can carry out."""
 COMMUNICATING = frozenset({all_reduce, all_reduce_coalesced, all_gather, reduce_scatter, all_to_all})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,16 +71,47 @@ class ShardedModule(nn.Module):
         """
         return sharded_state_dict(self, self._tp, tied)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: what a rank holds are slices, which no other program could read.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        token: Any = None,
+        save_peft_format: bool = True,
+        save_original_format: bool = True,
+        distributed_checkpoint: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Writes an ordinary checkpoint, which transformers and ``tpcompile.from_pretrained`` can load.
+
+        All ranks must call it; the first one writes. No rank ever holds more than a parameter as a whole,
+        and what was in the folder before stays intact until the new checkpoint is complete.
+
+        Args:
+            save_directory: the folder; whatever else lies in it stays.
+            is_main_process: whether this rank may write; the first that may does.
+            state_dict: refused, as ``push_to_hub`` and ``distributed_checkpoint`` are.
+            push_to_hub: refused.
+            max_shard_size: the size of a file, in bytes or such as ``"5GB"``.
+            variant: writes ``model.<variant>.safetensors``.
+            token: without meaning, as there is no upload.
+            save_peft_format: without meaning, as models with adapters are refused.
+            save_original_format: whether keys and tensors get the form back that they were loaded from.
+            distributed_checkpoint: refused.
+            kwargs: refused.
 
         Raises:
-            TpCompileError: always.
+            TpCompileError: on every rank; it cannot be written, or an argument is refused.
         """
-        raise TpCompileError(
-            "a sharded model cannot be written by save_pretrained yet",
-            todo="write full_state_dict(), or use torch.distributed.checkpoint with sharded_state_dict()",
-        )
+        from .saving.save_pretrained import Wishes, save_pretrained  # imports transformers
+
+        refused = {"state_dict": state_dict, "push_to_hub": push_to_hub}
+        refused |= {"distributed_checkpoint": distributed_checkpoint, **kwargs}
+        wishes = Wishes(is_main_process, max_shard_size, variant, save_original_format, refused)
+        save_pretrained(self, self._tp, save_directory, wishes)
 
     def _last(self) -> Program:
         if not self._tp.programs:

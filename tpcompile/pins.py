@@ -56,9 +56,10 @@ def make_pins(pins: Mapping[str, Pin]) -> Pins:
         factors = work.factors()
         found: dict[Node, frozenset[Placement]] = {}
         idle = set(pins)
+        own = work.custom.parts
         for node, name in work.params().items():
             for glob, pin in pins.items():
-                if _matches(glob, name) and node.users:
+                if _matches(glob, name) and node.users and name not in own:
                     wanted = _allowed(factors, node, _kind(glob, pin), glob)
                     if wanted is not None:
                         found[node] = wanted if axis == 0 else wanted | {R}

@@ -11,21 +11,24 @@ from .passes.annotate_placements import AnnotatePlacements
 from .passes.canonicalise import Canonicalise
 from .passes.choose_collectives import ChooseCollectives
 from .passes.coalesce_collectives import CoalesceCollectives
+from .passes.expand_randomness import ExpandRandomness
 from .passes.insert_gradient_copies import InsertGradientCopies
 from .passes.insert_reshards import InsertReshards
+from .passes.merge_matmuls import MergeMatmuls
 from .passes.pipeline import Pass, run_passes
+from .passes.simplify_masks import SimplifyMasks
 from .passes.split_packed_matmul import SplitPackedMatmul, group_of, packed_values
-from .planner.cost import CostModel
+from .planner.cost import PRESETS, CostModel
 from .planner.decide import Pins, decide, plan_on_axes
 from .work import Work
 
 
 def before_planning() -> list[Pass]:
     """Passes that give the planner one form of everything."""
-    return [Canonicalise()]
+    return [Canonicalise(), SimplifyMasks(), ExpandRandomness()]
 
 
-def after_planning(training: bool) -> list[Pass]:
+def after_planning(training: bool, cost: CostModel = PRESETS["cpu"]) -> list[Pass]:
     """Passes that carry the plan out, still at global shapes."""
     return [
         AnnotatePlacements(),
@@ -33,12 +36,14 @@ def after_planning(training: bool) -> list[Pass]:
         InsertGradientCopies(enabled=training),
         ChooseCollectives(),
         CoalesceCollectives(),
+        MergeMatmuls(cost),  # by now it is known which matmuls have the very same input
     ]
 
 
 def canonical(captured: Captured, ranks: int) -> Work:
     """A captured program in the one form that everything after it expects."""
-    work = Work(captured, ranks)
+    # A copy, so that names of new nodes follow from the graph, not from how it came here: ranks compare them.
+    work = Work(captured, ranks).copy()
     run_passes(work, before_planning())
     return work
 
@@ -69,6 +74,6 @@ def plan_program(
     return decide(base, cost, groups, split_copy, pins, divide_small)
 
 
-def rewrite(work: Work, training: bool, extra: Sequence[Pass] = ()) -> None:
+def rewrite(work: Work, training: bool, extra: Sequence[Pass] = (), cost: CostModel = PRESETS["cpu"]) -> None:
     """Carries a plan out in the graph: reshards, gradients, collectives, then the user's passes."""
-    run_passes(work, [*after_planning(training), *extra])
+    run_passes(work, [*after_planning(training, cost), *extra])

@@ -41,6 +41,8 @@ def layout_of(work: Work, tensors: Mapping[str, Tensor]) -> WeightLayout:
             captured = like[name]
             segments = tuple(s for _, s in sorted(parts[captured], key=lambda p: p[0].order))
             layout = replace(layout, segments=segments, packed_dim=work.packed_dims.get(captured, 0))
+        if name in work.custom.parts:
+            layout = work.custom.layout(name, tensor, work.axes)
         params[name] = layout
     return WeightLayout(work.axes, params, tuple(sorted(work.split_groups)))
 
@@ -61,13 +63,25 @@ def pins_from_layout(layout: WeightLayout) -> Pins:
 
     def resolve(work: Work, axis: int) -> Mapping[Node, frozenset[Placement]]:
         factors = work.factors()
-        found = {}
+        found: dict[Node, frozenset[Placement]] = {}
         for node, source in work.sources.items():
-            if source.segment is not None:
+            if source.spec.name in work.custom.parts:
+                found[node] = frozenset({R})  # it lies as its strategy wants it
+            elif source.segment is not None:
+                _refuse_selection(layout.params[source.spec.name])
                 found[node] = frozenset({_placement(factors, node, work.held_as(source), axis)})
         return found
 
     return resolve
+
+
+def _refuse_selection(param: ParamLayout) -> None:
+    if param.selection is not None:
+        raise TpCompileError(
+            f"the plan leaves the parameter to the custom strategy {param.selection.strategy!r}",
+            where=param.name,
+            todo="give parallelize the strategies again, instead of the plan",
+        )
 
 
 def _placement(factors: Factors, node: Node, segment: Segment, axis: int) -> Placement:

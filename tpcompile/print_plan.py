@@ -50,7 +50,9 @@ def _param_rows(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def placement_text(param: ParamLayout) -> str:
-    """``S(0)``, ``R``, ``[S(0) | R | R]`` for segments, ``S(0) x R`` for sub-axes."""
+    """``S(0)``, ``R``, ``[S(0) | R | R]`` for segments, ``S(0) x R`` for sub-axes; or a strategy's name."""
+    if param.selection is not None:
+        return param.selection.strategy
     texts = [_segment_text(s) for s in param.segments]
     return texts[0] if len(texts) == 1 else "[" + " | ".join(texts) + "]"
 

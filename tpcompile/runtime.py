@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from .caches import Held, held_outputs
 from .capture import Captured, flatten_call, leaf_names
 from .capture.bind_call import CallSignature
+from .capture.call_results import given_caches, state_of
 from .capture.program import InputSpec
 from .capture.repeated_layers import whole_outputs
+from .capture.size_check import Check, size_check
 from .compile_program import Compiled, Compiler
+from .compile_step import Step, compile_step, mark_open_sizes
 from .errors import TpCompileError
 from .layout import WeightLayout
 from .lowering.local_shapes import LocalShapes
@@ -66,8 +69,10 @@ class Program:
         example: the leaves of the call that it was captured for, tensors without their values.
         feeds: where each placeholder's value comes from; a number stands for a leaf of the call.
         mutated: per buffer that the program changes, where it is.
+        check: whether the sizes of a call's leaves are ones that it runs on.
         outlined: the graph with repeated layers as calls of a submodule, for ``torch.compile``, and its
             feeds; None if no layers repeat often enough.
+        steps: its compiled steps, by torch.compile's options.
     """
 
     compiled: Compiled
@@ -80,43 +85,59 @@ class Program:
     example: tuple[Any, ...]
     feeds: tuple[Feed | int, ...]
     mutated: tuple[Feed, ...]
+    check: Check
     outlined: tuple[GraphModule, tuple[Feed | int, ...]] | None = None
+    steps: dict[str, Step] = field(default_factory=dict)
 
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
-        """Whether a call is one of this program's; plain python, so that dynamo can trace it."""
+        """Whether a call is one of this program's, by its structure apart; dynamo can trace it."""
         if names != self.names or training != self.training or len(leaves) != len(self.example):
             return False
         if autocast_of(leaves) != self.autocast:
             return False
-        sizes: dict[str, int] = {}
-        for given, mine, spec in zip(leaves, self.example, self.captured.user_inputs, strict=True):
+        for given, mine in zip(leaves, self.example, strict=True):
             if isinstance(mine, Tensor) != isinstance(given, Tensor):
                 return False
             if isinstance(mine, Tensor):
                 if given.dtype != mine.dtype or given.ndim != mine.ndim:
                     return False
-                for size, extent in zip(given.shape, spec.extents or (), strict=False):
-                    # Sizes that are one to the program are made one for dynamo, before the first layer.
-                    if size != (extent if isinstance(extent, int) else sizes.setdefault(extent, size)):
-                        return False
             elif type(given) is not type(mine) or given != mine:
                 return False
-        return True
+        return self.check(leaves)
 
-    def run(self, leaves: Sequence[Any]) -> Any:
-        """Runs this rank's graph and rebuilds the model's output."""
-        given = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
+    def run(
+        self, leaves: Sequence[Any], bound: Mapping[str, Any], options: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs this rank's graph, rebuilds the model's output and updates the caches of the call.
+
+        Args:
+            leaves: the call, flat.
+            bound: the call.
+            options: torch.compile's, if the graph is to run under it.
+        """
+        given = [x.contiguous() if isinstance(x, Tensor) else None for x in leaves]
+        if options is None or torch.compiler.is_compiling():
+            return self.captured.unflatten(self.step(given), bound)
+        key = repr(sorted(options.items()))
+        if key not in self.steps:
+            mark_open_sizes(self.captured, given)
+            self.steps[key] = compile_step(self.step, f"step_{id(self)}", options)
+        return self.captured.unflatten(self.steps[key](given), bound)
+
+    def step(self, given: Sequence[Any]) -> Sequence[Any]:
+        """Runs this rank's graph on the tensors of a call; the flat results."""
         graph_module, feeds = self.graph_module, self.feeds
-        if self.outlined is not None and torch.compiler.is_dynamo_compiling():
+        # What is asked of the sizes must be known to dynamo before the first layer, which stands for others.
+        if self.outlined is not None and torch.compiler.is_dynamo_compiling() and self.check(given):
             graph_module, feeds = self.outlined
         inputs = [given[feed] if isinstance(feed, int) else feed.get() for feed in feeds]
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
-        flat = graph_module.forward(*inputs)
+        flat: Sequence[Any] = graph_module.forward(*inputs)
         if self.mutated:
             for feed, new in zip(self.mutated, flat[len(flat) - len(self.mutated) :], strict=True):
                 with torch.no_grad():
                     feed.get().copy_(new)
-        return self.captured.unflatten(flat)
+        return flat
 
     def __str__(self) -> str:
         arguments = ", ".join(
@@ -139,6 +160,7 @@ class Runtime:
         layout: where the weights lie; None until the first program decides it.
         programs: one per call signature.
         caches: how tensors lie that programs handed out to be given back, by name.
+        compile_options: torch.compile's for every program, or None to run them as they are.
     """
 
     compiler: Compiler
@@ -147,23 +169,28 @@ class Runtime:
     layout: WeightLayout | None = None
     programs: list[Program] = field(default_factory=list)
     caches: dict[str, Held] = field(default_factory=dict)
+    compile_options: dict[str, Any] | None = None
 
     def call(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Runs a call on its program, which is captured if there is none yet."""
         bound = self.bind(args, kwargs)
         leaves, spec = flatten_call(bound)
-        names = tuple(bound)
+        program = self.find(tuple(bound), leaves, spec, model.training)
+        if program is None:
+            return _capture_and_run(self, model, bound)
+        if program.autocast is None:
+            return program.run(leaves, bound, self.compile_options)
+        with torch.autocast(device_of(leaves), enabled=False):
+            return program.run(leaves, bound, self.compile_options)
+
+    def find(
+        self, names: tuple[str, ...], leaves: Sequence[Any], spec: TreeSpec, training: bool
+    ) -> Program | None:
+        """The program of a call, if it was captured."""
         for program in self.programs:
-            if program.fits(names, leaves, model.training):
-                same = torch.compiler.is_compiling() or (
-                    program.captured.in_spec == spec and program.captured.accepts(leaves) is None
-                )
-                if same and program.autocast is None:
-                    return program.run(leaves)
-                if same:
-                    with torch.autocast(device_of(leaves), enabled=False):
-                        return program.run(leaves)
-        return _capture_and_run(self, model, bound, leaves)
+            if program.fits(names, leaves, training) and program.captured.in_spec == spec:
+                return program
+        return None
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The call as keyword arguments in the order of the signature."""
@@ -189,11 +216,12 @@ class Runtime:
         self.caches = {**hand_out(compiled.planned), **self.caches}
         if self.layout is None:
             self.layout = compiled.plan.layout
-            shard_weights(model, self.layout, self.compiler.rank)
+            shard_weights(model, self.layout, self.compiler.rank, compiled.planned.custom)
         leaves, _ = flatten_call(bound)
+        captured = local_extents(compiled, self.compiler.rank)
         program = Program(
             compiled=compiled,
-            captured=local_extents(compiled, self.compiler.rank),
+            captured=captured,
             graph_module=compiled.local,
             plan=compiled.plan,
             training=model.training,
@@ -212,9 +240,27 @@ class Runtime:
                 for o in compiled.planned.captured.outputs
                 if o.kind == "buffer_mutation"
             ),
+            check=size_check(captured),
         )
         self.programs.append(program)
         return program
+
+    def divide_caches(self, bound: dict[str, Any]) -> None:
+        """Leaves of caches that the caller brings whole only this rank's parts.
+
+        Raises:
+            TpCompileError: a cache is of another size than this model's.
+        """
+        if self.layout is None or not self.caches:
+            return
+        axes, at = self.layout.axes, self.layout.coordinates(self.compiler.rank)
+        for name, cache in given_caches(bound).items():
+            own = {name: cache}
+            mine = [
+                self.caches[leaf_name].part(leaf, axes, at) if leaf_name in self.caches else leaf
+                for leaf_name, leaf in zip(leaf_names(own), flatten_call(own)[0], strict=True)
+            ]
+            state_of(name, cache).put(cache, mine)
 
     def _whole_caches(self, bound: dict[str, Any]) -> dict[str, Any]:
         """The call with tensors of whole, valueless caches in the place of this rank's parts."""
@@ -241,10 +287,12 @@ class Runtime:
 
 # Under torch.compile(fullgraph=True) the reason is the error; without fullgraph the graph breaks here.
 @torch.compiler.disable(reason="no program was captured for this call: call model.capture(...) with it first")
-def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]) -> Any:
-    program = runtime.capture(model, bound)
+def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any]) -> Any:
+    runtime.divide_caches(bound)
+    leaves, spec = flatten_call(bound)
+    program = runtime.find(tuple(bound), leaves, spec, model.training) or runtime.capture(model, bound)
     with torch.autocast(device_of(leaves), enabled=False):
-        return program.run(leaves)
+        return program.run(leaves, bound, runtime.compile_options)
 
 
 def hand_out(planned: Work) -> dict[str, Held]:
@@ -319,6 +367,9 @@ def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: i
             return Feed(*places[name])
         dim = layout.params[name].packed_dim
         sizes = [s[dim] for s in layout.segment_shapes(name, rank)]
-        return Feed(*places[name], segment=(dim, sum(sizes[: source.order]), sizes[source.order]))
+        if source.count == len(sizes):
+            return Feed(*places[name])
+        mine = sizes[source.order : source.order + source.count]
+        return Feed(*places[name], segment=(dim, sum(sizes[: source.order]), sum(mine)))
 
     return tuple(feed(node.meta[SOURCE]) for node in local.graph.find_nodes(op="placeholder"))

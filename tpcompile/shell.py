@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .gather_weights import is_whole
 from .layout import WeightLayout
+from .strategies.custom_modules import CustomModules
 
 Place = tuple[nn.Module, str]
 
@@ -44,13 +45,20 @@ def replace_tensors(model: nn.Module, new: dict[int, Tensor]) -> None:
                     table[name] = new[id(tensor)]  # type: ignore[assignment]
 
 
-def shard_weights(model: nn.Module, layout: WeightLayout, rank: int) -> None:
-    """Replaces every divided parameter by this rank's slice, one at a time: the whole is freed at once."""
+def shard_weights(model: nn.Module, layout: WeightLayout, rank: int, custom: CustomModules) -> None:
+    """Replaces every divided parameter by this rank's slice, one at a time: the whole is freed at once.
+
+    What only a custom strategy can cut, it cuts.
+    """
     for name, (module, attribute) in tensors_by_name(model).items():
         if is_whole(layout.params[name]):
             continue
         whole = getattr(module, attribute)
-        local: Tensor = layout.shard(name, whole.detach(), rank)
+        selection = layout.params[name].selection
+        if selection is not None and selection.runs is None:
+            local: Tensor = custom.local_part(name, whole, rank)
+        else:
+            local = layout.shard(name, whole.detach(), rank)
         if isinstance(whole, nn.Parameter):
             local = nn.Parameter(local, requires_grad=whole.requires_grad)
         replace_tensors(model, {id(whole): local})

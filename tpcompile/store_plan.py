@@ -18,7 +18,7 @@ from .capture.match_periods import BLOCK, describe_value
 from .capture.store_capture import hash_files
 from .disk_cache import cache_folder, entry_name, read_entry, write_entry
 from .graph_edit import module_path
-from .planner.search import symbol_hints
+from .planner.quantities import symbol_hints
 from .rules import table
 from .work import Work
 

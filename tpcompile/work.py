@@ -17,7 +17,8 @@ from .errors import TpCompileError
 from .factors import Factors
 from .layout import Segment, WeightLayout, whole_segment
 from .placements import Placement
-from .planner.search import Assignment
+from .planner.assignment import Assignment
+from .strategies.custom_modules import CustomModules
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,14 @@ class Source:
         spec: the captured input.
         segment: for a parameter or buffer, which part of it (placements are filled in by the layout).
         order: segments of one parameter are held in this order; -1 for a parameter in one piece.
+        count: how many segments, from ``order`` on, the placeholder stands for (more than one only in a
+            lowered graph, where they are one tensor).
     """
 
     spec: InputSpec
     segment: Segment | None = None
     order: int = -1
+    count: int = 1
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Work:
         split_groups: the packed matmuls that were split.
         layout: where the weights already lie, if another program decided that.
         caches: how tensors lie that callers carry from an earlier program to this one, by name.
+        custom: the modules that the plan gives to custom strategies.
     """
 
     captured: Captured
@@ -60,6 +65,7 @@ class Work:
     split_groups: frozenset[str] = frozenset()
     layout: WeightLayout | None = None
     caches: Mapping[str, Held] = field(default_factory=dict)
+    custom: CustomModules = field(default_factory=CustomModules)
     steps: int = 0
 
     def __post_init__(self) -> None:

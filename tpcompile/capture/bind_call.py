@@ -137,18 +137,20 @@ def flatten_call(bound: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
 
 
 def leaf_names(bound: dict[str, Any]) -> list[str]:
-    """Return each leaf's key path: ``input_ids``, ``inputs[0]``, ``past_key_values['key_cache'][0]``."""
+    """Return each leaf's key path: ``input_ids``, ``inputs[0]``, ``past_key_values[0]['keys']``."""
     return path_names(bound)
 
 
 def path_names(tree: Any) -> list[str]:
     """Return each leaf's key path; a key of the outermost mapping stands for itself, without brackets."""
-    names = []
-    for path, _ in tree_flatten_with_path(tree)[0]:
-        root = getattr(path[0], "key", None) if path else None
-        rest = path[1:] if isinstance(root, str) else path
-        names.append((root.lstrip(_STAR) if isinstance(root, str) else "") + "".join(map(str, rest)))
-    return names
+    return [join_path(path) for path, _ in tree_flatten_with_path(tree)[0]]
+
+
+def join_path(path: Sequence[Any]) -> str:
+    """A leaf's key path as text."""
+    root = getattr(path[0], "key", None) if path else None
+    rest = path[1:] if isinstance(root, str) else path
+    return (root.lstrip(_STAR) if isinstance(root, str) else "") + "".join(map(str, rest))
 
 
 def call_key(leaves: Sequence[Any], spec: TreeSpec, model: nn.Module) -> Hashable:

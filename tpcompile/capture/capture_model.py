@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from tpcompile.capture.bind_call import call_model, flatten_call, leaf_names, path_names
+from tpcompile.capture.bind_call import call_model, flatten_call, leaf_names
+from tpcompile.capture.call_results import GivenCache, Results, take_results
 from tpcompile.capture.dynamic_dims import Attempt, Dims, Place, attempts
 from tpcompile.capture.explain_failure import explain_failure, is_data_dependent
 from tpcompile.capture.fake_model import capture_device, fake_input, lend_fake_weights, no_fused_encoder
@@ -115,7 +116,7 @@ class _Seen:
     """The output side of the last trace; an object of its own because export resets module attributes."""
 
     results: list[UserResult] = field(default_factory=list)
-    out_spec: TreeSpec | None = None
+    taken: Results | None = None
 
 
 @dataclass(frozen=True)
@@ -148,12 +149,15 @@ class _FlatModel(nn.Module):
         tensors = iter(leaves)
         flat = [next(tensors) if t else v for t, v in zip(self._is_tensor, self._fixed, strict=True)]
         self._tie(flat)
-        result = call_model(getattr(self, PREFIX), self._structure.bound(flat))
-        values, out_spec = tree_flatten(result)
-        names = path_names(result)
-        results = [_result(name.lstrip("."), value) for name, value in zip(names, values, strict=True)]
-        self.seen.results, self.seen.out_spec = results, out_spec
-        return tuple(v for v, r in zip(values, results, strict=True) if r.is_traced)
+        call = self._structure.bound(flat)
+        taken = take_results(call, call_model(getattr(self, PREFIX), call))
+        returned = taken.out_spec.num_leaves
+        results = [
+            _result(name, value, i >= returned)
+            for i, (name, value) in enumerate(zip(taken.names, taken.values, strict=True))
+        ]
+        self.seen.results, self.seen.taken = results, taken
+        return tuple(v for v, r in zip(taken.values, results, strict=True) if r.is_traced)
 
     def _tie(self, flat: Sequence[Any]) -> None:
         """Compare sizes that belong together: the comparison makes the tracer take them for one symbol."""
@@ -166,10 +170,10 @@ class _FlatModel(nn.Module):
             raise AssertionError("made-up example sizes do not fit together")
 
 
-def _result(name: str, value: Any) -> UserResult:
+def _result(name: str, value: Any, is_state: bool) -> UserResult:
     if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return UserResult(name or "output", is_traced=True)
-    if isinstance(value, _PYTHON_VALUES):
+        return UserResult(name or "output", is_traced=True, is_state=is_state)
+    if isinstance(value, (*_PYTHON_VALUES, GivenCache)):
         return UserResult(name or "output", is_traced=False, value=value)
     raise TpCompileError(
         f"the model returns a {type(value).__name__} as {name or 'its result'}, which cannot be taken apart",
@@ -201,18 +205,19 @@ def _export(
         _inline(program)
         guards = read_guards(program)
         program = program.run_decompositions({})
-    out_spec = flat.seen.out_spec
-    assert out_spec is not None
+    taken = flat.seen.taken
+    assert taken is not None
     gm, inputs, outputs, constants = flatten_program(program, model, names, leaves, flat.seen.results)
     return Captured(
         gm,
         tuple(inputs),
         tuple(outputs),
         structure.in_spec,
-        out_spec,
+        taken.out_spec,
         constants,
         ranges=read_ranges(program),
         guards=guards,
+        states=taken.states,
     )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.export import Dim
 
-from tpcompile.capture.register_caches import SEEN
+from tpcompile.capture.cache_layers import CAPACITY, SEEN, is_count
 
 Dims = Mapping[int, bool]
 Place = tuple[int, int]
@@ -51,7 +51,7 @@ def attempts(
         shapes = _enlarge(true_shapes, wanted)
         batch_only = [[dim for dim in dims if dim == 0] for dims in wanted]
         guessing = not isinstance(dynamic, Mapping)
-        ties = _ties(true_shapes, wanted, cached) if guessing else ()
+        ties = _ties(names, true_shapes, wanted, cached) if guessing else ()
         sums = _sums(names, true_shapes, wanted, cached) if guessing else ()
         shapes = _add_up(shapes, sums)
         if any(wanted):
@@ -91,21 +91,66 @@ def _wanted(
 
 
 def _ties(
-    shapes: Sequence[tuple[int, ...] | None], wanted: Sequence[Sequence[int]], cached: Sequence[bool]
-) -> tuple[tuple[tuple[int, int], ...], ...]:
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...] | None],
+    wanted: Sequence[Sequence[int]],
+    cached: Sequence[bool],
+) -> tuple[tuple[Place, ...], ...]:
     """Group open dimensions of one meaning (batch, sequence, cache length) and of equal size.
 
     Left alone, every input gets a batch size of its own, and the keys' and the values' lengths differ as
     far as the graph knows. A later call in which they do differ is captured anew.
     """
-    groups: dict[tuple[str, int], list[tuple[int, int]]] = {}
-    for leaf, (shape, dims, in_cache) in enumerate(zip(shapes, wanted, cached, strict=True)):
+    groups: dict[tuple[str, int], list[Place]] = {}
+    lengths = _cache_lengths(names, shapes, cached)
+    for leaf, (name, shape, dims, in_cache) in enumerate(zip(names, shapes, wanted, cached, strict=True)):
         for dim in dims:
-            if shape is not None and (dim < 2 or in_cache):
-                is_batch = dim == 0 and 0 not in shape  # a token count has no elements
-                kind = "batch" if is_batch else ("cache" if in_cache else "sequence")
+            kind = _kind(name, shape, dim, in_cache, lengths)
+            if kind and shape is not None:
                 groups.setdefault((kind, shape[dim]), []).append((leaf, dim))
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+def _cache_lengths(
+    names: Sequence[str], shapes: Sequence[tuple[int, ...] | None], cached: Sequence[bool]
+) -> set[int]:
+    """How many tokens the layers of the caches hold, or are to hold."""
+    found = set()
+    for name, shape, in_cache in zip(names, shapes, cached, strict=True):
+        if in_cache and shape is not None:
+            if CAPACITY in name:
+                found.add(shape[0])
+            elif len(shape) == 4:
+                found.add(shape[2])
+    return found
+
+
+def _kind(
+    name: str, shape: Sequence[int] | None, dim: int, in_cache: bool, lengths: Collection[int]
+) -> str | None:
+    """What an open dimension means, for as much as it can be told: equal sizes of one kind are tied.
+
+    Args:
+        name: of the input.
+        shape: its example shape.
+        dim: the dimension.
+        in_cache: whether it belongs to a cache.
+        lengths: the lengths of the caches in the example.
+    """
+    if shape is None:
+        return None
+    if is_count(name):
+        # A growing sliding layer is as long as what it has seen, until it is full. What was written into
+        # a static one, and its size, have nothing to do with each other.
+        role = name.rpartition("['")[2]
+        return "cache" if role.startswith((SEEN, CAPACITY)) else role
+    if dim == 0:
+        return "batch"
+    if in_cache:
+        return "cache"
+    if "mask" in name and len(shape) == 4:
+        return "cache" if dim == 3 and shape[dim] in lengths else "sequence"
+    return "sequence" if dim == 1 else None
 
 
 def _sums(
@@ -145,7 +190,7 @@ def _open_dims(name: str, leaf: torch.Tensor, in_cache: bool, batch: int, *, dec
     if leaf.ndim == 0:
         return []
     whole_numbers = not leaf.dtype.is_floating_point and not leaf.dtype.is_complex
-    if SEEN in name:
+    if is_count(name):
         return [0]
     if in_cache:
         dims = [0, 2] if leaf.ndim == 4 else [0]

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 
+from tpcompile.capture.call_results import GivenCache
 from tpcompile.capture.program import InputSpec, OutputSpec
 from tpcompile.capture.read_guards import to_python
 from tpcompile.errors import TpCompileError
@@ -39,11 +40,12 @@ _CHECKS = (
 
 @dataclass(frozen=True)
 class UserResult:
-    """One leaf of the model's result: a tensor of the graph, or a python value that was baked in."""
+    """One leaf of what a call leaves behind: a tensor of the graph, or a python value that was baked in."""
 
     name: str
     is_traced: bool
     value: Any = None
+    is_state: bool = False
 
 
 def strip_prefix(name: str) -> str:
@@ -156,6 +158,8 @@ def _extent(size: int | torch.SymInt) -> int | str:
 def _order_outputs(
     graph: Graph, program: ExportedProgram, results: Sequence[UserResult], traced_names: Sequence[str]
 ) -> list[OutputSpec]:
+    states = {result.name for result in results if result.is_state}
+    written = set()
     output = graph.output_node()
     user: list[Any] = []
     mutations: list[tuple[OutputSpec, Any]] = []
@@ -168,16 +172,28 @@ def _order_outputs(
             name = strip_prefix(str(spec.target))
             if spec.kind is OutputKind.USER_INPUT_MUTATION:
                 name = traced_names[list(program.graph_signature.user_inputs).index(str(spec.target))]
+                if name in states:  # which is a result by itself
+                    written.add(name)
+                    continue
             raise TpCompileError(
                 f"the model's forward changes {name} in place ({spec.kind.name})",
                 todo="clone the tensor before changing it",
             )
     traced = iter(user)
-    flat = [next(traced) if result.is_traced else result.value for result in results]
-    specs = [OutputSpec("user", r.name, None if r.is_traced else r.value) for r in results]
+    flat = [next(traced) if result.is_traced else _constant_result(result.value) for result in results]
+    specs = [
+        OutputSpec("state", r.name, in_place=r.name in written)
+        if r.is_state
+        else OutputSpec("user", r.name, None if r.is_traced else r.value)
+        for r in results
+    ]
     output.args = ((*flat, *(value for _, value in mutations)),)
     output.meta["val"] = tuple(v.meta.get("val") if isinstance(v, Node) else v for v in output.args[0])
     return [*specs, *(spec for spec, _ in mutations)]
+
+
+def _constant_result(value: Any) -> Any:
+    return None if isinstance(value, GivenCache) else value
 
 
 def _drop_checks(graph: Graph) -> None:

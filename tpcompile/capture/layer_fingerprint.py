@@ -39,6 +39,12 @@ def fingerprints(layers: Sequence[nn.Module], owners: Mapping[int, frozenset[str
     ]
 
 
+def fingerprint(layer: nn.Module, owners: Mapping[int, frozenset[str]], path: str) -> Facts:
+    """Return the description of one layer by itself, numbers as they are."""
+    facts, ints = _describe(layer, owners, path)
+    return facts | {key: ("int", n) for key, n in ints.items()}
+
+
 def weight_owners(model: nn.Module) -> dict[int, frozenset[str]]:
     """Return all names of every parameter and buffer, by its id."""
     names: dict[int, set[str]] = {}

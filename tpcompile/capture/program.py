@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,10 +11,11 @@ import torch
 from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from tpcompile.capture.call_results import CacheState, GivenCache
 from tpcompile.errors import TpCompileError
 
 InputKind = Literal["param", "buffer", "constant", "user"]
-OutputKind = Literal["user", "buffer_mutation"]
+OutputKind = Literal["user", "state", "buffer_mutation"]
 Extent = int | str
 """The size of one dimension: a number, or an expression over the program's symbols such as ``s3 + 1``."""
 
@@ -42,16 +43,21 @@ class OutputSpec:
     """One element of the graph's flat output tuple.
 
     Attributes:
-        kind: a result for the user, or the new value of a mutated buffer.
-        name: the mutated buffer's fully qualified name, or the pytree key path of the result.
-        value: the python value, for a result that is no tensor (its graph output is that constant).
+        kind: a result for the user, the state that the call leaves in a cache that it was given, or the new
+            value of a mutated buffer.
+        name: the mutated buffer's fully qualified name, or the pytree key path of the result, or of the
+            cache's tensor in the arguments.
+        value: the python value, for a result that is no tensor (its graph output is that constant), or a
+            ``GivenCache`` where a cache of the caller's is returned (its graph output is None).
         divided: the result belongs to a cache, which stays divided: it is handed back as it lies.
+        in_place: the model has written this state into the tensor that it was given.
     """
 
     kind: OutputKind
     name: str
     value: Any = None
     divided: bool = False
+    in_place: bool = False
 
 
 @dataclass
@@ -59,7 +65,7 @@ class Captured:
     """A model's forward for one call signature, as a functional ``fx`` graph at global shapes.
 
     Placeholders stand in the order of ``inputs`` (params, buffers, constants, user leaves), the output
-    node holds one flat tuple in the order of ``outputs`` (user results, then buffer mutations); every
+    node holds one flat tuple in the order of ``outputs`` (user results, states, buffer mutations); every
     node has ``meta["val"]`` (fake tensors on the target device) and, where known,
     ``meta["nn_module_stack"]``.
 
@@ -70,6 +76,7 @@ class Captured:
         constants: values of the ``constant`` placeholders, by name.
         ranges: inclusive bounds of every symbol; None stands for no upper bound.
         guards: python expressions over the symbols that must hold, beyond ``ranges``.
+        states: how the state outputs belong to the caches that the call was given.
         notes: what the user should know about this capture, such as dimensions that had to stay fixed.
     """
 
@@ -81,6 +88,7 @@ class Captured:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     guards: tuple[str, ...] = ()
+    states: tuple[CacheState, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -138,12 +146,25 @@ class Captured:
             return f"a size of the program follows from no input size: {error}"
         return None
 
-    def unflatten(self, flat_outputs: Sequence[Any]) -> Any:
+    def unflatten(self, flat_outputs: Sequence[Any], bound: Mapping[str, Any]) -> Any:
         """Rebuild the model's own output structure from the graph's flat outputs.
 
-        Buffer mutations at the end, if present, are left out.
+        Caches that the call was given get their new state, and stand in the result where the model returned
+        them. Buffer mutations at the end, if present, are left out.
+
+        Args:
+            flat_outputs: what the graph returned.
+            bound: the call.
         """
         count = self.out_spec.num_leaves
         if len(flat_outputs) < count:
             raise TpCompileError(f"{len(flat_outputs)} outputs given, the program has {count}")
-        return tree_unflatten(list(flat_outputs[:count]), self.out_spec)
+        at = count
+        for state in self.states:
+            state.put(bound[state.argument], flat_outputs[at : at + state.count])
+            at += state.count
+        results = [
+            bound[spec.value.argument] if isinstance(spec.value, GivenCache) else value
+            for spec, value in zip(self.outputs[:count], flat_outputs[:count], strict=True)
+        ]
+        return tree_unflatten(results, self.out_spec)

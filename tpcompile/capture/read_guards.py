@@ -37,7 +37,8 @@ def read_guards(program: ExportedProgram) -> tuple[str, ...]:
         expression = env.simplify(guard.expr)
         if not expression.free_symbols or not expression.free_symbols <= known:
             continue
-        if env._maybe_evaluate_static(expression) is not None or _is_bound(expression):
+        # Without axioms: by default the guards themselves are among them, and each would follow from itself.
+        if env._maybe_evaluate_static(expression, axioms=()) is not None or _is_bound(expression):
             continue
         found[to_python(expression)] = None
     return tuple(found)

@@ -15,9 +15,10 @@ from torch.export import _trace
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from tpcompile.capture.bind_call import call_model, path_names
+from tpcompile.capture.bind_call import call_model
+from tpcompile.capture.call_results import CacheState, take_results
 from tpcompile.capture.fake_model import fake_input, no_fused_encoder, restore_after
 from tpcompile.capture.find_repeats import Repeat
 
@@ -66,6 +67,7 @@ class Run:
         names: their key paths.
         values: themselves, where they are no tensors.
         out_spec: the structure of the result.
+        states: how the leaves behind those of the result belong to caches that were given.
     """
 
     events: list[tuple[Any, ...]] = field(default_factory=list)
@@ -74,6 +76,7 @@ class Run:
     names: tuple[str, ...] = ()
     values: tuple[Any, ...] = ()
     out_spec: TreeSpec | None = None
+    states: tuple[CacheState, ...] = ()
 
 
 class _Recorder(TorchDispatchMode):
@@ -174,12 +177,13 @@ def record_run(
         stack.enter_context(_trace._compiling_state_context())  # type: ignore[attr-defined]
         stack.enter_context(mode)
         recorder = stack.enter_context(_Recorder(run, known))
-        result = call_model(model, tree_unflatten(given, in_spec))
-        values, run.out_spec = tree_flatten(result)
-        run.results = tuple(recorder.token(value) for value in values)
-        run.values = tuple(None if isinstance(value, torch.Tensor) else value for value in values)
+        call = tree_unflatten(given, in_spec)
+        taken = take_results(call, call_model(model, call))
+        run.out_spec, run.states = taken.out_spec, taken.states
+        run.results = tuple(recorder.token(value) for value in taken.values)
+        run.values = tuple(None if isinstance(value, torch.Tensor) else value for value in taken.values)
+        run.names = tuple(name or "output" for name in taken.names)
         del alive
-    run.names = tuple(name.lstrip(".") or "output" for name in path_names(result))
     return run
 
 

@@ -119,7 +119,8 @@ def _capture_short(
     for number, repeat in enumerate(repeats):
         blocks.match(graph, number, repeat.kept - 1)
     own = {f.name: getattr(captured, f.name) for f in fields(Captured)}
-    return ShortCapture(**{**own, "out_spec": evidence.out_spec}, blocks=blocks)
+    whole = {"out_spec": evidence.out_spec, "states": evidence.states}
+    return ShortCapture(**{**own, **whole}, blocks=blocks)
 
 
 def _user_leaves(
@@ -134,7 +135,7 @@ def _arrange_results(captured: Captured, repeats: Sequence[Repeat], evidence: Ev
     """Makes the graph's results those that the whole program's follow from."""
     graph, recipe = captured.graph_module.graph, evidence.recipe
     output = graph.output_node()
-    specs = [spec for spec in captured.outputs if spec.kind == "user"]
+    specs = [spec for spec in captured.outputs if spec.kind in ("user", "state")]
     if tuple(spec.name for spec in specs) != evidence.short_names or captured.out_spec != evidence.short_spec:
         raise NotRepeated("the exported model returns something else than the model that ran")
     for at, place in recipe.tails:

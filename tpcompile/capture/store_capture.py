@@ -61,19 +61,19 @@ def capture_cached(
         device: the device that the graph is made for.
         every_layer: capture all layers, also those that repeat.
     """
-    name = capture_name(model, bound, dynamic, device, every_layer)
+    on = cache_folder() is not None
+    name = capture_name(model, bound, dynamic, device, every_layer) if on else None
     if name is not None:
-        found = _load(name, flatten_call(bound)[0])
+        found = _read(name, flatten_call(bound)[0])
         if found is not None:
             log.info("the captured program %s was found on disk", name)
             return found
     how = capture if every_layer else capture_repeated
     captured = how(model, bound, dynamic=dynamic, device=device)
     if name is not None:
-        try:
-            write_entry(name, dump_captured(captured))
-        except Exception as error:  # pickling runs code of whatever classes the result is made of
-            log.info("the captured program cannot be kept on disk: %r", error)
+        data = try_dump(captured)
+        if data is not None:
+            write_entry(name, data)
     return captured
 
 
@@ -84,9 +84,7 @@ def capture_name(
     device: torch.device | str | None,
     every_layer: bool = False,
 ) -> str | None:
-    """The name of the entry for a call; None if the cache is off or the model cannot be described."""
-    if cache_folder() is None:
-        return None
+    """A name for everything that the capture depends on; None if the model cannot be described."""
     try:
         register_cache_support()  # it decides what the leaves are
         leaves, _ = flatten_call(bound)
@@ -95,9 +93,9 @@ def capture_name(
         versions = (platform.python_version(), torch.__version__, package_versions(_PACKAGES))
         return entry_name("capture", versions, _own_sources(), facts, every_layer)
     except NotCacheable as error:
-        log.debug("the captured program is not kept on disk: %s", error)
+        log.debug("the captured program is not kept: %s", error)
     except Exception as error:  # describing reads any attribute of any object
-        log.info("the captured program is not kept on disk: %r", error)
+        log.info("the captured program is not kept: %r", error)
     return None
 
 
@@ -115,6 +113,15 @@ def hash_files(files: list[Path]) -> str:
     for path in sorted(files):
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def try_dump(captured: Captured) -> bytes | None:
+    """A program as bytes, or None where something in it cannot be pickled."""
+    try:
+        return dump_captured(captured)
+    except Exception as error:  # pickling runs code of whatever classes the result is made of
+        log.info("the captured program cannot be written: %r", error)
+        return None
 
 
 def dump_captured(captured: Captured) -> bytes:
@@ -169,17 +176,20 @@ def load_captured(data: bytes) -> Captured:
     return captured
 
 
-def _load(name: str, leaves: list[Any]) -> Captured | None:
+def _read(name: str, leaves: list[Any]) -> Captured | None:
     payload = read_entry(name)
-    if payload is None:
-        return None
+    return None if payload is None else try_load(payload, leaves, f"the cache entry {name}")
+
+
+def try_load(data: bytes, leaves: list[Any], what: str) -> Captured | None:
+    """A program from bytes; None where they are damaged, or the program does not take the call."""
     try:
-        captured = load_captured(payload)
+        captured = load_captured(data)
         refusal = captured.accepts(leaves)
     except Exception as error:  # unpickling can fail in any way
         refusal, captured = repr(error), None
     if captured is None or refusal is not None:
-        log.warning("the cache entry %s is ignored: %s", name, refusal)
+        log.warning("%s is ignored: %s", what, refusal)
         return None
     return captured
 

@@ -117,9 +117,8 @@ def _return_all(graph: Graph, blocks: RepeatedBlocks, periods: Sequence[Sequence
 
     def result(derived: Derived) -> Any:
         value = short[derived.output]
-        if not isinstance(value, Node):
-            return derived.value
-        return value if derived.repeat < 0 else periods[derived.repeat][derived.copies].get(value, value)
+        inside = isinstance(value, Node) and derived.repeat >= 0
+        return periods[derived.repeat][derived.copies].get(value, value) if inside else value
 
     values = (*map(result, blocks.results), *short[blocks.returned :])
     output.args = (values,)

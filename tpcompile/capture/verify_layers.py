@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils._pytree import TreeSpec
 
 from tpcompile.capture.assign_leaves import Leaves, assign_leaves
-from tpcompile.capture.bind_call import path_names
+from tpcompile.capture.bind_call import leaf_names
+from tpcompile.capture.call_results import CacheState
 from tpcompile.capture.cut_run import NotRepeated, Place, Regions
 from tpcompile.capture.find_repeats import Repeat, truncated
 from tpcompile.capture.match_results import Recipe, match_results
@@ -35,6 +36,7 @@ class Evidence:
         twins: per leaf of a layer that is left out: the leaf that stands for it, and how many periods before.
         recipe: how the results of the whole model follow from those of the truncated one.
         out_spec: the structure of the whole model's result.
+        states: the layers of the caches that the call was given, after it.
         short_names: the key paths of the truncated model's results.
         short_spec: the structure of the truncated model's result.
     """
@@ -43,6 +45,7 @@ class Evidence:
     twins: dict[int, tuple[int, int]]
     recipe: Recipe
     out_spec: TreeSpec
+    states: tuple[CacheState, ...]
     short_names: tuple[str, ...]
     short_spec: TreeSpec
 
@@ -70,7 +73,7 @@ def compare_layers(
     comparison.check()
     recipe = match_results(repeats, comparison.results(comparison.short), comparison.results(full))
     assert full.run.out_spec is not None and run.out_spec is not None
-    return Evidence(owned, twins, recipe, full.run.out_spec, run.names, run.out_spec)
+    return Evidence(owned, twins, recipe, full.run.out_spec, full.run.states, run.names, run.out_spec)
 
 
 def _assign(full: Regions, leaves: Sequence[Any], in_spec: TreeSpec) -> Leaves:
@@ -83,7 +86,7 @@ def _assign(full: Regions, leaves: Sequence[Any], in_spec: TreeSpec) -> Leaves:
     results = Results(full, {}, lambda token: token, lambda token, place: token, {})
     forms = zip(full.run.names, results.forms, strict=True)
     made = {name: form.period for name, form in forms if form.alone}
-    names = path_names(torch.utils._pytree.tree_unflatten(list(leaves), in_spec))
+    names = leaf_names(torch.utils._pytree.tree_unflatten(list(leaves), in_spec))
     idle = {i: place for i, name in enumerate(names) if i in facts and (place := made.get(name)) is not None}
     return assign_leaves(full, facts, idle)
 

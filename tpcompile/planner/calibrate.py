@@ -45,7 +45,7 @@ _ACCELERATOR = _Sizes(torch.bfloat16, (4096, 4096, 4096), 1 << 28, (1 << 10, 1 <
 def calibrate(mesh: DeviceMesh, axis: str | None = None) -> CostModel:
     """Measures a mesh, in a few seconds, and returns a cost model for ``parallelize`` and ``plan``.
 
-    Measured are a matmul and a copy, on all ranks at once, and all-reduces over the axis. Medians count,
+    Measured are matmuls and a copy, on all ranks at once, and all-reduces over the axis. Medians count,
     of the slowest rank of the mesh given. All its ranks must call this, and get the same numbers.
 
     Args:
@@ -65,9 +65,9 @@ def calibrate(mesh: DeviceMesh, axis: str | None = None) -> CostModel:
         rates = torch.tensor(meter.rates(), dtype=torch.float64, device=device)
         for each in mesh.get_all_groups():
             dist.all_reduce(rates, dist.ReduceOp.MIN, group=each)
-    flops, memory, calls, bandwidth = rates.tolist()
+    flops, memory, reductions, bandwidth, calls = rates.tolist()
     name = f"calibrated {kind} x{dist.get_world_size(group)}"
-    return CostModel(name, *map(_rounded, (flops, memory, 1 / calls, bandwidth)))
+    return CostModel(name, *map(_rounded, (flops, memory, 1 / reductions, bandwidth, 1 / calls)))
 
 
 def _group(mesh: DeviceMesh, axis: str | None) -> dist.ProcessGroup:
@@ -106,10 +106,10 @@ class _Meter:
         self.device, self.sizes, self.group = device, sizes, group
 
     def rates(self) -> list[float]:
-        """What this rank saw, per second: operations, bytes of memory, small all-reduces, bytes sent."""
+        """Per second, on this rank: operations, bytes of memory, small all-reduces, bytes sent, calls."""
         memory = self.memory()
         small, *line = (self.all_reduce(size) for size in self.sizes.reduced)
-        return [self.flops(), memory, 1 / small, self.bandwidth(line) or memory]
+        return [self.flops(), memory, 1 / small, self.bandwidth(line) or memory, self.calls()]
 
     def flops(self) -> float:
         """Operations per second of a linear layer."""
@@ -118,6 +118,11 @@ class _Meter:
         x = torch.randn(tokens, inputs, device=self.device, dtype=self.sizes.dtype)
         weight = torch.randn(outputs, inputs, device=self.device, dtype=self.sizes.dtype)
         return 2 * tokens * inputs * outputs / self.seconds(lambda: F.linear(x, weight))
+
+    def calls(self) -> float:
+        """Matmuls per second that have next to nothing to do."""
+        x = torch.randn(1, 1, device=self.device, dtype=self.sizes.dtype)
+        return 1 / self.seconds(lambda: F.linear(x, x), repeats=100)
 
     def memory(self) -> float:
         """Bytes per second that a copy reads and writes."""

@@ -23,6 +23,7 @@ class CostModel:
         memory: memory bandwidth, bytes per second per rank.
         latency: seconds that any collective takes at least.
         bandwidth: bytes per second that a rank can send (and receive at the same time).
+        launch: seconds that any call takes at least; what counts where calls can be saved.
     """
 
     name: str
@@ -30,6 +31,7 @@ class CostModel:
     memory: float
     latency: float
     bandwidth: float
+    launch: float = 2e-6
 
     def all_reduce(self, size: float, ranks: int) -> float:
         """Seconds to reduce ``size`` bytes to every rank."""
@@ -76,11 +78,12 @@ class CostModel:
 
 
 PRESETS = {
-    # Dense bf16 rates x 0.6, HBM bandwidths, and NCCL ring bandwidths per GPU within one NVLink node.
-    "h100": CostModel("h100", 594e12, 3.0e12, 12e-6, 370e9),
-    "a100": CostModel("a100", 187e12, 1.8e12, 15e-6, 230e9),
+    # Dense bf16 rates x 0.6, HBM bandwidths, NCCL ring bandwidths per GPU within one NVLink node, and what
+    # a kernel costs beyond its work.
+    "h100": CostModel("h100", 594e12, 3.0e12, 12e-6, 370e9, 3e-6),
+    "a100": CostModel("a100", 187e12, 1.8e12, 15e-6, 230e9, 4e-6),
     # One thread per rank; gloo over the loopback device.
-    "cpu": CostModel("cpu", 5e10, 8e9, 1.5e-4, 1.0e9),
+    "cpu": CostModel("cpu", 5e10, 8e9, 1.5e-4, 1.0e9, 2e-6),
 }
 
 

@@ -11,8 +11,10 @@ from tpcompile.factors import tensor_of
 from tpcompile.placements import Placement, Shard, split_evenly
 from tpcompile.work import Work
 
+from .assignment import Assignment
 from .cost import CostModel
-from .search import Assignment, Search
+from .declared import check_declared, declared_units, fits
+from .search import Search
 from .sub_axes import sub_axes, unit_counts
 from .weights import worth_dividing
 
@@ -38,12 +40,15 @@ def decide(
     def plan(chosen: frozenset[str], axes: tuple[int, ...]) -> Work:
         return plan_on_axes(split(work, chosen), axes, cost, pins, divide_small)
 
-    best = _split_what_pays(plan, (work.ranks,), groups)
+    whole_axis, factors = (work.ranks,), work.factors()
+    if not fits(factors, whole_axis):
+        return _split_what_pays(plan, sub_axes(work.ranks, declared_units(factors)), groups)
+    best = _split_what_pays(plan, whole_axis, groups)
+    assert best.planned_factors is not None
     factors = best.planned_factors
-    assert factors is not None
     units = unit_counts(factors, best.params(), worth_dividing(factors, set(best.params())))
     axes = sub_axes(work.ranks, units)
-    if len(axes) > 1:
+    if len(axes) > 1 and fits(factors, axes):
         other = _split_what_pays(plan, axes, groups)
         if (_penalty(other), _held(other)) < (_penalty(best), _held(best)):
             best = other
@@ -67,9 +72,9 @@ def plan_on_axes(
 ) -> Work:
     """The program with the decisions on each sub-axis, one after the other."""
     factors = work.factors()
-    search = Search(
-        work.graph, factors, work.params(), cost, work.carried(factors), work.given(factors), divide_small
-    )
+    check_declared(factors, axes)
+    carried, given = work.carried(factors), work.given(factors)
+    search = Search(work.graph, factors, work.params(), cost, carried, given, divide_small, work.times)
     decisions: list[Assignment] = []
     for i, ranks in enumerate(axes):
         decisions.append(search.plan(ranks, decisions, pins(work, i)))

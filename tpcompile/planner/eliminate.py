@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,9 @@ from ..errors import TpCompileError
 
 Table = np.ndarray
 LARGEST_BUCKET = 2**26
+
+_Eliminated = tuple[Hashable, list[Hashable], Table]
+"""A variable, its neighbours when it was eliminated, and the cost over all of their values."""
 
 
 @dataclass
@@ -61,66 +66,90 @@ def solve(problem: Problem) -> tuple[dict[Hashable, int], float]:
     Raises:
         TpCompileError: every assignment is impossible, or a bucket would not fit in memory.
     """
-    order = {name: i for i, name in enumerate(problem.domains)}
-    buckets: dict[Hashable, dict[int, tuple[tuple[Hashable, ...], Table]]] = {n: {} for n in problem.domains}
-    serial = itertools.count()
-
-    def add(names: tuple[Hashable, ...], table: Table) -> None:
-        key = next(serial)
-        for name in names:
-            buckets[name][key] = (names, table)
-
-    for names, table in problem.tables:
-        add(names, table)
-
-    def scope(name: Hashable) -> list[Hashable]:
-        found = {n for names, _ in buckets[name].values() for n in names} - {name}
-        return sorted(found, key=order.__getitem__)
-
-    def width(name: Hashable) -> int:
-        size = problem.domains[name]
-        for other in scope(name):
-            size *= problem.domains[other]
-        return size
-
-    heap = [(width(n), order[n], n) for n in problem.domains]
-    heapq.heapify(heap)
-    done: list[tuple[Hashable, list[Hashable], Table]] = []
-    gone: set[Hashable] = set()
-    constant = 0.0
-    while heap:
-        known, rank, name = heapq.heappop(heap)
-        if name in gone:
-            continue
-        current = width(name)
-        if current > known:
-            heapq.heappush(heap, (current, rank, name))
-            continue
-        if current > LARGEST_BUCKET:
-            raise TpCompileError(
-                "the plan's search space is too large", where=str(name), todo="pin some placements"
-            )
-        others = scope(name)
-        total = _combine([name, *others], buckets[name].values(), problem.domains)
-        done.append((name, others, total))
-        reduced = total.min(axis=0)
-        for key, (names, _) in list(buckets[name].items()):
-            for n in names:
-                buckets[n].pop(key, None)
-        gone.add(name)
-        if others:
-            add(tuple(others), reduced)
-        else:
-            constant += float(reduced)
-        for other in others:
-            heapq.heappush(heap, (width(other), order[other], other))
-    if not np.isfinite(constant):
+    buckets = _Buckets(problem)
+    done = list(buckets.eliminate())
+    if not np.isfinite(buckets.constant):
         raise TpCompileError("no placement satisfies all constraints", todo="remove a pin")
+    return _read_back(done), buckets.constant
+
+
+def _read_back(done: list[_Eliminated]) -> dict[Hashable, int]:
+    """The best value of each variable, given those of its neighbours, which were eliminated after it."""
     values: dict[Hashable, int] = {}
     for name, others, total in reversed(done):
-        at = total[(slice(None), *(values[o] for o in others))]
-        values[name] = int(at.argmin())
-    return values, constant
+        at: tuple[Any, ...] = (slice(None), *(values[o] for o in others))
+        values[name] = int(total[at].argmin())
+    return values
+
+
+class _Buckets:
+    """The tables that mention each variable, while variables are eliminated.
+
+    Attributes:
+        constant: what remains when every variable is gone: the least cost.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.domains = problem.domains
+        self.order = {name: i for i, name in enumerate(problem.domains)}
+        self.tables: dict[Hashable, dict[int, tuple[tuple[Hashable, ...], Table]]]
+        self.tables = {n: {} for n in problem.domains}
+        self.serial = itertools.count()
+        self.constant = 0.0
+        for names, table in problem.tables:
+            self._add(names, table)
+
+    def eliminate(self) -> Iterator[_Eliminated]:
+        """Eliminates all variables, those with the smallest buckets first.
+
+        Bucket sizes in the heap may be out of date. One that has grown goes back with its new size.
+        """
+        heap = [(self._width(n), i, n) for n, i in self.order.items()]
+        heapq.heapify(heap)
+        gone: set[Hashable] = set()
+        while heap:
+            known, rank, name = heapq.heappop(heap)
+            if name in gone:
+                continue
+            current = self._width(name)
+            if current > known:
+                heapq.heappush(heap, (current, rank, name))
+                continue
+            if current > LARGEST_BUCKET:
+                raise TpCompileError(
+                    "the plan's search space is too large", where=str(name), todo="pin some placements"
+                )
+            gone.add(name)
+            others, total = self._remove(name)
+            yield name, others, total
+            for other in others:
+                heapq.heappush(heap, (self._width(other), self.order[other], other))
+
+    def _remove(self, name: Hashable) -> tuple[list[Hashable], Table]:
+        """Replaces a variable's tables by one over its neighbours; gives these and the sum of its tables."""
+        others = self._scope(name)
+        total = _combine([name, *others], self.tables[name].values(), self.domains)
+        for key, (names, _) in list(self.tables[name].items()):
+            for n in names:
+                self.tables[n].pop(key, None)
+        reduced = total.min(axis=0)
+        if others:
+            self._add(tuple(others), reduced)
+        else:
+            self.constant += float(reduced)
+        return others, total
+
+    def _add(self, names: tuple[Hashable, ...], table: Table) -> None:
+        key = next(self.serial)
+        for name in names:
+            self.tables[name][key] = (names, table)
+
+    def _scope(self, name: Hashable) -> list[Hashable]:
+        found = {n for names, _ in self.tables[name].values() for n in names} - {name}
+        return sorted(found, key=self.order.__getitem__)
+
+    def _width(self, name: Hashable) -> int:
+        return math.prod(self.domains[n] for n in (name, *self._scope(name)))
 
 
 def _combine(axes: list[Hashable], tables: object, domains: Mapping[Hashable, int]) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -10,6 +10,7 @@ from torch.fx import Node
 from ..factors import Factors, OpFactor, Place
 from ..placements import P, Partial, Placement, R, Shard
 from ..rules.rule import Rule, operands, results
+from .declared import placements_on
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,25 @@ class Strategy:
         return f"({', '.join(map(str, self.inputs))}) -> {', '.join(map(str, self.outputs))}"
 
 
-def strategies(node: Node, factors: Factors, may_divide: Callable[[OpFactor], bool]) -> list[Strategy]:
-    """All ways to compute a call node, in the order that breaks ties: whole, divided, partial."""
+def strategies(
+    node: Node, factors: Factors, may_divide: Callable[[OpFactor], bool], axes: Sequence[int]
+) -> list[Strategy]:
+    """All ways to compute a call node, in the order that breaks ties: whole, divided, partial.
+
+    Args:
+        node: the call.
+        factors: the factors of its graph.
+        may_divide: which factors may be divided.
+        axes: the sizes of the sub-axes before this one, and its own.
+    """
     arity, width = len(operands(node)), len(results(node))
     found = [whole(arity, width)]
     rule = factors.rules.get(node)
     if not isinstance(rule, Rule):
         return found
+    if rule.declared is not None:
+        lie = tuple(placements_on(factors, node, rule.declared, axes))
+        return [Strategy(lie[:arity], lie[arity:])]
     for factor in factors.op_factors(node):
         if may_divide(factor) and _reduces_numbers(node, factor):
             found.append(_divided(factor, rule))

@@ -83,3 +83,12 @@ def worth_dividing(factors: Factors, params: set[Node]) -> set[int]:
 def matrix(value: Node) -> bool:
     """A parameter with at least two real dimensions; norms and biases may always stay whole."""
     return sum(s != 1 for s in tensor_of(value).shape) >= 2
+
+
+def held_elsewhere(factors: Factors) -> set[Node]:
+    """Parameters that lie as a custom strategy wants it, whatever the plan says of them."""
+    found: set[Node] = set()
+    for node, rule in factors.rules.items():
+        if isinstance(rule, Rule) and rule.declared is not None:
+            found.update(operands(node)[rule.declared.weights :])
+    return found

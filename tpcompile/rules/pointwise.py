@@ -25,7 +25,10 @@ from .rule import (
 Linear = list[frozenset[int]]
 
 # Results that do not depend on values: all of those of factories, and the mask of a dropout that is off.
-_VALUELESS = {"zeros_like": 0, "ones_like": 0, "full_like": 0, "empty_like": 0, "native_dropout": 1}
+_VALUELESS = {
+    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like", "uniform"), 0),
+    "native_dropout": 1,
+}
 
 
 def broadcast(node: Node) -> Rule:

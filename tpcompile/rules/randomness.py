@@ -1,7 +1,8 @@
-"""Which calls draw random numbers: these are never divided, and a program that has one is refused.
+"""Which calls draw random numbers.
 
-Ranks that draw for themselves would disagree about whole values, and ranks that share a seed would
-draw the same mask for different parts.
+Ranks that draw for themselves would disagree about whole values, and ranks that share a generator would
+draw the same mask for different parts. So such calls are never divided; the pass ``expand-randomness``
+replaces those that it knows, and a program that has others is refused.
 """
 
 from __future__ import annotations

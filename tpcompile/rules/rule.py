@@ -16,12 +16,31 @@ import sympy
 import torch
 from torch.fx import Node
 
+from ..placements import Placement
+
 Size: TypeAlias = int | sympy.Expr
 Dim: TypeAlias = tuple[str, ...]
 Labels: TypeAlias = tuple[Dim, ...]
 
 UNARY = (frozenset({0}),)
 """``linear`` of an operator that is linear in its only operand."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """The only placements of an operator that somebody else has divided already, on every axis alike.
+
+    Attributes:
+        inputs: per operand.
+        outputs: per result.
+        summed: whole operands of whose gradients every rank has a summand.
+        weights: the number of the first operand that lies in a way of its own, whatever is said of it.
+    """
+
+    inputs: tuple[Placement, ...]
+    outputs: tuple[Placement, ...]
+    summed: frozenset[int]
+    weights: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,7 @@ class Rule:
         filled: torch refuses empty operands, so that every rank must have a part of what is divided.
         contraction: a matmul-like operator: its letters are worth dividing, its cost is arithmetic.
         localize: the name of the rewrite that a divided letter needs, if constants do not do it.
+        declared: the placements of an operator that does its own division.
     """
 
     inputs: tuple[Labels, ...]
@@ -53,6 +73,7 @@ class Rule:
     filled: bool = False
     contraction: bool = False
     localize: str = ""
+    declared: Declared | None = None
 
     def __str__(self) -> str:
         def tensor(labels: Labels) -> str:
@@ -65,6 +86,9 @@ class Rule:
             text += "  reduce " + " ".join(f"{k}:{v}" for k, v in self.reduce.items())
         if self.whole:
             text += "  whole " + " ".join(sorted(self.whole))
+        if self.declared:
+            lie = (", ".join(map(str, side)) for side in (self.declared.inputs, self.declared.outputs))
+            text += "  only " + " -> ".join(lie)
         return text
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from ..errors import TpCompileError
-from . import contractions, indexing, pointwise, reductions, views
+from . import contractions, indexing, opaque, parts, pointwise, reductions, views
 from .notation import instantiate, parse_row
 from .randomness import is_random
 from .rule import Rule, operands, results, shape, sizes_of
@@ -89,18 +89,18 @@ REARRANGEMENTS: dict[str, Row] = {
 }
 
 PARTS: dict[str, Row] = {
-    **_rows(indexing.slice_, "slice narrow"),
-    "aten.select": indexing.select,
-    "aten.unbind": indexing.unbind,
-    **_rows(indexing.split, "split split_with_sizes chunk unsafe_split unsafe_split_with_sizes unsafe_chunk"),
-    "aten.cat": indexing.cat,
-    "aten.stack": indexing.stack,
-    **_rows(indexing.pad, "pad constant_pad_nd"),
+    **_rows(parts.slice_, "slice narrow"),
+    "aten.select": parts.select,
+    "aten.unbind": parts.unbind,
+    **_rows(parts.split, "split split_with_sizes chunk unsafe_split unsafe_split_with_sizes unsafe_chunk"),
+    "aten.cat": parts.cat,
+    "aten.stack": parts.stack,
+    **_rows(parts.pad, "pad constant_pad_nd"),
     **_rows(reductions.whole_dim("dims", linear=True), "roll flip"),
-    "aten.unfold": indexing.unfold,
-    "aten.diagonal": indexing.diagonal,
+    "aten.unfold": parts.unfold,
+    "aten.diagonal": parts.diagonal,
     **_rows(reductions.last_dims_whole(2, linear=True), "tril triu"),
-    "aten.meshgrid": indexing.meshgrid,
+    "aten.meshgrid": parts.meshgrid,
     "aten.index_select": indexing.index_select,
     "aten.index": indexing.index,
     **_rows(indexing.index_put, "index_put _unsafe_index_put"),
@@ -152,7 +152,9 @@ POINTWISE: dict[str, Row] = {
     "aten.prelu": pointwise.prelu,
 }
 
-ROWS: dict[str, Row] = {**MATMULS, **REARRANGEMENTS, **PARTS, **REDUCTIONS, **POINTWISE}
+OURS: dict[str, Row] = {opaque.NAME: opaque.opaque_module, "tpcompile.uniform": pointwise.broadcast}
+
+ROWS: dict[str, Row] = {**MATMULS, **REARRANGEMENTS, **PARTS, **REDUCTIONS, **POINTWISE, **OURS}
 
 _USER: dict[str, Row] = {}
 

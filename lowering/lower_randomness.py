@@ -1,0 +1,75 @@
+"""Gives the random numbers of one rank's graph their seed, and the places of the rank's elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Graph, Node
+
+from tpcompile import random_numbers as _registers_the_operator  # noqa: F401
+from tpcompile.errors import TpCompileError
+from tpcompile.graph_edit import fake_mode, module_path, value_of
+from tpcompile.placements import Shard
+from tpcompile.rules.rule import arguments
+
+if TYPE_CHECKING:
+    from .lower_graph import Groups, Lowering
+
+aten = torch.ops.aten
+ops = torch.ops.tpcompile
+UNIFORM = ops.uniform.default
+SEED = 1 << 32
+
+
+def lower_uniform(low: Lowering, node: Node) -> Node:
+    """The local call: which elements of the whole this rank has; the seed comes in the end."""
+    like: Node = arguments(node)[0]
+    placements = node.meta["placement"]
+    parts: list[int] = []
+    held = low.shapes.atoms(node, placements)
+    for dim in sorted({p.dim for p in placements if isinstance(p, Shard)}):
+        parts += [dim, len(held[dim])]
+        for factor, (whole, mine) in enumerate(
+            zip(low.shapes.factors.layout(node)[dim], held[dim], strict=True)
+        ):
+            if factor and not (isinstance(whole, int) and isinstance(mine, int)):
+                raise TpCompileError(
+                    "random numbers along a dimension with a dynamic factor inside of a divided one",
+                    where=module_path(node) or node.name,
+                    todo="capture with dynamic=False",
+                )
+            divided = Shard(dim, factor) in placements
+            start = low.shapes.start(node, placements, Shard(dim, factor)) if divided else 0
+            parts += [whole if isinstance(whole, int) else 0, mine if isinstance(mine, int) else 1, start]
+    # Seed and stream follow in the end: layers that repeat must look alike until then.
+    return low.emit(UNIFORM, low.map(like), None, 0, parts, like=node)
+
+
+def seed_graph(graph: Graph, groups: Groups, axes: int) -> None:
+    """Draws a seed per call, the first rank's for all, and numbers the streams: no two calls share one.
+
+    The seed comes from the default generator, on every rank, so that ``torch.manual_seed`` and what
+    restores the generator's state (activation checkpointing) have their usual effect.
+    """
+    drawing = graph.find_nodes(op="call_function", target=UNIFORM)
+    if not drawing:
+        return
+    mode = fake_mode(graph)
+    device = arguments(drawing[0])[0].meta["val"].device
+    every = tuple(range(axes))
+    first = min(drawing, key={n: i for i, n in enumerate(graph.nodes)}.__getitem__)
+
+    def add(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        node = graph.call_function(target, args, kwargs)
+        node.meta["val"] = value_of(target, args, kwargs, mode)
+        return node
+
+    with graph.inserting_before(first):
+        own = add(aten.randint.low, 0, SEED, [2], dtype=torch.int64, device=device)
+        kept = add(ops.keep_first.default, own, groups.index(every))
+        seed = add(ops.all_reduce.default, kept, groups.name(every), "sum")
+    for number, node in enumerate(drawing):
+        like, _, _, parts = arguments(node)
+        node.args = (like, seed, number, parts)

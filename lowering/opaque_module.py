@@ -1,0 +1,138 @@
+"""Modules of custom strategies on one rank: the user's functions on local tensors."""
+
+from __future__ import annotations
+
+import uuid
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.fx import Node
+
+from tpcompile.errors import TpCompileError
+from tpcompile.rules.rule import arguments
+from tpcompile.strategies.custom_strategy import CustomStrategy
+from tpcompile.strategies.opaque_module import lent, weight_names
+
+if TYPE_CHECKING:
+    from .lower_graph import Lowering
+
+_LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
+_LOCAL: weakref.WeakValueDictionary[str, LocalModule] = weakref.WeakValueDictionary()
+LOCAL_MODULE = "local_module"
+"""The key of a local node's meta data that holds its module: it lives as long as the graph."""
+
+Whole = tuple[tuple[Any, ...], torch.Size, tuple[int, ...]]
+"""Placements, shape and strides of the DTensor that a local weight is a part of."""
+
+
+@dataclass(eq=False)
+class LocalModule:
+    """One kind of module of a custom strategy, as it runs on this rank; repeated layers share it.
+
+    Attributes:
+        module: a module like all of its kind but for the weights.
+        strategy: the user's strategy.
+        mesh: the mesh of one dimension.
+        weights: per weight, the DTensor that the strategy makes of it, or None for a plain tensor.
+        handle: the name under which the operator finds it: of this process alone, because torch keeps
+            compiled programs that name it.
+    """
+
+    module: nn.Module
+    strategy: CustomStrategy
+    mesh: DeviceMesh
+    weights: tuple[Whole | None, ...]
+    handle: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        _LOCAL[self.handle] = self
+
+    def run(self, inputs: list[Tensor], weights: list[Tensor], sizes: list[int]) -> Tensor:
+        """The module between the strategy's two functions.
+
+        Raises:
+            TpCompileError: the result does not have the local sizes that follow from the declared layout
+                (-1: any).
+        """
+        given = [self._as_dtensor(w, whole) for w, whole in zip(weights, self.weights, strict=True)]
+        names = weight_names(self.module)
+        with lent(self.module, dict(zip(names, given, strict=True))):
+            args = self.strategy.before(self.module, tuple(inputs), self.mesh)
+            result = self.strategy.after(
+                self.module, type(self.module).forward(self.module, *args), self.mesh
+            )
+        got = list(result.shape)
+        if len(got) != len(sizes) or any(n not in (-1, m) for m, n in zip(got, sizes, strict=True)):
+            raise self.strategy.error(
+                f"the result has the local shape {got}, where output_layouts {self.strategy.output} "
+                f"means {['any' if n == -1 else n for n in sizes]}",
+                "declare the output_layouts that _prepare_output_fn returns",
+            )
+        return result
+
+    def _as_dtensor(self, weight: Tensor, whole: Whole | None) -> Tensor:
+        if whole is None:
+            return weight
+        placements, shape, stride = whole
+        made: Tensor = DTensor.from_local(
+            weight, self.mesh, placements, run_check=False, shape=shape, stride=stride
+        )
+        return made
+
+
+def local_module(inputs: list[Tensor], weights: list[Tensor], handle: str, sizes: list[int]) -> Tensor:
+    """A custom strategy's module on local tensors; autograd goes through the user's functions."""
+    found = _LOCAL.get(handle)
+    if found is None:
+        raise TpCompileError(
+            "a custom strategy's module is gone", todo="keep the model whose graph this is, or shard it again"
+        )
+    result = found.run(inputs, weights, sizes)
+    # A fresh tensor: the operator's result may be none of its operands.
+    return result.clone() if any(result is x for x in (*inputs, *weights)) else result
+
+
+_LIBRARY.define(
+    "local_module(Tensor[] inputs, Tensor[] weights, str handle, int[] sizes) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# Composite, as the collectives: eager autograd and torch.compile see through it.
+_LIBRARY.impl("local_module", local_module, "CompositeImplicitAutograd")
+
+
+def lower_opaque(low: Lowering, node: Node) -> Node:
+    """The local call of a custom strategy's module; its local shape is what was declared."""
+    inputs, weights, key = arguments(node)[:3]
+    made = low.local_modules.get(key)
+    if made is None:
+        made = low.local_modules[key] = _make(low, key)
+    sizes = [s if isinstance(s, int) else -1 for s in low.shapes.shape(node, node.meta["placement"])]
+    args = (low.map(inputs), low.map(weights), made.handle, sizes)
+    local = low.emit_as(torch.ops.tpcompile.local_module.default, args, low.part(node), like=node)
+    local.meta[LOCAL_MODULE] = made
+    return local
+
+
+def _make(low: Lowering, key: str) -> LocalModule:
+    custom = low.work.custom
+    path, module = custom.templates[key]
+    mesh = custom.mesh
+    if mesh is None:
+        raise TpCompileError(
+            "custom strategies need a mesh to run on", where=key, todo="give parallelize a mesh"
+        )
+    wholes: list[Whole | None] = []
+    for name in weight_names(module):
+        parts = custom.parts.get(f"{path}.{name}")
+        placements = parts[0].placements if parts else None
+        if placements is None:
+            wholes.append(None)
+        else:
+            shape = custom.shapes[f"{path}.{name}"]
+            wholes.append((placements, shape, torch.empty(shape, device="meta").stride()))
+    return LocalModule(module, custom.strategies[path], mesh, tuple(wholes))

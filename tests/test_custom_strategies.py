@@ -1,0 +1,60 @@
+"""A user's own strategies: the recipe of transformers' document, and what may go wrong with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests import spmd_custom
+from tests.spmd import run_spmd
+
+F64 = 1e-11
+Q_PROJ = {"model.layers.*.self_attn.q_proj": "colwise_custom"}
+
+
+def check(name: str, ranks: int, plan: dict[str, Any], compiled: bool = False) -> None:
+    """Forward, gradients and weights of a model under a plan."""
+    for found in run_spmd(spmd_custom.equal, ranks, name, plan, compiled, timeout=300):
+        assert found["forward"] <= F64
+        assert found["gradients"] <= F64
+        assert found["state"] and found["plain"]
+        assert found["programs"] == 1
+
+
+# Of six layers three are captured; with two key heads, four ranks are planned as 2 x 2.
+@pytest.mark.parametrize(("name", "ranks"), [("6 layers of llama", 2), ("two_kv_heads", 4)])
+def test_the_documents_example(name: str, ranks: int) -> None:
+    check(name, ranks, Q_PROJ)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_plain_packed_and_gathering(ranks: int) -> None:
+    check("packed", ranks, {"inner": "plain_custom", "gate_up": "packed_custom", "odd": "gathering_custom"})
+
+
+def test_compiled() -> None:
+    check("packed", 2, {"inner": "colwise_custom", "gate_up": "packed_custom"}, compiled=True)
+
+
+def test_a_partition_that_computes() -> None:
+    for wrong, message in run_spmd(spmd_custom.halved, 2):
+        assert wrong <= F64
+        assert "not cut out of the parameter" in message
+
+
+def test_bad_strategies_change_nothing() -> None:
+    expected = [
+        "does not implement partition_tensor",
+        "returned a NoneType",
+        "returned torch.bfloat16",
+        "which is no placement",
+        "names no module",
+        "made of several blocks",
+        "do not divide evenly by rows",
+        "has the local shape",
+    ]
+    for messages in run_spmd(spmd_custom.refusals, 4):
+        assert len(messages) == len(expected)
+        for message, part in zip(messages, expected, strict=True):
+            assert part in message

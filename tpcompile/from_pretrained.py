@@ -1,0 +1,148 @@
+"""Loads a checkpoint of transformers as a sharded model; every rank reads its own slices only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from .agree import compare, together
+from .api import PlanLike, _check_mesh, parallelize
+from .default_example import default_example
+from .errors import TpCompileError
+from .loading.default_mesh import default_mesh
+from .passes.pipeline import Pass
+from .planner.cost import CostModel
+from .runtime import Runtime
+
+
+def from_pretrained(
+    name_or_path: str | PathLike[str],
+    mesh: DeviceMesh | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    plan: PlanLike = "auto",
+    config: Any = None,
+    model_class: Any = None,
+    axis: str | None = None,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic: bool | Mapping[str, Any] = True,
+    compile: bool = False,
+    cost_model: CostModel | str | None = None,
+    memory: float | None = None,
+    passes: Sequence[Pass] = (),
+    attn_implementation: str | None = None,
+    generation_config: Any = None,
+    key_mapping: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+    variant: str | None = None,
+    subfolder: str = "",
+    **others: Any,
+) -> Any:
+    """Loads a checkpoint over a mesh, and returns the model as ``parallelize`` does, in evaluation mode.
+
+    The model is captured and planned without weights. Then every rank reads its own slices from the
+    checkpoint's safetensors; no rank ever holds the whole model. Every rank of the mesh must call this.
+
+    Args:
+        name_or_path: a folder (as ``save_pretrained`` writes it), a file, or a name on the hub.
+        mesh: the device mesh; by default one axis over all processes, which are connected first if torchrun
+            started them.
+        dtype: the type of the model; None or ``"auto"``: the checkpoint's.
+        plan: see ``parallelize``, as for ``axis`` and all from ``dynamic`` to ``passes``.
+        config: a configuration in the place of the checkpoint's.
+        model_class: the model's class, or an ``AutoModelFor...``; by default the checkpoint's.
+        axis: the name of the mesh axis to divide over, for a mesh of several.
+        example_args: positional arguments of a typical call.
+        example_kwargs: keyword arguments of a typical call; by default they follow from the configuration.
+        dynamic: which sizes of the inputs may change.
+        compile: run the model under ``torch.compile``.
+        cost_model: a ``CostModel`` or the name of a preset.
+        memory: bytes of weights that a rank may hold.
+        passes: passes to run after the compiler's own.
+        attn_implementation: ``"sdpa"``, ``"eager"``, or one that you registered with transformers.
+        generation_config: in the place of the checkpoint's.
+        key_mapping: patterns of keys in the checkpoint -> what they become.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        variant: reads ``model.<variant>.safetensors``.
+        subfolder: of the folder or repository.
+        others: arguments for the hub (``revision``, ``token``, ``cache_dir``, ...), and fields of the
+            configuration to change.
+
+    Raises:
+        TpCompileError: on every rank, before weights are read where that can be: the checkpoint is not
+            there, damaged, quantised, a pickle, or another model's; or ``parallelize`` refuses the request.
+    """
+    # transformers takes seconds to import, and tpcompile can be used without it.
+    from .loading.load_slices import load_slices
+    from .loading.match_keys import warn_unexpected
+    from .loading.request import Request
+
+    mesh = mesh if mesh is not None else default_mesh()
+    _check_mesh(mesh, axis)
+    group, device = mesh.get_group(axis), _device_of(mesh)
+    dtype = others.pop("torch_dtype", None) if dtype is None else dtype
+    request = Request(
+        fspath(name_or_path),
+        dtype,
+        config,
+        model_class,
+        attn_implementation,
+        generation_config,
+        key_mapping,
+        trust_remote_code,
+        variant,
+        subfolder,
+        others,
+    )
+    opened = together(group, "open the checkpoint", request.open)
+    compare(group, "checkpoints", opened.lines())
+    built = together(group, "match the checkpoint with the model", lambda: request.build(opened, device))
+    first = mesh.get_local_rank(axis) == 0
+    unexpected = built.unexpected if first else ()
+    together(group, "warn of unexpected keys", lambda: warn_unexpected(unexpected, request.name))
+    model = built.model
+    if not example_args and not example_kwargs:
+        _check_example(model)
+    parallelize(
+        model,
+        mesh,
+        example_args,
+        example_kwargs,
+        plan=plan,
+        axis=axis,
+        dynamic=dynamic,
+        compile=compile,
+        cost_model=cost_model,
+        memory=memory,
+        passes=passes,
+    )
+    runtime: Runtime = model._tp
+    layout, rank = runtime.layout, runtime.compiler.rank
+    assert layout is not None, "with an example there is a layout"
+    together(
+        group,
+        "load the weights",
+        lambda: load_slices(model, built.expressions, layout, rank, device, show=first),
+    )
+    return model
+
+
+def _device_of(mesh: DeviceMesh) -> torch.device:
+    """Where this rank's weights go."""
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.accelerator.current_device_index())
+
+
+def _check_example(model: Any) -> None:
+    if default_example(model) is None:
+        raise TpCompileError(
+            f"no example call of {type(model).__name__} can be made up",
+            where=f"its main input is {model.main_input_name}",
+            todo="give example_kwargs: the arguments of a typical call",
+        )

@@ -1,0 +1,1 @@
+"""Reads a checkpoint of safetensors: every rank only the slices that it holds."""

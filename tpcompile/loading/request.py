@@ -1,0 +1,123 @@
+"""A checkpoint that is to be loaded: opened and checked, then matched with its model on ``meta``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .build_model import (
+    build_model,
+    find_class,
+    find_config,
+    find_dtype,
+    find_generation_config,
+    refuse_arguments,
+)
+from .expressions import Expression
+from .find_files import find_files
+from .initialise_rest import initialise_rest
+from .match_keys import match_keys
+from .read_headers import Stored, read_headers
+
+HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+"""Arguments that find a checkpoint on the hub."""
+
+_MEANINGLESS = ("low_cpu_mem_usage", "use_safetensors", "weights_only", "disable_mmap")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose files are complete.
+
+    Attributes:
+        config: its configuration.
+        stored: its tensors by their keys.
+    """
+
+    config: Any
+    stored: Mapping[str, Stored]
+
+    def lines(self) -> list[str]:
+        """What ranks must agree about."""
+        return [f"{key}: {s.dtype} {list(s.shape)}" for key, s in sorted(self.stored.items())]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model on ``meta`` that fits its checkpoint.
+
+    Attributes:
+        model: the model; what is not loaded has its value already.
+        expressions: per name what a tensor is made of.
+        unexpected: keys that the model has no use for.
+    """
+
+    model: Any
+    expressions: Mapping[str, Expression]
+    unexpected: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked ``from_pretrained`` for; see there.
+
+    Attributes:
+        name: the folder, or the name on the hub.
+        dtype: the type of the model.
+        config: a configuration, where to find it, or None.
+        model_class: the model's class, an ``AutoModel...``, or None.
+        attention: the attention implementation, or None.
+        generation_config: in the place of the checkpoint's.
+        key_mapping: patterns of keys to rename.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        variant: of the weights.
+        subfolder: of the folder or repository.
+        others: arguments for the hub, and fields of the configuration.
+    """
+
+    name: str
+    dtype: Any = None
+    config: Any = None
+    model_class: Any = None
+    attention: str | None = None
+    generation_config: Any = None
+    key_mapping: Mapping[str, str] | None = None
+    trust_remote_code: bool = False
+    variant: str | None = None
+    subfolder: str = ""
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def _hub(self) -> dict[str, Any]:
+        return {key: value for key, value in self.others.items() if key in HUB}
+
+    def open(self) -> Opened:
+        """Finds the checkpoint and checks the headers of all its files.
+
+        Raises:
+            TpCompileError: it is not there, not complete, or of a kind that cannot be loaded.
+        """
+        refuse_arguments(self.others)
+        fields = {k: v for k, v in self.others.items() if k not in HUB and k not in _MEANINGLESS}
+        files = find_files(self.name, variant=self.variant, subfolder=self.subfolder, hub=self._hub)
+        remote = {"trust_remote_code": True} if self.trust_remote_code else {}
+        config = find_config(self.name, self.config, self.subfolder, self._hub | remote, fields)
+        return Opened(config, read_headers(files.paths, files.index))
+
+    def build(self, opened: Opened, device: torch.device) -> Built:
+        """Makes the model on ``meta`` and finds out what its tensors are made of.
+
+        Raises:
+            TpCompileError: the model cannot be made, or is not the checkpoint's.
+        """
+        config = opened.config
+        dtype = find_dtype(self.dtype, config, opened.stored)
+        model_class = find_class(config, self.model_class, self.trust_remote_code)
+        model = build_model(model_class, config, dtype, self.attention)
+        expressions, _, unexpected = match_keys(model, opened.stored, dtype, self.key_mapping)
+        initialise_rest(model, expressions, device)
+        find_generation_config(model, self.generation_config, self.name, self.subfolder, self._hub)
+        return Built(model, expressions, frozenset(unexpected))

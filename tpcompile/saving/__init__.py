@@ -1,0 +1,1 @@
+"""Writes a sharded model as an ordinary checkpoint."""

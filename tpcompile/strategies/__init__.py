@@ -1,0 +1,1 @@
+"""Strategies by name: what the words in a plan mean."""

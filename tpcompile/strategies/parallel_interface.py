@@ -1,0 +1,86 @@
+"""The mapping from the names in a plan to strategies, as transformers' ``ParallelInterface`` is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any, ClassVar
+
+from .strategy import Strategy
+
+
+class ParallelInterface(MutableMapping[str, Any]):
+    """Strategies by name.
+
+    A value is a ``Strategy`` of ours, or a custom one: a class, or an instance, that knows how to
+    partition a parameter and to prepare inputs and outputs. Names registered on the class are known
+    everywhere; what is set on an instance is known to that instance only, and comes first.
+    """
+
+    _global_mapping: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self) -> None:
+        self._local_mapping: dict[str, Any] = {}
+
+    @classmethod
+    def register(cls, name: str, strategy: Any) -> None:
+        """Makes a strategy known under a name, in every plan from now on."""
+        cls._global_mapping[name] = strategy
+
+    @classmethod
+    def register_strategy(cls, name: str, strategy: Any) -> None:
+        """``register``, under the name that transformers' document uses."""
+        cls.register(name, strategy)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._local_mapping[name] if name in self._local_mapping else self._global_mapping[name]
+
+    def __setitem__(self, name: str, strategy: Any) -> None:
+        self._local_mapping[name] = strategy
+
+    def __delitem__(self, name: str) -> None:
+        del self._local_mapping[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._global_mapping, **self._local_mapping})
+
+    def __len__(self) -> int:
+        return len({**self._global_mapping, **self._local_mapping})
+
+
+_OURS = {
+    "colwise": Strategy("out"),
+    "colwise_rep": Strategy("out"),
+    "colwise_gather_output": Strategy("out"),
+    "local_colwise": Strategy("out"),
+    "packed_colwise": Strategy("out"),
+    "local_packed_colwise": Strategy("out"),
+    "rowwise": Strategy("in"),
+    "rowwise_rep": Strategy("in"),
+    "rowwise_split_input": Strategy("in"),
+    "local_rowwise": Strategy("in"),
+    "packed_rowwise": Strategy("in"),
+    "local_packed_rowwise": Strategy("in"),
+    "embedding_rowwise": Strategy("rows"),
+    "embedding_colwise": Strategy("columns"),
+    "replicate": Strategy("whole"),
+    "replicated_with_grad_allreduce": Strategy("whole"),
+    "mla_kv_a_proj": Strategy("whole"),
+    "sequence_parallel": Strategy(
+        "whole", "the sequence is not divided, only the weights' placement is honoured"
+    ),
+    "grouped_gemm": Strategy("experts"),
+    "ep": Strategy("experts"),
+    "local": Strategy("experts"),
+    "ep_dispatch_experts": Strategy("experts"),
+    "gather": Strategy("any"),
+    "all_reduce": Strategy("any"),
+    "moe_tp_experts": Strategy("any"),
+    "moe_identity_expert": Strategy("any"),
+    "ep_router": Strategy("any"),
+    "local_params": Strategy("any"),
+}
+for _name, _strategy in _OURS.items():
+    ParallelInterface.register(_name, _strategy)
+
+STRATEGIES = ParallelInterface()
+"""What plans are read with."""

@@ -1,0 +1,30 @@
+"""What a strategy of ours is: wishes for the parameters that its rule names, and nothing more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Wish = Literal["out", "in", "rows", "columns", "experts", "whole", "any"]
+"""Which dimension of a parameter a strategy divides.
+
+``out``: the one that its matmul keeps; ``in``: the one that it sums over; ``rows`` and ``columns``: the
+first and the last dimension of an embedding's table; ``experts``: the dimension of a stack of experts;
+``whole``: none; ``any``: the planner decides.
+"""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to hold the parameters of a module.
+
+    It becomes pins for the planner. How activations travel follows from those, so that no strategy can
+    make a result wrong: where a plan does not fit together, the compiler converts.
+
+    Attributes:
+        wish: which dimension of the parameters is divided.
+        note: what the name promises elsewhere and this strategy does not do, or ``""``.
+    """
+
+    wish: Wish
+    note: str = ""
