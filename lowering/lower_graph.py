@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from tpcompile.capture.repeated_layers import whole_outputs
 from tpcompile.capture.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
-from tpcompile.graph_edit import KEPT_META, fake_mode, module_path, value_of
+from tpcompile.graph_edit import KEPT_META, drop_unused, fake_mode, module_path, value_of
 from tpcompile.layout import WeightLayout
 from tpcompile.markers import MARKERS, MERGED, Axes
 from tpcompile.rules.opaque import is_opaque
@@ -23,6 +24,7 @@ from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
 from .lower_randomness import UNIFORM, lower_uniform, seed_graph
 from .opaque_module import LocalModule, lower_opaque
+from .outline_layers import outline
 from .owned_rows import begins_rows, lower_choice
 from .update_in_place import update_in_place
 
@@ -97,7 +99,7 @@ class Lowering:
             else:
                 self.local[node] = self._call(node)
                 self._check(node)
-        self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+        drop_unused(self.graph)
         self._drop_joined()
         self.graph.lint()
         return GraphModule(torch.nn.Module(), self.graph, "LocalProgram")
@@ -187,7 +189,17 @@ class Lowering:
 
 
 def lower_graph(work: Work, coordinates: tuple[int, ...], groups: Groups) -> GraphModule:
+    """One rank's program, see ``lower_program``, with all layers one after the other."""
+    return lower_program(work, coordinates, groups)[0]
+
+
+def lower_program(
+    work: Work, coordinates: tuple[int, ...], groups: Groups
+) -> tuple[GraphModule, GraphModule | None]:
     """One rank's program: constants local, parameters as this rank's parts, real collectives.
+
+    It comes twice: with all layers one after the other, and, if many layers repeat, with these as calls of
+    a submodule, to be compiled.
 
     Args:
         work: a program whose reshards have become collectives.
@@ -200,12 +212,23 @@ def lower_graph(work: Work, coordinates: tuple[int, ...], groups: Groups) -> Gra
     assert work.planned_factors is not None, "the program must be planned"
     shapes = LocalShapes(work.planned_factors, work.axes, coordinates)
     local = Lowering(work, shapes, groups).run()
+    outlined = None
     if work.blocks is not None:
-        unroll(local.graph, work.blocks, _copy_placeholder)
+        lists = unroll(local.graph, work.blocks, _copy_placeholder)
+        if _may_outline(work, local.graph):
+            outlined = outline(local.graph, lists)
+        drop_unused(local.graph)  # of the last layer, what only the others return
     seed_graph(local.graph, groups, len(work.axes))
     local.recompile()
-    update_in_place(local, work.captured.outputs, _given(local.graph))
-    return local
+    update_in_place(local, whole_outputs(work.captured), _given(local.graph))
+    return local, outlined
+
+
+def _may_outline(work: Work, graph: Graph) -> bool:
+    """Whether layers may become calls: not if they write, draw numbers, or run custom modules."""
+    writes = any(spec.in_place for spec in work.captured.outputs)
+    draws = bool(graph.find_nodes(op="call_function", target=UNIFORM))
+    return not (writes or draws or work.custom.parts)
 
 
 def _given(graph: Graph) -> dict[str, Node]:

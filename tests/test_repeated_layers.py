@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten
 
-from tpcompile.capture import Captured, bind_call, capture, flatten_call
+from tests import programs, spmd_repeated
+from tests.simulate import SimulatedGroups
+from tests.spmd import run_spmd
+from tpcompile.caches import mark_caches
+from tpcompile.capture import Captured, bind_call, capture, flatten_call, leaf_names
 from tpcompile.capture.find_repeats import Repeat, find_repeats, truncated
 from tpcompile.capture.match_periods import BLOCK, block_of
-from tpcompile.capture.repeated_layers import ShortCapture, capture_repeated, unroll_captured
+from tpcompile.capture.repeated_layers import (
+    ShortCapture,
+    capture_repeated,
+    unroll_captured,
+    whole_outputs,
+)
 from tpcompile.capture.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
 from tpcompile.graph_edit import call
+from tpcompile.lowering.lower_graph import SOURCE, lower_program
+from tpcompile.pipeline import rewrite
+from tpcompile.work import Work
 
 transformers = pytest.importorskip("transformers")
 
@@ -71,7 +86,8 @@ def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(3, 100, shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def run(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> torch.Tensor:
+def run_all(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> Any:
+    """The result of a whole captured program, in the model's own structure."""
     leaves, _ = flatten_call(bound)
     assert captured.accepts(leaves) is None
     tables = {
@@ -80,9 +96,22 @@ def run(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> torch.Te
         "constant": captured.constants,
     }
     weights = [tables[s.kind][s.name] for s in captured.inputs if s.kind != "user"]
-    result = captured.graph_module(*weights, *leaves)[0]
+    return captured.unflatten(captured.graph_module(*weights, *leaves), bound)
+
+
+def run(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> torch.Tensor:
+    """Its first leaf."""
+    result = tree_flatten(run_all(captured, model, bound))[0][0]
     assert isinstance(result, torch.Tensor)
     return result
+
+
+def assert_same(mine: Any, theirs: Any) -> None:
+    """Equal structures of equal tensors."""
+    (a, one), (b, two) = tree_flatten(mine), tree_flatten(theirs)
+    assert one == two
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
 def graph_text(captured: Captured) -> list[str]:
@@ -185,6 +214,8 @@ class Stack(nn.Module):
             seen.append(x)
         if self.style == "last":
             return x + seen[2]
+        if self.style == "sums":  # each result is of two layers
+            return x, *(a + b for a, b in itertools.pairwise(seen))
         return (x * scale, *seen) if self.style == "all" else x * scale
 
 
@@ -228,9 +259,9 @@ def test_a_loop_that_adds_at_open_sizes() -> None:
         (frozen, "", "layers.5 does not do what"),
         (late_scale, "", "layers.5 does not do what"),
         (straight, "late", "layers.7 does not do what"),
-        (straight, "length", "depends on the number of layers"),
-        (straight, "last", "depends on the number of layers"),
-        (straight, "all", "also used by output"),
+        (straight, "length", "depend on the number of layers"),
+        (straight, "last", "depend on the number of layers"),
+        (straight, "sums", "depend on the number of layers"),
     ],
 )
 def test_falls_back(twist: Callable[[int, torch.Tensor], torch.Tensor], style: str, reason: str) -> None:
@@ -248,11 +279,183 @@ def test_falls_back(twist: Callable[[int, torch.Tensor], torch.Tensor], style: s
     torch.testing.assert_close(run(captured, model, bound), expected, rtol=0, atol=0)
 
 
-def test_caches_fall_back() -> None:
-    model = tiny("llama", 5)
-    captured = capture_repeated(model, bind_call(model, (), {"input_ids": tokens(2, 7)}), dynamic=False)
-    assert not isinstance(captured, ShortCapture) and "also used by output" in captured.notes[-1]
-    assert len(captured.outputs) > 5
+# ------------------------------------------------------------- layers with inputs and results of their own
+
+
+@torch.no_grad()
+def assert_short(model: nn.Module, bound: dict[str, Any], *, dynamic: bool = False) -> ShortCapture:
+    """Layers are left out, and the unrolled program gives what the model gives, in its structure.
+
+    Returned is what was captured, its graph unrolled.
+    """
+    expected = model(**copy.deepcopy(bound))
+    before = state_of(model)
+    short = capture_repeated(model, bound, dynamic=dynamic)
+    assert state_of(model) == before
+    assert isinstance(short, ShortCapture), short.notes
+    nodes = len(short.graph_module.graph.nodes)
+    whole = unroll_captured(short)
+    assert_same(run_all(whole, model, bound), expected)
+    assert nodes < len(whole.graph_module.graph.nodes)
+    return short
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "changes"), [("llama", 6, {}), ("gemma2", 11, {"sliding_window": 5})]
+)
+def test_caches(kind: str, layers: int, changes: dict[str, Any]) -> None:
+    """Of every layer keys and values go in and out; sliding layers count tokens besides."""
+    model = tiny(kind, layers, **changes)
+    assert_short(model, bind_call(model, (), {"input_ids": tokens(2, 7)}))
+    with torch.no_grad():
+        past = model(input_ids=tokens(2, 7)).past_key_values
+    step = bind_call(model, (), {"input_ids": tokens(2, 1), "past_key_values": past})
+    short = assert_short(model, step)
+    assert sum(s.kind == "user" for s in short.inputs) < len(short.user_inputs)
+    assert [s.name for s in short.user_inputs] == leaf_names(step)
+    returned = {s.name for s in whole_outputs(short)} - {"logits", "past_key_values"}
+    assert returned == {*leaf_names(step)} - {"input_ids"}
+
+
+def test_a_cache_of_open_length() -> None:
+    model = tiny("llama", 6)
+    with torch.no_grad():
+        pasts = [model(input_ids=tokens(2, n)).past_key_values for n in (7, 4)]
+    first, second = (
+        bind_call(model, (), {"input_ids": tokens(2, 1), "past_key_values": past}) for past in pasts
+    )
+    short = capture_repeated(model, first)
+    assert isinstance(short, ShortCapture), short.notes
+    with torch.no_grad():
+        expected = model(**copy.deepcopy(second))  # first: a run updates the cache that it is given
+        assert_same(run_all(unroll_captured(short), model, second), expected)
+
+
+def test_hidden_states() -> None:
+    """All layers but the last return what they hand on; the last one's is normalised first."""
+    model = tiny("llama", 6)
+    short = assert_short(model, language_call(model, 2, 7) | {"output_hidden_states": True})
+    assert len(whole_outputs(short)) == 1 + 7
+
+
+def test_a_loop_that_collects() -> None:
+    torch.manual_seed(0)
+    model = Stack(straight, "all")
+    assert_short(model, bind_call(model, (torch.randn(2, 5, 8),), {}))
+
+
+class StateLayer(nn.Module):
+    """A layer with a state: a tensor that it changes, and one that it hands back as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, state: dict[str, torch.Tensor]) -> Any:
+        new = state["sum"] + self.up(x)
+        return torch.relu(new) * state["kept"], {"sum": new, "kept": state["kept"]}
+
+
+class Stateful(nn.Module):
+    """Layers with a state each, in a plain list of dicts; ``wrong`` is one that is given the first's."""
+
+    def __init__(self, wrong: int = -1) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(StateLayer() for _ in range(9))
+        self.wrong = wrong
+
+    def forward(self, x: torch.Tensor, states: list[dict[str, torch.Tensor]]) -> Any:
+        new = []
+        for i, layer in enumerate(self.layers):
+            x, state = layer(x, states[0 if i == self.wrong else i])
+            new.append(state)
+        return {"x": x, "states": new}
+
+
+def states(count: int = 9) -> list[dict[str, torch.Tensor]]:
+    return [{"sum": torch.randn(2, 5, 8), "kept": torch.randn(8)} for _ in range(count)]
+
+
+def test_states_in_any_structure() -> None:
+    torch.manual_seed(0)
+    model = Stateful()
+    assert_short(model, bind_call(model, (torch.randn(2, 5, 8), states()), {}))
+
+
+def test_a_state_of_another_layer() -> None:
+    torch.manual_seed(0)
+    model = Stateful(wrong=6)
+    bound = bind_call(model, (torch.randn(2, 5, 8), states()), {})
+    captured = capture_repeated(model, bound, dynamic=False)
+    assert not isinstance(captured, ShortCapture) and "captured one by one" in captured.notes[-1]
+    with torch.no_grad():
+        assert_same(run_all(captured, model, bound), model(**bound))
+
+
+def test_a_state_of_another_size() -> None:
+    torch.manual_seed(0)
+    model, given = Stateful(), states()
+    given[7]["sum"] = torch.randn(2, 1, 8)
+    captured = capture_repeated(model, bind_call(model, (torch.randn(2, 5, 8), given), {}), dynamic=False)
+    assert not isinstance(captured, ShortCapture)
+    assert "layers.7 takes other inputs" in captured.notes[-1]
+
+
+# --------------------------------------------------------------------- layers as calls of one submodule
+
+
+def lowered(model: nn.Module, bound: dict[str, Any]) -> tuple[GraphModule, GraphModule | None, Work]:
+    """The program of a single rank, as it is and outlined, and what it was lowered from."""
+    work = programs.planned_work(Work(mark_caches(capture_repeated(model, bound)), 1))
+    rewrite(work, training=True)
+    flat, outlined = lower_program(
+        work, (0,) * len(work.axes), SimulatedGroups(work.axes, (0,) * len(work.axes))
+    )
+    return flat, outlined, work
+
+
+def feed(graph_module: GraphModule, model: nn.Module, bound: dict[str, Any], work: Work) -> list[Any]:
+    names = {s.name: leaf for s, leaf in zip(work.captured.user_inputs, flatten_call(bound)[0], strict=True)}
+    tables = names | dict(model.named_parameters()) | dict(model.named_buffers()) | work.captured.constants
+    return [tables[n.meta[SOURCE].spec.name] for n in graph_module.graph.find_nodes(op="placeholder")]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_outlined_layers_compute_the_same(cached: bool) -> None:
+    model = tiny("llama", 9)
+    bound = bind_call(model, (), {"input_ids": tokens(2, 7), "use_cache": cached})
+    flat, outlined, work = lowered(model, bound)
+    assert outlined is not None
+    body = outlined.get_submodule("layers_0")
+    calls = outlined.graph.find_nodes(op="call_module", target="layers_0")
+    assert isinstance(body, GraphModule) and len(calls) == 8
+    assert len(body.graph.output_node().args[0]) == (3 if cached else 1)  # type: ignore[arg-type]
+    linears = [
+        len(g.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default))
+        for g in (flat, outlined, body)
+    ]
+    assert linears == [9 * 7 + 1, 7 + 1, 7]
+    results = [g(*feed(g, model, bound, work)) for g in (flat, outlined)]
+    assert_same(*results)
+    gradients = [torch.autograd.grad(r[0].sum(), list(model.parameters())) for r in results]
+    assert_same(*gradients)
+
+
+def test_few_layers_are_not_outlined() -> None:
+    model = tiny("llama", 6)
+    assert lowered(model, language_call(model, 2, 7))[1] is None
+
+
+def test_compiled_layers_on_two_ranks() -> None:
+    """Seven of eight layers are calls of one submodule; the first one is captured by itself."""
+    for found in run_spmd(spmd_repeated.compiled_gradients, 2, timeout=600):
+        assert found["calls"] == spmd_repeated.LAYERS - 1
+        assert found["logits"] <= 1e-5 and found["gradients"] <= 1e-5
+
+
+def test_tokens_on_two_ranks() -> None:
+    for found in run_spmd(spmd_repeated.tokens, 2, timeout=600):
+        assert found["equal"] and found["states"] <= 1e-5 and not found["one by one"]
 
 
 # ------------------------------------------------------------------------------------------- finding repeats

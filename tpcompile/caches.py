@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from .capture import Captured
+from .capture.program import OutputSpec
+from .capture.repeated_layers import ShortCapture, whole_outputs
 from .errors import TpCompileError
 from .factors import Factors
 from .placements import Placement, R, Shard, split_evenly
@@ -118,16 +120,36 @@ def same_place(finer: Sequence[Size], atoms: Sequence[int], factor: int) -> int 
 def mark_caches(captured: Captured) -> Captured:
     """The same program with the results that belong to a cache marked as divided.
 
-    In a tuple a cache is named by its position, ``[1][0]['keys']``; it will be given back by name.
+    Where layers are left out, a captured result stands for several of the whole program's: all must be. In
+    a tuple a cache is named by its position, ``[1][0]['keys']``; it will be given back by name.
     """
     returned = cache_leaves(captured.out_spec)
-    marked = [
-        replace(spec, divided=True, name=re.sub(r"^\[\d+\]", "past_key_values", spec.name))
-        if spec.kind == "state" or (i < len(returned) and returned[i])
-        else spec
-        for i, spec in enumerate(captured.outputs)
+    flags = [
+        spec.kind == "state" or (i < len(returned) and returned[i])
+        for i, spec in enumerate(whole_outputs(captured))
     ]
-    return replace(captured, outputs=tuple(marked))
+    blocks = captured.blocks if isinstance(captured, ShortCapture) else None
+    if blocks is None:
+        return replace(captured, outputs=tuple(map(_marked, captured.outputs, flags)))
+    whole = {d.output for d, flag in zip(blocks.results, flags, strict=False) if not flag}
+    short = [at not in whole and spec.kind != "buffer_mutation" for at, spec in enumerate(captured.outputs)]
+    results = tuple(
+        derived._replace(name=_given_back(derived.name)) if short[derived.output] else derived
+        for derived in blocks.results
+    )
+    return replace(  # type: ignore[call-arg]
+        captured,
+        outputs=tuple(map(_marked, captured.outputs, short)),
+        blocks=replace(blocks, results=results),
+    )
+
+
+def _marked(spec: OutputSpec, divided: bool) -> OutputSpec:
+    return replace(spec, divided=True, name=_given_back(spec.name)) if divided else spec
+
+
+def _given_back(name: str) -> str:
+    return re.sub(r"^\[\d+\]", "past_key_values", name)
 
 
 def cache_leaves(spec: TreeSpec, inside: bool = False) -> list[bool]:

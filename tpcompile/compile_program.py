@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ from .errors import TpCompileError
 from .graph_edit import module_path
 from .layout import WeightLayout
 from .lowering.groups import AxisGroups
-from .lowering.lower_graph import lower_graph
+from .lowering.lower_graph import lower_program
 from .passes.pipeline import Pass
-from .pins import make_pins, unlike_copies, unmet
+from .pins import make_pins, unmet
 from .pipeline import canonical, plan_program, rewrite, split_copy
 from .plan import Plan, make_plan
 from .plan_layout import extended, layout_of, pins_from_layout
@@ -41,6 +42,7 @@ from .shell import whole_tensors
 from .store_plan import Decisions, plan_cached
 from .strategies.custom_modules import CustomModules, partition_modules
 from .strategies.read_rules import Rules
+from .uniform_layers import uneven_layers
 from .work import Work
 
 
@@ -78,12 +80,14 @@ class Compiled:
         rewritten: at global shapes, with collectives.
         plan: the plan.
         local: this rank's graph (without a mesh: the one at global shapes).
+        outlined: the same with repeated layers as calls of a submodule, if there are many.
     """
 
     planned: Work
     rewritten: Work
     plan: Plan
     local: GraphModule
+    outlined: GraphModule | None = None
 
 
 class Compiler:
@@ -125,8 +129,9 @@ class Compiler:
         """
         clock = [time.perf_counter()]
         self._custom_modules(model)  # of all ranks together
-        base = together(self.group, "capture the model", lambda: self.capture(model, bound))
-        base.caches = caches or {}
+        base = together(
+            self.group, "capture the model", lambda: self.capture(model, bound, layout, caches or {})
+        )
         clock.append(time.perf_counter())
         graph = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
         tensors = whole_tensors(model)
@@ -144,7 +149,7 @@ class Compiler:
             pins = make_pins(self.options.rules.wishes) if layout is None else pins_from_layout(layout)
             plan = make_plan(planned, rewritten, placed, self.options.cost, graph, pins)
             plan.timings = {"capture": clock[1] - clock[0], "plan": clock[2] - clock[1]}
-            return Compiled(planned, rewritten, plan, self._lower(rewritten))
+            return Compiled(planned, rewritten, plan, *self._lower(rewritten))
 
         compiled = together(self.group, "lower the model", finish)
         if layout is None and self.options.rules.wishes:
@@ -188,7 +193,13 @@ class Compiler:
             self._custom = partition_modules(model, self.options.custom, *where)
         return self._custom
 
-    def capture(self, model: nn.Module, bound: dict[str, Any]) -> Work:
+    def capture(
+        self,
+        model: nn.Module,
+        bound: dict[str, Any],
+        layout: WeightLayout | None = None,
+        caches: Mapping[str, Held] = MappingProxyType({}),
+    ) -> Work:
         """The canonical program of one call signature."""
         custom = self._custom_modules(model)
         differentiable = any(p.requires_grad for p in model.parameters())
@@ -196,12 +207,14 @@ class Compiler:
         # A program captured with gradients also serves calls without them.
         with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
             with custom.captured(model):
-                captured = capture_shared(
-                    model, bound, self.group, dynamic=self.options.dynamic, device=device
+                captured = mark_caches(
+                    capture_shared(model, bound, self.group, dynamic=self.options.dynamic, device=device)
                 )
-        if unlike_copies(Work(captured, self.ranks), self.options.rules.wishes):
+        uneven = uneven_layers(captured, self.options.rules.wishes, layout, caches)
+        if uneven is not None:
             captured = unroll_captured(captured)
-        base = replace(canonical(mark_caches(captured), self.ranks), custom=custom)
+            captured.notes += (f"repeated layers are planned one by one: {uneven}",)
+        base = replace(canonical(captured, self.ranks), custom=custom, caches=caches)
         _refuse_randomness(base)
         return base
 
@@ -258,11 +271,11 @@ class Compiler:
             subsets = [c for size in range(1, len(axes)) for c in itertools.combinations(every, size)]
             self._groups[axes] = AxisGroups(self.mesh, axes, subsets, self.axis)
 
-    def _lower(self, rewritten: Work) -> GraphModule:
+    def _lower(self, rewritten: Work) -> tuple[GraphModule, GraphModule | None]:
         if self.mesh is None:
-            return GraphModule(nn.Module(), rewritten.graph)
+            return GraphModule(nn.Module(), rewritten.graph), None
         axes = rewritten.axes
-        return lower_graph(rewritten, WeightLayout(axes, {}).coordinates(self.rank), self._groups[axes])
+        return lower_program(rewritten, WeightLayout(axes, {}).coordinates(self.rank), self._groups[axes])
 
 
 def _follow(base: Work, data: Decisions) -> Work:

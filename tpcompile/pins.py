@@ -45,15 +45,6 @@ def unmet(work: Work, wishes: Wishes) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def unlike_copies(work: Work, wishes: Wishes) -> bool:
-    """Whether rules tell layers apart of which one stands for the others."""
-    if work.blocks is None or not wishes:
-        return False
-    asked = {name: [(w.want, w.asked) for w in found] for name, found in wishes.items()}
-    pairs = work.blocks.left_out(list(work.params().values()))
-    return any(asked.get(kept) != asked.get(copy) for kept, copy in pairs)
-
-
 Resolved = tuple[Node, tuple[str, Wish], frozenset[Placement] | None, str]
 
 

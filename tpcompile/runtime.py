@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from .capture import Captured, flatten_call, leaf_names
 from .capture.bind_call import CallSignature
 from .capture.call_results import given_caches, states_of
 from .capture.program import InputSpec
+from .capture.repeated_layers import whole_outputs
 from .capture.size_check import Check, size_check
 from .compile_program import Compiled, Compiler
 from .compile_step import Step, compile_step, mark_open_sizes
 from .entries import Entry, can_compose, divided_paths, entered, open_paths, original_call, without_guards
 from .errors import CannotCapture, TpCompileError
-from .fetch_inputs import Feed, make_fetch
+from .fetch_inputs import Feed, Fetch, make_fetch
 from .layout import WeightLayout
 from .lowering.local_shapes import LocalShapes
 from .lowering.lower_graph import SOURCE
@@ -48,6 +49,8 @@ class Program:
         mutated: per buffer that the program changes, where it is.
         entry: the submodule that is called, "" for the model itself.
         check: whether the sizes of a call's leaves are ones that it runs on.
+        outlined: the graph with repeated layers as calls of a submodule, for ``torch.compile``, and what
+            fetches its inputs; None if no layers repeat often enough.
         steps: its compiled steps, by torch.compile's options.
     """
 
@@ -63,6 +66,7 @@ class Program:
     mutated: tuple[Feed, ...]
     check: Check
     entry: str = ""
+    outlined: tuple[GraphModule, Fetch] | None = None
     steps: dict[str, Step] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -105,9 +109,12 @@ class Program:
 
     def step(self, given: Sequence[Any]) -> Sequence[Any]:
         """Runs this rank's graph on the tensors of a call; the flat results."""
-        inputs = self.fetch(given)
+        graph_module, fetch = self.graph_module, self.fetch
+        # What is asked of the sizes must be known to dynamo before the first layer, which stands for others.
+        if self.outlined is not None and torch.compiler.is_dynamo_compiling() and self.check(given):
+            graph_module, fetch = self.outlined
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
-        flat: Sequence[Any] = self.graph_module.forward(*inputs)
+        flat: Sequence[Any] = graph_module.forward(*fetch(given))
         if self.mutated:
             for feed, new in zip(self.mutated, flat[len(flat) - len(self.mutated) :], strict=True):
                 with torch.no_grad():
@@ -232,7 +239,10 @@ class Runtime:
             autocast=autocast_of(leaves),
             names=tuple(bound),
             example=tuple(x.to("meta") if isinstance(x, Tensor) else x for x in leaves),
-            feeds=make_feeds(model, compiled, self.compiler.rank),
+            feeds=make_feeds(model, compiled, compiled.local, self.compiler.rank),
+            outlined=None
+            if (outlined := compiled.outlined) is None
+            else (outlined, make_fetch(make_feeds(model, compiled, outlined, self.compiler.rank))),
             mutated=tuple(
                 Feed(*tensors_by_name(model)[o.name])
                 for o in compiled.planned.captured.outputs
@@ -343,11 +353,12 @@ def hand_out(planned: Work) -> dict[str, Held]:
     factors = planned.planned_factors
     assert factors is not None, "the program must be planned"
     placements = planned.handed_out(factors)
-    named = [
-        (spec.name, out)
-        for out, spec in zip(planned.outputs(), planned.captured.outputs, strict=True)
-        if isinstance(out, Node) and out in placements
-    ]
+    results = planned.outputs()
+    if planned.blocks is None:
+        every = [(spec.name, at) for at, spec in enumerate(planned.captured.outputs)]
+    else:
+        every = [(derived.name, derived.output) for derived in planned.blocks.results]
+    named = [(name, out) for name, at in every if isinstance(out := results[at], Node) and out in placements]
     return held_outputs(named, factors, placements)
 
 
@@ -361,6 +372,11 @@ def local_extents(compiled: Compiled, rank: int) -> Captured:
         work.sources[n].spec.name: shapes.shape(n, placements)
         for n, placements in work.given(factors).items()
     }
+    inputs, outputs = work.captured.inputs, work.captured.outputs
+    if work.blocks is not None:
+        local |= {leaf: local[twin] for (twin, _), leaf in work.blocks.leaves.items() if twin in local}
+        inputs = (*(spec for spec in inputs if spec.kind != "user"), *work.blocks.users)
+        outputs = whole_outputs(work.captured)
 
     def adapt(spec: InputSpec) -> InputSpec:
         sizes = local.get(spec.name)
@@ -372,7 +388,8 @@ def local_extents(compiled: Compiled, rank: int) -> Captured:
         )
         return replace(spec, extents=extents)
 
-    return replace(work.captured, inputs=tuple(map(adapt, work.captured.inputs)))
+    own = {f.name: getattr(work.captured, f.name) for f in fields(Captured)}
+    return Captured(**{**own, "inputs": tuple(map(adapt, inputs)), "outputs": outputs})
 
 
 def autocast_of(leaves: Sequence[Any]) -> torch.dtype | None:
@@ -386,8 +403,8 @@ def device_of(leaves: Sequence[Any]) -> str:
     return next((x.device.type for x in leaves if isinstance(x, Tensor)), "cpu")
 
 
-def make_feeds(model: nn.Module, compiled: Compiled, rank: int) -> tuple[Feed | int, ...]:
-    """Where each placeholder of the local graph gets its value."""
+def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: int) -> tuple[Feed | int, ...]:
+    """Where each placeholder of a rank's graph gets its value."""
     places = tensors_by_name(model)
     work, layout = compiled.planned, compiled.plan.layout
     leaves = {spec.name: i for i, spec in enumerate(work.captured.user_inputs)}
@@ -407,4 +424,4 @@ def make_feeds(model: nn.Module, compiled: Compiled, rank: int) -> tuple[Feed | 
         mine = sizes[source.order : source.order + source.count]
         return Feed(*places[name], segment=(dim, sum(sizes[: source.order]), sum(mine)))
 
-    return tuple(feed(node.meta[SOURCE]) for node in compiled.local.graph.find_nodes(op="placeholder"))
+    return tuple(feed(node.meta[SOURCE]) for node in local.graph.find_nodes(op="placeholder"))

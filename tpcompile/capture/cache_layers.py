@@ -55,8 +55,8 @@ def put_layer(layer: Any, parts: Parts, context: tuple[str, Facts]) -> None:
 
 
 def as_count(number: Any, like: Tensor | None = None) -> Tensor:
-    """A number as the size of a tensor without elements."""
-    return torch.empty((number, 0), device=None if like is None else like.device)
+    """A number as the size of a tensor without elements, made like a tensor of the layer that it is about."""
+    return torch.empty((number, 0)) if like is None else like.new_empty((number, 0), dtype=torch.float32)
 
 
 def is_count(name: str) -> bool:

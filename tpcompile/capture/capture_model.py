@@ -41,6 +41,7 @@ def capture(
     *,
     dynamic: bool | Mapping[str, Dims] = True,
     device: torch.device | str | None = None,
+    twins: Mapping[int, int] | None = None,
 ) -> Captured:
     """Export ``model`` for the call ``bound`` and return it as a flat functional graph.
 
@@ -53,22 +54,29 @@ def capture(
         dynamic: leave batch and sequence sizes open where the model allows it; or, per input name,
             which dimensions are to be open.
         device: the device that the graph is made for; the model's own by default.
+        twins: leaves of the call that are no inputs of the graph, each with the leaf that the model is
+            given in its place.
     """
     register_cache_support()
-    leaves, in_spec = flatten_call(bound)
-    names = leaf_names(bound)
-    _refuse_bad_leaves(names, leaves)
-    target = torch.device(device) if device is not None else capture_device(model, leaves)
+    every, in_spec = flatten_call(bound)
+    every_name = leaf_names(bound)
+    _refuse_bad_leaves(every_name, every)
+    target = torch.device(device) if device is not None else capture_device(model, every)
+    twins = twins or {}
+    kept = [i for i in range(len(every)) if i not in twins]
+    leaves, names = [every[i] for i in kept], [every_name[i] for i in kept]
+    cached = _cached(bound, names)
+    structure = _Structure(in_spec, tuple(kept.index(twins.get(i, i)) for i in range(len(every))))
     tried: list[str] = []
     first_error: Exception | None = None
     with exportable_experts(model, target), torch.inference_mode(False):
-        for attempt in attempts(names, leaves, _cached(bound, names), dynamic):
+        for attempt in attempts(names, leaves, cached, dynamic):
             static = all(spec is None for spec in attempt.dynamic)
             if first_error is not None and is_data_dependent(first_error) and not static:
                 continue
             tried.append(attempt.name)
             try:
-                captured = _export(model, names, leaves, in_spec, attempt, target)
+                captured = _export(model, names, leaves, structure, attempt, target)
             except TpCompileError:
                 raise
             except Exception as error:
@@ -113,16 +121,29 @@ class _Seen:
     taken: Results | None = None
 
 
+@dataclass(frozen=True)
+class _Structure:
+    """How a call is made of the captured leaves: which of them stands at each place of the structure."""
+
+    in_spec: TreeSpec
+    places: tuple[int, ...]
+
+    def bound(self, leaves: Sequence[Any]) -> Any:
+        return tree_unflatten([leaves[i] for i in self.places], self.in_spec)
+
+
 class _FlatModel(nn.Module):
     """Calls the model on flat tensor leaves, and keeps its output structure and python results aside."""
 
-    def __init__(self, model: nn.Module, leaves: Sequence[Any], in_spec: TreeSpec, attempt: Attempt) -> None:
+    def __init__(
+        self, model: nn.Module, leaves: Sequence[Any], structure: _Structure, attempt: Attempt
+    ) -> None:
         super().__init__()
         setattr(self, PREFIX, model)
         self.training = model.training
         self._fixed = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
-        self._in_spec = in_spec
+        self._structure = structure
         self._attempt = attempt
         self.seen = _Seen()
 
@@ -130,7 +151,7 @@ class _FlatModel(nn.Module):
         tensors = iter(leaves)
         flat = [next(tensors) if t else v for t, v in zip(self._is_tensor, self._fixed, strict=True)]
         self._tie(flat)
-        call = tree_unflatten(flat, self._in_spec)
+        call = self._structure.bound(flat)
         taken = take_results(call, call_model(getattr(self, PREFIX), call))
         returned = taken.out_spec.num_leaves
         results = [
@@ -166,7 +187,7 @@ def _export(
     model: nn.Module,
     names: Sequence[str],
     leaves: Sequence[Any],
-    in_spec: TreeSpec,
+    structure: _Structure,
     attempt: Attempt,
     device: torch.device,
 ) -> Captured:
@@ -180,7 +201,7 @@ def _export(
     shapes = tuple(
         dims for leaf, dims in zip(leaves, attempt.dynamic, strict=True) if isinstance(leaf, torch.Tensor)
     )
-    flat = _FlatModel(model, leaves, in_spec, attempt)
+    flat = _FlatModel(model, leaves, structure, attempt)
     with lend_fake_weights(model, device), _quiet(), no_fused_encoder():
         program = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
         _inline(program)
@@ -193,7 +214,7 @@ def _export(
         gm,
         tuple(inputs),
         tuple(outputs),
-        in_spec,
+        structure.in_spec,
         taken.out_spec,
         constants,
         ranges=read_ranges(program),

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from tpcompile.capture.bind_call import call_model
-from tpcompile.capture.call_results import take_results
+from tpcompile.capture.call_results import CacheState, take_results
 from tpcompile.capture.fake_model import fake_input, no_fused_encoder, restore_after
 from tpcompile.capture.find_repeats import Repeat
 
@@ -31,6 +31,13 @@ class Ref(NamedTuple):
     event: int
     output: int
     needs_grad: bool
+
+
+class Input(NamedTuple):
+    """A tensor of the call, by its position among the leaves."""
+
+    leaf: int
+    facts: str
 
 
 class Weight(NamedTuple):
@@ -51,12 +58,25 @@ class Mark(NamedTuple):
 
 @dataclass
 class Run:
-    """What one run of the model did; an event is an operator, its operands, and the grad mode."""
+    """What one run of the model did; an event is an operator, its operands, and the grad mode.
+
+    Attributes:
+        events: all operators that ran, those that took the result apart included.
+        marks: where layers begin and end.
+        results: the leaves of the result, as operands are written down.
+        names: their key paths.
+        values: themselves, where they are no tensors.
+        out_spec: the structure of the result.
+        states: how the leaves behind those of the result belong to caches that were given.
+    """
 
     events: list[tuple[Any, ...]] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     results: tuple[Any, ...] = ()
-    structure: Any = None
+    names: tuple[str, ...] = ()
+    values: tuple[Any, ...] = ()
+    out_spec: TreeSpec | None = None
+    states: tuple[CacheState, ...] = ()
 
 
 class _Recorder(TorchDispatchMode):
@@ -71,6 +91,8 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return func(*args, **kwargs)  # a question, not a step of the computation
         event = (func, self.token(args), self.token(kwargs), torch.is_grad_enabled())
         result = func(*args, **kwargs)
         outputs = result if isinstance(result, (list, tuple)) else (result,)
@@ -122,6 +144,7 @@ def record_run(
     in_spec: TreeSpec,
     device: torch.device,
     names: Mapping[int, str],
+    twins: Mapping[int, int] | None = None,
 ) -> Run:
     """Run the model once without data, as far as possible as export does, and leave it as it was.
 
@@ -132,6 +155,7 @@ def record_run(
         in_spec: its structure.
         device: the device that the fake tensors claim to be on.
         names: what ``first_names`` said of the whole model.
+        twins: leaves that are not given, with the leaf that is given in their place.
     """
     # Sizes that depend on data become symbols instead of errors; those of the inputs stay numbers.
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
@@ -144,18 +168,21 @@ def record_run(
             fake_input(mode, leaf, device, tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else leaf
             for leaf in leaves
         ]
-        known.update(
-            {id(leaf): f"input {i}" for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)}
-        )
+        for i, leaf in enumerate(flat):
+            if isinstance(leaf, torch.Tensor):
+                known[id(leaf)] = Input(i, f"{tuple(leaf.shape)} {leaf.stride()} {leaf.dtype}")
+        given = [flat[(twins or {}).get(i, i)] for i in range(len(flat))]
         stack.enter_context(_marking(model, repeats, run))
         stack.enter_context(no_fused_encoder())
         stack.enter_context(_trace._compiling_state_context())  # type: ignore[attr-defined]
         stack.enter_context(mode)
         recorder = stack.enter_context(_Recorder(run, known))
-        call = tree_unflatten(flat, in_spec)
+        call = tree_unflatten(given, in_spec)
         taken = take_results(call, call_model(model, call))
-        run.structure = (taken.out_spec, taken.states)
+        run.out_spec, run.states = taken.out_spec, taken.states
         run.results = tuple(recorder.token(value) for value in taken.values)
+        run.values = tuple(None if isinstance(value, torch.Tensor) else value for value in taken.values)
+        run.names = tuple(name or "output" for name in taken.names)
         del alive
     return run
 

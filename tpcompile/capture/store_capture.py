@@ -50,8 +50,16 @@ def capture_cached(
     dynamic: bool | Mapping[str, Dims] = True,
     device: torch.device | str | None = None,
 ) -> Captured:
-    """What ``capture_repeated`` gives for the call, from disk if it was captured before."""
-    name = capture_name(model, bound, dynamic, device) if cache_folder() is not None else None
+    """What ``capture_repeated`` gives for the call, from disk if it was captured before.
+
+    Args:
+        model: see ``capture``, as for all that follow.
+        bound: the call.
+        dynamic: the dimensions that are left open.
+        device: the device that the graph is made for.
+    """
+    on = cache_folder() is not None
+    name = capture_name(model, bound, dynamic, device) if on else None
     if name is not None:
         found = _read(name, flatten_call(bound)[0])
         if found is not None:

@@ -3,159 +3,170 @@
 A layer may depend on its number in ways that no attribute shows (``if self.layer_idx >= 20``), and so may
 the loop around the layers, or the shape of the result. So the model runs twice without data, whole and
 truncated, and the operators of both runs are compared: what they are, their constants, and whose results
-they take.
+they take. The same runs say which tensors of the call belong to which layer, and which layer every leaf of
+the result comes from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec
 
+from tpcompile.capture.assign_leaves import Leaves, assign_leaves
+from tpcompile.capture.bind_call import leaf_names
+from tpcompile.capture.call_results import CacheState
+from tpcompile.capture.cut_run import NotRepeated, Place, Regions
 from tpcompile.capture.find_repeats import Repeat, truncated
-from tpcompile.capture.record_run import Mark, Ref, Run, Weight, first_names, record_run
+from tpcompile.capture.match_results import Recipe, match_results
+from tpcompile.capture.record_run import Input, Ref, Weight, first_names, record_run
+from tpcompile.capture.trace_results import Results
 
 
-def refuse_layers(
+@dataclass(frozen=True)
+class Evidence:
+    """What the runs of the whole and of the truncated model say.
+
+    Attributes:
+        leaves: the leaves of the call that belong to single periods.
+        twins: per leaf of a layer that is left out: the leaf that stands for it, and how many periods before.
+        recipe: how the results of the whole model follow from those of the truncated one.
+        out_spec: the structure of the whole model's result.
+        states: the layers of the caches that the call was given, after it.
+        short_names: the key paths of the truncated model's results.
+        short_spec: the structure of the truncated model's result.
+    """
+
+    leaves: Leaves
+    twins: dict[int, tuple[int, int]]
+    recipe: Recipe
+    out_spec: TreeSpec
+    states: tuple[CacheState, ...]
+    short_names: tuple[str, ...]
+    short_spec: TreeSpec
+
+
+def compare_layers(
     model: nn.Module,
     repeats: Sequence[Repeat],
     leaves: Sequence[Any],
     in_spec: TreeSpec,
     device: torch.device,
-) -> str | None:
-    """Return None if the model is its truncated self with the last kept period repeated, else why not."""
+) -> Evidence:
+    """Compare the model with its truncated self.
+
+    Raises:
+        NotRepeated: it is not its truncated self with the last kept period repeated.
+    """
     names = first_names(model)
+    full = Regions(repeats, record_run(model, repeats, leaves, in_spec, device, names))
+    owned = _assign(full, leaves, in_spec)
+    twins = owned.twins(repeats)
+    given = {leaf: twin for leaf, (twin, _) in twins.items()}
     with truncated(model, repeats):
-        short = record_run(model, repeats, leaves, in_spec, device, names)
-    full = record_run(model, repeats, leaves, in_spec, device, names)
-    try:
-        return _Comparison(repeats, _Regions(repeats, short), _Regions(repeats, full)).refusal()
-    except _Disorder as error:
-        return str(error)
+        run = record_run(model, repeats, leaves, in_spec, device, names, given)
+    comparison = _Comparison(repeats, owned, Regions(repeats, run), full)
+    comparison.check()
+    recipe = match_results(repeats, comparison.results(comparison.short), comparison.results(full))
+    assert full.run.out_spec is not None and run.out_spec is not None
+    return Evidence(owned, twins, recipe, full.run.out_spec, full.run.states, run.names, run.out_spec)
 
 
-class _Disorder(Exception):
-    """Layers are not called one after the other."""
+def _assign(full: Regions, leaves: Sequence[Any], in_spec: TreeSpec) -> Leaves:
+    """The leaves of single periods; one that no operator uses goes by the result of the same name.
 
-
-class _Place(NamedTuple):
-    """Where an event stands: in which period of which list, or (list -1) in which stretch between lists."""
-
-    repeat: int
-    period: int
-
-
-_OWN, _BEFORE = _Place(-2, 0), _Place(-2, -1)
+    That is a cache's way: what comes in under a name goes out, changed, under the same name.
+    """
+    tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    facts = {i: f"{tuple(leaf.shape)} {leaf.dtype} {leaf.device}" for i, leaf in tensors.items()}
+    results = Results(full, {}, lambda token: token, lambda token, place: token, {})
+    forms = zip(full.run.names, results.forms, strict=True)
+    made = {name: form.period for name, form in forms if form.alone}
+    names = leaf_names(torch.utils._pytree.tree_unflatten(list(leaves), in_spec))
+    idle = {i: place for i, name in enumerate(names) if i in facts and (place := made.get(name)) is not None}
+    return assign_leaves(full, facts, idle)
 
 
 class _Operand(NamedTuple):
     """A tensor by the place and position of the event that made it."""
 
-    source: _Place
+    source: Place
     position: int
     output: int
     needs_grad: bool
 
 
-class _Regions:
-    """Cuts a run into the periods of every list of layers and the stretches before, between and after.
+class _OwnLeaf(NamedTuple):
+    """A tensor of the call that belongs to the period that takes it."""
 
-    A period ends with its last layer: what the model does between two layers belongs to the later one,
-    and what it does after the last layer to none.
-    """
-
-    def __init__(self, repeats: Sequence[Repeat], run: Run) -> None:
-        self.run = run
-        self.spans: dict[_Place, range] = {}
-        cuts = sorted(
-            (begin, number, stops)
-            for number, repeat in enumerate(repeats)
-            for begin, stops in [_periods(number, repeat, run.marks)]
-        )
-        at = 0
-        for stretch, (begin, number, stops) in enumerate(cuts):
-            if begin < at:
-                raise _Disorder("two lists of layers run in turns")
-            self.spans[_Place(-1, stretch)] = range(at, begin)
-            for period, stop in enumerate(stops):
-                self.spans[_Place(number, period)] = range(begin, stop)
-                begin = stop
-            at = begin
-        self.spans[_Place(-1, len(cuts))] = range(at, len(run.events))
-        self.places = [(place, event - span.start) for place, span in self.spans.items() for event in span]
-
-    def last(self, repeat: int) -> int:
-        """The number of the last period of a list."""
-        return max(place.period for place in self.spans if place.repeat == repeat)
+    ordinal: int
+    facts: str
 
 
-def _periods(number: int, repeat: Repeat, marks: Sequence[Mark]) -> tuple[int, list[int]]:
-    """Return where the first period begins and where each one ends."""
-    own = [mark for mark in marks if mark.repeat == number]
-    layers = [mark.layer for mark in own[::2]]
-    paired = all(
-        a.layer == b.layer and a.begins > b.begins for a, b in zip(own[::2], own[1::2], strict=False)
-    )
-    if len(own) % 2 or not paired or layers != sorted(set(layers)) or repeat.first not in layers:
-        raise _Disorder(f"the layers of {repeat.path} are not called once each, one after the other")
-    inside = range(repeat.first, repeat.first + repeat.count * repeat.period)
-    ends = [mark.event for mark in own[1::2] if mark.layer in inside]
-    if len(ends) % repeat.period:
-        raise _Disorder(f"not every layer of {repeat.path} is called")
-    begin = next(mark.event for mark in own if mark.layer == repeat.first)
-    return begin, ends[repeat.period - 1 :: repeat.period]
+_OWN, _BEFORE = Place(-2, 0), Place(-2, -1)
 
 
 class _Comparison:
     """Compares the full run with the truncated one."""
 
-    def __init__(self, repeats: Sequence[Repeat], short: _Regions, full: _Regions) -> None:
-        self.repeats, self.short, self.full = repeats, short, full
+    def __init__(self, repeats: Sequence[Repeat], leaves: Leaves, short: Regions, full: Regions) -> None:
+        self.repeats, self.leaves, self.short, self.full = repeats, leaves, short, full
+        self.known: dict[Any, int] = {}
 
-    def refusal(self) -> str | None:
-        """Why the full run is not the truncated one with periods added; None if it is."""
+    def check(self) -> None:
+        """Find out whether the full run is the truncated one with periods added, up to the last layer.
+
+        Raises:
+            NotRepeated: it is not.
+        """
         for number, repeat in enumerate(self.repeats):
             lasts = (self.short.last(number) + 1, self.full.last(number) + 1)
             if lasts != (repeat.kept, repeat.count):
-                return (
+                raise NotRepeated(
                     f"{repeat.path} runs {lasts[1]} of its {repeat.count} periods, {lasts[0]} when truncated"
                 )
-            refusal = self._refuse_periods(number, repeat)
-            if refusal:
-                return refusal
+            self._check_periods(number, repeat)
         for place, span in self.short.spans.items():
-            if self._absolute(self.short, place) != self._absolute(self.full, place):
+            if place != self.short.end and self._absolute(self.short, place) != self._absolute(
+                self.full, place
+            ):
                 where = "outside of the layers" if place.repeat < 0 else self.repeats[place.repeat].path
-                return f"what runs {where} depends on the number of layers (after {self._last_op(span)})"
-        if self.short.run.structure != self.full.run.structure:
-            return "the structure of the result depends on the number of layers"
-        results = (self.short.run.results, self.full.run.results)
-        if self._token(results[0], self.short, -1) != self._token(results[1], self.full, -1):
-            return "the results depend on the number of layers"
-        return None
+                raise NotRepeated(
+                    f"what runs {where} depends on the number of layers (after {self._last_op(span)})"
+                )
 
-    def _refuse_periods(self, number: int, repeat: Repeat) -> str | None:
+    def results(self, regions: Regions) -> Results:
+        """The results of one of the runs, to be compared with those of the other."""
+        return Results(
+            regions,
+            self.leaves.owner,
+            lambda token: self._token(token, regions, -1),
+            lambda token, place: self._seen_from(token, regions, place),
+            self.known,
+        )
+
+    def _check_periods(self, number: int, repeat: Repeat) -> None:
         pattern = self._relative(number, repeat.kept - 1)
         if not _same_layout(self._relative(number, repeat.kept - 2), pattern):
-            return f"the last two captured periods of {repeat.path} do different things"
+            raise NotRepeated(f"the last two captured periods of {repeat.path} do different things")
         for period in range(repeat.kept, repeat.count):
             if self._relative(number, period) != pattern:
                 layer = repeat.first + period * repeat.period
-                return f"{repeat.path}.{layer} does not do what the layers before it do"
-        return None
+                raise NotRepeated(f"{repeat.path}.{layer} does not do what the layers before it do")
 
     def _last_op(self, span: range) -> str:
         events = self.short.run.events[span.start : span.stop]
         return str(events[-1][0]) if events else "nothing"
 
-    def _absolute(self, regions: _Regions, place: _Place) -> list[Any]:
+    def _absolute(self, regions: Regions, place: Place) -> list[Any]:
         span = regions.spans[place]
         return [self._token(e, regions, place.repeat) for e in regions.run.events[span.start : span.stop]]
 
-    def _token(self, token: Any, regions: _Regions, here: int) -> Any:
+    def _token(self, token: Any, regions: Regions, here: int) -> Any:
         """Operands by the place where they were made.
 
         Seen from elsewhere, the full run's last period of a list is the last kept one, and what stands
@@ -164,35 +175,50 @@ class _Comparison:
         if isinstance(token, Ref):
             place, position = regions.places[token.event]
             if regions is self.full and place.repeat not in (-1, here):
-                repeat = self.repeats[place.repeat]
-                if place.period == repeat.count - 1:
-                    place = _Place(place.repeat, repeat.kept - 1)
-                elif place.period >= repeat.kept - 1:
-                    place = _Place(place.repeat, -1)
+                place = self._counterpart(place)
             return _Operand(place, position, token.output, token.needs_grad)
+        if isinstance(token, Input) and token.leaf in self.leaves.owner:
+            place = self.leaves.owner[token.leaf]
+            if regions is self.full and place.repeat != here:
+                place = self._counterpart(place)
+            return (place, self._own_leaf(token))
         if type(token) is tuple:
             return tuple([self._token(item, regions, here) for item in token])
         return token
 
+    def _counterpart(self, place: Place) -> Place:
+        """The truncated run's period of which the full run's period is the end."""
+        repeat = self.repeats[place.repeat]
+        if place.period == repeat.count - 1:
+            return Place(place.repeat, repeat.kept - 1)
+        return Place(place.repeat, -1) if place.period >= repeat.kept - 1 else place
+
+    def _own_leaf(self, token: Input) -> _OwnLeaf:
+        return _OwnLeaf(self.leaves.ordinal(token.leaf), token.facts)
+
     def _relative(self, number: int, period: int) -> list[Any]:
         """A period's events; operands from itself and from the period before are named relative to it."""
-        regions, repeat = self.full, self.repeats[number]
-        span = regions.spans[_Place(number, period)]
+        place = Place(number, period)
+        span = self.full.spans[place]
+        return [
+            self._seen_from(event, self.full, place) for event in self.full.run.events[span.start : span.stop]
+        ]
 
-        def visit(token: Any) -> Any:
-            if isinstance(token, Ref):
-                place, position = regions.places[token.event]
-                distance = period - place.period if place.repeat == number else -1
-                source = {0: _OWN, 1: _BEFORE}.get(distance, place)
-                return _Operand(source, position, token.output, token.needs_grad)
-            if isinstance(token, Weight):
-                own = repeat.period_of(token.name) == period
-                return Weight(repeat.shifted(token.name, -period) if own else token.name, token.facts)
-            if type(token) is tuple:
-                return tuple([visit(item) for item in token])
-            return token
-
-        return [visit(event) for event in regions.run.events[span.start : span.stop]]
+    def _seen_from(self, token: Any, regions: Regions, here: Place) -> Any:
+        repeat = self.repeats[here.repeat]
+        if isinstance(token, Ref):
+            place, position = regions.places[token.event]
+            distance = here.period - place.period if place.repeat == here.repeat else -1
+            source = {0: _OWN, 1: _BEFORE}.get(distance, place)
+            return _Operand(source, position, token.output, token.needs_grad)
+        if isinstance(token, Weight):
+            own = repeat.period_of(token.name) == here.period
+            return Weight(repeat.shifted(token.name, -here.period) if own else token.name, token.facts)
+        if isinstance(token, Input) and self.leaves.owner.get(token.leaf) == here:
+            return self._own_leaf(token)
+        if type(token) is tuple:
+            return tuple([self._seen_from(item, regions, here) for item in token])
+        return token
 
 
 def _same_layout(earlier: Any, later: Any) -> bool:

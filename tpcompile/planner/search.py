@@ -108,6 +108,8 @@ class _Axis:
     ) -> None:
         self.search, self.ranks, self.prior, self.pins = search, ranks, prior, pins
         self.factors, self.costs = search.factors, AxisCosts(search, ranks, prior)
+        # On one rank there is nothing to divide, and nothing to send: the program stays as it was captured.
+        self.candidates = search.candidates if ranks > 1 else set()
         self.problem = Problem()
         self.options: dict[Node, list[Strategy]] = {}
         self.holdings: dict[Node, list[Placement]] = {}
@@ -146,9 +148,9 @@ class _Axis:
         places = self.factors.places(param)
         options: list[Placement] = [R]
         for (dim, pos), atom in places.items():
-            if atom in self.search.candidates and self.costs.left(param, (dim, pos), atom) > 1:
+            if atom in self.candidates and self.costs.left(param, (dim, pos), atom) > 1:
                 options.append(Shard(dim, pos))
-        if param in self.pins:
+        if param in self.pins and self.ranks > 1:
             options = [o for o in options if o in self.pins[param]]
         if not options:
             wanted = " or ".join(sorted(map(str, self.pins[param])))
@@ -172,7 +174,7 @@ class _Axis:
         def may_divide(factor: OpFactor) -> bool:
             # Rows of experts: no rank may be without one.
             least = fewest if factor.reduce or None not in factor.outputs else self.ranks
-            return factor.atom in self.search.candidates and self.costs.left_in(node, factor) >= least
+            return factor.atom in self.candidates and self.costs.left_in(node, factor) >= least
 
         axes = [*(a.ranks for a in self.prior), self.ranks]
         options = strategies(node, self.factors, may_divide, axes)
