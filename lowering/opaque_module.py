@@ -50,6 +50,8 @@ class LocalModule:
     handle: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
+        # Later it is a guarded class, whose forward is for calls from outside of a program.
+        self.kind = type(self.module)
         _LOCAL[self.handle] = self
 
     def run(self, inputs: list[Tensor], weights: list[Tensor], sizes: list[int]) -> Tensor:
@@ -63,9 +65,7 @@ class LocalModule:
         names = weight_names(self.module)
         with lent(self.module, dict(zip(names, given, strict=True))):
             args = self.strategy.before(self.module, tuple(inputs), self.mesh)
-            result = self.strategy.after(
-                self.module, type(self.module).forward(self.module, *args), self.mesh
-            )
+            result = self.strategy.after(self.module, self.kind.forward(self.module, *args), self.mesh)
         got = list(result.shape)
         if len(got) != len(sizes) or any(n not in (-1, m) for m, n in zip(got, sizes, strict=True)):
             raise self.strategy.error(

@@ -14,7 +14,7 @@ from tests.spmd import run_spmd
 from tpcompile import TpCompileError
 from tpcompile.caches import Held
 from tpcompile.capture import bind_call, capture, flatten_call
-from tpcompile.capture.call_results import state_of
+from tpcompile.capture.call_results import states_of
 from tpcompile.capture.register_caches import register_cache_support
 from tpcompile.capture.size_check import size_check
 
@@ -140,11 +140,13 @@ def test_caches_come_apart_and_together() -> None:
     for cache, twin in zip(caches(5), caches(5), strict=True):
         leaves, spec = flatten_call({"cache": cache})
         again = torch.utils._pytree.tree_unflatten(leaves, spec)["cache"]
-        state_of("cache", cache).put(twin, leaves)
+        (state,) = states_of("cache", cache)
+        state.put(twin, leaves)
         assert type(again) is type(cache)
         new = torch.randn(2, 4, 1, 12)
-        for one in (again, twin):
-            clone = torch.utils._pytree.tree_map(torch.clone, cache)
+        # Made first: what was put together of a static cache's tensors writes into them.
+        clones = [torch.utils._pytree.tree_map(torch.clone, cache) for _ in range(2)]
+        for one, clone in zip((again, twin), clones, strict=True):
             for step in range(2):
                 for i in range(2):
                     mine, theirs = one.update(new, new, i), clone.update(new, new, i)

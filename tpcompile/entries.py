@@ -62,7 +62,9 @@ class FixedModules(nn.Module):
     """Mixed into sharded modules: programs hold the layers that were there when they were captured."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module) and value is not self._modules.get(name):
+        # A new instance, which a class method of the sharded class makes, is being filled.
+        fixed = "_tp" in self.__dict__ or _ENTRY in self.__dict__
+        if fixed and isinstance(value, nn.Module) and value is not self._modules.get(name):
             self._refuse_change(name)
         super().__setattr__(name, value)
 
