@@ -14,7 +14,8 @@ from .errors import TpCompileError
 from .gather_weights import full_state_dict
 from .plan import Plan
 from .print_graph import graph_text
-from .runtime import Program, Runtime
+from .program import Program
+from .runtime import Runtime
 
 
 class ShardedModule(FixedModules):

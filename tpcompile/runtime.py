@@ -4,131 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from .caches import Held, held_outputs
-from .capture import Captured, flatten_call, leaf_names
+from .caches import Held
+from .capture import flatten_call, leaf_names
 from .capture.bind_call import CallSignature
 from .capture.call_results import given_caches, states_of
-from .capture.program import InputSpec
-from .capture.repeated_layers import whole_outputs
-from .capture.size_check import Check, size_check
-from .compile_program import Compiled, Compiler
-from .compile_step import Step, compile_step, mark_open_sizes
+from .compile_program import Compiler
 from .entries import Entry, can_compose, divided_paths, entered, open_paths, original_call, without_guards
 from .errors import CannotCapture, TpCompileError
-from .fetch_inputs import Feed, Fetch, make_fetch
 from .layout import WeightLayout
-from .lowering.local_shapes import LocalShapes
-from .lowering.lower_graph import SOURCE
-from .plan import Plan
-from .shell import shard_more_weights, shard_weights, tensors_by_name, unsharded
-from .work import Source, Work
-
-
-@dataclass
-class Program:
-    """One call signature of a sharded model.
-
-    Attributes:
-        compiled: the program at global shapes, planned and rewritten.
-        captured: what it was captured from, the sizes of caches as this rank holds them.
-        graph_module: this rank's lowered graph.
-        plan: what was decided.
-        training: ``model.training`` when it was captured.
-        autocast: the autocast type when it was captured, or None; its casts are in the graph.
-        names: the arguments that are given.
-        example: the leaves of the call that it was captured for, tensors without their values.
-        feeds: where each placeholder's value comes from; a number stands for a leaf of the call.
-        mutated: per buffer that the program changes, where it is.
-        entry: the submodule that is called, "" for the model itself.
-        check: whether the sizes of a call's leaves are ones that it runs on.
-        outlined: the graph with repeated layers as calls of a submodule, for ``torch.compile``, and what
-            fetches its inputs; None if no layers repeat often enough.
-        steps: its compiled steps, by torch.compile's options.
-    """
-
-    compiled: Compiled
-    captured: Captured
-    graph_module: GraphModule
-    plan: Plan
-    training: bool
-    autocast: torch.dtype | None
-    names: tuple[str, ...]
-    example: tuple[Any, ...]
-    feeds: tuple[Feed | int, ...]
-    mutated: tuple[Feed, ...]
-    check: Check
-    entry: str = ""
-    outlined: tuple[GraphModule, Fetch] | None = None
-    steps: dict[str, Step] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.fetch = make_fetch(self.feeds)
-
-    def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
-        """Whether a call is one of this program's, by its structure apart; dynamo can trace it."""
-        if names != self.names or training != self.training or len(leaves) != len(self.example):
-            return False
-        if autocast_of(leaves) != self.autocast:
-            return False
-        for given, mine in zip(leaves, self.example, strict=True):
-            if isinstance(mine, Tensor) != isinstance(given, Tensor):
-                return False
-            if isinstance(mine, Tensor):
-                if given.dtype != mine.dtype or given.ndim != mine.ndim:
-                    return False
-            elif type(given) is not type(mine) or given != mine:
-                return False
-        return self.check(leaves)
-
-    def run(
-        self, leaves: Sequence[Any], bound: Mapping[str, Any], options: dict[str, Any] | None = None
-    ) -> Any:
-        """Runs this rank's graph, rebuilds the model's output and updates the caches of the call.
-
-        Args:
-            leaves: the call, flat.
-            bound: the call.
-            options: torch.compile's, if the graph is to run under it.
-        """
-        given = [x.contiguous() if isinstance(x, Tensor) else None for x in leaves]
-        if options is None or torch.compiler.is_compiling():
-            return self.captured.unflatten(self.step(given), bound)
-        key = repr(sorted(options.items()))
-        if key not in self.steps:
-            mark_open_sizes(self.captured, given)
-            self.steps[key] = compile_step(self.step, f"step_{id(self)}", options)
-        return self.captured.unflatten(self.steps[key](given), bound)
-
-    def step(self, given: Sequence[Any]) -> Sequence[Any]:
-        """Runs this rank's graph on the tensors of a call; the flat results."""
-        graph_module, fetch = self.graph_module, self.fetch
-        # What is asked of the sizes must be known to dynamo before the first layer, which stands for others.
-        if self.outlined is not None and torch.compiler.is_dynamo_compiling() and self.check(given):
-            graph_module, fetch = self.outlined
-        # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
-        flat: Sequence[Any] = graph_module.forward(*fetch(given))
-        if self.mutated:
-            for feed, new in zip(self.mutated, flat[len(flat) - len(self.mutated) :], strict=True):
-                with torch.no_grad():
-                    feed.get().copy_(new)
-        return flat
-
-    def __str__(self) -> str:
-        arguments = ", ".join(
-            f"{spec.name}: {'x'.join(map(str, spec.extents))}"
-            if spec.extents is not None
-            else f"{spec.name}={spec.value}"
-            for spec in self.captured.user_inputs
-        )
-        return f"{self.entry}({arguments}) {'train' if self.training else 'eval'}"
+from .make_program import hand_out, make_program
+from .program import Program, device_of
+from .shell import shard_more_weights, shard_weights, unsharded
 
 
 @dataclass
@@ -228,29 +121,7 @@ class Runtime:
             self.layout = layout
         self.divided = divided_paths(model, self.layout)
         self.pieces = open_paths(model, self.layout) if self.composed else frozenset()
-        leaves, _ = flatten_call(bound)
-        captured = local_extents(compiled, self.compiler.rank)
-        program = Program(
-            compiled=compiled,
-            captured=captured,
-            graph_module=compiled.local,
-            plan=compiled.plan,
-            training=model.get_submodule(path).training,
-            autocast=autocast_of(leaves),
-            names=tuple(bound),
-            example=tuple(x.to("meta") if isinstance(x, Tensor) else x for x in leaves),
-            feeds=make_feeds(model, compiled, compiled.local, self.compiler.rank),
-            outlined=None
-            if (outlined := compiled.outlined) is None
-            else (outlined, make_fetch(make_feeds(model, compiled, outlined, self.compiler.rank))),
-            mutated=tuple(
-                Feed(*tensors_by_name(model)[o.name])
-                for o in compiled.planned.captured.outputs
-                if o.kind == "buffer_mutation"
-            ),
-            entry=path,
-            check=size_check(captured),
-        )
+        program = make_program(model, compiled, bound, path, self.compiler.rank)
         self.programs.append(program)
         return program
 
@@ -346,82 +217,3 @@ def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], 
             return NotImplemented
     with torch.autocast(device_of(leaves), enabled=False):
         return program.run(leaves, bound, runtime.compile_options)
-
-
-def hand_out(planned: Work) -> dict[str, Held]:
-    """How the caches that a program returns lie."""
-    factors = planned.planned_factors
-    assert factors is not None, "the program must be planned"
-    placements = planned.handed_out(factors)
-    results = planned.outputs()
-    if planned.blocks is None:
-        every = [(spec.name, at) for at, spec in enumerate(planned.captured.outputs)]
-    else:
-        every = [(derived.name, derived.output) for derived in planned.blocks.results]
-    named = [(name, out) for name, at in every if isinstance(out := results[at], Node) and out in placements]
-    return held_outputs(named, factors, placements)
-
-
-def local_extents(compiled: Compiled, rank: int) -> Captured:
-    """The captured program, with the sizes of given caches as a rank holds them."""
-    work = compiled.planned
-    factors = work.planned_factors
-    assert factors is not None, "the program must be planned"
-    shapes = LocalShapes(factors, work.axes, WeightLayout(work.axes, {}).coordinates(rank))
-    local = {
-        work.sources[n].spec.name: shapes.shape(n, placements)
-        for n, placements in work.given(factors).items()
-    }
-    inputs, outputs = work.captured.inputs, work.captured.outputs
-    if work.blocks is not None:
-        local |= {leaf: local[twin] for (twin, _), leaf in work.blocks.leaves.items() if twin in local}
-        inputs = (*(spec for spec in inputs if spec.kind != "user"), *work.blocks.users)
-        outputs = whole_outputs(work.captured)
-
-    def adapt(spec: InputSpec) -> InputSpec:
-        sizes = local.get(spec.name)
-        if sizes is None or spec.extents is None:
-            return spec
-        extents = tuple(
-            size if isinstance(size, int) else extent
-            for size, extent in zip(sizes, spec.extents, strict=True)
-        )
-        return replace(spec, extents=extents)
-
-    own = {f.name: getattr(work.captured, f.name) for f in fields(Captured)}
-    return Captured(**{**own, "inputs": tuple(map(adapt, inputs)), "outputs": outputs})
-
-
-def autocast_of(leaves: Sequence[Any]) -> torch.dtype | None:
-    """The autocast type that is on for a call's device, or None."""
-    device = device_of(leaves)
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def device_of(leaves: Sequence[Any]) -> str:
-    """The device type of a call."""
-    return next((x.device.type for x in leaves if isinstance(x, Tensor)), "cpu")
-
-
-def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: int) -> tuple[Feed | int, ...]:
-    """Where each placeholder of a rank's graph gets its value."""
-    places = tensors_by_name(model)
-    work, layout = compiled.planned, compiled.plan.layout
-    leaves = {spec.name: i for i, spec in enumerate(work.captured.user_inputs)}
-
-    def feed(source: Source) -> Feed | int:
-        name = source.spec.name
-        if source.spec.kind == "user":
-            return leaves[name]
-        if source.spec.kind == "constant":
-            return Feed(None, name, work.captured.constants[name])
-        if source.order < 0:
-            return Feed(*places[name])
-        dim = layout.params[name].packed_dim
-        sizes = [s[dim] for s in layout.segment_shapes(name, rank)]
-        if source.count == len(sizes):
-            return Feed(*places[name])
-        mine = sizes[source.order : source.order + source.count]
-        return Feed(*places[name], segment=(dim, sum(sizes[: source.order]), sum(mine)))
-
-    return tuple(feed(node.meta[SOURCE]) for node in local.graph.find_nodes(op="placeholder"))
