@@ -27,7 +27,7 @@ from tests.toys import Mlp, Rearranged
 from tpcompile import disk_cache
 from tpcompile.capture import Captured, bind_call, flatten_call
 from tpcompile.capture import store_capture as store
-from tpcompile.capture.repeated_layers import ShortCapture, capture_repeated
+from tpcompile.capture.repeated_layers import ShortCapture, capture_repeated, unroll_captured
 from tpcompile.capture.store_capture import capture_cached, capture_name
 from tpcompile.disk_cache import read_entry, write_entry
 from tpcompile.print_graph import graph_text
@@ -157,7 +157,9 @@ def test_repeated_layers_and_a_cache_come_back(folder: Path, monkeypatch: pytest
         assert two is not one
     again = copy.deepcopy(decode)  # a run writes into its cache
     for ours, theirs in zip(
-        run(capture_cached(model, decode), model, decode), run(step, model, again), strict=True
+        run(unroll_captured(capture_cached(model, decode)), model, decode),
+        run(unroll_captured(step), model, again),
+        strict=True,
     ):
         assert torch.equal(ours, theirs)
 

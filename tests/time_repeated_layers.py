@@ -47,7 +47,7 @@ def timed(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def main() -> None:
     """Prints a line per step."""
-    for name in ("find_repeats", "capture", "refuse_layers"):
+    for name in ("find_repeats", "capture", "compare_layers"):
         setattr(repeated_layers, name, timed(name, getattr(repeated_layers, name)))
     for name, sizes in SIZES.items():
         model = llama(*sizes)
