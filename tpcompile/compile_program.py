@@ -104,10 +104,18 @@ class Compiler:
         self, options: Options, ranks: int, mesh: DeviceMesh | None = None, axis: str | None = None
     ) -> None:
         self.options, self.ranks, self.mesh, self.axis = options, ranks, mesh, axis
-        self.group: dist.ProcessGroup | None = mesh.get_group(axis) if mesh is not None else None
         self.rank = mesh.get_local_rank(axis) if mesh is not None else 0
         self._groups: dict[tuple[int, ...], AxisGroups] = {}
         self._custom: CustomModules | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks of the axis.
+
+        Asked for each time: a reference would keep the group, and its threads, beyond
+        ``destroy_process_group`` to the end of the process, which gloo does not survive.
+        """
+        return None if self.mesh is None else self.mesh.get_group(self.axis)
 
     def compile(
         self,
