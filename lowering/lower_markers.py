@@ -52,7 +52,7 @@ def _all_reduce_coalesced(low: Lowering, node: Node) -> list[Node]:
     flat = [low.emit(aten.flatten.using_ints, p, like=node) for p in parts]
     joined = low.emit(aten.cat.default, flat, like=node)
     reduced = low.emit(ops.all_reduce.default, joined, low.groups.name(axes), op, like=node)
-    sizes = [low.emit(aten.sym_numel.default, p, like=node) for p in parts]
+    sizes = [low.emit(aten.sym_size.int, f, 0, like=node) for f in flat]
     pieces = low.emit(aten.split_with_sizes.default, reduced, sizes, like=node)
     out = []
     for i, part in enumerate(parts):
