@@ -75,7 +75,12 @@ def same(group: dist.ProcessGroup | None, value: object) -> bool:
     return all(other == everyone[0] for other in everyone)
 
 
-def compare(group: dist.ProcessGroup | None, what: str, lines: list[str]) -> str:
+def compare(
+    group: dist.ProcessGroup | None,
+    what: str,
+    lines: list[str],
+    todo: str = "give every rank the same model, mode and example",
+) -> str:
     """A fingerprint of a text that must be the same on all ranks.
 
     Raises:
@@ -93,7 +98,7 @@ def compare(group: dist.ProcessGroup | None, what: str, lines: list[str]) -> str
         raise TpCompileError(
             f"the ranks have different {what}: rank 0 has {here!r}, rank {rank} has {there!r}",
             where=f"line {line}",
-            todo="give every rank the same model, mode and example",
+            todo=todo,
         )
     return fingerprint
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from .agree import compare, together
 from .capture.bind_call import bind_call, signature_of
 from .compile_program import Compiler, Options
 from .default_example import default_example
@@ -23,6 +24,7 @@ from .passes.pipeline import Pass
 from .plan import Plan
 from .planner.cost import CostModel, preset
 from .runtime import Runtime
+from .settings import Settings
 from .shell import sharded_class
 from .strategies.custom_strategy import split_plan
 from .strategies.hf_plan import hf_plan
@@ -45,6 +47,7 @@ def parallelize(
     memory: float | None = None,
     passes: Sequence[Pass] = (),
     compose: bool = False,
+    compare_calls: bool = False,
 ) -> Any:
     """Makes a model tensor-parallel over a mesh, in place, and returns it.
 
@@ -69,17 +72,26 @@ def parallelize(
         passes: passes to run after the compiler's own.
         compose: run a module that cannot be captured as the python that it is, over its submodules, which
             are captured one by one, down to single layers. Every such module is warned about.
+        compare_calls: compare the arguments of every call over the ranks before it runs, which takes one
+            small message each. Without it only the first call of each program is compared.
 
     Raises:
-        TpCompileError: the request is refused; the model is unchanged.
+        TpCompileError: on all ranks: the request is refused; the model is unchanged.
     """
     mesh = mesh if mesh is not None else _default_mesh(model)
     ranks = _check_mesh(mesh, axis)
-    _check_device(model, mesh)
-    options = _options(model, plan, cost_model, mesh.device_type, dynamic, memory, passes, compose)
+
+    def read() -> tuple[Options, dict[str, Any] | None]:
+        _check_device(model, mesh)
+        options = _options(model, plan, cost_model, mesh.device_type, dynamic, memory, passes, compose)
+        return options, _example(model, example_args, example_kwargs)
+
+    group = mesh.get_group(axis)
+    options, example = together(group, "read the request", read)
+    compare(group, "requests", options.lines(), "make the same request on every rank")
     signature, original = signature_of(model), type(model)
-    example = _example(model, example_args, example_kwargs)
-    runtime = Runtime(Compiler(options, ranks, mesh, axis), signature, original)
+    compiler = Compiler(options, ranks, mesh, axis)
+    runtime = Runtime(compiler, signature, original, Settings(model), compare_calls=compare_calls)
     failed = runtime.try_first(model, example) if example is not None else None
     model._tp = runtime  # type: ignore[assignment]
     generates = hasattr(original, "generate") and hasattr(original, "_sample")
@@ -173,6 +185,12 @@ def _check_mesh(mesh: DeviceMesh, axis: str | None) -> int:
         raise TpCompileError(
             f"the mesh names rank {int(mesh.mesh.max())}, the world has {dist.get_world_size()} processes",
             todo="start more processes, or make a smaller mesh",
+        )
+    if mesh.get_coordinate() is None:
+        raise TpCompileError(
+            f"rank {dist.get_rank()} is no part of the mesh",
+            where=f"ranks {mesh.mesh.flatten().tolist()}",
+            todo="call this on the ranks of the mesh only",
         )
     return mesh.size() if axis is None else mesh.size(names.index(axis))
 

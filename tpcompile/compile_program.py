@@ -70,6 +70,14 @@ class Options:
     custom: Mapping[str, str] = field(default_factory=dict)
     compose: bool = False
 
+    def lines(self) -> list[str]:
+        """What all ranks must have asked for, as text; the cost model may differ: rank 0's counts."""
+        plan = None if self.plan is None else (self.plan.graph, self.plan.layout.to_json())
+        passes = [each.name for each in self.passes]
+        asked: dict[str, Any] = {"rules": self.rules.wishes, "custom": dict(self.custom), "plan": plan}
+        asked |= {"passes": passes, "dynamic": self.dynamic, "memory": self.memory, "compose": self.compose}
+        return [f"{name}: {value!r}" for name, value in asked.items()]
+
 
 @dataclass
 class Compiled:
@@ -81,6 +89,7 @@ class Compiled:
         plan: the plan.
         local: this rank's graph (without a mesh: the one at global shapes).
         outlined: the same with repeated layers as calls of a submodule, if there are many.
+        differentiable: whether its collectives are such that gradients come out right.
     """
 
     planned: Work
@@ -88,6 +97,7 @@ class Compiled:
     plan: Plan
     local: GraphModule
     outlined: GraphModule | None = None
+    differentiable: bool = True
 
 
 class Compiler:
@@ -157,7 +167,7 @@ class Compiler:
             pins = make_pins(self.options.rules.wishes) if layout is None else pins_from_layout(layout)
             plan = make_plan(planned, rewritten, placed, self.options.cost, graph, pins)
             plan.timings = {"capture": clock[1] - clock[0], "plan": clock[2] - clock[1]}
-            return Compiled(planned, rewritten, plan, *self._lower(rewritten))
+            return Compiled(planned, rewritten, plan, *self._lower(rewritten), differentiable=training)
 
         compiled = together(self.group, "lower the model", finish)
         if layout is None and self.options.rules.wishes:

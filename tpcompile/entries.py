@@ -14,17 +14,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 
 from .capture.bind_call import CallSignature, signature_of
 from .errors import TpCompileError
+from .fixed_module import ENTRY, FixedModule
 from .gather_weights import is_whole
 from .layout import WeightLayout
 
 if TYPE_CHECKING:
     from .runtime import Runtime
 
-_ENTRY = "_tp_entry"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -58,34 +59,15 @@ class _Guard:
     lifted: Any = None
 
 
-class FixedModules(nn.Module):
-    """Mixed into sharded modules: programs hold the layers that were there when they were captured."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # A new instance, which a class method of the sharded class makes, is being filled.
-        fixed = "_tp" in self.__dict__ or _ENTRY in self.__dict__
-        if fixed and isinstance(value, nn.Module) and value is not self._modules.get(name):
-            self._refuse_change(name)
-        super().__setattr__(name, value)
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Refused.
-
-        Raises:
-            TpCompileError: always.
-        """
-        self._refuse_change(name)
-
-    def _refuse_change(self, name: str) -> None:
-        raise TpCompileError(
-            "a layer of a sharded model is replaced or added, which its programs would not notice",
-            where=f"{type(self).__name__}.{name}",
-            todo="change the model (adapters, wrappers, resized embeddings) before parallelize",
-        )
-
-
-class GuardedModule(FixedModules):
+class GuardedModule(FixedModule):
     """Mixed into the class of a sharded model's submodule."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        raise TpCompileError(
+            "a part of a sharded model cannot be copied: it holds slices, and its programs are the model's",
+            where=self.__dict__[ENTRY].entry.path,
+            todo="copy the whole model",
+        )
 
 
 @functools.cache
@@ -94,7 +76,7 @@ def guarded_class(original: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        guard: _Guard = self.__dict__[_ENTRY]
+        guard: _Guard = self.__dict__[ENTRY]
         runtime: Runtime = guard.root._tp  # type: ignore[assignment]
         if guard.entry.path in runtime.divided or guard.entry.path in runtime.pieces:
             return runtime.call(guard.root, args, kwargs, guard.entry)
@@ -118,15 +100,15 @@ def original_call(
     if not path:
         return original.forward(root, *args, **kwargs)
     module = root.get_submodule(path)
-    return _original(module, module.__dict__[_ENTRY])(*args, **kwargs)
+    return _original(module, module.__dict__[ENTRY])(*args, **kwargs)
 
 
 def guard_submodules(root: nn.Module) -> None:
-    """Guards every submodule that has parameters in it; the runtime says which of them are divided."""
+    """Guards every submodule; the runtime says which of them have divided weights in them."""
     for path, module in root.named_modules():
-        if path and next(module.parameters(), None) is not None:
+        if path and not isinstance(module, torch.jit.ScriptModule):
             entry = Entry(path, signature_of(module), type(module))
-            module.__dict__[_ENTRY] = _Guard(entry, root, module.__dict__.pop("forward", None))
+            module.__dict__[ENTRY] = _Guard(entry, root, module.__dict__.pop("forward", None))
             kind: Any = type(module)
             module.__class__ = guarded_class(kind)
 
@@ -159,15 +141,15 @@ def can_compose(root: nn.Module, path: str, layout: WeightLayout | None) -> bool
     module = root.get_submodule(path)
     own = [f"{path}.{name}".lstrip(".") for name in module._parameters]
     sliced = layout is not None and any(n in layout.params and not is_whole(layout.params[n]) for n in own)
-    return not sliced and any(_ENTRY in child.__dict__ for child in module.children())
+    return not sliced and any(next(child.parameters(), None) is not None for child in module.children())
 
 
 @contextmanager
 def without_guards(root: nn.Module) -> Iterator[None]:
     """Gives submodules their own classes back, so that the model can be captured."""
-    guards = [(m, type(m), m.__dict__[_ENTRY]) for m in root.modules() if _ENTRY in m.__dict__]
+    guards = [(m, type(m), m.__dict__[ENTRY]) for m in root.modules() if ENTRY in m.__dict__]
     for module, _, guard in guards:
-        del module.__dict__[_ENTRY]
+        del module.__dict__[ENTRY]
         module.__class__ = guard.entry.original
         if guard.lifted is not None:
             module.__dict__["forward"] = guard.lifted
@@ -176,7 +158,7 @@ def without_guards(root: nn.Module) -> Iterator[None]:
     finally:
         for module, kind, guard in guards:
             module.__dict__.pop("forward", None)
-            module.__dict__[_ENTRY] = guard
+            module.__dict__[ENTRY] = guard
             module.__class__ = kind
 
 
@@ -197,6 +179,29 @@ def entered(root: nn.Module, path: str) -> Iterator[None]:
     finally:
         root.__class__ = own_class
         module.__dict__.update(hooks)
+
+
+def hooks_below(root: nn.Module, path: str, hooks: list[tuple[str, str, int]]) -> bool:
+    """Whether hooks are there on modules inside of the one at ``path``."""
+    return any(
+        (not path or place.startswith(path + ".")) and key in root.get_submodule(place).__dict__[table]
+        for place, table, key in hooks
+    )
+
+
+@contextmanager
+def without_hooks(root: nn.Module, hooks: list[tuple[str, str, int]]) -> Iterator[None]:
+    """Takes away hooks: they run where the caller sees them, and are no part of what is captured."""
+    tables = {(path, table): root.get_submodule(path).__dict__[table] for path, table, _ in hooks}
+    before = {place: list(table.items()) for place, table in tables.items()}
+    for path, table, key in hooks:
+        tables[path, table].pop(key, None)
+    try:
+        yield
+    finally:
+        for place, items in before.items():
+            tables[place].clear()
+            tables[place].update(items)
 
 
 def _entered_class(root: type[nn.Module], entry: type[nn.Module], path: str) -> type[nn.Module]:

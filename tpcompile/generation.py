@@ -7,7 +7,6 @@ heads.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +17,11 @@ from torch import Tensor
 
 from .agree import compare, from_first
 from .capture.register_caches import is_cache
+from .compare_calls import describe_value
 from .errors import TpCompileError
 from .module import ShardedModule
 from .runtime import Runtime
 
-_LARGEST_COMPARED = 1 << 22
 _REFUSED = ("offloaded", "quantized", "paged")
 
 
@@ -136,19 +135,12 @@ def _describe(call: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_value(value: Any) -> str:
-    if isinstance(value, Tensor):
-        facts = f"{value.dtype} {list(value.shape)}"
-        if value.numel() > _LARGEST_COMPARED:
-            return facts
-        plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        return f"{facts} {hashlib.sha256(plain.numpy().tobytes()).hexdigest()[:16]}"
-    if isinstance(value, (type(None), bool, int, float, str)):
-        return repr(value)
     if isinstance(value, (list, tuple)):
         return f"{type(value).__name__} {[_describe_value(v) for v in value]}"
-    if hasattr(value, "to_json_string"):
-        return str(value.to_json_string())
-    return type(value).__name__
+    if hasattr(value, "to_json_string"):  # a configuration, which may hold tensors
+        public = sorted((key, v) for key, v in vars(value).items() if not key.startswith("_"))
+        return str([(key, _describe_value(v)) for key, v in public])
+    return describe_value(value)
 
 
 def _get(config: Any, name: str) -> Any:

@@ -24,7 +24,7 @@ from .work import Source, Work
 
 
 def make_program(
-    model: nn.Module, compiled: Compiled, bound: dict[str, Any], path: str, rank: int
+    model: nn.Module, compiled: Compiled, bound: dict[str, Any], path: str, rank: int, settings: int
 ) -> Program:
     """The program of a rank.
 
@@ -34,6 +34,7 @@ def make_program(
         bound: the call.
         path: the submodule that is called, "" for the model itself.
         rank: this rank.
+        settings: the number of the model's present settings.
     """
     leaves, _ = flatten_call(bound)
     captured = local_extents(compiled, rank)
@@ -51,15 +52,40 @@ def make_program(
         names=tuple(bound),
         example=tuple(x.to("meta") if isinstance(x, Tensor) else x for x in leaves),
         feeds=make_feeds(model, compiled, compiled.local, rank),
-        mutated=tuple(
-            Feed(*tensors_by_name(model)[o.name])
-            for o in compiled.planned.captured.outputs
-            if o.kind == "buffer_mutation"
-        ),
+        mutated=_mutated(model, compiled),
         check=size_check(captured),
         entry=path,
         outlined=outlined,
+        settings=settings,
+        differentiable=compiled.differentiable,
     )
+
+
+def bind_program(program: Program, model: nn.Module, rank: int) -> Program:
+    """The same program over the weights of another model, a copy of its own one.
+
+    Args:
+        program: a rank's program.
+        model: the copy.
+        rank: the rank.
+    """
+    compiled, outlined = program.compiled, program.outlined
+    if outlined is not None:
+        outlined = outlined[0], make_fetch(make_feeds(model, compiled, outlined[0], rank))
+    return replace(
+        program,
+        feeds=make_feeds(model, compiled, compiled.local, rank),
+        mutated=_mutated(model, compiled),
+        outlined=outlined,
+        steps={},
+    )
+
+
+def _mutated(model: nn.Module, compiled: Compiled) -> tuple[Feed, ...]:
+    """Where the buffers are that a program changes."""
+    places = tensors_by_name(model)
+    outputs = compiled.planned.captured.outputs
+    return tuple(Feed(*places[o.name]) for o in outputs if o.kind == "buffer_mutation")
 
 
 def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: int) -> tuple[Feed | int, ...]:

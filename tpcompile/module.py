@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from .checkpoint import sharded_state_dict
-from .entries import FixedModules
+from .clip_gradients import clip_gradients
+from .copy_model import copy_model
 from .errors import TpCompileError
+from .fixed_module import FixedModule
 from .gather_weights import full_state_dict
 from .plan import Plan
 from .print_graph import graph_text
@@ -18,7 +20,7 @@ from .program import Program
 from .runtime import Runtime
 
 
-class ShardedModule(FixedModules):
+class ShardedModule(FixedModule):
     """Mixed into the class of a parallelised model; everything else is the original's."""
 
     _tp: Runtime
@@ -114,6 +116,29 @@ class ShardedModule(FixedModules):
         refused |= {"distributed_checkpoint": distributed_checkpoint, **kwargs}
         wishes = Wishes(is_main_process, max_shard_size, variant, save_original_format, refused)
         save_pretrained(self, self._tp, save_directory, wishes)
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """``torch.nn.utils.clip_grad_norm_`` over the whole gradients, of which ranks hold slices.
+
+        All ranks must call it. torch's own function would take the norm of this rank's slices.
+
+        Args:
+            max_norm: the largest norm that is left as it is.
+            norm_type: 2 for the Euclidean norm, ``inf`` for the largest absolute value, ...
+            error_if_nonfinite: whether an infinite norm, or one that is no number, is an error.
+
+        Returns:
+            The norm of all gradients together, before they were scaled; the same on all ranks.
+
+        Raises:
+            RuntimeError: the norm is not finite, and that was to be an error.
+        """
+        return clip_gradients(self, self._tp, max_norm, norm_type, error_if_nonfinite)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return copy_model(self, self._tp, memo)
 
     def _last(self) -> Program:
         own = [program for program in self._tp.programs if not program.entry]

@@ -38,6 +38,9 @@ class Program:
         outlined: the graph with repeated layers as calls of a submodule, for ``torch.compile``, and what
             fetches its inputs; None if no layers repeat often enough.
         steps: its compiled steps, by torch.compile's options.
+        settings: the number of the model's settings that it was captured under.
+        differentiable: whether gradients through it come out right.
+        seen: whether ranks have compared the arguments of a call of it.
     """
 
     compiled: Compiled
@@ -54,6 +57,9 @@ class Program:
     entry: str = ""
     outlined: tuple[GraphModule, Fetch] | None = None
     steps: dict[str, Step] = field(default_factory=dict)
+    settings: int = 0
+    differentiable: bool = True
+    seen: bool = False
 
     def __post_init__(self) -> None:
         self.fetch = make_fetch(self.feeds)
@@ -72,7 +78,14 @@ class Program:
                     return False
             elif type(given) is not type(mine) or given != mine:
                 return False
-        return self.check(leaves)
+        return self.check(leaves) and (self.differentiable or not self._is_differentiated(leaves))
+
+    def _is_differentiated(self, leaves: Sequence[Any]) -> bool:
+        """Whether gradients of a call will be asked for."""
+        if not torch.is_grad_enabled():
+            return False
+        weights = (getattr(f.module, f.name) for f in self.feeds if isinstance(f, Feed) and f.module)
+        return any(isinstance(x, Tensor) and x.requires_grad for x in (*weights, *leaves))
 
     def run(
         self, leaves: Sequence[Any], bound: Mapping[str, Any], options: dict[str, Any] | None = None

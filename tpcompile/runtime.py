@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,25 @@ from .caches import Held
 from .capture import flatten_call, leaf_names
 from .capture.bind_call import CallSignature
 from .capture.call_results import given_caches, states_of
+from .compare_calls import compare_call, compare_weights
 from .compile_program import Compiler
-from .entries import Entry, can_compose, divided_paths, entered, open_paths, original_call, without_guards
+from .entries import (
+    Entry,
+    can_compose,
+    divided_paths,
+    entered,
+    hooks_below,
+    open_paths,
+    original_call,
+    without_guards,
+    without_hooks,
+)
 from .errors import CannotCapture, TpCompileError
 from .layout import WeightLayout
 from .make_program import hand_out, make_program
 from .program import Program, device_of
-from .shell import shard_more_weights, shard_weights, unsharded
+from .settings import Settings
+from .shell import shard_more_weights, shard_weights, tensors_by_name, unsharded, whole_tensors
 
 
 @dataclass
@@ -39,11 +51,15 @@ class Runtime:
         composed: the modules, with the arguments given, that run as python over their parts.
         pieces: the paths of modules that get programs under them although nothing of them is divided yet.
         compile_options: torch.compile's for every program, or None to run them as they are.
+        compare_calls: compare every call over the ranks, not only a program's first one.
+        hooks: where hooks were registered on submodules: path, table of hooks, and key.
+        running: how many calls are being worked on: what the model's own code changes is no new setting.
     """
 
     compiler: Compiler
     signature: CallSignature
     original: type[nn.Module]
+    settings: Settings
     layout: WeightLayout | None = None
     programs: list[Program] = field(default_factory=list)
     caches: dict[str, Held] = field(default_factory=dict)
@@ -51,6 +67,9 @@ class Runtime:
     composed: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
     pieces: frozenset[str] = frozenset()
     compile_options: dict[str, Any] | None = None
+    compare_calls: bool = False
+    hooks: list[tuple[str, str, int]] = field(default_factory=list)
+    running: int = 0
 
     def call(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
@@ -58,16 +77,24 @@ class Runtime:
         """Runs a call of the model, or of a submodule, on its program, captured if there is none."""
         bound = self.bind(args, kwargs, entry)
         path = entry.path if entry is not None else ""
-        training = model.get_submodule(path).training
         leaves, spec = flatten_call(bound)
-        names = tuple(bound)
+        if self.compare_calls and not self.running and not torch.compiler.is_dynamo_compiling():
+            self._compare(model, bound, path, leaves)
+        if self.hooks and hooks_below(model, path, self.hooks):
+            if self.layout is None:
+                self.capture(model, bound, path)  # so that all parts are planned together
+            self._refuse_sliced(model, path)
+            return self._run_parts(model, bound, path, entry)
+        names, training = tuple(bound), model.get_submodule(path).training
         program = self.find(names, leaves, spec, training, path)
         if program is None:
             if (path, names) not in self.composed:
                 answer = _capture_and_run(self, model, bound, path)
                 if answer is not NotImplemented:
                     return answer
-            return original_call(model, self.original, path, (entry or self).signature, bound)
+            return self._run_parts(model, bound, path, entry)
+        if not torch.compiler.is_dynamo_compiling() and not program.seen:
+            self._compare_first(program, model, bound, leaves)
         if program.autocast is None:
             return program.run(leaves, bound, self.compile_options)
         with torch.autocast(device_of(leaves), enabled=False):
@@ -77,11 +104,45 @@ class Runtime:
         self, names: tuple[str, ...], leaves: Sequence[Any], spec: TreeSpec, training: bool, path: str = ""
     ) -> Program | None:
         """The program of a call, of the model or of the submodule at ``path``, if it was captured."""
+        settings = self.settings.number()
         for program in self.programs:
-            if program.entry == path and program.fits(names, leaves, training):
-                if program.captured.in_spec == spec:
+            if program.entry == path and program.settings == settings:
+                if program.fits(names, leaves, training) and program.captured.in_spec == spec:
                     return program
         return None
+
+    def _run_parts(self, model: nn.Module, bound: dict[str, Any], path: str, entry: Entry | None) -> Any:
+        """Runs the python code of a module; what its parts do to themselves changes no settings."""
+        self.running += 1
+        try:
+            return original_call(model, self.original, path, (entry or self).signature, bound)
+        finally:
+            self.running -= 1
+
+    def _refuse_sliced(self, model: nn.Module, path: str) -> None:
+        if not can_compose(model, path, self.layout):
+            raise TpCompileError(
+                "a hook inside of this module cannot run: the module holds slices of weights of its own, so "
+                "that it runs as one program",
+                where=path or type(model).__name__,
+                todo="remove the hook, or register it on this module, or before parallelize",
+            )
+
+    def _compare_first(
+        self, program: Program, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]
+    ) -> None:
+        """Compares a program's first call over the ranks, unless all calls are compared anyway."""
+        if not self.compare_calls:
+            self._compare(model, bound, program.entry, leaves)
+        program.seen = True
+
+    def _compare(self, model: nn.Module, bound: dict[str, Any], path: str, leaves: Sequence[Any]) -> None:
+        """Compares a call over the ranks; the parts of caches differ."""
+        mode = "train" if model.get_submodule(path).training else "eval"
+        what = f"{path or type(model).__name__} in {mode} mode, gradients {torch.is_grad_enabled()}"
+        named = [(n, x) for n, x in zip(leaf_names(bound), leaves, strict=True) if n not in self.caches]
+        names, values = [n for n, _ in named], [x for _, x in named]
+        compare_call(self.compiler.group, what, names, values)
 
     def bind(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
@@ -109,7 +170,15 @@ class Runtime:
         """
         if self.compiler.options.dynamic is False:
             self._refuse_new_shapes(bound, path)
-        with unsharded(model, self.original, self.layout), without_guards(model), entered(model, path):
+        if self.layout is None:
+            compare_weights(self.compiler.group, whole_tensors(model))
+        self._follow_types(model)
+        with (
+            unsharded(model, self.original, self.layout),
+            without_guards(model),
+            without_hooks(model, self.hooks),
+            entered(model, path),
+        ):
             compiled = self.compiler.compile(model, self._whole_caches(bound), self.layout, self.caches)
         self.caches = {**hand_out(compiled.planned), **self.caches}
         if self.layout is None:
@@ -121,7 +190,9 @@ class Runtime:
             self.layout = layout
         self.divided = divided_paths(model, self.layout)
         self.pieces = open_paths(model, self.layout) if self.composed else frozenset()
-        program = make_program(model, compiled, bound, path, self.compiler.rank)
+        # The model's code may have changed a configuration while it was captured.
+        settings = self.settings.number()
+        program = make_program(model, compiled, bound, path, self.compiler.rank, settings)
         self.programs.append(program)
         return program
 
@@ -185,6 +256,28 @@ class Runtime:
         found: dict[str, Any] = tree_unflatten(whole, spec)
         return found
 
+    def _follow_types(self, model: nn.Module) -> None:
+        """Takes note of ``model.to(dtype)``.
+
+        Raises:
+            TpCompileError: the weights have left the mesh's device.
+        """
+        mesh = self.compiler.mesh
+        if self.layout is None or mesh is None:
+            return
+        params = dict(self.layout.params)
+        for name, (module, attribute) in tensors_by_name(model).items():
+            tensor = getattr(module, attribute)
+            if name in params and tensor.device.type not in (mesh.device_type, "meta"):
+                raise TpCompileError(
+                    f"the mesh is for {mesh.device_type}, a weight is on {tensor.device}",
+                    where=name,
+                    todo=f"move the model back to {mesh.device_type}",
+                )
+            if name in params and params[name].dtype != tensor.dtype:
+                params[name] = replace(params[name], dtype=tensor.dtype)
+        self.layout = replace(self.layout, params=params)
+
     def _refuse_new_shapes(self, bound: dict[str, Any], path: str) -> None:
         leaves, _ = flatten_call(bound)
         for program in self.programs:
@@ -215,5 +308,7 @@ def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], 
             if not runtime.compose(model, path, tuple(bound), error):
                 raise
             return NotImplemented
+    if not program.seen:
+        runtime._compare_first(program, model, bound, leaves)
     with torch.autocast(device_of(leaves), enabled=False):
         return program.run(leaves, bound, runtime.compile_options)

@@ -79,6 +79,10 @@ def read_rules(
     whole: dict[str, list[str]] = {"inputs": [], "results": []}
     notes: list[str] = []
     for glob, pin in rules.items():
+        if not isinstance(glob, str):
+            raise TpCompileError(
+                f"the rule {glob!r} is no name", where="plan", todo="give globs of modules or parameters"
+            )
         strategy = _strategy(glob, pin, strategies)
         targets, modules = names.targets(glob), names.modules_of(glob)
         if isinstance(strategy, Strategy):
