@@ -37,7 +37,8 @@ class FixedModule(nn.Module):
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        if name in self._modules and self._place() is not None:
+        tables = (self._modules, self._parameters, self._buffers)
+        if any(name in table for table in tables) and self._place() is not None:
             self._refuse_change(name)
         super().__delattr__(name)
 
@@ -118,7 +119,8 @@ class FixedModule(nn.Module):
 
     def _refuse_change(self, name: str) -> None:
         raise TpCompileError(
-            "a layer of a sharded model is replaced, added or removed, which its programs would not notice",
+            "a layer or weight of a sharded model is replaced, added or removed, "
+            "which its programs would not notice",
             where=f"{type(self).__name__}.{name}",
             todo="change the model (adapters, wrappers, resized embeddings) before parallelize",
         )

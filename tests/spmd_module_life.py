@@ -1,0 +1,301 @@
+"""What the ranks do in ``test_module_life``: a sharded model is changed, copied, loaded, hooked, trained."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import tpcompile
+from tests import families
+from tests.spmd_models import error, mesh
+from tests.toys import Attention, Mlp
+
+
+class Block(nn.Module):
+    """Parts in parts; a dropout; numbers that are attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.drop, self.second = Mlp(), nn.Dropout(0.5), Mlp(inner=16)
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.drop(self.first(x))) * self.scale
+        return y
+
+
+X = (3, 5, 12)
+
+
+def pair(make: Callable[[], nn.Module] = Block, **options: Any) -> tuple[Any, Any, Tensor]:
+    """The whole model, the sharded one, and an input."""
+    torch.manual_seed(0)
+    whole = make().eval()
+    sharded = copy.deepcopy(whole)
+    x = torch.randn(X)
+    return whole, tpcompile.parallelize(sharded, mesh(), (x,), **options), x
+
+
+def refusal(act: Callable[[], Any]) -> str:
+    """What is said against it."""
+    try:
+        act()
+    except tpcompile.TpCompileError as error:
+        return str(error)
+    return "accepted"
+
+
+def settings() -> dict[str, Any]:
+    """Errors after changes of what captured graphs have baked in; programs are found again."""
+    whole, sharded, x = pair()
+    found: dict[str, Any] = {}
+
+    def both(label: str, change: Callable[[Any], Any]) -> None:
+        for model in (whole, sharded):
+            change(model)
+        with torch.no_grad():
+            found[label] = error(sharded(x), whole(x))
+
+    def only_linear_layers_train(model: Any) -> None:
+        model.train()
+        model.drop.eval()
+
+    both("a part in another mode", only_linear_layers_train)
+    both("back", lambda m: m.eval())
+    both("an attribute", lambda m: setattr(m, "scale", 3.0))
+    both("train mode, no dropout", lambda m: (setattr(m.drop, "p", 0.0), m.train()))
+    both("back to the first", lambda m: (setattr(m.drop, "p", 0.5), setattr(m, "scale", 1.0), m.eval()))
+    found["programs"] = len(sharded.programs)
+    x = x.double()
+    both("another type", lambda m: m.double())
+    assert found.pop("another type") < 1e-12, found
+    found["layout"] = {p.dtype for p in sharded.plan.layout.params.values()} == {torch.float64}
+    return found
+
+
+def configuration() -> list[Any]:
+    """A field of the configuration that is changed after the model was captured."""
+    model = families.build("llama", num_hidden_layers=1)
+    sharded = tpcompile.parallelize(model, mesh(), example_kwargs={"input_ids": families.token_ids(2, 5)})
+    ids, found = families.token_ids(3, 7), []
+    with torch.no_grad():
+        for use_cache in (True, False, True):
+            sharded.config.use_cache = use_cache
+            found.append("past_key_values" in sharded(ids))
+    return [*found, len(sharded.programs)]
+
+
+def gradients_are_wanted_later() -> float:
+    """A frozen model is captured, then its weights, and then an input only, want gradients."""
+    whole, sharded, x = pair(lambda: Block().requires_grad_(False))
+    sharded(x)
+    worst = 0.0
+    for frozen in (False, True):
+        inputs = []
+        for model in (whole, sharded):
+            model.requires_grad_(not frozen)
+            inputs.append(x.clone().requires_grad_(frozen))
+            model(inputs[-1]).square().sum().backward()
+        if frozen:
+            worst = max(worst, error(inputs[1].grad, inputs[0].grad))
+    return max(worst, _gradient_error(whole, sharded))
+
+
+def _gradient_error(whole: nn.Module, sharded: Any) -> float:
+    layout, rank = sharded.plan.layout, dist.get_rank()
+    expected = dict(whole.named_parameters())
+    pairs = [(p.grad, layout.shard(n, expected[n].grad, rank)) for n, p in sharded.named_parameters()]
+    return max(error(mine, theirs) for mine, theirs in pairs)
+
+
+def copies() -> dict[str, Any]:
+    """A deep copy computes and trains by itself; parts are not copied, nothing is pickled."""
+    whole, sharded, x = pair()
+    with torch.no_grad():
+        before = sharded(x)
+        twin = copy.deepcopy(sharded)
+        same, programs = error(twin(x), before), len(twin.programs)
+        for param in twin.parameters():
+            param.mul_(2)
+        twice = copy.deepcopy(whole)
+        for param in twice.parameters():
+            param.mul_(2)
+        found = {"same": same, "own": error(twin(x), twice(x)), "first": error(sharded(x), before)}
+    assert programs == len(twin.programs) == 1
+    twin.scale = 2.0
+    with torch.no_grad():
+        found["settings"] = error(sharded(x), before)
+    assert "copy the whole model" in refusal(lambda: copy.deepcopy(sharded.first))
+    assert "cannot be pickled" in refusal(lambda: torch.save(sharded, io.BytesIO()))
+    return found
+
+
+def state_dicts() -> dict[str, Any]:
+    """Whole and local state dicts are loaded, of the model and of a part; others change nothing."""
+    whole, sharded, x = pair(lambda: nn.Sequential(Attention(True, 12), Mlp()))
+    found = {}
+    local = {k: v.clone() for k, v in sharded.state_dict().items()}
+    with torch.no_grad():
+        first = sharded(x)
+        for param in whole.parameters():
+            param.mul_(1.5)
+        sharded.load_state_dict(whole.state_dict())
+        found["whole"] = error(sharded(x), whole(x))
+        sharded.load_state_dict(local)
+        found["local"] = error(sharded(x), first)
+        sharded[1].load_state_dict(whole[1].state_dict())
+        sharded[0].load_state_dict(whole[0].state_dict(), assign=True)
+        found["parts"] = error(sharded(x), whole(x))
+        state = whole.state_dict()
+        bad = {
+            "lacks": {k: v for k, v in state.items() if k != "1.down.bias"},
+            "has unexpected": {**state, "2.weight": torch.zeros(3)},
+            "of another model": {**state, "1.up.weight": torch.zeros(20, 13)},
+        }
+        before = {k: v.clone() for k, v in sharded.state_dict().items()}
+        for words, wrong in bad.items():
+            assert words in refusal(lambda wrong=wrong: sharded.load_state_dict(wrong))  # type: ignore[misc]
+        assert all(torch.equal(before[k], v) for k, v in sharded.state_dict().items())
+    return found
+
+
+def hooks() -> dict[str, Any]:
+    """Hooks on parts of a sharded model run, as long as they are there, and see whole values."""
+    whole, sharded, x = pair()
+    found: dict[str, Any] = {}
+    seen: dict[Any, Any] = {}
+    handles = []
+    for model in (whole, sharded):
+        record = lambda m, a, y, to=model: seen.__setitem__(to, y)  # noqa: E731
+        handles += [model.first.up.register_forward_hook(record)]
+        handles += [model.second.register_forward_pre_hook(lambda m, a: (a[0] * 2,))]
+        handles += [model.drop.register_forward_hook(lambda m, a, y: y + 1)]
+        handles += [model.first.register_full_backward_hook(lambda m, gx, gy: (gx[0] * 3,))]
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    results = [model(given) for model, given in zip((whole, sharded), inputs, strict=True)]
+    for result in results:
+        result.square().sum().backward()
+    found["result"] = error(results[1].detach(), results[0].detach())
+    found["seen"] = error(seen[sharded].detach(), seen[whole].detach())
+    found["input's gradient"] = error(inputs[1].grad, inputs[0].grad)
+    found["gradients"] = _gradient_error(whole, sharded)
+    for handle in handles:
+        handle.remove()
+    before = len(sharded.programs)
+    with torch.no_grad():
+        found["removed"] = error(sharded(x), whole(x))
+    assert len(sharded.programs) == before
+    return found
+
+
+def changes() -> list[str]:
+    """Changes of layers and weights that programs would not notice; the model works as before."""
+    whole, sharded, x = pair()
+
+    class Double(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return w * 2
+
+    def replace_weight() -> None:
+        sharded.first.up.weight = nn.Parameter(whole.first.up.weight.detach())
+
+    def delete_layer() -> None:
+        del sharded.first.down
+
+    messages = [
+        refusal(lambda: parametrize.register_parametrization(sharded.first.up, "weight", Double())),
+        refusal(replace_weight),
+        refusal(delete_layer),
+        refusal(lambda: sharded.first.add_module("third", nn.ReLU())),
+    ]
+    with torch.no_grad():
+        assert error(sharded(x), whole(x)) < 1e-5
+    return messages
+
+
+def norms() -> float:
+    """The worst error of gradient norms and clipped gradients: keys that ranks share, uneven parts."""
+    worst = 0.0
+    for norm_type in (2.0, 1.0, float("inf")):
+        whole, sharded, x = pair(lambda: nn.Sequential(Attention(True, 12), Mlp(inner=21)))
+        for model in (whole, sharded):
+            model(x).square().sum().backward()
+        theirs = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.3, norm_type)
+        mine = sharded.clip_grad_norm_(0.3, norm_type)
+        worst = max(worst, error(mine, theirs), _gradient_error(whole, sharded))
+    return worst
+
+
+def scaled() -> float:
+    """Gradients of one rank overflow: with torch's scaler for shards, no rank takes the step."""
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    whole, sharded, x = pair()
+    for model in (whole, sharded):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = ShardedGradScaler("cpu", init_scale=8.0, process_group=dist.group.WORLD)
+        for step in range(3):
+            optimizer.zero_grad()
+            scaler.scale(model(x).square().mean()).backward()
+            if step == 1 and (model is whole or dist.get_rank() == 0):
+                model.first.up.weight.grad[0, 0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+    with torch.no_grad():
+        return error(sharded(x), whole(x))
+
+
+def ranks_differ() -> list[str]:
+    """One rank is given something else: all are told, before anything else is sent, and all go on after."""
+    rank = dist.get_rank()
+    tp = mesh()
+    _, sharded, x = pair()
+    _, strict, _ = pair(compare_calls=True)
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(20, 12), nn.Linear(12, 20)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            y: Tensor = self.head(self.table(ids))
+            return y
+
+    torch.manual_seed(0)
+    ids = torch.arange(6).reshape(2, 3)
+    counted = tpcompile.parallelize(Counted(), tp, (ids,))
+
+    def other_weights() -> None:
+        torch.manual_seed(rank)
+        tpcompile.parallelize(Block(), tp, (x,))
+
+    def other_plan() -> None:
+        torch.manual_seed(0)
+        tpcompile.parallelize(Block(), tp, (x,), plan={"first.up": "replicate"} if rank else "auto")
+
+    def one_bad_plan() -> None:
+        tpcompile.parallelize(Block(), tp, (x,), plan={"frist.up": "replicate"} if rank else "auto")
+
+    def other_mode() -> None:
+        strict.train(bool(rank))
+        strict(x)
+
+    messages = [
+        refusal(other_weights),
+        refusal(other_plan),
+        refusal(one_bad_plan),
+        refusal(lambda: sharded(x[: 2 + rank])),
+        refusal(lambda: counted(ids + rank)),
+        refusal(other_mode),
+    ]
+    strict.eval()
+    for model, given in ((sharded, x), (strict, x), (counted, ids)):
+        model(given)
+    return messages

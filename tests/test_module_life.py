@@ -1,0 +1,68 @@
+"""A sharded model as a module among others: changed, copied, loaded, hooked, trained; and misused."""
+
+from __future__ import annotations
+
+from tests import spmd_module_life as life
+from tests.spmd import run_spmd
+
+F32 = 1e-5
+
+
+def test_what_is_baked_into_graphs_selects_the_program() -> None:
+    for found in run_spmd(life.settings, 2):
+        assert found.pop("layout")
+        assert found.pop("programs") == 4
+        assert max(found.values()) <= F32, found
+
+
+def test_a_configuration_that_changes() -> None:
+    for found in run_spmd(life.configuration, 2, timeout=300):
+        assert found == [True, False, True, 2]
+
+
+def test_gradients_that_are_wanted_later() -> None:
+    assert max(run_spmd(life.gradients_are_wanted_later, 2)) <= F32
+
+
+def test_deep_copies() -> None:
+    for found in run_spmd(life.copies, 2):
+        assert max(found.values()) <= F32, found
+
+
+def test_state_dicts() -> None:
+    for found in run_spmd(life.state_dicts, 2):
+        assert max(found.values()) <= F32, found
+
+
+def test_hooks_on_parts_run() -> None:
+    for found in run_spmd(life.hooks, 2):
+        assert max(found.values()) <= F32, found
+
+
+def test_changes_are_refused_before_they_are_made() -> None:
+    expected = ["replaced, added or removed", "is replaced by one of", *["replaced, added or removed"] * 2]
+    for messages in run_spmd(life.changes, 2):
+        for message, part in zip(messages, expected, strict=True):
+            assert part in message
+
+
+def test_norms_of_whole_gradients() -> None:
+    assert max(run_spmd(life.norms, 4)) <= F32
+
+
+def test_scaled_gradients() -> None:
+    assert max(run_spmd(life.scaled, 2)) <= F32
+
+
+def test_ranks_that_differ_are_told() -> None:
+    expected = [
+        "different weights",
+        "different requests",
+        "frist.up",
+        "different calls",
+        "different calls",
+        "different calls",
+    ]
+    for messages in run_spmd(life.ranks_differ, 2):
+        for message, part in zip(messages, expected, strict=True):
+            assert part in message
