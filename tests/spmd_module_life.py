@@ -220,6 +220,27 @@ def changes() -> list[str]:
     return messages
 
 
+def misfits() -> list[str]:
+    """Plans and calls that are none for this model."""
+    _, sharded, x = pair()
+    tp = mesh()
+    plan = sharded.plan
+
+    class Wider(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = Mlp(inner=18)
+
+    return [
+        refusal(lambda: tpcompile.parallelize(Wider(), tp, (x,), plan=plan)),
+        refusal(lambda: tpcompile.parallelize(nn.Sequential(Mlp()), tp, (x,), plan=plan)),
+        refusal(lambda: tpcompile.parallelize(Block(), tp, (x,), plan=None)),  # type: ignore[arg-type]
+        refusal(lambda: tpcompile.parallelize(Block(), tp, (x,), plan={3: "colwise"})),  # type: ignore[dict-item]
+        refusal(lambda: sharded(x.to("meta"))),
+        refusal(lambda: sharded([1.0, 2.0])),
+    ]
+
+
 def norms() -> float:
     """The worst error of gradient norms and clipped gradients: keys that ranks share, uneven parts."""
     worst = 0.0

@@ -46,6 +46,20 @@ def test_changes_are_refused_before_they_are_made() -> None:
             assert part in message
 
 
+def test_plans_and_calls_that_do_not_fit() -> None:
+    expected = [
+        "second.up.weight has shape (18, 12), the plan is for (16, 12)",
+        "0.up.weight is not in the plan",
+        "unknown plan None",
+        "the rule 3 is no name",
+        "x is on meta",
+        "no tensors",
+    ]
+    for messages in run_spmd(life.misfits, 2):
+        for message, part in zip(messages, expected, strict=True):
+            assert part in message
+
+
 def test_norms_of_whole_gradients() -> None:
     assert max(run_spmd(life.norms, 4)) <= F32
 

@@ -237,7 +237,9 @@ def _rules(model: nn.Module, plan: PlanLike) -> tuple[Rules, dict[str, str]]:
     if plan in ("hf", "hf-ep"):
         pins, custom = split_plan(hf_plan(model, experts=plan == "hf-ep"))
         return read_rules(model, pins, own=True), custom
-    if isinstance(plan, str) and plan != "auto":
+    if isinstance(plan, Plan):
+        plan.layout.check_model(model)
+    elif plan != "auto":
         raise TpCompileError(
             f"unknown plan {plan!r}", todo='give "auto", "hf", "hf-ep", a Plan, or a dict of rules'
         )

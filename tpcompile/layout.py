@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import TpCompileError
 from .index_ranges import Range, Region, regions
@@ -224,6 +224,25 @@ class WeightLayout:
         if (selection := self.params[name].selection) is not None:
             selection.refuse_regions(name)
         return regions(self.params[name], self.axes, self.coordinates(rank))
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuses a model that this is no layout of.
+
+        Raises:
+            TpCompileError: the model has other parameters, or in other shapes.
+        """
+        named = [*model.named_parameters(), *model.named_buffers()]
+        shapes = {name: tuple(tensor.shape) for name, tensor in named}
+        wrong = [f"{n} is not in the plan" for n in shapes if n not in self.params]
+        wrong += [f"{n} is not in the model" for n in self.params if n not in shapes]
+        wrong += [
+            f"{n} has shape {shapes[n]}, the plan is for {p.shape}"
+            for n, p in self.params.items()
+            if n in shapes and shapes[n] != p.shape
+        ]
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise TpCompileError(f"the plan is for another model: {wrong[0]}{more}", todo="plan again")
 
     def held(self, rank: int) -> float:
         """Bytes of parameters and buffers that a rank holds."""

@@ -78,6 +78,7 @@ class Runtime:
         bound = self.bind(args, kwargs, entry)
         path = entry.path if entry is not None else ""
         leaves, spec = flatten_call(bound)
+        self._check_devices(bound, leaves)
         if self.compare_calls and not self.running and not torch.compiler.is_dynamo_compiling():
             self._compare(model, bound, path, leaves)
         if self.hooks and hooks_below(model, path, self.hooks):
@@ -118,6 +119,15 @@ class Runtime:
             return original_call(model, self.original, path, (entry or self).signature, bound)
         finally:
             self.running -= 1
+
+    def _check_devices(self, bound: dict[str, Any], leaves: Sequence[Any]) -> None:
+        mesh = self.compiler.mesh
+        for at, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and mesh is not None and leaf.device.type != mesh.device_type:
+                raise TpCompileError(
+                    f"the mesh is for {mesh.device_type}, {leaf_names(bound)[at]} is on {leaf.device}",
+                    todo=f"move it to {mesh.device_type}",
+                )
 
     def _refuse_sliced(self, model: nn.Module, path: str) -> None:
         if not can_compose(model, path, self.layout):

@@ -93,6 +93,11 @@ def capture(
 
 
 def _refuse_bad_leaves(names: Sequence[str], leaves: Sequence[Any]) -> None:
+    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        raise TpCompileError(
+            f"the call has no tensors{': ' + ', '.join(names) if names else ''}",
+            todo="give the model's inputs as tensors",
+        )
     for name, leaf in zip(names, leaves, strict=True):
         if not isinstance(leaf, (torch.Tensor, *_PYTHON_VALUES)):
             cache = any(base.__name__ == "Cache" for base in type(leaf).__mro__)
