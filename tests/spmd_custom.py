@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -140,3 +142,55 @@ def refusals() -> list[str]:
     except tpcompile.TpCompileError as refusal:
         messages.append(str(refusal))
     return messages
+
+
+DOCUMENT = """
+from tpcompile import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(model_id, torch_dtype=torch.bfloat16, tp_plan="auto")
+print(model._tp_plan)
+automatic = model
+
+tp_plan = {
+    "model.layers.*.self_attn.q_proj": "colwise",
+    "model.layers.*.self_attn.k_proj": "colwise",
+    "model.layers.*.self_attn.v_proj": "colwise",
+    "model.layers.*.self_attn.o_proj": "rowwise",
+}
+model = AutoModelForCausalLM.from_pretrained(model_id, torch_dtype=torch.bfloat16, tp_plan=tp_plan)
+print(model._tp_plan)
+manual = model
+
+from tpcompile import ParallelInterface
+
+ParallelInterface.register_strategy("colwise_of_the_document", ColwiseParallel)
+tp_plan = {"model.layers.*.self_attn.q_proj": "colwise_of_the_document"}
+model = AutoModelForCausalLM.from_pretrained(model_id, torch_dtype=torch.bfloat16, tp_plan=tp_plan)
+custom = model
+
+inputs = ids.to(model.device)
+outputs = model(inputs)
+"""
+
+
+def document(folder: str) -> dict[str, Any]:
+    """Runs the document's snippets, as written but for the import; distances from transformers' model."""
+    ids = families.token_ids(2, 9)
+    names: dict[str, Any] = {"torch": torch, "model_id": folder, "ids": ids}
+    names["ColwiseParallel"] = custom_layers.ColwiseParallel
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(DOCUMENT, names)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        reference = exact(ids)
+        found = {n: error(names[n](ids), reference) for n in ("automatic", "manual", "custom")}
+        found["whole"] = error(whole(ids), reference)
+    assert "colwise" in printed.getvalue()
+    assert names["manual"]._tp_plan["model.layers.*.self_attn.o_proj"] == "rowwise"
+    try:
+        names["AutoModelForCausalLM"].from_pretrained(folder, tp_size=3)
+    except tpcompile.TpCompileError as refusal:
+        assert "tp_size is 3" in str(refusal)
+        return found
+    raise AssertionError("another size was accepted")

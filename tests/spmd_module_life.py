@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import tpcompile
 from tests import families
@@ -106,6 +107,19 @@ def gradients_are_wanted_later() -> float:
         if frozen:
             worst = max(worst, error(inputs[1].grad, inputs[0].grad))
     return max(worst, _gradient_error(whole, sharded))
+
+
+def checkpointed() -> float:
+    """Activation checkpointing around a model that is captured inside of it."""
+    torch.manual_seed(0)
+    whole = Block().eval()
+    sharded = tpcompile.parallelize(copy.deepcopy(whole), mesh())
+    x = torch.randn(X)
+    with torch.inference_mode():  # decides where the weights lie, which are to be trained all the same
+        sharded(torch.zeros(2, 12))
+    for model in (whole, sharded):
+        checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    return _gradient_error(whole, sharded)
 
 
 def _gradient_error(whole: nn.Module, sharded: Any) -> float:

@@ -67,3 +67,11 @@ def test_bad_strategies_change_nothing() -> None:
         assert len(messages) == len(expected)
         for message, part in zip(messages, expected, strict=True):
             assert part in message
+
+
+def test_the_documents_snippets(tmp_path: Path) -> None:
+    """Run as written, but for the import: an automatic plan, a dict, a registered strategy."""
+    families.build("llama", num_hidden_layers=1).save_pretrained(tmp_path)
+    for found in run_spmd(spmd_custom.document, 2, str(tmp_path), timeout=300):
+        whole = found.pop("whole")
+        assert max(found.values()) <= 1.5 * whole, found

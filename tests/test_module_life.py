@@ -24,6 +24,10 @@ def test_gradients_that_are_wanted_later() -> None:
     assert max(run_spmd(life.gradients_are_wanted_later, 2)) <= F32
 
 
+def test_captured_inside_of_activation_checkpointing() -> None:
+    assert max(run_spmd(life.checkpointed, 2)) <= F32
+
+
 def test_deep_copies() -> None:
     for found in run_spmd(life.copies, 2):
         assert max(found.values()) <= F32, found

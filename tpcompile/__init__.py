@@ -1,6 +1,7 @@
 """A compiler that makes PyTorch models tensor-parallel."""
 
 from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -50,3 +51,12 @@ __all__ = [
     "register_rule",
     "to_hf_plan",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The counterparts of transformers' auto classes, made when they are asked for."""
+    if not name.startswith("AutoModel"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .auto_classes import auto_class
+
+    return auto_class(name)

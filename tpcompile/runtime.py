@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from .caches import Held
@@ -16,7 +17,7 @@ from .capture import flatten_call, leaf_names
 from .capture.bind_call import CallSignature
 from .capture.call_results import given_caches, states_of
 from .compare_calls import compare_call, compare_weights
-from .compile_program import Compiler
+from .compile_program import Compiled, Compiler
 from .entries import (
     Entry,
     can_compose,
@@ -188,16 +189,12 @@ class Runtime:
             without_guards(model),
             without_hooks(model, self.hooks),
             entered(model, path),
+            saved_tensors_hooks(_itself, _itself),  # activation checkpointing would count what is traced
         ):
             compiled = self.compiler.compile(model, self._whole_caches(bound), self.layout, self.caches)
         self.caches = {**hand_out(compiled.planned), **self.caches}
-        if self.layout is None:
-            self.layout = compiled.plan.layout
-            shard_weights(model, self.layout, self.compiler.rank, compiled.planned.custom)
-        else:
-            layout, decided = compiled.plan.layout, set(self.layout.open) - set(compiled.plan.layout.open)
-            shard_more_weights(model, layout, self.compiler.rank, decided)
-            self.layout = layout
+        with torch.inference_mode(False):  # slices that could not be trained, even outside of the mode
+            self._divide(model, compiled)
         self.divided = divided_paths(model, self.layout)
         self.pieces = open_paths(model, self.layout) if self.composed else frozenset()
         # The model's code may have changed a configuration while it was captured.
@@ -205,6 +202,16 @@ class Runtime:
         program = make_program(model, compiled, bound, path, self.compiler.rank, settings)
         self.programs.append(program)
         return program
+
+    def _divide(self, model: nn.Module, compiled: Compiled) -> None:
+        """Cuts the parameters of which a program has decided how they lie."""
+        if self.layout is None:
+            self.layout = compiled.plan.layout
+            shard_weights(model, self.layout, self.compiler.rank, compiled.planned.custom)
+        else:
+            layout, decided = compiled.plan.layout, set(self.layout.open) - set(compiled.plan.layout.open)
+            shard_more_weights(model, layout, self.compiler.rank, decided)
+            self.layout = layout
 
     def try_first(self, model: nn.Module, bound: dict[str, Any]) -> TpCompileError | None:
         """Captures a call; returns why it cannot be captured if its parts are to be captured instead.
@@ -297,6 +304,10 @@ class Runtime:
                     f"the call has other shapes than the program was captured for: {why}",
                     todo="parallelize with dynamic=True, or keep to the captured shapes",
                 )
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _is_capture_failure(error: TpCompileError) -> bool:
