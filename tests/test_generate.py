@@ -17,6 +17,7 @@ from tpcompile.capture import bind_call, capture, flatten_call
 from tpcompile.capture.call_results import states_of
 from tpcompile.capture.register_caches import register_cache_support
 from tpcompile.capture.size_check import size_check
+from tpcompile.generation import _describe
 
 TIMEOUT = 420
 F32 = 1e-5
@@ -153,6 +154,16 @@ def test_caches_come_apart_and_together() -> None:
                     assert all(map(torch.equal, mine, theirs)), (cache, step)
                     assert one.get_mask_sizes(1, i) == clone.get_mask_sizes(1, i)
                     assert one.get_seq_length(i) == clone.get_seq_length(i)
+
+
+def test_calls_are_compared_by_what_is_in_them() -> None:
+    """Configurations may hold tensors (assisted decoding puts them there); private fields differ freely."""
+    texts = []
+    for eos, private in ((2, 0), (2, 1), (3, 0)):
+        config = transformers.GenerationConfig()
+        config.eos_token_id, config._private = torch.tensor([eos]), private
+        texts.append(_describe({"generation_config": config, "inputs": [torch.ones(2)]}))
+    assert texts[0] == texts[1] != texts[2]
 
 
 @torch.no_grad()

@@ -194,7 +194,7 @@ class Runtime:
             compiled = self.compiler.compile(model, self._whole_caches(bound), self.layout, self.caches)
         self.caches = {**hand_out(compiled.planned), **self.caches}
         with torch.inference_mode(False):  # slices that could not be trained, even outside of the mode
-            self._divide(model, compiled)
+            self.layout = self._divide(model, compiled)
         self.divided = divided_paths(model, self.layout)
         self.pieces = open_paths(model, self.layout) if self.composed else frozenset()
         # The model's code may have changed a configuration while it was captured.
@@ -203,15 +203,15 @@ class Runtime:
         self.programs.append(program)
         return program
 
-    def _divide(self, model: nn.Module, compiled: Compiled) -> None:
-        """Cuts the parameters of which a program has decided how they lie."""
+    def _divide(self, model: nn.Module, compiled: Compiled) -> WeightLayout:
+        """Cuts the parameters of which a program has decided how they lie; how they lie from now on."""
+        layout = compiled.plan.layout
         if self.layout is None:
-            self.layout = compiled.plan.layout
-            shard_weights(model, self.layout, self.compiler.rank, compiled.planned.custom)
+            shard_weights(model, layout, self.compiler.rank, compiled.planned.custom)
         else:
-            layout, decided = compiled.plan.layout, set(self.layout.open) - set(compiled.plan.layout.open)
+            decided = set(self.layout.open) - set(layout.open)
             shard_more_weights(model, layout, self.compiler.rank, decided)
-            self.layout = layout
+        return layout
 
     def try_first(self, model: nn.Module, bound: dict[str, Any]) -> TpCompileError | None:
         """Captures a call; returns why it cannot be captured if its parts are to be captured instead.
