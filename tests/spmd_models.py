@@ -141,9 +141,9 @@ def refusals() -> list[str]:
 
 
 def ranks_differ() -> str:
-    """Rank 1 brings another model: every rank must be told, and none may hang."""
-    width = 48 + 4 * (dist.get_rank() == 1)
-    model = nn.Sequential(nn.Linear(40, width), nn.ReLU(), nn.Linear(width, 40))
+    """Rank 1 brings another model with the same weights: every rank must be told, and none may hang."""
+    activation = nn.Tanh() if dist.get_rank() == 1 else nn.ReLU()
+    model = nn.Sequential(nn.Linear(40, 48), activation, nn.Linear(48, 40))
     try:
         tpcompile.parallelize(model, mesh(), (torch.zeros(3, 40),))
     except tpcompile.TpCompileError as refusal:
