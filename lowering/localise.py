@@ -104,7 +104,10 @@ def mean(low: Lowering, node: Node) -> Node:
 
 
 def lookup(low: Lowering, node: Node) -> Node:
-    """An embedding whose rows are divided: rows of other ranks are zeros, and the sum is the whole."""
+    """An embedding whose rows are divided: rows of other ranks are zeros, and the sum is the whole.
+
+    What is no row of the whole stays no row of any part, so that looking it up fails here as it does there.
+    """
     if not any(f.inputs[0] is not None and f.inputs[0][0] == 0 for _, f in low.divided(node)):
         return unchanged(low, node)
     table, index = low.map(node.args[0]), low.map(node.args[1])
@@ -115,7 +118,14 @@ def lookup(low: Lowering, node: Node) -> Node:
     above = low.emit(aten.ge.Scalar, moved, 0, like=node)
     below = low.emit(aten.lt.Scalar, moved, rows, like=node)
     here = low.emit(aten.logical_and.default, above, below, like=node)
-    safe = low.emit(aten.mul.Tensor, moved, here, like=node)
+    own = low.emit(aten.mul.Tensor, moved, here, like=node)
+    exists = low.emit(
+        aten.logical_and.default,
+        low.emit(aten.ge.Scalar, index, 0, like=node),
+        low.emit(aten.lt.Scalar, index, shape(arguments(node)[0])[0], like=node),
+        like=node,
+    )
+    safe = low.emit(aten.where.self, exists, own, index, like=node)
     padding = option(node, "padding_idx", -1) - first
     found = low.emit(aten.embedding.default, table, safe, padding if 0 <= padding < rows else -1, like=node)
     mask = low.emit(aten.unsqueeze.default, here, -1, like=node)

@@ -252,7 +252,26 @@ def misfits() -> list[str]:
         refusal(lambda: tpcompile.parallelize(Block(), tp, (x,), plan={3: "colwise"})),  # type: ignore[dict-item]
         refusal(lambda: sharded(x.to("meta"))),
         refusal(lambda: sharded([1.0, 2.0])),
+        refusal(lambda: tpcompile.parallelize(sharded.first, tp, (x,))),
+        refusal(lambda: tpcompile.parallelize(nn.Sequential(sharded), tp, (x,))),
     ]
+
+
+def rows_that_do_not_exist() -> list[str]:
+    """Looked up in tables of which ranks hold some rows, one of them none."""
+    torch.manual_seed(0)
+    found = []
+    for rows in (2, 7):
+        table = nn.Sequential(nn.Embedding(rows, 12))
+        ids = torch.zeros(2, 3, dtype=torch.long)
+        sharded = tpcompile.parallelize(table, mesh(), (ids,), plan={"0": tpcompile.Shard(0)})
+        for wrong in (-1, rows, rows + 20):
+            try:
+                sharded(torch.tensor([[0, wrong, 1]]))
+                found.append("accepted")
+            except IndexError as error:
+                found.append(str(error))
+    return found
 
 
 def norms() -> float:

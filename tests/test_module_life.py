@@ -58,10 +58,17 @@ def test_plans_and_calls_that_do_not_fit() -> None:
         "the rule 3 is no name",
         "x is on meta",
         "no tensors",
+        "parallelised already",
+        "parallelised already",
     ]
     for messages in run_spmd(life.misfits, 2):
         for message, part in zip(messages, expected, strict=True):
             assert part in message
+
+
+def test_rows_that_do_not_exist_are_not_zeros() -> None:
+    for found in run_spmd(life.rows_that_do_not_exist, 3):
+        assert found == ["index out of range in self"] * 6
 
 
 def test_norms_of_whole_gradients() -> None:

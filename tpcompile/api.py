@@ -18,8 +18,9 @@ from .compile_program import Compiler, Options
 from .default_example import default_example
 from .entries import guard_submodules
 from .errors import TpCompileError
+from .fixed_module import FixedModule
 from .generation import ShardedGeneration
-from .module import ShardedModule, is_sharded
+from .module import ShardedModule
 from .passes.pipeline import Pass
 from .plan import Plan
 from .planner.cost import CostModel, preset
@@ -217,8 +218,11 @@ def _options(
     passes: Sequence[Pass],
     compose: bool = False,
 ) -> Options:
-    if is_sharded(model):
-        raise TpCompileError("this model is parallelised already", todo="use a fresh model")
+    sharded = next((name for name, part in model.named_modules() if isinstance(part, FixedModule)), None)
+    if sharded is not None:
+        raise TpCompileError(
+            "this model is parallelised already", where=sharded, todo="use a fresh model, as a whole"
+        )
     if any(isinstance(p, DTensor) for p in model.parameters()):
         raise TpCompileError(
             "the model's parameters are DTensors", todo="parallelize first, then apply FSDP or the like"

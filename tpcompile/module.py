@@ -148,8 +148,3 @@ class ShardedModule(FixedModule):
                 todo="call the model, or model.capture(...), or give example_args to parallelize",
             )
         return own[-1]
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a module came from ``parallelize``."""
-    return isinstance(model, ShardedModule)
