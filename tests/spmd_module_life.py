@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -245,7 +246,13 @@ def misfits() -> list[str]:
             super().__init__()
             self.second = Mlp(inner=18)
 
+    world = dist.get_world_size()
+    larger = DeviceMesh("cpu", torch.arange(world + 1), _init_backend=False)
+    smaller = DeviceMesh("cpu", torch.arange(world - 1))
+    if dist.get_rank() == world - 1:
+        assert "is no part of the mesh" in refusal(lambda: tpcompile.parallelize(Block(), smaller, (x,)))
     return [
+        refusal(lambda: tpcompile.parallelize(Block(), larger, (x,))),
         refusal(lambda: tpcompile.parallelize(Wider(), tp, (x,), plan=plan)),
         refusal(lambda: tpcompile.parallelize(nn.Sequential(Mlp()), tp, (x,), plan=plan)),
         refusal(lambda: tpcompile.parallelize(Block(), tp, (x,), plan=None)),  # type: ignore[arg-type]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 from tests import spmd_module_life as life
 from tests.spmd import run_spmd
+from tpcompile.compare_calls import _sample
 
 F32 = 1e-5
 
@@ -52,6 +56,7 @@ def test_changes_are_refused_before_they_are_made() -> None:
 
 def test_plans_and_calls_that_do_not_fit() -> None:
     expected = [
+        "the mesh names rank 2, the world has 2 processes",
         "second.up.weight has shape (18, 12), the plan is for (16, 12)",
         "0.up.weight is not in the plan",
         "unknown plan None",
@@ -64,6 +69,17 @@ def test_plans_and_calls_that_do_not_fit() -> None:
     for messages in run_spmd(life.misfits, 2):
         for message, part in zip(messages, expected, strict=True):
             assert part in message
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.bool, torch.complex64, torch.int64]
+)
+def test_samples_of_weights(dtype: torch.dtype) -> None:
+    """Equal tensors have equal samples, however they lie in memory; others have others."""
+    values = torch.arange(1, 7).remainder(3).to(dtype).reshape(2, 3)
+    turned = values.view(values.dtype).t().contiguous().t()
+    assert _sample(values) == _sample(turned) != _sample(values[:1])
+    assert _sample(torch.empty(0, dtype=dtype)) == _sample(values.to("meta")) == ""
 
 
 def test_rows_that_do_not_exist_are_not_zeros() -> None:

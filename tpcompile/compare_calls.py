@@ -72,6 +72,8 @@ def _sample(tensor: Tensor) -> str:
     """A digest of some elements, spread over the tensor; what has no values has none."""
     if tensor.is_meta or not tensor.numel():
         return ""
+    if tensor.dtype.itemsize == 1:  # small floats cannot be indexed
+        tensor = tensor.detach().view(torch.uint8)
     count = min(_SAMPLE, tensor.numel())
     at = torch.linspace(0, tensor.numel() - 1, count, dtype=torch.float64).long().to(tensor.device)
     return _digest(tensor.detach().take(at))
