@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -262,6 +263,29 @@ def misfits() -> list[str]:
         refusal(lambda: tpcompile.parallelize(sharded.first, tp, (x,))),
         refusal(lambda: tpcompile.parallelize(nn.Sequential(sharded), tp, (x,))),
     ]
+
+
+def transformed() -> tuple[dict[str, float], list[str]]:
+    """First calls that are exported, or with other weights; what is said against transformed ones."""
+    whole, sharded, x = pair(compare_calls=True)
+    with torch.no_grad():
+        exported = error(torch.export.export(sharded, (x,)).module()(x), whole(x))
+        twice = [{n: p.detach() * 2 for n, p in m.named_parameters()} for m in (whole, sharded)]
+        theirs, mine = (
+            torch.func.functional_call(m, p, (x,)) for m, p in zip((whole, sharded), twice, strict=True)
+        )
+
+    def dual() -> None:
+        with forward_ad.dual_level():
+            sharded(forward_ad.make_dual(x, x))
+
+    messages = [
+        refusal(lambda: torch.func.jvp(sharded, (x,), (x,))),
+        refusal(lambda: torch.func.vmap(sharded)(x[None])),
+        refusal(lambda: torch.func.grad(lambda y: sharded(y).sum())(x)),
+        refusal(dual),
+    ]
+    return {"exported": exported, "other weights": error(mine, theirs)}, messages
 
 
 def rows_that_do_not_exist() -> list[str]:

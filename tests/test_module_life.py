@@ -82,6 +82,12 @@ def test_samples_of_weights(dtype: torch.dtype) -> None:
     assert _sample(torch.empty(0, dtype=dtype)) == _sample(values.to("meta")) == ""
 
 
+def test_first_calls_that_are_exported_or_transformed() -> None:
+    for found, messages in run_spmd(life.transformed, 2):
+        assert max(found.values()) <= F32, found
+        assert len(messages) == 4 and all("do not see through" in message for message in messages), messages
+
+
 def test_rows_that_do_not_exist_are_not_zeros() -> None:
     for found in run_spmd(life.rows_that_do_not_exist, 3):
         assert found == ["index out of range in self"] * 6

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .agree import compare
 
@@ -53,6 +55,14 @@ def compare_call(
         *(f"{name}: {describe_value(leaf, floats=False)}" for name, leaf in zip(names, leaves, strict=True)),
     ]
     compare(group, "calls", lines, "call the model with the same arguments, in the same mode, on every rank")
+
+
+def can_compare(leaves: Sequence[Any]) -> bool:
+    """Whether a call has values that can be sent: not while it is traced, exported or transformed."""
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    recorded = get_proxy_mode() is not None or detect_fake_mode(list(leaves)) is not None
+    return not (traced or transformed or recorded)
 
 
 def describe_value(value: Any, floats: bool = True) -> str:

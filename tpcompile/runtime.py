@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
@@ -16,7 +17,7 @@ from .caches import Held
 from .capture import flatten_call, leaf_names
 from .capture.bind_call import CallSignature
 from .capture.call_results import given_caches, states_of
-from .compare_calls import compare_call, compare_weights
+from .compare_calls import can_compare, compare_call, compare_weights
 from .compile_program import Compiled, Compiler
 from .entries import (
     Entry,
@@ -79,8 +80,10 @@ class Runtime:
         bound = self.bind(args, kwargs, entry)
         path = entry.path if entry is not None else ""
         leaves, spec = flatten_call(bound)
+        if not torch.compiler.is_dynamo_compiling():
+            _refuse_transforms()
         self._check_devices(bound, leaves)
-        if self.compare_calls and not self.running and not torch.compiler.is_dynamo_compiling():
+        if self.compare_calls and not self.running and can_compare(leaves):
             self._compare(model, bound, path, leaves)
         if self.hooks and hooks_below(model, path, self.hooks):
             if self.layout is None:
@@ -143,9 +146,10 @@ class Runtime:
         self, program: Program, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]
     ) -> None:
         """Compares a program's first call over the ranks, unless all calls are compared anyway."""
-        if not self.compare_calls:
-            self._compare(model, bound, program.entry, leaves)
-        program.seen = True
+        if self.compare_calls or can_compare(leaves):
+            program.seen = True
+            if not self.compare_calls:
+                self._compare(model, bound, program.entry, leaves)
 
     def _compare(self, model: nn.Module, bound: dict[str, Any], path: str, leaves: Sequence[Any]) -> None:
         """Compares a call over the ranks; the parts of caches differ."""
@@ -304,6 +308,16 @@ class Runtime:
                     f"the call has other shapes than the program was captured for: {why}",
                     todo="parallelize with dynamic=True, or keep to the captured shapes",
                 )
+
+
+def _refuse_transforms() -> None:
+    """Refuses what does not see through collectives: forward-mode derivatives would be zeros."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed or forward_ad._current_level >= 0:
+        raise TpCompileError(
+            "torch.func and forward-mode derivatives do not see through the collectives of a sharded model",
+            todo="use backward, or torch.autograd.grad",
+        )
 
 
 def _itself(tensor: Tensor) -> Tensor:
