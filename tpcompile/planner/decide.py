@@ -11,10 +11,10 @@ from tpcompile.factors import tensor_of
 from tpcompile.placements import Placement, Shard, split_evenly
 from tpcompile.work import Work
 
-from .assignment import Assignment
 from .cost import CostModel
 from .declared import check_declared, declared_units, fits
 from .search import Search
+from .solve_axes import solve_axes
 from .sub_axes import sub_axes, unit_counts
 from .weights import worth_dividing
 
@@ -70,14 +70,12 @@ def _split_what_pays(
 def plan_on_axes(
     work: Work, axes: tuple[int, ...], cost: CostModel, pins: Pins, divide_small: bool = False
 ) -> Work:
-    """The program with the decisions on each sub-axis, one after the other."""
+    """The program with the decisions on each sub-axis."""
     factors = work.factors()
     check_declared(factors, axes)
     carried, given = work.carried(factors), work.given(factors)
     search = Search(work.graph, factors, work.params(), cost, carried, given, divide_small, work.times)
-    decisions: list[Assignment] = []
-    for i, ranks in enumerate(axes):
-        decisions.append(search.plan(ranks, decisions, pins(work, i)))
+    decisions = solve_axes(search, axes, lambda axis: pins(work, axis))
     return replace(work, decisions=decisions, planned_factors=factors)
 
 

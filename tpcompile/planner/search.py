@@ -1,4 +1,4 @@
-"""The least-cost placements of a graph on one axis of the mesh, as a min-sum problem.
+"""The least-cost placements of a graph on one axis of the mesh, given others, as a min-sum problem.
 
 One variable per node chooses its strategy, one per shared value chooses the placement in which it is
 handed on (so that q, k and v pay for one conversion); every cost then involves at most two variables.
@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 
 from ..errors import TpCompileError
 from ..factors import Factors, OpFactor, producer
+from ..markers import Placements
 from ..placements import Owned, Partial, Placement, R, Replicate, Shard
 from ..rules.rule import Rule, operands, results
 from .assignment import Assignment
@@ -32,7 +33,7 @@ SHAPE_ONLY = (torch.ops.aten.sym_size.int,)
 
 
 class Search:
-    """Builds and solves the problem of one axis, given the axes before it.
+    """Builds and solves the problem of one axis, given what is decided on others.
 
     Args:
         graph: the captured graph at global shapes.
@@ -74,14 +75,27 @@ class Search:
         self.weights = {v for v in self.bytes if weight_root(v, roots) is not None}
 
     def plan(
-        self, ranks: int, prior: list[Assignment], pins: Mapping[Node, frozenset[Placement]] | None = None
+        self,
+        axes: Sequence[int],
+        axis: int,
+        others: Mapping[int, Assignment],
+        pins: Mapping[Node, frozenset[Placement]] | None = None,
     ) -> Assignment:
-        """Solves one axis.
+        """Solves one axis, given the decisions on some of the others.
+
+        Args:
+            axes: the sizes of all axes.
+            axis: which of them to decide on.
+            others: what is decided on others already.
+            pins: the placements that parameters may have on this axis.
+
+        Returns:
+            The decisions; penalty, price and cost are those of all decided axes together.
 
         Raises:
             TpCompileError: the pins cannot be met.
         """
-        return _Axis(self, ranks, prior, pins or {}).solve()
+        return _Axis(self, axes, axis, others, pins or {}).solve()
 
     def _uses(self) -> dict[Node, list[tuple[Node, int]]]:
         found: dict[Node, list[tuple[Node, int]]] = {}
@@ -104,12 +118,18 @@ class _Axis:
     """The problem of one axis."""
 
     def __init__(
-        self, search: Search, ranks: int, prior: list[Assignment], pins: Mapping[Node, frozenset[Placement]]
+        self,
+        search: Search,
+        axes: Sequence[int],
+        axis: int,
+        others: Mapping[int, Assignment],
+        pins: Mapping[Node, frozenset[Placement]],
     ) -> None:
-        self.search, self.ranks, self.prior, self.pins = search, ranks, prior, pins
-        self.factors, self.costs = search.factors, AxisCosts(search, ranks, prior)
+        self.search, self.axes, self.axis, self.pins = search, axes, axis, pins
+        self.ranks, self.others = axes[axis], {a: others[a] for a in sorted(others)}
+        self.factors, self.costs = search.factors, AxisCosts(search, self.ranks, others, axis)
         # On one rank there is nothing to divide, and nothing to send: the program stays as it was captured.
-        self.candidates = search.candidates if ranks > 1 else set()
+        self.candidates = search.candidates if self.ranks > 1 else set()
         self.problem = Problem()
         self.options: dict[Node, list[Strategy]] = {}
         self.holdings: dict[Node, list[Placement]] = {}
@@ -123,7 +143,7 @@ class _Axis:
         for param in self.search.params:
             self._hold(param)
         for value, placements in self.search.given.items():
-            self.holdings[value] = [placements[len(self.prior)]]
+            self.holdings[value] = [placements[self.axis]]
             self.problem.variable(("param", value.name), [0.0])
         for value, uses in self.search.uses.items():
             if value in self.holdings or producer(value)[0] in self.options:
@@ -176,42 +196,58 @@ class _Axis:
             least = fewest if factor.reduce or None not in factor.outputs else self.ranks
             return factor.atom in self.candidates and self.costs.left_in(node, factor) >= least
 
-        axes = [*(a.ranks for a in self.prior), self.ranks]
-        options = strategies(node, self.factors, may_divide, axes)
+        options = strategies(node, self.factors, may_divide, self.axes[: self.axis + 1])
         self.options[node] = options
         costs = exact(self.costs.times(node, options))
         self.problem.variable(("node", node.name), self.search.times(node) * costs)
 
     def _connect(self, value: Node, uses: list[tuple[Node, int]]) -> None:
         source, outs = self._source(value)
+        lie = tuple(a.output(value) for a in self.others.values())
         if len(uses) == 1:
-            self._edge(source, outs, uses[0], value)
+            self._edge(source, outs, uses[0], value, lie)
             return
         kinds = sorted({*outs, R, *(w for u in uses for w in self._wants(u, value))}, key=_order)
         self.handed[value] = kinds
         name = ("shared", value.name)
         self.problem.variable(name, np.zeros(len(kinds)))
-        self.problem.table((source, name), self._conversions(outs, kinds, value))
+        handed = tuple(a.shared[value] for a in self.others.values())
+        self.problem.table((source, name), self._conversions(outs, kinds, value, (lie, handed)))
         for use in uses:
-            self._edge(name, kinds, use, value)
+            self._edge(name, kinds, use, value, handed)
 
-    def _edge(self, source: Name, outs: list[Placement], use: tuple[Node, int], value: Node) -> None:
+    def _edge(
+        self, source: Name, outs: list[Placement], use: tuple[Node, int], value: Node, lie: Placements
+    ) -> None:
+        """A use of a value, which lies so on the other axes."""
         wants = self._wants(use, value)
-        table = self._conversions(outs, wants, value)
+        wanted = tuple(self._wanted(use, value, i) for i in self.others)
+        table = self._conversions(outs, wants, value, (lie, wanted))
         if use[0] in self.options:
             self.problem.table((source, ("node", use[0].name)), table)
         else:
             self.problem.table((source,), table[:, 0])
 
-    def _conversions(self, src: list[Placement], dst: list[Placement], value: Node) -> Table:
-        return self.search.times(value) * self.costs.conversions(src, dst, value)
+    def _conversions(
+        self, src: list[Placement], dst: list[Placement], value: Node, others: tuple[Placements, Placements]
+    ) -> Table:
+        return self.search.times(value) * self.costs.conversions(src, dst, value, others)
 
     def _wants(self, use: tuple[Node, int], value: Node) -> list[Placement]:
         node, operand = use
         if node in self.options:
             return [s.inputs[operand] for s in self.options[node]]
-        carried = self.search.carried.get(value) if node.op == "output" else None
-        return [carried[len(self.prior)] if carried else R]
+        return [self._result(use, value, self.axis)]
+
+    def _wanted(self, use: tuple[Node, int], value: Node, axis: int) -> Placement:
+        """What a use wants on another axis."""
+        strategy = self.others[axis].nodes.get(use[0])
+        return strategy.inputs[use[1]] if strategy else self._result(use, value, axis)
+
+    def _result(self, use: tuple[Node, int], value: Node, axis: int) -> Placement:
+        """How the program's caller wants a result, and what has no strategies its operands."""
+        carried = self.search.carried.get(value) if use[0].op == "output" else None
+        return carried[axis] if carried else R
 
     def _source(self, value: Node) -> tuple[Name, list[Placement]]:
         if value in self.holdings:
