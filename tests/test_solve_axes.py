@@ -6,12 +6,18 @@ import math
 from collections.abc import Sequence
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from tests import families, programs
 from tests.joint_plan import JointPlan
 from tests.random_programs import random_program
+from tpcompile.explain import explain_module
+from tpcompile.pipeline import rewrite
+from tpcompile.placements import Shard
 from tpcompile.planner.assignment import Assignment
 from tpcompile.planner.cost import PRESETS
+from tpcompile.planner.decide import plan_on_axes
 from tpcompile.planner.search import Search
 from tpcompile.planner.solve_axes import solve_axes
 from tpcompile.work import Work
@@ -31,9 +37,33 @@ def _worth(decisions: Sequence[Assignment]) -> float:
     return sum(d.penalty + d.price + d.cost for d in decisions)
 
 
+class Largest(nn.Module):
+    """A maximum over what a matmul gives: torch has none of nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(20, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x).amax(-1)
+
+
+@pytest.mark.parametrize(("axes", "divided"), [((2, 2), True), ((4, 2), False)])
+def test_no_rank_is_left_without_a_part(axes: tuple[int, int], divided: bool) -> None:
+    """Of 6 rows 4 ranks have 2, 2, 1, 1: two ranks more could not all have a row."""
+    model, x = Largest().double(), torch.randn(3, 7, 20, dtype=torch.float64)
+    work = programs.canonicalised(model, x, ranks=math.prod(axes))
+    rows = frozenset({Shard(0)})
+    planned = plan_on_axes(work, axes, PRESETS["cpu"], lambda w, _: dict.fromkeys(w.params(), rows))
+    rewrite(planned, training=False)
+    assert ("P(max) x P(max) = aten.amax" in planned.text()) == divided
+    for results in programs.run_ranks(planned, model, x):
+        torch.testing.assert_close(results, [model(x)], rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("preset", ["cpu", "h100"])
 def test_as_good_as_all_axes_together(preset: str) -> None:
-    for seed in range(40, 64):
+    for seed in range(40, 60):
         axes = AXES[seed % len(AXES)]
         work = random_program(seed, calls=4 + seed % 9, ranks=math.prod(axes))
         search = _search(work, preset)
@@ -43,7 +73,9 @@ def test_as_good_as_all_axes_together(preset: str) -> None:
 
 def test_an_earlier_axis_is_solved_again() -> None:
     """The norm over all key heads wants to know, on the first sub-axis, what the second will do."""
-    work = programs.canonicalised(families.build("olmo2"), ranks=8, **families.causal_inputs(2, 16))
+    work = programs.canonicalised(
+        families.build("olmo2", num_hidden_layers=1), ranks=8, **families.causal_inputs(2, 16)
+    )
     search, axes = _search(work, "cpu"), (4, 2)
     best = JointPlan(search, axes).worth()
     first = search.plan(axes, 0, {})
@@ -54,3 +86,16 @@ def test_an_earlier_axis_is_solved_again() -> None:
     for axis in range(2):  # nothing is left to improve, and the parts add up to the whole
         again = search.plan(axes, axis, {1 - axis: found[1 - axis]})
         assert _worth([again]) == pytest.approx(best, rel=1e-9)
+
+
+def test_no_alternative_would_have_been_cheaper() -> None:
+    """The explanation of a plan on sub-axes compares with the rest of the plan as it is."""
+    model = families.build("llama", num_key_value_heads=2, num_hidden_layers=1)
+    work = programs.planned(model, ranks=4, **families.causal_inputs())
+    text = explain_module(work, PRESETS["cpu"], programs.no_pins, "model.layers.0.self_attn")
+    assert "chosen on sub-axis 0 of 2: S(0)" in text
+    assert "chosen on sub-axis 1 of 2: R" in text  # keys and values, whose heads are spent
+    assert "refused: nothing is left to divide" in text
+    assert ": +" in text
+    cheaper = [line for line in text.splitlines() if ": -" in line]
+    assert all(line.endswith("but a large matrix must be divided") for line in cheaper)

@@ -172,15 +172,15 @@ class AxisCosts:
             self.search.factors.size(atom), [a.params[param] == Shard(*place) for a in self.others]
         )
 
-    def left_in(self, node: Node, factor: OpFactor) -> int:
-        """The units of a factor of a call that one rank of all the other axes may have."""
-        return self._left(factor.size, [a.nodes[node].factor == factor for a in self.others])
+    def left_in(self, node: Node, factor: OpFactor, *, fewest: bool = False) -> int:
+        """The units of a factor of a call that one rank of all the other axes may have, or has at least."""
+        return self._left(factor.size, [a.nodes[node].factor == factor for a in self.others], fewest)
 
-    def _left(self, size: object, dividing: Iterable[bool]) -> int:
+    def _left(self, size: object, dividing: Iterable[bool], fewest: bool = False) -> int:
         assert isinstance(size, int)
         for assignment, divides in zip(self.others, dividing, strict=True):
             if divides:
-                size = -(-size // assignment.ranks)
+                size = split_evenly(size, assignment.ranks)[-1 if fewest else 0]
         return size
 
 

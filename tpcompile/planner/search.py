@@ -189,12 +189,14 @@ class _Axis:
 
     def _compute(self, node: Node) -> None:
         rule = self.factors.rules.get(node)
-        fewest = self.ranks if isinstance(rule, Rule) and rule.filled else 2
+        filled = isinstance(rule, Rule) and rule.filled
 
         def may_divide(factor: OpFactor) -> bool:
+            if factor.atom not in self.candidates:
+                return False
             # Rows of experts: no rank may be without one.
-            least = fewest if factor.reduce or None not in factor.outputs else self.ranks
-            return factor.atom in self.candidates and self.costs.left_in(node, factor) >= least
+            everywhere = filled or not (factor.reduce or None not in factor.outputs)
+            return self.costs.left_in(node, factor, fewest=everywhere) >= (self.ranks if everywhere else 2)
 
         options = strategies(node, self.factors, may_divide, self.axes[: self.axis + 1])
         self.options[node] = options
