@@ -16,6 +16,7 @@ from .declared import check_declared, declared_units, fits
 from .search import Search
 from .solve_axes import solve_axes
 from .sub_axes import sub_axes, unit_counts
+from .tie_layers import tie_layers
 from .weights import worth_dividing
 
 # The placements allowed for parameters of a program, on one of its sub-axes.
@@ -26,7 +27,7 @@ Splitter = Callable[[Work, frozenset[str]], Work]
 def decide(
     work: Work, cost: CostModel, groups: list[str], split: Splitter, pins: Pins, divide_small: bool = False
 ) -> Work:
-    """The program with the least penalty, then the least memory by sub-axes, then the least time.
+    """The program with the least penalty, then the least time, then the least memory.
 
     Args:
         work: the canonical program.
@@ -50,7 +51,7 @@ def decide(
     axes = sub_axes(work.ranks, units)
     if len(axes) > 1 and fits(factors, axes):
         other = _split_what_pays(plan, axes, groups)
-        if (_penalty(other), _held(other)) < (_penalty(best), _held(best)):
+        if (*_score(other), _held(other)) < (*_score(best), _held(best)):
             best = other
     return best
 
@@ -74,7 +75,8 @@ def plan_on_axes(
     factors = work.factors()
     check_declared(factors, axes)
     carried, given = work.carried(factors), work.given(factors)
-    search = Search(work.graph, factors, work.params(), cost, carried, given, divide_small, work.times)
+    ties = tie_layers(work)
+    search = Search(work.graph, factors, work.params(), cost, carried, given, divide_small, work.times, ties)
     decisions = solve_axes(search, axes, lambda axis: pins(work, axis))
     return replace(work, decisions=decisions, planned_factors=factors)
 
