@@ -148,9 +148,10 @@ class AxisCosts:
         made = [self.search.bytes[n] for n, _ in self.search.uses[param] if n in self.search.bytes]
         placements = self._placements(param, placement)
         whole = [n for n, p in zip(self.all_ranks, placements, strict=True) if not isinstance(p, Shard)]
-        # On several axes it would be gathered at once.
-        gather = self.model.all_gather(min(made, default=0.0), math.prod(whole))
-        return SMALL_PRICE * gather if whole else 0.0
+        # Divided on some axes, that share of it which a rank holds beyond its part of the whole.
+        ranks, copies = math.prod(self.all_ranks), math.prod(whole)
+        gather = self.model.all_gather(min(made, default=0.0), ranks)
+        return SMALL_PRICE * gather * (copies - 1) / (ranks - 1) if ranks > 1 else 0.0
 
     def _placements(self, param: Node, placement: Placement) -> Placements:
         return self.beside([a.params[param] for a in self.others], placement)

@@ -27,7 +27,7 @@ Splitter = Callable[[Work, frozenset[str]], Work]
 def decide(
     work: Work, cost: CostModel, groups: list[str], split: Splitter, pins: Pins, divide_small: bool = False
 ) -> Work:
-    """The program with the least penalty, then the least time, then the least memory.
+    """The program with the least penalty, then the least price and time, then the least memory.
 
     Args:
         work: the canonical program.
@@ -51,7 +51,7 @@ def decide(
     axes = sub_axes(work.ranks, units)
     if len(axes) > 1 and fits(factors, axes):
         other = _split_what_pays(plan, axes, groups)
-        if (*_score(other), _held(other)) < (*_score(best), _held(best)):
+        if _worth(other) < _worth(best):
             best = other
     return best
 
@@ -127,3 +127,8 @@ def _except(placement: Placement, dim: int) -> Shard | None:
 def _score(work: Work) -> tuple[float, float]:
     # Rounded, so that a split that changes nothing is not made for the last bit of a sum.
     return _penalty(work), float(f"{sum(d.cost for d in work.decisions):.6g}")
+
+
+def _worth(work: Work) -> tuple[float, float, float]:
+    """What plans on other sub-axes are compared by."""
+    return _penalty(work), float(f"{sum(d.price + d.cost for d in work.decisions):.6g}"), _held(work)
