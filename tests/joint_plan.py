@@ -17,8 +17,9 @@ from tpcompile.factors import producer
 from tpcompile.placements import Placement, R, Shard
 from tpcompile.planner.assignment import Assignment
 from tpcompile.planner.axis_costs import AxisCosts, exact
+from tpcompile.planner.axis_problem import AxisProblem, _order
 from tpcompile.planner.eliminate import Problem, solve
-from tpcompile.planner.search import Search, _Axis, _order
+from tpcompile.planner.search import Search
 from tpcompile.planner.strategies import Strategy
 
 Name = tuple[str, str]
@@ -37,7 +38,7 @@ class JointPlan:
         self.search, self.axes = search, axes
         self.problem, self.unavoidable = Problem(), 0.0
         # The strategies and holdings that are possible on the first axis are all that there are.
-        alone = _Axis(search, axes, 0, {}, {})
+        alone = AxisProblem(search, axes, 0, {}, {})
         alone.solve()
         self.ways = {n: list(self._combine(o, self._possible(n))) for n, o in alone.options.items()}
         self.holdings = {p: list(self._combine(h, self._may_hold(p))) for p, h in alone.holdings.items()}
