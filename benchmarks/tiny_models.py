@@ -24,18 +24,19 @@ LARGEST = 150e6
 
 # Every meaning has a size of its own; an attribute that is smaller already stays.
 _NAMES: dict[int, str] = {
-    259: "vocab_size",
+    259: "vocab_size encoder_hash_byte_group_vocab",
     128: "hidden_size d_model n_embd embed_dim hidden_dim dim emb_dim embedding_dim decoder_hidden_size "
     "encoder_hidden_size text_hidden_size out_hidden_size projection_dim projector_hidden_size lru_width "
     "attention_hidden_size d_inner word_embed_proj_dim encoder_hidden_dim hidden_size_per_layer_input "
     "d_embed",
-    68: "intermediate_size n_inner d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size mlp_dim "
+    164: "intermediate_size n_inner d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size mlp_dim "
     "intermediate_size_mlp dense_intermediate_size feed_forward_size ffn_config encoder_intermediate_size "
     "decoder_intermediate_size block_ff_dim block_multiple_of speech_encoder_intermediate_size "
     "prefix_dense_intermediate_size",
     8: "num_attention_heads n_head num_heads n_heads encoder_attention_heads decoder_attention_heads "
-    "attention_heads encoder_num_attention_heads decoder_num_attention_heads linear_num_value_heads "
-    "swa_num_attention_heads num_decoder_attention_heads num_encoder_attention_heads qk_rope_head_dim "
+    "rotary_dim attention_heads encoder_num_attention_heads decoder_num_attention_heads "
+    "linear_num_value_heads swa_num_attention_heads num_decoder_attention_heads num_encoder_attention_heads "
+    "qk_rope_head_dim "
     "linear_num_heads speech_encoder_attention_heads",
     4: "num_key_value_heads swa_num_key_value_heads linear_num_key_heads num_global_key_value_heads "
     "index_n_heads mm_tokens_per_image kv_n_heads",
@@ -59,6 +60,7 @@ _NAMES: dict[int, str] = {
     14: "v_head_dim",
     7: "mamba_d_state state_size ssm_state_size",
     5: "time_step_rank",
+    0: "num_kv_shared_layers",
     1: "first_k_dense_replace num_dense_layers topk_group n_shared_experts attn_layer_offset "
     "expert_layer_offset num_mtp_layers",
 }
@@ -90,8 +92,10 @@ def _shrunk(config: PreTrainedConfig, variant: dict[str, int | None]) -> dict[st
         elif name.endswith(("token_id", "token_index")) and isinstance(value, int):
             new[name] = _TOKENS.get(name, min(value, 1))
         elif type(value) is int and sizes.get(name) is not None:
-            new[name] = min(value, sizes[name] or 0)
-        elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
+            new[name] = min(value, sizes[name])
+        elif value is None and "expert" in name and name in sizes:
+            new[name] = sizes[name]
+        elif isinstance(value, dict) and "mrope_section" in value:
             new[name] = _short_sections(value)
         elif name == "depths":
             new[name] = [min(depth, 2) for depth in value]
@@ -100,8 +104,6 @@ def _shrunk(config: PreTrainedConfig, variant: dict[str, int | None]) -> dict[st
 
 def _short_sections(rope: dict[str, Any]) -> dict[str, Any]:
     """Sections of the rotary dimensions, which have to add up to half the size of a head."""
-    if "mrope_section" not in rope:
-        return rope
     count = len(rope["mrope_section"])
     half = _HEAD_DIM // 2
     return rope | {"mrope_section": [half // count] * (count - 1) + [half - half // count * (count - 1)]}
@@ -162,16 +164,17 @@ def inputs_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     given = default_example(model) or {}
     if main not in given:
         given[main] = _other_input(main, model.config)
-    for name in ("pixel_values",):
-        if main == "input_ids" and name in known and _size(model.config, "image_size"):
-            given[name] = torch.zeros(BATCH, 3, *_square(_size(model.config, "image_size")))
+    generates = getattr(model, "can_generate", lambda: False)()
+    size = _size(model.config, "image_size")
+    if main == "input_ids" and "pixel_values" in known and size and not generates:
+        given["pixel_values"] = torch.zeros(BATCH, 3, *_square(size))
     found: dict[str, Any] = {}
     for name, value in given.items():
         if value.is_floating_point():
             found[name] = torch.randn(value.shape, generator=generator).to(dtype)
         else:
             found[name] = families.token_ids(BATCH, DECODER_LENGTH if "decoder" in name else LENGTH)
-    causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))  # its usual call has no padding
+    causal = generates and not model.config.is_encoder_decoder  # its usual call has no padding
     if "attention_mask" in known and "input_ids" in found and not causal:
         mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
         mask[0, LENGTH - 2 :] = 0
@@ -182,7 +185,9 @@ def inputs_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _other_input(name: str, config: Any) -> Tensor:
-    """Sound, or a sequence of features."""
+    """A picture of a size that the configuration does not say, sound, or a sequence of features."""
+    if name == "pixel_values":
+        return torch.zeros(BATCH, _size(config, "num_channels") or 3, 64, 64)
     if name == "input_values" and not _size(config, "num_mel_bins"):
         return torch.zeros(BATCH, 4000)
     width = _size(config, "num_mel_bins") or _size(config, "feature_size") or 80

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers.models.auto import modeling_auto
 
@@ -32,6 +33,7 @@ from benchmarks.report_zoo import line, report
 from benchmarks.tiny_models import tiny_model
 from tests import programs, simulate
 from tpcompile.capture import bind_call, capture
+from tpcompile.capture.register_caches import register_cache_support
 from tpcompile.decisions import decisions_from_data, decisions_to_data
 from tpcompile.errors import TpCompileError
 from tpcompile.layout import WeightLayout
@@ -72,12 +74,8 @@ def measure(kind: str, auto: str, dynamic: bool, stages: list[str]) -> dict[str,
         stages: told what is being done, for the case that it fails.
     """
     stages.append("build")
-    model, inputs = tiny_model(kind, AUTO[auto][0], torch.float64)
-    call = bind_call(model, (), inputs)
-    with torch.no_grad():
-        whole = [x for x in tree_leaves(model(**call)) if torch.is_tensor(x)]
-    if not all(bool(x.isfinite().all()) for x in whole):
-        raise ValueError("the unsharded model's own results are not finite")
+    register_cache_support()  # a cache that is returned is compared too
+    model, call, whole = _reference(kind, AUTO[auto][0])
     stages.append("capture")
     base = canonical(capture(model, call, dynamic=dynamic), RANKS)
     stages.append("plan")
@@ -103,6 +101,23 @@ def measure(kind: str, auto: str, dynamic: bool, stages: list[str]) -> dict[str,
         "whole": _whole(layout, used),
         "notes": list(work.captured.notes),
     }
+
+
+def _reference(kind: str, auto: str) -> tuple[nn.Module, dict[str, Any], list[torch.Tensor]]:
+    """A model, a call of it, and its results; in single precision if the model cannot do double."""
+    failed: list[Exception] = []
+    for dtype in (torch.float64, torch.float32):
+        try:
+            model, inputs = tiny_model(kind, auto, dtype)
+            call = bind_call(model, (), inputs)
+            with torch.no_grad():
+                whole = [x for x in tree_leaves(model(**call)) if torch.is_tensor(x)]
+            if all(bool(x.isfinite().all()) for x in whole):
+                return model, call, whole
+            failed.append(ValueError("the unsharded model's own results are not finite"))
+        except Exception as error:
+            failed.append(error)
+    raise failed[0]
 
 
 def _error(results: list[Any], whole: list[torch.Tensor]) -> float:

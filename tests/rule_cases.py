@@ -60,6 +60,8 @@ MATMULS = [
     _case(aten.baddbmm.default, signed(1, 14), signed(4, 6, 10), signed(4, 10, 14)),
     _case(aten.einsum.default, "bqd,bkd->bqk", [signed(4, 6, 10), signed(4, 14, 10)]),
     _case(aten.einsum.default, "bq,kd->bd", [signed(4, 6), signed(14, 10)]),
+    _case(aten.einsum.default, "...qhd,...khd->...hqk", [signed(3, 1, 6, 4, 10), signed(2, 14, 4, 10)]),
+    _case(aten.einsum.default, "i...,ij", [signed(6, 4), signed(6, 10)]),
     _case(
         aten.scaled_dot_product_attention.default,
         signed(3, 4, 6, 10),
@@ -463,7 +465,6 @@ REFUSED = {
     _case(aten.rand_like.default, real(4, 6)): "random",
     _case(aten.dropout.default, signed(4, 6), 0.5, True): "random",
     _case(aten.native_dropout.default, signed(4, 6), 0.5, True): "random",
-    _case(aten.einsum.default, "...ij,...jk->...ik", [signed(4, 6), signed(6, 10)]): "ellipses",
     _case(aten.einsum.default, "ii->i", [signed(4, 4)]): "twice",
     _case(aten.conv1d.default, signed(6, 10), signed(14, 6, 3)): "batch",
     _case(

@@ -134,3 +134,16 @@ class Masked(nn.Module):
         heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
         found = [F.scaled_dot_product_attention(heads, heads, heads, m) for m in (causal, every, near)]
         return torch.stack(found).sum(0)
+
+
+class NormedConvolution(nn.Module):
+    """A grouped convolution whose weight is a direction and a length, the length being that of each tap."""
+
+    def __init__(self, width: int = 12, groups: int = 4, taps: int = 3) -> None:
+        super().__init__()
+        conv = nn.Conv1d(width, width, taps, padding=1, groups=groups)
+        self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + F.gelu(self.conv(x.transpose(1, 2))).transpose(1, 2)
+        return y

@@ -184,8 +184,8 @@ def rule_of(node: Node) -> Rule | str:
     """
     if is_random(node):
         return "it draws random numbers"
-    names = _names(node)
-    row = _look_up(node, names)
+    names = _names(node.target)
+    row = _look_up(node.target, names)
     if row is None:
         return f"no rule for {names[0]}"
     rule = row(node) if not isinstance(row, str) else _instantiate(row, node)
@@ -195,19 +195,24 @@ def rule_of(node: Node) -> Rule | str:
     return _without_useless(rule, node)
 
 
-def _names(node: Node) -> list[str]:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return [f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}"]
-    full = str(node.target)
+def has_rule(op: torch._ops.OpOverload) -> bool:
+    """Whether the table says something of an operator, if only why it has no rule."""
+    return _look_up(op, _names(op)) is not None
+
+
+def _names(op: object) -> list[str]:
+    if not isinstance(op, torch._ops.OpOverload):
+        return [f"{getattr(op, '__module__', '')}.{getattr(op, '__name__', op)}"]
+    full = str(op)
     return [full, full.rpartition(".")[0]]
 
 
-def _look_up(node: Node, names: Iterable[str]) -> Row | None:
+def _look_up(op: object, names: Iterable[str]) -> Row | None:
     for table in (_USER, ROWS):
         for name in names:
             if name in table:
                 return table[name]
-    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+    if isinstance(op, torch._ops.OpOverload) and torch.Tag.pointwise in op.tags:
         return pointwise.broadcast
     return None
 
