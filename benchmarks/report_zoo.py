@@ -28,7 +28,7 @@ def sort_out(found: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
     """Results by what became of them; of several for one type the last counts."""
     last = {(f["auto"], f["kind"]): f for f in found}
     groups: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("divided", "partly", "wrong", "refused", "failed", "not built")
+        name: [] for name in ("divided", "partly", "wrong", "refused", "failed", "not tried")
     }
     for f in last.values():
         groups[_group(f)].append(f)
@@ -37,12 +37,12 @@ def sort_out(found: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
 
 def _group(found: dict[str, Any]) -> str:
     if "failed" in found:
-        if found["stage"] == "build":
-            return "not built"
+        if found["stage"] in ("build", "default", "time"):
+            return "not tried"
         return "refused" if found.get("refused") else "failed"
     if found["error"] > RIGHT:
         return "wrong"
-    return "divided" if found["share"] <= 0.6 and not found["fallbacks"] else "partly"
+    return "divided" if found["share"] * found.get("ranks", 2) <= 1.2 and not found["fallbacks"] else "partly"
 
 
 def report(found: Iterable[dict[str, Any]]) -> str:
@@ -58,7 +58,7 @@ def report(found: Iterable[dict[str, Any]]) -> str:
         counts = [len(g) for g in groups.values()]
         lines.append(f"| {auto} | {sum(counts)} | " + " | ".join(map(str, counts)) + " |")
     groups = sort_out(found)
-    for name in ("wrong", "failed", "partly", "refused", "not built"):
+    for name in ("wrong", "failed", "partly", "refused", "not tried"):
         if groups[name]:
             lines += ["", f"{name}:"]
             lines += [f"- {f['auto']} {line(f)}" for f in groups[name]]

@@ -156,6 +156,16 @@ def tiny_model(kind: str, auto: str, dtype: torch.dtype) -> tuple[nn.Module, dic
     raise failed[0]
 
 
+def default_problem(kind: str, auto: str) -> str:
+    """Why a type cannot be built from its own default configuration either, or an empty text."""
+    try:
+        with torch.device("meta"):
+            getattr(transformers, auto).from_config(AutoConfig.for_model(kind))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def inputs_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     """Random arguments for what a model's forward takes."""
     generator = torch.Generator().manual_seed(0)
@@ -179,6 +189,8 @@ def inputs_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
         mask[0, LENGTH - 2 :] = 0
         found["attention_mask"] = mask
+    if "decoder_attention_mask" in known and "decoder_input_ids" in found:
+        found["decoder_attention_mask"] = torch.ones(BATCH, DECODER_LENGTH, dtype=torch.long)
     if "use_cache" in known:
         found["use_cache"] = False
     return found

@@ -1,6 +1,7 @@
-"""Every type of an auto class of the installed transformers, tiny, on two simulated ranks.
+"""Every type of an auto class of the installed transformers, tiny, on two simulated ranks (or more).
 
-    python -m benchmarks.zoo [--auto causal] [--types a,b,...] [--limit SECONDS] [--static] [--out FILE]
+    python -m benchmarks.zoo [--auto causal] [--types a,b,...] [--limit SECONDS] [--static] [--ranks N]
+        [--out FILE]
     python -m benchmarks.zoo --report FILE...
 
 One line per type: whether it is captured, the error against the unsharded model, the share of the weights
@@ -30,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.models.auto import modeling_auto
 
 from benchmarks.report_zoo import line, report
-from benchmarks.tiny_models import tiny_model
+from benchmarks.tiny_models import default_problem, tiny_model
 from tests import programs, simulate
 from tpcompile.capture import bind_call, capture
 from tpcompile.capture.register_caches import register_cache_support
@@ -43,7 +44,6 @@ from tpcompile.plan_layout import layout_of
 from tpcompile.planner.cost import preset
 from tpcompile.shell import whole_tensors
 
-RANKS = 2
 AUTO = {
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
     "masked": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
@@ -64,20 +64,21 @@ AUTO = {
 """Auto classes by a short name, with the name of transformers' table of their types."""
 
 
-def measure(kind: str, auto: str, dynamic: bool, stages: list[str]) -> dict[str, Any]:
+def measure(kind: str, auto: str, dynamic: bool, ranks: int, stages: list[str]) -> dict[str, Any]:
     """Captures, plans and runs one type.
 
     Args:
         kind: the type.
         auto: the short name of its auto class.
         dynamic: whether batch and sequence stay open, as they are by default.
+        ranks: how many share the model.
         stages: told what is being done, for the case that it fails.
     """
     stages.append("build")
     register_cache_support()  # a cache that is returned is compared too
     model, call, whole = _reference(kind, AUTO[auto][0])
     stages.append("capture")
-    base = canonical(capture(model, call, dynamic=dynamic), RANKS)
+    base = canonical(capture(model, call, dynamic=dynamic), ranks)
     stages.append("plan")
     planned = plan_program(base, preset("cpu"), lambda _work, _axis: {})
     work = split_copy(base, planned.split_groups)
@@ -93,7 +94,7 @@ def measure(kind: str, auto: str, dynamic: bool, stages: list[str]) -> dict[str,
     used = [name for name in layout.params if name not in layout.open]
     return {
         "error": max(_error(rank, whole) for rank in results),
-        "share": max(sum(_held(layout, name, r) for name in used) for r in range(RANKS))
+        "share": max(sum(_held(layout, name, r) for name in used) for r in range(ranks))
         / sum(_size(layout, name) for name in used),
         "collectives": sum(c.count for c in collectives_of(work)),
         "where": [f"{c.count} {c.kind} {c.where}" for c in collectives_of(work)],
@@ -153,12 +154,12 @@ def _whole(layout: WeightLayout, used: list[str]) -> dict[str, float]:
     return {name: round(size, 4) for name, size in found.items() if size >= 0.01}
 
 
-def _child(kind: str, auto: str, dynamic: bool, answer: Connection) -> None:
+def _child(kind: str, auto: str, dynamic: bool, ranks: int, answer: Connection) -> None:
     stages: list[str] = []
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     try:
-        found = measure(kind, auto, dynamic, stages)
+        found = measure(kind, auto, dynamic, ranks, stages)
     except Exception as error:
         refused = isinstance(error, TpCompileError)
         trace = "" if refused or stages[-1] == "build" else traceback.format_exc()[-3000:]
@@ -168,15 +169,18 @@ def _child(kind: str, auto: str, dynamic: bool, answer: Connection) -> None:
             "refused": refused,
             "trace": trace,
         }
+        if stages[-1] == "build" and (problem := default_problem(kind, AUTO[auto][0])):
+            found |= {"stage": "default", "failed": problem[:1500]}
+    found["ranks"] = ranks
     found["cpu"] = round(time.process_time(), 1)
     answer.send(found)
 
 
-def run(kind: str, auto: str, limit: float, dynamic: bool = True) -> dict[str, Any]:
+def run(kind: str, auto: str, limit: float, dynamic: bool = True, ranks: int = 2) -> dict[str, Any]:
     """Measures one type in a process of its own."""
     context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
     mine, other = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(kind, auto, dynamic, other))
+    process = context.Process(target=_child, args=(kind, auto, dynamic, ranks, other))
     start = time.monotonic()
     process.start()
     other.close()
@@ -225,7 +229,7 @@ def main() -> None:
     for kind in options.types.split(",") if options.types else kinds_of(options.auto):
         if (options.auto, kind) in seen:
             continue
-        found.append(run(kind, options.auto, options.limit, not options.static))
+        found.append(run(kind, options.auto, options.limit, not options.static, options.ranks))
         print(line(found[-1]), flush=True)
         if out:
             with out.open("a") as file:
