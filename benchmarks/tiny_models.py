@@ -93,7 +93,7 @@ def _shrunk(config: PreTrainedConfig, variant: dict[str, int | None]) -> dict[st
             new[name] = _TOKENS.get(name, min(value, 1))
         elif type(value) is int and sizes.get(name) is not None:
             new[name] = min(value, sizes[name])
-        elif value is None and "expert" in name and name in sizes:
+        elif value is None and name in sizes and ("expert" in name or name == "vocab_size"):
             new[name] = sizes[name]
         elif isinstance(value, dict) and "mrope_section" in value:
             new[name] = _short_sections(value)

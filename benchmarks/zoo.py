@@ -213,6 +213,7 @@ def main() -> None:
     )
     parser.add_argument("--auto", choices=AUTO, default="causal")
     parser.add_argument("--types", help="comma-separated; all by default")
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds per type")
     parser.add_argument(
         "--static", action="store_true", help="capture with fixed sizes: three times as quick"
