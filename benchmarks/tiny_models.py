@@ -24,12 +24,12 @@ LARGEST = 150e6
 
 # Every meaning has a size of its own; an attribute that is smaller already stays.
 _NAMES: dict[int, str] = {
-    259: "vocab_size encoder_hash_byte_group_vocab",
+    259: "vocab_size encoder_hash_byte_group_vocab vocab_size_per_layer_input",
     128: "hidden_size d_model n_embd embed_dim hidden_dim dim emb_dim embedding_dim decoder_hidden_size "
     "encoder_hidden_size text_hidden_size out_hidden_size projection_dim projector_hidden_size lru_width "
     "attention_hidden_size d_inner word_embed_proj_dim encoder_hidden_dim hidden_size_per_layer_input "
-    "d_embed",
-    164: "intermediate_size n_inner d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size mlp_dim "
+    "d_embed hidden_size_global adapter_in_dim",
+    292: "intermediate_size n_inner d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size mlp_dim "
     "intermediate_size_mlp dense_intermediate_size feed_forward_size ffn_config encoder_intermediate_size "
     "decoder_intermediate_size block_ff_dim block_multiple_of speech_encoder_intermediate_size "
     "prefix_dense_intermediate_size",
@@ -142,6 +142,8 @@ def tiny_model(kind: str, auto: str, dtype: torch.dtype) -> tuple[nn.Module, dic
     for variant in _VARIANTS:
         try:
             config = AutoConfig.for_model(kind, **_shrunk(AutoConfig.for_model(kind), variant))
+            # Where a type has several classes, transformers looks for one of these and takes the first else.
+            config.architectures = config.architectures or []
             with torch.device("meta"):
                 size = parameters_of(getattr(transformers, auto).from_config(config))
             if size > LARGEST:
@@ -174,6 +176,8 @@ def inputs_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     given = default_example(model) or {}
     if main not in given:
         given[main] = _other_input(main, model.config)
+        if model.config.is_encoder_decoder and "decoder_input_ids" in known:
+            given["decoder_input_ids"] = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     generates = getattr(model, "can_generate", lambda: False)()
     size = _size(model.config, "image_size")
     if main == "input_ids" and "pixel_values" in known and size and not generates:
@@ -200,7 +204,7 @@ def _other_input(name: str, config: Any) -> Tensor:
     """A picture of a size that the configuration does not say, sound, or a sequence of features."""
     if name == "pixel_values":
         return torch.zeros(BATCH, _size(config, "num_channels") or 3, 64, 64)
-    if name == "input_values" and not _size(config, "num_mel_bins"):
+    if name == "input_values" and not _size(config, "max_length"):
         return torch.zeros(BATCH, 4000)
     width = _size(config, "num_mel_bins") or _size(config, "feature_size") or 80
     frames = _size(config, "max_length") or 60

@@ -91,7 +91,8 @@ def measure(kind: str, auto: str, dynamic: bool, ranks: int, stages: list[str]) 
     stages.append("run")
     with torch.no_grad():
         results = programs.run_ranks(work, model, lowered=lowered, **call)
-    used = [name for name in layout.params if name not in layout.open]
+    params = dict(model.named_parameters(remove_duplicate=False))
+    used = [name for name in layout.params if name not in layout.open and name in params]
     return {
         "error": max(_error(rank, whole) for rank in results),
         "share": max(sum(_held(layout, name, r) for name in used) for r in range(ranks))

@@ -140,6 +140,7 @@ TOYS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
     "rearranged": (toys.Rearranged, X12),
     "tower": (toys.Tower, PAIR),
     "weight_norm": (toys.NormedConvolution, X12),
+    "weight_standard": (toys.StandardisedConvolution, X12),
 }
 
 
@@ -181,12 +182,19 @@ def test_what_is_kept_whole_is_gathered() -> None:
     programs.gradients_agree(work, model, *inputs)
 
 
-def test_a_weight_made_of_direction_and_length_is_divided() -> None:
-    """By groups of channels, although the lengths of its taps are sums over all channels."""
-    model = toys.NormedConvolution()
-    work = programs.planned(model, torch.randn(3, 7, 12), ranks=4)
+@pytest.mark.parametrize(
+    ("module", "weight"),
+    [
+        # By groups of channels, although the lengths of its taps are sums over all channels.
+        (toys.NormedConvolution, "conv.parametrizations.weight.original1"),
+        (toys.StandardisedConvolution, "weight"),
+    ],
+)
+def test_a_weight_that_is_computed_is_divided(module: Callable[[], nn.Module], weight: str) -> None:
+    model = module()
+    work = programs.planned(model, torch.randn(12, 7, 12), ranks=4)
     layout = layout_of(work, programs.tensors_of(model))
-    assert layout.local_shape("conv.parametrizations.weight.original1", 0) == (3, 3, 3)
+    assert layout.local_shape(weight, 0)[0] == 3
 
 
 def test_split_segments_lie_as_the_layout_says() -> None:
