@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 RIGHT = 1e-5
@@ -28,7 +28,7 @@ def sort_out(found: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
     """Results by what became of them; of several for one type the last counts."""
     last = {(f["auto"], f["kind"]): f for f in found}
     groups: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("divided", "partly", "wrong", "refused", "failed", "not tried")
+        name: [] for name in ("divided", "partly", "wrong", "refused", "failed", "not built")
     }
     for f in last.values():
         groups[_group(f)].append(f)
@@ -38,27 +38,32 @@ def sort_out(found: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
 def _group(found: dict[str, Any]) -> str:
     if "failed" in found:
         if found["stage"] in ("build", "default", "time"):
-            return "not tried"
+            return "not built"
         return "refused" if found.get("refused") else "failed"
     if found["error"] > RIGHT:
         return "wrong"
     return "divided" if found["share"] * found.get("ranks", 2) <= 1.2 and not found["fallbacks"] else "partly"
 
 
-def report(found: Iterable[dict[str, Any]]) -> str:
-    """A table with a row per auto class, and why what is not right and divided is not."""
+def report(found: Iterable[dict[str, Any]], types: Mapping[str, int]) -> str:
+    """A table with a row per auto class, and why what is not right and divided is not.
+
+    Args:
+        found: what the sweep found; of several results for one type the last counts.
+        types: how many types an auto class has.
+    """
     found = list(found)
     lines = [
-        "| auto class | types | right and divided | right, partly whole | wrong "
-        "| refused | failed | not tried |",
-        "|---|---|---|---|---|---|---|---|",
+        "| auto class | types | swept | right and divided | right, partly whole | wrong "
+        "| refused | failed | not built |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for auto in dict.fromkeys(f["auto"] for f in found):
         groups = sort_out(f for f in found if f["auto"] == auto)
         counts = [len(g) for g in groups.values()]
-        lines.append(f"| {auto} | {sum(counts)} | " + " | ".join(map(str, counts)) + " |")
+        lines.append(f"| {auto} | {types[auto]} | {sum(counts)} | " + " | ".join(map(str, counts)) + " |")
     groups = sort_out(found)
-    for name in ("wrong", "failed", "partly", "refused", "not tried"):
+    for name in ("wrong", "failed", "partly", "refused", "not built"):
         if groups[name]:
             lines += ["", f"{name}:"]
             lines += [f"- {f['auto']} {line(f)}" for f in groups[name]]

@@ -222,8 +222,9 @@ def main() -> None:
     parser.add_argument("--out", help="a file to add results to; types that it has already are left out")
     parser.add_argument("--report", nargs="+", metavar="FILE", help="print a report of such files")
     options = parser.parse_args()
+    types = {auto: len(kinds_of(auto)) for auto in AUTO}
     if options.report:
-        print(report(_read(options.report)))
+        print(report(_read(options.report), types))
         return
     out = Path(options.out) if options.out else None
     seen = {(f["auto"], f["kind"]) for f in _read([options.out])} if out and out.exists() else set()
@@ -236,7 +237,7 @@ def main() -> None:
         if out:
             with out.open("a") as file:
                 print(json.dumps(found[-1]), file=file)
-    print(report(found), file=sys.stderr)
+    print(report(found, types), file=sys.stderr)
 
 
 if __name__ == "__main__":
