@@ -37,7 +37,7 @@ class Canonicalise(Pass):
     ``type_as`` by a cast;
     an index by a constant single position by a slice; ``x.new_zeros`` and the like by ``full``, which
     does not need ``x``; ``-1`` in sizes by the number where it is static; a weight norm by the arithmetic
-    that it is, whose sums can be divided.
+    that it is, whose sums can be divided. Drops the size that a repetition is told beforehand.
     """
 
     name = "canonicalise"
@@ -57,6 +57,11 @@ class Canonicalise(Pass):
                 _type_as_to_cast(node)
             elif node.target in _NEW:
                 _new_to_factory(node)
+            elif (
+                node.target is aten.repeat_interleave.self_int and node.kwargs.get("output_size") is not None
+            ):
+                node.kwargs = {k: v for k, v in node.kwargs.items() if k != "output_size"}
+                changed = True
             elif node.target is aten._weight_norm_interface.default:
                 _weight_norm_to_arithmetic(node)
             elif node.target in _VIEWS and _state_sizes(node):

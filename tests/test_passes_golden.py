@@ -140,6 +140,7 @@ TOYS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
     "rearranged": (toys.Rearranged, X12),
     "tower": (toys.Tower, PAIR),
     "weight_norm": (toys.NormedConvolution, X12),
+    "repeated": (toys.Repeated, X12),
     "weight_standard": (toys.StandardisedConvolution, X12),
 }
 

@@ -157,6 +157,19 @@ class Checked(nn.Module):
         return x * 2
 
 
+class Choosing(nn.Module):
+    """Goes on with those rows that a condition chooses: how many they are is up to the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = (x.sum(-1) > 0).nonzero()[:, 0]
+        y: Tensor = self.up(x).index_select(0, chosen)
+        return y
+
+
 class StandardisedConvolution(nn.Module):
     """A convolution whose weight is standardised per output channel, by a batch norm of its own."""
 
@@ -167,4 +180,17 @@ class StandardisedConvolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True)
         y: Tensor = F.conv1d(x, flat.reshape_as(self.weight), padding=1)
+        return y
+
+
+class Repeated(nn.Module):
+    """Groups that are repeated for heads, by a call that says the resulting size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(60, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.relu(self.up(x)).unflatten(-1, (4, 5))
+        y: Tensor = self.down(inner.repeat_interleave(3, dim=2, output_size=12).flatten(2))
         return y
