@@ -37,7 +37,7 @@ def after_planning(training: bool, cost: CostModel = PRESETS["cpu"], coalesce: b
         ChooseCollectives(),
     ]
     # By now it is known which matmuls have the very same input.
-    return [*passes, *([CoalesceCollectives()] if coalesce else []), MergeMatmuls(cost)]
+    return [*passes, *([CoalesceCollectives(cost)] if coalesce else []), MergeMatmuls(cost)]
 
 
 def canonical(captured: Captured, ranks: int) -> Work:
