@@ -33,8 +33,7 @@ class Quantities:
         Raises:
             CannotCapture: the data decides its shape.
         """
-        sizes = [s for t in results(value) for s in t.shape if isinstance(s, torch.SymInt)]
-        if any(s.node.hint is None for s in sizes):
+        if any(_undecided(size) for tensor in results(value) for size in tensor.shape):
             raise CannotCapture(
                 f"the shape of what {value.target} computes is decided by the data",
                 where=module_path(value),
@@ -75,6 +74,10 @@ class Quantities:
             total += 2 * math.prod(self.number(rule.sizes[x]) for x in have)
             have &= kept.union(*terms[i + 1 :])
         return total
+
+
+def _undecided(size: int | torch.SymInt) -> bool:
+    return isinstance(size, torch.SymInt) and size.node.hint is None
 
 
 def _hint(size: int | torch.SymInt) -> int:
