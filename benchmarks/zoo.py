@@ -1,10 +1,13 @@
-"""Every causal language model type of the installed transformers, tiny, on two simulated ranks.
+"""Every type of an auto class of the installed transformers, tiny, on two simulated ranks (or more).
 
-    python -m benchmarks.zoo [--types a,b,...] [--limit SECONDS] [--total SECONDS]
+    python -m benchmarks.zoo [--auto causal] [--types a,b,...] [--limit SECONDS] [--static] [--ranks N]
+        [--out FILE]
+    python -m benchmarks.zoo --report FILE...
 
 One line per type: whether it is captured, the error against the unsharded model, the share of the weights
-that a rank holds, how many collectives, and what is computed whole for want of a rule.
-Each type runs in a process of its own that is stopped after the limit.
+that a rank holds, how many collectives, what is computed whole for want of a rule, and which large weights
+stay whole. Each type runs in a process of its own that is stopped after the limit. ``--out`` keeps all that
+was found, one JSON object a line; ``--report`` makes the lists of docs/models.md from such files.
 """
 
 from __future__ import annotations
@@ -12,124 +15,229 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
+import multiprocessing
 import sys
 import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from transformers.models.auto import modeling_auto
 
-from tests import families, programs, simulate
-from tpcompile import markers
+from benchmarks.report_zoo import line, report
+from benchmarks.tiny_models import default_problem, tiny_model
+from tests import programs, simulate
 from tpcompile.capture import bind_call, capture
+from tpcompile.capture.register_caches import register_cache_support
 from tpcompile.decisions import decisions_from_data, decisions_to_data
+from tpcompile.errors import TpCompileError
+from tpcompile.layout import WeightLayout
 from tpcompile.pipeline import canonical, plan_program, rewrite, split_copy
-from tpcompile.plan import fallbacks_of
+from tpcompile.plan import collectives_of, fallbacks_of, starred
 from tpcompile.plan_layout import layout_of
 from tpcompile.planner.cost import preset
 from tpcompile.shell import whole_tensors
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 259,
-    "hidden_size": 96,
-    "intermediate_size": 68,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 12,
-    "max_position_embeddings": 64,
-    "num_experts": 6,
-    "num_local_experts": 6,
-    "n_routed_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 28,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "layer_types": None,
+AUTO = {
+    "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    "masked": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    "seq2seq": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    "image": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
+    "speech": ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
+    "ctc": ("AutoModelForCTC", "MODEL_FOR_CTC_MAPPING_NAMES"),
+    "audio": ("AutoModelForAudioClassification", "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES"),
+    "clip": (
+        "AutoModelForZeroShotImageClassification",
+        "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    ),
+    "sequence": (
+        "AutoModelForSequenceClassification",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    ),
 }
-OTHER_NAMES = {"n_embd": 96, "n_layer": 2, "n_head": 8, "d_model": 96, "num_layers": 2, "n_positions": 64}
+"""Auto classes by a short name, with the name of transformers' table of their types."""
 
 
-def config_of(kind: str) -> Any:
-    """A small configuration: the usual names where the type's own configuration has them."""
-    known = AutoConfig.for_model(kind)
-    sizes = {k: v for k, v in {**SIZES, **OTHER_NAMES}.items() if hasattr(known, k) and v is not None}
-    return AutoConfig.for_model(kind, **sizes)
+def measure(kind: str, auto: str, dynamic: bool, ranks: int, stages: list[str]) -> dict[str, Any]:
+    """Captures, plans and runs one type.
 
-
-def measure(kind: str) -> dict[str, Any]:
-    """Captures, plans and runs one type; what is printed about it."""
-    model = families.prepare(AutoModelForCausalLM.from_config(config_of(kind)), torch.float64)
-    call = bind_call(model, (), families.causal_inputs(2, 16))
-    base = canonical(capture(model, call), 2)
+    Args:
+        kind: the type.
+        auto: the short name of its auto class.
+        dynamic: whether batch and sequence stay open, as they are by default.
+        ranks: how many share the model.
+        stages: told what is being done, for the case that it fails.
+    """
+    stages.append("build")
+    register_cache_support()  # a cache that is returned is compared too
+    model, call, whole = _reference(kind, AUTO[auto][0])
+    stages.append("capture")
+    base = canonical(capture(model, call, dynamic=dynamic), ranks)
+    stages.append("plan")
     planned = plan_program(base, preset("cpu"), lambda _work, _axis: {})
     work = split_copy(base, planned.split_groups)
     decisions_from_data(work, decisions_to_data(planned))
     layout = layout_of(work, whole_tensors(model))
+    stages.append("rewrite")
     rewrite(work, training=False)
+    stages.append("lower")
     lowered = simulate.lower_all(work)
+    stages.append("run")
     with torch.no_grad():
-        whole = next(x for x in torch.utils._pytree.tree_leaves(model(**call)) if torch.is_tensor(x))
-        results = [ranks[0] for ranks in programs.run_ranks(work, model, lowered=lowered, **call)]
-    total = sum(math.prod(p.shape) * p.dtype.itemsize for p in layout.params.values())
+        results = programs.run_ranks(work, model, lowered=lowered, **call)
+    params = dict(model.named_parameters(remove_duplicate=False))
+    used = [name for name in layout.params if name not in layout.open and name in params]
     return {
-        "error": max(float((r - whole).abs().max() / whole.abs().max()) for r in results),
-        "share": layout.held(0) / total,
-        "collectives": sum(n.target in markers.COMMUNICATING for n in work.graph.nodes),
+        "error": max(_error(rank, whole) for rank in results),
+        "share": max(sum(_held(layout, name, r) for name in used) for r in range(ranks))
+        / sum(_size(layout, name) for name in used),
+        "collectives": sum(c.count for c in collectives_of(work)),
+        "where": [f"{c.count} {c.kind} {c.where}" for c in collectives_of(work)],
         "fallbacks": list(fallbacks_of(work)),
+        "whole": _whole(layout, used),
+        "notes": list(work.captured.notes),
     }
 
 
-def run(kind: str, limit: float) -> dict[str, Any]:
-    """Measures one type in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.zoo", "--one", kind]
+def _reference(kind: str, auto: str) -> tuple[nn.Module, dict[str, Any], list[torch.Tensor]]:
+    """A model, a call of it, and its results; in single precision if the model cannot do double."""
+    failed: list[Exception] = []
+    for dtype in (torch.float64, torch.float32):
+        try:
+            model, inputs = tiny_model(kind, auto, dtype)
+            call = bind_call(model, (), inputs)
+            with torch.no_grad():
+                whole = [x for x in tree_leaves(model(**call)) if torch.is_tensor(x)]
+            if all(bool(x.isfinite().all()) for x in whole):
+                return model, call, whole
+            failed.append(ValueError("the unsharded model's own results are not finite"))
+        except Exception as error:
+            failed.append(error)
+    raise failed[0]
+
+
+def _error(results: list[Any], whole: list[torch.Tensor]) -> float:
+    """The largest error of any result, relative to the largest element of that result."""
+    worst = 0.0
+    tensors = [r for r in results if torch.is_tensor(r)]
+    if len(tensors) < len(whole):
+        return math.inf
+    for mine, true in zip(tensors, whole, strict=False):
+        if mine.shape != true.shape:
+            return math.inf
+        scale = max(float(true.abs().max()), 1e-30) if true.numel() else 1.0
+        difference = (mine.double() - true.double()).abs().max() if true.numel() else torch.zeros(())
+        found = float(difference) / scale
+        worst = max(worst, math.inf if math.isnan(found) else found)
+    return worst
+
+
+def _size(layout: WeightLayout, name: str) -> int:
+    return math.prod(layout.params[name].shape) * layout.params[name].dtype.itemsize
+
+
+def _held(layout: WeightLayout, name: str, rank: int) -> int:
+    return math.prod(layout.local_shape(name, rank)) * layout.params[name].dtype.itemsize
+
+
+def _whole(layout: WeightLayout, used: list[str]) -> dict[str, float]:
+    """Weights with at least 1 % of the bytes that every rank holds whole: their share, layers added up."""
+    total, found = sum(_size(layout, name) for name in used), dict[str, float]()
+    for name in used:
+        if _held(layout, name, 0) == _size(layout, name):
+            found[starred(name)] = found.get(starred(name), 0.0) + _size(layout, name) / total
+    return {name: round(size, 4) for name, size in found.items() if size >= 0.01}
+
+
+def _child(kind: str, auto: str, dynamic: bool, ranks: int, answer: Connection) -> None:
+    stages: list[str] = []
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"more than {limit:g} s"}
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["died"])[-1][:200]}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+        found = measure(kind, auto, dynamic, ranks, stages)
+    except Exception as error:
+        refused = isinstance(error, TpCompileError)
+        trace = "" if refused or stages[-1] == "build" else traceback.format_exc()[-3000:]
+        found = {
+            "failed": f"{type(error).__name__}: {error}"[:1500],
+            "stage": stages[-1],
+            "refused": refused,
+            "trace": trace,
+        }
+        if stages[-1] == "build" and (problem := default_problem(kind, AUTO[auto][0])):
+            found |= {"stage": "default", "failed": problem[:1500]}
+    found["ranks"] = ranks
+    found["cpu"] = round(time.process_time(), 1)
+    answer.send(found)
 
 
-def line(kind: str, found: dict[str, Any]) -> str:
-    """One type as text."""
-    if "failed" in found:
-        return f"{kind:28} {found['failed']}"
-    whole = "; ".join(found["fallbacks"])[:120]
-    return (
-        f"{kind:28} error {found['error']:.0e}  weights {found['share']:.3f}  "
-        f"{found['collectives']:3} collectives  {whole}"
-    )
+def run(kind: str, auto: str, limit: float, dynamic: bool = True, ranks: int = 2) -> dict[str, Any]:
+    """Measures one type in a process of its own."""
+    context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
+    mine, other = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(kind, auto, dynamic, ranks, other))
+    start = time.monotonic()
+    process.start()
+    other.close()
+    try:
+        found: dict[str, Any] = (
+            mine.recv() if mine.poll(limit) else {"failed": f"more than {limit:g} s", "stage": "time"}
+        )
+    except EOFError:
+        found = {"failed": "the process died", "stage": "died"}
+    process.kill()
+    process.join()
+    return {"kind": kind, "auto": auto, "seconds": round(time.monotonic() - start, 1), **found}
+
+
+def kinds_of(auto: str) -> list[str]:
+    """The types that an auto class knows."""
+    return sorted(getattr(modeling_auto, AUTO[auto][1]))
+
+
+def _read(paths: list[str]) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        for text in Path(path).read_text().splitlines():
+            yield json.loads(text)
 
 
 def main() -> None:
-    """Prints the table and a summary."""
+    """Prints the table and a summary, or the report of earlier runs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--types", default=",".join(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)))
-    parser.add_argument("--limit", type=float, default=300.0)
-    parser.add_argument("--total", type=float, default=math.inf)
-    parser.add_argument("--one")
+    parser.add_argument("--auto", choices=AUTO, default="causal")
+    parser.add_argument("--types", help="comma-separated; all by default")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds per type")
+    parser.add_argument(
+        "--static", action="store_true", help="capture with fixed sizes: three times as quick"
+    )
+    parser.add_argument("--out", help="a file to add results to; types that it has already are left out")
+    parser.add_argument("--report", nargs="+", metavar="FILE", help="print a report of such files")
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.one)))
+    types = {auto: len(kinds_of(auto)) for auto in AUTO}
+    if options.report:
+        print(report(_read(options.report), types))
         return
-    start, seen = time.monotonic(), []
-    for kind in options.types.split(","):
-        if time.monotonic() - start > options.total:
-            break
-        seen.append(run(kind, options.limit))
-        print(line(kind, seen[-1]), flush=True)
-    done = [found for found in seen if "failed" not in found]
-    right = [found for found in done if found["error"] < 1e-5]
-    halved = [found for found in right if found["share"] < 0.53 and not found["fallbacks"]]
-    print(f"{len(seen)} types, {len(done)} planned, {len(right)} right, {len(halved)} of them divided fully")
+    out = Path(options.out) if options.out else None
+    seen = {(f["auto"], f["kind"]) for f in _read([options.out])} if out and out.exists() else set()
+    found = []
+    for kind in options.types.split(",") if options.types else kinds_of(options.auto):
+        if (options.auto, kind) in seen:
+            continue
+        found.append(run(kind, options.auto, options.limit, not options.static, options.ranks))
+        print(line(found[-1]), flush=True)
+        if out:
+            with out.open("a") as file:
+                print(json.dumps(found[-1]), file=file)
+    print(report(found, types), file=sys.stderr)
 
 
 if __name__ == "__main__":

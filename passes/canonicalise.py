@@ -36,7 +36,8 @@ class Canonicalise(Pass):
     Replaces slices, views and dropouts that change nothing by their input; unequal splits by slices;
     ``type_as`` by a cast;
     an index by a constant single position by a slice; ``x.new_zeros`` and the like by ``full``, which
-    does not need ``x``; ``-1`` in sizes by the number where it is static.
+    does not need ``x``; ``-1`` in sizes by the number where it is static; a weight norm by the arithmetic
+    that it is, whose sums can be divided. Drops the size that a repetition is told beforehand.
     """
 
     name = "canonicalise"
@@ -56,6 +57,13 @@ class Canonicalise(Pass):
                 _type_as_to_cast(node)
             elif node.target in _NEW:
                 _new_to_factory(node)
+            elif (
+                node.target is aten.repeat_interleave.self_int and node.kwargs.get("output_size") is not None
+            ):
+                node.kwargs = {k: v for k, v in node.kwargs.items() if k != "output_size"}
+                changed = True
+            elif node.target is aten._weight_norm_interface.default:
+                _weight_norm_to_arithmetic(node)
             elif node.target in _VIEWS and _state_sizes(node):
                 changed = True
         return drop_unused(work.graph) or changed
@@ -147,3 +155,30 @@ def _new_to_factory(node: Node) -> None:
     with node.graph.inserting_before(node):
         new = call(node.graph, aten.full.default, (node.args[1], fill), options, like=node)
     node.replace_all_uses_with(new)
+
+
+def _weight_norm_to_arithmetic(node: Node) -> None:
+    """``v * (g / |v|)``, the norm over all dimensions but one."""
+    graph = node.graph
+    direction, length, kept = node.args[0], node.args[1], argument(node, 2, "dim", 0)
+    assert isinstance(direction, Node) and isinstance(length, Node)
+    rank, dtype = len(shape(direction)), length.meta["val"].dtype
+    others = [d for d in range(rank) if d != kept % rank]
+    with graph.inserting_before(node):
+        # Half-precision squares are added up in single precision, as torch's kernel does.
+        long = _cast(direction, torch.promote_types(dtype, torch.float32))
+        square = call(graph, aten.mul.Tensor, (long, long), like=node)
+        total = call(graph, aten.sum.dim_IntList, (square, others, True), like=node)
+        norm = _cast(call(graph, aten.sqrt.default, (total,), like=node), dtype)
+        scale = call(graph, aten.div.Tensor, (length, norm), like=node)
+        weight = call(graph, aten.mul.Tensor, (direction, scale), like=node)
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        user.replace_all_uses_with(weight if argument(user, 1, "index") == 0 else norm)
+        graph.erase_node(user)
+
+
+def _cast(value: Node, dtype: torch.dtype) -> Node:
+    if value.meta["val"].dtype == dtype:
+        return value
+    return call(value.graph, aten._to_copy.default, (value,), {"dtype": dtype}, like=value)

@@ -60,6 +60,8 @@ MATMULS = [
     _case(aten.baddbmm.default, signed(1, 14), signed(4, 6, 10), signed(4, 10, 14)),
     _case(aten.einsum.default, "bqd,bkd->bqk", [signed(4, 6, 10), signed(4, 14, 10)]),
     _case(aten.einsum.default, "bq,kd->bd", [signed(4, 6), signed(14, 10)]),
+    _case(aten.einsum.default, "...qhd,...khd->...hqk", [signed(3, 1, 6, 4, 10), signed(2, 14, 4, 10)]),
+    _case(aten.einsum.default, "i...,ij", [signed(6, 4), signed(6, 10)]),
     _case(
         aten.scaled_dot_product_attention.default,
         signed(3, 4, 6, 10),
@@ -175,6 +177,9 @@ VIEWS = [
     _case(aten.view_as_real.default, complex_(4, 6)),
     _case(aten.glu.default, signed(4, 12, 10), 1),
     _case(aten.glu.default, signed(4, 12)),
+    _case(aten.im2col.default, signed(4, 6, 10, 8), [3, 1], [1, 1], [1, 0], [1, 1]),
+    _case(aten.im2col.default, signed(6, 10, 8), [2, 2], [1, 1], [0, 0], [2, 2]),
+    _case(aten.col2im.default, signed(4, 24, 20), [10, 8], [2, 2], [1, 1], [0, 0], [2, 2]),
     _case(aten.pixel_shuffle.default, signed(4, 24, 6, 10), 2),
     _case(aten.pixel_unshuffle.default, signed(4, 6, 12, 20), 2),
     _values(aten.new_zeros.default, signed(4, 6), [8, 10]),
@@ -287,6 +292,8 @@ REDUCTIONS = [
     _values(aten.native_layer_norm.default, signed(4, 6, 10), [10], signed(10), None, 1e-5),
     _case(aten.rms_norm.default, signed(4, 6, 10), [10], signed(10)),
     _case(aten.group_norm.default, signed(4, 12, 10), 6, signed(12), signed(12)),
+    _case(aten._native_batch_norm_legit.no_stats, signed(3, 6, 10), signed(6), signed(6), True, 0.1, 1e-5),
+    _case(aten._native_batch_norm_legit.no_stats, signed(1, 6, 10), None, None, True, 0.1, 1e-5),
     _case(aten.group_norm.default, signed(4, 12, 10), 6),
     _values(
         aten.batch_norm.default,
@@ -336,6 +343,9 @@ REDUCTIONS = [
 ]
 
 POINTWISE = [
+    _case(aten.hardswish.default, signed(4, 6)),
+    _case(aten.log_sigmoid.default, signed(4, 6)),
+    _values(aten.floor_divide.default, signed(4, 6), real(6)),
     _case(aten.add.Tensor, signed(4, 6), signed(4, 6)),
     _case(aten.add.Tensor, _SAME, _SAME),
     _case(aten.add.Tensor, signed(4, 6), signed(6), alpha=2),
@@ -463,7 +473,6 @@ REFUSED = {
     _case(aten.rand_like.default, real(4, 6)): "random",
     _case(aten.dropout.default, signed(4, 6), 0.5, True): "random",
     _case(aten.native_dropout.default, signed(4, 6), 0.5, True): "random",
-    _case(aten.einsum.default, "...ij,...jk->...ik", [signed(4, 6), signed(6, 10)]): "ellipses",
     _case(aten.einsum.default, "ii->i", [signed(4, 4)]): "twice",
     _case(aten.conv1d.default, signed(6, 10), signed(14, 6, 3)): "batch",
     _case(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests import toys
 from tpcompile.capture import (
     Captured,
     bind_call,
@@ -359,6 +360,13 @@ def test_sliding_window_cache_keeps_its_position(past: int, other: int) -> None:
     assert result.past_key_values.get_seq_length() == other + 1
     mixed = decode_call(model, 2, 5 if past == 12 else 12)
     assert captured.accepts(flatten_call(mixed)[0]) is not None
+
+
+def test_a_number_of_a_tensor_may_be_asserted() -> None:
+    """What is read of a tensor has no bounds, and is no size of an input."""
+    model = toys.Checked()
+    bound = bind_call(model, (torch.randn(3, 5), torch.tensor([2, 5, 4])), {})
+    assert torch.equal(run(capture(model, bound), model, bound), bound["x"] * 2)
 
 
 def test_changed_inputs_are_refused() -> None:

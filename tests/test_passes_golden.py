@@ -24,6 +24,7 @@ from tpcompile.passes.pipeline import Pass, run_passes
 from tpcompile.passes.simplify_masks import SimplifyMasks
 from tpcompile.passes.split_packed_matmul import SplitPackedMatmul, group_of, packed_values
 from tpcompile.pipeline import after_planning, rewrite
+from tpcompile.plan_layout import layout_of
 from tpcompile.work import Work
 
 ANNOTATE, RESHARD, COPY, CHOOSE = (
@@ -82,6 +83,7 @@ KEEP = KeepWhole(frozenset({"up"}), frozenset({"down"}))
 CASES = {
     "canonicalise_rearranged": Case(toys.Rearranged, X12, CANONICAL, -2, planned=False),
     "canonicalise_dynamic": Case(_attention(True), X20, CANONICAL, -1, planned=False, dynamic=True),
+    "canonicalise_weight_norm": Case(toys.NormedConvolution, X12, CANONICAL, 3, planned=False),
     "simplify_masks_masked": Case(
         toys.Masked, X12, SimplifyMasks(), -6, (CANONICAL,), planned=False, dynamic=True
     ),
@@ -146,6 +148,9 @@ TOYS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
     "norms": (toys.NormedHeads, X20),
     "rearranged": (toys.Rearranged, X12),
     "tower": (toys.Tower, PAIR),
+    "weight_norm": (toys.NormedConvolution, X12),
+    "repeated": (toys.Repeated, X12),
+    "weight_standard": (toys.StandardisedConvolution, X12),
 }
 
 
@@ -201,6 +206,21 @@ def test_what_is_kept_whole_is_gathered() -> None:
     for results in programs.run_ranks(work, model, *inputs):
         torch.testing.assert_close(results, _results(model, inputs), rtol=1e-11, atol=1e-11)
     programs.gradients_agree(work, model, *inputs)
+
+
+@pytest.mark.parametrize(
+    ("module", "weight"),
+    [
+        # By groups of channels, although the lengths of its taps are sums over all channels.
+        (toys.NormedConvolution, "conv.parametrizations.weight.original1"),
+        (toys.StandardisedConvolution, "weight"),
+    ],
+)
+def test_a_weight_that_is_computed_is_divided(module: Callable[[], nn.Module], weight: str) -> None:
+    model = module()
+    work = programs.planned(model, torch.randn(12, 7, 12), ranks=4)
+    layout = layout_of(work, programs.tensors_of(model))
+    assert layout.local_shape(weight, 0)[0] == 3
 
 
 def test_split_segments_lie_as_the_layout_says() -> None:

@@ -21,6 +21,7 @@ from tests.random_programs import INPUTS, MODEL, random_program
 from tpcompile.capture import bind_call
 from tpcompile.capture.repeated_layers import ShortCapture, capture_repeated, unroll_captured
 from tpcompile.decisions import decisions_to_data
+from tpcompile.errors import CannotCapture
 from tpcompile.markers import COMMUNICATING, copy_to_ranks
 from tpcompile.pipeline import rewrite
 from tpcompile.placements import Shard
@@ -305,3 +306,9 @@ def test_packed_segments_must_fit_one_tensor() -> None:
     (first, *_) = [n for n, name in work.params().items() if name == "qkv.weight"]
     turned = replace(decision, params={**decision.params, first: Shard(1)})
     assert not _fits_together(replace(work, decisions=[turned]))
+
+
+def test_a_shape_that_data_decides_is_refused() -> None:
+    """By name of the operator, and as something that may run as python (``compose``)."""
+    with pytest.raises(CannotCapture, match=r"index_select.*is decided by the data"):
+        programs.planned(toys.Choosing(), torch.randn(6, 12))

@@ -135,3 +135,63 @@ class Masked(nn.Module):
         heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
         found = [F.scaled_dot_product_attention(heads, heads, heads, m) for m in (causal, every, near)]
         return torch.stack(found).sum(0)
+
+
+class NormedConvolution(nn.Module):
+    """A grouped convolution whose weight is a direction and a length, the length being that of each tap."""
+
+    def __init__(self, width: int = 12, groups: int = 4, taps: int = 3) -> None:
+        super().__init__()
+        conv = nn.Conv1d(width, width, taps, padding=1, groups=groups)
+        self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + F.gelu(self.conv(x.transpose(1, 2))).transpose(1, 2)
+        return y
+
+
+class Checked(nn.Module):
+    """Asserts something of a number read from a tensor. Here, because pytest rewrites asserts of tests."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        assert lengths.max().item() <= x.shape[1]
+        return x * 2
+
+
+class Choosing(nn.Module):
+    """Goes on with those rows that a condition chooses: how many they are is up to the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = (x.sum(-1) > 0).nonzero()[:, 0]
+        y: Tensor = self.up(x).index_select(0, chosen)
+        return y
+
+
+class StandardisedConvolution(nn.Module):
+    """A convolution whose weight is standardised per output channel, by a batch norm of its own."""
+
+    def __init__(self, inputs: int = 7, outputs: int = 12) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True)
+        y: Tensor = F.conv1d(x, flat.reshape_as(self.weight), padding=1)
+        return y
+
+
+class Repeated(nn.Module):
+    """Groups that are repeated for heads, by a call that says the resulting size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(60, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.relu(self.up(x)).unflatten(-1, (4, 5))
+        y: Tensor = self.down(inner.repeat_interleave(3, dim=2, output_size=12).flatten(2))
+        return y

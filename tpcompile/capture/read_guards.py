@@ -23,7 +23,7 @@ def read_ranges(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
         if not symbol.is_Symbol:
             continue  # such as s3 + 1, which follows from s3
         high = None if bounds.upper >= int_oo else int(bounds.upper)
-        low = max(1, int(bounds.lower))
+        low = 1 if bounds.lower <= 1 else int(bounds.lower)  # a number read from a tensor has no bounds
         ranges[str(symbol)] = (1 if low <= 2 else low, high)
     return ranges
 

@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tpcompile.capture.bind_call import flatten_call
+from tpcompile.capture.decompose import decomposed_names
 from tpcompile.capture.describe_code import NotCacheable, package_versions
 from tpcompile.capture.describe_model import describe_call
 from tpcompile.capture.dynamic_dims import Dims
@@ -86,7 +87,7 @@ def capture_name(
         target = torch.device(device) if device is not None else capture_device(model, leaves)
         facts = describe_call(model, bound, dynamic, target)
         versions = (platform.python_version(), torch.__version__, package_versions(_PACKAGES))
-        return entry_name("capture", versions, _own_sources(), facts)
+        return entry_name("capture", versions, _own_sources(), decomposed_names(), facts)
     except NotCacheable as error:
         log.debug("the captured program is not kept: %s", error)
     except Exception as error:  # describing reads any attribute of any object

@@ -7,7 +7,9 @@ import math
 import torch
 from torch.fx import Graph, Node
 
+from ..errors import CannotCapture
 from ..factors import Factors
+from ..graph_edit import module_path
 from ..rules.rule import Rule, Size, letters_of, results
 
 
@@ -26,7 +28,17 @@ class Quantities:
         self._operations: dict[Node, float] = {}
 
     def bytes(self, value: Node) -> float:
-        """The size of a value, of the largest result where there are several."""
+        """The size of a value, of the largest result where there are several.
+
+        Raises:
+            CannotCapture: the data decides its shape.
+        """
+        if any(_undecided(size) for tensor in results(value) for size in tensor.shape):
+            raise CannotCapture(
+                f"the shape of what {value.target} computes is decided by the data",
+                where=module_path(value),
+                todo="choose with torch.where or a mask of fixed size, or parallelize(compose=True)",
+            )
         return max(math.prod(_hint(s) for s in t.shape) * t.element_size() for t in results(value))
 
     def number(self, size: Size) -> float:
@@ -62,6 +74,10 @@ class Quantities:
             total += 2 * math.prod(self.number(rule.sizes[x]) for x in have)
             have &= kept.union(*terms[i + 1 :])
         return total
+
+
+def _undecided(size: int | torch.SymInt) -> bool:
+    return isinstance(size, torch.SymInt) and size.node.hint is None
 
 
 def _hint(size: int | torch.SymInt) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch.fx import Node
 
-from ..factors import Factors, tensor_of
-from ..rules.rule import Rule, operands
+from ..factors import Factors, producer, tensor_of
+from ..rules.rule import Rule, operands, shape
 
 # A parameter below this share of the parameters beside it stays whole if dividing it would take a
 # collective of its own (a router, MLA's latent projections, the only key head of many query heads).
@@ -47,7 +47,7 @@ def shares(sizes: Mapping[Node, float], names: Mapping[Node, str]) -> dict[Node,
 
 
 def weight_root(value: Node, params: set[Node], *, rows: bool = False) -> Node | None:
-    """The parameter that a value is a rearrangement of (views, casts, slices), if it is one.
+    """The parameter that a value is a rearrangement of (views, casts, slices), scaled or not, if it is one.
 
     Args:
         value: the value.
@@ -55,12 +55,21 @@ def weight_root(value: Node, params: set[Node], *, rows: bool = False) -> Node |
         rows: also look through a choice of rows by integers, such as each token's expert.
     """
     while value not in params:
+        value = producer(value)[0]
         ops = operands(value) if value.op == "call_function" else []
         chosen = rows and value.target is torch.ops.aten.index.Tensor
-        if len(ops) != 1 and not chosen:
+        if len(ops) != 1 and not chosen and not _scales(value, ops):
             return None
         value = ops[0]
     return value
+
+
+def _scales(value: Node, ops: list[Node]) -> bool:
+    """Whether a value is its first operand times something smaller, such as a length per row."""
+    if value.target is not torch.ops.aten.mul.Tensor or len(ops) != 2:
+        return False
+    first, second = shape(ops[0]), shape(ops[1])
+    return first == shape(value) and second != first
 
 
 def worth_dividing(factors: Factors, params: set[Node]) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 
 from torch.fx import Node
@@ -183,15 +184,11 @@ def spatial(node: Node) -> Rule | str:
 
 
 def einsum(node: Node) -> Rule | str:
-    """An einsum is its own rule; repeated letters in one operand and ellipses are refused."""
-    equation = str(node.args[0]).replace(" ", "")
-    if "." in equation or "->" not in equation:
-        return "ellipses and implicit results are not supported"
-    left, right = equation.split("->")
-    terms = left.split(",")
+    """An einsum is its own rule; repeated letters in one operand are refused."""
+    shapes = [shape(o) for o in operands(node)]
+    terms, right = _spelled_out(str(node.args[0]).replace(" ", ""), [len(s) for s in shapes])
     if any(len(set(t)) != len(t) for t in terms):
         return "a letter stands twice in one operand"
-    shapes = [shape(o) for o in operands(node)]
     pairs = [
         pair for term, sizes in zip(terms, shapes, strict=True) for pair in zip(term, sizes, strict=True)
     ]
@@ -208,6 +205,25 @@ def einsum(node: Node) -> Rule | str:
         linear=tuple(frozenset({i}) for i in range(len(shapes))),
         contraction=len(shapes) > 1,
     )
+
+
+def _spelled_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """An equation's terms and its result, with letters for ellipses, which are aligned from the right."""
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if not arrow:
+        once = sorted(c for c in set(left) - set(".,") if left.count(c) == 1)
+        right = ("..." if "..." in left else "") + "".join(once)
+    spare = [c for c in string.ascii_letters if c not in equation]
+    hidden = [
+        rank - len(term.replace("...", "")) if "..." in term else 0
+        for term, rank in zip(terms, ranks, strict=True)
+    ]
+    dots = "".join(spare[: max(hidden)])
+    spelled = [
+        term.replace("...", dots[len(dots) - count :]) for term, count in zip(terms, hidden, strict=True)
+    ]
+    return spelled, right.replace("...", dots)
 
 
 def _named(letter: str, size: Size) -> Dim:

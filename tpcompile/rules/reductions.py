@@ -162,6 +162,21 @@ def group_norm(node: Node) -> Rule | str:
     )
 
 
+def own_statistics(node: Node) -> Rule:
+    """Batch norm by the statistics of its operand: per channel, all else is whole."""
+    letters = Letters()
+    ops = operands(node)
+    source = letters.dims(shape(ops[0]))
+    channel = source[1]
+    return Rule(
+        inputs=(source, *((channel,) for _ in ops[1:])),
+        outputs=(source, *((channel,) for _ in results(node)[1:])),
+        sizes=letters.sizes,
+        whole=letters_of((source[0], *source[2:])),
+        filled=True,
+    )
+
+
 def batch_norm(node: Node) -> Rule | str:
     """Inference-mode batch norm: per channel, everything else follows."""
     if option(node, "training", False):

@@ -84,6 +84,7 @@ REARRANGEMENTS: dict[str, Row] = {
     "aten.view_as_complex": "... t -> ...; whole t; linear 0",
     "aten.view_as_real": "... -> ... t; whole t; linear 0",
     "aten.glu": views.glu,
+    **_rows(views.windows, "im2col col2im"),
     **_rows(views.pixel_shuffle, "pixel_shuffle pixel_unshuffle"),
     "tpcompile.markers.keep_whole": views.kept_whole,
     **_rows(views.create, "new_zeros new_ones new_full new_empty"),
@@ -137,6 +138,7 @@ REDUCTIONS: dict[str, Row] = {
     **_rows(reductions.layer_norm, "layer_norm native_layer_norm rms_norm _fused_rms_norm"),
     "aten.group_norm": reductions.group_norm,
     **_rows(reductions.batch_norm, "batch_norm _native_batch_norm_legit_no_training"),
+    "aten._native_batch_norm_legit.no_stats": reductions.own_statistics,
     "aten.cross_entropy_loss": reductions.cross_entropy,
     **_rows(reductions.elementwise_loss, "mse_loss smooth_l1_loss huber_loss"),
 }
@@ -147,7 +149,7 @@ POINTWISE: dict[str, Row] = {
         pointwise.broadcast,
         "_to_copy to masked_fill where complex polar copy dropout native_dropout feature_dropout",
         "rsub.Tensor real imag _conj isin.Tensor_Scalar __and__ __or__ __xor__",
-        "zeros_like ones_like full_like empty_like",
+        "zeros_like ones_like full_like empty_like hardswish log_sigmoid floor_divide",
     ),
     "aten.type_as": pointwise.type_as,
     "aten.prelu": pointwise.prelu,
@@ -184,8 +186,8 @@ def rule_of(node: Node) -> Rule | str:
     """
     if is_random(node):
         return "it draws random numbers"
-    names = _names(node)
-    row = _look_up(node, names)
+    names = _names(node.target)
+    row = _look_up(node.target, names)
     if row is None:
         return f"no rule for {names[0]}"
     rule = row(node) if not isinstance(row, str) else _instantiate(row, node)
@@ -195,19 +197,24 @@ def rule_of(node: Node) -> Rule | str:
     return _without_useless(rule, node)
 
 
-def _names(node: Node) -> list[str]:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return [f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}"]
-    full = str(node.target)
+def has_rule(op: torch._ops.OpOverload) -> bool:
+    """Whether the table says something of an operator, if only why it has no rule."""
+    return _look_up(op, _names(op)) is not None
+
+
+def _names(op: object) -> list[str]:
+    if not isinstance(op, torch._ops.OpOverload):
+        return [f"{getattr(op, '__module__', '')}.{getattr(op, '__name__', op)}"]
+    full = str(op)
     return [full, full.rpartition(".")[0]]
 
 
-def _look_up(node: Node, names: Iterable[str]) -> Row | None:
+def _look_up(op: object, names: Iterable[str]) -> Row | None:
     for table in (_USER, ROWS):
         for name in names:
             if name in table:
                 return table[name]
-    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+    if isinstance(op, torch._ops.OpOverload) and torch.Tag.pointwise in op.tags:
         return pointwise.broadcast
     return None
 

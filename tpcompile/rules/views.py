@@ -216,6 +216,23 @@ def pixel_shuffle(node: Node) -> Rule:
     return Rule((source,), (target,), letters.sizes, whole=letters_of((r, s)), linear=UNARY)
 
 
+def windows(node: Node) -> Rule | str:
+    """im2col ``[b c h w] -> [b (c taps) places]`` and col2im, the other way: channels may be divided."""
+    unfolds = op_name(node) == "im2col"
+    source, target = shape(operands(node)[0]), shape(node)
+    picture, columns = (source, target) if unfolds else (target, source)
+    count = divide(columns[-2], picture[-3])
+    if count is None:
+        return "the windows are no multiple of the channels"
+    letters = Letters()
+    lead, channels, taps = letters.dims(picture[:-3]), letters.dim(picture[-3]), letters.dim(count)
+    space, places = letters.dims(picture[-2:]), letters.dim(columns[-1])
+    deep, flat = (*lead, channels, *space), (*lead, channels + taps, places)
+    source_labels, target_labels = (deep, flat) if unfolds else (flat, deep)
+    whole = letters_of((taps, *space, places))
+    return Rule((source_labels,), (target_labels,), letters.sizes, whole=whole, linear=UNARY, filled=True)
+
+
 def create(node: Node) -> Rule:
     """``x.new_zeros(sizes)`` and its like: of x only the type is used, the result is divided at will."""
     letters = Letters()

@@ -1,0 +1,70 @@
+"""Turns what ``benchmarks.zoo`` found into text: a line per type, and the lists of docs/models.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+RIGHT = 1e-5
+"""The largest relative error of a right result; models compute parts of a double-precision forward singly."""
+
+
+def line(found: dict[str, Any]) -> str:
+    """One type as text."""
+    kind = f"{found['kind']:30} {found['seconds']:5.1f} s"
+    if "failed" in found:
+        return f"{kind}  {found['stage']}: {found['failed'].splitlines()[0][:160]}"
+    fallbacks = "; ".join(f.split(":")[0] for f in found["fallbacks"])
+    whole = ", ".join(f"{name} {share:.2f}" for name, share in found["whole"].items())
+    return (
+        f"{kind}  error {found['error']:.0e}  weights {found['share']:.3f}  "
+        f"{found['collectives']:3} collectives"
+        + (f"  fallbacks {fallbacks}" if fallbacks else "")
+        + (f"  whole {whole}" if whole else "")
+    )
+
+
+def sort_out(found: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Results by what became of them; of several for one type the last counts."""
+    last = {(f["auto"], f["kind"]): f for f in found}
+    groups: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("divided", "partly", "wrong", "refused", "failed", "not built")
+    }
+    for f in last.values():
+        groups[_group(f)].append(f)
+    return groups
+
+
+def _group(found: dict[str, Any]) -> str:
+    if "failed" in found:
+        if found["stage"] in ("build", "default", "time"):
+            return "not built"
+        return "refused" if found.get("refused") else "failed"
+    if found["error"] > RIGHT:
+        return "wrong"
+    return "divided" if found["share"] * found.get("ranks", 2) <= 1.2 and not found["fallbacks"] else "partly"
+
+
+def report(found: Iterable[dict[str, Any]], types: Mapping[str, int]) -> str:
+    """A table with a row per auto class, and why what is not right and divided is not.
+
+    Args:
+        found: what the sweep found; of several results for one type the last counts.
+        types: how many types an auto class has.
+    """
+    found = list(found)
+    lines = [
+        "| auto class | types | swept | right and divided | right, partly whole | wrong "
+        "| refused | failed | not built |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for auto in dict.fromkeys(f["auto"] for f in found):
+        groups = sort_out(f for f in found if f["auto"] == auto)
+        counts = [len(g) for g in groups.values()]
+        lines.append(f"| {auto} | {types[auto]} | {sum(counts)} | " + " | ".join(map(str, counts)) + " |")
+    groups = sort_out(found)
+    for name in ("wrong", "failed", "partly", "refused", "not built"):
+        if groups[name]:
+            lines += ["", f"{name}:"]
+            lines += [f"- {f['auto']} {line(f)}" for f in groups[name]]
+    return "\n".join(lines)
