@@ -40,7 +40,7 @@ def test_experts_take_the_place_of_what_is_inside_them() -> None:
     model = families.build("mixtral")
     plan = tpcompile.hf_plan(model, experts=True)
     assert plan["model.layers.*.mlp.experts.gate_up_proj"] == "grouped_gemm"
-    assert plan["model.layers.*.mlp.experts"] == "ep_dispatch_experts"
+    assert plan["model.layers.*.mlp.experts"] in ("ep_dispatch_experts", "moe_tp_experts")  # 5.23, 5.17
     assert plan["model.layers.*.self_attn.o_proj"] == "rowwise"
     with pytest.raises(TpCompileError, match="no expert-parallel plan"):
         tpcompile.hf_plan(families.build("llama"), experts=True)

@@ -63,7 +63,7 @@ _OURS = {
     **dict.fromkeys(("ep", "local", "grouped_gemm", "ep_dispatch_experts"), Strategy("experts")),
     # How activations travel follows from the placements of weights.
     **dict.fromkeys(("gather", "all_reduce", "moe_tp_experts", "moe_identity_expert"), Strategy("any")),
-    **dict.fromkeys(("ep_router", "local_params"), Strategy("any")),
+    **dict.fromkeys(("ep_router", "local_params", "megamoe_router", "megamoe_experts"), Strategy("any")),
 }
 for _name, _strategy in _OURS.items():
     ParallelInterface.register(_name, _strategy)
