@@ -1,0 +1,247 @@
+"""Parts of a program that treat positions one by one, between sums over the ranks and what needs all positions.
+
+Such a region begins where summands are reduced (or divided features are gathered) and holds the additions,
+norms, dropouts and casts that follow, by their sharding rules: positions must be a dimension of their own, which
+goes from operands to results untouched. There each rank may have some of the positions only.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from .capture.unroll_layers import RepeatedBlocks
+from .factors import OpFactor, producer
+from .graph_edit import module_path
+from .markers import all_gather, all_reduce, origin
+from .placements import Replicate, Shard
+from .planner.strategies import Strategy
+from .rules.rule import UNARY, Rule, operands, results, shape
+from .strategies.match_rules import starred_numbers
+from .work import Work, is_tensor
+
+Key = tuple[int, ...]
+"""The atoms of the positions' dimension."""
+
+_LOCALISED = ("", "sizes", "split", "mean")
+
+
+@dataclass
+class Region:
+    """Nodes that may be computed for some of the positions.
+
+    Attributes:
+        key: the atoms of the positions' dimension.
+        nodes: in the graph's order.
+    """
+
+    key: Key
+    nodes: list[Node]
+
+    @property
+    def entries(self) -> list[Node]:
+        """The all-reduces, and gathers of divided features, that lead into it."""
+        return [n for n in self.nodes if n.target in (all_reduce, all_gather)]
+
+
+class Positions:
+    """Finds regions in a rewritten program.
+
+    Args:
+        work: a planned program in which collectives have been chosen.
+    """
+
+    def __init__(self, work: Work) -> None:
+        assert work.planned_factors is not None, "the program must be planned"
+        self.work, self.factors = work, work.planned_factors
+        self.every = tuple(range(len(work.axes)))
+
+    def regions(self) -> list[Region]:
+        """All regions that sums lead into and in which something is done across features, as in a norm."""
+        keys = self._trimmed(self._grown())
+        found = [Region(keys[nodes[0]], nodes) for nodes in _connected(keys)]
+        return [
+            r
+            for r in found
+            if any(n.target is all_reduce for n in r.nodes) and any(map(self.is_norm, r.nodes))
+        ]
+
+    def entry_key(self, node: Node) -> Key | None:
+        """The positions of a value that is made whole here for all ranks: its last dimension but one."""
+        if node.target not in (all_reduce, all_gather) or node.args[1] != self.every or not is_tensor(node):
+            return None
+        rank = node.meta["val"].ndim
+        if rank < 2 or (node.target is all_reduce and node.args[2] != "sum"):
+            return None
+        if node.target is all_gather:
+            place = node.args[2]
+            if not isinstance(place, Shard) or place.dim != rank - 1 or place.factor:
+                return None
+        key = tuple(self.factors.atoms(origin(node), rank - 2))
+        return key if key and self.dim(node, key) == rank - 2 else None
+
+    def dim(self, value: Node, key: Key) -> int | None:
+        """The dimension of a value that is its positions; None if there is none, or more than one."""
+        rank = value.meta["val"].ndim
+        found = [d for d in range(rank) if set(self.factors.atoms(origin(value), d)) & set(key)]
+        exact = len(found) == 1 and tuple(self.factors.atoms(origin(value), found[0])) == key
+        return found[0] if exact else None
+
+    def is_norm(self, node: Node) -> bool:
+        """Whether a call works across something: it reduces dimensions, or wants them whole."""
+        rule = self.factors.rules.get(node)
+        return isinstance(rule, Rule) and bool(rule.reduce or rule.whole)
+
+    def factor(self, node: Node, key: Key) -> OpFactor | None:
+        """The (major) factor of a call that treats positions one by one; None if it does not."""
+        rule = self.factors.rules.get(node)
+        if not isinstance(rule, Rule) or rule.contraction or rule.declared or rule.localize not in _LOCALISED:
+            return None
+        if not all(map(is_whole, node.meta.get("strategies") or ())) or _reads_sizes(node, rule):
+            return None
+        found = [[f for f in self.factors.op_factors(node) if f.atom == atom] for atom in key]
+        if any(len(each) != 1 for each in found):
+            return None
+        factors = [each[0] for each in found]
+        places = [tuple(f.outputs[i] for f in factors) for i in range(len(results(node)))]
+        read = [tuple(f.inputs[i] for f in factors) for i in range(len(operands(node)))]
+        read = [each for each in read if any(place is not None for place in each)]
+        aligned = all(
+            each[0] is not None and each == tuple((each[0][0], i) for i in range(len(key)))
+            for each in (*places, *read)
+        )
+        values = [o for o in operands(node) if self._has(o, key)]
+        if not aligned or not read or any(self.dim(o, key) is None for o in values):
+            return None
+        outs = [node] if is_tensor(node) else list(node.users)
+        return factors[0] if all(self.dim(o, key) is not None for o in outs) else None
+
+    def why_not(self) -> str:
+        """Why there are no regions, or why they leave something out."""
+        sums = self.work.graph.find_nodes(op="call_function", target=all_reduce)
+        sums = [n for n in sums if is_tensor(n) and n.meta["val"].ndim >= 2]
+        if not sums:
+            return "the ranks complete no sums"
+        if all(shape(n)[-2] == 1 for n in sums):
+            return "the call has one position"
+        if not any(self.entry_key(n) for n in sums):
+            return f"positions are no dimension of the sums in {module_path(sums[0]) or 'the model'}"
+        return "no sum over the ranks leads to it by way of calls that treat positions one by one"
+
+    def _has(self, value: Node, key: Key) -> bool:
+        rank = value.meta["val"].ndim
+        return any(set(self.factors.atoms(origin(value), d)) & set(key) for d in range(rank))
+
+    def _grown(self) -> dict[Node, Key]:
+        """Everything that can be reached from entries, in the graph's order."""
+        keys: dict[Node, Key] = {}
+        for node in self.work.graph.nodes:
+            if node.op != "call_function":
+                continue
+            if node.target is operator.getitem:
+                if (source := producer(node)[0]) in keys:
+                    keys[node] = keys[source]
+            elif (entry := self.entry_key(node)) is not None:
+                keys[node] = entry
+            else:
+                given = {keys[o] for o in operands(node) if o in keys}
+                if len(given) == 1 and self.factor(node, key := given.pop()) is not None:
+                    keys[node] = key
+        return keys
+
+    def _trimmed(self, keys: dict[Node, Key]) -> dict[Node, Key]:
+        """Leaves out rearrangements and growing values at the end: what comes before is gathered at less cost."""
+        for node in reversed(list(keys)):
+            if self.entry_key(node) is not None or any(user in keys for user in node.users):
+                continue
+            inside = [o for o in operands(node) if o in keys]
+            if len(inside) != 1 or not is_tensor(node):
+                continue
+            before, after = _bytes(inside[0]), _bytes(node)
+            if after > before or (after == before and rearranges(node, self.factors.rules.get(node))):
+                del keys[node]
+        return keys
+
+
+def is_whole(strategy: Strategy | None) -> bool:
+    """Whether every rank computes a call as a whole."""
+    if strategy is None:
+        return True
+    places = (*strategy.inputs, *strategy.outputs)
+    return strategy.factor is None and all(isinstance(p, Replicate) for p in places)
+
+
+def rearranges(node: Node, rule: Rule | str | None) -> bool:
+    """Whether a call only moves elements of its one operand, or copies them: a view, a transposition."""
+    linear = isinstance(rule, Rule) and rule.linear == UNARY and not rule.reduce
+    return linear and len(operands(node)) == 1 and not _is_pointwise(node)
+
+
+def in_modules(node: Node) -> Iterator[str]:
+    """The modules that a node was traced in."""
+    for entry in (node.meta.get("nn_module_stack") or {}).values():
+        yield str(entry[0])
+
+
+def wanted(region: Region, modules: frozenset[str] | None, blocks: RepeatedBlocks | None) -> bool:
+    """Whether a region has something of these modules in it; layers that were left out are in their twin's."""
+    if modules is None:
+        return True
+    found = {name for node in region.nodes for name in in_modules(node)}
+    if blocks is not None:
+        found |= {copy for kept, copy in blocks.left_out(list(found))}
+    return bool(found & modules)
+
+
+def missed(positions: Positions, regions: list[Region], modules: frozenset[str] | None) -> Iterator[str]:
+    """What was asked for and is not divided, and why: a line each."""
+    if modules is None:
+        if not regions:
+            yield f"the sequence is not divided anywhere: {positions.why_not()}"
+        return
+    blocks = positions.work.blocks
+    left = [m for m in sorted(modules) if not any(wanted(r, frozenset({m}), blocks) for r in regions)]
+    for name in dict.fromkeys(map(starred_numbers, left)):
+        yield f"the sequence is not divided at {name}: {positions.why_not()}"
+
+
+def _connected(keys: dict[Node, Key]) -> list[list[Node]]:
+    """The nodes in groups that hang together, each in the graph's order."""
+    group: dict[Node, list[Node]] = {}
+    for node in keys:
+        mine = [node]
+        for operand in node.all_input_nodes:
+            other = group.get(operand)
+            if other is not None and other is not mine and node.target not in (all_reduce, all_gather):
+                small, large = sorted((mine, other), key=len)
+                large += small
+                group.update(dict.fromkeys(small, large))
+                mine = large
+        group[node] = mine
+    order = {node: i for i, node in enumerate(keys)}
+    unique = {id(nodes): nodes for nodes in group.values()}
+    return [sorted(nodes, key=order.__getitem__) for nodes in unique.values()]
+
+
+def _reads_sizes(node: Node, rule: Rule) -> bool:
+    """Whether a call takes numbers from the graph that might count positions."""
+    if rule.localize == "sizes":
+        return False
+    return not _is_pointwise(node) and any(not is_tensor(n) for n in node.all_input_nodes)
+
+
+def _is_pointwise(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def _bytes(node: Node) -> float:
+    val = node.meta["val"]
+    sizes = (s.node.hint if isinstance(s, torch.SymInt) else s for s in val.shape)
+    return math.prod(sizes) * float(val.element_size())
+
+
