@@ -17,7 +17,6 @@ from tpcompile.markers import origin
 from tpcompile.placements import Filled, Shard
 from tpcompile.rules.rule import Size, arguments, operands, option, results, shape, sizes_of
 
-
 if TYPE_CHECKING:
     from .lower_graph import Lowering
 

@@ -32,9 +32,7 @@ def lower_positions(low: Lowering, node: Node) -> Node:
         into, before = rest[0].dim, x.meta["placement"]
         minor = low.shapes.minor(x, before, place)
         sizes = [p * minor for p in low.shapes.parts(x, before, place, axes)]
-        return low.emit(
-            ops.exchange_positions.default, local, name, place.dim, into, sizes, index, like=node
-        )
+        return low.emit(ops.exchange_positions.default, local, name, place.dim, into, sizes, index, like=node)
     placements = node.meta["placement"] if place in node.meta["placement"] else x.meta["placement"]
     ranks = low.shapes.sharing(placements, place)
     if node.target is markers.all_gather:

@@ -48,8 +48,8 @@ def lower_uniform(low: Lowering, node: Node) -> Node:
         axes = tuple(a for a, p in enumerate(placements) if p == place)
         local = low.map(like)
         size = low.emit(aten.sym_size.int, local, place.dim, like=node)
-        start = low.emit(operator.mul, size, low.groups.index(axes), like=node)
-        parts += [place.dim, 1, 0, 1, start]
+        first = low.emit(operator.mul, size, low.groups.index(axes), like=node)
+        parts += [place.dim, 1, 0, 1, first]
     # Seed and stream follow in the end: layers that repeat must look alike until then.
     return low.emit(UNIFORM, low.map(like), None, 0, parts, like=node)
 

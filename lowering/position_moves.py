@@ -1,8 +1,8 @@
 """What collectives along a filled dimension move, as plain functions over `_c10d_functional`.
 
-Of `size` positions each of `ranks` ranks holds `ceil(size / ranks)`, one run after the other. What is too much
-on the last ranks repeats the last position: a real one, so that nothing is divided by zero there; gradients are
-filled with zeros. `size` may be symbolic. Positions are picked by their numbers wherever it is, because a
+Of `size` positions each of `ranks` ranks holds `ceil(size / ranks)`, one run after the other. What is too
+much on the last ranks repeats the last position: a real one, so that nothing is divided by zero there;
+gradients are filled with zeros. `size` may be symbolic. Positions are picked by their numbers then, because a
 number of missing positions, which may be 0 for some sizes and not for others, would be a guard.
 """
 

@@ -38,7 +38,7 @@ class DivideSequence(Pass):
     """Divides the positions of regions that treat them one by one (sequence parallelism).
 
     An all-reduce becomes a reduce-scatter along the positions, a gather of divided features an all-to-all,
-    and an all-gather stands before whatever needs all positions (Korthikanti et al., 2022). The same bytes are
+    and an all-gather stands before whatever needs all positions (Korthikanti et al., 2022). As many bytes are
     sent. Sequences of any length are divided, see ``Filled``. Where nothing can be divided, a note says why.
 
     Attributes:
@@ -157,7 +157,7 @@ class _Divider:
                 if place is not None and user.args[1] == place.dim:
                     user.replace_all_uses_with(self.size)
             elif user.target is keep_first and user.args[1] == self.axes:
-                user.target, user.args = pad_shard, (value, self.axes, place, self.size)
+                user.target, user.args = pad_shard, (value, self.axes, place, self.size)  # type: ignore[assignment]
             else:
                 gathered = gathered or self._gather(value, place, partial)
                 self._hand_on(value, gathered, user, partial)
@@ -206,4 +206,3 @@ class _Divider:
         rule = self.positions.factors.rules.get(node)
         views = rearranges(node, rule) and all(map(is_whole, node.meta.get("strategies") or ()))
         return views and any(map(self._is_copied, node.users))
-

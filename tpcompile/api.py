@@ -45,6 +45,7 @@ def parallelize(
     memory: float | None = None,
     passes: Sequence[Pass] = (),
     compose: bool = False,
+    sequence_parallel: bool = False,
 ) -> Any:
     """Makes a model tensor-parallel over a mesh, in place, and returns it.
 
@@ -69,6 +70,8 @@ def parallelize(
         passes: passes to run after the compiler's own.
         compose: run a module that cannot be captured as the python that it is, over its submodules, which
             are captured one by one, down to single layers. Every such module is warned about.
+        sequence_parallel: between the blocks, in norms and residual additions, each rank computes some of
+            the positions: less memory for activations, as many bytes sent.
 
     Raises:
         TpCompileError: the request is refused; the model is unchanged.
@@ -76,7 +79,9 @@ def parallelize(
     mesh = mesh if mesh is not None else _default_mesh(model)
     ranks = _check_mesh(mesh, axis)
     _check_device(model, mesh)
-    options = _options(model, plan, cost_model, mesh.device_type, dynamic, memory, passes, compose)
+    options = _options(
+        model, plan, cost_model, mesh.device_type, dynamic, memory, passes, compose, sequence_parallel
+    )
     signature, original = signature_of(model), type(model)
     example = _example(model, example_args, example_kwargs)
     runtime = Runtime(Compiler(options, ranks, mesh, axis), signature, original)
@@ -106,6 +111,7 @@ def plan(
     dynamic: bool | Mapping[str, Any] = True,
     cost_model: CostModel | str | None = None,
     memory: float | None = None,
+    sequence_parallel: bool = False,
 ) -> Plan:
     """Plans a model without a process group, without weights (``meta`` will do), without a GPU.
 
@@ -122,7 +128,7 @@ def plan(
     if not isinstance(ranks, int) or ranks < 1:
         raise TpCompileError(f"{ranks!r} is no number of ranks", todo="give a mesh or a positive number")
     device = mesh_or_sizes.device_type if isinstance(mesh_or_sizes, DeviceMesh) else "h100"
-    options = _options(model, plan, cost_model, device, dynamic, memory, ())
+    options = _options(model, plan, cost_model, device, dynamic, memory, (), False, sequence_parallel)
     example = example_call(model, example_args, example_kwargs)
     return Compiler(options, ranks).compile(model, example, None).plan
 
@@ -198,6 +204,7 @@ def _options(
     memory: float | None,
     passes: Sequence[Pass],
     compose: bool = False,
+    sequence_parallel: bool = False,
 ) -> Options:
     if is_sharded(model):
         raise TpCompileError("this model is parallelised already", todo="use a fresh model")
@@ -208,7 +215,8 @@ def _options(
     rules, custom = _rules(model, plan)
     cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model or device)
     given = plan if isinstance(plan, Plan) else None
-    return Options(cost, rules, dynamic, memory, tuple(passes), given, custom, compose)
+    sequence = sequence_parallel or rules.sequence
+    return Options(cost, rules, dynamic, memory, tuple(passes), given, custom, compose, sequence)
 
 
 def _rules(model: nn.Module, plan: PlanLike) -> tuple[Rules, dict[str, str]]:

@@ -98,7 +98,9 @@ def parse_placement(text: str) -> Placement:
     """
     match = _TEXT.fullmatch(text)
     if match is None:
-        raise TpCompileError(f"{text!r} is no placement", todo="write R, S(dim), S(dim/factor), S(dim+) or P(sum)")
+        raise TpCompileError(
+            f"{text!r} is no placement", todo="write R, S(dim), S(dim/factor), S(dim+) or P(sum)"
+        )
     if text == "R":
         return R
     if text.endswith("+)"):

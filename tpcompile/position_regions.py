@@ -1,8 +1,8 @@
-"""Parts of a program that treat positions one by one, between sums over the ranks and what needs all positions.
+"""Parts of a program that treat positions one by one, between sums over the ranks and what needs them all.
 
 Such a region begins where summands are reduced (or divided features are gathered) and holds the additions,
-norms, dropouts and casts that follow, by their sharding rules: positions must be a dimension of their own, which
-goes from operands to results untouched. There each rank may have some of the positions only.
+norms, dropouts and casts that follow, by their sharding rules: positions must be a dimension of their own,
+which goes from operands to results untouched. There each rank may have some of the positions only.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Positions:
         return keys
 
     def _trimmed(self, keys: dict[Node, Key]) -> dict[Node, Key]:
-        """Leaves out rearrangements and growing values at the end: what comes before is gathered at less cost."""
+        """Leaves out rearrangements and growing values at the end: what comes before costs less to gather."""
         for node in reversed(list(keys)):
             if self.entry_key(node) is not None or any(user in keys for user in node.users):
                 continue
@@ -189,7 +189,7 @@ def in_modules(node: Node) -> Iterator[str]:
 
 
 def wanted(region: Region, modules: frozenset[str] | None, blocks: RepeatedBlocks | None) -> bool:
-    """Whether a region has something of these modules in it; layers that were left out are in their twin's."""
+    """Whether a region has something of these modules in it (of layers left out: of those kept for them)."""
     if modules is None:
         return True
     found = {name for node in region.nodes for name in in_modules(node)}
@@ -243,5 +243,3 @@ def _bytes(node: Node) -> float:
     val = node.meta["val"]
     sizes = (s.node.hint if isinstance(s, torch.SymInt) else s for s in val.shape)
     return math.prod(sizes) * float(val.element_size())
-
-
