@@ -75,7 +75,7 @@ def _fits(size: int, ranks: int) -> bool:
 
 def _cut_off(whole: Tensor, dim: int, ranks: int, size: int) -> Tensor:
     if _fits(size, ranks):
-        return whole
+        return whole.contiguous()  # with one position per rank it may be a view of what was received
     # A copy in any case: whether it is contiguous already depends on the size.
     return whole.narrow(dim, 0, size).clone(memory_format=torch.contiguous_format)
 
