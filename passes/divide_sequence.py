@@ -24,7 +24,8 @@ from tpcompile.markers import (
 )
 from tpcompile.placements import Filled, Placement, R, Replicate
 from tpcompile.planner.strategies import Strategy
-from tpcompile.position_regions import Positions, Region, is_whole, missed, rearranges, wanted
+from tpcompile.position_regions import Positions, Region, is_whole, missed, wanted
+from tpcompile.rules.rule import Rule, operands
 from tpcompile.work import Work, is_tensor
 
 from .insert_gradient_copies import differentiable_values
@@ -200,9 +201,12 @@ class _Divider:
         return node.target is copy_to_ranks and whole
 
     def _is_copied(self, node: Node) -> bool:
-        """Whether a value that each rank uses differently is a view of what is gathered."""
+        """Whether a value that each rank uses differently is made of the one that is read, linearly."""
         if self._is_copy(node):
             return True
         rule = self.positions.factors.rules.get(node)
-        views = rearranges(node, rule) and all(map(is_whole, node.meta.get("strategies") or ()))
-        return views and any(map(self._is_copied, node.users))
+        if not isinstance(rule, Rule) or not all(map(is_whole, node.meta.get("strategies") or ())):
+            return False
+        given = [i for i, o in enumerate(operands(node)) if o.meta["val"].dtype.is_floating_point]
+        linear = len(given) == 1 and frozenset(given) in rule.linear
+        return linear and any(map(self._is_copied, node.users))
