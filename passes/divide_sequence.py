@@ -157,6 +157,7 @@ class _Divider:
             if user.target is aten.sym_size.int:
                 if place is not None and user.args[1] == place.dim:
                     user.replace_all_uses_with(self.size)
+                    self.graph.erase_node(user)
             elif user.target is keep_first and user.args[1] == self.axes:
                 user.target, user.args = pad_shard, (value, self.axes, place, self.size)  # type: ignore[assignment]
             else:

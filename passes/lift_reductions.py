@@ -87,6 +87,9 @@ def _before_additions(work: Work, node: Node) -> bool:
     result = _chain(reduced, ready, additions[len(sums) - 1 :], R)
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
+    for leaf, _ in leaves:
+        if not leaf.users:  # a copy that only the first rank kept
+            node.graph.erase_node(leaf)
     return True
 
 
