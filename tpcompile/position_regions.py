@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +43,6 @@ class Region:
     key: Key
     nodes: list[Node]
 
-    @property
-    def entries(self) -> list[Node]:
-        """The all-reduces, and gathers of divided features, that lead into it."""
-        return [n for n in self.nodes if n.target in (all_reduce, all_gather)]
-
 
 class Positions:
     """Finds regions in a rewritten program.
@@ -60,30 +55,54 @@ class Positions:
         assert work.planned_factors is not None, "the program must be planned"
         self.work, self.factors = work, work.planned_factors
         self.every = tuple(range(len(work.axes)))
+        self._ranks: dict[Key, tuple[float, ...]] = {}
 
     def regions(self) -> list[Region]:
         """All regions that sums lead into and in which something is done across features, as in a norm."""
-        keys = self._trimmed(self._grown())
-        found = [Region(keys[nodes[0]], nodes) for nodes in _connected(keys)]
-        return [
-            r
-            for r in found
-            if any(n.target is all_reduce for n in r.nodes) and any(map(self.is_norm, r.nodes))
-        ]
+        return list(
+            self._regions({entry: key for entry in self._entries() if (key := self.entry_key(entry))})
+        )
 
-    def entry_key(self, node: Node) -> Key | None:
-        """The positions of a value that is made whole here for all ranks: its last dimension but one."""
-        if node.target not in (all_reduce, all_gather) or node.args[1] != self.every or not is_tensor(node):
-            return None
-        rank = node.meta["val"].ndim
-        if rank < 2 or (node.target is all_reduce and node.args[2] != "sum"):
-            return None
-        if node.target is all_gather:
-            place = node.args[2]
-            if not isinstance(place, Shard) or place.dim != rank - 1 or place.factor:
-                return None
-        key = tuple(self.factors.atoms(origin(node), rank - 2))
-        return key if key and self.dim(node, key) == rank - 2 else None
+    def entry_key(self, entry: Node) -> Key | None:
+        """The positions of a value that is made whole here: the dimension that most can be done along.
+
+        On a tie (a batch may be divided as well) the last dimension but one, as a rule, then the largest.
+        """
+        return max(self.entry_keys(entry), key=self._rank, default=None)
+
+    def entry_keys(self, entry: Node) -> list[Key]:
+        """The dimensions of such a value that are nothing else: all but the last, if they have one size."""
+        rank = entry.meta["val"].ndim
+        keys = [tuple(self.factors.atoms(origin(entry), d)) for d in reversed(range(rank - 1))]
+        return [key for key in keys if key and self.dim(entry, key) is not None]
+
+    def _entries(self) -> list[Node]:
+        """All-reduces, and gathers of divided features, over all ranks."""
+        return [n for n in self.work.graph.nodes if n.target in (all_reduce, all_gather) and self._enters(n)]
+
+    def _enters(self, node: Node) -> bool:
+        if not is_tensor(node) or node.args[1] != self.every:
+            return False
+        if node.target is all_reduce:
+            return node.args[2] == "sum"
+        place = node.args[2]
+        return isinstance(place, Shard) and place == Shard(node.meta["val"].ndim - 1)
+
+    def _rank(self, key: Key) -> tuple[float, ...]:
+        """How much there is to do along a dimension."""
+        if key not in self._ranks:
+            entries = [e for e in self._entries() if key in self.entry_keys(e)]
+            nodes = sum(len(r.nodes) for r in self._regions(dict.fromkeys(entries, key)))
+            inner = sum(self.entry_keys(e)[0] == key for e in entries)
+            sizes = (entries[0].meta["val"].shape[d] for d in (self.dim(entries[0], key),) if d is not None)
+            self._ranks[key] = (float(nodes), float(inner), *map(_hint, sizes))
+        return self._ranks[key]
+
+    def _regions(self, entries: Mapping[Node, Key]) -> Iterator[Region]:
+        keys = self._trimmed(self._grown(entries), entries)
+        for nodes in _connected(keys):
+            if any(n.target is all_reduce for n in nodes) and any(map(self.is_norm, nodes)):
+                yield Region(keys[nodes[0]], nodes)
 
     def dim(self, value: Node, key: Key) -> int | None:
         """The dimension of a value that is its positions; None if there is none, or more than one."""
@@ -129,7 +148,7 @@ class Positions:
             return "the ranks complete no sums"
         if all(shape(n)[-2] == 1 for n in sums):
             return "the call has one position"
-        if not any(self.entry_key(n) for n in sums):
+        if not any(self.entry_keys(n) for n in self._entries()):
             return f"positions are no dimension of the sums in {module_path(sums[0]) or 'the model'}"
         return "no sum over the ranks leads to it by way of calls that treat positions one by one"
 
@@ -137,7 +156,7 @@ class Positions:
         rank = value.meta["val"].ndim
         return any(set(self.factors.atoms(origin(value), d)) & set(key) for d in range(rank))
 
-    def _grown(self) -> dict[Node, Key]:
+    def _grown(self, entries: Mapping[Node, Key]) -> dict[Node, Key]:
         """Everything that can be reached from entries, in the graph's order."""
         keys: dict[Node, Key] = {}
         for node in self.work.graph.nodes:
@@ -146,18 +165,18 @@ class Positions:
             if node.target is operator.getitem:
                 if (source := producer(node)[0]) in keys:
                     keys[node] = keys[source]
-            elif (entry := self.entry_key(node)) is not None:
-                keys[node] = entry
+            elif node in entries:
+                keys[node] = entries[node]
             else:
                 given = {keys[o] for o in operands(node) if o in keys}
                 if len(given) == 1 and self.factor(node, key := given.pop()) is not None:
                     keys[node] = key
         return keys
 
-    def _trimmed(self, keys: dict[Node, Key]) -> dict[Node, Key]:
+    def _trimmed(self, keys: dict[Node, Key], entries: Mapping[Node, Key]) -> dict[Node, Key]:
         """Leaves out rearrangements and growing values at the end: what comes before costs less to gather."""
         for node in reversed(list(keys)):
-            if self.entry_key(node) is not None or any(user in keys for user in node.users):
+            if node in entries or any(user in keys for user in node.users):
                 continue
             inside = [o for o in operands(node) if o in keys]
             if len(inside) != 1 or not is_tensor(node):
@@ -241,5 +260,8 @@ def _is_pointwise(node: Node) -> bool:
 
 def _bytes(node: Node) -> float:
     val = node.meta["val"]
-    sizes = (s.node.hint if isinstance(s, torch.SymInt) else s for s in val.shape)
-    return math.prod(sizes) * float(val.element_size())
+    return math.prod(map(_hint, val.shape)) * float(val.element_size())
+
+
+def _hint(size: int | torch.SymInt) -> float:
+    return float(size.node.hint if isinstance(size, torch.SymInt) else size)
