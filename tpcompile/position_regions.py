@@ -71,8 +71,13 @@ class Positions:
         return max(self.entry_keys(entry), key=self._rank, default=None)
 
     def entry_keys(self, entry: Node) -> list[Key]:
-        """The dimensions of such a value that are nothing else: all but the last, if they have one size."""
+        """The dimensions of such a value that may be its positions: all but the last.
+
+        None for a step of one position: it may be of many sequences, but dividing these gains nothing.
+        """
         rank = entry.meta["val"].ndim
+        if rank < 2 or shape(entry)[-2] == 1:
+            return []
         keys = [tuple(self.factors.atoms(origin(entry), d)) for d in reversed(range(rank - 1))]
         return [key for key in keys if key and self.dim(entry, key) is not None]
 
