@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch.fx import Node
 from .capture.unroll_layers import RepeatedBlocks
 from .factors import OpFactor, producer
 from .graph_edit import module_path
-from .markers import all_gather, all_reduce, origin
+from .markers import all_gather, all_reduce, keep_first, origin
 from .placements import Replicate, Shard
 from .planner.strategies import Strategy
 from .rules.rule import UNARY, Rule, operands, results, shape
@@ -27,6 +27,9 @@ from .work import Work, is_tensor
 
 Key = tuple[int, ...]
 """The atoms of the positions' dimension."""
+
+MOST = 2.0
+"""A region of which so much is needed elsewhere that more than twice as many bytes are sent is left whole."""
 
 _LOCALISED = ("", "sizes", "split", "mean")
 
@@ -55,7 +58,7 @@ class Positions:
         assert work.planned_factors is not None, "the program must be planned"
         self.work, self.factors = work, work.planned_factors
         self.every = tuple(range(len(work.axes)))
-        self._ranks: dict[Key, tuple[float, ...]] = {}
+        self._along: dict[Key, list[Region]] = {}
 
     def regions(self) -> list[Region]:
         """All regions that sums lead into and in which something is done across features, as in a norm."""
@@ -64,11 +67,11 @@ class Positions:
         )
 
     def entry_key(self, entry: Node) -> Key | None:
-        """The positions of a value that is made whole here: the dimension that most can be done along.
+        """The positions of a value that is made whole here: the dimension along which most sums are reduced.
 
         On a tie (a batch may be divided as well) the last dimension but one, as a rule, then the largest.
         """
-        return max(self.entry_keys(entry), key=self._rank, default=None)
+        return max(self.entry_keys(entry), key=lambda key: self._rank(entry, key), default=None)
 
     def entry_keys(self, entry: Node) -> list[Key]:
         """The dimensions of such a value that may be its positions: all but the last.
@@ -93,21 +96,31 @@ class Positions:
         place = node.args[2]
         return isinstance(place, Shard) and place == Shard(node.meta["val"].ndim - 1)
 
-    def _rank(self, key: Key) -> tuple[float, ...]:
-        """How much there is to do along a dimension."""
-        if key not in self._ranks:
+    def _rank(self, entry: Node, key: Key) -> tuple[float, ...]:
+        """How much can be done along a dimension with what an entry leads to."""
+        if key not in self._along:
             entries = [e for e in self._entries() if key in self.entry_keys(e)]
-            nodes = sum(len(r.nodes) for r in self._regions(dict.fromkeys(entries, key)))
-            inner = sum(self.entry_keys(e)[0] == key for e in entries)
-            sizes = (entries[0].meta["val"].shape[d] for d in (self.dim(entries[0], key),) if d is not None)
-            self._ranks[key] = (float(nodes), float(inner), *map(_hint, sizes))
-        return self._ranks[key]
+            self._along[key] = list(self._regions(dict.fromkeys(entries, key)))
+        nodes = next((r.nodes for r in self._along[key] if entry in r.nodes), [])
+        entries = [n for n in nodes if n.target in (all_reduce, all_gather)]
+        inner = sum(self.entry_keys(e)[0] == key for e in entries)
+        dim = self.dim(entry, key)
+        size = 0.0 if dim is None else _hint(entry.meta["val"].shape[dim])
+        return (float(len(entries)), float(inner), float(len(nodes)), size)
 
     def _regions(self, entries: Mapping[Node, Key]) -> Iterator[Region]:
         keys = self._trimmed(self._grown(entries), entries)
         for nodes in _connected(keys):
             if any(n.target is all_reduce for n in nodes) and any(map(self.is_norm, nodes)):
-                yield Region(keys[nodes[0]], nodes)
+                if self._sent(nodes, entries) <= MOST:
+                    yield Region(keys[nodes[0]], nodes)
+
+    def _sent(self, nodes: list[Node], entries: Mapping[Node, Key]) -> float:
+        """Bytes that a forward sends for a region if it is divided, as a multiple of those otherwise."""
+        inside = set(nodes)
+        reduced = sum(_bytes(n) for n in nodes if n in entries)
+        gathered = sum(_bytes(n) for n in nodes if is_tensor(n) and any(map(_needs_all(inside), n.users)))
+        return (reduced + gathered) / (2 * reduced)
 
     def dim(self, value: Node, key: Key) -> int | None:
         """The dimension of a value that is its positions; None if there is none, or more than one."""
@@ -117,9 +130,10 @@ class Positions:
         return found[0] if exact else None
 
     def is_norm(self, node: Node) -> bool:
-        """Whether a call works across something: it reduces dimensions, or wants them whole."""
+        """Whether a call works across something: it reduces dimensions, or wants them whole to mix them."""
         rule = self.factors.rules.get(node)
-        return isinstance(rule, Rule) and bool(rule.reduce or rule.whole)
+        mixes = isinstance(rule, Rule) and bool(rule.whole) and rule.linear != UNARY
+        return isinstance(rule, Rule) and bool(rule.reduce or mixes)
 
     def factor(self, node: Node, key: Key) -> OpFactor | None:
         """The (major) factor of a call that treats positions one by one; None if it does not."""
@@ -140,7 +154,13 @@ class Positions:
             for each in (*places, *read)
         )
         values = [o for o in operands(node) if self._has(o, key)]
-        if not aligned or not read or any(self.dim(o, key) is None for o in values):
+        # A value with positions may stand where they are not what is treated one by one: what is indexed.
+        if (
+            not aligned
+            or not read
+            or len(values) != len(read)
+            or any(self.dim(o, key) is None for o in values)
+        ):
             return None
         outs = [node] if is_tensor(node) else list(node.users)
         return factors[0] if all(self.dim(o, key) is not None for o in outs) else None
@@ -250,6 +270,11 @@ def _connected(keys: dict[Node, Key]) -> list[list[Node]]:
     order = {node: i for i, node in enumerate(keys)}
     unique = {id(nodes): nodes for nodes in group.values()}
     return [sorted(nodes, key=order.__getitem__) for nodes in unique.values()]
+
+
+def _needs_all(inside: set[Node]) -> Callable[[Node], bool]:
+    """Whether a user of a value in a region needs all of its positions."""
+    return lambda user: user not in inside and user.target not in (keep_first, torch.ops.aten.sym_size.int)
 
 
 def _reads_sizes(node: Node, rule: Rule) -> bool:
