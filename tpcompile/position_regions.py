@@ -108,11 +108,16 @@ class Positions:
         size = 0.0 if dim is None else _hint(entry.meta["val"].shape[dim])
         return (float(len(entries)), float(inner), float(len(nodes)), size)
 
-    def _regions(self, entries: Mapping[Node, Key]) -> Iterator[Region]:
+    def _along_all(self, most: float) -> Iterator[Region]:
+        """The regions along any dimension."""
+        for key in dict.fromkeys(k for e in self._entries() for k in self.entry_keys(e)):
+            yield from self._regions({e: key for e in self._entries() if key in self.entry_keys(e)}, most)
+
+    def _regions(self, entries: Mapping[Node, Key], most: float = MOST) -> Iterator[Region]:
         keys = self._trimmed(self._grown(entries), entries)
         for nodes in _connected(keys):
             if any(n.target is all_reduce for n in nodes) and any(map(self.is_norm, nodes)):
-                if self._sent(nodes, entries) <= MOST:
+                if self._sent(nodes, entries) <= most:
                     yield Region(keys[nodes[0]], nodes)
 
     def _sent(self, nodes: list[Node], entries: Mapping[Node, Key]) -> float:
@@ -175,6 +180,8 @@ class Positions:
             return "the call has one position"
         if not any(self.entry_keys(n) for n in self._entries()):
             return f"positions are no dimension of the sums in {module_path(sums[0]) or 'the model'}"
+        if any(self._along_all(math.inf)) and not any(self._along_all(MOST)):
+            return "so much is needed whole that more than twice as many bytes would be sent"
         return "no sum over the ranks leads to it by way of calls that treat positions one by one"
 
     def _has(self, value: Node, key: Key) -> bool:
