@@ -69,8 +69,6 @@ def measure(name: str, compiled: bool) -> Found:
     whole = copy.deepcopy(model)
     sharded = tpcompile.parallelize(model, mesh(), example_kwargs=call(name, CAPTURED))
     plan = sharded.plan
-    # FlopCounterMode fails on segments of packed parameters, which are views made under no_grad.
-    sharded.requires_grad_(False)
     worst, flops = 0.0, 0.0
     with torch.no_grad():
         for sizes in (CAPTURED, OTHER):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from tpcompile.capture.match_periods import BLOCK, block_of
 from tpcompile.graph_edit import behind, call
 from tpcompile.markers import Placements, reshard
 from tpcompile.placements import R
@@ -36,7 +37,22 @@ class InsertReshards(Pass):
                 inserter.results(node)
             elif node.meta.get("strategies") and node.target not in SHAPE_ONLY:
                 inserter.operands(node)
+        for node in reversed(inserter.made.values()):
+            _move_between_layers(node)
         return bool(inserter.made)
+
+
+def _move_between_layers(node: Node) -> None:
+    """A conversion of what one layer hands on belongs to the next, or behind all layers, as its users do."""
+    blocks = {block_of(user) for user in node.users}
+    returned = any(user.op == "output" for user in node.users)
+    if len(blocks) != 1 or returned:
+        return
+    block = blocks.pop()
+    if block is None:
+        node.meta.pop(BLOCK, None)
+    else:
+        node.meta[BLOCK] = block
 
 
 class _Inserter:

@@ -89,8 +89,9 @@ def compiled(name: str, cache: str) -> list[dict[str, Any]]:
     """Decoding under torch.compile: what was compiled and captured for a first and for a second text."""
     model = build(name)
     whole = copy.deepcopy(model)
-    sharded = tpcompile.parallelize(model, mesh(), example_kwargs=families.causal_inputs(), compile=True)
-    sharded._tp.compile_options["backend"] = "eager"  # what is counted does not depend on it
+    backend = {"backend": "eager"}  # what is counted does not depend on it
+    example = families.causal_inputs()
+    sharded = tpcompile.parallelize(model, mesh(), example_kwargs=example, compile=backend)
     options = {**GREEDY, "max_new_tokens": 16, "cache_implementation": cache}
     ids = families.token_ids(2, 7)
     counters.clear()

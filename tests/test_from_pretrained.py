@@ -31,8 +31,9 @@ from tpcompile.loading.fill_tensor import Filler
 from tpcompile.loading.lazy_tensor import LazyTensor
 from tpcompile.loading.leaf_boxes import leaf_boxes
 from tpcompile.loading.load_slices import load_slices
+from tpcompile.loading.map_slice import map_slice
 from tpcompile.loading.match_keys import warn_unexpected
-from tpcompile.loading.read_headers import MappedFiles
+from tpcompile.loading.read_headers import MappedFiles, read_header
 from tpcompile.loading.request import Built, Request
 from tpcompile.selection import Selection
 from tpcompile.shell import shard_weights, tensors_by_name
@@ -93,6 +94,33 @@ def test_boxes_of_conversions(name: str, data: st.DataObject) -> None:
     assert torch.equal(CONVERSIONS[name](parts)[box], expected[box])
     if not needs_whole:
         assert sum(math.prod(shape) for _, _, shape in boxes) == target.numel()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_what_lies_in_one_piece_is_mapped(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A mapped box is the box; just the contiguous ones are mapped, and the file stays as it is."""
+    file = tmp_path_factory.getbasetemp() / "mapped.safetensors"
+    tensors = {"a": torch.arange(60.0).view(3, 4, 5), "b": torch.arange(60.0, 120.0).view(3, 4, 5)}
+    save_file(tensors, file)
+    stored = read_header(str(file))
+    joined = torch.cat([LazyTensor(stored["a"]), LazyTensor(stored["b"])])[1:]  # type: ignore[list-item]
+    whole = torch.cat([tensors["a"], tensors["b"]])[1:]
+    offsets = [data.draw(st.integers(0, size - 1)) for size in whole.shape]
+    sizes = [data.draw(st.integers(1, s - o)) for s, o in zip(whole.shape, offsets, strict=True)]
+    box = whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
+    mapped = map_slice(joined.expression, offsets, sizes, torch.float32)
+    one_file = offsets[0] + sizes[0] <= 2 or offsets[0] >= 2
+    assert (mapped is not None) == (one_file and box.is_contiguous())
+    assert map_slice(joined.expression, offsets, sizes, torch.float64) is None
+    if mapped is not None:
+        assert torch.equal(mapped, box) and mapped.untyped_storage().nbytes() == box.numel() * 4
+        mapped.zero_()
+        assert torch.equal(load_file(file)["a"], tensors["a"]) and torch.equal(
+            load_file(file)["b"], tensors["b"]
+        )
 
 
 def test_conversions_that_cannot_be_recorded() -> None:

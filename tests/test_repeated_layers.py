@@ -31,7 +31,8 @@ from tpcompile.capture.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
 from tpcompile.graph_edit import call
 from tpcompile.lowering.lower_graph import SOURCE, lower_program
-from tpcompile.pipeline import rewrite
+from tpcompile.pipeline import canonical, rewrite
+from tpcompile.planner.cost import CostModel
 from tpcompile.work import Work
 
 transformers = pytest.importorskip("transformers")
@@ -399,6 +400,26 @@ def test_a_state_of_another_size() -> None:
     captured = capture_repeated(model, bind_call(model, (torch.randn(2, 5, 8), given), {}), dynamic=False)
     assert not isinstance(captured, ShortCapture)
     assert "layers.7 takes other inputs" in captured.notes[-1]
+
+
+# ------------------------------------------------------------------------------------------- their plans
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_layers_are_planned_alike_whatever_a_mesh_costs(ranks: int) -> None:
+    """The last captured layer may stand for others only if the one before it lies and is sent alike."""
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, num_hidden_layers=16))
+    call = {"input_ids": torch.zeros(2, 16, dtype=torch.long), "use_cache": False}
+    base = canonical(mark_caches(capture_repeated(model, bind_call(model, (), call))), ranks)
+    kinds = set()
+    for latency, bandwidth, memory in ((0, 1e7, 1e7), (0, 1e8, 1e9), (1e-5, 1e8, 1e7), (1e-5, 1e10, 1e6)):
+        work = programs.planned_work(base.copy(), CostModel("mesh", 1e10, memory, latency, bandwidth))
+        rewrite(work, training=False)
+        groups = SimulatedGroups(work.axes, (0,) * len(work.axes))
+        flat, _ = lower_program(work, (0,) * len(work.axes), groups)  # refuses layers that differ
+        kinds.add(tuple(str(n.target) for n in flat.graph.nodes if "tpcompile" in str(n.target)))
+    assert len(kinds) > 2  # the plans did differ
 
 
 # --------------------------------------------------------------------- layers as calls of one submodule

@@ -13,7 +13,11 @@ import transformers
 from torch import Tensor, nn
 from torch.distributed import tensor as dtensor
 from torch.nn import functional as F
-from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+try:
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+except ImportError:  # transformers 5.17
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 import tpcompile
 from tests import programs, simulate

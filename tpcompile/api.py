@@ -40,7 +40,7 @@ def parallelize(
     plan: PlanLike = "auto",
     axis: str | None = None,
     dynamic: bool | Mapping[str, Any] = True,
-    compile: bool = False,
+    compile: bool | Mapping[str, Any] = False,
     cost_model: CostModel | str | None = None,
     memory: float | None = None,
     passes: Sequence[Pass] = (),
@@ -64,7 +64,7 @@ def parallelize(
         axis: the name of the mesh axis to divide over, for a mesh of several.
         dynamic: True: batch and sequence may change; False: shapes are fixed; or argument name ->
             {dimension: whether it may change}.
-        compile: run every program under ``torch.compile``.
+        compile: run every program under ``torch.compile``; a dict holds its options.
         cost_model: a ``CostModel`` or the name of a preset; by default the preset for the device.
         memory: bytes of weights that a rank may hold.
         passes: passes to run after the compiler's own.
@@ -95,8 +95,8 @@ def parallelize(
         usual = _example(model, (), None)  # perhaps one without pictures: more of it is planned at once
         if runtime.layout is None and usual is not None and usual.keys() != example.keys():
             runtime.try_first(model, usual)
-    if compile:
-        runtime.compile_options = {}
+    if compile is not False:
+        runtime.compile_options = {} if compile is True else dict(compile)
     return model
 
 

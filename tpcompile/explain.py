@@ -12,6 +12,7 @@ from .placements import Placement, R, Shard
 from .planner.cost import CostModel
 from .planner.decide import Pins
 from .planner.search import Search
+from .planner.tie_layers import tie_layers
 from .print_graph import target_text
 from .print_plan import time_text
 from .rules.rule import Rule
@@ -44,7 +45,9 @@ def explain_module(work: Work, cost: CostModel, pins: Pins, name: str) -> str:
         )
     factors = work.planned_factors
     carried, given = work.carried(factors), work.given(factors)
-    search = Search(work.graph, factors, work.params(), cost, carried, given, times=work.times)
+    search = Search(
+        work.graph, factors, work.params(), cost, carried, given, times=work.times, ties=tie_layers(work)
+    )
     return "\n".join(line for param in mine for line in _explain_param(work, search, pins, param))
 
 

@@ -31,7 +31,7 @@ def from_pretrained(
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic: bool | Mapping[str, Any] = True,
-    compile: bool = False,
+    compile: bool | Mapping[str, Any] = False,
     cost_model: CostModel | str | None = None,
     memory: float | None = None,
     passes: Sequence[Pass] = (),
@@ -61,7 +61,7 @@ def from_pretrained(
         example_args: positional arguments of a typical call.
         example_kwargs: keyword arguments of a typical call; by default they follow from the configuration.
         dynamic: which sizes of the inputs may change.
-        compile: run the model under ``torch.compile``.
+        compile: run every program under ``torch.compile``; a dict holds its options.
         cost_model: a ``CostModel`` or the name of a preset.
         memory: bytes of weights that a rank may hold.
         passes: passes to run after the compiler's own.

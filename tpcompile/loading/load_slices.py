@@ -18,6 +18,7 @@ from ..strategies.custom_modules import CustomModules
 from .expressions import Expression, leaves
 from .fill_tensor import Filler
 from .leaf_boxes import leaf_boxes
+from .map_slice import map_slice
 from .read_headers import MappedFiles, Stored
 
 _PATIENCE = 1.0  # seconds before a progress bar shows
@@ -36,7 +37,8 @@ def load_slices(
 ) -> None:
     """Reads this rank's slices.
 
-    Beside them it needs memory for one whole parameter at a time, and for that only where a conversion is
+    Slices that lie in one piece in their file, for a CPU and in the type that is wanted, stay mapped. Beside
+    the others it needs memory for one whole parameter at a time, and for that only where a conversion is
     more than joining, cutting and transposing, or where a custom strategy cuts the parameter.
 
     Args:
@@ -59,11 +61,11 @@ def load_slices(
     with contextlib.closing(files), _bar(total, show) as progress:
         for name in _announced(order, expressions, layout, rank, files):
             old = waiting[name]
-            local = torch.empty(old.shape, dtype=old.dtype, device=device)
             if layout.params[name].selection is None:
-                _fill(local, name, expressions[name], layout, rank, files.read)
+                local = _read(old, name, expressions[name], layout, rank, device, files.read)
             else:
                 whole = _whole(name, expressions[name], files.read)
+                local = torch.empty(old.shape, dtype=old.dtype, device=device)
                 with torch.no_grad():
                     local.copy_(cut(name, whole, layout, rank, custom))
             new[id(old)] = nn.Parameter(local, old.requires_grad) if isinstance(old, nn.Parameter) else local
@@ -111,21 +113,30 @@ def _position(expression: Expression) -> tuple[str, int]:
     return first.file, first.start
 
 
-def _fill(
-    local: Tensor,
+def _read(
+    like: Tensor,
     name: str,
     expression: Expression,
     layout: WeightLayout,
     rank: int,
+    device: torch.device,
     read: Callable[[Stored], Tensor],
-) -> None:
-    filler = Filler(read)  # type: ignore[arg-type]
+) -> Tensor:
+    """A rank's slice: memory of the file where it lies there in one piece and on a CPU, else a copy."""
+    ranges = layout.ranges(name, rank)
     try:
+        if device.type == "cpu" and len(ranges) == 1 and tuple(ranges[0].sizes) == tuple(like.shape):
+            mapped = map_slice(expression, ranges[0].offsets, ranges[0].sizes, like.dtype)
+            if mapped is not None:
+                return mapped
+        local = torch.empty(like.shape, dtype=like.dtype, device=device)
+        filler = Filler(read)  # type: ignore[arg-type]
         with torch.no_grad():
-            for part in layout.ranges(name, rank):
+            for part in ranges:
                 filler.fill(local[part.where], expression, part.offsets)
     except (OSError, RuntimeError) as error:
         raise _unreadable(name, expression, error) from error
+    return local
 
 
 def _whole(name: str, expression: Expression, read: Callable[[Stored], Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from .cost import CostModel
 from .declared import check_declared, declared_units, fits
 from .search import Search
 from .sub_axes import sub_axes, unit_counts
+from .tie_layers import tie_layers
 from .weights import worth_dividing
 
 # The placements allowed for parameters of a program, on one of its sub-axes.
@@ -74,7 +75,8 @@ def plan_on_axes(
     factors = work.factors()
     check_declared(factors, axes)
     carried, given = work.carried(factors), work.given(factors)
-    search = Search(work.graph, factors, work.params(), cost, carried, given, divide_small, work.times)
+    ties = tie_layers(work)
+    search = Search(work.graph, factors, work.params(), cost, carried, given, divide_small, work.times, ties)
     decisions: list[Assignment] = []
     for i, ranks in enumerate(axes):
         decisions.append(search.plan(ranks, decisions, pins(work, i)))

@@ -39,12 +39,14 @@ class Problem:
     tables: list[tuple[tuple[Hashable, ...], Table]] = field(default_factory=list)
 
     def variable(self, name: Hashable, costs: Sequence[float] | Table) -> None:
-        """Adds a variable and what each of its values costs by itself."""
+        """Adds a variable and what each of its values costs by itself; added again, that costs as well."""
         self.domains[name] = len(costs)
         self.tables.append(((name,), np.asarray(costs, dtype=float)))
 
     def table(self, names: tuple[Hashable, ...], costs: Table) -> None:
-        """Adds a cost that depends on several variables."""
+        """Adds a cost that depends on several variables; two of them may be the same one."""
+        if len(names) == 2 and names[0] == names[1]:
+            names, costs = names[:1], np.diagonal(costs)
         self.tables.append((names, costs))
 
     def cost(self, values: Mapping[Hashable, int]) -> float:

@@ -22,6 +22,7 @@ from .cost import CostModel
 from .eliminate import Problem, Table, solve
 from .quantities import Quantities
 from .strategies import Strategy, strategies
+from .tie_layers import Ties
 from .weights import SMALL, held_elsewhere, matrix, shares, weight_root, worth_dividing
 
 Name = tuple[str, str]
@@ -43,6 +44,7 @@ class Search:
         cost: the cost model.
         divide_small: small matrices must be divided too, whatever it costs.
         times: how many nodes of the whole model a node stands for, where layers were left out of the graph.
+        ties: what is decided alike in repeated layers.
     """
 
     def __init__(
@@ -55,8 +57,9 @@ class Search:
         given: Mapping[Node, Sequence[Placement]] | None = None,
         divide_small: bool = False,
         times: Callable[[Node], int] = lambda _: 1,
+        ties: Ties | None = None,
     ) -> None:
-        self.times = times
+        self.times, self.ties = times, ties or Ties()
         self.graph, self.factors, self.params, self.cost_model = graph, factors, params, cost
         self.carried, self.given = carried or {}, given or {}
         self.candidates = worth_dividing(factors, set(params))
@@ -106,7 +109,11 @@ class _Axis:
     def __init__(
         self, search: Search, ranks: int, prior: list[Assignment], pins: Mapping[Node, frozenset[Placement]]
     ) -> None:
-        self.search, self.ranks, self.prior, self.pins = search, ranks, prior, pins
+        self.search, self.ranks, self.prior, self.ties = search, ranks, prior, search.ties
+        self.pins: dict[Node, frozenset[Placement]] = {}
+        for param, allowed in pins.items():
+            leader = self.ties.leader(param)
+            self.pins[leader] = self.pins.get(leader, allowed) & allowed
         self.factors, self.costs = search.factors, AxisCosts(search, ranks, prior)
         # On one rank there is nothing to divide, and nothing to send: the program stays as it was captured.
         self.candidates = search.candidates if ranks > 1 else set()
@@ -117,57 +124,50 @@ class _Axis:
         self.unavoidable = 0.0
 
     def solve(self) -> Assignment:
-        for node in self.search.live:
-            if not _is_getitem(node) and results(node):
-                self._compute(node)
+        self._list_options()
+        for node in self.options:
+            self._compute(node)
         for param in self.search.params:
             self._hold(param)
-        for value, placements in self.search.given.items():
-            self.holdings[value] = [placements[len(self.prior)]]
-            self.problem.variable(("param", value.name), [0.0])
+        for value in self.search.given:
+            self.problem.variable(self._name("param", value), [0.0])
         for value, uses in self.search.uses.items():
             if value in self.holdings or producer(value)[0] in self.options:
                 self._connect(value, uses)
         chosen, cost = solve(self.problem)
-        params = {n: h[chosen["param", n.name]] for n, h in self.holdings.items()}
+        params = {n: h[chosen[self._name("param", n)]] for n, h in self.holdings.items()}
         penalty = sum(self.search.times(n) * self.costs.penalty(n, p) for n, p in params.items())
         price = sum(self.search.times(n) * self.costs.price(n, p) for n, p in params.items())
         return Assignment(
             self.ranks,
-            {n: o[chosen["node", n.name]] for n, o in self.options.items()},
+            {n: o[chosen[self._name("node", n)]] for n, o in self.options.items()},
             params,
-            {n: h[chosen["shared", n.name]] for n, h in self.handed.items()},
+            {n: h[chosen[self._name("shared", n)]] for n, h in self.handed.items()},
             penalty,
             price,
             cost - (penalty - self.unavoidable) - price,
         )
 
-    # Variables.
+    # Choices.
 
-    def _hold(self, param: Node) -> None:
-        places = self.factors.places(param)
-        options: list[Placement] = [R]
-        for (dim, pos), atom in places.items():
-            if atom in self.candidates and self.costs.left(param, (dim, pos), atom) > 1:
-                options.append(Shard(dim, pos))
-        if param in self.pins and self.ranks > 1:
-            options = [o for o in options if o in self.pins[param]]
-        if not options:
-            wanted = " or ".join(sorted(map(str, self.pins[param])))
-            raise TpCompileError(
-                f"{wanted} is not possible: no matmul has that dimension, or nothing of it is left to divide",
-                where=self.search.params[param],
-                todo="pin another dimension, or none",
-            )
-        self.holdings[param] = options
-        penalties = [self.costs.penalty(param, o) for o in options]
-        # What no option avoids is left out, or thousands of seconds would swallow the nanoseconds.
-        least, times = min(penalties, default=0.0), self.search.times(param)
-        self.unavoidable += times * least
-        costs = [self.costs.hold_cost(param, o) + p - least for o, p in zip(options, penalties, strict=True)]
-        self.problem.variable(("param", param.name), times * exact(costs))
+    def _list_options(self) -> None:
+        for node in self.search.live:
+            if not _is_getitem(node) and results(node):
+                self.options[node] = self._ways(node)
+        for param in self.search.params:
+            self.holdings[param] = self._held(param)
+        for value, placements in self.search.given.items():
+            self.holdings[value] = [placements[len(self.prior)]]
+        for value, uses in self.search.uses.items():
+            if len(uses) > 1 and (value in self.holdings or producer(value)[0] in self.options):
+                wants = {w for u in uses for w in self._wants(u, value)}
+                self.handed[value] = sorted({*self._source(value)[1], R, *wants}, key=_order)
+        for value, before in self.ties.handed.items():
+            if value in self.handed and before in self.handed:
+                kinds = sorted({*self.handed[value], *self.handed[before]}, key=_order)
+                self.handed[value] = self.handed[before] = kinds
 
-    def _compute(self, node: Node) -> None:
+    def _ways(self, node: Node) -> list[Strategy]:
         rule = self.factors.rules.get(node)
         fewest = self.ranks if isinstance(rule, Rule) and rule.filled else 2
 
@@ -176,20 +176,59 @@ class _Axis:
             least = fewest if factor.reduce or None not in factor.outputs else self.ranks
             return factor.atom in self.candidates and self.costs.left_in(node, factor) >= least
 
-        axes = [*(a.ranks for a in self.prior), self.ranks]
-        options = strategies(node, self.factors, may_divide, axes)
-        self.options[node] = options
-        costs = exact(self.costs.times(node, options))
-        self.problem.variable(("node", node.name), self.search.times(node) * costs)
+        return strategies(node, self.factors, may_divide, [*(a.ranks for a in self.prior), self.ranks])
+
+    def _held(self, param: Node) -> list[Placement]:
+        places = self.factors.places(param)
+        options: list[Placement] = [R]
+        for (dim, pos), atom in places.items():
+            if atom in self.candidates and self.costs.left(param, (dim, pos), atom) > 1:
+                options.append(Shard(dim, pos))
+        pins = self.pins.get(self.ties.leader(param))
+        if pins is not None and self.ranks > 1:
+            options = [o for o in options if o in pins]
+        if pins is not None and not options:
+            wanted = " or ".join(sorted(map(str, pins)))
+            raise TpCompileError(
+                f"{wanted} is not possible: no matmul has that dimension, or nothing of it is left to divide",
+                where=self.search.params[param],
+                todo="pin another dimension, or none",
+            )
+        return options
+
+    # Variables.
+
+    def _name(self, kind: str, node: Node) -> Name:
+        """The variable that decides about a node: one for all layers that are planned alike."""
+        leader = self.ties.leader(node)
+        if kind == "shared":
+            leader = self.ties.handed_with(node) or leader
+            same = self.handed[node] == self.handed.get(leader)
+        elif kind == "param":
+            same = self.holdings[node] == self.holdings.get(leader)
+        else:
+            same = _placed(self.options[node]) == _placed(self.options.get(leader, []))
+        return kind, (leader if same else node).name
+
+    def _hold(self, param: Node) -> None:
+        options = self.holdings[param]
+        penalties = [self.costs.penalty(param, o) for o in options]
+        # What no option avoids is left out, or thousands of seconds would swallow the nanoseconds.
+        least, times = min(penalties, default=0.0), self.search.times(param)
+        self.unavoidable += times * least
+        costs = [self.costs.hold_cost(param, o) + p - least for o, p in zip(options, penalties, strict=True)]
+        self.problem.variable(self._name("param", param), times * exact(costs))
+
+    def _compute(self, node: Node) -> None:
+        costs = exact(self.costs.times(node, self.options[node]))
+        self.problem.variable(self._name("node", node), self.search.times(node) * costs)
 
     def _connect(self, value: Node, uses: list[tuple[Node, int]]) -> None:
         source, outs = self._source(value)
-        if len(uses) == 1:
+        if value not in self.handed:
             self._edge(source, outs, uses[0], value)
             return
-        kinds = sorted({*outs, R, *(w for u in uses for w in self._wants(u, value))}, key=_order)
-        self.handed[value] = kinds
-        name = ("shared", value.name)
+        kinds, name = self.handed[value], self._name("shared", value)
         self.problem.variable(name, np.zeros(len(kinds)))
         self.problem.table((source, name), self._conversions(outs, kinds, value))
         for use in uses:
@@ -199,12 +238,13 @@ class _Axis:
         wants = self._wants(use, value)
         table = self._conversions(outs, wants, value)
         if use[0] in self.options:
-            self.problem.table((source, ("node", use[0].name)), table)
+            self.problem.table((source, self._name("node", use[0])), table)
         else:
             self.problem.table((source,), table[:, 0])
 
     def _conversions(self, src: list[Placement], dst: list[Placement], value: Node) -> Table:
-        return self.search.times(value) * self.costs.conversions(src, dst, value)
+        times = self.ties.times.get(value) or self.search.times(value)
+        return times * self.costs.conversions(src, dst, value)
 
     def _wants(self, use: tuple[Node, int], value: Node) -> list[Placement]:
         node, operand = use
@@ -215,9 +255,13 @@ class _Axis:
 
     def _source(self, value: Node) -> tuple[Name, list[Placement]]:
         if value in self.holdings:
-            return ("param", value.name), self.holdings[value]
+            return self._name("param", value), self.holdings[value]
         node, result = producer(value)
-        return ("node", node.name), [s.outputs[result] for s in self.options[node]]
+        return self._name("node", node), [s.outputs[result] for s in self.options[node]]
+
+
+def _placed(options: Sequence[Strategy]) -> list[tuple[Sequence[Placement], Sequence[Placement]]]:
+    return [(option.inputs, option.outputs) for option in options]
 
 
 def _order(placement: Placement) -> tuple[int, Placement]:
