@@ -24,8 +24,9 @@ from tpcompile.markers import (
 )
 from tpcompile.placements import Filled, Placement, R, Replicate
 from tpcompile.planner.strategies import Strategy
-from tpcompile.position_regions import Positions, Region, is_whole, missed, wanted
+from tpcompile.position_regions import Positions, Region, is_whole
 from tpcompile.rules.rule import Rule, operands
+from tpcompile.wanted_regions import missed, wanted
 from tpcompile.work import Work, is_tensor
 
 from .insert_gradient_copies import differentiable_values
@@ -52,7 +53,7 @@ class DivideSequence(Pass):
     training: bool = True
 
     def apply(self, work: Work) -> bool:
-        positions = Positions(work)
+        positions = Positions(work, norms=self.modules is None)
         regions = [r for r in positions.regions() if wanted(r, self.modules, work.blocks)]
         work.captured.notes += tuple(missed(positions, regions, self.modules))
         differentiable = differentiable_values(work) if self.training and regions else set()

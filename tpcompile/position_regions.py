@@ -15,14 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from .capture.unroll_layers import RepeatedBlocks
 from .factors import OpFactor, producer
-from .graph_edit import module_path
 from .markers import all_gather, all_reduce, keep_first, origin
 from .placements import Replicate, Shard
 from .planner.strategies import Strategy
 from .rules.rule import UNARY, Rule, operands, results, shape
-from .strategies.match_rules import starred_numbers
 from .work import Work, is_tensor
 
 Key = tuple[int, ...]
@@ -52,19 +49,18 @@ class Positions:
 
     Args:
         work: a planned program in which collectives have been chosen.
+        norms: regions without a norm are left out.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, *, norms: bool = True) -> None:
         assert work.planned_factors is not None, "the program must be planned"
-        self.work, self.factors = work, work.planned_factors
+        self.work, self.factors, self.norms = work, work.planned_factors, norms
         self.every = tuple(range(len(work.axes)))
         self._along: dict[Key, list[Region]] = {}
 
     def regions(self) -> list[Region]:
-        """All regions that sums lead into and in which something is done across features, as in a norm."""
-        return list(
-            self._regions({entry: key for entry in self._entries() if (key := self.entry_key(entry))})
-        )
+        """All regions that sums lead into; with ``norms``, in which something is done across features."""
+        return list(self._regions({entry: key for entry in self.entries() if (key := self.entry_key(entry))}))
 
     def entry_key(self, entry: Node) -> Key | None:
         """The positions of a value that is made whole here: the dimension along which most sums are reduced.
@@ -84,7 +80,7 @@ class Positions:
         keys = [tuple(self.factors.atoms(origin(entry), d)) for d in reversed(range(rank - 1))]
         return [key for key in keys if key and self.dim(entry, key) is not None]
 
-    def _entries(self) -> list[Node]:
+    def entries(self) -> list[Node]:
         """All-reduces, and gathers of divided features, over all ranks."""
         return [n for n in self.work.graph.nodes if n.target in (all_reduce, all_gather) and self._enters(n)]
 
@@ -99,7 +95,7 @@ class Positions:
     def _rank(self, entry: Node, key: Key) -> tuple[float, ...]:
         """How much can be done along a dimension with what an entry leads to."""
         if key not in self._along:
-            entries = [e for e in self._entries() if key in self.entry_keys(e)]
+            entries = [e for e in self.entries() if key in self.entry_keys(e)]
             self._along[key] = list(self._regions(dict.fromkeys(entries, key)))
         nodes = next((r.nodes for r in self._along[key] if entry in r.nodes), [])
         entries = [n for n in nodes if n.target in (all_reduce, all_gather)]
@@ -108,15 +104,15 @@ class Positions:
         size = 0.0 if dim is None else _hint(entry.meta["val"].shape[dim])
         return (float(len(entries)), float(inner), float(len(nodes)), size)
 
-    def _along_all(self, most: float) -> Iterator[Region]:
+    def along_all(self, most: float = MOST) -> Iterator[Region]:
         """The regions along any dimension."""
-        for key in dict.fromkeys(k for e in self._entries() for k in self.entry_keys(e)):
-            yield from self._regions({e: key for e in self._entries() if key in self.entry_keys(e)}, most)
+        for key in dict.fromkeys(k for e in self.entries() for k in self.entry_keys(e)):
+            yield from self._regions({e: key for e in self.entries() if key in self.entry_keys(e)}, most)
 
     def _regions(self, entries: Mapping[Node, Key], most: float = MOST) -> Iterator[Region]:
         keys = self._trimmed(self._grown(entries), entries)
         for nodes in _connected(keys):
-            if any(n.target is all_reduce for n in nodes) and any(map(self.is_norm, nodes)):
+            if any(n.target is all_reduce for n in nodes) and self._does_much(nodes):
                 if self._sent(nodes, entries) <= most:
                     yield Region(keys[nodes[0]], nodes)
 
@@ -133,6 +129,10 @@ class Positions:
         found = [d for d in range(rank) if set(self.factors.atoms(origin(value), d)) & set(key)]
         exact = len(found) == 1 and tuple(self.factors.atoms(origin(value), found[0])) == key
         return found[0] if exact else None
+
+    def _does_much(self, nodes: list[Node]) -> bool:
+        """Whether a region is worth dividing: with a norm in it, or whatever somebody has asked for."""
+        return any(map(self.is_norm, nodes)) if self.norms else len(nodes) > 1
 
     def is_norm(self, node: Node) -> bool:
         """Whether a call works across something: it reduces dimensions, or wants them whole to mix them."""
@@ -169,20 +169,6 @@ class Positions:
             return None
         outs = [node] if is_tensor(node) else list(node.users)
         return factors[0] if all(self.dim(o, key) is not None for o in outs) else None
-
-    def why_not(self) -> str:
-        """Why there are no regions, or why they leave something out."""
-        sums = self.work.graph.find_nodes(op="call_function", target=all_reduce)
-        sums = [n for n in sums if is_tensor(n) and n.meta["val"].ndim >= 2]
-        if not sums:
-            return "the ranks complete no sums"
-        if all(shape(n)[-2] == 1 for n in sums):
-            return "the call has one position"
-        if not any(self.entry_keys(n) for n in self._entries()):
-            return f"positions are no dimension of the sums in {module_path(sums[0]) or 'the model'}"
-        if any(self._along_all(math.inf)) and not any(self._along_all(MOST)):
-            return "so much is needed whole that more than twice as many bytes would be sent"
-        return "no sum over the ranks leads to it by way of calls that treat positions one by one"
 
     def _has(self, value: Node, key: Key) -> bool:
         rank = value.meta["val"].ndim
@@ -231,34 +217,6 @@ def rearranges(node: Node, rule: Rule | str | None) -> bool:
     """Whether a call only moves elements of its one operand, or copies them: a view, a transposition."""
     linear = isinstance(rule, Rule) and rule.linear == UNARY and not rule.reduce
     return linear and len(operands(node)) == 1 and not _is_pointwise(node)
-
-
-def in_modules(node: Node) -> Iterator[str]:
-    """The modules that a node was traced in."""
-    for entry in (node.meta.get("nn_module_stack") or {}).values():
-        yield str(entry[0])
-
-
-def wanted(region: Region, modules: frozenset[str] | None, blocks: RepeatedBlocks | None) -> bool:
-    """Whether a region has something of these modules in it (of layers left out: of those kept for them)."""
-    if modules is None:
-        return True
-    found = {name for node in region.nodes for name in in_modules(node)}
-    if blocks is not None:
-        found |= {copy for kept, copy in blocks.left_out(list(found))}
-    return bool(found & modules)
-
-
-def missed(positions: Positions, regions: list[Region], modules: frozenset[str] | None) -> Iterator[str]:
-    """What was asked for and is not divided, and why: a line each."""
-    if modules is None:
-        if not regions:
-            yield f"the sequence is not divided anywhere: {positions.why_not()}"
-        return
-    blocks = positions.work.blocks
-    left = [m for m in sorted(modules) if not any(wanted(r, frozenset({m}), blocks) for r in regions)]
-    for name in dict.fromkeys(map(starred_numbers, left)):
-        yield f"the sequence is not divided at {name}: {positions.why_not()}"
 
 
 def _connected(keys: dict[Node, Key]) -> list[list[Node]]:
