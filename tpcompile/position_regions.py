@@ -56,7 +56,7 @@ class Positions:
         assert work.planned_factors is not None, "the program must be planned"
         self.work, self.factors, self.norms = work, work.planned_factors, norms
         self.every = tuple(range(len(work.axes)))
-        self._along: dict[Key, list[Region]] = {}
+        self._ranks: dict[Key, dict[Node, tuple[float, ...]]] = {}
 
     def regions(self) -> list[Region]:
         """All regions that sums lead into; with ``norms``, in which something is done across features."""
@@ -94,15 +94,21 @@ class Positions:
 
     def _rank(self, entry: Node, key: Key) -> tuple[float, ...]:
         """How much can be done along a dimension with what an entry leads to."""
-        if key not in self._along:
-            entries = [e for e in self.entries() if key in self.entry_keys(e)]
-            self._along[key] = list(self._regions(dict.fromkeys(entries, key)))
-        nodes = next((r.nodes for r in self._along[key] if entry in r.nodes), [])
-        entries = [n for n in nodes if n.target in (all_reduce, all_gather)]
-        inner = sum(self.entry_keys(e)[0] == key for e in entries)
+        if key not in self._ranks:
+            self._ranks[key] = self._ranked(key)
         dim = self.dim(entry, key)
         size = 0.0 if dim is None else _hint(entry.meta["val"].shape[dim])
-        return (float(len(entries)), float(inner), float(len(nodes)), size)
+        return (*self._ranks[key].get(entry, (0.0, 0.0, 0.0)), size)
+
+    def _ranked(self, key: Key) -> dict[Node, tuple[float, ...]]:
+        """Per entry of a region along a dimension: its entries, those that have it inside, its nodes."""
+        keys = {e: self.entry_keys(e) for e in self.entries()}
+        found: dict[Node, tuple[float, ...]] = {}
+        for region in self._regions({e: key for e, possible in keys.items() if key in possible}):
+            entries = [n for n in region.nodes if n in keys]
+            inner = sum(keys[e][0] == key for e in entries)
+            found |= dict.fromkeys(entries, (float(len(entries)), float(inner), float(len(region.nodes))))
+        return found
 
     def along_all(self, most: float = MOST) -> Iterator[Region]:
         """The regions along any dimension."""
