@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Graph, Node
 
 from tpcompile.graph_edit import call
-from tpcompile.markers import all_reduce, all_reduce_coalesced
+from tpcompile.markers import Axes, all_reduce, all_reduce_coalesced, keep_first
+from tpcompile.placements import P, Replicate
+from tpcompile.planner.cost import PRESETS, CostModel
 from tpcompile.work import Work
 
 from .pipeline import Pass
+
+
+@dataclass
+class _Run:
+    """All-reduces of one kind that can travel together.
+
+    Attributes:
+        nodes: the all-reduces.
+        axes: the sub-axes on which the one in their place reduces.
+        needing: its members, and what is computed from them.
+    """
+
+    nodes: list[Node] = field(default_factory=list)
+    axes: Axes = ()
+    needing: set[Node] = field(default_factory=set)
+
+    def add(self, node: Node, axes: Axes) -> None:
+        self.nodes.append(node)
+        self.needing.add(node)
+        self.axes = axes
 
 
 @dataclass(frozen=True)
@@ -21,44 +44,78 @@ class CoalesceCollectives(Pass):
     """Replaces all-reduces of the same kind, none of which needs another's result, by one.
 
     Fires for small values (at most ``largest`` bytes for the example's sizes), where latency is what
-    counts: the statistics of a query and a key norm, say. They must be of one type, on the same axes.
+    counts: the statistics of a query and a key norm, say. They must be of one type.
+
+    Sums on other sub-axes join where the cost model says that it pays: a value that is whole on a sub-axis
+    is a sum there once all ranks but the first have zeros (``keep_first``). Neither that nor an all-reduce
+    changes a gradient on its way back, so gradients are what they were.
     """
 
     name = "coalesce-collectives"
+    cost: CostModel = PRESETS["cpu"]
     largest: int = 1 << 20
 
     def apply(self, work: Work) -> bool:
-        groups = list(_independent(work.graph, self.largest))
-        for group in groups:
-            _join(work.graph, group)
-        return bool(groups)
+        runs = [run for run in self._runs(work) if len(run.nodes) > 1]
+        for run in runs:
+            _join(work.graph, run)
+        return bool(runs)
+
+    def _runs(self, work: Work) -> Iterator[_Run]:
+        """Small all-reduces of one kind that do not need each other's results.
+
+        Runs are found in the graph's order and do not interleave. So joining one, which makes its results
+        depend on all its operands, cannot make a member of another depend on a second one.
+        """
+        run = _Run()
+        for node in work.graph.nodes:
+            needs = any(i in run.needing for i in node.all_input_nodes)
+            if node.target is all_reduce and _size(node) <= self.largest:
+                axes = None if needs else self._joint_axes(work, run, node)
+                if axes is None:
+                    yield run
+                    run, axes = _Run(), _axes(node)
+                run.add(node, axes)
+            elif needs:
+                run.needing.add(node)
+        yield run
+
+    def _joint_axes(self, work: Work, run: _Run, node: Node) -> Axes | None:
+        """The sub-axes on which a run and one more reduce together; None if they cannot, or should not."""
+        mine = _axes(node)
+        if not run.nodes:
+            return mine
+        if _kind(run.nodes[0]) != _kind(node):
+            return None
+        axes = tuple(sorted({*run.axes, *mine}))
+        if run.axes == mine:
+            return axes
+        nodes = [*run.nodes, node]
+        if node.args[2] != "sum" or not all(_whole_on_the_others(n, axes) for n in nodes):
+            return None
+        apart = self._time(work, run.nodes, run.axes) + self._time(work, [node], mine)
+        return axes if self._time(work, nodes, axes) < apart else None
+
+    def _time(self, work: Work, nodes: Sequence[Node], axes: Axes) -> float:
+        """The modelled time of reducing several values on some sub-axes at once."""
+        ranks = math.prod(work.axes[a] for a in axes)
+        widened = [n for n in nodes if _axes(n) != axes]
+        kept = sum(self.cost.launch + self.cost.touch(_size(n)) for n in widened)
+        return kept + self.cost.all_reduce(sum(map(_size, nodes)), ranks)
 
 
-def _independent(graph: Graph, largest: int) -> Iterator[list[Node]]:
-    """Runs of small all-reduces of one kind that do not need each other's results.
-
-    Runs are found in the graph's order and do not interleave. So joining one, which makes its results
-    depend on all its operands, cannot make a member of another depend on a second one.
-    """
-    group: list[Node] = []
-    needing: set[Node] = set()  # members of the group, and what is computed from them
-    for node in graph.nodes:
-        needs = any(i in needing for i in node.all_input_nodes)
-        if node.target is all_reduce and _size(node) <= largest:
-            if not group or needs or _kind(group[0]) != _kind(node):
-                if len(group) > 1:
-                    yield group
-                group, needing = [], set()
-            group.append(node)
-            needing.add(node)
-        elif needs:
-            needing.add(node)
-    if len(group) > 1:
-        yield group
+def _axes(node: Node) -> Axes:
+    axes: Axes = node.args[1]  # type: ignore[assignment]
+    return axes
 
 
 def _kind(node: Node) -> tuple[object, ...]:
-    return (*node.args[1:], node.meta["val"].dtype)
+    return node.args[2], node.meta["val"].dtype
+
+
+def _whole_on_the_others(node: Node, axes: Axes) -> bool:
+    """Whether a value is whole on those of the sub-axes on which it is not reduced."""
+    return all(isinstance(node.meta["placement"][a], Replicate) for a in axes if a not in _axes(node))
 
 
 def _size(node: Node) -> float:
@@ -71,12 +128,14 @@ def _size(node: Node) -> float:
     return count
 
 
-def _join(graph: Graph, nodes: list[Node]) -> None:
+def _join(graph: Graph, run: _Run) -> None:
     """Puts one collective in the place of the last of several, and behind it what waits for any of them."""
+    nodes = run.nodes
     first, last = nodes[0], nodes[-1]
     between = list(_between(first, last))
     with graph.inserting_before(last):
-        joined = call(graph, all_reduce_coalesced, ([n.args[0] for n in nodes], *first.args[1:]), like=last)
+        operands = [_widened(graph, node, run.axes) for node in nodes]
+        joined = call(graph, all_reduce_coalesced, (operands, run.axes, first.args[2]), like=last)
         parts = [call(graph, operator.getitem, (joined, i), like=n) for i, n in enumerate(nodes)]
     for node, part in zip(nodes, parts, strict=True):
         part.meta["placement"] = node.meta["placement"]
@@ -90,6 +149,18 @@ def _join(graph: Graph, nodes: list[Node]) -> None:
             anchor = node
     for node in nodes:
         graph.erase_node(node)
+
+
+def _widened(graph: Graph, node: Node, axes: Axes) -> Node:
+    """What an all-reduce reduces, as a sum on all of these sub-axes."""
+    value = node.args[0]
+    assert isinstance(value, Node)
+    others = tuple(a for a in axes if a not in _axes(node))
+    if not others:
+        return value
+    kept = call(graph, keep_first, (value, others), like=node)
+    kept.meta["placement"] = tuple(P if a in axes else p for a, p in enumerate(node.meta["placement"]))
+    return kept
 
 
 def _between(first: Node, last: Node) -> Iterator[Node]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests import programs, toys
 from tests.golden_text import stable_text
+from tpcompile.markers import COMMUNICATING, all_reduce, all_reduce_coalesced
 from tpcompile.passes.annotate_placements import AnnotatePlacements
 from tpcompile.passes.canonicalise import Canonicalise
 from tpcompile.passes.choose_collectives import ChooseCollectives
@@ -47,6 +48,7 @@ class Case:
         before: the passes that run before it.
         planned: plan the program before all of them.
         dynamic: leave the batch open.
+        ranks: for how many ranks.
     """
 
     module: Callable[[], nn.Module]
@@ -56,10 +58,16 @@ class Case:
     before: tuple[Pass, ...] = ()
     planned: bool = True
     dynamic: bool = False
+    ranks: int = 2
 
 
 def _attention(packed: bool) -> Callable[[], nn.Module]:
     return lambda: toys.Attention(packed)
+
+
+def _grouped_norms() -> nn.Module:
+    """Fewer key heads than ranks: the two statistics are sums on different sub-axes."""
+    return toys.NormedHeads(heads=8, groups=2)
 
 
 X12, X20, PAIR = ((3, 7, 12),), ((3, 7, 20),), ((3, 12), (3, 14))
@@ -96,6 +104,7 @@ CASES = {
         toys.Blocks, X12, DivideSequence(), 8, (*PLACED, COPY, CHOOSE, LiftReductions()), dynamic=True
     ),
     "coalesce_collectives_norms": Case(toys.NormedHeads, X20, COALESCE, 1, (*PLACED, CHOOSE)),
+    "coalesce_collectives_grouped": Case(_grouped_norms, X20, COALESCE, 2, (*PLACED, COPY, CHOOSE), ranks=4),
     "merge_matmuls_attention": Case(_attention(True), X20, MergeMatmuls(), 1, (*PLACED, COPY, CHOOSE)),
 }
 
@@ -107,7 +116,7 @@ def _model(case: Case) -> tuple[nn.Module, list[Tensor]]:
 
 def _before(case: Case, model: nn.Module, inputs: list[Tensor]) -> Work:
     make = programs.planned if case.planned else programs.captured
-    work = make(model, *inputs, dynamic=case.dynamic)
+    work = make(model, *inputs, dynamic=case.dynamic, ranks=case.ranks)
     run_passes(work, case.before)
     return work
 
@@ -160,6 +169,22 @@ def test_all_passes_then_lowered(name: str, ranks: int) -> None:
     for results in programs.run_ranks(work, model, *inputs):
         for got, want in zip(results, wanted, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    programs.gradients_agree(work, model, *inputs)
+
+
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_statistics_on_different_sub_axes_travel_together(ranks: int) -> None:
+    """One collective for both, one for the result; values and gradients are those of the module."""
+    model, inputs = _grouped_norms().double(), [torch.randn(3, 7, 20, dtype=torch.float64)]
+    work = programs.planned(model, *inputs, ranks=ranks)
+    assert work.axes == (2, ranks // 2)
+    rewrite(work, training=True)
+    assert [n.target for n in work.graph.nodes if n.target in COMMUNICATING] == [
+        all_reduce_coalesced,
+        all_reduce,
+    ]
+    for results in programs.run_ranks(work, model, *inputs):
+        torch.testing.assert_close(results, _results(model, inputs), rtol=1e-11, atol=1e-11)
     programs.gradients_agree(work, model, *inputs)
 
 

@@ -16,7 +16,8 @@ from tpcompile import markers
 from tpcompile.errors import TpCompileError
 from tpcompile.graph_edit import call
 from tpcompile.markers import Placements
-from tpcompile.passes.choose_collectives import ChooseCollectives, steps
+from tpcompile.moves import steps
+from tpcompile.passes.choose_collectives import ChooseCollectives
 from tpcompile.passes.pipeline import run_passes
 from tpcompile.placements import P, Partial, Placement, R, Shard, split_evenly
 from tpcompile.planner.assignment import Assignment

@@ -104,17 +104,18 @@ class Flattened(nn.Module):
 class NormedHeads(nn.Module):
     """Query and key with a norm over all their heads: two small statistics that are ready together."""
 
-    def __init__(self, width: int = 20, heads: int = 4, size: int = 6) -> None:
+    def __init__(self, width: int = 20, heads: int = 4, size: int = 6, groups: int | None = None) -> None:
         super().__init__()
-        self.size = size
-        self.q, self.k, self.v = (nn.Linear(width, heads * size, bias=False) for _ in range(3))
-        self.q_scale, self.k_scale = (nn.Parameter(torch.rand(heads * size) + 0.5) for _ in range(2))
-        self.out = nn.Linear(heads * size, width, bias=False)
+        self.size, self.grouped = size, groups is not None
+        inner, grouped = heads * size, (groups or heads) * size
+        self.q, self.k, self.v = (nn.Linear(width, w, bias=False) for w in (inner, grouped, grouped))
+        self.q_scale, self.k_scale = (nn.Parameter(torch.rand(w) + 0.5) for w in (inner, grouped))
+        self.out = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._norm(self.q(x), self.q_scale), self._norm(self.k(x), self.k_scale), self.v(x)
         q, k, v = (t.unflatten(-1, (-1, self.size)).transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped)
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return out
 

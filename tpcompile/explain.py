@@ -70,18 +70,19 @@ def _options(factors: Factors, param: Node) -> list[Placement]:
 
 
 def _price(work: Work, search: Search, pins: Pins, param: Node, option: Placement, axis: int) -> str:
-    best, prior = work.decisions[axis], work.decisions[:axis]
+    others = {a: d for a, d in enumerate(work.decisions) if a != axis}
     if isinstance(option, Shard):
         atom = search.factors.places(param)[option.dim, option.factor]
         if atom not in search.candidates:
             return "refused: this dimension is dynamic, or no matmul has it"
     try:
-        other = search.plan(best.ranks, prior, {**pins(work, axis), param: frozenset({option})})
+        other = search.plan(work.axes, axis, others, {**pins(work, axis), param: frozenset({option})})
     except TpCompileError as error:
         spent = error.where == search.params[param]
         return f"refused: {'nothing is left to divide' if spent else _refusal(search, param)}"
-    extra = other.cost + other.price - best.cost - best.price
-    must = ", but a large matrix must be divided" if other.penalty > best.penalty else ""
+    extra = other.cost + other.price - sum(d.cost + d.price for d in work.decisions)
+    penalty = sum(d.penalty for d in work.decisions)
+    must = ", but a large matrix must be divided" if round(other.penalty - penalty, 6) > 0 else ""
     return f"{'+' if extra >= 0 else '-'}{time_text(abs(extra))}{must}"
 
 

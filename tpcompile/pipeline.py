@@ -47,7 +47,7 @@ def after_planning(
         modules = None if sequence is True else sequence
         passes += [LiftReductions(), DivideSequence(modules, training)]
     # By now it is known which matmuls have the very same input.
-    return [*passes, *([CoalesceCollectives()] if coalesce else []), MergeMatmuls(cost)]
+    return [*passes, *([CoalesceCollectives(cost)] if coalesce else []), MergeMatmuls(cost)]
 
 
 def canonical(captured: Captured, ranks: int) -> Work:

@@ -11,10 +11,10 @@ from tpcompile.factors import tensor_of
 from tpcompile.placements import Placement, Shard, split_evenly
 from tpcompile.work import Work
 
-from .assignment import Assignment
 from .cost import CostModel
 from .declared import check_declared, declared_units, fits
 from .search import Search
+from .solve_axes import solve_axes
 from .sub_axes import sub_axes, unit_counts
 from .tie_layers import tie_layers
 from .weights import worth_dividing
@@ -27,7 +27,7 @@ Splitter = Callable[[Work, frozenset[str]], Work]
 def decide(
     work: Work, cost: CostModel, groups: list[str], split: Splitter, pins: Pins, divide_small: bool = False
 ) -> Work:
-    """The program with the least penalty, then the least memory by sub-axes, then the least time.
+    """The program with the least penalty, then the least price and time, then the least memory.
 
     Args:
         work: the canonical program.
@@ -51,7 +51,7 @@ def decide(
     axes = sub_axes(work.ranks, units)
     if len(axes) > 1 and fits(factors, axes):
         other = _split_what_pays(plan, axes, groups)
-        if (_penalty(other), _held(other)) < (_penalty(best), _held(best)):
+        if _worth(other) < _worth(best):
             best = other
     return best
 
@@ -71,15 +71,13 @@ def _split_what_pays(
 def plan_on_axes(
     work: Work, axes: tuple[int, ...], cost: CostModel, pins: Pins, divide_small: bool = False
 ) -> Work:
-    """The program with the decisions on each sub-axis, one after the other."""
+    """The program with the decisions on each sub-axis."""
     factors = work.factors()
     check_declared(factors, axes)
     carried, given = work.carried(factors), work.given(factors)
     ties = tie_layers(work)
     search = Search(work.graph, factors, work.params(), cost, carried, given, divide_small, work.times, ties)
-    decisions: list[Assignment] = []
-    for i, ranks in enumerate(axes):
-        decisions.append(search.plan(ranks, decisions, pins(work, i)))
+    decisions = solve_axes(search, axes, lambda axis: pins(work, axis))
     return replace(work, decisions=decisions, planned_factors=factors)
 
 
@@ -129,3 +127,8 @@ def _except(placement: Placement, dim: int) -> Shard | None:
 def _score(work: Work) -> tuple[float, float]:
     # Rounded, so that a split that changes nothing is not made for the last bit of a sum.
     return _penalty(work), float(f"{sum(d.cost for d in work.decisions):.6g}")
+
+
+def _worth(work: Work) -> tuple[float, float, float]:
+    """What plans on other sub-axes are compared by."""
+    return _penalty(work), float(f"{sum(d.price + d.cost for d in work.decisions):.6g}"), _held(work)
