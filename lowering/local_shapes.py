@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
+from torch.utils._sympy.functions import CeilDiv
 
 from tpcompile.factors import Factors
-from tpcompile.markers import MARKERS, Axes, Placements
-from tpcompile.placements import Placement, Shard, split_evenly
-from tpcompile.rules.rule import Size, arguments
+from tpcompile.markers import Axes, Placements, origin
+from tpcompile.placements import Filled, Placement, Shard, split_evenly
+from tpcompile.rules.rule import Size
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,14 @@ class LocalShapes:
                 size = found[placement.dim][placement.factor]
                 assert isinstance(size, int), "only static sizes are divided"
                 found[placement.dim][placement.factor] = split_evenly(size, ranks)[at]
+        for placement in {p for p in placements if isinstance(p, Filled)}:
+            whole, ranks = _product(found[placement.dim]), self.sharing(placements, placement)
+            found[placement.dim] = [-(-whole // ranks) if isinstance(whole, int) else CeilDiv(whole, ranks)]
         return found
+
+    def sharing(self, placements: Sequence[Placement], placement: Placement) -> int:
+        """How many ranks the axes have that place a value in this way."""
+        return math.prod(n for n, p in zip(self.axes, placements, strict=True) if p == placement)
 
     def shape(self, value: Node, placements: Sequence[Placement]) -> list[Size]:
         """The local shape."""
@@ -77,20 +84,6 @@ class LocalShapes:
     def inside(self, value: Node, placements: Placements, place: Shard) -> Size:
         """As ``minor``, but it may be dynamic."""
         return _product(self.atoms(value, placements)[place.dim][place.factor + 1 :])
-
-
-def origin(value: Node) -> Node:
-    """The value that a change of placement started from: it has the same factors."""
-    while value.op == "call_function":
-        found: Node | None = None
-        if value.target in MARKERS:
-            found = arguments(value)[0]
-        elif value.target is operator.getitem and arguments(value)[0].target in MARKERS:
-            found = arguments(arguments(value)[0])[0][arguments(value)[1]]
-        if found is None:
-            break
-        value = found
-    return value
 
 
 def _product(sizes: Sequence[Size]) -> Size:

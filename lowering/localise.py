@@ -13,10 +13,9 @@ from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
 from tpcompile.graph_edit import module_path
-from tpcompile.placements import Shard
+from tpcompile.markers import origin
+from tpcompile.placements import Filled, Shard
 from tpcompile.rules.rule import Size, arguments, operands, option, results, shape, sizes_of
-
-from .local_shapes import origin
 
 if TYPE_CHECKING:
     from .lower_graph import Lowering
@@ -48,9 +47,13 @@ def sizes(low: Lowering, node: Node) -> Node:
     at = _SIZED[node.target]
     wanted = low.shapes.shape(node, node.meta["placement"])
     args = list(low.map(node.args))
+    filled = next((p.dim for p in node.meta["placement"] if isinstance(p, Filled)), None)
     first = args[1] % (len(wanted) - len(args[2]) + 1) if node.target is aten.unflatten.int else 0
     named = zip(args[at], shape(node)[first:], wanted[first:], strict=False)
-    args[at] = [_local_size(low, node, arg, whole, part) for arg, whole, part in named]
+    args[at] = [
+        _filled_size(low, node) if d == filled else _local_size(low, node, arg, whole, part)
+        for d, (arg, whole, part) in enumerate(named, first)
+    ]
     return low.emit(node.target, *args, like=node, **low.map(node.kwargs))
 
 
@@ -61,6 +64,18 @@ def _local_size(low: Lowering, node: Node, arg: Any, whole: Size, part: Size) ->
         return arg
     # A dynamic dimension with a divided factor in it, such as (batch heads): scale what the graph computes.
     return _scale(low, node, arg, part, whole)
+
+
+def _filled_size(low: Lowering, node: Node) -> Any:
+    """How many positions this rank has, read from an operand that has them."""
+    for operand in operands(node):
+        for placement in operand.meta.get("placement", ()):
+            if isinstance(placement, Filled):
+                size = low.map(operand).meta["val"].shape[placement.dim]
+                if isinstance(size, int):
+                    return size
+                return low.emit(aten.sym_size.int, low.map(operand), placement.dim, like=node)
+    raise AssertionError("a value with divided positions comes from one with divided positions")
 
 
 def _scale(low: Lowering, node: Node, number: Any, numerator: Size, denominator: Size) -> Any:

@@ -22,6 +22,7 @@ from tpcompile.work import Source, Work, is_tensor
 from . import localise
 from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
+from .lower_positions import new_size
 from .lower_randomness import UNIFORM, lower_uniform, seed_graph
 from .opaque_module import LocalModule, lower_opaque
 from .outline_layers import outline
@@ -54,6 +55,7 @@ class Lowering:
         local: per node of the global graph, its local counterpart.
         joined: the placeholders of segments that are used together.
         local_modules: the modules of custom strategies, by key.
+        parts: the local sizes of dynamic dimensions that are divided, by whole size and ranks.
     """
 
     work: Work
@@ -63,6 +65,7 @@ class Lowering:
     local: dict[Node, Any] = field(default_factory=dict)
     joined: dict[tuple[Node, ...], Node] = field(default_factory=dict)
     local_modules: dict[str, LocalModule] = field(default_factory=dict)
+    parts: dict[tuple[Any, int], torch.SymInt] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.mode = fake_mode(self.work.graph)
@@ -107,6 +110,13 @@ class Lowering:
     def map(self, arg: Any) -> Any:
         """Arguments of the global graph as arguments of the local one."""
         return torch.fx.node.map_arg(arg, lambda n: self.local[n])
+
+    def part_of(self, size: torch.SymInt, ranks: int) -> torch.SymInt:
+        """How many of a dynamic number of positions each of some ranks has."""
+        key = (size.node.expr, ranks)
+        if key not in self.parts:
+            self.parts[key] = new_size(self.mode, len(self.parts))
+        return self.parts[key]
 
     def divided(self, node: Node) -> list[tuple[int, Any]]:
         """The axes on which a call is divided, each with the factor."""

@@ -18,6 +18,7 @@ from tpcompile.placements import Shard
 from tpcompile.rules.rule import arguments
 
 from . import collectives as _registers_the_operators  # noqa: F401
+from .lower_positions import lower_positions, moves_positions
 from .owned_rows import owned_units, rows_here
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def lower_marker(low: Lowering, node: Node) -> Any:
         raise TpCompileError(
             f"{node.name} was not turned into a collective", todo="keep the pass choose-collectives"
         )
-    return _LOWER[node.target](low, node)
+    return (lower_positions if moves_positions(node) else _LOWER[node.target])(low, node)
 
 
 def _all_reduce(low: Lowering, node: Node) -> Node:
@@ -107,6 +108,11 @@ def _keep_first(low: Lowering, node: Node) -> Node:
 def _copy_to_ranks(low: Lowering, node: Node) -> Node:
     x, axes = arguments(node)
     return low.emit(ops.copy_to_ranks.default, low.map(x), low.groups.name(axes), like=node)
+
+
+def _gradient_once(low: Lowering, node: Node) -> Node:
+    x, axes = arguments(node)
+    return low.emit(ops.gradient_once.default, low.map(x), low.groups.index(axes), like=node)
 
 
 def _mask_rows(low: Lowering, node: Node) -> Node:
@@ -197,6 +203,7 @@ _LOWER: dict[Any, Callable[[Lowering, Node], Any]] = {
     markers.all_to_all: _all_to_all,
     markers.keep_first: _keep_first,
     markers.copy_to_ranks: _copy_to_ranks,
+    markers.gradient_once: _gradient_once,
     markers.keep_whole: _keep_whole,
     markers.mask_rows: _mask_rows,
     markers.matmul_merged: _matmul_merged,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch.fx import Graph, Node
 from tpcompile import random_numbers as _registers_the_operator  # noqa: F401
 from tpcompile.errors import TpCompileError
 from tpcompile.graph_edit import fake_mode, module_path, value_of
-from tpcompile.placements import Shard
+from tpcompile.placements import Filled, Shard
 from tpcompile.rules.rule import arguments
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def lower_uniform(low: Lowering, node: Node) -> Node:
     """The local call: which elements of the whole this rank has; the seed comes in the end."""
     like: Node = arguments(node)[0]
     placements = node.meta["placement"]
-    parts: list[int] = []
+    parts: list[Any] = []
     held = low.shapes.atoms(node, placements)
     for dim in sorted({p.dim for p in placements if isinstance(p, Shard)}):
         parts += [dim, len(held[dim])]
@@ -43,6 +44,12 @@ def lower_uniform(low: Lowering, node: Node) -> Node:
             divided = Shard(dim, factor) in placements
             start = low.shapes.start(node, placements, Shard(dim, factor)) if divided else 0
             parts += [whole if isinstance(whole, int) else 0, mine if isinstance(mine, int) else 1, start]
+    for place in {p for p in placements if isinstance(p, Filled)}:
+        axes = tuple(a for a, p in enumerate(placements) if p == place)
+        local = low.map(like)
+        size = low.emit(aten.sym_size.int, local, place.dim, like=node)
+        first = low.emit(operator.mul, size, low.groups.index(axes), like=node)
+        parts += [place.dim, 1, 0, 1, first]
     # Seed and stream follow in the end: layers that repeat must look alike until then.
     return low.emit(UNIFORM, low.map(like), None, 0, parts, like=node)
 

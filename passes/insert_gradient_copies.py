@@ -34,7 +34,7 @@ class InsertGradientCopies(Pass):
     def apply(self, work: Work) -> bool:
         if not self.enabled:
             return False
-        differentiable = _differentiable(work)
+        differentiable = differentiable_values(work)
         made: dict[tuple[Node, tuple[int, ...]], Node] = {}
         for node in list(work.graph.nodes):
             if node.op != "call_function" or node.target in MARKERS or not node.meta.get("strategies"):
@@ -72,7 +72,7 @@ def _varying(work: Work, node: Node, strategy: Strategy | None) -> set[int]:
     return {i for i in range(arity) if divided and isinstance(strategy.inputs[i], Replicate)}
 
 
-def _differentiable(work: Work) -> set[Node]:
+def differentiable_values(work: Work) -> set[Node]:
     """Values through which a gradient may flow to a parameter or to an input."""
     found: set[Node] = set()
     for node in work.graph.nodes:

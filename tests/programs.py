@@ -74,7 +74,7 @@ def run_ranks(
     return [list(results) for results in simulate.run(work, inputs, programs)]
 
 
-def gradients_agree(work: Work, model: nn.Module, *args: Any) -> None:
+def gradients_agree(work: Work, model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Each rank's gradients are its parts of the undivided program's.
 
     The loss is a sum of all results, weighted at random, which every rank computes.
@@ -86,8 +86,13 @@ def gradients_agree(work: Work, model: nn.Module, *args: Any) -> None:
         return torch.stack(weighted).sum()
 
     def leaves(layout: WeightLayout, rank: int) -> Values:
-        found = _values(work, model, layout, rank, args, {})
-        return {k: v.clone().requires_grad_() if v.is_floating_point() else v for k, v in found.items()}
+        found = _values(work, model, layout, rank, args, kwargs)
+        return {
+            (kind, name): v.clone().requires_grad_()
+            if kind in ("param", "user") and isinstance(v, Tensor) and v.is_floating_point()
+            else v
+            for (kind, name), v in found.items()
+        }
 
     alone = _undivided(work, model)
     whole = leaves(alone, 0)
@@ -99,7 +104,7 @@ def gradients_agree(work: Work, model: nn.Module, *args: Any) -> None:
     torch.stack([loss(list(results)) for results in simulate.run(work, given, programs)]).sum().backward()
     for rank, values in enumerate(ranks):
         for (kind, name), full in whole.items():
-            if full.grad is not None:
+            if isinstance(full, Tensor) and full.grad is not None:
                 wanted = layout.shard(name, full.grad, rank) if kind in ("param", "buffer") else full.grad
                 mine = values[kind, name]
                 got = torch.zeros_like(mine) if mine.grad is None else mine.grad

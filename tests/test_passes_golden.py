@@ -16,9 +16,11 @@ from tpcompile.passes.annotate_placements import AnnotatePlacements
 from tpcompile.passes.canonicalise import Canonicalise
 from tpcompile.passes.choose_collectives import ChooseCollectives
 from tpcompile.passes.coalesce_collectives import CoalesceCollectives
+from tpcompile.passes.divide_sequence import DivideSequence
 from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
 from tpcompile.passes.insert_reshards import InsertReshards
 from tpcompile.passes.keep_whole import KeepWhole
+from tpcompile.passes.lift_reductions import LiftReductions
 from tpcompile.passes.merge_matmuls import MergeMatmuls
 from tpcompile.passes.pipeline import Pass, run_passes
 from tpcompile.passes.simplify_masks import SimplifyMasks
@@ -98,6 +100,11 @@ CASES = {
     "insert_gradient_copies_attention": Case(_attention(False), X20, COPY, 1, PLACED),
     "choose_collectives_mlp": Case(toys.Mlp, X12, CHOOSE, 0, PLACED),
     "choose_collectives_tower": Case(toys.Tower, PAIR, CHOOSE, 0, PLACED),
+    "lift_reductions_parallel": Case(toys.Parallel, X20, LiftReductions(), -1, (*PLACED, CHOOSE)),
+    "lift_reductions_flattened": Case(toys.Flattened, X12, LiftReductions(), 0, (*PLACED, CHOOSE)),
+    "divide_sequence_blocks": Case(
+        toys.Blocks, X12, DivideSequence(), 8, (*PLACED, COPY, CHOOSE, LiftReductions()), dynamic=True
+    ),
     "coalesce_collectives_norms": Case(toys.NormedHeads, X20, COALESCE, 1, (*PLACED, CHOOSE)),
     "coalesce_collectives_grouped": Case(_grouped_norms, X20, COALESCE, 2, (*PLACED, COPY, CHOOSE), ranks=4),
     "merge_matmuls_attention": Case(_attention(True), X20, MergeMatmuls(), 1, (*PLACED, COPY, CHOOSE)),

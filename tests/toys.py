@@ -72,6 +72,35 @@ class Parallel(nn.Module):
         return y
 
 
+class Blocks(nn.Module):
+    """MLPs with a norm before each and one at the end: between the sums every position is on its own."""
+
+    def __init__(self, width: int = 12, inner: int = 20) -> None:
+        super().__init__()
+        self.first, self.second, self.last = (nn.LayerNorm(width) for _ in range(3))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.mlps[0](self.first(x))
+        x = x + self.mlps[1](self.second(x))
+        return self.last(x), x
+
+
+class Flattened(nn.Module):
+    """An MLP on the rows of all sequences together, as in gpt2 and in layers of experts."""
+
+    def __init__(self, width: int = 12, inner: int = 20) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, inner, bias=False), nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.down(F.relu(self.up(x.flatten(0, 1))))
+        y: Tensor = x + rows.view(x.shape)
+        return y
+
+
 class NormedHeads(nn.Module):
     """Query and key with a norm over all their heads: two small statistics that are ready together."""
 

@@ -49,6 +49,7 @@ def parallelize(
     passes: Sequence[Pass] = (),
     compose: bool = False,
     compare_calls: bool = False,
+    sequence_parallel: bool = False,
 ) -> Any:
     """Makes a model tensor-parallel over a mesh, in place, and returns it.
 
@@ -75,6 +76,8 @@ def parallelize(
             are captured one by one, down to single layers. Every such module is warned about.
         compare_calls: compare the arguments of every call over the ranks before it runs, which takes one
             small message each. Without it only the first call of each program is compared.
+        sequence_parallel: between the blocks, in norms and residual additions, each rank computes some of
+            the positions: less memory for activations, as many bytes sent.
 
     Raises:
         TpCompileError: on all ranks: the request is refused; the model is unchanged.
@@ -84,7 +87,9 @@ def parallelize(
 
     def read() -> tuple[Options, dict[str, Any] | None]:
         _check_device(model, mesh)
-        options = _options(model, plan, cost_model, mesh.device_type, dynamic, memory, passes, compose)
+        options = _options(
+            model, plan, cost_model, mesh.device_type, dynamic, memory, passes, compose, sequence_parallel
+        )
         return options, _example(model, example_args, example_kwargs)
 
     group = mesh.get_group(axis)
@@ -119,6 +124,7 @@ def plan(
     dynamic: bool | Mapping[str, Any] = True,
     cost_model: CostModel | str | None = None,
     memory: float | None = None,
+    sequence_parallel: bool = False,
 ) -> Plan:
     """Plans a model without a process group, without weights (``meta`` will do), without a GPU.
 
@@ -135,7 +141,7 @@ def plan(
     if not isinstance(ranks, int) or ranks < 1:
         raise TpCompileError(f"{ranks!r} is no number of ranks", todo="give a mesh or a positive number")
     device = mesh_or_sizes.device_type if isinstance(mesh_or_sizes, DeviceMesh) else "h100"
-    options = _options(model, plan, cost_model, device, dynamic, memory, ())
+    options = _options(model, plan, cost_model, device, dynamic, memory, (), False, sequence_parallel)
     example = example_call(model, example_args, example_kwargs)
     return Compiler(options, ranks).compile(model, example, None).plan
 
@@ -217,6 +223,7 @@ def _options(
     memory: float | None,
     passes: Sequence[Pass],
     compose: bool = False,
+    sequence_parallel: bool = False,
 ) -> Options:
     sharded = next((name for name, part in model.named_modules() if isinstance(part, FixedModule)), None)
     if sharded is not None:
@@ -230,7 +237,8 @@ def _options(
     rules, custom = _rules(model, plan)
     cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model or device)
     given = plan if isinstance(plan, Plan) else None
-    return Options(cost, rules, dynamic, memory, tuple(passes), given, custom, compose)
+    sequence = sequence_parallel or rules.sequence
+    return Options(cost, rules, dynamic, memory, tuple(passes), given, custom, compose, sequence)
 
 
 def _rules(model: nn.Module, plan: PlanLike) -> tuple[Rules, dict[str, str]]:

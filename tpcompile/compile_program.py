@@ -32,7 +32,7 @@ from .lowering.lower_graph import lower_program
 from .passes.pipeline import Pass
 from .pins import make_pins, unmet
 from .pipeline import canonical, plan_program, rewrite, split_copy
-from .plan import Plan, make_plan
+from .plan import Plan, make_plan, sequence_text
 from .plan_layout import extended, layout_of, pins_from_layout
 from .planner.cost import CostModel
 from .print_graph import graph_text
@@ -59,6 +59,7 @@ class Options:
         plan: a plan to follow instead of making one.
         custom: custom strategies by glob of a module.
         compose: whether what cannot be captured runs as python over its parts.
+        sequence: whether the sequence is divided between the blocks, or at which modules.
     """
 
     cost: CostModel
@@ -69,6 +70,7 @@ class Options:
     plan: Plan | None = None
     custom: Mapping[str, str] = field(default_factory=dict)
     compose: bool = False
+    sequence: bool | frozenset[str] = False
 
     def lines(self) -> list[str]:
         """What all ranks must have asked for, as text; the cost model may differ: rank 0's counts."""
@@ -76,6 +78,7 @@ class Options:
         passes = [each.name for each in self.passes]
         asked: dict[str, Any] = {"rules": self.rules.wishes, "custom": dict(self.custom), "plan": plan}
         asked |= {"passes": passes, "dynamic": self.dynamic, "memory": self.memory, "compose": self.compose}
+        asked["sequence"] = self.sequence if isinstance(self.sequence, bool) else sorted(self.sequence)
         return [f"{name}: {value!r}" for name, value in asked.items()]
 
 
@@ -115,6 +118,7 @@ class Compiler:
     ) -> None:
         self.options, self.ranks, self.mesh, self.axis = options, ranks, mesh, axis
         self.rank = mesh.get_local_rank(axis) if mesh is not None else 0
+        self.sequence = options.sequence or (options.plan.sequence if options.plan is not None else False)
         self._groups: dict[tuple[int, ...], AxisGroups] = {}
         self._custom: CustomModules | None = None
 
@@ -154,7 +158,7 @@ class Compiler:
         graph = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
         tensors = whole_tensors(model)
         data = from_first(self.group, lambda: self._decide(base, layout, graph, tensors))
-        compare(self.group, "plans", [repr(data)])
+        compare(self.group, "plans", [repr(data), f"sequence_parallel: {sequence_text(self.sequence)}"])
         clock.append(time.perf_counter())
         planned = _follow(replace(base, layout=layout), data)
         self._make_groups(planned.axes)
@@ -163,13 +167,17 @@ class Compiler:
         def finish() -> Compiled:
             placed = layout_of(planned, tensors) if layout is None else extended(layout, planned, tensors)
             rewritten = _follow(replace(base, layout=layout), data)
-            rewrite(rewritten, training, self.options.passes, self.options.cost)
+            passes, cost = self.options.passes, self.options.cost
+            rewrite(rewritten, training, passes, cost, sequence=self.sequence)
             pins = make_pins(self.options.rules.wishes) if layout is None else pins_from_layout(layout)
-            plan = make_plan(planned, rewritten, placed, self.options.cost, graph, pins)
+            plan = make_plan(planned, rewritten, placed, cost, graph, pins, self.sequence)
             plan.timings = {"capture": clock[1] - clock[0], "plan": clock[2] - clock[1]}
             return Compiled(planned, rewritten, plan, *self._lower(rewritten), differentiable=training)
 
         compiled = together(self.group, "lower the model", finish)
+        missed = compiled.rewritten.captured.notes[len(base.captured.notes) :]
+        if layout is None and missed and self.rank == 0:
+            warnings.warn("\n".join(missed), stacklevel=2)
         if layout is None and self.options.rules.wishes:
             self._remark(base, compiled, tensors)
         return compiled
@@ -195,13 +203,14 @@ class Compiler:
         """A plan for a program that this rank has captured; other ranks are not asked."""
         data = self._decide(base, None, "", tensors)
         planned, rewritten = _follow(base, data), _follow(base, data)
-        rewrite(rewritten, training=False, cost=self.options.cost, coalesce=coalesce)
+        cost, sequence = self.options.cost, self.sequence
+        rewrite(rewritten, training=False, cost=cost, coalesce=coalesce, sequence=sequence)
         pins = make_pins(self.options.rules.wishes)
-        return make_plan(planned, rewritten, layout_of(planned, tensors), self.options.cost, "", pins)
+        return make_plan(planned, rewritten, layout_of(planned, tensors), cost, "", pins, sequence)
 
     def without_rules(self) -> Compiler:
         """A compiler that plans automatically, for comparison."""
-        return Compiler(replace(self.options, rules=Rules(), plan=None), self.ranks)
+        return Compiler(replace(self.options, rules=Rules(), plan=None, sequence=self.sequence), self.ranks)
 
     def _custom_modules(self, model: nn.Module) -> CustomModules:
         """The modules of custom strategies; the first program finds them while the weights are whole."""

@@ -35,6 +35,7 @@ def from_pretrained(
     cost_model: CostModel | str | None = None,
     memory: float | None = None,
     passes: Sequence[Pass] = (),
+    sequence_parallel: bool = False,
     attn_implementation: str | None = None,
     generation_config: Any = None,
     key_mapping: Mapping[str, str] | None = None,
@@ -64,6 +65,7 @@ def from_pretrained(
         cost_model: a ``CostModel`` or the name of a preset.
         memory: bytes of weights that a rank may hold.
         passes: passes to run after the compiler's own.
+        sequence_parallel: divide the sequence between the blocks.
         attn_implementation: ``"sdpa"``, ``"eager"``, or one that you registered with transformers.
         generation_config: in the place of the checkpoint's.
         key_mapping: patterns of keys in the checkpoint -> what they become.
@@ -120,6 +122,7 @@ def from_pretrained(
         cost_model=cost_model,
         memory=memory,
         passes=passes,
+        sequence_parallel=sequence_parallel,
     )
     runtime: Runtime = model._tp
     layout, rank, custom = runtime.layout, runtime.compiler.rank, runtime.programs[0].compiled.planned.custom

@@ -6,12 +6,15 @@ lowering gives these groups, sizes and local shapes. Placements are tuples with 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.fx import Node
 
-from .placements import Owned, Placement, Shard
+from .placements import Filled, Owned, Placement, Shard
+from .rules.rule import arguments
 
 Placements = tuple[Placement, ...]
 Axes = tuple[int, ...]
@@ -32,22 +35,27 @@ def all_reduce_coalesced(xs: list[Tensor], axes: Axes, op: str) -> list[Tensor]:
     return list(xs)
 
 
-def all_gather(x: Tensor, axes: Axes, place: Shard) -> Tensor:
-    """``S(place) -> R`` on these axes."""
+def all_gather(
+    x: Tensor, axes: Axes, place: Shard | Filled, size: int | None = None, partial: bool = False
+) -> Tensor:
+    """``S(place) -> R`` on these axes. A filled place needs the whole ``size``.
+
+    ``partial``: the ranks go on differently, so that the gradient is ``P(sum)``.
+    """
     return x
 
 
-def reduce_scatter(x: Tensor, axes: Axes, place: Shard) -> Tensor:
+def reduce_scatter(x: Tensor, axes: Axes, place: Shard | Filled) -> Tensor:
     """``P(sum) -> S(place)`` on these axes."""
     return x
 
 
-def all_to_all(x: Tensor, axes: Axes, src: Shard, dst: Shard) -> Tensor:
+def all_to_all(x: Tensor, axes: Axes, src: Shard, dst: Shard | Filled) -> Tensor:
     """``S(src) -> S(dst)`` on these axes."""
     return x
 
 
-def take_shard(x: Tensor, axes: Axes, place: Shard) -> Tensor:
+def take_shard(x: Tensor, axes: Axes, place: Shard | Filled) -> Tensor:
     """``R -> S(place)`` on these axes: each rank takes its part."""
     return x
 
@@ -57,13 +65,18 @@ def keep_first(x: Tensor, axes: Axes) -> Tensor:
     return x
 
 
-def pad_shard(x: Tensor, axes: Axes, place: Shard) -> Tensor:
+def pad_shard(x: Tensor, axes: Axes, place: Shard | Filled, size: int | None = None) -> Tensor:
     """``S(place) -> P(sum)`` on these axes: each rank fills up with zeros."""
     return x
 
 
 def copy_to_ranks(x: Tensor, axes: Axes) -> Tensor:
     """``R -> R`` whose gradient is ``P(sum)``: backward reduces it (Megatron-LM's ``f``)."""
+    return x
+
+
+def gradient_once(x: Tensor, axes: Axes) -> Tensor:
+    """``R -> R`` whose gradient, whole on every rank, counts once beside summands: ``P(sum)``."""
     return x
 
 
@@ -99,9 +112,24 @@ MARKERS: tuple[Callable[..., object], ...] = (
     keep_first,
     pad_shard,
     copy_to_ranks,
+    gradient_once,
     keep_whole,
     mask_rows,
 )
 MERGED: tuple[Callable[..., object], ...] = (matmul_merged, part_of)
 """Not changes of placement, but calls that only the lowering can carry out."""
 COMMUNICATING = frozenset({all_reduce, all_reduce_coalesced, all_gather, reduce_scatter, all_to_all})
+
+
+def origin(value: Node) -> Node:
+    """The value that a change of placement started from: it has the same factors."""
+    while value.op == "call_function":
+        found: Node | None = None
+        if value.target in MARKERS:
+            found = arguments(value)[0]
+        elif value.target is operator.getitem and arguments(value)[0].target in MARKERS:
+            found = arguments(arguments(value)[0])[0][arguments(value)[1]]
+        if found is None:
+            break
+        value = found
+    return value

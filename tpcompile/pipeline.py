@@ -11,9 +11,11 @@ from .passes.annotate_placements import AnnotatePlacements
 from .passes.canonicalise import Canonicalise
 from .passes.choose_collectives import ChooseCollectives
 from .passes.coalesce_collectives import CoalesceCollectives
+from .passes.divide_sequence import DivideSequence
 from .passes.expand_randomness import ExpandRandomness
 from .passes.insert_gradient_copies import InsertGradientCopies
 from .passes.insert_reshards import InsertReshards
+from .passes.lift_reductions import LiftReductions
 from .passes.merge_matmuls import MergeMatmuls
 from .passes.pipeline import Pass, run_passes
 from .passes.simplify_masks import SimplifyMasks
@@ -28,14 +30,22 @@ def before_planning() -> list[Pass]:
     return [Canonicalise(), SimplifyMasks(), ExpandRandomness()]
 
 
-def after_planning(training: bool, cost: CostModel = PRESETS["cpu"], coalesce: bool = True) -> list[Pass]:
-    """Passes that carry the plan out, still at global shapes."""
+def after_planning(
+    training: bool,
+    cost: CostModel = PRESETS["cpu"],
+    coalesce: bool = True,
+    sequence: bool | frozenset[str] = False,
+) -> list[Pass]:
+    """Passes that carry the plan out, still at global shapes; ``sequence``: see ``rewrite``."""
     passes: list[Pass] = [
         AnnotatePlacements(),
         InsertReshards(),
         InsertGradientCopies(enabled=training),
         ChooseCollectives(),
     ]
+    if sequence:
+        modules = None if sequence is True else sequence
+        passes += [LiftReductions(), DivideSequence(modules, training)]
     # By now it is known which matmuls have the very same input.
     return [*passes, *([CoalesceCollectives(cost)] if coalesce else []), MergeMatmuls(cost)]
 
@@ -81,6 +91,16 @@ def rewrite(
     cost: CostModel = PRESETS["cpu"],
     *,
     coalesce: bool = True,
+    sequence: bool | frozenset[str] = False,
 ) -> None:
-    """Carries a plan out in the graph: reshards, gradients, collectives, then the user's passes."""
-    run_passes(work, [*after_planning(training, cost, coalesce), *extra])
+    """Carries a plan out in the graph: reshards, gradients, collectives, then the user's passes.
+
+    Args:
+        work: the planned program.
+        training: gradients are recorded.
+        extra: the user's passes.
+        cost: the cost model.
+        coalesce: small all-reduces travel together.
+        sequence: whether the sequence is divided between the blocks, or at which modules.
+    """
+    run_passes(work, [*after_planning(training, cost, coalesce, sequence), *extra])

@@ -1,8 +1,9 @@
 """How one value lies on one axis of the mesh: divided, whole, or as summands.
 
-The notation is DTensor's: ``S(0)``, ``R``, ``P(sum)``. One thing is added: a dimension may be a
+The notation is DTensor's: ``S(0)``, ``R``, ``P(sum)``. Two things are added: a dimension may be a
 product of factors, major first (``(heads head_dim)``), and ``S(1/1)`` divides the second factor of
 dimension 1. ``S(1)`` is ``S(1/0)``, an ordinary shard whose unit is whatever the minor factors span.
+``S(1+)`` divides dimension 1 whatever its size is, in equal parts that are filled up.
 """
 
 from __future__ import annotations
@@ -65,11 +66,28 @@ class Owned:
         return f"O({self.dim} of {self.units} by {self.ids})"
 
 
-Placement = Replicate | Shard | Partial | Owned
+@dataclass(frozen=True, order=True)
+class Filled:
+    """A dimension of any size, divided in parts of ``ceil(size / ranks)`` positions, on all axes together.
+
+    All ranks hold equally many, so that they run the same program, whatever the size. What the last ones
+    have too much is filled up with copies of the last position, and cut off again when it is gathered.
+
+    Attributes:
+        dim: the dimension.
+    """
+
+    dim: int
+
+    def __str__(self) -> str:
+        return f"S({self.dim}+)"
+
+
+Placement = Replicate | Shard | Partial | Owned | Filled
 R = Replicate()
 P = Partial()
 
-_TEXT = re.compile(r"R|S\((\d+)(?:/(\d+))?\)|P\((sum|max|min)\)|O\((\d+) of (\d+) by (\w+)\)")
+_TEXT = re.compile(r"R|S\((\d+)(?:/(\d+))?\)|S\((\d+)\+\)|P\((sum|max|min)\)|O\((\d+) of (\d+) by (\w+)\)")
 
 
 def parse_placement(text: str) -> Placement:
@@ -80,14 +98,18 @@ def parse_placement(text: str) -> Placement:
     """
     match = _TEXT.fullmatch(text)
     if match is None:
-        raise TpCompileError(f"{text!r} is no placement", todo="write R, S(dim), S(dim/factor) or P(sum)")
+        raise TpCompileError(
+            f"{text!r} is no placement", todo="write R, S(dim), S(dim/factor), S(dim+) or P(sum)"
+        )
     if text == "R":
         return R
+    if text.endswith("+)"):
+        return Filled(int(match[3]))
     if text.startswith("S"):
         return Shard(int(match[1]), int(match[2] or 0))
     if text.startswith("O"):
-        return Owned(int(match[4]), match[6], int(match[5]))
-    return Partial(match[3])
+        return Owned(int(match[5]), match[7], int(match[6]))
+    return Partial(match[4])
 
 
 def split_evenly(units: int, ranks: int) -> tuple[int, ...]:

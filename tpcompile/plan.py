@@ -18,9 +18,10 @@ from .errors import TpCompileError
 from .explain import explain_module
 from .graph_edit import module_path
 from .layout import ParamLayout, WeightLayout
+from .placements import Filled
 from .planner.cost import CostModel
 from .planner.decide import Pins
-from .rules.rule import operands
+from .rules.rule import arguments, operands
 from .work import Work
 
 VERSION = 1
@@ -57,6 +58,7 @@ class Plan:
         cost: the cost model.
         seconds: the modelled time of one forward of the example.
         model_bytes: bytes of all parameters and buffers.
+        sequence: whether the sequence was to be divided between the blocks, or at which modules.
         timings: seconds that the stages took where the plan was made.
         work: the planned program, and
         pins: what its parameters were held to, for explanations; None for a plan from disk.
@@ -71,6 +73,7 @@ class Plan:
     cost: CostModel
     seconds: float
     model_bytes: int
+    sequence: bool | frozenset[str] = False
     timings: dict[str, float] = field(default_factory=dict, compare=False)
     work: Work | None = field(default=None, repr=False, compare=False)
     pins: Pins | None = field(default=None, repr=False, compare=False)
@@ -144,11 +147,13 @@ class Plan:
             "cost": asdict(self.cost),
             "seconds": self.seconds,
             "model_bytes": self.model_bytes,
+            "sequence": self.sequence if isinstance(self.sequence, bool) else sorted(self.sequence),
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Plan:
         """What ``to_json`` gave."""
+        sequence = data.get("sequence", False)
         return Plan(
             WeightLayout.from_json(data["layout"]),
             list(data["decisions"]),
@@ -159,6 +164,7 @@ class Plan:
             CostModel(**data["cost"]),
             data["seconds"],
             data["model_bytes"],
+            sequence if isinstance(sequence, bool) else frozenset(sequence),
         )
 
     def __str__(self) -> str:
@@ -167,8 +173,19 @@ class Plan:
         return plan_text(self)
 
 
+def sequence_text(sequence: bool | frozenset[str]) -> str:
+    """Where the sequence is to be divided, for comparison."""
+    return str(sequence) if isinstance(sequence, bool) else ", ".join(sorted(sequence))
+
+
 def make_plan(
-    work: Work, rewritten: Work, layout: WeightLayout, cost: CostModel, graph: str, pins: Pins
+    work: Work,
+    rewritten: Work,
+    layout: WeightLayout,
+    cost: CostModel,
+    graph: str,
+    pins: Pins,
+    sequence: bool | frozenset[str] = False,
 ) -> Plan:
     """The plan of a program, from it as it was planned and as it was rewritten."""
     return Plan(
@@ -177,10 +194,11 @@ def make_plan(
         graph=graph,
         collectives=collectives_of(rewritten),
         fallbacks=fallbacks_of(work),
-        notes=tuple(work.captured.notes),
+        notes=tuple(rewritten.captured.notes),
         cost=cost,
-        seconds=sum(d.cost for d in work.decisions),
+        seconds=sum(d.cost for d in work.decisions) + _sequence_seconds(rewritten, cost),
         model_bytes=sum(_bytes(p) for p in layout.params.values()),
+        sequence=sequence,
         work=work,
         pins=pins,
     )
@@ -198,6 +216,26 @@ def collectives_of(work: Work) -> tuple[Collective, ...]:
             key = (node.target.__name__, starred(module_path(node)), _moved(node))
             found[key] = found.get(key, 0) + work.times(node)
     return tuple(Collective(kind, where, count, size) for (kind, where, size), count in found.items())
+
+
+def _sequence_seconds(work: Work, cost: CostModel) -> float:
+    """What the collectives along a divided sequence take more than those that were planned."""
+    total = 0.0
+    for node in work.graph.nodes:
+        if node.op == "call_function" and any(isinstance(a, Filled) for a in node.args):
+            size, axes = _moved(node), [work.axes[a] for a in arguments(node)[1]]
+            ranks = math.prod(axes)
+            match node.target:
+                case markers.reduce_scatter:  # after an all-reduce, which is planned axis by axis
+                    more = cost.all_gather(size, ranks) - sum(cost.all_reduce(size, a) for a in axes)
+                case markers.all_to_all:
+                    more = cost.all_to_all(size, ranks) - cost.all_gather(size, ranks)
+                case markers.all_gather:
+                    more = cost.all_gather(size, ranks)
+                case _:
+                    more = 0.0
+            total += more * work.times(node)
+    return total
 
 
 def starred(path: str) -> str:

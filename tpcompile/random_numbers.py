@@ -21,7 +21,7 @@ BITS = 24
 
 _LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
 _LIBRARY.define(
-    "uniform(Tensor like, Tensor? seed, int stream, int[] parts) -> Tensor",
+    "uniform(Tensor like, Tensor? seed, int stream, SymInt[] parts) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 

@@ -59,7 +59,7 @@ _OURS = {
     "embedding_colwise": Strategy("columns", whole_result=True),
     # Gradients of whole parameters are right anyway: how they are reduced follows from the graph.
     **dict.fromkeys(("replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj"), Strategy("whole")),
-    "sequence_parallel": Strategy("whole", note="the sequence is not divided between norms"),
+    "sequence_parallel": Strategy("whole", sequence=True),
     **dict.fromkeys(("ep", "local", "grouped_gemm", "ep_dispatch_experts"), Strategy("experts")),
     # How activations travel follows from the placements of weights.
     **dict.fromkeys(("gather", "all_reduce", "moe_tp_experts", "moe_identity_expert"), Strategy("any")),

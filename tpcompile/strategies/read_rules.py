@@ -47,12 +47,14 @@ class Rules:
         wishes: per parameter (by its first name) what is asked of it, once per name that it is tied to.
         whole_inputs: modules that get their input whole if the plan is taken literally.
         whole_results: modules whose results are made whole then.
+        sequence: modules at whose results the sequence is to be divided.
         notes: what a user should know of a plan that is not their own.
     """
 
     wishes: Mapping[str, tuple[Wish, ...]] = field(default_factory=dict)
     whole_inputs: tuple[str, ...] = ()
     whole_results: tuple[str, ...] = ()
+    sequence: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
 
@@ -78,6 +80,7 @@ def read_rules(
     best: dict[str, tuple[Target, Wish]] = {}
     whole: dict[str, list[str]] = {"inputs": [], "results": []}
     notes: list[str] = []
+    sequence: set[str] = set()
     for glob, pin in rules.items():
         if not isinstance(glob, str):
             raise TpCompileError(
@@ -88,6 +91,8 @@ def read_rules(
         if isinstance(strategy, Strategy):
             whole["inputs"] += modules if strategy.whole_input else []
             whole["results"] += modules if strategy.whole_result else []
+        if isinstance(strategy, Strategy) and strategy.sequence:
+            sequence.update(modules, (t.param.rpartition(".")[0] for t in targets))
         if isinstance(strategy, Strategy) and strategy.note and targets:
             notes.append(f"{pin!r} ({glob}): {strategy.note}")
         if not targets and not (modules and _needs_no_weights(strategy)):
@@ -102,7 +107,8 @@ def read_rules(
     for name, (_, wish) in best.items():
         first = names.params[name]
         wishes[first] = (*wishes.get(first, ()), wish)
-    return Rules(wishes, tuple(whole["inputs"]), tuple(whole["results"]), tuple(notes))
+    found = frozenset(sequence)
+    return Rules(wishes, tuple(whole["inputs"]), tuple(whole["results"]), found, tuple(notes))
 
 
 def _strategy(glob: str, pin: Pin, strategies: Mapping[str, Any]) -> Strategy | int:
@@ -133,7 +139,7 @@ def _strategy(glob: str, pin: Pin, strategies: Mapping[str, Any]) -> Strategy | 
 
 def _needs_no_weights(strategy: Strategy | int) -> bool:
     """Whether a rule may name a module without parameters of its own."""
-    return isinstance(strategy, Strategy) and strategy.division == "any"
+    return isinstance(strategy, Strategy) and (strategy.division == "any" or strategy.sequence)
 
 
 def _wish(glob: str, pin: Pin, strategy: Strategy | int, target: Target, names: Names, own: bool) -> Wish:

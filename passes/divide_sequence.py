@@ -1,0 +1,214 @@
+"""DivideSequence: between the blocks each rank computes some of the positions only."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from tpcompile.graph_edit import behind, call
+from tpcompile.markers import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    copy_to_ranks,
+    gradient_once,
+    keep_first,
+    pad_shard,
+    reduce_scatter,
+    take_shard,
+)
+from tpcompile.placements import Filled, Placement, R, Replicate
+from tpcompile.planner.strategies import Strategy
+from tpcompile.position_regions import Positions, Region, is_whole
+from tpcompile.rules.rule import Rule, operands
+from tpcompile.wanted_regions import missed, wanted
+from tpcompile.work import Work, is_tensor
+
+from .insert_gradient_copies import differentiable_values
+from .pipeline import Pass
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class DivideSequence(Pass):
+    """Divides the positions of regions that treat them one by one (sequence parallelism).
+
+    An all-reduce becomes a reduce-scatter along the positions, a gather of divided features an all-to-all,
+    and an all-gather stands before whatever needs all positions (Korthikanti et al., 2022). As many bytes are
+    sent. Sequences of any length are divided, see ``Filled``. Where nothing can be divided, a note says why.
+
+    Attributes:
+        modules: divide the regions with something of these modules in them; None: all regions.
+        training: gradients are recorded.
+    """
+
+    name = "divide-sequence"
+    modules: frozenset[str] | None = None
+    training: bool = True
+
+    def apply(self, work: Work) -> bool:
+        positions = Positions(work, norms=self.modules is None)
+        regions = [r for r in positions.regions() if wanted(r, self.modules, work.blocks)]
+        work.captured.notes += tuple(missed(positions, regions, self.modules))
+        differentiable = differentiable_values(work) if self.training and regions else set()
+        for region in regions:
+            _Divider(positions, region, differentiable).divide()
+        return bool(regions)
+
+
+class _Divider:
+    """Divides one region."""
+
+    def __init__(self, positions: Positions, region: Region, differentiable: set[Node]) -> None:
+        self.positions, self.region, self.differentiable = positions, region, differentiable
+        self.graph, self.axes = positions.work.graph, positions.every
+        self.nodes = list(region.nodes)
+        self.made: dict[tuple[Callable[..., Any], Node], Node] = {}
+        self.size = self._whole_size(region.nodes[0])
+
+    def divide(self) -> None:
+        """Rewrites what leads into the region, what is in it, and what leads out of it."""
+        self.nodes = [self._enter(n) if n.target in (all_reduce, all_gather) else n for n in self.nodes]
+        self.inside = set(self.nodes)
+        for node in self.nodes:
+            if node.target not in (reduce_scatter, all_to_all, operator.getitem):
+                self._operands(node)
+        for node in filter(is_tensor, self.nodes):
+            node.meta["placement"] = (self._place(node) or R,) * len(self.axes)
+        for node in filter(is_tensor, self.nodes):
+            self._leave(node)
+
+    def _place(self, value: Node) -> Filled | None:
+        dim = self.positions.dim(value, self.region.key)
+        return None if dim is None else Filled(dim)
+
+    def _whole_size(self, first: Node) -> Any:
+        """The number of positions: a number, or a node that stands before the region."""
+        place = self._place(first)
+        assert place is not None, "entries have positions"
+        size = first.meta["val"].shape[place.dim]
+        if not isinstance(size, torch.SymInt):
+            return size
+        for node in self.graph.nodes:
+            if node is first:
+                break
+            val = node.meta.get("val")
+            if isinstance(val, torch.SymInt) and val.node.expr == size.node.expr:
+                return node
+        source = first.args[0]
+        assert isinstance(source, Node)
+        with self.graph.inserting_before(first):
+            return call(self.graph, aten.sym_size.int, (source, place.dim), like=first)
+
+    def _enter(self, node: Node) -> Node:
+        """A collective that leads into the region, in the place of one that leads to the whole value."""
+        target, options = (reduce_scatter, ()) if node.target is all_reduce else (all_to_all, node.args[2:3])
+        with self.graph.inserting_before(node):
+            args = (node.args[0], self.axes, *options, self._place(node))
+            new = call(self.graph, target, args, like=node)
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+        return new
+
+    def _operands(self, node: Node) -> None:
+        """Brings in what a call reads from outside; whole operands get gradients from all ranks."""
+        factor = self.positions.factor(node, self.region.key)
+        assert factor is not None, "it was found by its factor"
+        places = iter(factor.inputs)
+        inputs: list[Placement] = []
+
+        def swap(arg: Any) -> Any:
+            if not (isinstance(arg, Node) and is_tensor(arg)):
+                return arg
+            place = next(places)
+            inputs.append(R if place is None else Filled(place[0]))
+            if arg in self.inside:
+                return arg
+            if place is not None:
+                return self._once(take_shard, arg, Filled(place[0]))
+            return self._once(copy_to_ranks, arg) if arg in self.differentiable else arg
+
+        args, kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), swap)
+        node.args, node.kwargs = args, kwargs
+        outputs = tuple(Filled(p[0]) for p in factor.outputs if p is not None)
+        node.meta["strategies"] = (Strategy(tuple(inputs), outputs, factor),) * len(self.axes)
+
+    def _once(self, target: Callable[..., Any], value: Node, *options: Any) -> Node:
+        """A marker behind a value, shared by all that want it."""
+        if (target, value) not in self.made:
+            with self.graph.inserting_before(behind(value)):
+                node = call(self.graph, target, (value, self.axes, *options), like=value)
+            node.meta["placement"] = (*options, R)[:1] * len(self.axes)
+            self.made[target, value] = node
+        return self.made[target, value]
+
+    def _leave(self, value: Node) -> None:
+        """Gathers a value for all that needs it whole."""
+        place = self._place(value)
+        gathered: Node | None = None
+        users = [user for user in value.users if user not in self.inside]
+        partial = any(map(self._is_copied, users))
+        for user in users:
+            if user.target is aten.sym_size.int:
+                if place is not None and user.args[1] == place.dim:
+                    user.replace_all_uses_with(self.size)
+                    self.graph.erase_node(user)
+            elif user.target is keep_first and user.args[1] == self.axes:
+                user.target, user.args = pad_shard, (value, self.axes, place, self.size)  # type: ignore[assignment]
+            else:
+                gathered = gathered or self._gather(value, place, partial)
+                self._hand_on(value, gathered, user, partial)
+
+    def _gather(self, value: Node, place: Filled | None, partial: bool) -> Node:
+        with self.graph.inserting_before(behind(value)):
+            node = call(self.graph, all_gather, (value, self.axes, place, self.size, partial), like=value)
+        node.meta["placement"] = (R,) * len(self.axes)
+        return node
+
+    def _hand_on(self, old: Node, new: Node, user: Node, partial: bool) -> None:
+        """Gives a user a whole value, of whose gradient each rank has a summand if it is ``partial``.
+
+        A copy to the ranks is not needed then. Users that have the whole gradient give it once.
+        """
+        if not partial:
+            user.replace_input_with(old, new)
+        elif self._is_copy(user):
+            rest = tuple(a for a in self.axes if a not in user.args[1])  # type: ignore[operator]
+            user.replace_all_uses_with(self._gradient_once(new, rest) if rest else new)
+            self.graph.erase_node(user)
+        elif self._is_copied(user):
+            user.replace_input_with(old, new)
+            for reader in list(user.users):
+                self._hand_on(user, user, reader, partial)
+        else:
+            user.replace_input_with(old, self._gradient_once(new, self.axes))
+
+    def _gradient_once(self, value: Node, axes: tuple[int, ...]) -> Node:
+        found = (u for u in value.users if u.target is gradient_once and u.args[1] == axes)
+        if (known := next(found, None)) is not None:
+            return known
+        with self.graph.inserting_before(behind(value)):
+            node = call(self.graph, gradient_once, (value, axes), like=value)
+        node.meta["placement"] = value.meta["placement"]
+        return node
+
+    def _is_copy(self, node: Node) -> bool:
+        whole = all(isinstance(p, Replicate) for p in node.meta.get("placement", ()))
+        return node.target is copy_to_ranks and whole
+
+    def _is_copied(self, node: Node) -> bool:
+        """Whether a value that each rank uses differently is made of the one that is read, linearly."""
+        if self._is_copy(node):
+            return True
+        rule = self.positions.factors.rules.get(node)
+        if not isinstance(rule, Rule) or not all(map(is_whole, node.meta.get("strategies") or ())):
+            return False
+        given = [i for i, o in enumerate(operands(node)) if o.meta["val"].dtype.is_floating_point]
+        linear = len(given) == 1 and frozenset(given) in rule.linear
+        return linear and any(map(self._is_copied, node.users))
