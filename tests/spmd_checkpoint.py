@@ -21,6 +21,7 @@ from tpcompile.layout import WeightLayout
 from tpcompile.module import ShardedModule
 from tpcompile.planner.cost import preset
 from tpcompile.runtime import Runtime
+from tpcompile.settings import Settings
 from tpcompile.shell import shard_weights, sharded_class
 from tpcompile.strategies.custom_modules import CustomModules
 
@@ -38,7 +39,7 @@ def shell(name: str, data: dict[str, Any], empty: bool = False) -> tuple[nn.Modu
     shape = (dist.get_world_size() // layout.ranks, layout.ranks)
     both = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "tp"))
     compiler = Compiler(Options(preset("cpu"), {}), layout.ranks, both, "tp")
-    runtime = Runtime(compiler, signature_of(model), type(model), layout)
+    runtime = Runtime(compiler, signature_of(model), type(model), Settings(model), layout)
     shard_weights(model, layout, compiler.rank, CustomModules())
     model._tp = runtime  # type: ignore[assignment]
     model.__class__ = sharded_class(type(model), ShardedModule)

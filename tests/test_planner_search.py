@@ -26,7 +26,7 @@ from tpcompile.markers import COMMUNICATING, copy_to_ranks
 from tpcompile.pipeline import rewrite
 from tpcompile.placements import Shard
 from tpcompile.plan import collectives_of
-from tpcompile.planner import search
+from tpcompile.planner import axis_problem
 from tpcompile.planner.cost import PRESETS
 from tpcompile.planner.decide import _fits_together, plan_on_axes
 from tpcompile.planner.eliminate import Problem, solve
@@ -72,7 +72,7 @@ def test_equals_trying_everything(preset: str, monkeypatch: pytest.MonkeyPatch) 
             return _try_everything(problem) if sizes[0] <= MOST else solve(problem)
 
         with monkeypatch.context() as patch:
-            patch.setattr(search, "solve", oracle)
+            patch.setattr(axis_problem, "solve", oracle)
             best = _plan(work, preset)
         assert _worth(found) == pytest.approx(_worth(best), rel=1e-9, abs=1e-12)
         compared += sizes[0] <= MOST
@@ -187,7 +187,7 @@ def test_everything_is_paid_for() -> None:
         return values, cost
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "solve", spy)
+        patch.setattr(axis_problem, "solve", spy)
         work = _plan(random_program(3, 6, 2))
     (decision,) = work.decisions
     assert decision.penalty == 0
@@ -265,7 +265,7 @@ def test_equals_an_integer_program() -> None:
         return values, cost
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "solve", spy)
+        patch.setattr(axis_problem, "solve", spy)
         _plan(work)
     ((problem, cost),) = problems
     assert len(problem.domains) > 100

@@ -31,12 +31,14 @@ from tpcompile.planner.cost import preset
 from tpcompile.runtime import Runtime
 from tpcompile.saving import replace_folder as replacing
 from tpcompile.saving.plan_files import plan_files, size_in_bytes
+from tpcompile.settings import Settings
 from tpcompile.shell import sharded_class
 
 
 def shell(model: Any) -> Any:
     """A model on one rank, without programs: capturing would take most of the time."""
-    model._tp = Runtime(Compiler(Options(preset("cpu"), {}), 1), signature_of(model), type(model))
+    compiler = Compiler(Options(preset("cpu"), {}), 1)
+    model._tp = Runtime(compiler, signature_of(model), type(model), Settings(model))
     model.__class__ = sharded_class(type(model), ShardedModule)
     return model
 

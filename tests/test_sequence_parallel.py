@@ -267,4 +267,4 @@ def test_repeated_layers() -> None:
 
 def test_ranks_that_differ_are_told() -> None:
     for message in run_spmd(spmd_sequence.ranks_differ, 2, timeout=TIMEOUT):
-        assert "rank 0 has 'sequence_parallel: True', rank 1 has 'sequence_parallel: False'" in message
+        assert "rank 0 has 'sequence: True', rank 1 has 'sequence: []'" in message

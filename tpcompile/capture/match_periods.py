@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
+from tpcompile import random_numbers as _registers_the_operator  # noqa: F401
 from tpcompile.capture.find_repeats import Repeat
 from tpcompile.capture.program import InputSpec
 from tpcompile.errors import TpCompileError
+
+_UNIFORM = torch.ops.tpcompile.uniform.default
 
 BLOCK = "block"
 """The key in ``node.meta`` under which a node's ``Block`` is; nodes outside of the periods have none."""
@@ -194,7 +197,11 @@ class _Matcher:
 
     def compare(self, one: Node, two: Node) -> None:
         same = one.op == two.op and one.target == two.target
-        if not same or not self.equal(one.args, two.args) or not self.equal(one.kwargs, two.kwargs):
+        if (
+            not same
+            or not self.equal(_own_args(one), _own_args(two))
+            or not self.equal(one.kwargs, two.kwargs)
+        ):
             raise self.error(f"{one} = {one.target}{one.args}, {two} = {two.target}{two.args}", two)
         if describe_value(one.meta.get("val")) != describe_value(two.meta.get("val")):
             raise self.error(f"{one} and {two} have different shapes or types", two)
@@ -267,6 +274,11 @@ class _Matcher:
             f"periods {self.earlier.period} and {self.later.period} of repeated layers differ: {what}",
             where=str(stack[-1][0]) if stack else str(node or ""),
         )
+
+
+def _own_args(node: Node) -> tuple[Any, ...]:
+    """Arguments but for the number of a random stream: every layer has its own, given in the end."""
+    return (*node.args[:2], *node.args[3:]) if node.target is _UNIFORM else node.args
 
 
 def describe_value(value: Any) -> str:
