@@ -365,6 +365,9 @@ def ranks_differ() -> list[str]:
         torch.manual_seed(0)
         tpcompile.parallelize(Block(), tp, (x,), plan={"first.up": "replicate"} if rank else "auto")
 
+    def other_comparisons() -> None:
+        tpcompile.parallelize(Block(), tp, (x,), compare_calls=bool(rank))
+
     def one_bad_plan() -> None:
         tpcompile.parallelize(Block(), tp, (x,), plan={"frist.up": "replicate"} if rank else "auto")
 
@@ -375,6 +378,7 @@ def ranks_differ() -> list[str]:
     messages = [
         refusal(other_weights),
         refusal(other_plan),
+        refusal(other_comparisons),
         refusal(one_bad_plan),
         refusal(lambda: sharded(x[: 2 + rank])),
         refusal(lambda: counted(ids + rank)),

@@ -94,7 +94,8 @@ def parallelize(
 
     group = mesh.get_group(axis)
     options, example = together(group, "read the request", read)
-    compare(group, "requests", options.lines(), "make the same request on every rank")
+    asked = [*options.lines(), f"compare_calls: {compare_calls}"]
+    compare(group, "requests", asked, "make the same request on every rank")
     signature, original = signature_of(model), type(model)
     compiler = Compiler(options, ranks, mesh, axis)
     runtime = Runtime(compiler, signature, original, Settings(model), compare_calls=compare_calls)
@@ -141,7 +142,9 @@ def plan(
     if not isinstance(ranks, int) or ranks < 1:
         raise TpCompileError(f"{ranks!r} is no number of ranks", todo="give a mesh or a positive number")
     device = mesh_or_sizes.device_type if isinstance(mesh_or_sizes, DeviceMesh) else "h100"
-    options = _options(model, plan, cost_model, device, dynamic, memory, (), False, sequence_parallel)
+    options = _options(
+        model, plan, cost_model, device, dynamic, memory, (), sequence_parallel=sequence_parallel
+    )
     example = example_call(model, example_args, example_kwargs)
     return Compiler(options, ranks).compile(model, example, None).plan
 
