@@ -98,7 +98,7 @@ class Runtime:
                 if answer is not NotImplemented:
                     return answer
             return self._run_parts(model, bound, path, entry)
-        if not torch.compiler.is_dynamo_compiling() and not program.seen:
+        if not torch.compiler.is_dynamo_compiling():
             self._compare_first(program, model, bound, leaves)
         if program.autocast is None:
             return program.run(leaves, bound, self.compile_options)
@@ -146,7 +146,7 @@ class Runtime:
         self, program: Program, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]
     ) -> None:
         """Compares a program's first call over the ranks, unless all calls are compared anyway."""
-        if self.compare_calls or can_compare(leaves):
+        if not program.seen and can_compare(leaves):
             program.seen = True
             if not self.compare_calls:
                 self._compare(model, bound, program.entry, leaves)
@@ -343,7 +343,6 @@ def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], 
             if not runtime.compose(model, path, tuple(bound), error):
                 raise
             return NotImplemented
-    if not program.seen:
-        runtime._compare_first(program, model, bound, leaves)
+    runtime._compare_first(program, model, bound, leaves)
     with torch.autocast(device_of(leaves), enabled=False):
         return program.run(leaves, bound, runtime.compile_options)

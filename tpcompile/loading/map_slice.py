@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .expressions import Cut, Expression, Join
-from .read_headers import Stored
+from .read_headers import Stored, extent
 
 
 def map_slice(
@@ -35,15 +35,12 @@ def map_slice(
         return None
     leaf, at = found
     size, count = leaf.dtype.itemsize, math.prod(sizes)
-    first = 0
-    for length, start in zip(leaf.shape, at, strict=True):
-        first = first * length + start
-    start = leaf.start + first * size
-    if leaf.dtype != dtype or not count or start % size or not _in_one_piece(leaf.shape, sizes):
+    start, stop = extent(leaf, at, sizes)
+    if leaf.dtype != dtype or not count or start % size or stop - start != count * size:
         return None
     page = start - start % mmap.ALLOCATIONGRANULARITY
     with open(leaf.file, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), start + count * size - page, access=mmap.ACCESS_COPY, offset=page)
+        mapped = mmap.mmap(file.fileno(), stop - page, access=mmap.ACCESS_COPY, offset=page)
     flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start - page)
     return flat.view(tuple(sizes))
 
@@ -66,9 +63,3 @@ def _stored(e: Expression, offsets: list[int], sizes: Sequence[int]) -> tuple[St
 
 def _moved(offsets: list[int], dim: int, by: int) -> list[int]:
     return [o + by if d == dim else o for d, o in enumerate(offsets)]
-
-
-def _in_one_piece(shape: Sequence[int], sizes: Sequence[int]) -> bool:
-    """Whether a box of a contiguous tensor is contiguous."""
-    cut = next((d for d, size in enumerate(sizes) if size != 1), len(sizes))
-    return tuple(shape[cut + 1 :]) == tuple(sizes[cut + 1 :])

@@ -150,6 +150,14 @@ def _check_extent(file: str, found: Mapping[str, Stored], base: int, size: int) 
         _refuse(f"the file has {size - at} bytes behind its last tensor", file)
 
 
+def extent(leaf: Stored, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[int, int]:
+    """Where in its file a box of a stored tensor begins and ends; it may have gaps."""
+    first = last = 0
+    for size, start, length in zip(leaf.shape, offsets, sizes, strict=True):
+        first, last = first * size + start, last * size + start + length - 1
+    return leaf.start + first * leaf.dtype.itemsize, leaf.start + (last + 1) * leaf.dtype.itemsize
+
+
 class MappedFiles:
     """Reads stored tensors as views of mapped files: what is not copied out of them takes no memory.
 
@@ -173,10 +181,7 @@ class MappedFiles:
     def expect(self, leaf: Leaf, offsets: Sequence[int], sizes: Sequence[int]) -> int:
         """Tells the system that a box of a leaf will be read soon; the bytes from its first to its last."""
         assert isinstance(leaf, Stored)
-        first = last = 0
-        for size, start, length in zip(leaf.shape, offsets, sizes, strict=True):
-            first, last = first * size + start, last * size + start + length - 1
-        start, stop = (leaf.start + i * leaf.dtype.itemsize for i in (first, last + 1))
+        start, stop = extent(leaf, offsets, sizes)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._open(leaf.file), start, stop - start, os.POSIX_FADV_WILLNEED)
         return stop - start

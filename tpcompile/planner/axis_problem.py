@@ -135,9 +135,10 @@ class AxisProblem:
 
     def _name(self, kind: str, node: Node) -> Name:
         """The variable that decides about a node: one for all layers that are planned alike."""
-        leader = self.ties.leader(node)
-        if kind == "shared":
-            leader = self.ties.handed_with(node) or leader
+        leader = (kind == "shared" and self.ties.handed_with(node)) or self.ties.leader(node)
+        if leader is node:
+            same = True
+        elif kind == "shared":
             same = self.handed[node] == self.handed.get(leader)
         elif kind == "param":
             same = self.holdings[node] == self.holdings.get(leader)

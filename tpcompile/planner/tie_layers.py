@@ -37,12 +37,7 @@ class Ties:
 
     def handed_with(self, value: Node) -> Node | None:
         """For a value that passes from one layer to the next, the first that does; None for others."""
-        return self.handed.get(value) or (value if value in self.first else None)
-
-    @property
-    def first(self) -> set[Node]:
-        """What the first of two tied layers is handed."""
-        return set(self.handed.values())
+        return self.handed.get(value) or (value if value in self.handed.values() else None)
 
 
 def tie_layers(work: Work) -> Ties:
