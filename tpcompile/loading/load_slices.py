@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +15,10 @@ from ..shell import cut, replace_tensors, tensors_by_name
 from ..strategies.custom_modules import CustomModules
 from .expressions import Expression, leaves
 from .fill_tensor import Filler
-from .leaf_boxes import leaf_boxes
 from .map_slice import map_slice
 from .read_headers import MappedFiles, Stored
 
 _PATIENCE = 1.0  # seconds before a progress bar shows
-_AHEAD = 64 << 20  # bytes that the system is asked to read ahead
 
 
 def load_slices(
@@ -58,8 +54,8 @@ def load_slices(
     total = sum(tensor.nbytes for tensor in waiting.values())
     order = sorted(waiting, key=lambda n: _position(expressions[n]))
     files, new = MappedFiles(), {}
-    with contextlib.closing(files), _bar(total, show) as progress:
-        for name in _announced(order, expressions, layout, rank, files):
+    with _bar(total, show) as progress:
+        for name in order:
             old = waiting[name]
             if layout.params[name].selection is None:
                 local = _read(old, name, expressions[name], layout, rank, device, files.read)
@@ -75,36 +71,6 @@ def load_slices(
 
 def _bar(total: int, show: bool) -> Any:
     return tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=_PATIENCE, disable=not show)
-
-
-def _announced(
-    order: Sequence[str],
-    expressions: Mapping[str, Expression],
-    layout: WeightLayout,
-    rank: int,
-    files: MappedFiles,
-) -> Iterator[str]:
-    """The names again; what the next ones are made of is announced to the system before they are read."""
-    ahead: deque[tuple[str, int]] = deque()
-    rest = iter(order)
-    while True:
-        while sum(size for _, size in ahead) < _AHEAD and (name := next(rest, None)) is not None:
-            boxes = (b for part in _parts(name, layout, rank) for b in leaf_boxes(expressions[name], *part))
-            try:
-                ahead.append((name, sum(files.expect(*box) for box in boxes)))
-            except OSError as error:
-                raise _unreadable(name, expressions[name], error) from error
-        if not ahead:
-            return
-        yield ahead.popleft()[0]
-
-
-def _parts(name: str, layout: WeightLayout, rank: int) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """The boxes of a parameter that a rank reads, each as offsets and sizes."""
-    param = layout.params[name]
-    if param.selection is not None:
-        return [((0,) * len(param.shape), param.shape)]
-    return [(part.offsets, part.sizes) for part in layout.ranges(name, rank)]
 
 
 def _position(expression: Expression) -> tuple[str, int]:

@@ -166,7 +166,6 @@ class MappedFiles:
 
     def __init__(self) -> None:
         self._bytes: dict[str, Tensor] = {}
-        self._descriptors: dict[str, int] = {}
 
     def read(self, leaf: Leaf) -> Tensor:
         """A stored tensor."""
@@ -177,25 +176,6 @@ class MappedFiles:
         if leaf.start % leaf.dtype.itemsize:
             part = part.clone()  # torch's own writers align tensors; a file from elsewhere need not
         return part.view(leaf.dtype).view(leaf.shape)
-
-    def expect(self, leaf: Leaf, offsets: Sequence[int], sizes: Sequence[int]) -> int:
-        """Tells the system that a box of a leaf will be read soon; the bytes from its first to its last."""
-        assert isinstance(leaf, Stored)
-        start, stop = extent(leaf, offsets, sizes)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._open(leaf.file), start, stop - start, os.POSIX_FADV_WILLNEED)
-        return stop - start
-
-    def close(self) -> None:
-        """Closes the files; what was mapped goes with the tensors that were read."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
-
-    def _open(self, file: str) -> int:
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(file, os.O_RDONLY)
-        return self._descriptors[file]
 
     def _map(self, file: str) -> Tensor:
         if file not in self._bytes:
