@@ -12,7 +12,6 @@ anonymous memory of a process grew at most while it read; and how much it holds 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import statistics
 import tempfile
@@ -93,9 +92,7 @@ def ours(folder: str) -> tuple[Any, list[Result]]:
 
 
 def theirs(folder: str) -> tuple[Any, list[Result]]:
-    """transformers; likewise. It asks for accelerate, but uses nothing of it for a map of one device."""
-    accelerate = importlib.import_module("transformers.integrations.accelerate")
-    accelerate.is_accelerate_available = lambda: True  # type: ignore[attr-defined]
+    """transformers; likewise."""
     found: list[Result] = []
     watched(transformers.PreTrainedModel, "_load_pretrained_model", found)
     return transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto"), found

@@ -65,6 +65,7 @@ class Found:
 
 def measure(name: str, compiled: bool) -> Found:
     """Measures a family; runs on every rank."""
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator for a layer, which no FLOP counter knows
     model = families.build(name)
     whole = copy.deepcopy(model)
     sharded = tpcompile.parallelize(model, mesh(), example_kwargs=call(name, CAPTURED))

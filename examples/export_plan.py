@@ -13,11 +13,8 @@ import tempfile
 import torch
 import torch.distributed as dist
 from launch import launch, say
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
-from transformers.distributed.tensor_parallel import apply_tensor_parallelism
-from transformers.utils import is_accelerate_available
 
 import tpcompile
 
@@ -59,18 +56,12 @@ def main() -> None:
 
 
 def load(folder: str, rules: dict[str, str]) -> PreTrainedModel:
-    """Plain transformers, no tpcompile."""
+    """Plain transformers, no tpcompile; it asks for the package accelerate."""
     os.environ.setdefault("RANK", str(dist.get_rank()))
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
     os.environ.setdefault("WORLD_SIZE", str(dist.get_world_size()))
-    if is_accelerate_available():
-        config = DistributedConfig(tp_size=dist.get_world_size(), tp_plan=rules)
-        return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).eval()
-    # from_pretrained does the same to a model without weights, but asks for accelerate.
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    model.tp_plan = rules
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-    return apply_tensor_parallelism(model, mesh, model._expand_parallel_plan(rules))
+    config = DistributedConfig(tp_size=dist.get_world_size(), tp_plan=rules)
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).eval()
 
 
 if __name__ == "__main__":

@@ -25,9 +25,7 @@ def load_exported(folder: str, plan: dict[str, str]) -> tuple[float, list[int]]:
     with mock.patch.dict(os.environ, ranks | {"WORLD_SIZE": str(dist.get_world_size())}):
         whole = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         config = DistributedConfig(tp_size=dist.get_world_size(), tp_plan=plan)
-        # The device map that transformers makes for itself needs nothing of accelerate's but its presence.
-        with mock.patch("transformers.integrations.accelerate.is_accelerate_available", lambda: True):
-            model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, **options).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, **options).eval()
     call_ = families.causal_inputs(*CAPTURED)
     with torch.no_grad():
         mine, theirs = model(**call_).logits, whole(**call_).logits

@@ -57,6 +57,11 @@ def test_two_key_heads_on_four_ranks() -> None:
     check("two_kv_heads", 4, [("static", 7, 12, 2)], 1)
 
 
+def test_programs_over_split_projections() -> None:
+    """Later programs find packed weights divided by segments, as the first one split them."""
+    check("phi3_unequal_segments", 2, [("dynamic", 5, 3, 2)], 2)
+
+
 def test_padding_beams_and_sampling() -> None:
     for found in run_spmd(spmd_generate.modes, 2, timeout=TIMEOUT):
         assert {way: same for way, (same, _) in found.items()} == dict.fromkeys(found, True)

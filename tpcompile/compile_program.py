@@ -160,13 +160,13 @@ class Compiler:
         data = from_first(self.group, lambda: self._decide(base, layout, graph, tensors))
         compare(self.group, "plans", [repr(data), f"sequence_parallel: {sequence_text(self.sequence)}"])
         clock.append(time.perf_counter())
-        planned = _follow(replace(base, layout=layout), data)
+        planned = _follow(base, data, layout)
         self._make_groups(planned.axes)
         training = any(p.requires_grad for p in model.parameters()) or _wants_gradient(bound)
 
         def finish() -> Compiled:
             placed = layout_of(planned, tensors) if layout is None else extended(layout, planned, tensors)
-            rewritten = _follow(replace(base, layout=layout), data)
+            rewritten = _follow(base, data, layout)
             passes, cost = self.options.passes, self.options.cost
             rewrite(rewritten, training, passes, cost, sequence=self.sequence)
             pins = make_pins(self.options.rules.wishes) if layout is None else pins_from_layout(layout)
@@ -305,10 +305,10 @@ class Compiler:
         return lower_program(rewritten, WeightLayout(axes, {}).coordinates(self.rank), self._groups[axes])
 
 
-def _follow(base: Work, data: Decisions) -> Work:
-    """A copy of a canonical program with decisions that were made for it."""
+def _follow(base: Work, data: Decisions, layout: WeightLayout | None = None) -> Work:
+    """A copy of a canonical program with decisions that were made for it, given where the weights lie."""
     groups, decisions = data
-    copy = split_copy(base, frozenset(groups))
+    copy = split_copy(base, frozenset(groups), layout)
     decisions_from_data(copy, decisions)
     return copy
 

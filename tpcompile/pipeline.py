@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from .capture.program import Captured
 from .layout import WeightLayout
@@ -58,10 +57,11 @@ def canonical(captured: Captured, ranks: int) -> Work:
     return work
 
 
-def split_copy(base: Work, groups: frozenset[str]) -> Work:
-    """A copy of a program with some packed matmuls split."""
+def split_copy(base: Work, groups: frozenset[str], layout: WeightLayout | None = None) -> Work:
+    """A copy of a program with some packed matmuls split, over weights that lie as a layout says."""
     copy = base.copy()
     run_passes(copy, [SplitPackedMatmul(groups)])
+    copy.layout = layout  # not before: it knows packed parameters by their segments
     return copy
 
 
@@ -78,7 +78,7 @@ def plan_program(
         divide_small: small matrices must be divided too.
     """
     if layout is not None:
-        copy = split_copy(replace(base, layout=layout), frozenset(layout.groups))
+        copy = split_copy(base, frozenset(layout.groups), layout)
         return plan_on_axes(copy, layout.axes, cost, pins)
     groups = list(dict.fromkeys(group_of(value) for value, _ in packed_values(base)))
     return decide(base, cost, groups, split_copy, pins, divide_small)
