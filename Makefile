@@ -28,8 +28,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# Neighbouring tests are of one model, of which a worker keeps the capture: worksteal leaves them together.
 unit: $(READY)
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # torch comes first and at the version of constraints.txt, so that a CPU build that pip is told of (find-links, TORCH_INDEX)
 # is taken, and nothing after it asks for another one. The demo's model wants sentence-transformers, of which

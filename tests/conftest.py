@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +12,18 @@ import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Tests neither see what a user has captured, nor leave anything there; tests/test_disk_cache.py has its own.
-os.environ["TPCOMPILE_CACHE"] = "0"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests neither see what a user has captured, nor leave anything there: a run has captures of its own."""
+    if not hasattr(config, "workerinput"):  # workers of pytest-xdist inherit the environment
+        os.environ["TPCOMPILE_CACHE_DIR"] = tempfile.mkdtemp(prefix="tpcompile-captures-")
+        os.environ["TPCOMPILE_CACHE"] = "1"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["TPCOMPILE_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

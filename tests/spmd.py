@@ -43,7 +43,6 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",  # ranks are daemons, and can't start Inductor's own workers
-    "TPCOMPILE_CACHE": "0",  # tests do not share a user's captures
 }
 
 

@@ -525,9 +525,10 @@ def test_it_can_be_switched_off(folder: Path, value: str, monkeypatch: pytest.Mo
     assert not folder.exists()
 
 
-def test_it_is_off_in_other_tests() -> None:
-    assert disk_cache.cache_folder() is None
-    assert run_spmd(disk_cache.cache_folder, 2) == [None, None]
+def test_other_tests_use_a_folder_of_this_run() -> None:
+    folder = disk_cache.cache_folder()
+    assert folder is not None and folder.name.startswith("tpcompile-captures-")
+    assert run_spmd(disk_cache.cache_folder, 2) == [folder, folder]
 
 
 def test_constants_keep_their_values(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,17 +31,8 @@ EXPECTED = {
 }
 
 
-@pytest.fixture(scope="session")
-def captures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What examples capture stays here: an example that runs again, under torchrun, finds it."""
-    own = tmp_path_factory.getbasetemp()
-    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "captures"
-
-
-def _run(captures: Path, *command: str) -> subprocess.CompletedProcess[str]:
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
-        "TPCOMPILE_CACHE": "1",
-        "TPCOMPILE_CACHE_DIR": str(captures),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(EXAMPLES)]),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -71,18 +62,19 @@ def test_every_example_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_runs_alone(name: str, captures: Path) -> None:
+def test_runs_alone(name: str) -> None:
     if name in ("demo", "load_and_run"):
         _demo_model()
-    _check(name, _run(captures, str(EXAMPLES / f"{name}.py")))
+    _check(name, _run(str(EXAMPLES / f"{name}.py")))
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_runs_under_torchrun(name: str, captures: Path) -> None:
+def test_runs_under_torchrun(name: str) -> None:
     if name in ("demo", "load_and_run"):
         _demo_model()
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    _check(name, _run(captures, *torchrun, str(EXAMPLES / f"{name}.py")))
+    ranks = 4 if name == "load_and_run" else 2
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+    _check(name, _run(*torchrun, str(EXAMPLES / f"{name}.py")))
 
 
 FAILS = """
@@ -99,15 +91,15 @@ if __name__ == "__main__":
 """
 
 
-def test_a_failing_rank_ends_the_example(tmp_path: Path, captures: Path) -> None:
+def test_a_failing_rank_ends_the_example(tmp_path: Path) -> None:
     script = tmp_path / "fails.py"
     script.write_text(FAILS)
-    done = _run(captures, str(script))
+    done = _run(str(script))
     assert done.returncode != 0
     assert re.search(r"rank [01] of 2 failed", done.stderr)
 
 
-def test_a_failed_check_ends_the_demo(tmp_path: Path, captures: Path) -> None:
+def test_a_failed_check_ends_the_demo(tmp_path: Path) -> None:
     """The demo's checks can fail: with a limit below rounding errors, it does."""
     _demo_model()
     script = tmp_path / "strict.py"
@@ -115,7 +107,7 @@ def test_a_failed_check_ends_the_demo(tmp_path: Path, captures: Path) -> None:
         "import demo\nfrom launch import launch\ndemo.LIMIT = 1e-12\n"
         "if __name__ == '__main__':\n    launch(demo.rank_sentences)\n"
     )
-    done = _run(captures, str(script))
+    done = _run(str(script))
     assert done.returncode != 0
     assert "the limit is 1e-12" in done.stderr
     assert "ok: hidden states" not in done.stdout
