@@ -13,7 +13,6 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden"
 
 
-
 def pytest_configure(config: pytest.Config) -> None:
     """Tests neither see what a user has captured, nor leave anything there: a run has captures of its own."""
     if not hasattr(config, "workerinput"):  # workers of pytest-xdist inherit the environment

@@ -27,7 +27,7 @@ from tpcompile.layout import WeightLayout
 from tpcompile.pins import make_pins
 from tpcompile.pipeline import canonical, plan_program, rewrite, split_copy
 from tpcompile.plan import fallbacks_of
-from tpcompile.plan_layout import layout_of
+from tpcompile.plan_layout import layout_of, pins_from_layout
 from tpcompile.planner.cost import preset
 from tpcompile.shell import whole_tensors
 from tpcompile.strategies.hf_plan import hf_plan
@@ -63,6 +63,16 @@ def sharded(name: str, ranks: int, rules: Rules = NO_RULES) -> tuple[nn.Module, 
     layout = layout_of(work, whole_tensors(model))
     rewrite(work, training=False)
     return model, work, layout
+
+
+def over(layout: WeightLayout, name: str) -> Work:
+    """The rewritten program of another call, which finds the weights divided already."""
+    _, base = captured(name)
+    planned = plan_program(base, preset("cpu"), pins_from_layout(layout), layout)
+    work = split_copy(base, planned.split_groups, layout)
+    decisions_from_data(work, decisions_to_data(planned))
+    rewrite(work, training=False)
+    return work
 
 
 def tolerance(work: Work) -> float:
@@ -103,7 +113,10 @@ def test_family_on_two_ranks(name: str) -> None:
     assert share <= (0.65 if name in WHOLE_MIXERS else 0.55)
     if name != "mamba":  # its recurrence is a python loop: another length is another program
         assert_equal_to_whole(model, work, lowered, inputs(name, OTHER))
+    again = over(layout, name)
+    assert_equal_to_whole(model, again, simulate.lower_all(again), inputs(name, CAPTURED))
     if family.collectives is not None:
+        assert collectives(again) <= family.collectives
         assert collectives(work) <= family.collectives
         for ranks in (4, 8) if name in ALSO_ON_FOUR else (8,):
             assert collectives(sharded(name, ranks)[1]) <= family.collectives, ranks
@@ -154,7 +167,8 @@ ODD = ("one_kv_head", "two_kv_heads", "three_heads", "fourteen_heads_two_kv", "f
 def test_edge_case(name: str, ranks: int) -> None:
     model, work, layout = sharded(name, ranks)
     assert not fallbacks_of(work)
-    assert_equal_to_whole(model, work, simulate.lower_all(work), inputs(name, CAPTURED))
+    for one in (work, over(layout, name)):
+        assert_equal_to_whole(model, one, simulate.lower_all(one), inputs(name, CAPTURED))
     whole = 0
     for param in layout.params.values():
         for segment in param.segments:

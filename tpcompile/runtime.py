@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils._pytree import TreeSpec
 
 from .caches import Held
 from .capture import flatten_call, leaf_names
 from .capture.bind_call import CallSignature
-from .capture.call_results import given_caches, states_of
+from .carried_caches import divide_caches, whole_caches
 from .compare_calls import can_compare, compare_call, compare_weights
 from .compile_program import Compiled, Compiler
 from .entries import (
@@ -195,7 +195,9 @@ class Runtime:
             entered(model, path),
             saved_tensors_hooks(_itself, _itself),  # activation checkpointing would count what is traced
         ):
-            compiled = self.compiler.compile(model, self._whole_caches(bound), self.layout, self.caches)
+            compiled = self.compiler.compile(
+                model, whole_caches(bound, self.caches), self.layout, self.caches
+            )
         self.caches = {**hand_out(compiled.planned), **self.caches}
         with torch.inference_mode(False):  # slices that could not be trained, even outside of the mode
             self.layout = self._divide(model, compiled)
@@ -245,37 +247,6 @@ class Runtime:
             stacklevel=2,
         )
         return True
-
-    def divide_caches(self, bound: dict[str, Any]) -> None:
-        """Leaves of caches that the caller brings whole only this rank's parts.
-
-        Raises:
-            TpCompileError: a cache is of another size than this model's.
-        """
-        if self.layout is None or not self.caches:
-            return
-        axes, at = self.layout.axes, self.layout.coordinates(self.compiler.rank)
-        for name, cache in given_caches(bound).items():
-            own = {name: cache}
-            mine = [
-                self.caches[leaf_name].part(leaf, axes, at) if leaf_name in self.caches else leaf
-                for leaf_name, leaf in zip(leaf_names(own), flatten_call(own)[0], strict=True)
-            ]
-            left = iter(mine)
-            for state in states_of(name, cache):
-                state.put(cache, [next(left) for _ in range(state.count)])
-
-    def _whole_caches(self, bound: dict[str, Any]) -> dict[str, Any]:
-        """The call with tensors of whole, valueless caches in the place of this rank's parts."""
-        if not self.caches:
-            return bound
-        leaves, spec = flatten_call(bound)
-        whole = [
-            self.caches[name].whole(leaf) if isinstance(leaf, Tensor) and name in self.caches else leaf
-            for name, leaf in zip(leaf_names(bound), leaves, strict=True)
-        ]
-        found: dict[str, Any] = tree_unflatten(whole, spec)
-        return found
 
     def _follow_types(self, model: nn.Module) -> None:
         """Takes note of ``model.to(dtype)``.
@@ -332,7 +303,8 @@ def _is_capture_failure(error: TpCompileError) -> bool:
 # Under torch.compile(fullgraph=True) the reason is the error; without fullgraph the graph breaks here.
 @torch.compiler.disable(reason="no program was captured for this call: call model.capture(...) with it first")
 def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], path: str) -> Any:
-    runtime.divide_caches(bound)
+    if runtime.layout is not None and runtime.caches:
+        divide_caches(bound, runtime.caches, runtime.layout, runtime.compiler.rank)
     leaves, spec = flatten_call(bound)
     training = model.get_submodule(path).training
     program = runtime.find(tuple(bound), leaves, spec, training, path)
