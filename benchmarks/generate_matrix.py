@@ -36,7 +36,8 @@ def decoders() -> list[str]:
 def _can(name: str) -> bool:
     with torch.device("meta"):
         model = families.FAMILIES[name].build()
-    return isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin) and model.can_generate()
+    generates = isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)
+    return generates and model.can_generate() and model.main_input_name == "input_ids"
 
 
 def has_plan(name: str) -> bool:
