@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 from unittest.mock import patch
 
@@ -51,6 +52,7 @@ def captures(kind: str) -> tuple[int, float]:
 
     sent = spoiled if kind == "unsendable" else store_capture.try_dump
     with (
+        patch.dict(os.environ, TPCOMPILE_CACHE="0"),
         patch.object(store_capture, "capture_repeated", counted),
         patch("tpcompile.capture.share_capture.try_dump", sent),
     ):
