@@ -43,6 +43,8 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",  # ranks are daemons, and can't start Inductor's own workers
+    # As of now, not what the first test that needs ranks has set for itself.
+    **{name: os.environ[name] for name in ("TPCOMPILE_CACHE", "TPCOMPILE_CACHE_DIR") if name in os.environ},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import itertools
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -166,20 +168,19 @@ def test_repeated_layers_and_a_cache_come_back(folder: Path, monkeypatch: pytest
 
 def sharded(path: str, forbid: bool) -> tuple[Tensor, Tensor]:
     """On a rank: the outputs of a sharded model, whole and sharded, at another size than the example's."""
-    os.environ.update(TPCOMPILE_CACHE="1", TPCOMPILE_CACHE_DIR=path)
-    before, captured = torch.export.export, store.capture_repeated
-    try:
+    with (
+        patch.dict(os.environ, TPCOMPILE_CACHE="1", TPCOMPILE_CACHE_DIR=path),
+        contextlib.ExitStack() as stack,
+    ):
         if forbid:
-            torch.export.export = store.capture_repeated = no_export
+            stack.enter_context(patch.object(torch.export, "export", no_export))
+            stack.enter_context(patch.object(store, "capture_repeated", no_export))
         model = families.build("llama")
         call = {"input_ids": families.token_ids(2, 9), "use_cache": False}
         with torch.no_grad():
             whole = model(**call).logits
             model = tpcompile.parallelize(model, None, (), families.inputs("llama"))
             return whole, model(**call).logits
-    finally:
-        torch.export.export, store.capture_repeated = before, captured
-        os.environ["TPCOMPILE_CACHE"] = "0"
 
 
 def test_ranks_write_and_read_at_once(folder: Path) -> None:
@@ -503,15 +504,12 @@ def test_the_oldest_are_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def write_often(path: str) -> int:
     """On a rank: writes and reads one entry as fast as it can; how often it read something whole."""
-    os.environ.update(TPCOMPILE_CACHE="1", TPCOMPILE_CACHE_DIR=path)
-    try:
+    with patch.dict(os.environ, TPCOMPILE_CACHE="1", TPCOMPILE_CACHE_DIR=path):
         found = []
         for number in range(200):
             write_entry(NAME, bytes([number]) * 50_000)
             found.append(read_entry(NAME))
-        return sum(f is not None and len(f) == 50_000 and len(set(f)) == 1 for f in found)
-    finally:
-        os.environ["TPCOMPILE_CACHE"] = "0"
+    return sum(f is not None and len(f) == 50_000 and len(set(f)) == 1 for f in found)
 
 
 def test_entries_are_written_whole(folder: Path) -> None:
