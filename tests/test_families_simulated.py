@@ -58,8 +58,7 @@ def sharded(name: str, ranks: int, rules: Rules = NO_RULES) -> tuple[nn.Module, 
     model, base = captured(name)
     base.ranks = ranks
     planned = plan_program(base, preset("cpu"), make_pins(rules.wishes))
-    work = split_copy(base, planned.split_groups)
-    decisions_from_data(work, decisions_to_data(planned))
+    work = followed(base, planned)
     layout = layout_of(work, whole_tensors(model))
     rewrite(work, training=False)
     return model, work, layout
@@ -68,10 +67,15 @@ def sharded(name: str, ranks: int, rules: Rules = NO_RULES) -> tuple[nn.Module, 
 def over(layout: WeightLayout, name: str) -> Work:
     """The rewritten program of another call, which finds the weights divided already."""
     _, base = captured(name)
-    planned = plan_program(base, preset("cpu"), pins_from_layout(layout), layout)
+    work = followed(base, plan_program(base, preset("cpu"), pins_from_layout(layout), layout), layout)
+    rewrite(work, training=False)
+    return work
+
+
+def followed(base: Work, planned: Work, layout: WeightLayout | None = None) -> Work:
+    """A copy of a program with the decisions of a plan, which travel as data, as between ranks."""
     work = split_copy(base, planned.split_groups, layout)
     decisions_from_data(work, decisions_to_data(planned))
-    rewrite(work, training=False)
     return work
 
 

@@ -21,14 +21,10 @@ except ImportError:  # transformers 5.17
 
 import tpcompile
 from tests import programs, simulate
-from tests.test_families_simulated import CAPTURED, assert_equal_to_whole, captured, inputs
+from tests.test_families_simulated import CAPTURED, assert_equal_to_whole, captured, inputs, sharded
 from tpcompile import ParallelInterface, Strategy, TpCompileError
-from tpcompile.decisions import decisions_from_data, decisions_to_data
 from tpcompile.pins import make_pins
-from tpcompile.pipeline import plan_program, rewrite, split_copy
-from tpcompile.plan_layout import layout_of
-from tpcompile.planner.cost import preset
-from tpcompile.shell import whole_tensors
+from tpcompile.pipeline import rewrite
 from tpcompile.strategies.parallel_interface import STRATEGIES
 from tpcompile.strategies.read_rules import read_rules
 
@@ -266,13 +262,8 @@ def test_fewer_key_heads_than_ranks() -> None:
     """transformers' plan on four ranks with two key heads: divided as far as there are units."""
     rules = {f"model.layers.*.self_attn.{p}_proj": "colwise" for p in "qkv"}
     rules["model.layers.*.self_attn.o_proj"] = "rowwise"
-    model, base = captured("two_kv_heads")
-    base.ranks = 4
-    planned = plan_program(base, preset("cpu"), make_pins(read_rules(model, rules).wishes))
-    work = split_copy(base, planned.split_groups)
-    decisions_from_data(work, decisions_to_data(planned))
-    layout = layout_of(work, whole_tensors(model))
-    rewrite(work, training=False)
+    model, _ = captured("two_kv_heads")
+    model, work, layout = sharded("two_kv_heads", 4, read_rules(model, rules))
     assert_equal_to_whole(model, work, simulate.lower_all(work), inputs("two_kv_heads", CAPTURED))
     for name, param in layout.params.items():
         if "_proj.weight" in name and "self_attn" in name:
