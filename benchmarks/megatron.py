@@ -53,7 +53,7 @@ class Local(nn.Module):
         x = self.all_reduce(F.embedding(local * mine, self.embed) * mine.unsqueeze(-1))
         angles = torch.outer(torch.arange(length, device=x.device).float(), self.inv_freq)
         angles = torch.cat([angles, angles], -1)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin)
         part = F.linear(self._normalised(x, self.norm), self.head)
@@ -61,7 +61,8 @@ class Local(nn.Module):
         return rows.view(self.ranks, batch, length, -1).permute(1, 2, 0, 3).reshape(batch, length, -1)
 
     def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
-        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+        y = x.float()  # as transformers does in every dtype
+        return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class Layer(nn.Module):

@@ -8,19 +8,18 @@ all other sizes may be symbolic. All of it works with gloo (torch 2.13, every dt
 from __future__ import annotations
 
 import torch
-import torch.distributed._functional_collectives  # registers the meta kernels of _c10d_functional
 from torch import Tensor
 
 from tpcompile.errors import TpCompileError
 
-_C10D = torch.ops._c10d_functional
+from .send import exchange_rows, gather_rows, reduce_all, reduce_scatter_rows
 
 
 def reduce(x: Tensor, group: str, op: str) -> Tensor:
     """The elementwise reduction over the ranks, whole on each."""
     _check_op(op, x)
     # The meta kernel keeps x's strides, the real one doesn't: they agree on contiguous tensors only.
-    return _wait(_C10D.all_reduce(x.contiguous(), op, group))
+    return reduce_all(x.contiguous(), op, group)
 
 
 def gather(x: Tensor, group: str, dim: int, sizes: list[int], index: int) -> Tensor:
@@ -32,7 +31,7 @@ def gather(x: Tensor, group: str, dim: int, sizes: list[int], index: int) -> Ten
     if largest == 0:
         return x.new_empty(shape)
     padded = _fill_up(x, dim, largest)
-    rows = _wait(_C10D.all_gather_into_tensor(padded.contiguous(), ranks, group))
+    rows = gather_rows(padded.contiguous(), ranks, group)
     pieces = rows.view(ranks, *padded.shape)
     if min(sizes) == largest:
         # One copy at most, and none where nothing precedes `dim` (or only sizes of 1).
@@ -53,7 +52,7 @@ def reduce_scatter(x: Tensor, group: str, dim: int, sizes: list[int], index: int
         pieces = x.reshape(*shape[:dim], ranks, largest, *shape[dim + 1 :]).movedim(dim, 0)
     else:
         pieces = torch.stack([_fill_up(piece, dim, largest) for piece in x.split(sizes, dim)])
-    own = _wait(_C10D.reduce_scatter_tensor(pieces.contiguous(), "sum", ranks, group)).squeeze(0)
+    own = reduce_scatter_rows(pieces.contiguous(), ranks, group).squeeze(0)
     return own if sizes[index] == largest else own.narrow(dim, 0, sizes[index])
 
 
@@ -73,7 +72,7 @@ def all_to_all(
     rows = ordered.reshape(sum(dst_sizes) * own_src, *rest)
     sent = [size * own_src for size in dst_sizes]
     received = [size * own_dst for size in src_sizes]
-    result = _wait(_C10D.all_to_all_single(rows.contiguous(), received, sent, group))
+    result = exchange_rows(rows.contiguous(), received, sent, group)
     pieces = [
         piece.view(own_dst, size, *rest).movedim((0, 1), (dst, src))
         for piece, size in zip(result.split(received), src_sizes, strict=True)
@@ -102,11 +101,6 @@ def _pad(x: Tensor, dim: int, before: int, after: int) -> Tensor:
         return x.view_as(x)
     # torch counts pairs from the last dimension.
     return torch.constant_pad_nd(x, [0, 0] * (x.dim() - 1 - dim) + [before, after])
-
-
-def _wait(pending: Tensor) -> Tensor:
-    result: Tensor = _C10D.wait_tensor(pending)
-    return result
 
 
 def _normal(dim: int, x: Tensor) -> int:

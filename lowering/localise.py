@@ -203,6 +203,19 @@ def sym_size(low: Lowering, node: Node) -> Any:
     return read if whole == part else _scale(low, node, read, whole, part)
 
 
+def grouped_matmul(low: Lowering, node: Node) -> Node:
+    """torch's kernel wants rows of multiples of 16 bytes; transformers' own loop takes what has others.
+
+    The whole widths may be such multiples and a rank's parts not (1408 columns on 3 ranks).
+    """
+    given = [low.local[n] for n in operands(node)]
+    weight: torch.Tensor = given[1].meta["val"]
+    aligned = all(size * weight.itemsize % 16 == 0 for size in weight.shape[1:])
+    if aligned or node.target is not aten._grouped_mm.default or len(given) != 3:
+        return unchanged(low, node)
+    return low.emit(torch.ops.transformers.grouped_mm_fallback.default, *given, like=node)
+
+
 LOCALISERS: dict[str, Callable[[Lowering, Node], Node]] = {
     "sizes": sizes,
     "split": split,
@@ -210,4 +223,5 @@ LOCALISERS: dict[str, Callable[[Lowering, Node], Node]] = {
     "lookup": lookup,
     "groups": groups,
     "group_norm": group_norm,
+    "grouped_matmul": grouped_matmul,
 }

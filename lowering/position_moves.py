@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from . import collective_moves as moves
-
-_C10D = torch.ops._c10d_functional
+from .send import gather_rows, reduce_scatter_rows
 
 
 def scatter(x: Tensor, group: str, dim: int, ranks: int, *, zeros: bool = False) -> Tensor:
@@ -22,16 +21,13 @@ def scatter(x: Tensor, group: str, dim: int, ranks: int, *, zeros: bool = False)
     if not _fits(x.shape[dim], ranks):
         x = _pick(x, dim, torch.arange(ranks * part, device=x.device), zeros=zeros)
     pieces = x.reshape(*shape[:dim], ranks, part, *shape[dim + 1 :]).movedim(dim, 0)
-    summed = _C10D.reduce_scatter_tensor(pieces.contiguous(), "sum", ranks, group)
-    own: Tensor = _C10D.wait_tensor(summed).squeeze(0)
-    return own
+    return reduce_scatter_rows(pieces.contiguous(), ranks, group).squeeze(0)
 
 
 def gather(x: Tensor, group: str, dim: int, ranks: int, size: int) -> Tensor:
     """All positions, one behind the other, contiguous, without what was filled up."""
     shape = list(x.shape)
-    pending = _C10D.all_gather_into_tensor(x.contiguous(), ranks, group)
-    pieces = _C10D.wait_tensor(pending).view(ranks, *shape)
+    pieces = gather_rows(x.contiguous(), ranks, group).view(ranks, *shape)
     whole = pieces.movedim(0, dim).reshape(*shape[:dim], ranks * shape[dim], *shape[dim + 1 :])
     return _cut_off(whole, dim, ranks, size)
 

@@ -7,8 +7,9 @@ coincidence. Biases and norms are far from their initial zeros and ones, so that
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +29,24 @@ EXPERTS_IMPLEMENTATION = "batched_mm"
 """How transformers runs experts, in the reference and in what we compile: its loop can't be captured."""
 
 Inputs = Callable[[int, int], dict[str, Any]]
+
+_device = torch.device("cpu")
+
+
+def device() -> torch.device:
+    """Where models are built and inputs made."""
+    return _device
+
+
+@contextlib.contextmanager
+def on(kind: str) -> Iterator[None]:
+    """Builds models and makes inputs on another type of device; the values are the same."""
+    global _device
+    before, _device = _device, torch.device(kind)
+    try:
+        yield
+    finally:
+        _device = before
 
 
 @dataclass(frozen=True)
@@ -63,7 +82,7 @@ def _generator(*key: object) -> torch.Generator:
 
 def token_ids(batch: int = BATCH, seq: int = SEQ) -> Tensor:
     """Random tokens without the special ones (padding 0, begin 1, end 2)."""
-    return torch.randint(3, VOCAB, (batch, seq), generator=_generator("tokens", batch, seq))
+    return torch.randint(3, VOCAB, (batch, seq), generator=_generator("tokens", batch, seq)).to(_device)
 
 
 def causal_inputs(batch: int = BATCH, seq: int = SEQ) -> dict[str, Any]:
@@ -596,7 +615,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overri
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FAMILIES[name].build(**overrides)
-    return prepare(model, dtype, seed)
+    return prepare(model, dtype, seed).to(_device)
 
 
 def inputs(
@@ -604,7 +623,9 @@ def inputs(
 ) -> dict[str, Any]:
     """The family's inputs, floating ones in `dtype`."""
     return {
-        key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        key: value.to(_device, dtype if value.is_floating_point() else None)
+        if isinstance(value, Tensor)
+        else value
         for key, value in FAMILIES[name].inputs(batch, seq).items()
     }
 

@@ -24,7 +24,7 @@ def whole_model(model_class: Any, folder: str, dtype: Any) -> Any:
     """What transformers loads."""
     model = model_class.from_pretrained(folder, dtype=dtype)
     families.set_experts(model)
-    return model
+    return model.to(families.device())
 
 
 def same_slices(model: Any, whole: Any) -> list[str]:

@@ -85,11 +85,10 @@ def _score_error(mine: Tensor, theirs: Tensor) -> float:
     return float((mine - theirs)[finite].abs().max() / theirs[finite].abs().max())
 
 
-def compiled(name: str, cache: str) -> list[dict[str, Any]]:
+def compiled(name: str, cache: str, backend: dict[str, Any]) -> list[dict[str, Any]]:
     """Decoding under torch.compile: what was compiled and captured for a first and for a second text."""
     model = build(name)
     whole = copy.deepcopy(model)
-    backend = {"backend": "eager"}  # what is counted does not depend on it
     example = families.causal_inputs()
     sharded = tpcompile.parallelize(model, mesh(), example_kwargs=example, compile=backend)
     options = {**GREEDY, "max_new_tokens": 16, "cache_implementation": cache}

@@ -18,8 +18,13 @@ OTHER = (3, 19)
 
 
 def mesh() -> DeviceMesh:
-    """All ranks as one axis."""
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    """All ranks as one axis, over gloo: ranks may share a card, which NCCL refuses."""
+    return init_device_mesh(
+        families.device().type,
+        (dist.get_world_size(),),
+        mesh_dim_names=("tp",),
+        backend_override={"tp": "gloo"},
+    )
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -63,6 +68,7 @@ def forward(name: str, compiled: bool) -> dict[str, Any]:
         torch.equal(state[k], expected[k]) for k in state
     )
     found["programs"] = len(sharded.programs)
+    found["devices"] = {tensor.device.type for tensor in sharded.state_dict().values()}
     return found
 
 
@@ -87,7 +93,7 @@ def gradients(name: str) -> float:
     for each in (sharded, whole):
         result = families.tensors(each(**call(name, OTHER)))[output]
         weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(0))
-        (result * weights).sum().backward()
+        (result * weights.to(result.device)).sum().backward()
     layout, rank = sharded.plan.layout, dist.get_rank()
     expected = dict(whole.named_parameters())
     worst = 0.0
@@ -192,7 +198,9 @@ def programs() -> dict[str, Any]:
     model = families.build("llama")
     whole = copy.deepcopy(model)
     sharded = tpcompile.parallelize(model, mesh(), example_kwargs=call("llama", CAPTURED))
-    masked = call("llama", CAPTURED) | {"attention_mask": torch.ones(CAPTURED, dtype=torch.long)}
+    masked = call("llama", CAPTURED) | {
+        "attention_mask": torch.ones_like(call("llama", CAPTURED)["input_ids"])
+    }
     masked["attention_mask"][0, :5] = 0
     found: dict[str, Any] = {}
     try:

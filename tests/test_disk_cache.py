@@ -538,3 +538,20 @@ def test_constants_keep_their_values(folder: Path, monkeypatch: pytest.MonkeyPat
     assert one.constants.keys() == two.constants.keys()
     assert all(torch.equal(value, two.constants[name]) for name, value in one.constants.items())
     assert store.capture_repeated is not capture_repeated
+
+
+class Copied(nn.Module):
+    """A clone in another order of its dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.t().clone(memory_format=torch.contiguous_format)
+
+
+def test_an_entry_names_no_module_of_the_users() -> None:
+    """pickle would look a memory format up in any module that has imported torch, a script for instance."""
+    captured = capture_repeated(Copied(), {"x": torch.zeros(3, 4)})
+    data = store.dump_captured(captured)
+    assert b"\x8c\x17torch.contiguous_format" not in data  # as pickle writes the name of what it looks up
+    for program in (captured, store.load_captured(data)):
+        (clone,) = (n for n in program.graph_module.graph.nodes if "clone" in str(n.target))
+        assert clone.kwargs["memory_format"] is torch.contiguous_format

@@ -28,6 +28,7 @@ from tpcompile.placements import Owned, Partial, R, parse_placement
 from tpcompile.strategies.read_rules import read_rules
 
 EXPERTS = 7
+GROUPED_LOOP = "transformers.grouped_mm_fallback.default"
 
 
 class Experts(nn.Module):
@@ -95,6 +96,32 @@ def test_one_row_of_tokens_may_choose_no_expert_of_a_rank() -> None:
     for results in programs.run_ranks(work, model, x):
         torch.testing.assert_close(results[0], model(x), rtol=1e-11, atol=1e-11)
     programs.gradients_agree(work, model, x)
+
+
+class TwoGroupedMatmuls(nn.Module):
+    """torch's own kernel for sorted rows, in bfloat16, which is all that it can be captured in."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Parameter(torch.randn(3, 16, inner).bfloat16() / 4)
+        self.down = nn.Parameter(torch.randn(3, inner, 16).bfloat16() / 8)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return F.grouped_mm(F.silu(F.grouped_mm(x, self.up, offs=ends)), self.down, offs=ends)
+
+
+@pytest.mark.parametrize(("inner", "kernels"), [(48, {"aten._grouped_mm.default"}), (24, {GROUPED_LOOP})])
+def test_widths_that_torchs_kernel_does_not_take(inner: int, kernels: set[str]) -> None:
+    """It wants rows of multiples of 16 bytes: of 24 columns, 48 bytes, a rank has 24 bytes."""
+    model, given = TwoGroupedMatmuls(inner), (torch.randn(9, 16).bfloat16(), torch.tensor([2, 2, 9]).int())
+    pins = make_pins(read_rules(model, {"up": tpcompile.Shard(2), "down": tpcompile.Shard(1)}).wishes)
+    work = programs.planned(model, *given, ranks=2, pins=pins)
+    rewrite(work, training=False)
+    for local in simulate.lower_all(work):
+        assert {str(n.target) for n in local.graph.nodes if "grouped_mm" in str(n.target)} == kernels
+    for results in programs.run_ranks(work, model, *given):
+        torch.testing.assert_close(results[0], model(*given), rtol=2e-2, atol=2e-2)
 
 
 def test_the_planner_chooses() -> None:

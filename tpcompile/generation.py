@@ -69,8 +69,10 @@ class ShardedGeneration(ShardedModule):
     def _default_compile_config(self) -> Any:
         from transformers import CompileConfig
 
-        original = getattr(super(), "_default_compile_config", CompileConfig)
-        return original()
+        config = getattr(super(), "_default_compile_config", CompileConfig)()
+        if config.mode == "reduce-overhead" and dist.get_backend(self._tp.compiler.group) != "nccl":
+            config.mode = "default"  # a CUDA graph cannot hold collectives that pass through the host
+        return config
 
     def _get_static_cache_init_shape(self) -> None:
         """A static cache is made by the first program that writes to it: with this rank's heads."""

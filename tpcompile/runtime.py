@@ -16,6 +16,7 @@ from torch.utils._pytree import TreeSpec
 from .caches import Held
 from .capture import flatten_call, leaf_names
 from .capture.bind_call import CallSignature
+from .capture.cache_layers import is_count
 from .carried_caches import divide_caches, whole_caches
 from .compare_calls import can_compare, compare_call, compare_weights
 from .compile_program import Compiled, Compiler
@@ -128,8 +129,11 @@ class Runtime:
         mesh = self.compiler.mesh
         for at, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and mesh is not None and leaf.device.type != mesh.device_type:
+                name = leaf_names(bound)[at]
+                if is_count(name):  # a tensor without elements
+                    continue
                 raise TpCompileError(
-                    f"the mesh is for {mesh.device_type}, {leaf_names(bound)[at]} is on {leaf.device}",
+                    f"the mesh is for {mesh.device_type}, {name} is on {leaf.device}",
                     todo=f"move it to {mesh.device_type}",
                 )
 

@@ -128,6 +128,14 @@ def dump_captured(captured: Captured) -> bytes:
     """
     from torch.fx._graph_pickler import GraphPickler, Options  # imports Inductor
 
+    class Pickler(GraphPickler):
+        """Names memory formats by torch: pickle takes any module that has imported it, a script maybe."""
+
+        def reducer_override(self, obj: object) -> Any:
+            if isinstance(obj, torch.memory_format):
+                return _memory_format, (str(obj).rpartition(".")[2],)
+            return super().reducer_override(obj)
+
     graph = captured.graph_module.graph
     namespaces = {n.target.namespace for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
     devices = {name: str(value.device) for name, value in captured.constants.items()}
@@ -136,8 +144,12 @@ def dump_captured(captured: Captured) -> bytes:
     options = Options(ops_filter=None, node_metadata_key_filter=_KEPT_META.__contains__)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        inner = GraphPickler.dumps((devices, _fingerprint(graph), plain), options)
+        inner = Pickler.dumps((devices, _fingerprint(graph), plain), options)
         return GraphPickler.dumps((sorted(namespaces), inner), options)  # the operators must be there first
+
+
+def _memory_format(name: str) -> Any:
+    return getattr(torch, name)
 
 
 def _detached(value: torch.Tensor) -> torch.Tensor:

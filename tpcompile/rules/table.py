@@ -34,7 +34,7 @@ def refuse(why: str) -> RuleMaker:
 
 
 _DATA_DEPENDENT = "its result's shape depends on the data"
-_GROUPED = "t k, e k n, e? -> t n; whole t e; linear 0; contraction"
+_GROUPED = "t k, e k n, e? -> t n; whole t e; linear 0; contraction; localize grouped_matmul"
 
 MATMULS: dict[str, Row] = {
     "aten.linear": "... k, n k, n? -> ... n; once 2; linear 0,2; contraction",
