@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -159,6 +160,12 @@ def run_spmd(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float
             pool.close()
         pool = _pools[world_size] = Workers(world_size)
     return pool.run(fn, *args, timeout=timeout)
+
+
+def run_alone(fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> Any:
+    """Calls the module-level function `fn(*args)` in a process of its own, which has no group."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(fn, *args).result(timeout)
 
 
 @atexit.register
