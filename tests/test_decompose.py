@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
 
-from tests import programs
-from tpcompile.capture.decompose import decomposed_names
+from tests import families, programs
+from tpcompile.capture import bind_call, capture, capture_model
+from tpcompile.capture.decompose import decompose, decomposed_names, decompositions
 from tpcompile.rules import table
 from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import register_rule
@@ -54,3 +59,99 @@ def test_operators_with_rules_stay() -> None:
     kept = {"aten.linear.default", "aten.scaled_dot_product_attention.default", "aten.layer_norm.default"}
     assert not kept & set(decomposed_names())
     assert "aten.multiply.Tensor" in decomposed_names()
+
+
+class Rearranged(nn.Module):
+    """Calls that are views or not, of sizes that are products; pieces; a cast that is none."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        batch, length, width = x.shape
+        rows = x.transpose(0, 1).reshape(batch * length, width).to(torch.float64)
+        left, right = rows.float().chunk(2, dim=-1)
+        return left.contiguous() * right, rows.to(rows.dtype), rows.view_as(rows) + 1
+
+
+class Padded(nn.Module):
+    """A size that is a product of a sum: torch computes it in another way than we do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x[:, 1:]], 1).transpose(1, 2).flatten(1)
+
+
+class Writes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, 0] += 1
+        return y
+
+
+class Casts(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return x @ x.mT
+
+
+class Normed(nn.Module):
+    """In training the norm writes its running statistics, which shows when it is taken apart, last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = nn.functional.dropout(x.mT.contiguous(), 0.5, self.training)
+        return x.contiguous(), self.norm(x)
+
+
+def _captured(
+    model: nn.Module, call: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, list[str]]:
+    """How often torch traced a program anew, and the program's calls."""
+    traced = []
+    original = ExportedProgram.run_decompositions
+
+    def run(program: ExportedProgram, table: Any) -> ExportedProgram:
+        traced.append(program)
+        return original(program, table)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExportedProgram, "run_decompositions", run)
+        graph = capture(model, bind_call(model, (), call)).graph_module.graph
+    numbers: dict[Node, str] = {}
+    lines = []
+    for node in graph.nodes:
+        args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: numbers[n])
+        val = node.meta["val"] if node.op == "call_function" else None
+        layout = (val.shape, val.stride(), val.dtype) if isinstance(val, Tensor) else val
+        where = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        lines.append(f"{numbers.setdefault(node, f'%{len(numbers)}')} {node.target} {args} {layout} {where}")
+    return len(traced), lines
+
+
+TOYS = {
+    "rearranged": (Rearranged(), 0),
+    "writes": (Writes(), 1),
+    "casts": (Casts(), 1),
+    "norm": (Normed().eval(), 0),
+    "norm in training": (Normed(), 1),
+}
+
+
+@pytest.mark.parametrize("name", [*TOYS, "phi3", "bloom"])
+def test_calls_taken_apart_one_by_one_are_as_torch_has_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, expected = TOYS[name] if name in TOYS else (families.build(name), 0)
+    call = {"x": torch.randn(2, 5, 6)} if name in TOYS else families.inputs(name)
+    traced, found = _captured(model, call, monkeypatch)
+    assert traced == expected
+    assert capture_model.decompose is decompose
+    monkeypatch.setattr(capture_model, "decompose", lambda p: p.run_decompositions(decompositions()))
+    assert _captured(model, call, monkeypatch) == (1, found)
+
+
+def test_sizes_that_are_made_on_the_way() -> None:
+    work = programs.captured(Padded(), torch.randn(2, 5, 6), dynamic=True)
+    for sizes in ((2, 5, 6), (3, 9, 6)):
+        x = torch.randn(sizes)
+        torch.testing.assert_close(programs.run_whole(work, Padded(), x), [Padded()(x)])

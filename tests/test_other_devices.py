@@ -70,12 +70,7 @@ def test_a_model_on_another_device_than_the_mesh_is_refused() -> None:
 
 
 def test_programs_for_another_device_hold_nothing_of_the_cpu() -> None:
-    assert run_alone(strays, ("llama", "phi3", "mixtral", "bert"), timeout=TIMEOUT) == {
-        "llama": [],
-        "phi3": [],
-        "mixtral": [],
-        "bert": [],
-    }
+    assert run_alone(strays, ("phi3", "mixtral"), timeout=TIMEOUT) == {"phi3": [], "mixtral": []}
 
 
 def test_ranks_on_different_cards_have_the_same_text() -> None:

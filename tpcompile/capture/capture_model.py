@@ -19,7 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from tpcompile.capture.bind_call import call_model, flatten_call, leaf_names
 from tpcompile.capture.call_results import GivenCache, Results, take_results
-from tpcompile.capture.decompose import decompositions
+from tpcompile.capture.decompose import decompose
 from tpcompile.capture.dynamic_dims import Attempt, Dims, Place, attempts
 from tpcompile.capture.explain_failure import explain_failure, is_data_dependent
 from tpcompile.capture.fake_model import capture_device, fake_input, lend_fake_weights, no_fused_encoder
@@ -212,7 +212,7 @@ def _export(
         program = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
         _inline(program)
         guards = read_guards(program)
-        program = program.run_decompositions(decompositions())
+        program = decompose(program)
     taken = flat.seen.taken
     assert taken is not None
     gm, inputs, outputs, constants = flatten_program(program, model, names, leaves, flat.seen.results)

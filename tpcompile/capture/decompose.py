@@ -1,29 +1,123 @@
-"""Which composite operators a captured program is made without: those that no rule knows."""
+"""Makes exported programs without the composite operators that no rule knows, and without writes in place."""
 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils._sympy.functions import Max, Min
 
+from tpcompile.capture.take_apart import CannotTakeApart, Sizes, take_apart
+from tpcompile.graph_edit import fake_mode, value_of
 from tpcompile.rules.table import has_rule
 
 # Taken apart, these would become a loop over time steps, of as many as the example has.
 _LOOPS = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
 
 
+def decompose(program: ExportedProgram) -> ExportedProgram:
+    """The program in a functional form, of operators that have rules or that cannot be taken apart.
+
+    torch's own way traces the whole program twice more, longer than it took to export. Most programs write
+    nothing in place and have few calls to take apart, which is then done one by one.
+    """
+    # Tracing inside of an autocast region writes its casts into the graph.
+    if not torch._C._is_any_autocast_enabled() and _is_plain(program.graph):
+        try:
+            _take_apart_all(program.graph)
+            return program
+        except CannotTakeApart:
+            # What was taken apart by then is as torch would have it.
+            _name_outputs(program)
+    return program.run_decompositions(decompositions())
+
+
+def _name_outputs(program: ExportedProgram) -> None:
+    """The program's signature knows its results by the names of their nodes, some of which are others now."""
+    results: Any = program.graph.output_node().args[0]
+    for spec, result in zip(program.graph_signature.output_specs, results, strict=True):
+        if isinstance(result, Node):
+            spec.arg.name = result.name
+
+
+def _is_plain(graph: Graph) -> bool:
+    """Whether all calls are of operators that write nothing, and that torch need not take apart itself."""
+    torchs = decompositions()
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.users:
+            return False
+        if not _is_tensor_call(node):
+            continue
+        if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
+            return False
+        if node.target in torchs and not _may_alias(node.target):
+            return False
+    return True
+
+
+def _is_tensor_call(node: Node) -> bool:
+    """Not one that computes sizes, or takes one of several results."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    return isinstance(node.meta.get("val"), Tensor | list | tuple | None)
+
+
+def _take_apart_all(graph: Graph) -> None:
+    mode, sizes = fake_mode(graph), Sizes()
+    for node in graph.nodes:  # which goes on behind a node that is erased
+        if _is_tensor_call(node) and _is_composite(node.target) and _may_alias(node.target):
+            take_apart(node, sizes, mode)
+            continue
+        if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
+            _settle_strides(node, mode)
+        elif node.op != "call_function" or not _fold_size(node):
+            sizes.note(node)
+
+
+def _fold_size(node: Node) -> bool:
+    """Writes a size that turned out to be fixed as a number; the call is left without users."""
+    val = node.meta.get("val")
+    if isinstance(val, torch.SymInt) and val.node.expr.is_number:
+        val = int(val.node.expr)
+    if type(val) is not int:
+        return False
+    for user in list(node.users):
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda n: val if n is node else n)
+    return True
+
+
+def _settle_strides(node: Node, mode: FakeTensorMode) -> None:
+    """Export may have computed strides before it knew which sizes are equal: `Min(96, 96 * s)` for 96."""
+    strides = [s.node.expr for s in node.meta["val"].stride() if isinstance(s, torch.SymInt)]
+    if any(expr.has(Min, Max) for expr in strides):
+        node.meta["val"] = value_of(node.target, node.args, node.kwargs, mode)  # type: ignore[arg-type]
+
+
+def _may_alias(op: OpOverload) -> bool:
+    """Whether an operator's result may be a view of what it is given, or not: only its parts tell."""
+    aliases = any(a.alias_info is not None for a in op._schema.arguments)
+    return aliases or torch.Tag.maybe_aliasing_or_mutating in op.tags
+
+
+def _is_composite(op: OpOverload) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        op.name(), torch._C.DispatchKey.CompositeImplicitAutograd
+    )
+
+
 @functools.cache
 def _composites() -> dict[OpOverload, Callable[..., Any]]:
     """Every operator that torch composes of others, with how it does so."""
-    composite = torch._C.DispatchKey.CompositeImplicitAutograd
-    return {
-        op: how
-        for op, how in torch.export.default_decompositions().items()
-        if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), composite)
-    }
+    return {op: how for op, how in torch.export.default_decompositions().items() if _is_composite(op)}
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
