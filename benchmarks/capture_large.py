@@ -1,4 +1,4 @@
-"""Times the truncated capture of large Llamas: ``python -m tests.time_repeated_layers``."""
+"""Times the truncated capture of large Llamas: ``python -m benchmarks.capture_large``."""
 
 from __future__ import annotations
 
