@@ -85,6 +85,35 @@ class Writes(nn.Module):
         return y
 
 
+class Keeps(nn.Module):
+    """Writes of which nobody has a view: their results are new values."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = x * 2
+        before = y.sum()
+        y.add_(1).clamp_(max=2)
+        values = x.topk(2).values
+        values /= values.sum(-1, keepdim=True)
+        z = torch.bmm(x, x.mT).unsqueeze(1).mul_(3)
+        return y, before, y + x, values, z
+
+
+class Shares(nn.Module):
+    """Writes that others see: through a view taken before, through the tensor itself, in an input's copy."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = x * 2
+        first = y[:, 0]
+        y.add_(1)
+        left, right = (x + 1).chunk(2, -1)
+        left.mul_(2)
+        whole = x.exp()
+        whole.view(x.shape[0], -1).neg_()
+        counts = x.argmax(-1)
+        counts.mul_(2)
+        return first + 0, left, right, whole, counts
+
+
 class Casts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -155,3 +184,15 @@ def test_sizes_that_are_made_on_the_way() -> None:
     for sizes in ((2, 5, 6), (3, 9, 6)):
         x = torch.randn(sizes)
         torch.testing.assert_close(programs.run_whole(work, Padded(), x), [Padded()(x)])
+
+
+@pytest.mark.parametrize(("model", "traces"), [(Keeps(), 0), (Shares(), 1), (Writes(), 1)])
+def test_writes(model: nn.Module, traces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _captured(model, {"x": torch.randn(2, 5, 6)}, monkeypatch)[0] == traces
+    work = programs.captured(model, torch.randn(2, 5, 6), dynamic=True)
+    for sizes in ((2, 5, 6), (3, 9, 6)):
+        x = torch.randn(sizes)
+        expected = model(x)
+        found = programs.run_whole(work, model, x)
+        torch.testing.assert_close(found, [*expected] if isinstance(expected, tuple) else [expected])
+    assert not any(n.op == "call_function" and "_." in str(n.target) for n in work.graph.nodes)

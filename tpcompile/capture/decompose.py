@@ -16,6 +16,8 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils._sympy.functions import Max, Min
 
+from tpcompile.capture.aliases import alias_depends, is_composite
+from tpcompile.capture.drop_writes import drop_writes
 from tpcompile.capture.take_apart import CannotTakeApart, Sizes, take_apart
 from tpcompile.graph_edit import fake_mode, value_of
 from tpcompile.rules.table import has_rule
@@ -31,13 +33,12 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     nothing in place and have few calls to take apart, which is then done one by one.
     """
     # Tracing inside of an autocast region writes its casts into the graph.
-    if not torch._C._is_any_autocast_enabled() and _is_plain(program.graph):
+    if not torch._C._is_any_autocast_enabled():
         try:
-            _take_apart_all(program.graph)
+            _make_functional(program.graph)
             return program
         except CannotTakeApart:
-            # What was taken apart by then is as torch would have it.
-            _name_outputs(program)
+            _name_outputs(program)  # what was done by then is as torch would have it
     return program.run_decompositions(decompositions())
 
 
@@ -49,19 +50,20 @@ def _name_outputs(program: ExportedProgram) -> None:
             spec.arg.name = result.name
 
 
-def _is_plain(graph: Graph) -> bool:
-    """Whether all calls are of operators that write nothing, and that torch need not take apart itself."""
+def _make_functional(graph: Graph) -> None:
+    mode = fake_mode(graph)
+    drop_writes(graph, mode)
     torchs = decompositions()
     for node in graph.nodes:
         if node.op == "get_attr" and node.users:
-            return False
+            raise CannotTakeApart("a region of its own")
         if not _is_tensor_call(node):
             continue
         if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
-            return False
-        if node.target in torchs and not _may_alias(node.target):
-            return False
-    return True
+            raise CannotTakeApart(f"{node.target} writes")
+        if node.target in torchs and not alias_depends(node.target):
+            raise CannotTakeApart(f"{node.target} is made of operators with rules, maybe")
+    _take_apart_all(graph, mode)
 
 
 def _is_tensor_call(node: Node) -> bool:
@@ -71,12 +73,14 @@ def _is_tensor_call(node: Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor | list | tuple | None)
 
 
-def _take_apart_all(graph: Graph) -> None:
-    mode, sizes = fake_mode(graph), Sizes()
+def _take_apart_all(graph: Graph, mode: FakeTensorMode) -> None:
+    sizes = Sizes()
     for node in graph.nodes:  # which goes on behind a node that is erased
-        if _is_tensor_call(node) and _is_composite(node.target) and _may_alias(node.target):
+        if _is_tensor_call(node) and is_composite(node.target) and alias_depends(node.target):
             take_apart(node, sizes, mode)
             continue
+        if node.target is torch.ops.aten.lift_fresh_copy.default:
+            node.target = torch.ops.aten.clone.default  # as functionalisation has it
         if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
             _settle_strides(node, mode)
         elif node.op != "call_function" or not _fold_size(node):
@@ -102,22 +106,10 @@ def _settle_strides(node: Node, mode: FakeTensorMode) -> None:
         node.meta["val"] = value_of(node.target, node.args, node.kwargs, mode)  # type: ignore[arg-type]
 
 
-def _may_alias(op: OpOverload) -> bool:
-    """Whether an operator's result may be a view of what it is given, or not: only its parts tell."""
-    aliases = any(a.alias_info is not None for a in op._schema.arguments)
-    return aliases or torch.Tag.maybe_aliasing_or_mutating in op.tags
-
-
-def _is_composite(op: OpOverload) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        op.name(), torch._C.DispatchKey.CompositeImplicitAutograd
-    )
-
-
 @functools.cache
 def _composites() -> dict[OpOverload, Callable[..., Any]]:
     """Every operator that torch composes of others, with how it does so."""
-    return {op: how for op, how in torch.export.default_decompositions().items() if _is_composite(op)}
+    return {op: how for op, how in torch.export.default_decompositions().items() if is_composite(op)}
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:

@@ -1,0 +1,38 @@
+"""What is known of an operator's result and its inputs: is it new, or may it be a view of one of them?"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+# Composite, without a word about aliases in their schemas, and new whatever they are given.
+_NEW = ("aten.linear", "aten.matmul")
+
+
+def is_composite(op: OpOverload) -> bool:
+    """Whether torch composes an operator of others."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        op.name(), torch._C.DispatchKey.CompositeImplicitAutograd
+    )
+
+
+def alias_depends(op: OpOverload) -> bool:
+    """Whether an operator's result is, or may be, a view of what it is given, by its schema."""
+    aliases = any(a.alias_info is not None for a in op._schema.arguments)
+    return aliases or torch.Tag.maybe_aliasing_or_mutating in op.tags
+
+
+def may_alias(node: Node) -> bool:
+    """Whether a call's result may share memory with what it is given, or with another call's result."""
+    if node.op == "output" or not isinstance(node.meta.get("val"), Tensor | list | tuple):
+        return False
+    if node.target is operator.getitem:
+        several: Node = node.args[0]  # type: ignore[assignment]
+        return may_alias(several) or any(n is not node and n.args == node.args for n in several.users)
+    if not isinstance(node.target, OpOverload) or alias_depends(node.target):
+        return True
+    return is_composite(node.target) and not str(node.target).startswith(_NEW)

@@ -1,0 +1,71 @@
+"""Writes into tensors that nobody else sees, as the values that they leave behind.
+
+``y = x.add_(z)`` is ``y = x.add(z)`` where x is new and nothing is a view of it; whoever used x later uses y.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
+
+from tpcompile.capture.aliases import may_alias
+from tpcompile.graph_edit import call
+
+
+def drop_writes(graph: Graph, mode: FakeTensorMode) -> None:
+    """Replaces the writes of a graph that have no other effect than their result; others stay.
+
+    Args:
+        graph: an exported program's.
+        mode: the mode of its fake tensors.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        target = without_write(node.target) if node.op == "call_function" else None
+        if target is None or not isinstance(written := node.args[0], Node) or not _is_private(written, node):
+            continue
+        with graph.inserting_before(node):
+            new = call(graph, target, node.args, node.kwargs, like=node, mode=mode)
+        if not _are_alike(new, written):
+            graph.erase_node(new)
+            continue
+        order[new] = order[node]
+        for user in list(written.users):
+            if order[user] > order[new]:
+                user.replace_input_with(written, new)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def without_write(op: object) -> OpOverload | None:
+    """The operator that computes what another one, which ends in ``_``, writes into its first argument."""
+    if not isinstance(op, OpOverload) or op.namespace != "aten" or not op._schema.is_mutable:
+        return None
+    written = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
+    name = op._schema.name.removeprefix("aten::")
+    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
+    if (
+        written[:1] != [True]
+        or any(written[1:])
+        or op._overloadname not in getattr(packet, "overloads", list)()
+    ):
+        return None
+    found: OpOverload = getattr(packet, op._overloadname)
+    return None if found._schema.is_mutable else found
+
+
+def _is_private(tensor: Node, writer: Node) -> bool:
+    """Whether nobody else sees a tensor's memory: it is new, or the only view of what is; it has no views."""
+    if tensor.op != "call_function" or any(may_alias(user) for user in tensor.users if user is not writer):
+        return False
+    if not may_alias(tensor):
+        return True
+    viewed = tensor.args[0]
+    return isinstance(viewed, Node) and len(viewed.users) == 1 and _is_private(viewed, tensor)
+
+
+def _are_alike(one: Node, other: Node) -> bool:
+    a, b = one.meta["val"], other.meta["val"]
+    return bool(a.dtype == b.dtype and str(a.shape) == str(b.shape))
