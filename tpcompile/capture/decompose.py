@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import extract_val
 from torch.fx.node import map_arg
 from torch.utils._sympy.functions import Max, Min
 
@@ -103,7 +104,7 @@ def _settle_strides(node: Node, mode: FakeTensorMode) -> None:
     """Export may have computed strides before it knew which sizes are equal: `Min(96, 96 * s)` for 96."""
     strides = [s.node.expr for s in node.meta["val"].stride() if isinstance(s, torch.SymInt)]
     if any(expr.has(Min, Max) for expr in strides):
-        node.meta["val"] = value_of(node.target, node.args, node.kwargs, mode)  # type: ignore[arg-type]
+        node.meta["val"] = extract_val(value_of(node.target, node.args, node.kwargs, mode))  # type: ignore[arg-type]
 
 
 @functools.cache

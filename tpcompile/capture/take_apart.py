@@ -16,6 +16,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node, Proxy
+from torch.fx.experimental.proxy_tensor import extract_val
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -114,7 +115,7 @@ class _Recorder(TorchDispatchMode):
 
     def _add(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
         call = self.graph.call_function(target, args, kwargs)
-        call.meta.update(self.place, val=val)
+        call.meta.update(self.place, val=extract_val(val))  # which is no view of another value
         self.found[id(val)] = call
         self.alive.append(val)
         return call
