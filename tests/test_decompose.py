@@ -62,13 +62,13 @@ def test_operators_with_rules_stay() -> None:
 
 
 class Rearranged(nn.Module):
-    """Calls that are views or not, of sizes that are products; pieces; a cast that is none."""
+    """Calls that are views or not, of sizes that are products; pieces; a cast that does nothing."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         batch, length, width = x.shape
         rows = x.transpose(0, 1).reshape(batch * length, width).to(torch.float64)
         left, right = rows.float().chunk(2, dim=-1)
-        return left.contiguous() * right, rows.to(rows.dtype), rows.view_as(rows) + 1
+        return left.contiguous() * right, rows.to(rows.dtype), rows + 1
 
 
 class Padded(nn.Module):

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from tpcompile.graph_edit import KEPT_META
+from tpcompile.graph_edit import KEPT_META, behind
 
 
 class CannotTakeApart(Exception):
@@ -31,26 +31,38 @@ class CannotTakeApart(Exception):
 
 
 class Sizes:
-    """What computes the sizes in a graph, as far as it has been looked at.
-
-    Attributes:
-        calls: by size, the call that computes it.
-        inputs: by size, an input and the dimension of it that has this size.
-    """
+    """What says how large the open sizes of a graph are, as far as it has been looked at."""
 
     def __init__(self) -> None:
-        self.calls: dict[sympy.Expr, Node] = {}
-        self.inputs: dict[sympy.Expr, tuple[Node, int]] = {}
+        self._calls: dict[sympy.Expr, Node] = {}
+        self._inputs: dict[sympy.Expr, tuple[Node, int]] = {}
+        self._last: Node | None = None
 
     def note(self, node: Node) -> None:
-        """Remembers a call that computes a size, or an input."""
+        """Remembers a call that gives an open size, or an input."""
         val = node.meta.get("val")
-        if isinstance(val, torch.SymInt):
-            self.calls.setdefault(val.node.expr, node)
+        if isinstance(val, torch.SymInt) and val.node.expr.is_Symbol:
+            self._calls.setdefault(val.node.expr, node)
         elif node.op == "placeholder" and isinstance(val, Tensor):
             for dim, size in enumerate(val.shape):
                 if isinstance(size, torch.SymInt):
-                    self.inputs.setdefault(size.node.expr, (node, dim))
+                    self._inputs.setdefault(size.node.expr, (node, dim))
+
+    def of(self, symbol: sympy.Expr) -> Node:
+        """The call that gives an open size; if there is none, it is added behind the inputs.
+
+        Raises:
+            CannotTakeApart: no input has such a size.
+        """
+        if symbol not in self._calls:
+            if symbol not in self._inputs:
+                raise CannotTakeApart(f"no input has the size {symbol}")
+            given, dim = self._inputs[symbol]
+            with given.graph.inserting_before(behind(self._last or given)):
+                call = given.graph.call_function(torch.ops.aten.sym_size.int, (given, dim))
+            call.meta["val"] = given.meta["val"].shape[dim]
+            self._calls[symbol] = self._last = call
+        return self._calls[symbol]
 
 
 def take_apart(node: Node, sizes: Sizes, mode: FakeTensorMode) -> None:
@@ -58,7 +70,7 @@ def take_apart(node: Node, sizes: Sizes, mode: FakeTensorMode) -> None:
 
     Args:
         node: a call of an operator.
-        sizes: what computes sizes before it; grows.
+        sizes: what says how large open sizes are; grows.
         mode: the mode of the graph's fake tensors.
 
     Raises:
@@ -90,7 +102,9 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.graph, self.node, self.sizes = graph, node, sizes
         self.place = {k: node.meta[k] for k in KEPT_META if k in node.meta}
-        self.found = {id(n.meta["val"]): n for n in node.all_input_nodes}
+        given = {n: n.meta["val"] for n in node.all_input_nodes}
+        self.found = {id(val): n for n, val in given.items()}
+        self.given = {val.node.expr: n for n, val in given.items() if isinstance(val, torch.SymInt)}
         self.alive: list[Any] = []  # else another tensor may get the id of one that was written down
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,23 +146,16 @@ class _Recorder(TorchDispatchMode):
     def _size(self, expr: sympy.Expr) -> Node | int:
         if expr.is_number:
             return int(expr)
-        calls = self.sizes.calls
-        if expr not in calls and expr in self.sizes.inputs:
-            val = self.sizes.inputs[expr][0].meta["val"].shape[self.sizes.inputs[expr][1]]
-            calls[expr] = self._add(torch.ops.aten.sym_size.int, self.sizes.inputs[expr], {}, val)
-        elif expr not in calls and not expr.is_Symbol:
-            self._compute(expr)
-        if expr not in calls:
-            raise CannotTakeApart(f"no size is {expr}")
-        return calls[expr]
+        if expr in self.given:
+            return self.given[expr]
+        return self.sizes.of(expr) if expr.is_Symbol else self._compute(expr)
 
-    def _compute(self, expr: sympy.Expr) -> None:
-        """Adds the calls that compute a size from others."""
-        symbols = {symbol: Proxy(self._size(symbol)) for symbol in sorted(expr.free_symbols, key=str)}  # type: ignore[arg-type]
-        last = self.node.prev
-        sympy_interp(PythonReferenceAnalysis, symbols, expr)
-        while (new := last.next) is not self.node:
+    def _compute(self, expr: sympy.Expr) -> Node:
+        """Adds calls that compute a size; not for others to use, so that equal layers stay equal."""
+        symbols = {symbol: Proxy(self.sizes.of(symbol)) for symbol in sorted(expr.free_symbols, key=str)}
+        new = self.node.prev
+        result: Proxy = sympy_interp(PythonReferenceAnalysis, symbols, expr)
+        while (new := new.next) is not self.node:
             args = map_arg(new.args, lambda n: n.meta["val"])
             new.meta.update(self.place, val=new.target(*args))  # type: ignore[operator]
-            self.sizes.note(new)
-            last = new
+        return result.node
