@@ -7,29 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 
+from benchmarks.plan_large import llama
 from tpcompile.capture import bind_call, repeated_layers
-
-SIZES = {
-    "70B": (80, 8192, 28672, 64),
-    "405B": (126, 16384, 53248, 128),
-}
-
-
-def llama(layers: int, hidden: int, width: int, heads: int) -> Any:
-    """A model on the meta device."""
-    config = transformers.AutoConfig.for_model(
-        "llama",
-        vocab_size=128256,
-        hidden_size=hidden,
-        intermediate_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-    )
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def timed(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,9 +29,9 @@ def main() -> None:
     """Prints a line per step."""
     for name in ("find_repeats", "capture", "compare_layers"):
         setattr(repeated_layers, name, timed(name, getattr(repeated_layers, name)))
-    for name, sizes in SIZES.items():
-        model = llama(*sizes)
-        print(f"Llama {name}, {sizes[0]} layers")
+    for name in ("70b", "405b"):
+        model = llama(name).eval()
+        print(f"Llama {name}, {model.config.num_hidden_layers} layers")
         bound = bind_call(model, (), {"input_ids": torch.zeros(2, 7, dtype=torch.long), "use_cache": False})
         captured = timed("capture_repeated", repeated_layers.capture_repeated)(model, bound)
         assert isinstance(captured, repeated_layers.ShortCapture), captured.notes

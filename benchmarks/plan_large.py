@@ -11,7 +11,7 @@ import sys
 import time
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import tpcompile
 
@@ -37,15 +37,21 @@ SIZES = {
 }
 
 
+def llama(name: str) -> PreTrainedModel:
+    """One of the sizes, on the meta device."""
+    config = LlamaConfig(**SIZES[name], num_key_value_heads=8, vocab_size=128256)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model
+
+
 def main() -> None:
     """Plans each size and prints seconds, peak memory and the fullest rank's share."""
     os.environ["TPCOMPILE_CACHE"] = "0"  # what was captured before would take no time
     print("| model | layers | seconds | of these capture | peak memory, GiB | share of the fullest rank |")
     print("|---|---|---|---|---|---|")
     for name in sys.argv[1:] or list(SIZES):
-        config = LlamaConfig(**SIZES[name], num_key_value_heads=8, vocab_size=128256)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = llama(name)
         start = time.perf_counter()
         ids = torch.zeros(2, 16, dtype=torch.long)
         plan = tpcompile.plan(model, 8, example_kwargs={"input_ids": ids, "use_cache": False})
@@ -53,7 +59,7 @@ def main() -> None:
         share = plan.layout.held(0) * 8 / plan.model_bytes
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
-            f"| {name} | {config.num_hidden_layers} | {total:.1f} | {plan.timings['capture']:.1f} "
+            f"| {name} | {model.config.num_hidden_layers} | {total:.1f} | {plan.timings['capture']:.1f} "
             f"| {peak:.1f} | {share:.3f} |",
             flush=True,
         )

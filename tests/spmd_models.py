@@ -198,9 +198,8 @@ def programs() -> dict[str, Any]:
     model = families.build("llama")
     whole = copy.deepcopy(model)
     sharded = tpcompile.parallelize(model, mesh(), example_kwargs=call("llama", CAPTURED))
-    masked = call("llama", CAPTURED) | {
-        "attention_mask": torch.ones_like(call("llama", CAPTURED)["input_ids"])
-    }
+    masked = call("llama", CAPTURED)
+    masked["attention_mask"] = torch.ones_like(masked["input_ids"])
     masked["attention_mask"][0, :5] = 0
     found: dict[str, Any] = {}
     try:
