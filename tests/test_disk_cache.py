@@ -27,7 +27,7 @@ from tests import families
 from tests.spmd import run_spmd
 from tests.toys import Mlp, Rearranged
 from tpcompile import disk_cache
-from tpcompile.capture import Captured, bind_call, flatten_call
+from tpcompile.capture import Captured, bind_call, describe_code, flatten_call
 from tpcompile.capture import store_capture as store
 from tpcompile.capture.repeated_layers import ShortCapture, capture_repeated, unroll_captured
 from tpcompile.capture.store_capture import capture_cached, capture_name
@@ -336,6 +336,36 @@ def test_changed_sources_are_missed(folder: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(torch, "__version__", "1.0")
     names.append(name_of(model, X))
     assert len(set(names)) == 5 and None not in names
+
+
+def test_each_file_is_read_once_and_none_for_type_checkers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large library on the path (an editable install of transformers) is looked through in seconds."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package = tmp_path / "lazy_package"
+    package.mkdir()
+    lazily = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import unused\n"
+    (package / "__init__.py").write_text(lazily + "else:\n    from . import used\n")
+    (package / "unused.py").write_text("")
+    (package / "used.py").write_text("from . import tool\n")
+    (package / "tool.py").write_text("from . import used\ndef tool(x):\n    return x + 1\n")
+    (package / "model.py").write_text(
+        "from torch import nn\nfrom .tool import tool\nclass M(nn.Module):\n"
+        "    def forward(self, x):\n        return tool(x)\n"
+    )
+    read: list[str] = []
+    imported_files = describe_code._imported_files
+
+    def reads(path: str) -> Iterator[str]:
+        read.append(path)
+        return imported_files(path)
+
+    monkeypatch.setattr(describe_code, "_imported_files", reads)
+
+    assert name_of(importlib.import_module("lazy_package.model").M(), X) is not None
+    read = [Path(path).name for path in read if path.startswith(str(package))]
+    assert sorted(read) == ["__init__.py", "model.py", "tool.py", "used.py"]
 
 
 class Lazy(nn.Module):

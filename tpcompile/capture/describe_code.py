@@ -15,7 +15,7 @@ import inspect
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
@@ -153,12 +153,12 @@ class CodeDescription:
 
     def _add_file(self, path: str) -> str:
         """The hash of a source file; files of the user's own bring those that they import."""
-        if path in self._seen:
-            return file_hash(path)
-        self._seen.add(path)
-        if not _installed(path):
-            self._packages |= packages_imported(path)
-            self.facts.append(("imports", [file_hash(found) for found in own_imports(path)]))
+        if path not in self._seen:
+            files = [path] if _installed(path) else own_files(path, self._seen)
+            self._seen.update(files)
+            if not _installed(path):
+                self._packages |= _packages_imported(files)
+                self.facts.append(("files", [file_hash(found) for found in files]))
         return file_hash(path)
 
 
@@ -227,24 +227,26 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def own_imports(path: str) -> list[str]:
-    """The files that a file imports, directly or not, as far as they are not installed; without importing."""
-    found: dict[str, None] = {}
+def own_files(path: str, known: Collection[Any] = ()) -> list[str]:
+    """A file, and those that it imports, directly or not, as far as they are neither installed nor known.
+
+    The files are read, nothing is imported.
+    """
+    found = {path}
     todo = [path]
     while todo:
-        at = todo.pop()
-        for imported in _imported_files(at):
-            if imported not in found and imported != path and not _installed(imported):
-                found[imported] = None
+        for imported in _imported_files(todo.pop()):
+            if imported not in found and imported not in known and not _installed(imported):
+                found.add(imported)
                 if imported.endswith(".py"):
                     todo.append(imported)
     return sorted(found)
 
 
-def packages_imported(path: str) -> set[str]:
-    """The first parts of the names that a file and its own imports import."""
-    files = [path, *(found for found in own_imports(path) if found.endswith(".py"))]
-    return {name.split(".")[0] for at in files for level, name in _import_names(at) if not level}
+def _packages_imported(files: Iterable[str]) -> set[str]:
+    """The first parts of the absolute names that files import."""
+    names = (name for at in files if at.endswith(".py") for level, name in _import_names(at) if not level)
+    return {name.split(".")[0] for name in names}
 
 
 def _imported_files(path: str) -> Iterator[str]:
@@ -270,13 +272,25 @@ def _parse_imports(path: str, content: str) -> tuple[tuple[int, str], ...]:
     except (SyntaxError, ValueError):
         return ()
     found: dict[tuple[int, str], None] = {}
-    for node in ast.walk(tree):
+    todo: list[ast.AST] = [tree]
+    while todo:
+        node = todo.pop()
         if isinstance(node, ast.Import):
             found.update({(0, alias.name): None for alias in node.names})
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             found.update({(node.level, ".".join(filter(None, (base, a.name)))): None for a in node.names})
+        elif isinstance(node, ast.If) and _for_type_checkers(node.test):
+            todo.extend(node.orelse)
+        else:
+            todo.extend(ast.iter_child_nodes(node))
     return tuple(found)
+
+
+def _for_type_checkers(test: ast.expr) -> bool:
+    """Whether a condition is ``TYPE_CHECKING``: lazily importing packages name all of their modules there."""
+    name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", None)
+    return name == "TYPE_CHECKING"
 
 
 def _absolute(parts: list[str]) -> Iterator[str]:
