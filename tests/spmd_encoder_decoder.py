@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 
 import tpcompile
 from tests import families
@@ -63,29 +64,30 @@ def caller_cache(name: str) -> dict[str, Any]:
     return {"errors": worst, "programs": len(sharded.programs)}
 
 
-def picture() -> dict[str, Any]:
+def picture(folder: str) -> dict[str, Any]:
     """A model whose vision tower reads tensor values as python numbers, composed of captured parts."""
-    model = families.build("qwen2_vl", torch.float64)
-    whole = copy.deepcopy(model)
+    whole = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64).eval()
     example = families.picture_inputs(2, 9)
     example["pixel_values"] = example["pixel_values"].double()
     refusal = ""
     try:
-        tpcompile.parallelize(model, mesh(), example_kwargs=example)
+        tpcompile.parallelize(copy.deepcopy(whole), mesh(), example_kwargs=example, compose=False)
     except tpcompile.TpCompileError as raised:
         refusal = str(raised)
-    with warnings.catch_warnings(record=True) as caught:
+    sharded = tpcompile.from_pretrained(folder, mesh(), dtype=torch.float64)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
-        sharded = tpcompile.parallelize(model, mesh(), example_kwargs=example, compose=True)
-        with torch.no_grad():
-            worst = error(sharded(**example), whole(**example))
+        worst = error(sharded(**example), whole(**example))
+    entries = [program.entry for program in sharded.programs]
+    given = {name: value for name, value in example.items() if name != "use_cache"} | GREEDY
     layout = sharded._tp.layout
     state, expected = sharded.full_state_dict(), whole.state_dict()
     return {
         "refusal": refusal,
         "error": worst,
         "warnings": sum("runs as python" in str(w.message) for w in caught),
-        "entries": [program.entry for program in sharded.programs],
+        "entries": entries,
+        "tokens": torch.equal(sharded.generate(**given), whole.generate(**given)),
         "vision": layout.local_shape("model.visual.blocks.0.mlp.fc1.weight", dist.get_rank()),
         "state": all(torch.equal(state[k], expected[k]) for k in expected),
     }

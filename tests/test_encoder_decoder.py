@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests import spmd_encoder_decoder
+from pathlib import Path
+
+from tests import families, spmd_encoder_decoder
 from tests.spmd import run_spmd
 
 
@@ -16,11 +18,14 @@ def test_encoder_decoder_generates() -> None:
         assert found["shapes"] == [(3, 4, 8, 12)] * 4 + [(3, 4, 9, 12)] * 4
 
 
-def test_pictures_are_composed() -> None:
-    for found in run_spmd(spmd_encoder_decoder.picture, 2, timeout=400):
+def test_pictures_are_composed(tmp_path: Path) -> None:
+    """The model is loaded and planned by a call without one; its parts follow at the first picture."""
+    families.build("qwen2_vl").save_pretrained(tmp_path)  # type: ignore[operator]
+    for found in run_spmd(spmd_encoder_decoder.picture, 2, str(tmp_path), timeout=400):
         assert "compose=True" in found["refusal"]
         assert found["error"] <= 1e-6  # rotary tables are computed in float32
         assert found["warnings"] == 5  # the model, its inner model, the tower, its block, its attention
         assert found["entries"][0] == "" and "model.language_model" in found["entries"]
+        assert found["tokens"]
         assert found["vision"] == (40, 40)  # of 80 rows
         assert found["state"]

@@ -20,9 +20,9 @@ TIMEOUT = 300
 
 
 @functools.cache
-def plan_of(name: str, rules: str = "auto") -> tpcompile.Plan:
-    example = families.inputs(name, 2, 16)
-    return tpcompile.plan(families.build(name), 2, example_kwargs=example, plan=rules, cost_model="cpu")
+def plan_of(name: str, rules: str = "auto", vocab_size: int = families.VOCAB) -> tpcompile.Plan:
+    model, example = families.build(name, vocab_size=vocab_size), families.inputs(name, 2, 16)
+    return tpcompile.plan(model, 2, example_kwargs=example, plan=rules, cost_model="cpu")
 
 
 def test_the_plan_of_a_model_and_of_its_config() -> None:
@@ -88,7 +88,9 @@ def test_an_exported_plan(name: str) -> None:
     lost = [str(w.message) for w in caught if "no style" in str(w.message)]
     if name == "phi3":
         assert len(lost) == 1 and "qkv_proj" in lost[0]
-        assert rules["model.layers.*.self_attn.qkv_proj"] == "replicate"
+        assert (
+            rules.get("model.layers.*.self_attn.qkv_proj", "replicate") == "replicate"
+        )  # 5.17 has no style for it
         assert rules["model.layers.*.self_attn.o_proj"] == "rowwise_split_input"
     else:
         assert not lost
@@ -103,10 +105,11 @@ def test_a_plan_from_disk_cannot_be_exported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "mixtral"])
 def test_plain_transformers_takes_an_exported_plan(name: str, tmp_path: Path) -> None:
-    model = families.build(name)
+    vocab_size = 260  # 5.17 wants a head that can be divided
+    model = families.build(name, vocab_size=vocab_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rules = tpcompile.to_hf_plan(plan_of(name))
+        rules = tpcompile.to_hf_plan(plan_of(name, vocab_size=vocab_size))
     model.save_pretrained(tmp_path)  # type: ignore[operator]
     found = run_spmd(spmd_strategies.load_exported, 2, str(tmp_path), rules, timeout=TIMEOUT)
     width = model.get_parameter("model.layers.0.self_attn.o_proj.weight").shape[1]

@@ -47,7 +47,7 @@ def parallelize(
     cost_model: CostModel | str | None = None,
     memory: float | None = None,
     passes: Sequence[Pass] = (),
-    compose: bool = False,
+    compose: bool | None = None,
     compare_calls: bool = False,
     sequence_parallel: bool = False,
 ) -> Any:
@@ -73,7 +73,8 @@ def parallelize(
         memory: bytes of weights that a rank may hold.
         passes: passes to run after the compiler's own.
         compose: run a module that cannot be captured as the python that it is, over its submodules, which
-            are captured one by one, down to single layers. Every such module is warned about.
+            are captured one by one, down to single layers. Every such module is warned about. None: if
+            the model is one of transformers.
         compare_calls: compare the arguments of every call over the ranks before it runs, which takes one
             small message each. Without it only the first call of each program is compared.
         sequence_parallel: between the blocks, in norms and residual additions, each rank computes some of
@@ -225,7 +226,7 @@ def _options(
     dynamic: bool | Mapping[str, Any],
     memory: float | None,
     passes: Sequence[Pass],
-    compose: bool = False,
+    compose: bool | None = False,
     sequence_parallel: bool = False,
 ) -> Options:
     sharded = next((name for name, part in model.named_modules() if isinstance(part, FixedModule)), None)
@@ -241,6 +242,8 @@ def _options(
     cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model or device)
     given = plan if isinstance(plan, Plan) else None
     sequence = sequence_parallel or rules.sequence
+    if compose is None:
+        compose = hasattr(model, "main_input_name")  # transformers' models say what theirs is
     return Options(cost, rules, dynamic, memory, tuple(passes), given, custom, compose, sequence)
 
 

@@ -35,6 +35,8 @@ def from_pretrained(
     cost_model: CostModel | str | None = None,
     memory: float | None = None,
     passes: Sequence[Pass] = (),
+    compose: bool | None = None,
+    compare_calls: bool = False,
     sequence_parallel: bool = False,
     attn_implementation: str | None = None,
     generation_config: Any = None,
@@ -54,7 +56,7 @@ def from_pretrained(
         mesh: the device mesh; by default one axis over all processes, which are connected first if torchrun
             started them.
         dtype: the type of the model; None or ``"auto"``: the checkpoint's.
-        plan: see ``parallelize``, as for ``axis`` and all from ``dynamic`` to ``passes``.
+        plan: see ``parallelize``, as for ``axis`` and all from ``dynamic`` to ``compare_calls``.
         config: a configuration in the place of the checkpoint's.
         model_class: the model's class, or an ``AutoModelFor...``; by default the checkpoint's.
         axis: the name of the mesh axis to divide over, for a mesh of several.
@@ -65,6 +67,8 @@ def from_pretrained(
         cost_model: a ``CostModel`` or the name of a preset.
         memory: bytes of weights that a rank may hold.
         passes: passes to run after the compiler's own.
+        compose: run what cannot be captured as python over its submodules; by default it is.
+        compare_calls: compare the arguments of every call over the ranks before it runs.
         sequence_parallel: divide the sequence between the blocks.
         attn_implementation: ``"sdpa"``, ``"eager"``, or one that you registered with transformers.
         generation_config: in the place of the checkpoint's.
@@ -122,6 +126,8 @@ def from_pretrained(
         cost_model=cost_model,
         memory=memory,
         passes=passes,
+        compose=compose,
+        compare_calls=compare_calls,
         sequence_parallel=sequence_parallel,
     )
     runtime: Runtime = model._tp
