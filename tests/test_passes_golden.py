@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from tests import programs, toys
 from tests.golden_text import stable_text
+from tpcompile.errors import CannotCapture
 from tpcompile.markers import COMMUNICATING, all_reduce, all_reduce_coalesced
 from tpcompile.passes.annotate_placements import AnnotatePlacements
 from tpcompile.passes.canonicalise import Canonicalise
 from tpcompile.passes.choose_collectives import ChooseCollectives
 from tpcompile.passes.coalesce_collectives import CoalesceCollectives
 from tpcompile.passes.divide_sequence import DivideSequence
+from tpcompile.passes.flatten_strided import FlattenStrided
 from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
 from tpcompile.passes.insert_reshards import InsertReshards
 from tpcompile.passes.keep_whole import KeepWhole
@@ -86,6 +88,7 @@ CASES = {
     "canonicalise_rearranged": Case(toys.Rearranged, X12, CANONICAL, -2, planned=False),
     "canonicalise_dynamic": Case(_attention(True), X20, CANONICAL, -1, planned=False, dynamic=True),
     "canonicalise_weight_norm": Case(toys.NormedConvolution, X12, CANONICAL, 3, planned=False),
+    "flatten_strided_windows": Case(toys.Windows, X12, FlattenStrided(), 3, planned=False),
     "simplify_masks_masked": Case(
         toys.Masked, X12, SimplifyMasks(), -6, (CANONICAL,), planned=False, dynamic=True
     ),
@@ -154,6 +157,7 @@ TOYS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
     "parallel": (toys.Parallel, X20),
     "norms": (toys.NormedHeads, X20),
     "rearranged": (toys.Rearranged, X12),
+    "windows": (toys.Windows, X12),
     "tower": (toys.Tower, PAIR),
     "weight_norm": (toys.NormedConvolution, X12),
     "repeated": (toys.Repeated, X12),
@@ -261,3 +265,14 @@ def test_conversions_are_shared() -> None:
     text = work.text()
     assert text.count(" = all_reduce(") == 2
     assert text.count(" = copy_to_ranks(") == 2
+
+
+def test_memory_with_gaps_is_not_read_by_strides() -> None:
+    """What lies in the gaps is no part of the value."""
+
+    class Gaps(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, ::2].as_strided((3, 4), (8, 2), 1)
+
+    with pytest.raises(CannotCapture, match="strides"):
+        programs.canonicalised(Gaps(), torch.randn(3, 8))

@@ -224,3 +224,58 @@ class Repeated(nn.Module):
         inner = F.relu(self.up(x)).unflatten(-1, (4, 5))
         y: Tensor = self.down(inner.repeat_interleave(3, dim=2, output_size=12).flatten(2))
         return y
+
+
+class Windows(nn.Module):
+    """Overlapping windows of three positions per head, read by strides from a transposed value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, seq, _ = x.shape
+        heads = self.up(x).view(batch, seq, 4, 6).transpose(1, 2)
+        step, head, position, one = heads.stride()
+        strides = (step, head, position, position, one)
+        windows = heads.as_strided((batch, 4, seq - 3, 3, 6), strides, position)  # not from the first on
+        y: Tensor = self.down(windows.sum(3).transpose(1, 2).flatten(2))
+        return y
+
+
+class Table(nn.Module):
+    """Rows of a table, by their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(16, 12))
+
+    def forward(self, count: int) -> Tensor:
+        return self.rows[:count]
+
+
+class ChosenExperts(nn.Module):
+    """A python loop over the experts that some row has chosen; all of them if it is dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 12, 12))
+
+    def forward(self, x: Tensor, dense: bool) -> Tensor:
+        choice = x.argmax(-1) % 4
+        result = torch.zeros_like(x)
+        for expert in range(4) if dense else choice.unique().tolist():
+            result = result + (x @ self.weight[expert]) * (choice == expert)[..., None]
+        return result
+
+
+class PartlyCapturable(nn.Module):
+    """An MLP, a table, and experts whose python depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.experts, self.mlp = Table(), ChosenExperts(), Mlp()
+
+    def forward(self, x: Tensor, dense: bool = False) -> Tensor:
+        y: Tensor = self.mlp(self.experts(x + self.table(x.shape[1]), dense))
+        return y

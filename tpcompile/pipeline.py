@@ -12,6 +12,7 @@ from .passes.choose_collectives import ChooseCollectives
 from .passes.coalesce_collectives import CoalesceCollectives
 from .passes.divide_sequence import DivideSequence
 from .passes.expand_randomness import ExpandRandomness
+from .passes.flatten_strided import FlattenStrided
 from .passes.insert_gradient_copies import InsertGradientCopies
 from .passes.insert_reshards import InsertReshards
 from .passes.lift_reductions import LiftReductions
@@ -26,7 +27,7 @@ from .work import Work
 
 def before_planning() -> list[Pass]:
     """Passes that give the planner one form of everything."""
-    return [Canonicalise(), SimplifyMasks(), ExpandRandomness()]
+    return [FlattenStrided(), Canonicalise(), SimplifyMasks(), ExpandRandomness()]
 
 
 def after_planning(
