@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
+from transformers import StaticCache
 
 from tests import families, programs
 from tpcompile.capture import bind_call, capture, capture_model
@@ -114,6 +115,25 @@ class Shares(nn.Module):
         return first + 0, left, right, whole, counts
 
 
+class Counts(nn.Module):
+    """Writes into buffers: into all of one, twice, and into a part of another."""
+
+    def __init__(self, parts: bool) -> None:
+        super().__init__()
+        self.parts = parts
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("sums", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.count + 1
+        self.count.add_(1).mul_(2)
+        self.sums.copy_(x.sum((0, 1)))
+        if self.parts:
+            self.sums[1:].neg_()
+        y: Tensor = x * before + self.sums / self.count
+        return y
+
+
 class Casts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -196,3 +216,26 @@ def test_writes(model: nn.Module, traces: int, monkeypatch: pytest.MonkeyPatch) 
         found = programs.run_whole(work, model, x)
         torch.testing.assert_close(found, [*expected] if isinstance(expected, tuple) else [expected])
     assert not any(n.op == "call_function" and "_." in str(n.target) for n in work.graph.nodes)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_written_buffers(parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they become is a result of the program."""
+    x, model = torch.randn(2, 5, 6), Counts(parts)
+    assert _captured(model, {"x": x}, monkeypatch)[0] == parts
+    work = programs.captured(model, x)
+    names = {spec.name: i for i, spec in enumerate(work.captured.outputs) if spec.kind == "buffer_mutation"}
+    found = programs.run_whole(work, model, x)
+    torch.testing.assert_close(found[0], model(x))
+    torch.testing.assert_close(found[names["count"]], model.count)
+    torch.testing.assert_close(found[names["sums"]], model.sums)
+
+
+def test_a_static_cache_takes_no_other_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers are arguments that are written; ``test_generate`` compares the tokens."""
+    model = families.build("llama")
+    cache = StaticCache(config=model.config, max_cache_len=8)  # type: ignore[arg-type]
+    call = families.causal_inputs(2, 3) | {"use_cache": True, "past_key_values": cache}
+    traced, lines = _captured(model, call, monkeypatch)
+    assert traced == 0
+    assert sum("aten.index_copy.default" in line for line in lines) == 4

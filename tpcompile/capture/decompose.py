@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind, OutputSpec, TensorArgument
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import extract_val
 from torch.fx.node import map_arg
@@ -36,7 +37,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     # Tracing inside of an autocast region writes its casts into the graph.
     if not torch._C._is_any_autocast_enabled():
         try:
-            _make_functional(program.graph)
+            _make_functional(program)
             return program
         except CannotTakeApart:
             _name_outputs(program)  # what was done by then is as torch would have it
@@ -51,9 +52,33 @@ def _name_outputs(program: ExportedProgram) -> None:
             spec.arg.name = result.name
 
 
-def _make_functional(graph: Graph) -> None:
+def _declare_writes(program: ExportedProgram, final: Mapping[Node, Node]) -> None:
+    """What tensors that were given become is a result, as torch has it: buffers first."""
+    signature, output = program.graph_signature, program.graph.output_node()
+    kinds = {spec.arg.name: (spec.kind, spec.target) for spec in signature.input_specs}
+    buffers, arguments = {}, {}
+    for placeholder, value in final.items():
+        kind, target = kinds[placeholder.name]
+        if kind is InputKind.BUFFER:
+            buffers[value] = OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(value.name), target)
+        elif kind is InputKind.USER_INPUT:
+            spec = OutputSpec(OutputKind.USER_INPUT_MUTATION, TensorArgument(value.name), placeholder.name)
+            arguments[value] = spec
+        else:
+            raise CannotTakeApart(f"{placeholder.name} is written")
+    first = {**buffers, **arguments}
+    signature.output_specs[:0] = first.values()
+    output.args = ((*first, *output.args[0]),)
+
+
+def _make_functional(program: ExportedProgram) -> None:
+    graph = program.graph
     mode = fake_mode(graph)
-    drop_writes(graph, mode)
+    for node in list(graph.nodes):
+        if _casts_nothing(node):  # its result is its input, which may be written
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    _declare_writes(program, drop_writes(graph, mode))
     torchs = decompositions()
     for node in graph.nodes:
         if node.op == "get_attr" and node.users:
@@ -65,6 +90,17 @@ def _make_functional(graph: Graph) -> None:
         if node.target in torchs and not alias_depends(node.target):
             raise CannotTakeApart(f"{node.target} is made of operators with rules, maybe")
     _take_apart_all(graph, mode)
+
+
+def _casts_nothing(node: Node) -> bool:
+    """Whether a call is a ``to`` that finds its input as it should be."""
+    if not isinstance(node.target, OpOverload) or node.target.overloadpacket is not torch.ops.aten.to:
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    asked, found = (n.meta["val"] for n in (node, given["self"]))
+    same = (asked.dtype, asked.device, asked.layout) == (found.dtype, found.device, found.layout)
+    return same and not given.get("copy") and given.get("memory_format") is None
 
 
 def _is_tensor_call(node: Node) -> bool:

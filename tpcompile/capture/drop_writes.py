@@ -1,6 +1,7 @@
 """Writes into tensors that nobody else sees, as the values that they leave behind.
 
 ``y = x.add_(z)`` is ``y = x.add(z)`` where x is new and nothing is a view of it; whoever used x later uses y.
+If x was given, y is what it becomes.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from tpcompile.capture.aliases import may_alias
 from tpcompile.graph_edit import call
 
 
-def drop_writes(graph: Graph, mode: FakeTensorMode) -> None:
-    """Replaces the writes of a graph that have no other effect than their result; others stay.
+def drop_writes(graph: Graph, mode: FakeTensorMode) -> dict[Node, Node]:
+    """Replaces the writes of a graph that have no other effect than a value; others stay.
 
     Args:
         graph: an exported program's.
         mode: the mode of its fake tensors.
+
+    Returns:
+        Per placeholder that was written, the value that it has in the end.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
+    given: dict[Node, Node] = {}  # value -> the placeholder whose value it is
     for node in graph.nodes:
         target = without_write(node.target) if node.op == "call_function" else None
         if target is None or not isinstance(written := node.args[0], Node) or not _is_private(written, node):
@@ -37,6 +42,9 @@ def drop_writes(graph: Graph, mode: FakeTensorMode) -> None:
                 user.replace_input_with(written, new)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+        if written.op == "placeholder" or written in given:
+            given[new] = given.pop(written, written)
+    return {placeholder: value for value, placeholder in given.items()}
 
 
 def without_write(op: object) -> OpOverload | None:
@@ -57,13 +65,16 @@ def without_write(op: object) -> OpOverload | None:
 
 
 def _is_private(tensor: Node, writer: Node) -> bool:
-    """Whether nobody else sees a tensor's memory: it is new, or the only view of what is; it has no views."""
-    if tensor.op != "call_function" or any(may_alias(user) for user in tensor.users if user is not writer):
+    """Whether nobody else sees a tensor's memory: it is new or given, or the only view of what is new; it
+    has no views."""
+    if tensor.op == "get_attr" or any(may_alias(user) for user in tensor.users if user is not writer):
         return False
-    if not may_alias(tensor):
+    if tensor.op == "placeholder" or not may_alias(tensor):
         return True
     viewed = tensor.args[0]
-    return isinstance(viewed, Node) and len(viewed.users) == 1 and _is_private(viewed, tensor)
+    if not isinstance(viewed, Node) or viewed.op == "placeholder" or len(viewed.users) > 1:
+        return False
+    return _is_private(viewed, tensor)
 
 
 def _are_alike(one: Node, other: Node) -> bool:
