@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -116,14 +116,23 @@ def guard_submodules(root: nn.Module) -> None:
 def divided_paths(root: nn.Module, layout: WeightLayout) -> frozenset[str]:
     """The paths of all modules with a divided parameter or buffer in them; tied ones count everywhere."""
     found: set[str] = set()
-    divided = {name for name, param in layout.params.items() if not is_whole(param)}
-    slices = {id(t) for n, t in [*root.named_parameters(), *root.named_buffers()] if n in divided}
+    slices = _slices(root, layout)
     for path, module in root.named_modules(remove_duplicate=False):
-        own = [*module._parameters.values(), *module._buffers.values()]
-        if any(id(t) in slices for t in own):
+        if any(id(t) in slices for t in _held(module)):
             parts = path.split(".") if path else []
             found |= {".".join(parts[:i]) for i in range(len(parts) + 1)}
     return frozenset(found)
+
+
+def _slices(root: nn.Module, layout: WeightLayout) -> set[int]:
+    """The identities of all tensors of which this rank has a part."""
+    divided = {name for name, param in layout.params.items() if not is_whole(param)}
+    return {id(t) for n, t in [*root.named_parameters(), *root.named_buffers()] if n in divided}
+
+
+def _held(module: nn.Module) -> list[torch.Tensor | None]:
+    """What a module holds itself."""
+    return [*module._parameters.values(), *module._buffers.values()]
 
 
 def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:
@@ -137,11 +146,16 @@ def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:
 
 
 def can_compose(root: nn.Module, path: str, layout: WeightLayout | None) -> bool:
-    """Whether a module's python can run over its parts: they have weights, it has no slices of its own."""
-    module = root.get_submodule(path)
-    own = [f"{path}.{name}".lstrip(".") for name in module._parameters]
-    sliced = layout is not None and any(n in layout.params and not is_whole(layout.params[n]) for n in own)
-    return not sliced and any(next(child.parameters(), None) is not None for child in module.children())
+    """Whether a module's python can run over its parts: it has no slices of its own."""
+    slices = set() if layout is None else _slices(root, layout)
+    return not any(id(t) in slices for t in _held(root.get_submodule(path)))
+
+
+def keep_whole(root: nn.Module, paths: Iterable[str], layout: WeightLayout) -> WeightLayout:
+    """A layout in which no later program divides what modules that run as python hold themselves."""
+    own = {id(t) for path in paths for t in _held(root.get_submodule(path)) if t is not None}
+    names = {name for name, t in root.named_parameters(remove_duplicate=False) if id(t) in own}
+    return replace(layout, open=tuple(name for name in layout.open if name not in names))
 
 
 @contextmanager

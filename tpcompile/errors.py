@@ -29,7 +29,7 @@ class TpCompileError(RuntimeError):
 
 
 class CannotCapture(TpCompileError):
-    """The model's python code cannot be turned into a graph."""
+    """A call cannot become one program: its python code no graph, or its graph too large to plan."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild_capture, (self.what, self.where, self.todo))

@@ -26,6 +26,7 @@ from .entries import (
     divided_paths,
     entered,
     hooks_below,
+    keep_whole,
     open_paths,
     original_call,
     without_guards,
@@ -206,6 +207,7 @@ class Runtime:
         with torch.inference_mode(False):  # slices that could not be trained, even outside of the mode
             self.layout = self._divide(model, compiled)
         self.divided = divided_paths(model, self.layout)
+        self.composed = {(at, names) for at, names in self.composed if can_compose(model, at, self.layout)}
         self.pieces = open_paths(model, self.layout) if self.composed else frozenset()
         # The model's code may have changed a configuration while it was captured.
         settings = self.settings.number()
@@ -221,7 +223,7 @@ class Runtime:
         else:
             decided = set(self.layout.open) - set(layout.open)
             shard_more_weights(model, layout, self.compiler.rank, decided)
-        return layout
+        return keep_whole(model, (at for at, _ in self.composed), layout)
 
     def try_first(self, model: nn.Module, bound: dict[str, Any]) -> TpCompileError | None:
         """Captures a call; returns why it cannot be captured if its parts are to be captured instead.
@@ -243,6 +245,8 @@ class Runtime:
         if not wanted or not can_compose(model, path, self.layout):
             return False
         self.composed.add((path, names))
+        if self.layout is not None:
+            self.layout = keep_whole(model, [path], self.layout)
         self.pieces = open_paths(model, self.layout)
         where = f"{path or type(model).__name__}({', '.join(names)})"
         warnings.warn(

@@ -29,7 +29,7 @@ from tpcompile.capture.program import Captured
 from tpcompile.capture.read_guards import read_guards, read_ranges
 from tpcompile.capture.register_caches import register_cache_support
 from tpcompile.capture.switch_experts import exportable_experts
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import CannotCapture, TpCompileError
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def capture(
 
 def _refuse_bad_leaves(names: Sequence[str], leaves: Sequence[Any]) -> None:
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
-        raise TpCompileError(
+        raise CannotCapture(
             f"the call has no tensors{': ' + ', '.join(names) if names else ''}",
             todo="give the model's inputs as tensors",
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import TpCompileError
+from ..errors import CannotCapture, TpCompileError
 
 Table = np.ndarray
 LARGEST_BUCKET = 2**26
@@ -66,7 +66,8 @@ def solve(problem: Problem) -> tuple[dict[Hashable, int], float]:
     """An assignment of least cost, ties broken by the order of the variables and of their values.
 
     Raises:
-        TpCompileError: every assignment is impossible, or a bucket would not fit in memory.
+        TpCompileError: every assignment is impossible.
+        CannotCapture: a bucket would not fit in memory.
     """
     buckets = _Buckets(problem)
     done = list(buckets.eliminate())
@@ -118,7 +119,7 @@ class _Buckets:
                 heapq.heappush(heap, (current, rank, name))
                 continue
             if current > LARGEST_BUCKET:
-                raise TpCompileError(
+                raise CannotCapture(
                     "the plan's search space is too large", where=str(name), todo="pin some placements"
                 )
             gone.add(name)
