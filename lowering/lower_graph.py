@@ -72,12 +72,13 @@ class Lowering:
 
     def emit(self, target: Any, *args: Any, like: Node, **kwargs: Any) -> Node:
         """Adds a call to the local graph; its value is computed on fake tensors."""
+        if target is torch.ops.aten.view.default:
+            # What runs may leave other strides than what was captured: collectives do, and an attention whose
+            # mask wants a gradient.
+            target = torch.ops.aten.reshape.default
         try:
             val = value_of(target, args, kwargs, self.mode)
         except (RuntimeError, IndexError, ValueError) as error:
-            if target is torch.ops.aten.view.default:
-                # A collective may leave other strides than the operator that it stands behind.
-                return self.emit(torch.ops.aten.reshape.default, *args, like=like, **kwargs)
             raise TpCompileError(
                 f"{target} does not run on local shapes: {error}",
                 where=f"{like.name} in {module_path(like)}",

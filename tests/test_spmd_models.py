@@ -40,7 +40,7 @@ def test_compiled_without_graph_breaks(name: str) -> None:
     check(name, 2, compiled=True)
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "mixtral", "t5"])
 def test_gradients(name: str) -> None:
     assert max(run_spmd(spmd_models.gradients, 2, name, timeout=TIMEOUT)) <= F32
 
