@@ -131,6 +131,23 @@ def _gradient_error(whole: nn.Module, sharded: Any) -> float:
     return max(error(mine, theirs) for mine, theirs in pairs)
 
 
+def batch_statistics() -> float:
+    """Evaluated first, then trained: a batch norm between divided convolutions."""
+    torch.manual_seed(0)
+    layers = (nn.Conv1d(5, 14, 1, bias=False), nn.BatchNorm1d(14), nn.ReLU(), nn.Conv1d(14, 6, 1))
+    whole = nn.Sequential(*layers).eval()
+    x = torch.randn(X)
+    sharded = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (x,))
+    for model in (whole, sharded):
+        model.train()(x).square().sum().backward()
+        model.eval()
+    worst = _gradient_error(whole, sharded)
+    with torch.no_grad():
+        worst = max(worst, error(sharded(x), whole(x)))
+    assert not sharded.plan.fallbacks
+    return max(worst, error(sharded.full_state_dict(), whole.state_dict()))
+
+
 def copies() -> dict[str, Any]:
     """A deep copy computes and trains by itself; parts are not copied, nothing is pickled."""
     whole, sharded, x = pair()

@@ -41,6 +41,11 @@ def test_captured_inside_of_activation_checkpointing() -> None:
     assert max(run_spmd(life.checkpointed, 2)) <= F32
 
 
+def test_batch_norm_between_divided_layers_trains() -> None:
+    assert max(run_spmd(life.batch_statistics, 2)) <= F32
+    assert max(run_spmd(life.batch_statistics, 3)) <= F32
+
+
 def test_deep_copies() -> None:
     for found in run_spmd(life.copies, 2):
         assert max(found.values()) <= F32, found

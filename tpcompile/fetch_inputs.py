@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Fetch = Callable[[Sequence[Any]], list[Any]]
@@ -21,12 +22,15 @@ class Feed:
         name: its name there.
         constant: the value itself, for a constant of the graph.
         segment: dimension, start and length of the segment in the local tensor, or None for all of it.
+        overwritten: the program writes a new value into it. Where backward may want the old one, the program
+            is given a copy.
     """
 
     module: nn.Module | None
     name: str
     constant: Tensor | None = None
     segment: tuple[int, int, int] | None = None
+    overwritten: bool = False
 
     def get(self) -> Tensor:
         """The value as it is now (optimizers and ``load_state_dict`` may have replaced it)."""
@@ -59,14 +63,20 @@ def make_fetch(feeds: Sequence[Feed | int]) -> Fetch:
                 places[id(feed.module)] = len(modules)
                 modules.append(feed.module)
             cut = "" if feed.segment is None else f".narrow{feed.segment}"
-            parts.append(f"getattr(modules[{places[id(feed.module)]}], {feed.name!r}){cut}")
+            value = f"getattr(modules[{places[id(feed.module)]}], {feed.name!r}){cut}"
+            parts.append(f"kept({value})" if feed.overwritten else value)
     source = (
-        "def make(modules, constants):\n"
+        "def make(modules, constants, kept):\n"
         "    def fetch(leaves):\n"
         f"        return [{', '.join(parts)}]\n"
         "    return fetch\n"
     )
     namespace: dict[str, Any] = {}
     exec(compile(source, "<inputs of a program>", "exec"), namespace)
-    fetch: Fetch = namespace["make"](tuple(modules), tuple(constants))
+    fetch: Fetch = namespace["make"](tuple(modules), tuple(constants), _kept)
     return fetch
+
+
+def _kept(buffer: Tensor) -> Tensor:
+    """A buffer's value, as it is now, for backward."""
+    return buffer.clone() if torch.is_grad_enabled() else buffer

@@ -84,8 +84,12 @@ def bind_program(program: Program, model: nn.Module, rank: int) -> Program:
 def _mutated(model: nn.Module, compiled: Compiled) -> tuple[Feed, ...]:
     """Where the buffers are that a program changes."""
     places = tensors_by_name(model)
+    return tuple(Feed(*places[name]) for name in _overwritten(compiled))
+
+
+def _overwritten(compiled: Compiled) -> list[str]:
     outputs = compiled.planned.captured.outputs
-    return tuple(Feed(*places[o.name]) for o in outputs if o.kind == "buffer_mutation")
+    return [o.name for o in outputs if o.kind == "buffer_mutation"]
 
 
 def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: int) -> tuple[Feed | int, ...]:
@@ -93,6 +97,7 @@ def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: i
     places = tensors_by_name(model)
     work, layout = compiled.planned, compiled.plan.layout
     leaves = {spec.name: i for i, spec in enumerate(work.captured.user_inputs)}
+    overwritten = set(_overwritten(compiled))
 
     def feed(source: Source) -> Feed | int:
         name = source.spec.name
@@ -101,7 +106,7 @@ def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: i
         if source.spec.kind == "constant":
             return Feed(None, name, work.captured.constants[name])
         if source.order < 0:
-            return Feed(*places[name])
+            return Feed(*places[name], overwritten=name in overwritten)
         dim = layout.params[name].packed_dim
         sizes = [s[dim] for s in layout.segment_shapes(name, rank)]
         if source.count == len(sizes):

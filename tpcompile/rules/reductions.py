@@ -162,8 +162,10 @@ def group_norm(node: Node) -> Rule | str:
     )
 
 
-def own_statistics(node: Node) -> Rule:
+def own_statistics(node: Node) -> Rule | str:
     """Batch norm by the statistics of its operand: per channel, all else is whole."""
+    if not option(node, "training"):
+        return "running statistics are used, but not updated"
     letters = Letters()
     ops = operands(node)
     source = letters.dims(shape(ops[0]))

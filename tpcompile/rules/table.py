@@ -138,7 +138,9 @@ REDUCTIONS: dict[str, Row] = {
     **_rows(reductions.layer_norm, "layer_norm native_layer_norm rms_norm _fused_rms_norm"),
     "aten.group_norm": reductions.group_norm,
     **_rows(reductions.batch_norm, "batch_norm _native_batch_norm_legit_no_training"),
-    "aten._native_batch_norm_legit.no_stats": reductions.own_statistics,
+    **_rows(
+        reductions.own_statistics, "_native_batch_norm_legit.no_stats _native_batch_norm_legit_functional"
+    ),
     "aten.cross_entropy_loss": reductions.cross_entropy,
     **_rows(reductions.elementwise_loss, "mse_loss smooth_l1_loss huber_loss"),
 }
