@@ -34,7 +34,7 @@ class Canonicalise(Pass):
     """Writes one thing in one way.
 
     Replaces slices, views and dropouts that change nothing by their input; unequal splits by slices;
-    ``type_as`` by a cast;
+    ``type_as`` by a cast; a ``copy`` into a tensor, which torch cannot differentiate, by what is copied;
     an index by a constant single position by a slice; ``x.new_zeros`` and the like by ``full``, which
     does not need ``x``; ``-1`` in sizes by the number where it is static; a weight norm by the arithmetic
     that it is, whose sums can be divided. Drops the size that a repetition is told beforehand.
@@ -55,6 +55,8 @@ class Canonicalise(Pass):
                 _index_to_slice(node, *found)
             elif node.target is aten.type_as.default:
                 _type_as_to_cast(node)
+            elif node.target is aten.copy.default:
+                _copy_to_source(node)
             elif node.target in _NEW:
                 _new_to_factory(node)
             elif (
@@ -136,6 +138,18 @@ def _type_as_to_cast(node: Node) -> None:
             node.graph, aten._to_copy.default, (node.args[0],), {"dtype": node.meta["val"].dtype}, like=node
         )
     node.replace_all_uses_with(cast)
+
+
+def _copy_to_source(node: Node) -> None:
+    """Of the tensor that is copied into only shape and type count."""
+    graph, (into, source), dtype = node.graph, node.args[:2], node.meta["val"].dtype
+    assert isinstance(into, Node) and isinstance(source, Node)
+    with graph.inserting_before(node):
+        if shape(source) != shape(into):
+            source = call(graph, aten.expand_as.default, (source, into), like=node)
+        if source.meta["val"].dtype != dtype:
+            source = call(graph, aten._to_copy.default, (source,), {"dtype": dtype}, like=node)
+    node.replace_all_uses_with(source)
 
 
 def _state_sizes(node: Node) -> bool:

@@ -131,6 +131,30 @@ def _gradient_error(whole: nn.Module, sharded: Any) -> float:
     return max(error(mine, theirs) for mine, theirs in pairs)
 
 
+class Remembering(nn.Module):
+    """Parts of a tensor are assigned; a buffer is used, and then assigned anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Mlp(), Mlp(inner=16)
+        self.register_buffer("mean", torch.zeros(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        y[..., :7], y[..., 7:] = self.first(x)[..., 5:], self.second(x)[:1, :1, :5]
+        y = y * (1 + self.mean)
+        self.mean = 0.5 * self.mean + 0.5 * y.detach().mean((0, 1))
+        return y
+
+
+def assignments() -> float:
+    """Gradients and buffers where forward assigns, of a first and of a second step, that come together."""
+    whole, sharded, x = pair(lambda: nn.Sequential(*(Remembering() for _ in range(5))))
+    for model in (whole, sharded):
+        (model(x) + model(2 * x)).square().sum().backward()
+    return max(_gradient_error(whole, sharded), error(sharded.full_state_dict(), whole.state_dict()))
+
+
 def batch_statistics() -> float:
     """Evaluated first, then trained: a batch norm between divided convolutions."""
     torch.manual_seed(0)

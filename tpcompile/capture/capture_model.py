@@ -157,8 +157,9 @@ class _FlatModel(nn.Module):
         tensors = iter(leaves)
         flat = [next(tensors) if t else v for t, v in zip(self._is_tensor, self._fixed, strict=True)]
         self._tie(flat)
-        call = self._structure.bound(flat)
-        taken = take_results(call, call_model(getattr(self, PREFIX), call))
+        call, model = self._structure.bound(flat), getattr(self, PREFIX)
+        with _assignments_written(model):
+            taken = take_results(call, call_model(model, call))
         returned = taken.out_spec.num_leaves
         results = [
             _result(name, value, i >= returned)
@@ -176,6 +177,22 @@ class _FlatModel(nn.Module):
         equal = all(size(group[0]) == size(other) for group in self._attempt.ties for other in group[1:])
         if not equal or not all(size(t) == size(a) + size(b) for t, a, b in self._attempt.sums):
             raise AssertionError("made-up example sizes do not fit together")
+
+
+@contextmanager
+def _assignments_written(model: nn.Module) -> Iterator[None]:
+    """Writes what the model assigns to buffers into the tensors that they were: export notes writes only."""
+    tables = [module._buffers for module in model.modules()]
+    before = [(table, name, old) for table in tables for name, old in table.items() if old is not None]
+    yield
+    assigned = []
+    for table, name, old in before:
+        new = table.get(name)
+        if new is not None and new is not old and (new.shape, new.dtype) == (old.shape, old.dtype):
+            assigned.append((old, new.detach().clone()))
+            table[name] = old
+    for old, new in assigned:
+        old.copy_(new)
 
 
 def _result(name: str, value: Any, is_state: bool) -> UserResult:
