@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,16 +38,24 @@ class InsertReshards(Pass):
                 inserter.results(node)
             elif node.meta.get("strategies") and node.target not in SHAPE_ONLY:
                 inserter.operands(node)
+        of_layers = _results_of_layers(work)
         for node in reversed(inserter.made.values()):
-            _move_between_layers(node)
+            if node not in of_layers:
+                _move_between_layers(node)
         return bool(inserter.made)
+
+
+def _results_of_layers(work: Work) -> set[Node]:
+    """The results of the program that every layer has, such as its part of a cache."""
+    rows = work.blocks.own if work.blocks is not None else ()
+    results: Sequence[Any] = work.graph.output_node().args[0]  # type: ignore[assignment]
+    return {results[at] for _, row in rows for at in row if at >= 0}
 
 
 def _move_between_layers(node: Node) -> None:
     """A conversion of what one layer hands on belongs to the next, or behind all layers, as its users do."""
     blocks = {block_of(user) for user in node.users}
-    returned = any(user.op == "output" for user in node.users)
-    if len(blocks) != 1 or returned:
+    if len(blocks) != 1:
         return
     block = blocks.pop()
     if block is None:

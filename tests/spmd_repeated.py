@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tpcompile
+from tests.toys import Mlp
 
 LAYERS = 8
 
@@ -50,6 +52,29 @@ def compiled_gradients() -> dict[str, Any]:
     outlined = program.outlined
     calls = 0 if outlined is None else len(outlined[0].graph.find_nodes(op="call_module"))
     return {"logits": error(*results), "gradients": max(gradients), "calls": calls}
+
+
+class Residual(nn.Module):
+    """What it hands on is a sum with what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x + self.mlp(x)
+        return y
+
+
+def divided_between_layers() -> float:
+    """A plan that leaves what layers hand on divided: the last one's is gathered, as the model's result."""
+    torch.manual_seed(0)
+    whole = nn.Sequential(*(Residual() for _ in range(LAYERS)))
+    x = torch.randn(3, 5, 12)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    pins = {"*.up": tpcompile.Shard(1), "*.down": tpcompile.Shard(0)}
+    model = tpcompile.parallelize(copy.deepcopy(whole), mesh, (x,), plan=pins)
+    return error(model(x), whole(x))
 
 
 def tokens() -> dict[str, Any]:

@@ -14,9 +14,11 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
+import tpcompile
 from tests import programs, spmd_repeated
 from tests.simulate import SimulatedGroups
 from tests.spmd import run_spmd
+from tests.toys import Mlp
 from tpcompile.caches import mark_caches
 from tpcompile.capture import Captured, bind_call, capture, flatten_call, leaf_names
 from tpcompile.capture.find_repeats import Repeat, find_repeats, truncated
@@ -441,6 +443,15 @@ def feed(graph_module: GraphModule, model: nn.Module, bound: dict[str, Any], wor
     return [tables[n.meta[SOURCE].spec.name] for n in graph_module.graph.find_nodes(op="placeholder")]
 
 
+@pytest.mark.filterwarnings("ignore:the rules of the plan cost")
+@pytest.mark.parametrize("layer", [0, 1, 2, 5])
+def test_a_pin_on_one_layer_is_about_no_other(layer: int) -> None:
+    model = nn.Sequential(*(Mlp() for _ in range(6)))
+    plan = tpcompile.plan(model, 2, (torch.zeros(3, 5, 12),), plan={f"{layer}.up": "replicate"})
+    whole = [n for n in range(6) if plan.layout.local_shape(f"{n}.up.weight", 0) == (20, 12)]
+    assert whole == [layer]
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_outlined_layers_compute_the_same(cached: bool) -> None:
     model = tiny("llama", 9)
@@ -472,6 +483,10 @@ def test_compiled_layers_on_two_ranks() -> None:
     for found in run_spmd(spmd_repeated.compiled_gradients, 2, timeout=600):
         assert found["calls"] == spmd_repeated.LAYERS - 1
         assert found["logits"] <= 1e-5 and found["gradients"] <= 1e-5
+
+
+def test_divided_between_layers_on_two_ranks() -> None:
+    assert max(run_spmd(spmd_repeated.divided_between_layers, 2)) <= 1e-5
 
 
 def test_tokens_on_two_ranks() -> None:

@@ -1,4 +1,4 @@
-"""Whether layers that capture left out are wished for, and lie, as the one that stands for them."""
+"""Whether repeated layers are wished for, and lie, as the captured one that stands for those left out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def uneven_layers(
         return None
     blocks = captured.blocks
     weights = [spec.name for spec in captured.inputs if spec.kind in ("param", "buffer")]
-    for kept, name in blocks.left_out(weights):
+    for kept, name in (*blocks.before(weights), *blocks.left_out(weights)):
         if _asked(wishes, kept) != _asked(wishes, name):
             return f"the plan's rules ask for other things of {name} than of {kept}"
         if layout is not None:

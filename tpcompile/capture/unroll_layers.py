@@ -62,6 +62,19 @@ class RepeatedBlocks:
             found += [(n, repeat.shifted(n, c)) for c in range(1, repeat.copies + 1) for n in last]
         return found
 
+    def before(self, names: Sequence[str]) -> list[tuple[str, str]]:
+        """Return (name of the last captured period, name of the one before it) for all that it has.
+
+        Args:
+            names: see ``left_out``.
+        """
+        return [
+            (name, repeat.shifted(name, -1))
+            for repeat in self.repeats
+            for name in names
+            if repeat.period_of(name) == repeat.kept - 1
+        ]
+
 
 @dataclass(frozen=True)
 class Unrolled:
