@@ -24,11 +24,11 @@ def tokens(name: str, beams: int) -> dict[str, Any]:
     sharded = tpcompile.parallelize(model, mesh(), example_kwargs=families.inputs(name, 2, 16))
     drop = ("decoder_input_ids", "use_cache")
     given = {k: v for k, v in families.inputs(name, 3, 9).items() if k not in drop}
-    options: dict[str, Any] = GREEDY | {"num_beams": beams}
-    result = sharded.generate(**given, **options, return_dict_in_generate=True)
+    options: dict[str, Any] = GREEDY | {"num_beams": beams, "return_dict_in_generate": True}
+    result, expected = (m.generate(**given, **options) for m in (sharded, whole))
     cache = getattr(result, "past_key_values", None)
     return {
-        "same": torch.equal(result.sequences, whole.generate(**given, **options)),
+        "same": torch.equal(result.sequences, expected.sequences),
         "programs": [(program.entry, program.names) for program in sharded.programs],
         "shapes": [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(cache) if torch.is_tensor(x)],
     }

@@ -18,6 +18,12 @@ def test_encoder_decoder_generates() -> None:
         assert found["shapes"] == [(3, 4, 8, 12)] * 4 + [(3, 4, 9, 12)] * 4
 
 
+def test_the_first_argument_may_have_another_name() -> None:
+    """Whisper's ``generate`` takes ``input_features``."""
+    for found in run_spmd(spmd_encoder_decoder.tokens, 2, "whisper", 1, timeout=400):
+        assert found["same"]
+
+
 def test_pictures_are_composed(tmp_path: Path) -> None:
     """The model is loaded and planned by a call without one; its parts follow at the first picture."""
     families.build("qwen2_vl").save_pretrained(tmp_path)  # type: ignore[operator]

@@ -7,6 +7,7 @@ heads.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,8 +29,8 @@ _REFUSED = ("offloaded", "quantized", "paged")
 class ShardedGeneration(ShardedModule):
     """Mixed into the class of a parallelised model that generates."""
 
-    def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """Generates as transformers' ``generate``, on all ranks of the mesh together.
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates as the model's own ``generate``, with its arguments, on all ranks of the mesh together.
 
         Every rank must make the same call. Where tokens are drawn at random, rank 0's random state is
         everybody's, before and after; set its seed for reproducible tokens.
@@ -38,12 +39,13 @@ class ShardedGeneration(ShardedModule):
             TpCompileError: on all ranks, if the calls differ, or ask for a cache that cannot be divided.
         """
         group = self._tp.compiler.group
-        call = {"inputs": inputs, "generation_config": generation_config, **kwargs}
+        original: Callable[..., Any] = super().generate  # type: ignore[misc]
+        call = _arguments(original, args, kwargs)
         compare(group, "calls of generate", _describe(call))
-        self._refuse(generation_config, kwargs)
-        if self._may_sample(generation_config, kwargs):
+        self._refuse(call)
+        if self._may_sample(call):
             share_random_state(group, self._device())
-        return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+        return original(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching has a paged cache of its own.
@@ -77,12 +79,9 @@ class ShardedGeneration(ShardedModule):
     def _get_static_cache_init_shape(self) -> None:
         """A static cache is made by the first program that writes to it: with this rank's heads."""
 
-    def _refuse(self, config: Any, kwargs: Mapping[str, Any]) -> None:
-        own: Any = self.generation_config
-        kinds = [
-            kwargs.get("cache_implementation"),
-            *(_get(c, "cache_implementation") for c in (config, own)),
-        ]
+    def _refuse(self, call: Mapping[str, Any]) -> None:
+        configs = (call.get("generation_config"), self.generation_config)
+        kinds = [call.get("cache_implementation"), *(_get(c, "cache_implementation") for c in configs)]
         kind = next((k for k in kinds if k is not None), "")
         if any(word in kind for word in _REFUSED):
             raise TpCompileError(
@@ -90,7 +89,7 @@ class ShardedGeneration(ShardedModule):
                 where="generate(cache_implementation=...)",
                 todo='use "dynamic" or "static", or pass use_cache=False',
             )
-        cache = kwargs.get("past_key_values")
+        cache = call.get("past_key_values")
         if cache is not None and not is_cache(cache):
             raise TpCompileError(
                 f"a {type(cache).__name__} cannot be taken apart, and would go stale",
@@ -98,10 +97,10 @@ class ShardedGeneration(ShardedModule):
                 todo="give a DynamicCache or a StaticCache, or pass use_cache=False",
             )
 
-    def _may_sample(self, config: Any, kwargs: Mapping[str, Any]) -> bool:
-        own: Any = self.generation_config
-        asked = kwargs.get("do_sample")
-        return bool(asked) if asked is not None else any(_get(c, "do_sample") for c in (config, own))
+    def _may_sample(self, call: Mapping[str, Any]) -> bool:
+        configs = (call.get("generation_config"), self.generation_config)
+        asked = call.get("do_sample")
+        return bool(asked) if asked is not None else any(_get(c, "do_sample") for c in configs)
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
@@ -129,6 +128,16 @@ def share_random_state(group: dist.ProcessGroup | None, device: torch.device) ->
     torch.set_rng_state(states[0])
     if module is not None:
         module.set_rng_state(states[1], device)
+
+
+def _arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name; models call the first ones of ``generate`` as they like."""
+    signature = inspect.signature(function)
+    found: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        further = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        found |= value if further else {name: value}
+    return found
 
 
 def _describe(call: Mapping[str, Any]) -> list[str]:
