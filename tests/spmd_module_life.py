@@ -95,6 +95,17 @@ def configuration() -> list[Any]:
     return [*found, len(sharded.programs)]
 
 
+def found_out_in_forward() -> list[Any]:
+    """Labels tell a classifier what kind of problem it has, which it notes in its configuration."""
+    model = families.build("bert_classifier", num_hidden_layers=1)
+    call = families.inputs("bert_classifier", 2, 5)
+    sharded = tpcompile.parallelize(model, mesh(), example_kwargs=call)
+    with torch.no_grad():
+        for labels in ({"labels": torch.arange(2)}, {}, {"labels": torch.arange(2)}):
+            sharded(**call, **labels)
+    return [sharded.config.problem_type, len(sharded.programs)]
+
+
 def gradients_are_wanted_later() -> float:
     """A frozen model is captured, then its weights, and then an input only, want gradients."""
     whole, sharded, x = pair(lambda: Block().requires_grad_(False))

@@ -33,6 +33,11 @@ def test_a_configuration_that_changes() -> None:
         assert found == [True, False, True, 2]
 
 
+def test_what_forward_finds_out_while_it_is_captured() -> None:
+    """One rank captures for all: what it finds out must not select other programs there than elsewhere."""
+    assert run_spmd(life.found_out_in_forward, 2) == [[None, 2]] * 2
+
+
 def test_gradients_that_are_wanted_later() -> None:
     assert max(run_spmd(life.gradients_are_wanted_later, 2)) <= F32
 

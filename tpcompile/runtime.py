@@ -209,7 +209,6 @@ class Runtime:
         self.divided = divided_paths(model, self.layout)
         self.composed = {(at, names) for at, names in self.composed if can_compose(model, at, self.layout)}
         self.pieces = open_paths(model, self.layout) if self.composed else frozenset()
-        # The model's code may have changed a configuration while it was captured.
         settings = self.settings.number()
         program = make_program(model, compiled, bound, path, self.compiler.rank, settings)
         self.programs.append(program)

@@ -29,7 +29,7 @@ class Settings:
     def __init__(self, model: nn.Module, state: int = 0) -> None:
         self.state = state
         self._objects: list[Any] = []  # kept alive, so that no other object gets its id
-        self._configs = [(config, _plain_values(config)) for config in _configs(model)]
+        self._configs = [(config, _plain_values(config)) for config in configurations(model)]
 
     def report(self, path: str, name: str, old: Any, new: Any) -> None:
         """Notes that an attribute of the module at ``path`` has changed.
@@ -73,7 +73,7 @@ def is_setting(name: str, old: Any, new: Any) -> bool:
     return not isinstance(old, torch.Tensor | nn.Module) and not isinstance(new, torch.Tensor | nn.Module)
 
 
-def _configs(model: nn.Module) -> Iterator[Any]:
+def configurations(model: nn.Module) -> Iterator[Any]:
     """The configurations of a model and of its parts, with those inside of them; each once."""
     left = [m.__dict__.get("config") for m in model.modules()]
     seen: set[int] = set()

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tpcompile.settings import configurations
+
 _COPIED = (dict, list, set)
 
 
@@ -70,21 +72,22 @@ def no_fused_encoder() -> Iterator[None]:
 
 @contextmanager
 def restore_after(model: nn.Module) -> Iterator[None]:
-    """Put every module attribute back after the block, however it ends.
+    """Put every attribute of modules and configurations back after the block, however it ends.
 
     Tracing runs the model's python code, which may store traced (fake) tensors or symbolic sizes in
-    attributes, lists or dicts; a model left like that is broken.
+    attributes, lists or dicts; a model left like that is broken. And not every rank traces: what one finds
+    out while it does (``config.problem_type``, from labels) the others would not know.
     """
-    saved = [(module, _snapshot(module.__dict__)) for module in model.modules()]
+    saved = [(each, _snapshot(each.__dict__)) for each in (*model.modules(), *configurations(model))]
     try:
         yield
     finally:
-        for module, (attributes, containers) in saved:
-            for key in [key for key in module.__dict__ if key not in attributes]:
-                del module.__dict__[key]
+        for each, (attributes, containers) in saved:
+            for key in [key for key in each.__dict__ if key not in attributes]:
+                del each.__dict__[key]
             for key, value in attributes.items():
-                if module.__dict__.get(key) is not value or key not in module.__dict__:
-                    module.__dict__[key] = value
+                if each.__dict__.get(key) is not value or key not in each.__dict__:
+                    each.__dict__[key] = value
             for value, copy in containers:
                 _refill(value, copy)
 
