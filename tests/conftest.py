@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
+# As in the Makefile, and before torch is imported: no look-ups on the hub, no processes that fight for cores.
+ALONE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+for variable, value in ALONE.items():
+    os.environ.setdefault(variable, value)
 
 
 def pytest_configure(config: pytest.Config) -> None:
