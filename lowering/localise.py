@@ -216,6 +216,17 @@ def grouped_matmul(low: Lowering, node: Node) -> Node:
     return low.emit(torch.ops.transformers.grouped_mm_fallback.default, *given, like=node)
 
 
+def attention(low: Lowering, node: Node) -> Node:
+    """Without heads, two matmuls of nothing: torch 2.11 divides by the number of heads, and crashes."""
+    query, key, value = (low.local[n] for n in operands(node)[:3])
+    sizes = key.meta["val"].shape
+    if len(sizes) < 3 or not isinstance(sizes[-3], int) or sizes[-3] > 0:
+        return unchanged(low, node)
+    turned = low.emit(aten.transpose.int, key, -2, -1, like=node)
+    scores = low.emit(aten.matmul.default, query, turned, like=node)
+    return low.emit(aten.matmul.default, scores, value, like=node)
+
+
 LOCALISERS: dict[str, Callable[[Lowering, Node], Node]] = {
     "sizes": sizes,
     "split": split,
@@ -224,4 +235,5 @@ LOCALISERS: dict[str, Callable[[Lowering, Node], Node]] = {
     "groups": groups,
     "group_norm": group_norm,
     "grouped_matmul": grouped_matmul,
+    "attention": attention,
 }

@@ -100,6 +100,7 @@ def attention(node: Node) -> Rule | str:
         whole=frozenset(keys + features + length * causal),
         linear=(frozenset({2}),),
         contraction=True,
+        localize="attention",
     )
 
 
