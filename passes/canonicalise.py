@@ -141,7 +141,7 @@ def _type_as_to_cast(node: Node) -> None:
 
 
 def _copy_to_source(node: Node) -> None:
-    """Of the tensor that is copied into only shape and type count."""
+    """Of the tensor that is copied into only shape and type count; the result may be the source itself."""
     graph, (into, source), dtype = node.graph, node.args[:2], node.meta["val"].dtype
     assert isinstance(into, Node) and isinstance(source, Node)
     with graph.inserting_before(node):

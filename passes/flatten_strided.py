@@ -52,20 +52,41 @@ def _flatten(node: Node) -> None:
     source = node.args[0]
     assert isinstance(source, Node)
     order = None if node.target in _WRITES else _memory_order(source)
-    if order is None:
+    start = _start(node, source)
+    if order is None or start is None:
         raise CannotCapture(
-            f"{node.target} reads or writes memory by strides, which have gaps",
+            f"{node.target} writes memory by strides, or reads beyond the value or into its gaps",
             where=module_path(node),
             todo="use views, unfold or an index instead",
         )
-    own = source.meta["val"].storage_offset()
-    start = argument(node, 3, "storage_offset", own) - own
     with node.graph.inserting_before(node):
         flat = call(node.graph, aten.permute.default, (source, order), like=node)
         flat = call(node.graph, aten.reshape.default, (flat, [-1]), like=node)
-        if start != 0:
+        if isinstance(start, Node) or start != 0:
             flat = call(node.graph, aten.slice.Tensor, (flat, 0, start), like=node)
     node.args, node.kwargs = (flat, *node.args[1:3]), {}
+
+
+def _start(node: Node, source: Node) -> int | Node | None:
+    """Where the first element that is read stands in the value; None if others are read, too."""
+    offset, own = argument(node, 3, "storage_offset"), source.meta["val"].storage_offset()
+    start: Any
+    if offset is None:
+        start = 0
+    elif isinstance(offset, Node):
+        start = offset if isinstance(own, int) and own == 0 else None
+    else:
+        start = offset - own if isinstance(own, int) and offset >= own else None
+    if start is None:
+        return None
+    sizes, strides = ([_size(s) for s in argument(node, i, name)] for i, name in ((1, "size"), (2, "stride")))
+    last = _size(start) + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+    beyond = sympy.expand(last + 1 - sympy.prod(shape(source)))
+    return None if beyond.is_number and beyond > 0 else start
+
+
+def _size(size: Any) -> sympy.Expr:
+    return _expression(size.meta["val"] if isinstance(size, Node) else size)
 
 
 def _memory_order(source: Node) -> list[int] | None:

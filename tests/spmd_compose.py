@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import tpcompile
+from tests import families
 from tests.spmd_models import mesh
 from tests.toys import PartlyCapturable
 
@@ -37,3 +38,29 @@ def in_either_order(dense_first: bool) -> dict[str, Any]:
     found["entries"] = {program.entry for program in sharded.programs}
     found["shapes"] = [tuple(p.shape) for p in (model.experts.weight, model.mlp.up.weight, model.table.rows)]
     return found
+
+
+def wrong_calls() -> dict[str, Any]:
+    """Calls of a transformers model that are wrong, and then a right one: nothing runs as python."""
+    model = families.build("llama", num_hidden_layers=1)
+    whole, ids = copy.deepcopy(model), families.token_ids(2, 7)
+    told: list[str] = []
+
+    def attempt(call: Any) -> None:
+        try:
+            call()
+        except tpcompile.TpCompileError as refusal:
+            told.append(str(refusal))
+
+    attempt(lambda: tpcompile.parallelize(model, mesh(), example_kwargs={"input_ids": ids.double()}))
+    sharded = tpcompile.parallelize(model, mesh())
+    embedded = whole.get_input_embeddings()(ids).detach()
+    for call in ({"inputs_embeds": embedded[..., :3]}, {"input_ids": ids.double()}, {}):
+        attempt(lambda call=call: sharded(**call))  # type: ignore[misc]
+    with torch.no_grad():
+        mine, theirs = (m(inputs_embeds=embedded).logits for m in (sharded, whole))
+    return {
+        "told": len(told),
+        "entries": [program.entry for program in sharded.programs],
+        "error": float((mine - theirs).abs().max()),
+    }

@@ -166,6 +166,38 @@ def assignments() -> float:
     return max(_gradient_error(whole, sharded), error(sharded.full_state_dict(), whole.state_dict()))
 
 
+class Showing(nn.Module):
+    """Results that show what buffers were before they are written, and buffers that change places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp()
+        self.register_buffer("a", torch.zeros(12))
+        self.register_buffer("b", torch.ones(12))
+        self.register_buffer("c", torch.ones(12))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        copied = torch.empty(12)
+        copied.copy_(self.a)
+        self.a.add_(1)
+        before, part = self.b, self.b[1:]
+        self.b = self.b + 1
+        self.c[:3] += 1  # a view is written: torch's own way is taken
+        swapped = self.a.clone()
+        self.a.copy_(self.c)
+        self.c.copy_(swapped)
+        return self.mlp(x), copied, before, part
+
+
+def shown_buffers() -> float:
+    """Three calls without gradients: each shows what the one before has left."""
+    whole, sharded, x = pair(Showing)
+    with torch.no_grad():
+        calls = [(sharded(x), whole(x)) for _ in range(3)]
+    worst = max(error(mine, theirs) for call in calls for mine, theirs in zip(*call, strict=True))
+    return max(worst, error(sharded.full_state_dict(), whole.state_dict()))
+
+
 def batch_statistics() -> float:
     """Evaluated first, then trained: a batch norm between divided convolutions."""
     torch.manual_seed(0)

@@ -22,3 +22,10 @@ def test_what_is_divided_already_cannot_run_as_python() -> None:
         assert len(found["errors"]) == 1 and found["errors"][0] <= 1e-12
         assert "data-dependent" in found["refused"] and "experts" in found["refused"]
         assert found["shapes"] == [(4, 12, 6), (10, 12), (16, 12)]
+
+
+def test_a_wrong_call_is_refused_and_forgotten() -> None:
+    for found in run_spmd(spmd_compose.wrong_calls, 2):
+        assert found["told"] == 4
+        assert found["entries"] == ["", ""]
+        assert found["error"] <= 1e-5

@@ -14,6 +14,7 @@ from transformers import StaticCache
 from tests import families, programs
 from tpcompile.capture import bind_call, capture, capture_model
 from tpcompile.capture.decompose import decompose, decomposed_names, decompositions
+from tpcompile.errors import TpCompileError
 from tpcompile.rules import table
 from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import register_rule
@@ -229,6 +230,26 @@ def test_written_buffers(parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found[0], model(x))
     torch.testing.assert_close(found[names["count"]], model.count)
     torch.testing.assert_close(found[names["sums"]], model.sums)
+
+
+class Forbidden(nn.Module):
+    """Writes into a frozen parameter or a plain tensor, and into a buffer beside it."""
+
+    def __init__(self, plain: bool) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(6))
+        self.scale: Tensor = torch.ones(6) if plain else nn.Parameter(torch.ones(6), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.mul_(0.5)
+        self.count.add_(1)
+        return x * self.scale + self.count
+
+
+@pytest.mark.parametrize(("plain", "message"), [(False, "changes scale in place"), (True, "is mutated")])
+def test_writes_into_parameters_and_constants_are_refused(plain: bool, message: str) -> None:
+    with pytest.raises(TpCompileError, match=message):
+        programs.captured(Forbidden(plain), torch.randn(2, 6))
 
 
 def test_a_static_cache_takes_no_other_trace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,10 @@ def test_assignments_in_forward() -> None:
     assert max(run_spmd(life.assignments, 2)) <= F32
 
 
+def test_results_show_what_buffers_were() -> None:
+    assert max(run_spmd(life.shown_buffers, 2)) <= F32
+
+
 def test_batch_norm_between_divided_layers_trains() -> None:
     assert max(run_spmd(life.batch_statistics, 2)) <= F32
     assert max(run_spmd(life.batch_statistics, 3)) <= F32

@@ -267,12 +267,30 @@ def test_conversions_are_shared() -> None:
     assert text.count(" = copy_to_ranks(") == 2
 
 
-def test_memory_with_gaps_is_not_read_by_strides() -> None:
-    """What lies in the gaps is no part of the value."""
-
-    class Gaps(nn.Module):
+def _reads(read: Callable[[Tensor], Tensor]) -> nn.Module:
+    class Reads(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x[:, ::2].as_strided((3, 4), (8, 2), 1)
+            return read(x + 1)
 
+    return Reads()
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda y: y[:, ::2].as_strided((6, 2), (4, 1), 1),  # in gaps
+        lambda y: y[2:].as_strided((2, 4), (4, 1), 0),  # before
+        lambda y: y[:2].as_strided((2, 4), (4, 1), 16),  # behind
+    ],
+)
+def test_what_is_no_part_of_a_value_is_not_read_by_strides(read: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(CannotCapture, match="strides"):
-        programs.canonicalised(Gaps(), torch.randn(3, 8))
+        programs.canonicalised(_reads(read), torch.randn(6, 4))
+
+
+def test_strides_from_an_open_place_on() -> None:
+    model = _reads(lambda y: y.as_strided((y.shape[0] // 2, 8), (8, 1), y.shape[0] // 2 * 8))
+    work = programs.canonicalised(model, torch.randn(8, 8), dynamic=True)
+    for rows in (8, 12):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(programs.run_whole(work, model, x), [model(x)])

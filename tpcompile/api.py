@@ -74,7 +74,7 @@ def parallelize(
         passes: passes to run after the compiler's own.
         compose: run a module that cannot be captured as the python that it is, over its submodules, which
             are captured one by one, down to single layers. Every such module is warned about. None: if
-            the model is one of transformers.
+            the model is one of transformers, and its python depends on tensor values.
         compare_calls: compare the arguments of every call over the ranks before it runs, which takes one
             small message each. Without it only the first call of each program is compared.
         sequence_parallel: between the blocks, in norms and residual additions, each rank computes some of
@@ -242,8 +242,8 @@ def _options(
     cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model or device)
     given = plan if isinstance(plan, Plan) else None
     sequence = sequence_parallel or rules.sequence
-    if compose is None:
-        compose = hasattr(model, "main_input_name")  # transformers' models say what theirs is
+    if compose is None and not hasattr(model, "main_input_name"):  # transformers' models say what theirs is
+        compose = False
     return Options(cost, rules, dynamic, memory, tuple(passes), given, custom, compose, sequence)
 
 

@@ -58,7 +58,8 @@ class Options:
         passes: passes that run after ours.
         plan: a plan to follow instead of making one.
         custom: custom strategies by glob of a module.
-        compose: whether what cannot be captured runs as python over its parts.
+        compose: whether what cannot be captured runs as python over its parts; None: only if that is the
+            model's fault, not perhaps the call's.
         sequence: whether the sequence is divided between the blocks, or at which modules.
     """
 
@@ -69,7 +70,7 @@ class Options:
     passes: Sequence[Pass] = ()
     plan: Plan | None = None
     custom: Mapping[str, str] = field(default_factory=dict)
-    compose: bool = False
+    compose: bool | None = False
     sequence: bool | frozenset[str] = False
 
     def lines(self) -> list[str]:

@@ -135,6 +135,14 @@ def _held(module: nn.Module) -> list[torch.Tensor | None]:
     return [*module._parameters.values(), *module._buffers.values()]
 
 
+def _read(module: nn.Module) -> list[torch.Tensor | None]:
+    """What a module's python may read: what it holds, and what its forward names of its children's."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    names = set() if code is None else set(code.co_names)
+    tables = [table for child in module.children() for table in (child._parameters, child._buffers)]
+    return [*_held(module), *(t for table in tables for name, t in table.items() if name in names)]
+
+
 def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:
     """The paths of all modules with matrices in them of which nobody has decided where they lie."""
     found: set[str] = set()
@@ -146,14 +154,14 @@ def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:
 
 
 def can_compose(root: nn.Module, path: str, layout: WeightLayout | None) -> bool:
-    """Whether a module's python can run over its parts: it has no slices of its own."""
+    """Whether a module's python can run over its parts: it reads no slices itself."""
     slices = set() if layout is None else _slices(root, layout)
-    return not any(id(t) in slices for t in _held(root.get_submodule(path)))
+    return not any(id(t) in slices for t in _read(root.get_submodule(path)))
 
 
 def keep_whole(root: nn.Module, paths: Iterable[str], layout: WeightLayout) -> WeightLayout:
-    """A layout in which no later program divides what modules that run as python hold themselves."""
-    own = {id(t) for path in paths for t in _held(root.get_submodule(path)) if t is not None}
+    """A layout in which no later program divides what modules that run as python read themselves."""
+    own = {id(t) for path in paths for t in _read(root.get_submodule(path)) if t is not None}
     names = {name for name, t in root.named_parameters(remove_duplicate=False) if id(t) in own}
     return replace(layout, open=tuple(name for name in layout.open if name not in names))
 

@@ -25,19 +25,16 @@ class TpCompileError(RuntimeError):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keeps the fields when the error crosses a process boundary (torch.multiprocessing pickles it).
-        return (_rebuild, (self.what, self.where, self.todo))
+        return (_rebuild, (type(self), self.what, self.where, self.todo))
 
 
 class CannotCapture(TpCompileError):
     """A call cannot become one program: its python code no graph, or its graph too large to plan."""
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_capture, (self.what, self.where, self.todo))
+
+class OnlyInParts(CannotCapture):
+    """The model is the reason, whatever the call: python that depends on tensor values, a graph too large."""
 
 
-def _rebuild_capture(what: str, where: str, todo: str) -> CannotCapture:
-    return CannotCapture(what, where=where, todo=todo)
-
-
-def _rebuild(what: str, where: str, todo: str) -> TpCompileError:
-    return TpCompileError(what, where=where, todo=todo)
+def _rebuild(kind: type[TpCompileError], what: str, where: str, todo: str) -> TpCompileError:
+    return kind(what, where=where, todo=todo)

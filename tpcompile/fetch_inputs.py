@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 Fetch = Callable[[Sequence[Any]], list[Any]]
@@ -22,8 +21,8 @@ class Feed:
         name: its name there.
         constant: the value itself, for a constant of the graph.
         segment: dimension, start and length of the segment in the local tensor, or None for all of it.
-        overwritten: the program writes a new value into it. Where backward may want the old one, the program
-            is given a copy.
+        overwritten: the program writes a new value into it. It is given a copy: backward, a result or another
+            buffer may want the old one.
     """
 
     module: nn.Module | None
@@ -78,5 +77,5 @@ def make_fetch(feeds: Sequence[Feed | int]) -> Fetch:
 
 
 def _kept(buffer: Tensor) -> Tensor:
-    """A buffer's value, as it is now, for backward."""
-    return buffer.clone() if torch.is_grad_enabled() else buffer
+    """A buffer's value, as it is now, for backward and for results."""
+    return buffer.clone()

@@ -67,7 +67,7 @@ def from_pretrained(
         cost_model: a ``CostModel`` or the name of a preset.
         memory: bytes of weights that a rank may hold.
         passes: passes to run after the compiler's own.
-        compose: run what cannot be captured as python over its submodules; by default it is.
+        compose: run what cannot be captured as python over its submodules.
         compare_calls: compare the arguments of every call over the ranks before it runs.
         sequence_parallel: divide the sequence between the blocks.
         attn_implementation: ``"sdpa"``, ``"eager"``, or one that you registered with transformers.

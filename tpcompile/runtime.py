@@ -32,7 +32,7 @@ from .entries import (
     without_guards,
     without_hooks,
 )
-from .errors import CannotCapture, TpCompileError
+from .errors import CannotCapture, OnlyInParts, TpCompileError
 from .layout import WeightLayout
 from .make_program import hand_out, make_program
 from .program import Program, device_of
@@ -99,6 +99,7 @@ class Runtime:
                 answer = _capture_and_run(self, model, bound, path)
                 if answer is not NotImplemented:
                     return answer
+                return self._try_parts(model, bound, path, entry)
             return self._run_parts(model, bound, path, entry)
         if not torch.compiler.is_dynamo_compiling():
             self._compare_first(program, model, bound, leaves)
@@ -125,6 +126,16 @@ class Runtime:
             return original_call(model, self.original, path, (entry or self).signature, bound)
         finally:
             self.running -= 1
+
+    def _try_parts(self, model: nn.Module, bound: dict[str, Any], path: str, entry: Entry | None) -> Any:
+        """As ``_run_parts``, for a first time: if python fails as well, the call is wrong, not the model."""
+        try:
+            return self._run_parts(model, bound, path, entry)
+        except Exception:
+            self.composed.discard((path, tuple(bound)))
+            if not self.composed:
+                self.pieces = frozenset()
+            raise
 
     def _check_devices(self, bound: dict[str, Any], leaves: Sequence[Any]) -> None:
         mesh = self.compiler.mesh
@@ -233,15 +244,14 @@ class Runtime:
         try:
             self.capture(model, bound)
         except TpCompileError as error:
-            if not self.compiler.options.compose or not _is_capture_failure(error):
+            if not self._wants_parts(error):
                 raise
             return error
         return None
 
     def compose(self, model: nn.Module, path: str, names: tuple[str, ...], error: TpCompileError) -> bool:
         """Whether a call that could not be captured runs as python over the module's parts from now on."""
-        wanted = self.compiler.options.compose and _is_capture_failure(error)
-        if not wanted or not can_compose(model, path, self.layout):
+        if not self._wants_parts(error) or not can_compose(model, path, self.layout):
             return False
         self.composed.add((path, names))
         if self.layout is not None:
@@ -254,6 +264,12 @@ class Runtime:
             stacklevel=2,
         )
         return True
+
+    def _wants_parts(self, error: TpCompileError) -> bool:
+        """Whether an error, of this rank or of another, says that parts are to be captured instead."""
+        asked = self.compiler.options.compose
+        kinds = {True: (CannotCapture, OnlyInParts), None: (OnlyInParts,), False: ()}[asked]
+        return any(isinstance(error, kind) or kind.__name__ in error.what for kind in kinds)
 
     def _follow_types(self, model: nn.Module) -> None:
         """Takes note of ``model.to(dtype)``.
@@ -302,11 +318,6 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _is_capture_failure(error: TpCompileError) -> bool:
-    """Whether an error says, on this rank or on another, that python code cannot be captured."""
-    return isinstance(error, CannotCapture) or CannotCapture.__name__ in error.what
-
-
 # Under torch.compile(fullgraph=True) the reason is the error; without fullgraph the graph breaks here.
 @torch.compiler.disable(reason="no program was captured for this call: call model.capture(...) with it first")
 def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], path: str) -> Any:
@@ -319,7 +330,8 @@ def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], 
         try:
             program = runtime.capture(model, bound, path)
         except TpCompileError as error:
-            if not runtime.compose(model, path, tuple(bound), error):
+            empty = not path and not any(isinstance(leaf, Tensor) for leaf in leaves)
+            if empty or not runtime.compose(model, path, tuple(bound), error):
                 raise
             return NotImplemented
     runtime._compare_first(program, model, bound, leaves)

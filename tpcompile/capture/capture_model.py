@@ -29,7 +29,7 @@ from tpcompile.capture.program import Captured
 from tpcompile.capture.read_guards import read_guards, read_ranges
 from tpcompile.capture.register_caches import register_cache_support
 from tpcompile.capture.switch_experts import exportable_experts
-from tpcompile.errors import CannotCapture, TpCompileError
+from tpcompile.errors import OnlyInParts, TpCompileError
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def capture(
 
 def _refuse_bad_leaves(names: Sequence[str], leaves: Sequence[Any]) -> None:
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
-        raise CannotCapture(
+        raise OnlyInParts(
             f"the call has no tensors{': ' + ', '.join(names) if names else ''}",
             todo="give the model's inputs as tensors",
         )
@@ -158,8 +158,10 @@ class _FlatModel(nn.Module):
         flat = [next(tensors) if t else v for t, v in zip(self._is_tensor, self._fixed, strict=True)]
         self._tie(flat)
         call, model = self._structure.bound(flat), getattr(self, PREFIX)
-        with _assignments_written(model):
-            taken = take_results(call, call_model(model, call))
+        tables = [module._buffers for module in model.modules()]
+        before = [(table, name, old) for table in tables for name, old in table.items() if old is not None]
+        taken = take_results(call, call_model(model, call))
+        taken.values[:] = _write_assigned(before, taken.values)
         returned = taken.out_spec.num_leaves
         results = [
             _result(name, value, i >= returned)
@@ -179,20 +181,39 @@ class _FlatModel(nn.Module):
             raise AssertionError("made-up example sizes do not fit together")
 
 
-@contextmanager
-def _assignments_written(model: nn.Module) -> Iterator[None]:
-    """Writes what the model assigns to buffers into the tensors that they were: export notes writes only."""
-    tables = [module._buffers for module in model.modules()]
-    before = [(table, name, old) for table in tables for name, old in table.items() if old is not None]
-    yield
-    assigned = []
+def _write_assigned(
+    before: Sequence[tuple[dict[str, Any], str, torch.Tensor]], results: Sequence[Any]
+) -> list[Any]:
+    """Writes what the model assigned to buffers into the tensors that they were: export notes writes only.
+
+    Args:
+        before: the model's tables of buffers, each with a name and what stood there before the call.
+        results: what the model returned.
+
+    Returns:
+        The results; of those that show what a buffer was before, copies.
+    """
+    assigned: list[tuple[torch.Tensor, torch.Tensor]] = []
     for table, name, old in before:
         new = table.get(name)
         if new is not None and new is not old and (new.shape, new.dtype) == (old.shape, old.dtype):
             assigned.append((old, new.detach().clone()))
             table[name] = old
+
+    kept = [
+        value.clone()
+        if isinstance(value, torch.Tensor) and any(_shares(value, old) for old, _ in assigned)
+        else value
+        for value in results
+    ]
     for old, new in assigned:
         old.copy_(new)
+    return kept
+
+
+def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors lie in the same memory."""
+    return bool(torch._C._is_alias_of(one, other))  # type: ignore[attr-defined]
 
 
 def _result(name: str, value: Any, is_state: bool) -> UserResult:

@@ -61,11 +61,9 @@ def _declare_writes(program: ExportedProgram, final: Mapping[Node, Node]) -> Non
         kind, target = kinds[placeholder.name]
         if kind is InputKind.BUFFER:
             buffers[value] = OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(value.name), target)
-        elif kind is InputKind.USER_INPUT:
+        else:
             spec = OutputSpec(OutputKind.USER_INPUT_MUTATION, TensorArgument(value.name), placeholder.name)
             arguments[value] = spec
-        else:
-            raise CannotTakeApart(f"{placeholder.name} is written")
     first = {**buffers, **arguments}
     signature.output_specs[:0] = first.values()
     output.args = ((*first, *output.args[0]),)
@@ -78,7 +76,13 @@ def _make_functional(program: ExportedProgram) -> None:
         if _casts_nothing(node):  # its result is its input, which may be written
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    _declare_writes(program, drop_writes(graph, mode))
+    changeable = {
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind in (InputKind.BUFFER, InputKind.USER_INPUT)
+    }
+    given = {node for node in graph.find_nodes(op="placeholder") if node.name in changeable}
+    _declare_writes(program, drop_writes(graph, mode, given))
     torchs = decompositions()
     for node in graph.nodes:
         if node.op == "get_attr" and node.users:

@@ -6,6 +6,8 @@ If x was given, y is what it becomes.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,12 +17,13 @@ from tpcompile.capture.aliases import may_alias
 from tpcompile.graph_edit import call
 
 
-def drop_writes(graph: Graph, mode: FakeTensorMode) -> dict[Node, Node]:
+def drop_writes(graph: Graph, mode: FakeTensorMode, changeable: Collection[Node]) -> dict[Node, Node]:
     """Replaces the writes of a graph that have no other effect than a value; others stay.
 
     Args:
         graph: an exported program's.
         mode: the mode of its fake tensors.
+        changeable: the placeholders that may be written; writes into others stay.
 
     Returns:
         Per placeholder that was written, the value that it has in the end.
@@ -30,6 +33,8 @@ def drop_writes(graph: Graph, mode: FakeTensorMode) -> dict[Node, Node]:
     for node in graph.nodes:
         target = without_write(node.target) if node.op == "call_function" else None
         if target is None or not isinstance(written := node.args[0], Node) or not _is_private(written, node):
+            continue
+        if written.op == "placeholder" and written not in changeable:
             continue
         with graph.inserting_before(node):
             new = call(graph, target, node.args, node.kwargs, like=node, mode=mode)

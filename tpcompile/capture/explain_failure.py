@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 import torch
 from torch import nn
 
-from tpcompile.errors import CannotCapture
+from tpcompile.errors import CannotCapture, OnlyInParts
 
 _OUTSIDE = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _DATA_DEPENDENT = (
@@ -53,7 +53,8 @@ def explain_failure(
     if len(tried) > 1:
         what += f" (tried with {', then '.join(tried)})"
     advice = advice or "try model.eval() or other example arguments"
-    return CannotCapture(what, where=_place(error, model), todo=f"{advice}; or parallelize(compose=True)")
+    kind = OnlyInParts if is_data_dependent(error) else CannotCapture
+    return kind(what, where=_place(error, model), todo=f"{advice}; or parallelize(compose=True)")
 
 
 def _chain(error: BaseException) -> list[BaseException]:

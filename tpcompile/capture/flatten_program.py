@@ -65,7 +65,7 @@ def flatten_program(
     keyed = _keyed_placeholders(program, model, leaf_names, leaves)
     _drop_checks(graph)
     inputs = _order_placeholders(graph, keyed, model, leaf_names, leaves)
-    outputs = _order_outputs(graph, program, results, _traced(leaf_names, leaves))
+    outputs = _order_outputs(graph, program, model, results, _traced(leaf_names, leaves))
     # Placeholders stay even when unused: they are the calling convention.
     graph.eliminate_dead_code()
     for node in graph.nodes:
@@ -156,10 +156,14 @@ def _extent(size: int | torch.SymInt) -> int | str:
 
 
 def _order_outputs(
-    graph: Graph, program: ExportedProgram, results: Sequence[UserResult], traced_names: Sequence[str]
+    graph: Graph,
+    program: ExportedProgram,
+    model: nn.Module,
+    results: Sequence[UserResult],
+    traced_names: Sequence[str],
 ) -> list[OutputSpec]:
     states = {result.name for result in results if result.is_state}
-    written = set()
+    written, canonical = set(), _canonical_names(model)
     output = graph.output_node()
     user: list[Any] = []
     mutations: list[tuple[OutputSpec, Any]] = []
@@ -167,7 +171,8 @@ def _order_outputs(
         if spec.kind is OutputKind.USER_OUTPUT:
             user.append(value)
         elif spec.kind is OutputKind.BUFFER_MUTATION:
-            mutations.append((OutputSpec("buffer_mutation", strip_prefix(str(spec.target))), value))
+            name = strip_prefix(str(spec.target))
+            mutations.append((OutputSpec("buffer_mutation", canonical.get(name, name)), value))
         else:
             name = strip_prefix(str(spec.target))
             if spec.kind is OutputKind.USER_INPUT_MUTATION:

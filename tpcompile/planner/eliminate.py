@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CannotCapture, TpCompileError
+from ..errors import OnlyInParts, TpCompileError
 
 Table = np.ndarray
 LARGEST_BUCKET = 2**26
@@ -67,7 +67,7 @@ def solve(problem: Problem) -> tuple[dict[Hashable, int], float]:
 
     Raises:
         TpCompileError: every assignment is impossible.
-        CannotCapture: a bucket would not fit in memory.
+        OnlyInParts: a bucket would not fit in memory.
     """
     buckets = _Buckets(problem)
     done = list(buckets.eliminate())
@@ -119,7 +119,7 @@ class _Buckets:
                 heapq.heappush(heap, (current, rank, name))
                 continue
             if current > LARGEST_BUCKET:
-                raise CannotCapture(
+                raise OnlyInParts(
                     "the plan's search space is too large", where=str(name), todo="pin some placements"
                 )
             gone.add(name)

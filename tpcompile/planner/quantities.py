@@ -7,7 +7,7 @@ import math
 import torch
 from torch.fx import Graph, Node
 
-from ..errors import CannotCapture
+from ..errors import OnlyInParts
 from ..factors import Factors
 from ..graph_edit import module_path
 from ..rules.rule import Rule, Size, letters_of, results
@@ -31,10 +31,10 @@ class Quantities:
         """The size of a value, of the largest result where there are several.
 
         Raises:
-            CannotCapture: the data decides its shape.
+            OnlyInParts: the data decides its shape.
         """
         if any(_undecided(size) for tensor in results(value) for size in tensor.shape):
-            raise CannotCapture(
+            raise OnlyInParts(
                 f"the shape of what {value.target} computes is decided by the data",
                 where=module_path(value),
                 todo="choose with torch.where or a mask of fixed size, or parallelize(compose=True)",
