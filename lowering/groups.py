@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -88,15 +91,28 @@ class AxisGroups:
         partial_world = rows.numel() != dist.get_world_size()
         name = ""
         for ranks in grid.reshape(-1, self.size(axes)).tolist():
-            group = dist.new_group(
+            group = _new_group(
                 ranks,
                 use_local_synchronization=partial_world,
-                sort_ranks=False,
                 group_desc=f"tpcompile {axes} of {self.factors}",
             )
             if dist.get_rank() in ranks:
                 name = group.group_name
         return name
+
+
+def _new_group(ranks: list[int], **options: Any) -> dist.ProcessGroup:
+    """A group of ranks in their order, which torch 2.11 would sort."""
+    if ranks != sorted(ranks):
+        if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
+            raise TpCompileError(
+                f"torch {torch.__version__} makes no group whose ranks do not ascend",
+                where=f"ranks {ranks}",
+                todo="use a mesh whose ranks ascend, or a newer torch",
+            )
+        options["sort_ranks"] = False
+    group: dist.ProcessGroup = dist.new_group(ranks, **options)
+    return group
 
 
 def _own_group(mesh: DeviceMesh, axis: str | None) -> dist.ProcessGroup:

@@ -7,6 +7,7 @@ result for the others, forward and backward. What is given up is fusion across t
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +30,9 @@ def as_region(body: GraphModule, count: int) -> GraphModule:
         count: how often it is called: torch may have to trace it anew as often, and gives up after that.
     """
     kind: Any = type(body)
-    kind.forward = torch.compiler.nested_compile_region(kind.forward, max_reuse_entries=count)
+    region: Any = torch.compiler.nested_compile_region
+    limited = "max_reuse_entries" in inspect.signature(region).parameters  # torch 2.11 has no limit
+    kind.forward = region(kind.forward, **({"max_reuse_entries": count} if limited else {}))
     return body
 
 

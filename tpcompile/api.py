@@ -109,7 +109,7 @@ def parallelize(
         runtime.compose(model, "", tuple(example), failed)
         usual = _example(model, (), None)  # perhaps one without pictures: more of it is planned at once
         if runtime.layout is None and usual is not None and usual.keys() != example.keys():
-            runtime.try_first(model, usual)
+            runtime.try_first(model, usual, optional=True)
     if compile is not False:
         runtime.compile_options = {} if compile is True else dict(compile)
     return model

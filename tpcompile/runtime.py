@@ -235,8 +235,15 @@ class Runtime:
             shard_more_weights(model, layout, self.compiler.rank, decided)
         return keep_whole(model, (at for at, _ in self.composed), layout)
 
-    def try_first(self, model: nn.Module, bound: dict[str, Any]) -> TpCompileError | None:
+    def try_first(
+        self, model: nn.Module, bound: dict[str, Any], *, optional: bool = False
+    ) -> TpCompileError | None:
         """Captures a call; returns why it cannot be captured if its parts are to be captured instead.
+
+        Args:
+            model: the model.
+            bound: the call.
+            optional: nobody asked for the call: it need not be one that can be captured.
 
         Raises:
             TpCompileError: it is refused for another reason, or is not to be composed.
@@ -244,14 +251,15 @@ class Runtime:
         try:
             self.capture(model, bound)
         except TpCompileError as error:
-            if not self._wants_parts(error):
+            if not self._wants_parts(error, True if optional else self.compiler.options.compose):
                 raise
             return error
         return None
 
     def compose(self, model: nn.Module, path: str, names: tuple[str, ...], error: TpCompileError) -> bool:
         """Whether a call that could not be captured runs as python over the module's parts from now on."""
-        if not self._wants_parts(error) or not can_compose(model, path, self.layout):
+        wanted = self._wants_parts(error, self.compiler.options.compose)
+        if not wanted or not can_compose(model, path, self.layout):
             return False
         self.composed.add((path, names))
         if self.layout is not None:
@@ -265,9 +273,9 @@ class Runtime:
         )
         return True
 
-    def _wants_parts(self, error: TpCompileError) -> bool:
+    @staticmethod
+    def _wants_parts(error: TpCompileError, asked: bool | None) -> bool:
         """Whether an error, of this rank or of another, says that parts are to be captured instead."""
-        asked = self.compiler.options.compose
         kinds = {True: (CannotCapture, OnlyInParts), None: (OnlyInParts,), False: ()}[asked]
         return any(isinstance(error, kind) or kind.__name__ in error.what for kind in kinds)
 
