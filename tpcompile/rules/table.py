@@ -151,7 +151,7 @@ POINTWISE: dict[str, Row] = {
         pointwise.broadcast,
         "_to_copy to masked_fill where complex polar copy dropout native_dropout feature_dropout",
         "rsub.Tensor real imag _conj isin.Tensor_Scalar __and__ __or__ __xor__",
-        "zeros_like ones_like full_like empty_like hardswish log_sigmoid floor_divide",
+        "zeros_like ones_like full_like empty_like hardswish leaky_relu log_sigmoid floor_divide",
     ),
     "aten.type_as": pointwise.type_as,
     "aten.prelu": pointwise.prelu,
