@@ -11,14 +11,14 @@ from torch.fx import Node
 
 from tpcompile.errors import CannotCapture
 from tpcompile.graph_edit import call, module_path
-from tpcompile.rules.rule import argument, shape
+from tpcompile.rules.rule import Size, argument, shape, size_of
 from tpcompile.work import Work
 
 from .pipeline import Pass
 
 aten = torch.ops.aten
 _READS = (aten.as_strided.default, aten.as_strided_copy.default)
-_WRITES = (aten.as_strided_scatter.default,)
+_WRITE = aten.as_strided_scatter.default
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class FlattenStrided(Pass):
     a flat value have only one way to lie. Runs first, while strides are those of the capture.
 
     Raises:
-        CannotCapture: a value has gaps in memory, or is written by strides.
+        CannotCapture: a value has gaps in memory, is written by strides, or read beyond its elements.
     """
 
     name = "flatten-strided"
 
     def apply(self, work: Work) -> bool:
-        strided = [node for node in work.graph.nodes if node.target in (*_READS, *_WRITES)]
+        strided = [node for node in work.graph.nodes if node.target in (*_READS, _WRITE)]
         todo = [node for node in strided if not _reads_flat(node)]
         for node in todo:
             _flatten(node)
@@ -51,7 +51,7 @@ def _reads_flat(node: Node) -> bool:
 def _flatten(node: Node) -> None:
     source = node.args[0]
     assert isinstance(source, Node)
-    order = None if node.target in _WRITES else _memory_order(source)
+    order = None if node.target is _WRITE else _memory_order(source)
     start = _start(node, source)
     if order is None or start is None:
         raise CannotCapture(
@@ -62,7 +62,7 @@ def _flatten(node: Node) -> None:
     with node.graph.inserting_before(node):
         flat = call(node.graph, aten.permute.default, (source, order), like=node)
         flat = call(node.graph, aten.reshape.default, (flat, [-1]), like=node)
-        if isinstance(start, Node) or start != 0:
+        if start != 0:  # as no node is
             flat = call(node.graph, aten.slice.Tensor, (flat, 0, start), like=node)
     node.args, node.kwargs = (flat, *node.args[1:3]), {}
 
@@ -79,21 +79,24 @@ def _start(node: Node, source: Node) -> int | Node | None:
         start = offset - own if isinstance(own, int) and offset >= own else None
     if start is None:
         return None
-    sizes, strides = ([_size(s) for s in argument(node, i, name)] for i, name in ((1, "size"), (2, "stride")))
-    last = _size(start) + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+    sizes, strides = (
+        [_given(s) for s in argument(node, i, name)] for i, name in ((1, "size"), (2, "stride"))
+    )
+    last = _given(start) + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
     beyond = sympy.expand(last + 1 - sympy.prod(shape(source)))
     return None if beyond.is_number and beyond > 0 else start
 
 
-def _size(size: Any) -> sympy.Expr:
-    return _expression(size.meta["val"] if isinstance(size, Node) else size)
+def _given(size: int | Node) -> Size:
+    """A size among a call's arguments."""
+    return size_of(size.meta["val"] if isinstance(size, Node) else size)
 
 
 def _memory_order(source: Node) -> list[int] | None:
     """The dimensions of a value as they lie in memory, major first; None if there are gaps."""
-    sizes, strides = shape(source), [_expression(s) for s in source.meta["val"].stride()]
-    waiting, covered = list(range(len(sizes))), sympy.Integer(1)
-    order: list[int] = []
+    sizes, strides = shape(source), [size_of(s) for s in source.meta["val"].stride()]
+    waiting, order = list(range(len(sizes))), list[int]()
+    covered: Size = 1
     while waiting:
         # A dimension of one element has any stride.
         dim = next((d for d in waiting if sizes[d] == 1 or sympy.expand(strides[d] - covered) == 0), None)
@@ -103,7 +106,3 @@ def _memory_order(source: Node) -> list[int] | None:
         order.insert(0, dim)
         covered *= sizes[dim]
     return order
-
-
-def _expression(size: Any) -> sympy.Expr:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)

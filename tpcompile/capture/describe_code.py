@@ -227,7 +227,7 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def own_files(path: str, known: Collection[Any] = ()) -> list[str]:
+def own_files(path: str, known: Collection[Any]) -> list[str]:
     """A file, and those that it imports, directly or not, as far as they are neither installed nor known.
 
     The files are read, nothing is imported.

@@ -116,11 +116,14 @@ def results(node: Node) -> list[torch.Tensor]:
 
 def sizes_of(tensor: torch.Tensor) -> tuple[Size, ...]:
     """The shape, dynamic dimensions as sympy expressions."""
-    return tuple(_size(d.node.expr) if isinstance(d, torch.SymInt) else int(d) for d in tensor.shape)
+    return tuple(map(size_of, tensor.shape))
 
 
-def _size(expression: sympy.Expr) -> Size:
-    simple = simplify_size(expression)
+def size_of(size: int | torch.SymInt) -> Size:
+    """A size or stride, a dynamic one as a sympy expression."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    simple = simplify_size(size.node.expr)
     return int(simple) if simple.is_Integer else simple
 
 
