@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from tpcompile.errors import TpCompileError
+from tpcompile.mesh_axis import MeshAxis
 
 Axes = tuple[int, ...]
 
@@ -26,31 +24,25 @@ class AxisGroups:
     order: every rank of the mesh must construct it, with equal arguments.
 
     Args:
-        mesh: a 1-D mesh, or an n-D one of which `axis` is used; a slice of a larger mesh will do.
+        axis: the axis of a mesh.
         factors: sizes of the sub-axes, major first; their product is the size of the axis.
         subsets: the subsets that `name` will be asked for; sub-axes in ascending order.
-        axis: name of the mesh axis; needed if the mesh has several.
     """
 
-    def __init__(
-        self, mesh: DeviceMesh, factors: Axes, subsets: Iterable[Axes] = (), axis: str | None = None
-    ) -> None:
-        own, rows = _own_group(mesh, axis), _rows(mesh, axis)
+    def __init__(self, axis: MeshAxis, factors: Axes, subsets: Iterable[Axes] = ()) -> None:
+        rows = torch.tensor(axis.rows)
         if math.prod(factors) != rows.shape[1] or min(factors, default=1) < 1:
             raise TpCompileError(
                 f"Factors {factors} do not make up a mesh axis of {rows.shape[1]} ranks.",
                 todo="Give factors whose product is the size of the axis.",
             )
         self.factors = factors
-        row: list[int] = next(row for row in rows.tolist() if dist.get_rank() in row)
-        self._position = row.index(dist.get_rank())
+        self._position = axis.rank
         self._names: dict[Axes, str] = {}
         wanted = sorted({self._checked(axes) for axes in subsets} | {tuple(range(len(factors)))})
-        # torch makes a mesh's own groups in ascending order of ranks; a permuted mesh needs new ones.
-        ascending = bool((rows.sort(dim=1).values == rows).all())
         for axes in wanted:
             whole = self.size(axes) == rows.shape[1]
-            self._names[axes] = own.group_name if whole and ascending else self._create(rows, axes)
+            self._names[axes] = axis.group_name if whole else self._create(rows, axes)
 
     def name(self, axes: Axes) -> str:
         """Name of this rank's group over `axes`, as `_c10d_functional` and our collectives take it."""
@@ -91,7 +83,7 @@ class AxisGroups:
         partial_world = rows.numel() != dist.get_world_size()
         name = ""
         for ranks in grid.reshape(-1, self.size(axes)).tolist():
-            group = _new_group(
+            group: dist.ProcessGroup = dist.new_group(
                 ranks,
                 use_local_synchronization=partial_world,
                 group_desc=f"tpcompile {axes} of {self.factors}",
@@ -99,40 +91,3 @@ class AxisGroups:
             if dist.get_rank() in ranks:
                 name = group.group_name
         return name
-
-
-def _new_group(ranks: list[int], **options: Any) -> dist.ProcessGroup:
-    """A group of ranks in their order, which torch 2.11 would sort."""
-    if ranks != sorted(ranks):
-        if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
-            raise TpCompileError(
-                f"torch {torch.__version__} makes no group whose ranks do not ascend",
-                where=f"ranks {ranks}",
-                todo="use a mesh whose ranks ascend, or a newer torch",
-            )
-        options["sort_ranks"] = False
-    group: dist.ProcessGroup = dist.new_group(ranks, **options)
-    return group
-
-
-def _own_group(mesh: DeviceMesh, axis: str | None) -> dist.ProcessGroup:
-    if mesh.ndim > 1 and axis is None:
-        raise TpCompileError(
-            f"A mesh of {mesh.ndim} dimensions needs the name of one.",
-            where=f"mesh dimensions {mesh.mesh_dim_names}",
-            todo="Pass axis=..., or slice the mesh, as in mesh['tp'].",
-        )
-    return mesh.get_group(axis)
-
-
-def _rows(mesh: DeviceMesh, axis: str | None) -> Tensor:
-    """Global ranks, one row for each instance of the axis in the whole mesh, this rank's among them."""
-    root = mesh._get_root_mesh()  # a slice knows its own row only, and new_group needs all of them
-    names = root.mesh_dim_names or ()
-    wanted = axis or (mesh.mesh_dim_names or ("",))[0]
-    if wanted in names:
-        grid = root.mesh.movedim(names.index(wanted), -1)
-        return grid.reshape(-1, grid.shape[-1])
-    if mesh.ndim > 1:
-        raise TpCompileError(f"The mesh has no dimension {axis!r}.", where=f"mesh dimensions {names}")
-    return mesh.mesh.reshape(1, -1)  # no names, or a flattened axis

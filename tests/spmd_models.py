@@ -106,6 +106,16 @@ def gradients(name: str) -> float:
     return worst
 
 
+def permuted() -> float:
+    """On a mesh that names its ranks in another order: the error of the logits."""
+    model = build("two_kv_heads")
+    whole = copy.deepcopy(model)
+    order = DeviceMesh(families.device().type, [3, 1, 0, 2])
+    sharded = tpcompile.parallelize(model, order, example_kwargs=call("two_kv_heads", CAPTURED))
+    with torch.no_grad():
+        return error(sharded(**call("two_kv_heads", OTHER)), whole(**call("two_kv_heads", OTHER)))
+
+
 def refusals() -> list[str]:
     """Bad requests, each with the message it gets; the model must work afterwards."""
     tp = mesh()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
+import tpcompile
 from tests import spmd_module_life as life
 from tests.spmd import run_spmd
 from tpcompile.compare_calls import _sample
@@ -137,3 +143,21 @@ def test_ranks_that_differ_are_told() -> None:
         "different calls",
     ]
     _assert_told(life.ranks_differ, expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the names of threads in /proc")
+def test_a_model_does_not_keep_process_groups() -> None:
+    """Their threads end with ``destroy_process_group``, though the model is still there."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = tpcompile.parallelize(nn.Linear(4, 4), init_device_mesh("cpu", (1,)), (torch.ones(1, 4),))
+        assert _gloo_threads()
+    finally:
+        dist.destroy_process_group()
+    assert not _gloo_threads()
+    assert model.programs
+
+
+def _gloo_threads() -> int:
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum(name.startswith("pt_gloo") for name in names)

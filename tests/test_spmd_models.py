@@ -35,6 +35,10 @@ def test_three_and_four_ranks(name: str, ranks: int) -> None:
     check(name, ranks)
 
 
+def test_a_mesh_in_another_order() -> None:
+    assert max(run_spmd(spmd_models.permuted, 4, timeout=TIMEOUT)) <= F32
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_compiled_without_graph_breaks(name: str) -> None:
     check(name, 2, compiled=True)

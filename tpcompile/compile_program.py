@@ -29,6 +29,7 @@ from .graph_edit import module_path
 from .layout import WeightLayout
 from .lowering.groups import AxisGroups
 from .lowering.lower_graph import lower_program
+from .mesh_axis import MeshAxis
 from .passes.pipeline import Pass
 from .pins import make_pins, unmet
 from .pipeline import canonical, plan_program, rewrite, split_copy
@@ -117,20 +118,21 @@ class Compiler:
     def __init__(
         self, options: Options, ranks: int, mesh: DeviceMesh | None = None, axis: str | None = None
     ) -> None:
-        self.options, self.ranks, self.mesh, self.axis = options, ranks, mesh, axis
-        self.rank = mesh.get_local_rank(axis) if mesh is not None else 0
+        self.options, self.ranks = options, ranks
+        self.axis = MeshAxis.of(mesh, axis) if mesh is not None else None
+        self.rank = self.axis.rank if self.axis is not None else 0
+        # Custom strategies are given the mesh itself, of one dimension.
+        self._mesh = mesh[axis] if mesh is not None and axis is not None else mesh
+        if not options.custom:
+            self._mesh = None
         self.sequence = options.sequence or (options.plan.sequence if options.plan is not None else False)
         self._groups: dict[tuple[int, ...], AxisGroups] = {}
         self._custom: CustomModules | None = None
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The ranks of the axis.
-
-        Asked for each time: a reference would keep the group, and its threads, beyond
-        ``destroy_process_group`` to the end of the process, which gloo does not survive.
-        """
-        return None if self.mesh is None else self.mesh.get_group(self.axis)
+        """The ranks of the axis."""
+        return None if self.axis is None else self.axis.group
 
     def compile(
         self,
@@ -216,8 +218,7 @@ class Compiler:
     def _custom_modules(self, model: nn.Module) -> CustomModules:
         """The modules of custom strategies; the first program finds them while the weights are whole."""
         if self._custom is None:
-            mesh = self.mesh[self.axis] if self.mesh is not None and self.axis is not None else self.mesh
-            where = (self.ranks, mesh, self.group, self.rank)
+            where = (self.ranks, self._mesh, self.group, self.rank)
             self._custom = partition_modules(model, self.options.custom, *where)
         return self._custom
 
@@ -248,10 +249,11 @@ class Compiler:
 
     def _device(self, model: nn.Module) -> torch.device | None:
         """The device to capture for: where this rank's weights are, or will be."""
-        if self.mesh is None or self.mesh.device_type == "cpu":
+        if self.axis is None or self.axis.device_type == "cpu":
             return None
-        found = (p.device for p in model.parameters() if p.device.type == self.mesh.device_type)
-        here = torch.device(self.mesh.device_type, torch.accelerator.current_device_index())
+        kind = self.axis.device_type
+        found = (p.device for p in model.parameters() if p.device.type == kind)
+        here = torch.device(kind, torch.accelerator.current_device_index())
         return next(found, here)
 
     def _decide(
@@ -294,13 +296,13 @@ class Compiler:
 
     def _make_groups(self, axes: tuple[int, ...]) -> None:
         """Process groups of sub-axes are made by all ranks at the same point: it is a collective."""
-        if self.mesh is not None and axes not in self._groups:
+        if self.axis is not None and axes not in self._groups:
             every = range(len(axes))
             subsets = [c for size in range(1, len(axes)) for c in itertools.combinations(every, size)]
-            self._groups[axes] = AxisGroups(self.mesh, axes, subsets, self.axis)
+            self._groups[axes] = AxisGroups(self.axis, axes, subsets)
 
     def _lower(self, rewritten: Work) -> tuple[GraphModule, GraphModule | None]:
-        if self.mesh is None:
+        if self.axis is None:
             return GraphModule(nn.Module(), rewritten.graph), None
         axes = rewritten.axes
         return lower_program(rewritten, WeightLayout(axes, {}).coordinates(self.rank), self._groups[axes])

@@ -138,15 +138,15 @@ class Runtime:
             raise
 
     def _check_devices(self, bound: dict[str, Any], leaves: Sequence[Any]) -> None:
-        mesh = self.compiler.mesh
+        axis = self.compiler.axis
         for at, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and mesh is not None and leaf.device.type != mesh.device_type:
+            if isinstance(leaf, Tensor) and axis is not None and leaf.device.type != axis.device_type:
                 name = leaf_names(bound)[at]
                 if is_count(name):  # a tensor without elements
                     continue
                 raise TpCompileError(
-                    f"the mesh is for {mesh.device_type}, {name} is on {leaf.device}",
-                    todo=f"move it to {mesh.device_type}",
+                    f"the mesh is for {axis.device_type}, {name} is on {leaf.device}",
+                    todo=f"move it to {axis.device_type}",
                 )
 
     def _refuse_sliced(self, model: nn.Module, path: str) -> None:
@@ -285,17 +285,17 @@ class Runtime:
         Raises:
             TpCompileError: the weights have left the mesh's device.
         """
-        mesh = self.compiler.mesh
-        if self.layout is None or mesh is None:
+        axis = self.compiler.axis
+        if self.layout is None or axis is None:
             return
         params = dict(self.layout.params)
         for name, (module, attribute) in tensors_by_name(model).items():
             tensor = getattr(module, attribute)
-            if name in params and tensor.device.type not in (mesh.device_type, "meta"):
+            if name in params and tensor.device.type not in (axis.device_type, "meta"):
                 raise TpCompileError(
-                    f"the mesh is for {mesh.device_type}, a weight is on {tensor.device}",
+                    f"the mesh is for {axis.device_type}, a weight is on {tensor.device}",
                     where=name,
-                    todo=f"move the model back to {mesh.device_type}",
+                    todo=f"move the model back to {axis.device_type}",
                 )
             if name in params and params[name].dtype != tensor.dtype:
                 params[name] = replace(params[name], dtype=tensor.dtype)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -112,12 +111,12 @@ def _tensors(model: Any, runtime: Runtime, original_format: bool) -> dict[str, E
 
 def _find_writer(runtime: Runtime, wishes: Wishes) -> int | None:
     """The rank of the group that writes; None if another replica of the model does."""
-    group, mesh, axis = runtime.compiler.group, runtime.compiler.mesh, runtime.compiler.axis
+    group, axis = runtime.compiler.group, runtime.compiler.axis
     flags: list[Any] = [bool(wishes.is_main_process)]
     if group is not None:
         flags = [None] * dist.get_world_size(group)
         dist.all_gather_object(flags, bool(wishes.is_main_process), group=group)
-    if mesh is not None and any(_other_coordinates(mesh, axis)):
+    if axis is not None and axis.replica != 0:
         return None
     if not any(flags):
         raise TpCompileError(
@@ -126,20 +125,10 @@ def _find_writer(runtime: Runtime, wishes: Wishes) -> int | None:
     return flags.index(True)
 
 
-def _other_coordinates(mesh: DeviceMesh, axis: str | None) -> list[int]:
-    """Where this rank is on the axes that do not divide the model, of the whole mesh."""
-    dividing = axis or (mesh.mesh_dim_names or (None,))[0]
-    whole = mesh._get_root_mesh()
-    names = whole.mesh_dim_names or ()
-    return [whole.get_local_rank(name) for name in names if name != dividing] if dividing in names else []
-
-
 def _all_ranks(runtime: Runtime) -> dist.ProcessGroup | None:
     """Those who must know that the checkpoint is there."""
-    mesh = runtime.compiler.mesh
-    if mesh is not None and mesh.ndim > 1 and mesh.size() == dist.get_world_size():
-        return dist.group.WORLD
-    return runtime.compiler.group
+    axis = runtime.compiler.axis
+    return dist.group.WORLD if axis is not None and axis.shared else runtime.compiler.group
 
 
 def _save(model: Any, runtime: Runtime, files: list[File], target: Path, wishes: Wishes) -> None:
