@@ -72,10 +72,7 @@ class Lowering:
 
     def emit(self, target: Any, *args: Any, like: Node, **kwargs: Any) -> Node:
         """Adds a call to the local graph; its value is computed on fake tensors."""
-        if target is torch.ops.aten.view.default:
-            # What runs may leave other strides than what was captured: collectives do, and an attention whose
-            # mask wants a gradient.
-            target = torch.ops.aten.reshape.default
+        target = _lenient(target)
         try:
             val = value_of(target, args, kwargs, self.mode)
         except (RuntimeError, IndexError, ValueError) as error:
@@ -103,6 +100,7 @@ class Lowering:
             else:
                 self.local[node] = self._call(node)
                 self._check(node)
+                self._keep_value(node)
         drop_unused(self.graph)
         self._drop_joined()
         self.graph.lint()
@@ -183,7 +181,21 @@ class Lowering:
             return localise.LOCALISERS[name](self, node)
         if node.target is torch.ops.aten.sym_size.int:
             return localise.sym_size(self, node)
-        return self.emit(node.target, *self.map(node.args), like=node, **self.map(node.kwargs))
+        args, kwargs = self.map(node.args), self.map(node.kwargs)
+        if all(self._is_whole(operand) for operand in node.all_input_nodes):
+            return self.emit_as(_lenient(node.target), args, node.meta["val"], like=node, **kwargs)
+        return self.emit(node.target, *args, like=node, **kwargs)
+
+    def _is_whole(self, node: Node) -> bool:
+        """Whether a value is here what it is at global shapes: what follows of such values is known."""
+        local = self.local[node]
+        return isinstance(local, Node) and local.meta["val"] is node.meta["val"]
+
+    def _keep_value(self, node: Node) -> None:
+        """Lets a local value that looks like the global one be that one."""
+        local, whole = self.local[node], node.meta["val"]
+        if isinstance(local, Node) and is_tensor(node) and _look_alike(local.meta["val"], whole):
+            local.meta["val"] = whole
 
     def _check(self, node: Node) -> None:
         if not is_tensor(node) or "placement" not in node.meta:
@@ -197,6 +209,27 @@ class Lowering:
                 where=f"{node.name} in {module_path(node)}",
                 todo="its sharding rule does not fit; correct it with tpcompile.register_rule",
             )
+
+
+def _lenient(target: Any) -> Any:
+    """A view becomes a reshape.
+
+    What runs may leave other strides than what was captured: collectives do, and an attention whose mask
+    wants a gradient.
+    """
+    return torch.ops.aten.reshape.default if target is torch.ops.aten.view.default else target
+
+
+def _look_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two values have the same type, sizes and strides, as expressions."""
+    if one.dtype != other.dtype or one.ndim != other.ndim:
+        return False
+    pairs = zip((*one.shape, *one.stride()), (*other.shape, *other.stride()), strict=True)
+    return all(_expression(a) == _expression(b) for a, b in pairs)
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def lower_graph(work: Work, coordinates: tuple[int, ...], groups: Groups) -> GraphModule:

@@ -7,14 +7,15 @@
     results = run_spmd(check, 2, 16)         # one result per rank
 
 Starting python and torch takes seconds, so the processes are kept, per number of ranks, until this one ends,
-and are forked from a server that has imported torch and done nothing else: a new group takes a fraction of a
-second. Environment variables are those of the first start.
+and are forked from a server that has imported what most of them need and done nothing else: a new group takes
+a fraction of a second. Environment variables are those of the first start.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -38,7 +39,7 @@ Answers = dict[int, tuple[Any, ...]]
 _START_TIMEOUT = 120.0
 _GRACE = 5.0  # for the other ranks to answer, once one has failed
 _LEAVE = 3.0  # for idle ranks to leave by themselves
-_PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "torch.distributed.device_mesh"]
+_PRELOAD = ["torch._dynamo", "tests.spmd_models", "transformers.models.llama.modeling_llama"]
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -182,6 +183,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=600)
     )
+    gc.freeze()  # as in conftest
     with contextlib.suppress(EOFError, OSError):  # the parent has closed the pipe, or is gone
         while True:
             pipe.send_bytes(_answer(pipe.recv_bytes()))
@@ -190,6 +192,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
 def _answer(job: bytes) -> bytes:
     try:
         fn, args = pickle.loads(job)
+        _destroy_groups()
         torch.manual_seed(0)
         return pickle.dumps((True, fn(*args)))
     except BaseException as error:
@@ -198,6 +201,13 @@ def _answer(job: bytes) -> bytes:
     finally:
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()  # the next function shall not see this one's compiled code
+
+
+def _destroy_groups() -> None:
+    """Ends the groups that the last function made, now that all ranks are done: their threads poll."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _portable(error: BaseException) -> BaseException | None:
