@@ -11,7 +11,7 @@ import torch
 import tpcompile
 from tests import families
 from tests.spmd_models import mesh
-from tests.toys import PartlyCapturable
+from tests.toys import PartlyCapturable, ReadsInHelper
 
 
 def in_either_order(dense_first: bool) -> dict[str, Any]:
@@ -38,6 +38,17 @@ def in_either_order(dense_first: bool) -> dict[str, Any]:
     found["entries"] = {program.entry for program in sharded.programs}
     found["shapes"] = [tuple(p.shape) for p in (model.experts.weight, model.mlp.up.weight, model.table.rows)]
     return found
+
+
+def read_in_helper() -> float:
+    """The error of a module that reads its part's weight in a method that forward calls."""
+    torch.manual_seed(0)
+    model, x = ReadsInHelper(), torch.randn(3, 12)
+    whole = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sharded = tpcompile.parallelize(model, mesh(), (x,), compose=True)
+        return float((sharded(x) - whole(x)).abs().max())
 
 
 def wrong_calls() -> dict[str, Any]:

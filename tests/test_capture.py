@@ -372,3 +372,24 @@ def test_a_number_of_a_tensor_may_be_asserted() -> None:
 def test_changed_inputs_are_refused() -> None:
     with pytest.raises(TpCompileError, match="changes x in place"):
         capture(Mutating(), bind_call(Mutating(), (torch.randn(3, 4),), {}))
+
+
+class Grows(nn.Module):
+    """Keeps what it has seen in a buffer that becomes longer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Module()
+        self.part.register_buffer("seen", torch.zeros(0, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.part.seen = torch.cat([self.part.seen, x])
+        return x + 1
+
+
+def test_what_a_buffer_cannot_keep_is_told() -> None:
+    model, x = Grows(), torch.ones(2, 3)
+    with pytest.warns(UserWarning, match=r"another shape or type to part\.seen"):
+        captured = capture(model, bind_call(model, (x,), {}))
+    assert "part.seen" in "".join(captured.notes)
+    assert model.part.seen.shape == (0, 3)

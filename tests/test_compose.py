@@ -17,6 +17,10 @@ def test_what_runs_as_python_keeps_its_own_weights_whole() -> None:
         assert found["shapes"] == [(4, 12, 12), (10, 12), (16, 12)]
 
 
+def test_what_a_method_reads_stays_whole() -> None:
+    assert max(run_spmd(spmd_compose.read_in_helper, 2)) <= 1e-6
+
+
 def test_what_is_divided_already_cannot_run_as_python() -> None:
     for found in run_spmd(spmd_compose.in_either_order, 2, True):
         assert len(found["errors"]) == 1 and found["errors"][0] <= 1e-12

@@ -61,12 +61,10 @@ def test_every_example_is_tested() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == EXPECTED.keys() | {"launch"}
 
 
-# What starts the processes is the same for all of them (`launch`); the second one needs none.
-@pytest.mark.parametrize("name", ["shard_a_model", "plan_without_gpus", "demo"])
-def test_runs_alone(name: str) -> None:
-    if name == "demo":
-        _demo_model()
-    _check(name, _run(str(EXAMPLES / f"{name}.py")))
+def test_the_demo_runs_alone() -> None:
+    """What starts the processes is the same for all examples."""
+    _demo_model()
+    _check("demo", _run(str(EXAMPLES / "demo.py")))
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -279,3 +279,18 @@ class PartlyCapturable(nn.Module):
     def forward(self, x: Tensor, dense: bool = False) -> Tensor:
         y: Tensor = self.mlp(self.experts(x + self.table(x.shape[1]), dense))
         return y
+
+
+class ReadsInHelper(nn.Module):
+    """Python that depends on the data, and a method that reads the weight of a part that is also called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(x)
+        return y + self._again(x) if y.sum() > 0 else y - self._again(x)
+
+    def _again(self, x: Tensor) -> Tensor:
+        return x @ self.head.weight.T

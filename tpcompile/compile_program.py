@@ -32,7 +32,7 @@ from .lowering.groups import AxisGroups
 from .lowering.lower_graph import lower_program
 from .mesh_axis import MeshAxis
 from .passes.pipeline import Pass
-from .pins import make_pins, unmet
+from .pins import Wishes, make_pins, unmet
 from .pipeline import canonical, plan_program, rewrite, split_copy
 from .plan import Plan, make_plan, sequence_text
 from .plan_layout import extended, layout_of, pins_from_layout
@@ -43,7 +43,7 @@ from .rules.randomness import random_nodes
 from .shell import whole_tensors
 from .store_plan import Decisions, plan_cached
 from .strategies.custom_modules import CustomModules, partition_modules
-from .strategies.read_rules import Rules
+from .strategies.read_rules import Rules, Wish
 from .uniform_layers import uneven_layers
 from .work import Work
 
@@ -126,6 +126,9 @@ class Compiler:
         ranks: the size of the mesh axis.
         mesh: the mesh, or None to plan only.
         axis: the name of the mesh axis, for a mesh of several.
+
+    Attributes:
+        whole: parameters that are not to be divided, because python that is not captured reads them.
     """
 
     def __init__(
@@ -139,8 +142,15 @@ class Compiler:
         if not options.custom:
             self._mesh = None
         self.sequence = options.sequence or (options.plan.sequence if options.plan is not None else False)
+        self.whole: frozenset[str] = frozenset()
         self._groups: dict[tuple[int, ...], AxisGroups] = {}
         self._custom: CustomModules | None = None
+
+    @property
+    def _wishes(self) -> Wishes:
+        """What is asked of single parameters."""
+        read = {name: (Wish(name, "to stay whole", "whole", optional=True),) for name in sorted(self.whole)}
+        return {**self.options.rules.wishes, **read}
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -186,7 +196,7 @@ class Compiler:
             rewritten = _follow(base, data, layout)
             passes, cost = self.options.passes, self.options.cost
             rewrite(rewritten, training, passes, cost, sequence=self.sequence)
-            pins = make_pins(self.options.rules.wishes) if layout is None else pins_from_layout(layout)
+            pins = make_pins(self._wishes) if layout is None else pins_from_layout(layout)
             plan = make_plan(planned, rewritten, placed, cost, graph, pins, self.sequence)
             plan.timings = {"capture": clock[1] - clock[0], "plan": clock[2] - clock[1]}
             return Compiled(planned, rewritten, plan, *self._lower(rewritten), differentiable=training)
@@ -253,7 +263,7 @@ class Compiler:
                 captured = mark_caches(
                     capture_shared(model, bound, self.group, dynamic=self.options.dynamic, device=device)
                 )
-        uneven = uneven_layers(captured, self.options.rules.wishes, layout, caches)
+        uneven = uneven_layers(captured, self._wishes, layout, caches)
         if uneven is not None:
             captured = unroll_captured(captured)
             captured.notes += (f"repeated layers are planned one by one: {uneven}",)
@@ -283,7 +293,7 @@ class Compiler:
         if given is not None:
             layout = given.layout
         o = self.options
-        wishes = {"cost": o.cost, "pins": o.rules.wishes, "memory": o.memory, "layout": layout}
+        wishes = {"cost": o.cost, "pins": self._wishes, "memory": o.memory, "layout": layout}
         return plan_cached(lambda: self._plan(base, layout, tensors), base, wishes)
 
     def _plan(self, base: Work, layout: WeightLayout | None, tensors: Mapping[str, Tensor]) -> Decisions:
@@ -294,7 +304,7 @@ class Compiler:
         return sorted(planned.split_groups), decisions_to_data(planned)
 
     def _within_memory(self, base: Work, tensors: Mapping[str, Tensor]) -> Work:
-        pins, limit = make_pins(self.options.rules.wishes), self.options.memory
+        pins, limit = make_pins(self._wishes), self.options.memory
         planned = plan_program(base, self.options.cost, pins)
         if limit is None or _held(planned, tensors) <= limit:
             return planned

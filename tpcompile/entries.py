@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import CodeType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -136,11 +137,31 @@ def _held(module: nn.Module) -> list[torch.Tensor | None]:
 
 
 def _read(module: nn.Module) -> list[torch.Tensor | None]:
-    """What a module's python may read: what it holds, and what its forward names of its children's."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    names = set() if code is None else set(code.co_names)
+    """What a module's python may read: what it holds, and what it names of its children's."""
+    kind: Any = type(module)
+    names = _names_in(kind)
     tables = [table for child in module.children() for table in (child._parameters, child._buffers)]
     return [*_held(module), *(t for table in tables for name, t in table.items() if name in names)]
+
+
+@functools.cache
+def _names_in(kind: Any) -> frozenset[str]:
+    """The names in a class's forward, in the functions inside of it, and in the methods that these name."""
+    found: set[str] = set()
+    codes = list(_codes(kind.forward))
+    while codes:
+        code = codes.pop()
+        new = set(code.co_names) - found
+        found |= new
+        codes += [c for name in new for c in _codes(getattr(kind, name, None))]
+        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+    return frozenset(found)
+
+
+def _codes(method: Any) -> list[CodeType]:
+    """The code of a method, if it is the model's own."""
+    code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+    return [code] if code is not None and not method.__module__.startswith("torch.") else []
 
 
 def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:
@@ -159,10 +180,14 @@ def can_compose(root: nn.Module, path: str, layout: WeightLayout | None) -> bool
     return not any(id(t) in slices for t in _read(root.get_submodule(path)))
 
 
-def keep_whole(root: nn.Module, paths: Iterable[str], layout: WeightLayout) -> WeightLayout:
-    """A layout in which no later program divides what modules that run as python read themselves."""
+def names_read(root: nn.Module, paths: Iterable[str]) -> frozenset[str]:
+    """The names of all parameters that modules that run as python may read themselves."""
     own = {id(t) for path in paths for t in _read(root.get_submodule(path)) if t is not None}
-    names = {name for name, t in root.named_parameters(remove_duplicate=False) if id(t) in own}
+    return frozenset(name for name, t in root.named_parameters(remove_duplicate=False) if id(t) in own)
+
+
+def keep_whole(layout: WeightLayout, names: frozenset[str]) -> WeightLayout:
+    """A layout in which no later program divides these parameters."""
     return replace(layout, open=tuple(name for name in layout.open if name not in names))
 
 

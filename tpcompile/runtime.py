@@ -27,6 +27,7 @@ from .entries import (
     entered,
     hooks_below,
     keep_whole,
+    names_read,
     open_paths,
     original_call,
     without_guards,
@@ -133,9 +134,13 @@ class Runtime:
             return self._run_parts(model, bound, path, entry)
         except Exception:
             self.composed.discard((path, tuple(bound)))
-            if not self.composed:
-                self.pieces = frozenset()
+            self._note_composed(model)
             raise
+
+    def _note_composed(self, model: nn.Module) -> None:
+        """Notes what follows from what runs as python: which modules get programs, what stays whole."""
+        self.pieces = open_paths(model, self.layout) if self.composed else frozenset()
+        self.compiler.whole = names_read(model, (path for path, _ in self.composed))
 
     def _check_devices(self, bound: dict[str, Any], leaves: Sequence[Any]) -> None:
         axis = self.compiler.axis
@@ -219,7 +224,7 @@ class Runtime:
             self.layout = self._divide(model, compiled)
         self.divided = divided_paths(model, self.layout)
         self.composed = {(at, names) for at, names in self.composed if can_compose(model, at, self.layout)}
-        self.pieces = open_paths(model, self.layout) if self.composed else frozenset()
+        self._note_composed(model)
         settings = self.settings.number()
         program = make_program(model, compiled, bound, path, self.compiler.rank, settings)
         self.programs.append(program)
@@ -233,7 +238,7 @@ class Runtime:
         else:
             decided = set(self.layout.open) - set(layout.open)
             shard_more_weights(model, layout, self.compiler.rank, decided)
-        return keep_whole(model, (at for at, _ in self.composed), layout)
+        return keep_whole(layout, self.compiler.whole)
 
     def try_first(
         self, model: nn.Module, bound: dict[str, Any], *, optional: bool = False
@@ -262,9 +267,9 @@ class Runtime:
         if not wanted or not can_compose(model, path, self.layout):
             return False
         self.composed.add((path, names))
+        self._note_composed(model)
         if self.layout is not None:
-            self.layout = keep_whole(model, [path], self.layout)
-        self.pieces = open_paths(model, self.layout)
+            self.layout = keep_whole(self.layout, self.compiler.whole)
         where = f"{path or type(model).__name__}({', '.join(names)})"
         warnings.warn(
             f"{where} runs as python over parts that are captured by themselves, because it cannot be "

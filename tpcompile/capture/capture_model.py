@@ -86,7 +86,7 @@ def capture(
                 continue
             refusal = captured.accepts(leaves)
             if refusal is None:
-                captured.notes = _notes(captured, attempt, tried)
+                captured.notes += _notes(captured, attempt, tried)
                 return captured
             log.info("capture with %s refuses its own example: %s", attempt.name, refusal)
     assert first_error is not None
@@ -125,6 +125,7 @@ class _Seen:
 
     results: list[UserResult] = field(default_factory=list)
     taken: Results | None = None
+    lost: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,14 @@ class _FlatModel(nn.Module):
         flat = [next(tensors) if t else v for t, v in zip(self._is_tensor, self._fixed, strict=True)]
         self._tie(flat)
         call, model = self._structure.bound(flat), getattr(self, PREFIX)
-        tables = [module._buffers for module in model.modules()]
-        before = [(table, name, old) for table in tables for name, old in table.items() if old is not None]
+        before = [
+            _Buffer(module, name, f"{path}.{name}" if path else name, old)
+            for path, module in model.named_modules()
+            for name, old in module._buffers.items()
+            if old is not None
+        ]
         taken = take_results(call, call_model(model, call))
+        self.seen.lost = [buffer.path for buffer in before if buffer.has_other_form()]
         taken.values[:] = _write_assigned(before, taken.values)
         returned = taken.out_spec.num_leaves
         results = [
@@ -181,24 +187,42 @@ class _FlatModel(nn.Module):
             raise AssertionError("made-up example sizes do not fit together")
 
 
-def _write_assigned(
-    before: Sequence[tuple[dict[str, Any], str, torch.Tensor]], results: Sequence[Any]
-) -> list[Any]:
+@dataclass(frozen=True)
+class _Buffer:
+    """A buffer as it was before a call."""
+
+    module: nn.Module
+    name: str
+    path: str
+    old: torch.Tensor
+
+    def assigned(self) -> torch.Tensor | None:
+        """What the call has assigned to it."""
+        new = self.module._buffers.get(self.name)
+        return None if new is self.old else new
+
+    def has_other_form(self) -> bool:
+        """Whether what was assigned cannot be written into it."""
+        new = self.assigned()
+        return new is not None and (new.shape, new.dtype) != (self.old.shape, self.old.dtype)
+
+
+def _write_assigned(before: Sequence[_Buffer], results: Sequence[Any]) -> list[Any]:
     """Writes what the model assigned to buffers into the tensors that they were: export notes writes only.
 
     Args:
-        before: the model's tables of buffers, each with a name and what stood there before the call.
+        before: the model's buffers before the call.
         results: what the model returned.
 
     Returns:
         The results; of those that show what a buffer was before, copies.
     """
     assigned: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for table, name, old in before:
-        new = table.get(name)
-        if new is not None and new is not old and (new.shape, new.dtype) == (old.shape, old.dtype):
-            assigned.append((old, new.detach().clone()))
-            table[name] = old
+    for buffer in before:
+        new = buffer.assigned()
+        if new is not None and not buffer.has_other_form():
+            assigned.append((buffer.old, new.detach().clone()))
+            buffer.module._buffers[buffer.name] = buffer.old
 
     kept = [
         value.clone()
@@ -209,6 +233,18 @@ def _write_assigned(
     for old, new in assigned:
         old.copy_(new)
     return kept
+
+
+def _say_lost(names: Sequence[str]) -> tuple[str, ...]:
+    """Warns of buffers that do not keep what they were assigned."""
+    if not names:
+        return ()
+    note = (
+        f"forward assigns a tensor of another shape or type to {', '.join(names)}: the next call finds what "
+        "was there before. If it is to be kept, let it have that form from the beginning"
+    )
+    warnings.warn(note, stacklevel=2)
+    return (note,)
 
 
 def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -264,6 +300,7 @@ def _export(
         ranges=read_ranges(program),
         guards=guards,
         states=taken.states,
+        notes=_say_lost(flat.seen.lost),
     )
 
 
