@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,12 +79,21 @@ def group_of(node: Node) -> str:
 
 def packed_values(work: Work) -> list[tuple[Node, list[Node]]]:
     """Values whose every use is a slice of one dimension that leads back to parameters."""
-    splitter = _Splitter(work)
-    found = []
-    for value in work.graph.nodes:
+    return list(_packed(_Splitter(work)))
+
+
+def _packed(splitter: _Splitter) -> Iterator[tuple[Node, list[Node]]]:
+    for value in splitter.graph.nodes:
         if value.op == "call_function" and (cuts := _cuts(value)) and splitter.reaches_params(value, cuts[0]):
-            found.append((value, cuts))
-    return found
+            yield value, cuts
+
+
+def packed_groups(work: Work, among: Container[str] | None = None) -> list[str]:
+    """The groups of packed values, in the graph's order; those with parameters among some only, if given."""
+    splitter, names = _Splitter(work), dict[str, set[str]]()
+    for value, cuts in _packed(splitter):
+        names.setdefault(group_of(value), set()).update(splitter.params(value, cuts[0]))
+    return [group for group, used in names.items() if among is None or all(n in among for n in used)]
 
 
 def _cuts(value: Node) -> list[Node] | None:
@@ -132,8 +141,14 @@ class _Splitter:
         part = _part(cut)
         leaves = list(self._leaves(value, part)) if part else []
         return bool(leaves) and all(
-            p is not None and math.prod(p.sizes[: p.factor]) < self.work.ranks for p in leaves
+            leaf is not None and math.prod(leaf[1].sizes[: leaf[1].factor]) < self.work.ranks
+            for leaf in leaves
         )
+
+    def params(self, value: Node, cut: Node) -> set[str]:
+        """The parameters that a value is a packed product of."""
+        part = _part(cut)
+        return {leaf[0] for leaf in self._leaves(value, part) if leaf} if part else set()
 
     def split(self, value: Node, cuts: list[Node]) -> None:
         """Replaces each slice by the value computed from the matching slices of parameters."""
@@ -145,12 +160,12 @@ class _Splitter:
             cut.replace_all_uses_with(new)
         self.factors = self.work.factors()
 
-    def _leaves(self, value: Node, part: Part) -> Iterator[Part | None]:
-        """The part at every parameter it leads to; None where it meets something else."""
+    def _leaves(self, value: Node, part: Part) -> Iterator[tuple[str, Part] | None]:
+        """The part at every parameter it leads to, by name; None where it meets something else."""
         source = self.work.sources.get(value)
         if source is not None:
             whole = source.segment is not None and len(source.segment.factors[part.dim]) == 1
-            yield part if whole and len(value.users) == 1 else None
+            yield (source.spec.name, part) if whole and len(value.users) == 1 else None
             return
         inputs = self._inputs(value, part)
         if inputs is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import tpcompile
 from tests import families
 from tests.spmd_models import call, error, mesh
+from tests.toys import Attention
 
 F64 = torch.float64
 
@@ -63,6 +64,34 @@ def gradients_of_parts() -> float:
         if param.grad is not None and theirs is not None:
             worst = max(worst, error(param.grad, sharded.plan.layout.shard(key, theirs, mesh().get_rank())))
     return worst
+
+
+class TwoUses(nn.Module):
+    """One of two attentions, of which the second has its projections in one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Attention(False), Attention(True)
+
+    def forward(self, x: Tensor, again: bool = False) -> Tensor:
+        y: Tensor = self.second(x) if again else self.first(x)
+        return y
+
+
+def packed_later() -> dict[str, Any]:
+    """A packed weight that only a later program uses: errors, whether it comes back, and how it lies."""
+    torch.manual_seed(0)
+    model, x = TwoUses().double(), torch.randn(2, 7, 20, dtype=F64)
+    whole = copy.deepcopy(model)
+    sharded = tpcompile.parallelize(model, mesh(), (x,))
+    errors = [error({"y": sharded(x, **call)}, {"y": whole(x, **call)}) for call in ({}, {"again": True}, {})]
+    state = sharded.full_state_dict()
+    return {
+        "error": max(errors),
+        "state": all(torch.equal(state[name], value) for name, value in whole.state_dict().items()),
+        "shape": tuple(model.second.qkv.weight.shape),
+        "collectives": [c.kind for c in sharded.programs[1].plan.collectives],
+    }
 
 
 class Adapter(nn.Module):

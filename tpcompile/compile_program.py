@@ -137,10 +137,8 @@ class Compiler:
         self.options, self.ranks = options, ranks
         self.axis = MeshAxis.of(mesh, axis) if mesh is not None else None
         self.rank = self.axis.rank if self.axis is not None else 0
-        # Custom strategies are given the mesh itself, of one dimension.
-        self._mesh = mesh[axis] if mesh is not None and axis is not None else mesh
-        if not options.custom:
-            self._mesh = None
+        line = mesh[axis] if mesh is not None and axis is not None else mesh
+        self._mesh = line if options.custom else None  # custom strategies are given the mesh itself
         self.sequence = options.sequence or (options.plan.sequence if options.plan is not None else False)
         self.whole: frozenset[str] = frozenset()
         self._groups: dict[tuple[int, ...], AxisGroups] = {}

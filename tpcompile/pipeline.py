@@ -19,9 +19,9 @@ from .passes.lift_reductions import LiftReductions
 from .passes.merge_matmuls import MergeMatmuls
 from .passes.pipeline import Pass, run_passes
 from .passes.simplify_masks import SimplifyMasks
-from .passes.split_packed_matmul import SplitPackedMatmul, group_of, packed_values
+from .passes.split_packed_matmul import SplitPackedMatmul, packed_groups
 from .planner.cost import PRESETS, CostModel
-from .planner.decide import Pins, decide, plan_on_axes
+from .planner.decide import Pins, decide, plan_on_axes, split_what_pays
 from .work import Work
 
 
@@ -75,14 +75,19 @@ def plan_program(
         base: the program.
         cost: the cost model.
         pins: the placements that parameters may have.
-        layout: where the weights already lie: only activations are planned then.
+        layout: where the weights already lie: only activations are planned then, and weights that no program
+            has used yet.
         divide_small: small matrices must be divided too.
     """
-    if layout is not None:
-        copy = split_copy(base, frozenset(layout.groups), layout)
-        return plan_on_axes(copy, layout.axes, cost, pins)
-    groups = list(dict.fromkeys(group_of(value) for value, _ in packed_values(base)))
-    return decide(base, cost, groups, split_copy, pins, divide_small)
+    if layout is None:
+        return decide(base, cost, packed_groups(base), split_copy, pins, divide_small)
+
+    def plan(chosen: frozenset[str], axes: tuple[int, ...]) -> Work:
+        return plan_on_axes(split_copy(base, chosen, layout), axes, cost, pins)
+
+    used = {source.spec.name for node, source in base.sources.items() if node.users}
+    groups = packed_groups(base, layout.open) if used & set(layout.open) else []
+    return split_what_pays(plan, layout.axes, groups, frozenset(layout.groups))
 
 
 def rewrite(

@@ -55,7 +55,8 @@ def extended(layout: WeightLayout, work: Work, tensors: Mapping[str, Tensor]) ->
     later = layout_of(work, tensors)
     decided = set(layout.open) - set(later.open)
     params = {name: later.params[name] if name in decided else p for name, p in layout.params.items()}
-    return replace(layout, params=params, open=tuple(n for n in layout.open if n not in decided))
+    still_open = tuple(n for n in layout.open if n not in decided)
+    return replace(layout, params=params, groups=later.groups, open=still_open)
 
 
 def _placed(work: Work, node: Node, segment: Segment) -> Segment:

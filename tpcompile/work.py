@@ -107,7 +107,8 @@ class Work:
         """Rules and factors of the graph as it is now."""
         known: dict[Node, tuple[tuple[int, ...], ...]] = {}
         for node, source in self.sources.items():
-            if self.layout is not None and source.segment is not None:
+            held = self.layout is not None and source.spec.name not in self.layout.open
+            if held and source.segment is not None:
                 known[node] = self.held_as(source).atoms
         known |= {node: held.atoms for node, held in self._given_as().items()}
         return Factors(self.graph, known)

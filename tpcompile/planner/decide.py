@@ -43,25 +43,35 @@ def decide(
 
     whole_axis, factors = (work.ranks,), work.factors()
     if not fits(factors, whole_axis):
-        return _split_what_pays(plan, sub_axes(work.ranks, declared_units(factors)), groups)
-    best = _split_what_pays(plan, whole_axis, groups)
+        return split_what_pays(plan, sub_axes(work.ranks, declared_units(factors)), groups)
+    best = split_what_pays(plan, whole_axis, groups)
     assert best.planned_factors is not None
     factors = best.planned_factors
     units = unit_counts(factors, best.params(), worth_dividing(factors, set(best.params())))
     axes = sub_axes(work.ranks, units)
     if len(axes) > 1 and fits(factors, axes):
-        other = _split_what_pays(plan, axes, groups)
+        other = split_what_pays(plan, axes, groups)
         if _worth(other) < _worth(best):
             best = other
     return best
 
 
-def _split_what_pays(
-    plan: Callable[[frozenset[str], tuple[int, ...]], Work], axes: tuple[int, ...], groups: list[str]
+def split_what_pays(
+    plan: Callable[[frozenset[str], tuple[int, ...]], Work],
+    axes: tuple[int, ...],
+    groups: list[str],
+    chosen: frozenset[str] = frozenset(),
 ) -> Work:
-    chosen: frozenset[str] = frozenset()
+    """The program with those packed matmuls split whose splitting makes it better, one after the other.
+
+    Args:
+        plan: plans a program with some groups split.
+        axes: the sub-axes to plan on.
+        groups: what could be split.
+        chosen: what is split in any case.
+    """
     best = plan(chosen, axes)
-    for group in groups:
+    for group in (g for g in groups if g not in chosen):
         trial = plan(chosen | {group}, axes)
         if _score(trial) < _score(best) and _fits_together(trial):
             best, chosen = trial, chosen | {group}
