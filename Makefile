@@ -13,6 +13,8 @@ READY := .venv/.ready
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
+# Every process compiles all of python's files anew otherwise, where this is set.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint types unit clean
 
