@@ -51,6 +51,19 @@ def read_in_helper() -> float:
         return float((sharded(x) - whole(x)).abs().max())
 
 
+def hook_inside() -> str:
+    """What is said of a hook inside of a layer of torch's own, whose python reads its parts' weights."""
+    x = torch.randn(2, 5, 12)
+    layer = torch.nn.TransformerEncoderLayer(12, 2, 24, batch_first=True).eval()
+    sharded = tpcompile.parallelize(layer, mesh(), (x,))
+    layer.linear1.register_forward_hook(lambda *_: None)
+    try:
+        sharded(x)
+    except tpcompile.TpCompileError as refusal:
+        return str(refusal)
+    return "accepted"
+
+
 def wrong_calls() -> dict[str, Any]:
     """Calls of a transformers model that are wrong, and then a right one: nothing runs as python."""
     model = families.build("llama", num_hidden_layers=1)

@@ -21,6 +21,10 @@ def test_what_a_method_reads_stays_whole() -> None:
     assert max(run_spmd(spmd_compose.read_in_helper, 2)) <= 1e-6
 
 
+def test_a_hook_where_python_reads_slices_is_refused() -> None:
+    assert all("a hook inside" in message for message in run_spmd(spmd_compose.hook_inside, 2))
+
+
 def test_what_is_divided_already_cannot_run_as_python() -> None:
     for found in run_spmd(spmd_compose.in_either_order, 2, True):
         assert len(found["errors"]) == 1 and found["errors"][0] <= 1e-12

@@ -146,22 +146,27 @@ def _read(module: nn.Module) -> list[torch.Tensor | None]:
 
 @functools.cache
 def _names_in(kind: Any) -> frozenset[str]:
-    """The names in a class's forward, in the functions inside of it, and in the methods that these name."""
+    """The names in a class's forward, in the functions inside of it, and in the methods that these name.
+
+    What every module has (``parameters``, ``train``) is not looked into.
+    """
     found: set[str] = set()
-    codes = list(_codes(kind.forward))
+    codes = _codes(kind.forward)
     while codes:
         code = codes.pop()
         new = set(code.co_names) - found
         found |= new
-        codes += [c for name in new for c in _codes(getattr(kind, name, None))]
+        codes += [
+            c for name in new if not hasattr(nn.Module, name) for c in _codes(getattr(kind, name, None))
+        ]
         codes += [c for c in code.co_consts if isinstance(c, CodeType)]
     return frozenset(found)
 
 
 def _codes(method: Any) -> list[CodeType]:
-    """The code of a method, if it is the model's own."""
+    """The code of a method, if it is written in python."""
     code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
-    return [code] if code is not None and not method.__module__.startswith("torch.") else []
+    return [] if code is None else [code]
 
 
 def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:
