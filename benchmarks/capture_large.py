@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.plan_large import llama
-from tpcompile.capture import bind_call, repeated_layers
+from tpcompile.capture.repeats import capture_repeated as repeated_layers
+from tpcompile.ir.calls import bind_call
 
 
 def timed(what: str, function: Callable[..., Any]) -> Callable[..., Any]:

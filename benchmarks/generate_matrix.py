@@ -2,8 +2,8 @@
 
     python -m benchmarks.generate_matrix [family ...] [--ranks 2] [--tokens 32] [--backend aot_eager]
 
-Tiny random models of ``tests/families.py`` in float32, greedy, two prompts of 9 tokens. Prints a markdown
-table: per family, for ``plan="auto"`` and (where the configuration has one) ``plan="hf"``, per cache, eager
+Tiny random models of ``tests/helpers/families.py`` in float32, greedy, two prompts of 9 tokens. Prints a
+markdown table: per family, for ``plan="auto"`` and (where the configuration has one) ``plan="hf"``, per cache, eager
 and compiled, ``right`` with the number of programs that the call captured, or ``wrong at token n``, or the
 error with which it was refused. A compiled run uses the programs of the one before it.
 """
@@ -18,10 +18,10 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 import tpcompile
-from tests import families
-from tests.spmd import SpmdError, run_spmd
-from tests.spmd_models import mesh
-from tpcompile.generation import compiling
+from tests.helpers import families
+from tests.helpers.run_ranks import SpmdError, run_spmd
+from tests.on_ranks.models import mesh
+from tpcompile.runtime.generation import compiling
 
 PLANS = ("auto", "hf")
 CACHES = ("dynamic", "static")

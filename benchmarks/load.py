@@ -84,7 +84,7 @@ def watched(where: Any, name: str, found: list[Result]) -> None:
 
 def ours(folder: str) -> tuple[Any, list[Result]]:
     """tpcompile; what it reads with is watched."""
-    from tpcompile.loading import load_slices
+    from tpcompile.weights.loading import load_slices
 
     found: list[Result] = []
     watched(load_slices, "load_slices", found)

@@ -22,9 +22,9 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 import tpcompile
-from tests import families
-from tests.spmd import SpmdError, run_spmd
-from tests.spmd_models import CAPTURED, OTHER, call, error, mesh
+from tests.helpers import families
+from tests.helpers.run_ranks import SpmdError, run_spmd
+from tests.on_ranks.models import CAPTURED, OTHER, call, error, mesh
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "support.md"
 TIMEOUT = 600
@@ -168,7 +168,7 @@ def heading() -> str:
     return f"""# What works
 
 Every row was measured by `python -m benchmarks.support_matrix` with {versions}: tiny two-layer models
-(`tests/families.py`) on gloo processes of one machine, float32, eager, without a cache.
+(`tests/helpers/families.py`) on gloo processes of one machine, float32, eager, without a cache.
 
 - right: the largest difference from the unsharded model over its largest value, at the captured sizes
   (batch {CAPTURED[0]}, sequence {CAPTURED[1]}) and at others ({OTHER[0]}, {OTHER[1]}); yes up to {F32:g}.

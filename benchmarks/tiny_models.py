@@ -15,8 +15,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from tests import families
-from tpcompile.default_example import default_example
+from tests.helpers import families
+from tpcompile.capture.export.default_example import default_example
 
 BATCH, LENGTH, DECODER_LENGTH = 2, 14, 7
 LARGEST = 150e6

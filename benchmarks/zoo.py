@@ -32,17 +32,18 @@ from transformers.models.auto import modeling_auto
 
 from benchmarks.report_zoo import line, report
 from benchmarks.tiny_models import default_problem, tiny_model
-from tests import programs, simulate
-from tpcompile.capture import bind_call, capture
-from tpcompile.capture.register_caches import register_cache_support
-from tpcompile.decisions import decisions_from_data, decisions_to_data
+from tests.helpers import programs, simulate
+from tpcompile.capture.caches.register import register_cache_support
+from tpcompile.capture.export.capture_model import capture
 from tpcompile.errors import TpCompileError
-from tpcompile.layout import WeightLayout
+from tpcompile.ir.calls import bind_call
+from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.pipeline import canonical, plan_program, rewrite, split_copy
-from tpcompile.plan import collectives_of, fallbacks_of, starred
-from tpcompile.plan_layout import layout_of
-from tpcompile.planner.cost import preset
-from tpcompile.shell import whole_tensors
+from tpcompile.planner.decisions import decisions_from_data, decisions_to_data
+from tpcompile.planner.plan import collectives_of, fallbacks_of, starred
+from tpcompile.planner.plan_layout import layout_of
+from tpcompile.planner.search.cost import preset
+from tpcompile.weights.shard import whole_tensors
 
 AUTO = {
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tpcompile.errors import TpCompileError
-from tpcompile.lowering import collective_moves as moves
+
+from . import collective_moves as moves
 
 _LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch.fx import Node
 from torch.utils._sympy.functions import CeilDiv
 
-from tpcompile.factors import Factors
-from tpcompile.markers import Axes, Placements, origin
-from tpcompile.placements import Filled, Placement, Shard, split_evenly
+from tpcompile.ir.markers import Axes, Placements, origin
+from tpcompile.ir.placements import Filled, Placement, Shard, split_evenly
+from tpcompile.rules.factors import Factors
 from tpcompile.rules.rule import Size
 
 

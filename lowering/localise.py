@@ -12,9 +12,9 @@ import torch
 from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
-from tpcompile.graph_edit import module_path
-from tpcompile.markers import origin
-from tpcompile.placements import Filled, Shard
+from tpcompile.ir.graph_edit import module_path
+from tpcompile.ir.markers import origin
+from tpcompile.ir.placements import Filled, Shard
 from tpcompile.rules.rule import Size, arguments, operands, option, results, shape, sizes_of
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tpcompile.capture.repeated_layers import whole_outputs
-from tpcompile.capture.unroll_layers import unroll
+from tpcompile.capture.repeats.capture_repeated import whole_outputs
+from tpcompile.capture.repeats.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
-from tpcompile.graph_edit import KEPT_META, drop_unused, fake_mode, module_path, value_of
-from tpcompile.layout import WeightLayout
-from tpcompile.markers import MARKERS, MERGED, Axes
+from tpcompile.ir.graph_edit import KEPT_META, drop_unused, fake_mode, module_path, value_of
+from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.ir.markers import MARKERS, MERGED, Axes
 from tpcompile.rules.opaque import is_opaque
 from tpcompile.rules.rule import Rule, sizes_of
 from tpcompile.work import Source, Work, is_tensor

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from tpcompile import markers
 from tpcompile.errors import TpCompileError
-from tpcompile.markers import Axes, Placements
-from tpcompile.placements import Shard
+from tpcompile.ir import markers
+from tpcompile.ir.markers import Axes, Placements
+from tpcompile.ir.placements import Shard
 from tpcompile.rules.rule import arguments
 
 from . import collectives as _registers_the_operators  # noqa: F401

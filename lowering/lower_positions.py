@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-from tpcompile import markers
-from tpcompile.graph_edit import value_of
-from tpcompile.placements import Filled
+from tpcompile.ir import markers
+from tpcompile.ir.graph_edit import value_of
+from tpcompile.ir.placements import Filled
 from tpcompile.rules.rule import arguments
 
 from . import position_collectives as _registers_the_operators  # noqa: F401

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Graph, Node
 
-from tpcompile import random_numbers as _registers_the_operator  # noqa: F401
 from tpcompile.errors import TpCompileError
-from tpcompile.graph_edit import fake_mode, module_path, value_of
-from tpcompile.placements import Filled, Shard
+from tpcompile.ir import random_numbers as _registers_the_operator  # noqa: F401
+from tpcompile.ir.graph_edit import fake_mode, module_path, value_of
+from tpcompile.ir.placements import Filled, Shard
 from tpcompile.rules.rule import arguments
 
 if TYPE_CHECKING:

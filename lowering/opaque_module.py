@@ -15,8 +15,8 @@ from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
 from tpcompile.rules.rule import arguments
-from tpcompile.strategies.custom_strategy import CustomStrategy
-from tpcompile.strategies.opaque_module import lent, weight_names
+from tpcompile.strategies.custom.custom_strategy import CustomStrategy
+from tpcompile.strategies.custom.opaque_module import lent, weight_names
 
 if TYPE_CHECKING:
     from .lower_graph import Lowering

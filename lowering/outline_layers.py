@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from tpcompile.capture.unroll_layers import Unrolled, delay_readers
+from tpcompile.capture.repeats.unroll_layers import Unrolled, delay_readers
 
 FEWEST = 7
 """Fewer layers stay as they are: they compile quickly, and Inductor may fuse across their borders."""

@@ -9,9 +9,9 @@ import torch
 from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
-from tpcompile.graph_edit import module_path
-from tpcompile.placements import Owned, Placement, split_evenly
-from tpcompile.planner.strategies import Strategy
+from tpcompile.ir.graph_edit import module_path
+from tpcompile.ir.placements import Owned, Placement, split_evenly
+from tpcompile.rules.choices import Strategy
 from tpcompile.rules.rule import operands
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tpcompile.lowering import position_moves as moves
-
+from . import position_moves as moves
 from .collectives import _apply, _register, _same
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tpcompile.capture.program import OutputSpec
+from tpcompile.capture.export.captured import OutputSpec
 
 aten = torch.ops.aten
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tpcompile.factors import producer
+from tpcompile.rules.factors import producer
 from tpcompile.work import Work, is_tensor
 
 from .pipeline import Pass

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tpcompile.graph_edit import call, drop_unused
+from tpcompile.ir.graph_edit import call, drop_unused
 from tpcompile.rules.rule import argument, shape, sizes_of
 from tpcompile.work import Work, is_tensor
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from tpcompile import markers
 from tpcompile.errors import TpCompileError
-from tpcompile.graph_edit import call
-from tpcompile.moves import steps
-from tpcompile.placements import R
+from tpcompile.ir import markers
+from tpcompile.ir.conversions import steps
+from tpcompile.ir.graph_edit import call
+from tpcompile.ir.placements import R
 from tpcompile.work import Work
 
 from .pipeline import Pass

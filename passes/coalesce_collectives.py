@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, Node
 
-from tpcompile.graph_edit import call
-from tpcompile.markers import Axes, all_reduce, all_reduce_coalesced, keep_first
-from tpcompile.placements import P, Replicate
-from tpcompile.planner.cost import PRESETS, CostModel
+from tpcompile.ir.graph_edit import call
+from tpcompile.ir.markers import Axes, all_reduce, all_reduce_coalesced, keep_first
+from tpcompile.ir.placements import P, Replicate
+from tpcompile.planner.search.cost import PRESETS, CostModel
 from tpcompile.work import Work
 
 from .pipeline import Pass

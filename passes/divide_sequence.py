@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tpcompile.graph_edit import behind, call
-from tpcompile.markers import (
+from tpcompile.ir.graph_edit import behind, call
+from tpcompile.ir.markers import (
     all_gather,
     all_reduce,
     all_to_all,
@@ -22,15 +22,15 @@ from tpcompile.markers import (
     reduce_scatter,
     take_shard,
 )
-from tpcompile.placements import Filled, Placement, R, Replicate
-from tpcompile.planner.strategies import Strategy
-from tpcompile.position_regions import Positions, Region, is_whole
+from tpcompile.ir.placements import Filled, Placement, R, Replicate
+from tpcompile.rules.choices import Strategy
 from tpcompile.rules.rule import Rule, operands
-from tpcompile.wanted_regions import missed, wanted
 from tpcompile.work import Work, is_tensor
 
 from .insert_gradient_copies import differentiable_values
 from .pipeline import Pass
+from .sequence_regions import Positions, Region, is_whole
+from .wanted_regions import missed, wanted
 
 aten = torch.ops.aten
 

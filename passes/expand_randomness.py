@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tpcompile import random_numbers
-from tpcompile.graph_edit import call, drop_unused, fake_mode
+from tpcompile.ir import random_numbers
+from tpcompile.ir.graph_edit import call, drop_unused, fake_mode
 from tpcompile.rules.randomness import is_random
 from tpcompile.rules.rule import arguments, operands, option, shape
 from tpcompile.work import Work

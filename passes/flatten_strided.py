@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from tpcompile.errors import CannotCapture
-from tpcompile.graph_edit import call, module_path
+from tpcompile.ir.graph_edit import call, module_path
 from tpcompile.rules.rule import Size, argument, shape, size_of
 from tpcompile.work import Work
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tpcompile.graph_edit import behind, call
-from tpcompile.markers import MARKERS, copy_to_ranks
-from tpcompile.placements import Owned, Partial, Replicate
-from tpcompile.planner.strategies import Strategy
+from tpcompile.ir.graph_edit import behind, call
+from tpcompile.ir.markers import MARKERS, copy_to_ranks
+from tpcompile.ir.placements import Owned, Partial, Replicate
+from tpcompile.rules.choices import Strategy
 from tpcompile.rules.rule import Rule, operands
 from tpcompile.work import Work, is_tensor
 

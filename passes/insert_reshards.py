@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tpcompile.capture.match_periods import BLOCK, block_of
-from tpcompile.graph_edit import behind, call
-from tpcompile.markers import Placements, reshard
-from tpcompile.placements import R
-from tpcompile.planner.search import SHAPE_ONLY
+from tpcompile.capture.repeats.match_periods import BLOCK, block_of
+from tpcompile.ir.graph_edit import behind, call
+from tpcompile.ir.markers import Placements, reshard
+from tpcompile.ir.placements import R
+from tpcompile.planner.search.facts import SHAPE_ONLY
 from tpcompile.rules.rule import operands
 from tpcompile.work import Work, is_tensor
 

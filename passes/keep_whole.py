@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from tpcompile.graph_edit import behind, call, module_path
-from tpcompile.markers import keep_whole
-from tpcompile.planner.weights import weight_root
+from tpcompile.ir.graph_edit import behind, call, module_path
+from tpcompile.ir.markers import keep_whole
+from tpcompile.planner.search.must_divide import weight_root
 from tpcompile.rules.rule import Rule, operands
 from tpcompile.rules.table import rule_of
 from tpcompile.work import Work

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from tpcompile.graph_edit import call
-from tpcompile.markers import all_reduce, keep_first
-from tpcompile.placements import P, R
-from tpcompile.planner.strategies import Strategy, whole
+from tpcompile.ir.graph_edit import call
+from tpcompile.ir.markers import all_reduce, keep_first
+from tpcompile.ir.placements import P, R
+from tpcompile.rules.choices import Strategy, whole
 from tpcompile.rules.rule import Rule, operands, shape
 from tpcompile.work import Work
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tpcompile.graph_edit import call
-from tpcompile.markers import COMMUNICATING, matmul_merged, part_of
-from tpcompile.planner.cost import PRESETS, CostModel
+from tpcompile.ir.graph_edit import call
+from tpcompile.ir.markers import COMMUNICATING, matmul_merged, part_of
+from tpcompile.planner.search.cost import PRESETS, CostModel
 from tpcompile.work import Work
 
 from .pipeline import Pass

@@ -8,12 +8,12 @@ import sympy
 import torch
 from torch.fx import Node
 
-from tpcompile.evaluate_indices import IndexValues
-from tpcompile.graph_edit import drop_unused
-from tpcompile.index_values import Affine, Truth
+from tpcompile.ir.graph_edit import drop_unused
 from tpcompile.rules.rule import argument, shape
 from tpcompile.work import Work
 
+from .evaluate_indices import IndexValues
+from .index_values import Affine, Truth
 from .pipeline import Pass
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tpcompile.factors import Factors, producer
-from tpcompile.graph_edit import KEPT_META, call, drop_unused, module_path
-from tpcompile.layout import Segment
+from tpcompile.ir.graph_edit import KEPT_META, call, drop_unused, module_path
+from tpcompile.ir.layout.weight_layout import Segment
+from tpcompile.rules.factors import Factors, producer
 from tpcompile.rules.rule import Rule, argument, operands, results, shape
 from tpcompile.work import Source, Work
 

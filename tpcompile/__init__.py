@@ -10,24 +10,20 @@ _HERE = Path(__file__).parent
 if not (_HERE / "passes").is_dir() and (_HERE.parent / "passes").is_dir():
     __path__.append(str(_HERE.parent))
 
-from .api import parallelize, plan  # noqa: E402
-from .errors import TpCompileError  # noqa: E402
-from .from_pretrained import from_pretrained  # noqa: E402
-from .lint_plan import PlanReport, lint_plan  # noqa: E402
-from .placements import Partial, Replicate, Shard  # noqa: E402
-from .plan import Plan  # noqa: E402
-from .planner.calibrate import calibrate  # noqa: E402
-from .planner.cost import CostModel  # noqa: E402
-from .rules.table import register_rule  # noqa: E402
-from .strategies.hf_plan import hf_plan  # noqa: E402
-from .strategies.parallel_interface import ParallelInterface  # noqa: E402
-from .strategies.strategy import Strategy  # noqa: E402
-from .strategies.tensor_parallel_layer import (  # noqa: E402
-    TensorParallelLayer,
-    get_packed_weights,
-    get_tensor_shard,
-)
-from .to_hf_plan import to_hf_plan  # noqa: E402
+from .api import parallelize, plan
+from .errors import TpCompileError
+from .from_pretrained import from_pretrained
+from .ir.placements import Partial, Replicate, Shard
+from .lint_plan import PlanReport, lint_plan
+from .planner.plan import Plan
+from .planner.search.calibrate import calibrate
+from .planner.search.cost import CostModel
+from .planner.to_hf_plan import to_hf_plan
+from .rules.table import register_rule
+from .strategies.custom.tensor_parallel_layer import TensorParallelLayer, get_packed_weights, get_tensor_shard
+from .strategies.hf_plan import hf_plan
+from .strategies.parallel_interface import ParallelInterface
+from .strategies.strategy import Strategy
 
 __all__ = [
     "CostModel",

@@ -12,24 +12,24 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from .agree import compare, together
-from .capture.bind_call import bind_call, signature_of
+from .capture.export.default_example import default_example
 from .compile_program import Compiler, Options
-from .default_example import default_example
-from .entries import guard_submodules
 from .errors import TpCompileError
-from .fixed_module import FixedModule
-from .generation import ShardedGeneration
-from .module import ShardedModule
+from .ir.calls import bind_call, signature_of
 from .passes.pipeline import Pass
-from .plan import Plan
-from .planner.cost import CostModel, preset
-from .runtime import Runtime
-from .settings import Settings
-from .shell import sharded_class
-from .strategies.custom_strategy import split_plan
+from .planner.plan import Plan
+from .planner.search.cost import CostModel, preset
+from .ranks.agree import compare, together
+from .runtime.generation import ShardedGeneration
+from .runtime.guards import guard_submodules
+from .runtime.module import ShardedModule
+from .runtime.runtime import Runtime
+from .runtime.settings import Settings
+from .runtime.watched_module import FixedModule
+from .strategies.custom.custom_strategy import split_plan
 from .strategies.hf_plan import hf_plan
 from .strategies.read_rules import Pin, Rules, read_rules
+from .weights.shard import sharded_class
 
 PlanLike = str | Plan | Mapping[str, Pin]
 

@@ -18,33 +18,34 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule
 
-from .agree import compare, from_first, together
-from .caches import Held, mark_caches
-from .capture import flatten_call
-from .capture.repeated_layers import unroll_captured
-from .capture.share_capture import capture_shared
-from .compare_plans import outcome_of, worse
-from .decisions import decisions_from_data, decisions_to_data
+from tpcompile.ir.calls import flatten_call
+
+from .capture.held_caches import Held, mark_caches
+from .capture.repeats.capture_repeated import unroll_captured
+from .capture.store.share_capture import capture_shared
 from .errors import TpCompileError
-from .graph_edit import module_path
-from .layout import WeightLayout
-from .lowering.groups import AxisGroups
+from .ir.graph_edit import module_path
+from .ir.layout.weight_layout import WeightLayout
+from .ir.print_graph import graph_text
 from .lowering.lower_graph import lower_program
-from .mesh_axis import MeshAxis
 from .passes.pipeline import Pass
-from .pins import Wishes, make_pins, unmet
 from .pipeline import canonical, plan_program, rewrite, split_copy
-from .plan import Plan, make_plan, sequence_text
-from .plan_layout import extended, layout_of, pins_from_layout
-from .planner.cost import CostModel
-from .print_graph import graph_text
-from .print_plan import size_text
+from .planner.compare_plans import outcome_of, worse
+from .planner.decisions import decisions_from_data, decisions_to_data
+from .planner.must_unroll import uneven_layers
+from .planner.pins import Wishes, make_pins, unmet
+from .planner.plan import Plan, make_plan, sequence_text
+from .planner.plan_layout import extended, layout_of, pins_from_layout
+from .planner.print_plan import size_text
+from .planner.search.cost import CostModel
+from .planner.store_plan import Decisions, plan_cached
+from .ranks.agree import compare, from_first, together
+from .ranks.groups import AxisGroups
+from .ranks.mesh_axis import MeshAxis
 from .rules.randomness import random_nodes
-from .shell import whole_tensors
-from .store_plan import Decisions, plan_cached
-from .strategies.custom_modules import CustomModules, partition_modules
+from .strategies.custom.custom_modules import CustomModules, partition_modules
 from .strategies.read_rules import Rules, Wish
-from .uniform_layers import uneven_layers
+from .weights.shard import whole_tensors
 from .work import Work
 
 

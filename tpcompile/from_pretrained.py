@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from .agree import compare, together
 from .api import PlanLike, _check_mesh, parallelize
-from .default_example import default_example
+from .capture.export.default_example import default_example
 from .errors import TpCompileError
-from .loading.default_mesh import default_mesh
 from .passes.pipeline import Pass
-from .planner.cost import CostModel
-from .runtime import Runtime
+from .planner.search.cost import CostModel
+from .ranks.agree import compare, together
+from .ranks.default_mesh import default_mesh
+from .runtime.runtime import Runtime
 
 
 def from_pretrained(
@@ -84,9 +84,9 @@ def from_pretrained(
             there, damaged, quantised, a pickle, or another model's; or ``parallelize`` refuses the request.
     """
     # transformers takes seconds to import, and tpcompile can be used without it.
-    from .loading.load_slices import load_slices
-    from .loading.match_keys import warn_unexpected
-    from .loading.request import Request
+    from .weights.loading.load_slices import load_slices
+    from .weights.loading.match_keys import warn_unexpected
+    from .weights.loading.request import Request
 
     mesh = mesh if mesh is not None else default_mesh()
     _check_mesh(mesh, axis)

@@ -10,24 +10,24 @@ from typing import Any
 from torch import nn
 
 from .api import example_call
-from .compare_plans import Outcome, outcome_of
 from .compile_program import Compiler, Options
 from .errors import TpCompileError
-from .graph_edit import module_path
+from .ir.graph_edit import module_path
 from .passes.keep_whole import KeepWhole
 from .passes.pipeline import run_passes
-from .pins import unmet
-from .plan import Plan
-from .planner.cost import CostModel, preset
-from .planner.search import Search
-from .planner.weights import weight_root
-from .print_plan import size_text, time_text
+from .planner.compare_plans import Outcome, outcome_of
+from .planner.pins import unmet
+from .planner.plan import Plan
+from .planner.print_plan import size_text, time_text
+from .planner.search.cost import CostModel, preset
+from .planner.search.facts import Search
+from .planner.search.must_divide import weight_root
 from .rules.rule import Rule, operands
-from .shell import whole_tensors
 from .strategies.hf_plan import hf_plan, model_of
 from .strategies.match_rules import names_of, starred_numbers
 from .strategies.parallel_interface import STRATEGIES
 from .strategies.read_rules import Rules, Wish, read_rules
+from .weights.shard import whole_tensors
 
 
 @dataclass(frozen=True)

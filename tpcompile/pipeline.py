@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .capture.program import Captured
-from .layout import WeightLayout
+from .capture.export.captured import Captured
+from .ir.layout.weight_layout import WeightLayout
 from .passes.annotate_placements import AnnotatePlacements
 from .passes.canonicalise import Canonicalise
 from .passes.choose_collectives import ChooseCollectives
@@ -20,8 +20,8 @@ from .passes.merge_matmuls import MergeMatmuls
 from .passes.pipeline import Pass, run_passes
 from .passes.simplify_masks import SimplifyMasks
 from .passes.split_packed_matmul import SplitPackedMatmul, packed_groups
-from .planner.cost import PRESETS, CostModel
 from .planner.decide import Pins, decide, plan_on_axes, split_what_pays
+from .planner.search.cost import PRESETS, CostModel
 from .work import Work
 
 

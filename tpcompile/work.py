@@ -8,17 +8,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.fx import Graph, Node
 
-from .caches import Held
-from .capture.match_periods import block_of
-from .capture.program import Captured, InputSpec
-from .capture.repeated_layers import ShortCapture
-from .capture.unroll_layers import RepeatedBlocks
+from .capture.export.captured import Captured, InputSpec
+from .capture.held_caches import Held
+from .capture.repeats.capture_repeated import ShortCapture
+from .capture.repeats.match_periods import block_of
+from .capture.repeats.unroll_layers import RepeatedBlocks
 from .errors import TpCompileError
-from .factors import Factors
-from .layout import Segment, WeightLayout, whole_segment
-from .placements import Partial, Placement, R
-from .planner.assignment import Assignment
-from .strategies.custom_modules import CustomModules
+from .ir.layout.weight_layout import Segment, WeightLayout, whole_segment
+from .ir.placements import Partial, Placement, R
+from .rules.assignment import Assignment
+from .rules.factors import Factors
+from .strategies.custom.custom_modules import CustomModules
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Work:
 
     def text(self) -> str:
         """The graph, a line per node: name, operator, operands, shape."""
-        from .print_graph import graph_text
+        from .ir.print_graph import graph_text
 
         return graph_text(self.graph)
 

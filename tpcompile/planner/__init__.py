@@ -1,0 +1,1 @@
+"""Decides the placement of every value, and what is reported about it."""

@@ -7,17 +7,16 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from tpcompile.factors import tensor_of
-from tpcompile.placements import Placement, Shard, split_evenly
+from tpcompile.ir.placements import Placement, Shard, split_evenly
+from tpcompile.planner.search.cost import CostModel
+from tpcompile.planner.search.facts import Search
+from tpcompile.planner.search.must_divide import worth_dividing
+from tpcompile.planner.search.solve_axes import solve_axes
+from tpcompile.planner.search.sub_axes import sub_axes, unit_counts
+from tpcompile.planner.search.tie_layers import tie_layers
+from tpcompile.rules.declared import check_declared, declared_units, fits
+from tpcompile.rules.factors import tensor_of
 from tpcompile.work import Work
-
-from .cost import CostModel
-from .declared import check_declared, declared_units, fits
-from .search import Search
-from .solve_axes import solve_axes
-from .sub_axes import sub_axes, unit_counts
-from .tie_layers import tie_layers
-from .weights import worth_dividing
 
 # The placements allowed for parameters of a program, on one of its sub-axes.
 Pins = Callable[[Work, int], Mapping[Node, frozenset[Placement]]]

@@ -1,0 +1,1 @@
+"""What every operator allows: one line each."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from .rule import (
+from .rule import (  # fmt: skip
     UNARY,
     Dim,
     Labels,
@@ -23,7 +23,7 @@ from .rule import (
     results,
     shape,
     sizes_of,
-)  # fmt: skip
+)
 
 EACH = (frozenset({0}), frozenset({1}))
 """``linear`` of a product of two operands."""

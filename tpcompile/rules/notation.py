@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from ..errors import TpCompileError
+from tpcompile.errors import TpCompileError
+
 from .rule import Dim, Labels, Rule, Size
 
 _OPTIONS = ("whole", "reduce", "linear", "once", "fixed", "contraction", "localize")

@@ -6,8 +6,9 @@ import re
 
 from torch.fx import Node
 
-from ..errors import TpCompileError
-from ..placements import Partial, Placement, R, Shard
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.placements import Partial, Placement, R, Shard
+
 from .rule import Declared, Letters, Rule, arguments, letters_of, operands, shape, sizes_of
 
 NAME = "tpcompile.opaque_module"

@@ -16,8 +16,8 @@ import sympy
 import torch
 from torch.fx import Node
 
-from ..placements import Placement
-from ..simplify_size import simplify_size
+from tpcompile.ir.placements import Placement
+from tpcompile.ir.sizes import simplify_size
 
 Size: TypeAlias = int | sympy.Expr
 Dim: TypeAlias = tuple[str, ...]

@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from ..errors import TpCompileError
+from tpcompile.errors import TpCompileError
+
 from . import contractions, indexing, opaque, parts, pointwise, reductions, views
 from .notation import instantiate, parse_row
 from .randomness import is_random

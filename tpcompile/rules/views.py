@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from .rule import (
+from .rule import (  # fmt: skip
     UNARY,
     Dim,
     Labels,
@@ -23,7 +23,7 @@ from .rule import (
     results,
     shape,
     sizes_of,
-)  # fmt: skip
+)
 
 
 class _Walk:

@@ -1,1 +1,1 @@
-"""Strategies by name: what the words in a plan mean."""
+"""Plans of transformers, by name."""

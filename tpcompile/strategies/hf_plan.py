@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import TpCompileError
+from tpcompile.errors import TpCompileError
 
 
 def hf_plan(model_or_config: Any, *, experts: bool = False) -> dict[str, str]:

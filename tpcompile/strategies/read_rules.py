@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 from torch.distributed import tensor as dtensor
 
-from ..errors import TpCompileError
-from ..placements import Replicate, Shard
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.placements import Replicate, Shard
+
 from .match_rules import Names, Target, names_of, starred_numbers
 from .parallel_interface import STRATEGIES
 from .strategy import Division, Strategy

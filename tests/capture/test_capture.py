@@ -1,0 +1,391 @@
+"""Capture: the flat graph equals the model, also at other sizes, and the model stays as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import toys
+from tpcompile.capture.export.capture_model import capture
+from tpcompile.capture.export.captured import Captured
+from tpcompile.capture.export.switch_experts import choose_experts_implementation
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.calls import bind_call, call_key, flatten_call
+
+transformers = pytest.importorskip("transformers")
+
+TINY = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny(kind: str, auto: str = "AutoModelForCausalLM", **changes: Any) -> Any:
+    torch.manual_seed(0)
+    options = {key: value for key, value in {**TINY, **changes}.items() if value is not None}
+    config = transformers.AutoConfig.for_model(kind, **options)
+    return getattr(transformers, auto).from_config(config).eval()
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 100, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def run_flat(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> tuple[Any, ...]:
+    leaves, spec = flatten_call(bound)
+    assert spec == captured.in_spec
+    assert captured.accepts(leaves) is None
+    tables = {
+        "param": dict(model.named_parameters()),
+        "buffer": dict(model.named_buffers()),
+        "constant": captured.constants,
+    }
+    weights = [tables[s.kind][s.name] for s in captured.inputs if s.kind != "user"]
+    return captured.graph_module(*weights, *leaves)
+
+
+def run(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> Any:
+    return captured.unflatten(run_flat(captured, model, bound), bound)
+
+
+def assert_well_formed(captured: Captured) -> None:
+    graph = captured.graph_module.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    assert len(placeholders) == len(captured.inputs)
+    assert len(graph.output_node().args[0]) == len(captured.outputs)
+    assert all("val" in node.meta for node in graph.nodes)
+    names = [(s.kind, s.name) for s in captured.inputs]
+    assert len(set(names)) == len(names)
+    assert not any("_assert" in str(n.target) or "higher_order" in str(n.target) for n in graph.nodes)
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    return [(name, id(value)) for m in model.modules() for name, value in [*m.__dict__.items()]] + [
+        id(t) for t in [*model.parameters(), *model.buffers()]
+    ]
+
+
+@pytest.mark.parametrize("example", [(1, 1), (2, 7)])
+def test_llama_runs_at_other_sizes(example: tuple[int, int]) -> None:
+    model = tiny("llama")
+    before = state_of(model)
+    captured = capture(model, bind_call(model, (), {"input_ids": tokens(*example)}))
+    assert state_of(model) == before
+    assert_well_formed(captured)
+    assert captured.user_inputs[0].extents == tuple(captured.ranges)
+    for shape in [(1, 1), (4, 5), (1, 9), (3, 1)]:
+        bound = bind_call(model, (tokens(*shape),), {})
+        result, expected = run(captured, model, bound), model(**bound)
+        assert type(result) is type(expected)
+        torch.testing.assert_close(result.logits, expected.logits, rtol=0, atol=1e-6)
+        cache = result.past_key_values
+        assert isinstance(cache, transformers.DynamicCache)
+        torch.testing.assert_close(cache.layers[1].keys, expected.past_key_values.layers[1].keys)
+    linear = captured.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    stack = list(linear[0].meta["nn_module_stack"].values())
+    assert stack[-1][0] == "model.layers.0.self_attn.q_proj"
+
+
+def test_gradients_reach_every_parameter() -> None:
+    model = tiny("llama")
+    bound = bind_call(model, (), {"input_ids": tokens(2, 7), "use_cache": False})
+    captured = capture(model, bound)
+    run(captured, model, bound).logits.square().mean().backward()
+    got = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(**bound).logits.square().mean().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-5, atol=1e-8)
+
+
+class Gated(nn.Module):
+    """Grad-mode regions, nested ones, a buffer changed under no_grad, autocast regions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.register_buffer("seen", torch.zeros(5))
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        with torch.no_grad():
+            gate = torch.sigmoid(self.a(x))
+            self.seen.add_(x.mean(0) + gate.mean(0))
+            with torch.enable_grad():
+                inner = self.b(gate)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = self.b(x)
+        return {"out": self.b(x) * gate + self.seen + low.float(), "inner": inner, "count": 3}
+
+
+def test_no_grad_regions_keep_their_meaning() -> None:
+    torch.manual_seed(0)
+    model, x = Gated(), torch.randn(4, 5)
+    captured = capture(model, bind_call(model, (x,), {}))
+    assert_well_formed(captured)
+    assert torch.equal(model.seen, torch.zeros(5))
+    flat = run_flat(captured, model, {"x": x})
+    assert captured.outputs[-1].kind == "buffer_mutation" and captured.outputs[-1].name == "seen"
+    assert captured.unflatten(flat, {})["count"] == 3
+    (flat[0].sum() + flat[1].sum()).backward()
+    got = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    expected = model(x)
+    (expected["out"].sum() + expected["inner"].sum()).backward()
+    torch.testing.assert_close(flat[0], expected["out"])
+    torch.testing.assert_close(flat[-1], model.seen)
+    assert got[0] is None and model.a.weight.grad is None
+    for mine, p in zip(got[2:], list(model.parameters())[2:], strict=True):
+        torch.testing.assert_close(mine, p.grad)
+
+
+def test_ambient_autocast_is_in_the_graph() -> None:
+    model, x = nn.Linear(5, 3), torch.randn(4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        captured = capture(model, bind_call(model, (x,), {}))
+        expected = model(x)
+    assert torch.equal(run(captured, model, {"input": x}), expected)
+
+
+def test_tied_embeddings_are_one_placeholder() -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    bound = bind_call(model, (), {"input_ids": tokens(2, 5), "use_cache": False})
+    captured = capture(model, bound)
+    assert_well_formed(captured)
+    params = [s.name for s in captured.inputs if s.kind == "param"]
+    assert params == [name for name, _ in model.named_parameters()]
+    assert len(captured.graph_module.graph.find_nodes(op="placeholder")[0].users) == 2
+    torch.testing.assert_close(run(captured, model, bound).logits, model(**bound).logits)
+
+
+def test_meta_model_is_captured_for_a_real_device() -> None:
+    config = transformers.LlamaConfig(num_hidden_layers=2, num_key_value_heads=8)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.empty(1, 8, dtype=torch.long, device="meta")
+    before = state_of(model)
+    captured = capture(model, bind_call(model, (), {"input_ids": ids, "use_cache": False}))
+    assert state_of(model) == before
+    assert all(p.device.type == "meta" for p in model.parameters())
+    assert "meta" not in captured.graph_module.code
+    for node in captured.graph_module.graph.nodes:
+        if isinstance(node.meta["val"], torch.Tensor):
+            assert node.meta["val"].device.type == "cpu"
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, a: Any, /, b: Any, *rest: Any, flag: bool = True, opt: Any = None, **more: Any) -> Any:
+        first = self.linear(a) + b if flag else b
+        return {"first": first, "none": opt, "rest": [r * 2 for r in rest], "more": more.get("z", 1)}
+
+
+def test_arguments_of_every_kind() -> None:
+    model, a, b, c = TwoInputs(), torch.randn(2, 4), torch.randn(2, 5), torch.randn(3)
+    bound = bind_call(model, (a, b, c), {"z": 2.5, "opt": None})
+    assert list(bound) == ["a", "b", "*rest", "z"]
+    assert [s.name for s in capture(model, bound).user_inputs] == ["a", "b", "rest[0]", "z"]
+    captured = capture(model, bound)
+    result, expected = run(captured, model, bound), model(a, b, c, z=2.5)
+    assert list(result) == list(expected) and result["more"] == 2.5 and result["none"] is None
+    torch.testing.assert_close(result["first"], expected["first"])
+    assert bind_call(model, (a,), {"b": b}) == bind_call(model, (a, b), {"opt": None})
+    assert "captured for" in str(captured.accepts([a, torch.randn(2, 6), c, 2.5]))
+    assert "must equal" in str(captured.accepts([a, torch.randn(3, 5), c, 2.5]))
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [((), {}), ((1, 2), {"b": 1})])
+def test_calls_that_do_not_fit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    with pytest.raises(TpCompileError, match="does not fit"):
+        bind_call(TwoInputs(), args, kwargs)
+
+
+def test_call_key_tells_what_a_program_depends_on() -> None:
+    model, a, b = TwoInputs(), torch.randn(2, 4), torch.randn(2, 5)
+
+    def key(**kwargs: Any) -> Any:
+        leaves, spec = flatten_call(bind_call(model, (a,), {"b": b, **kwargs}))
+        return call_key(leaves, spec, model)
+
+    plain = key()
+    assert plain == key(b=torch.randn(7, 5)) and hash(plain) == hash(key())
+    assert plain not in (key(b=b.double()), key(b=b[0]), key(flag=False), key(z=1), key(z=True))
+    assert key(z=1) != key(z=True)
+    with torch.no_grad():
+        assert key() != plain
+    with torch.autocast("cpu", torch.bfloat16):
+        assert key() != plain
+    model.eval()
+    assert key() != plain
+
+
+def test_explicit_dims() -> None:
+    model = nn.Linear(4, 5)
+    bound = bind_call(model, (torch.randn(2, 7, 4),), {})
+    assert capture(model, bound, dynamic=False).user_inputs[0].extents == (2, 7, 4)
+    extents = capture(model, bound, dynamic={"input": {1: True}}).user_inputs[0].extents
+    assert extents is not None and extents[0] == 2 and isinstance(extents[1], str)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_transformer_encoder_is_not_one_opaque_operator(grad: bool) -> None:
+    layer = nn.TransformerEncoderLayer(24, 3, 40, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    with torch.set_grad_enabled(grad):
+        captured = capture(model, bind_call(model, (torch.randn(2, 7, 24),), {}))
+        x = torch.randn(3, 5, 24)
+        torch.testing.assert_close(run(captured, model, {"src": x}), model(x))
+    assert (
+        "aten.linear" in captured.graph_module.code
+        and "_transformer_encoder" not in captured.graph_module.code
+    )
+
+
+@pytest.mark.parametrize("configured", ["eager", "grouped_mm"])
+def test_experts_are_switched_and_switched_back(configured: str) -> None:
+    model = tiny("mixtral", num_local_experts=4, num_hidden_layers=1)
+    model.set_experts_implementation(configured)
+    assert choose_experts_implementation(model) == ("batched_mm" if configured == "eager" else configured)
+    bound = bind_call(model, (), {"input_ids": tokens(2, 7), "use_cache": False})
+    captured = capture(model, bound)
+    assert model.config._experts_implementation == configured
+    other = {**bound, "input_ids": tokens(3, 5)}
+    torch.testing.assert_close(
+        run(captured, model, other).logits, model(**other).logits, rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "auto", "changes", "open_dims"),
+    [
+        ("bert", "AutoModel", {"head_dim": None, "num_hidden_layers": 1}, 2),
+        ("gpt2", "AutoModelForCausalLM", {"n_embd": 48, "n_layer": 1, "n_head": 6, "head_dim": None}, 2),
+        ("mamba", "AutoModelForCausalLM", {"state_size": 5, "num_hidden_layers": 1}, 1),
+    ],
+)
+def test_other_models(kind: str, auto: str, changes: dict[str, Any], open_dims: int) -> None:
+    model = tiny(kind, auto, **changes)
+    kwargs = {} if kind == "bert" else {"use_cache": False}
+    captured = capture(model, bind_call(model, (), {"input_ids": tokens(2, 6), **kwargs}))
+    assert_well_formed(captured)
+    assert len(captured.ranges) == open_dims
+    assert bool(captured.notes) == (open_dims < 2)
+    bound = bind_call(model, (tokens(5, 6),), kwargs)
+    torch.testing.assert_close(run(captured, model, bound)[0], model(**bound)[0], rtol=1e-5, atol=1e-6)
+    if kind == "bert":
+        assert captured.ranges[captured.user_inputs[0].extents[1]] == (1, 512)  # type: ignore[index]
+        assert "outside of" in str(captured.accepts([tokens(2, 600)]))
+
+
+def decode_call(model: Any, batch: int, past: int) -> dict[str, Any]:
+    cache = model(tokens(batch, past)).past_key_values
+    mask = torch.ones(batch, past + 1, dtype=torch.long)
+    mask[0, 0] = 0
+    call = {"input_ids": tokens(batch, 1), "attention_mask": mask, "past_key_values": cache}
+    return bind_call(model, (), call)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1])
+def test_decode_step_with_a_cache(batch: int) -> None:
+    model = tiny("llama")
+    captured = capture(model, decode_call(model, batch, 5))
+    assert captured.user_inputs[0].extents[1] == 1  # type: ignore[index]
+    assert len(captured.ranges) == 2
+    for other in [(2, 5), (1, 9), (3, 1)]:
+        bound = decode_call(model, *other)
+        result, expected = run(captured, model, bound), model(**decode_call(model, *other))
+        assert result.past_key_values is bound["past_key_values"]
+        torch.testing.assert_close(result.logits, expected.logits, rtol=0, atol=1e-6)
+        assert result.past_key_values.get_seq_length() == other[1] + 1
+
+
+class Branch(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Careless(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([inner])
+        self.calls, self.seen = 0, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = self.calls + 1
+        self.seen.append(x.shape[0])
+        return self.inner[0](x)
+
+
+def test_data_dependent_control_flow_is_located() -> None:
+    model = Careless(Branch())
+    before = state_of(model)
+    with pytest.raises(TpCompileError) as caught:
+        capture(model, bind_call(model, (torch.randn(3, 4),), {}))
+    assert "inner.0 (Branch)" in caught.value.where and "x.sum() > 0" in caught.value.where
+    assert "torch.where" in caught.value.todo
+    assert state_of(model) == before and model.calls == 0 and model.seen == []
+
+
+class Mutating(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.add_(1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("past", "other"), [(3, 2), (12, 15)])
+def test_sliding_window_cache_keeps_its_position(past: int, other: int) -> None:
+    model = tiny("gemma3_text", sliding_window=6, num_hidden_layers=1)
+    captured = capture(model, decode_call(model, 2, past))
+    bound = decode_call(model, 3, other)
+    result, expected = run(captured, model, bound), model(**decode_call(model, 3, other))
+    torch.testing.assert_close(result.logits, expected.logits, rtol=0, atol=1e-5)
+    assert result.past_key_values.get_seq_length() == other + 1
+    mixed = decode_call(model, 2, 5 if past == 12 else 12)
+    assert captured.accepts(flatten_call(mixed)[0]) is not None
+
+
+def test_a_number_of_a_tensor_may_be_asserted() -> None:
+    """What is read of a tensor has no bounds, and is no size of an input."""
+    model = toys.Checked()
+    bound = bind_call(model, (torch.randn(3, 5), torch.tensor([2, 5, 4])), {})
+    assert torch.equal(run(capture(model, bound), model, bound), bound["x"] * 2)
+
+
+def test_changed_inputs_are_refused() -> None:
+    with pytest.raises(TpCompileError, match="changes x in place"):
+        capture(Mutating(), bind_call(Mutating(), (torch.randn(3, 4),), {}))
+
+
+class Grows(nn.Module):
+    """Keeps what it has seen in a buffer that becomes longer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Module()
+        self.part.register_buffer("seen", torch.zeros(0, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.part.seen = torch.cat([self.part.seen, x])
+        return x + 1
+
+
+def test_what_a_buffer_cannot_keep_is_told() -> None:
+    model, x = Grows(), torch.ones(2, 3)
+    with pytest.warns(UserWarning, match=r"another shape or type to part\.seen"):
+        captured = capture(model, bind_call(model, (x,), {}))
+    assert "part.seen" in "".join(captured.notes)
+    assert model.part.seen.shape == (0, 3)

@@ -1,0 +1,411 @@
+"""Carries a rule's strategies out on simulated ranks and compares with the whole operator.
+
+A case is one call of one operator. Its inputs are laid out as a strategy wants them, all ranks run
+the really lowered graph in lockstep, and what they compute is put together as the strategy says.
+Nothing here knows rules: only placements, and what they mean.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from tests.helpers import simulate
+from tpcompile.capture.export.captured import Captured, InputSpec, OutputSpec
+from tpcompile.ir.placements import Partial, Placement, Replicate, Shard, split_evenly
+from tpcompile.passes.annotate_placements import AnnotatePlacements
+from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
+from tpcompile.rules.assignment import Assignment
+from tpcompile.rules.choices import Strategy, strategies
+from tpcompile.rules.factors import Factors
+from tpcompile.rules.rule import Rule
+from tpcompile.work import Work
+
+TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A tensor argument: how its random values are made. One object used twice is one value."""
+
+    shape: tuple[int, ...]
+    make: Callable[[tuple[int, ...]], Tensor]
+
+
+def real(*shape: int) -> Operand:
+    """Doubles between 0.1 and 0.9, where every function of the tests is defined and smooth."""
+    return Operand(shape, lambda s: torch.rand(s, dtype=torch.float64) * 0.8 + 0.1)
+
+
+def signed(*shape: int) -> Operand:
+    """Normally distributed doubles."""
+    return Operand(shape, lambda s: torch.randn(s, dtype=torch.float64))
+
+
+def single(*shape: int) -> Operand:
+    """Normally distributed single-precision numbers."""
+    return Operand(shape, torch.randn)
+
+
+def complex_(*shape: int) -> Operand:
+    """Complex numbers."""
+    return Operand(shape, lambda s: torch.randn(s, dtype=torch.complex128))
+
+
+def ints(high: int, *shape: int) -> Operand:
+    """Whole numbers from 0 up to ``high``, without it."""
+    return Operand(shape, lambda s: torch.randint(high, s))
+
+
+def distinct(high: int, *shape: int) -> Operand:
+    """Whole numbers below ``high``, none twice in the last dimension (where they are written to)."""
+    return Operand(shape, lambda s: torch.rand(*s[:-1], high).argsort(-1)[..., : s[-1]])
+
+
+def ascending(*shape: int) -> Operand:
+    """Doubles in ascending order along the last dimension."""
+    return Operand(shape, lambda s: torch.rand(s, dtype=torch.float64).sort(-1).values)
+
+
+def boolean(*shape: int) -> Operand:
+    """Truth values."""
+    return Operand(shape, lambda s: torch.rand(s) < 0.5)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One call of one operator.
+
+    Attributes:
+        op: the operator.
+        args: its arguments; tensors are given as ``Operand``.
+        kwargs: its keyword arguments.
+        gradients: whether gradients are compared too, where the operator has any.
+    """
+
+    op: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    gradients: bool = True
+
+    def __str__(self) -> str:
+        def text(arg: Any) -> str:
+            if isinstance(arg, Operand):
+                return "x".join(map(str, arg.shape)) or "scalar"
+            if isinstance(arg, list | tuple):
+                return "[" + ",".join(map(text, arg)) + "]"
+            return str(arg)
+
+        named = [f"{k}={text(v)}" for k, v in self.kwargs.items()]
+        return f"{self.op}({', '.join([*map(text, self.args), *named])})"
+
+
+def map_operands(arg: Any, change: Callable[[Operand], Any]) -> Any:
+    if isinstance(arg, Operand):
+        return change(arg)
+    if isinstance(arg, list | tuple):
+        return type(arg)(map_operands(a, change) for a in arg)
+    if isinstance(arg, dict):
+        return {k: map_operands(v, change) for k, v in arg.items()}
+    return arg
+
+
+def operands_of(case: Case) -> list[Operand]:
+    found: dict[Operand, None] = {}
+    map_operands((case.args, case.kwargs), lambda o: found.setdefault(o))
+    return list(found)
+
+
+class Program:
+    """A case as a graph of one call, with values for its inputs.
+
+    Attributes:
+        work: the program; ``placed`` gives copies that carry strategies.
+        node: the call.
+        inputs: the whole values of the placeholders.
+        expected: the whole results, flat.
+    """
+
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        self.case = case
+        torch.manual_seed(seed)
+        found = operands_of(case)
+        self.inputs = [o.make(o.shape) for o in found]
+        self.expected = self.compute(case.args, case.kwargs, dict(zip(found, self.inputs, strict=True)))
+        graph, self.node = self._graph(found)
+        specs = tuple(InputSpec("param", f"x{i}", extents=o.shape) for i, o in enumerate(found))
+        outputs = tuple(OutputSpec("user", f"y{i}") for i in range(len(self.expected)))
+        module = GraphModule(torch.nn.Module(), graph)
+        self.work = Work(Captured(module, specs, outputs, None, None), 1)  # type: ignore[arg-type]
+        self.node = next(n for n in module.graph.nodes if n.op == "call_function")
+        self.factors = Factors(module.graph)
+        self.rule = self.factors.rules[self.node]
+
+    def compute(self, args: Any, kwargs: Any, values: dict[Operand, Tensor]) -> list[Tensor]:
+        """The operator on real tensors."""
+        args, kwargs = map_operands((args, kwargs), lambda o: values[o])
+        return _tensors(self.case.op(*args, **kwargs))
+
+    def _graph(self, found: list[Operand]) -> tuple[Graph, Node]:
+        graph, mode = Graph(), FakeTensorMode(shape_env=ShapeEnv())
+        nodes = {}
+        for i, (operand, value) in enumerate(zip(found, self.inputs, strict=True)):
+            nodes[operand] = graph.placeholder(f"x{i}")
+            nodes[operand].meta["val"] = mode.from_tensor(value, static_shapes=True)
+        args, kwargs = map_operands((self.case.args, self.case.kwargs), lambda o: nodes[o])
+        call = graph.call_function(self.case.op, args, kwargs)
+        fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with mode, torch.no_grad():
+            call.meta["val"] = self.case.op(*fake_args, **fake_kwargs)
+        graph.output(tuple(self._results(graph, call)))
+        return graph, call
+
+    def _results(self, graph: Graph, call: Node) -> Iterator[Node]:
+        if isinstance(call.meta["val"], Tensor):
+            yield call
+            return
+        for i, val in enumerate(call.meta["val"]):
+            if isinstance(val, Tensor):
+                item = graph.call_function(operator.getitem, (call, i))
+                item.meta["val"] = val
+                yield item
+
+    @property
+    def tolerance(self) -> float:
+        """Rounding of the least precise numbers in the case."""
+        numbers = [x for x in (*self.inputs, *self.expected) if x.dtype.is_floating_point]
+        return 1e-4 if any(x.dtype == torch.float32 for x in numbers) else TOLERANCE
+
+    def strategies(self, ranks: int = 2) -> list[Strategy]:
+        """Everything that the rule offers, if a value that is used twice is wanted in one placement."""
+        fewest = ranks if isinstance(self.rule, Rule) and self.rule.filled else 2
+        found = strategies(self.node, self.factors, lambda factor: factor.size >= fewest, (fewest,))
+        return [s for s in found if self.wants(s) is not None]
+
+    def placed(self, axes: tuple[int, ...], chosen: Sequence[Strategy], gradients: bool = False) -> Work:
+        """The program with one strategy per sub-axis, its inputs lying as these want."""
+        work = self.work.copy()
+        node = next(n for n in work.graph.nodes if n.op == "call_function" and n.target is self.case.op)
+        places = work.graph.find_nodes(op="placeholder")
+        for ranks, strategy in zip(axes, chosen, strict=True):
+            params = dict(zip(places, self.wants(strategy) or [], strict=True))
+            work.decisions.append(Assignment(ranks, {node: strategy}, params))
+        work.planned_factors = Factors(work.graph)
+        AnnotatePlacements().apply(work)
+        InsertGradientCopies(gradients).apply(work)
+        return work
+
+    def wants(self, strategy: Strategy) -> list[Placement] | None:
+        """The placement of every placeholder; None if one of them is wanted in two."""
+        wants: dict[Operand, set[Placement]] = {}
+        at = iter(strategy.inputs)
+        map_operands((self.case.args, self.case.kwargs), lambda o: wants.setdefault(o, set()).add(next(at)))
+        return [w.pop() for w in wants.values()] if all(len(w) == 1 for w in wants.values()) else None
+
+    def layouts(self) -> tuple[list[Any], list[Any]]:
+        """The sizes of the factors of the inputs, and of the results."""
+        graph = self.work.graph
+        outputs = graph.output_node().args[0]
+        return (
+            [self.factors.layout(n) for n in graph.find_nodes(op="placeholder")],
+            [self.factors.layout(n) for n in outputs],  # type: ignore[union-attr,arg-type]
+        )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [v for v in value if isinstance(v, Tensor)]
+
+
+# What a placement means.
+
+Atoms = list[list[int]]
+
+
+def lay_out(
+    value: Tensor, layout: Any, axes: tuple[int, ...], placements: Sequence[Placement]
+) -> list[Tensor]:
+    """What each rank holds of a value."""
+    pieces = [(value, [list(d) for d in layout])]
+    for ranks, placement in zip(axes, placements, strict=True):
+        pieces = [part for piece in pieces for part in _cut(*piece, ranks, placement)]
+    return [piece.clone(memory_format=torch.contiguous_format) for piece, _ in pieces]
+
+
+def _cut(value: Tensor, atoms: Atoms, ranks: int, placement: Placement) -> list[tuple[Tensor, Atoms]]:
+    if isinstance(placement, Replicate):
+        return [(value, atoms)] * ranks
+    if isinstance(placement, Partial):
+        return [(s, atoms) for s in summands(value, ranks)]
+    out = []
+    flat = _opened(value, atoms)
+    at = sum(len(d) for d in atoms[: placement.dim]) + placement.factor
+    for part in flat.split(list(split_evenly(atoms[placement.dim][placement.factor], ranks)), at):
+        inside = [list(d) for d in atoms]
+        inside[placement.dim][placement.factor] = part.shape[at]
+        out.append((part.reshape([math.prod(d) for d in inside]), inside))
+    return out
+
+
+def summands(value: Tensor, ranks: int) -> list[Tensor]:
+    """Random tensors that add up to a value."""
+    if value.dtype.is_floating_point or value.dtype.is_complex:
+        found = [torch.randn_like(value) for _ in range(ranks - 1)]
+    else:
+        found = [torch.randint_like(value, -9, 9) for _ in range(ranks - 1)]
+    return [*found, value - sum(found)] if found else [value]
+
+
+def _opened(value: Tensor, atoms: Atoms) -> Tensor:
+    return value.reshape([a for d in atoms for a in d])
+
+
+def put_together(
+    parts: Sequence[Tensor], layout: Any, axes: tuple[int, ...], placements: Sequence[Placement]
+) -> Tensor:
+    """The whole value from what the ranks hold."""
+    return _join(list(parts), [list(d) for d in layout], list(zip(axes, placements, strict=True)))
+
+
+def _join(parts: list[Tensor], atoms: Atoms, todo: list[tuple[int, Placement]]) -> Tensor:
+    if not todo:
+        return parts[0]
+    (ranks, placement), *rest = todo
+    size = len(parts) // ranks
+    chunks = [parts[i * size : (i + 1) * size] for i in range(ranks)]
+    if not isinstance(placement, Shard):
+        wholes = [_join(c, atoms, rest) for c in chunks]
+        return _reduced(wholes, placement)
+    opened = []
+    at = sum(len(d) for d in atoms[: placement.dim]) + placement.factor
+    units = split_evenly(atoms[placement.dim][placement.factor], ranks)
+    for chunk, count in zip(chunks, units, strict=True):
+        inside = [list(d) for d in atoms]
+        inside[placement.dim][placement.factor] = count
+        opened.append(_opened(_join(chunk, inside, rest), inside))
+    return torch.cat(opened, at).reshape([math.prod(d) for d in atoms])
+
+
+def _reduced(wholes: list[Tensor], placement: Placement) -> Tensor:
+    if isinstance(placement, Partial):
+        stacked = torch.stack(wholes)
+        if placement.op == "sum":
+            return stacked.sum(0).to(wholes[0].dtype)
+        return stacked.amax(0) if placement.op == "max" else stacked.amin(0)
+    for other in wholes[1:]:
+        torch.testing.assert_close(other, wholes[0], rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+    return wholes[0]
+
+
+# Comparing.
+
+
+def compare(program: Program, axes: tuple[int, ...], chosen: Sequence[Strategy]) -> None:
+    """Runs one choice of strategies on all ranks and compares the values.
+
+    Raises:
+        AssertionError: the ranks do not compute the whole results.
+    """
+    work = program.placed(axes, chosen)
+    with torch.no_grad():
+        ranks = simulate.run(work, _feeds(program, work, axes))
+    _compare(program, axes, chosen, ranks)
+
+
+def compare_gradients(program: Program, axes: tuple[int, ...], chosen: Sequence[Strategy]) -> None:
+    """The same for gradients: those of whole and partial values are whole, those of divided ones divided.
+
+    Raises:
+        AssertionError: a rank's gradient of an input is not what belongs to the input's placement.
+    """
+    whole = [x.clone().requires_grad_(_differentiable(x)) for x in program.inputs]
+    values = dict(zip(operands_of(program.case), whole, strict=True))
+    results = program.compute(program.case.args, program.case.kwargs, values)
+    used = [i for i, y in enumerate(results) if y.requires_grad]
+    if not used:
+        return
+    seeds = [torch.randn_like(results[i]) for i in used]
+    asked = [x for x in whole if x.requires_grad]
+    expected = torch.autograd.grad([results[i] for i in used], asked, seeds, allow_unused=True)
+
+    work = program.placed(axes, chosen, gradients=True)
+    feeds = _feeds(program, work, axes)
+    leaves = [[x.requires_grad_(_differentiable(x)) for x in feed] for feed in feeds]
+    ranks = simulate.run(work, leaves)
+    layouts, out_layouts = program.layouts()
+    outputs, gradients = [], []
+    for i, seed in zip(used, seeds, strict=True):
+        placements = [_gradient(s.outputs[i]) for s in chosen]
+        gradients += lay_out(seed, out_layouts[i], axes, placements)
+        outputs += [r[i] for r in ranks]
+    pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
+    flat = [x for feed in leaves for x in feed if x.requires_grad]
+    got = torch.autograd.grad([o for o, _ in pairs], flat, [g for _, g in pairs], allow_unused=True)
+    found = iter(got)
+    by_rank = [[next(found) if x.requires_grad else None for x in feed] for feed in leaves]
+    wanted = iter(expected)
+    wants = [program.wants(s) or [] for s in chosen]
+    for k, x in enumerate(whole):
+        if not x.requires_grad:
+            continue
+        want = next(wanted)
+        parts = [
+            torch.zeros_like(feed[k]) if grad[k] is None else grad[k]
+            for feed, grad in zip(leaves, by_rank, strict=True)
+        ]
+        placements = [_gradient(w[k]) for w in wants]
+        whole_gradient = put_together(parts, layouts[k], axes, placements)  # type: ignore[arg-type]
+        _close(
+            whole_gradient,
+            torch.zeros_like(x) if want is None else want,
+            f"gradient of operand {k}",
+            program.tolerance,
+        )
+
+
+def _differentiable(x: Tensor) -> bool:
+    return x.dtype.is_floating_point or x.dtype.is_complex
+
+
+def _gradient(placement: Placement) -> Placement:
+    return placement if isinstance(placement, Shard) else Replicate()
+
+
+def _feeds(program: Program, work: Work, axes: tuple[int, ...]) -> list[list[Tensor]]:
+    torch.manual_seed(1)
+    layouts, _ = program.layouts()
+    columns = []
+    for node, value, layout in zip(
+        work.graph.find_nodes(op="placeholder"), program.inputs, layouts, strict=True
+    ):
+        columns.append(lay_out(value, layout, axes, [d.params[node] for d in work.decisions]))
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _compare(program: Program, axes: tuple[int, ...], chosen: Sequence[Strategy], ranks: list[Any]) -> None:
+    _, layouts = program.layouts()
+    for i, want in enumerate(program.expected):
+        placements = [s.outputs[i] for s in chosen]
+        got = put_together([r[i] for r in ranks], layouts[i], axes, placements)
+        assert got.dtype == want.dtype, f"result {i} is {got.dtype}, not {want.dtype}"
+        _close(got, want, f"result {i}", program.tolerance)
+
+
+def _close(got: Tensor, want: Tensor, what: str, tolerance: float) -> None:
+    torch.testing.assert_close(
+        got, want, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m: f"{what}: {m}"
+    )
+
+
+def blame(program: Program, axes: tuple[int, ...], chosen: Sequence[Strategy]) -> str:
+    """What failed: the call, its rule, the strategies."""
+    how = "  x  ".join(map(str, chosen))
+    return f"\n{program.case}\n  rule     {program.rule}\n  strategy {how}\n  ranks    {axes}"

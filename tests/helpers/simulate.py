@@ -1,0 +1,229 @@
+"""Runs the programs of all ranks in one process, node by node in lockstep, collectives by hand.
+
+No process group and no threads: what a rank would receive is computed from the other ranks' values.
+The oracle for rules, passes and lowering; real processes are tested elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from tpcompile.ir.markers import Axes
+from tpcompile.lowering.lower_graph import lower_graph
+from tpcompile.work import Work
+
+ops = torch.ops.tpcompile
+# Nothing is sent in forward; backward needs all ranks.
+_GRADIENT_COMMUNICATES = (
+    ops.copy_to_ranks.default,
+    ops.take_shard.default,
+    ops.take_positions.default,
+)
+# Along a dimension that is filled up.
+_POSITIONS = (
+    ops.scatter_positions.default,
+    ops.gather_positions.default,
+    ops.take_positions.default,
+    ops.exchange_positions.default,
+)
+
+
+@dataclass
+class SimulatedGroups:
+    """Groups of one simulated rank; a group's name lists its axes."""
+
+    axes: tuple[int, ...]
+    coordinates: tuple[int, ...]
+
+    def name(self, axes: Axes) -> str:
+        return ",".join(map(str, axes))
+
+    def index(self, axes: Axes) -> int:
+        at = 0
+        for a in axes:
+            at = at * self.axes[a] + self.coordinates[a]
+        return at
+
+
+def coordinates(axes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """All ranks' coordinates, in rank order."""
+    found = []
+    for rank in range(math.prod(axes)):
+        at = []
+        for size in reversed(axes):
+            rank, x = divmod(rank, size)
+            at.append(x)
+        found.append(tuple(reversed(at)))
+    return found
+
+
+def lower_all(work: Work) -> list[GraphModule]:
+    """The programs of all ranks."""
+    return [lower_graph(work, at, SimulatedGroups(work.axes, at)) for at in coordinates(work.axes)]
+
+
+def run(
+    work: Work, inputs: list[list[Any]], lowered: list[GraphModule] | None = None
+) -> list[tuple[Any, ...]]:
+    """Runs all ranks on their own inputs (placeholders in order); returns their results."""
+    everyone = coordinates(work.axes)
+    graphs = [list(p.graph.nodes) for p in lowered or lower_all(work)]
+    values: list[dict[Node, Any]] = [dict() for _ in everyone]
+    cursors = [0] * len(everyone)
+    feeds = [iter(i) for i in inputs]
+    while True:
+        at_collective = []
+        for r, nodes in enumerate(graphs):
+            while cursors[r] < len(nodes):
+                node = nodes[cursors[r]]
+                if node.op == "placeholder":
+                    values[r][node] = next(feeds[r])
+                elif node.op == "output":
+                    break
+                elif _communicates(node):
+                    at_collective.append(node)
+                    break
+                else:
+                    args, kwargs = _load(node, values[r])
+                    values[r][node] = node.target(*args, **kwargs)
+                cursors[r] += 1
+        if not at_collective:
+            break
+        assert len(at_collective) == len(everyone), "some ranks wait for a collective that others never reach"
+        assert len({n.target for n in at_collective}) == 1, "ranks issue different collectives"
+        for r, node in enumerate(at_collective):
+            members = _members(str(node.args[1]), everyone, r)
+            if members[0] == r:  # once per group
+                loaded = [_load(at_collective[m], values[m])[0] for m in members]
+                for m, result in zip(members, _joint(node.target, loaded), strict=True):
+                    values[m][at_collective[m]] = result
+            cursors[r] += 1
+    return [_load(nodes[-1], values[r])[0][0] for r, nodes in enumerate(graphs)]
+
+
+def _communicates(node: Node) -> bool:
+    return node.target in (
+        ops.all_reduce.default,
+        ops.all_gather.default,
+        ops.reduce_scatter.default,
+        ops.all_to_all.default,
+        *_POSITIONS,
+        *_GRADIENT_COMMUNICATES,
+    )
+
+
+def _load(node: Node, values: dict[Node, Any]) -> Any:
+    return torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+
+
+def _members(group: str, everyone: list[tuple[int, ...]], rank: int) -> list[int]:
+    axes = [int(a) for a in group.split(",")]
+    mine = everyone[rank]
+    return [
+        r for r, at in enumerate(everyone) if all(at[a] == mine[a] for a in range(len(mine)) if a not in axes)
+    ]
+
+
+def _joint(target: Any, loaded: list[Any]) -> list[Tensor]:
+    """One collective of all members of a group: what each of them gets, with gradients."""
+    return list(_Joint.apply(target, [args[1:] for args in loaded], *(args[0] for args in loaded)))  # type: ignore[no-untyped-call]
+
+
+class _Joint(torch.autograd.Function):
+    """A collective as one function of all members' values; its transpose is that of ``collectives.py``."""
+
+    @staticmethod
+    def forward(ctx: Any, target: Any, options: list[Any], *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.target, ctx.options = target, options
+        if target in (ops.scatter_positions.default, ops.take_positions.default):
+            ctx.options = [[*o, xs[0].shape[o[1]]] for o in options]
+        if target is ops.exchange_positions.default:
+            ctx.options = [[*o, xs[0].shape[o[2]]] for o in options]
+        return tuple(x.contiguous().clone() for x in _forward(target, options, list(xs)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *_backward(ctx.target, ctx.options, list(grads)))
+
+
+def _forward(target: Any, options: list[Any], xs: list[Tensor]) -> list[Tensor]:
+    if target is ops.copy_to_ranks.default:
+        return xs
+    if target is ops.all_reduce.default:
+        return [_reduce(xs, options[0][1])] * len(xs)
+    if target is ops.all_gather.default:
+        return [torch.cat(xs, options[0][1])] * len(xs)
+    if target is ops.take_shard.default:
+        return [_own(x, *o[1:]) for x, o in zip(xs, options, strict=True)]
+    if target is ops.reduce_scatter.default:
+        return [_own(_reduce(xs, "sum"), *o[1:]) for o in options]
+    if target is ops.scatter_positions.default:
+        return _filled_parts(_reduce(xs, "sum"), options[0][1], len(xs))
+    if target is ops.take_positions.default:
+        return [_filled_parts(x, options[0][1], len(xs))[i] for i, x in enumerate(xs)]
+    if target is ops.exchange_positions.default:
+        return _filled_parts(torch.cat(xs, options[0][1]), options[0][2], len(xs))
+    if target is ops.gather_positions.default:
+        _, dim, _, _, size, _ = options[0]
+        return [torch.cat(xs, dim).narrow(dim, 0, size)] * len(xs)
+    assert target is ops.all_to_all.default
+    _, src, dst, _, sizes, _ = options[0]
+    return list(torch.cat(xs, src).split(sizes, dst))
+
+
+def _backward(target: Any, options: list[Any], grads: list[Tensor]) -> list[Tensor]:
+    if target is ops.copy_to_ranks.default:
+        return [_reduce(grads, "sum")] * len(grads)
+    if target is ops.all_reduce.default:
+        assert options[0][1] == "sum", "a maximum over ranks has no gradient"
+        return grads
+    if target is ops.all_gather.default:
+        return [_own(g, *o[1:]) for g, o in zip(grads, options, strict=True)]
+    if target in (ops.take_shard.default, ops.reduce_scatter.default):
+        return [torch.cat(grads, options[0][1])] * len(grads)
+    if target in (ops.scatter_positions.default, ops.take_positions.default):
+        # What was filled up has no gradient: this is checked here, where all of it is seen.
+        _, dim, _, _, size = options[0]
+        whole = torch.cat(grads, dim)
+        assert not whole.narrow(dim, size, whole.shape[dim] - size).any()
+        return [whole.narrow(dim, 0, size)] * len(grads)
+    if target is ops.gather_positions.default:
+        _, dim, _, _, _, partial = options[0]
+        wholes = [_reduce(grads, "sum")] * len(grads) if partial else grads
+        return [_zero_parts(g, dim, len(grads))[i] for i, g in enumerate(wholes)]
+    if target is ops.exchange_positions.default:
+        _, src, dim, sizes, _, size = options[0]
+        return list(torch.cat(grads, dim).narrow(dim, 0, size).split(sizes, src))
+    _, src, dst, sizes, _, _ = options[0]
+    return list(torch.cat(grads, dst).split(sizes, src))
+
+
+def _filled_parts(whole: Tensor, dim: int, ranks: int) -> list[Tensor]:
+    """Equal parts; the last position is repeated as often as needed."""
+    last = whole.narrow(dim, whole.shape[dim] - 1, 1)
+    part = math.ceil(whole.shape[dim] / ranks)
+    filled = torch.cat([whole, *[last] * (part * ranks - whole.shape[dim])], dim)
+    return list(filled.split(part, dim))
+
+
+def _zero_parts(whole: Tensor, dim: int, ranks: int) -> list[Tensor]:
+    """Equal parts; zeros at the end."""
+    part = math.ceil(whole.shape[dim] / ranks)
+    missing = part * ranks - whole.shape[dim]
+    zeros = torch.zeros_like(whole.narrow(dim, 0, 1))
+    return list(torch.cat([whole, *[zeros] * missing], dim).split(part, dim))
+
+
+def _reduce(xs: list[Tensor], op: str) -> Tensor:
+    stacked = torch.stack(xs)
+    return {"sum": stacked.sum, "max": stacked.amax, "min": stacked.amin}[op](0).to(xs[0].dtype)
+
+
+def _own(x: Tensor, dim: int, sizes: list[int], index: int) -> Tensor:
+    return x.split(sizes, dim)[index]

@@ -1,0 +1,143 @@
+"""The runner and the verifier: what is refused, what an error says, what is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch.fx import Node
+
+from tests.helpers import programs, toys
+from tpcompile.errors import TpCompileError
+from tpcompile.passes.canonicalise import Canonicalise
+from tpcompile.passes.pipeline import Pass, run_passes
+from tpcompile.passes.verify_graph import verify_graph
+from tpcompile.pipeline import after_planning
+from tpcompile.work import Work
+
+PROGRAM = programs.captured(toys.Mlp(), torch.randn(3, 7, 12))
+
+
+def _calls(work: Work) -> list[Node]:
+    return [n for n in work.graph.nodes if n.op == "call_function"]
+
+
+def _users_first(work: Work) -> None:
+    last, first = _calls(work)[-1], _calls(work)[0]
+    first.prepend(last)
+
+
+def _no_value(work: Work) -> None:
+    del _calls(work)[0].meta["val"]
+
+
+def _real_value(work: Work) -> None:
+    _calls(work)[0].meta["val"] = torch.zeros(3)
+
+
+def _unknown_input(work: Work) -> None:
+    first = _calls(work)[0]
+    with work.graph.inserting_before(first):
+        work.graph.placeholder("surprise").meta["val"] = first.meta["val"]
+
+
+def _attribute(work: Work) -> None:
+    with work.graph.inserting_before(_calls(work)[0]):
+        work.graph.create_node("get_attr", "weight").meta["val"] = _calls(work)[0].meta["val"]
+
+
+def _foreign_node(work: Work) -> None:
+    other = PROGRAM.copy()
+    _calls(work)[1].args = (_calls(other)[0],)
+
+
+BROKEN: dict[str, tuple[Callable[[Work], None], str]] = {
+    "users before operands": (_users_first, "before it has been defined"),
+    "no value": (_no_value, "node linear has no value"),
+    "real data": (_real_value, "linear holds real data"),
+    "input without a source": (_unknown_input, "input surprise has no source"),
+    "attribute": (_attribute, "nonexistent attribute"),
+    "node of another graph": (_foreign_node, "invalid graph"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_graphs_are_refused(name: str) -> None:
+    spoil, message = BROKEN[name]
+    work = PROGRAM.copy()
+    verify_graph(work, "capture")
+    spoil(work)
+    with pytest.raises(TpCompileError, match=message) as caught:
+        verify_graph(work, "capture -> spoil")
+    assert "capture -> spoil" in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Spoil(Pass):
+    """Leaves a graph that is wrong, or lies."""
+
+    name = "spoil"
+    how: Callable[[Work], None]
+    changed: bool = True
+
+    def apply(self, work: Work) -> bool:
+        self.how(work)
+        return self.changed
+
+
+def test_the_error_names_the_passes() -> None:
+    with pytest.raises(TpCompileError, match="after canonicalise -> spoil"):
+        run_passes(PROGRAM.copy(), [Canonicalise(), Spoil(_no_value), Canonicalise()])
+
+
+def _fails(work: Work) -> None:
+    raise KeyError("x")
+
+
+def test_any_error_of_a_pass_tells_where() -> None:
+    with pytest.raises(KeyError) as caught:
+        run_passes(PROGRAM.copy(), [Canonicalise(), Spoil(_fails)])
+    assert caught.value.__notes__ == ["in the last of these passes: canonicalise -> spoil"]
+
+
+def _erases(work: Work) -> None:
+    relu = _calls(work)[1]
+    relu.replace_all_uses_with(relu.args[0])  # type: ignore[arg-type]
+    work.graph.erase_node(relu)
+
+
+def test_a_pass_that_denies_its_change_is_refused() -> None:
+    with pytest.raises(TpCompileError, match="spoil says that it changed nothing"):
+        run_passes(PROGRAM.copy(), [Spoil(_erases, changed=False)])
+    run_passes(PROGRAM.copy(), [Spoil(_erases)])
+
+
+def test_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass that changed something leaves a numbered file, headed by its name and the calls added."""
+    work = programs.planned(toys.Mlp(), torch.randn(3, 7, 12))
+    monkeypatch.setenv("TPCOMPILE_LOGS", str(tmp_path))
+    run_passes(work, after_planning(training=True))
+    files = sorted(tmp_path.iterdir())
+    names = [f.stem.split("-", 1)[1] for f in files]
+    nothing_to_do = ("coalesce-collectives", "merge-matmuls")
+    assert names == [p.name for p in after_planning(training=True) if p.name not in nothing_to_do]
+    assert [f.stem.split("-")[0] for f in files] == sorted(f.stem.split("-")[0] for f in files)
+    inserted = files[1].read_text()
+    assert inserted.startswith(f"# {files[1].stem}: +2 calls\n")
+    assert "= reshard(" in inserted
+
+
+def test_no_logs_without_being_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TPCOMPILE_LOGS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    run_passes(programs.planned(toys.Mlp(), torch.randn(3, 7, 12)), after_planning(training=False))
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_are_fields() -> None:
+    assert [p.name for p in after_planning(training=False)] == [p.name for p in after_planning(training=True)]
+    with pytest.raises(AttributeError):
+        Canonicalise().name = "other"  # type: ignore[misc]

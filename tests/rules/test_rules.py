@@ -1,0 +1,107 @@
+"""Every rule is carried out: each strategy that it offers computes what the whole operator computes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from functools import cache
+
+import pytest
+
+from tests.helpers.check_rule import Case, Program, blame, compare, compare_gradients
+from tests.helpers.missing_rules import missing
+from tests.helpers.rule_cases import CASES, EXCUSED, PAIRED, REFUSED, SAMPLED, WITHOUT_CASE
+from tpcompile.ir.placements import Partial
+from tpcompile.rules.choices import Strategy
+from tpcompile.rules.rule import Rule
+from tpcompile.rules.table import ROWS
+
+Choice = tuple[Strategy, ...]
+
+
+def _try_all(
+    program: Program,
+    axes: tuple[int, ...],
+    choices: Iterable[Choice],
+    check: Callable[[Program, tuple[int, ...], Choice], None],
+) -> None:
+    wrong = []
+    for chosen in choices:
+        try:
+            check(program, axes, chosen)
+        except Exception as error:
+            wrong.append(f"{blame(program, axes, chosen)}\n  {type(error).__name__}: {error}")
+    assert not wrong, "".join(wrong)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_strategies_compute_the_whole(case: Case) -> None:
+    program = Program(case)
+    assert isinstance(program.rule, Rule), program.rule
+    _try_all(program, (3,), [(s,) for s in program.strategies(3)], compare)
+    scarce = [s for s in program.strategies(5) if s.factor is not None and s.factor.size < 5]
+    _try_all(program, (5,), [(s,) for s in scarce], compare)  # ranks without a part
+
+
+@pytest.mark.parametrize("case", SAMPLED, ids=str)
+def test_pointwise_operators_need_no_row(case: Case) -> None:
+    program = Program(case)
+    assert isinstance(program.rule, Rule), program.rule
+    _try_all(program, (3,), [(s,) for s in program.strategies()], compare)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.gradients], ids=str)
+def test_gradients_are_those_of_the_whole(case: Case) -> None:
+    program = Program(case)
+    _try_all(program, (2,), [(s,) for s in program.strategies(2) if _differentiable(s)], compare_gradients)
+
+
+def _differentiable(strategy: Strategy) -> bool:
+    """A maximum over ranks has no gradient (lowering/collectives.py refuses it)."""
+    return not any(isinstance(p, Partial) and p.op != "sum" for p in strategy.outputs)
+
+
+@pytest.mark.parametrize("case", PAIRED, ids=str)
+def test_two_sub_axes(case: Case) -> None:
+    program = Program(case)
+    found = [s for s in program.strategies(4) if _differentiable(s)]
+    _try_all(program, (2, 2), list(itertools.product(found, found)), compare)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_division_is_missing(case: Case) -> None:
+    found = [text for text in _missing(case, 1) if not _excused(case, text)]
+    # What is found with other random numbers again is no coincidence.
+    assert not found or not set(found) & set(_missing(case, 2))
+
+
+@cache
+def _missing(case: Case, seed: int) -> list[str]:
+    return missing(Program(case, seed))
+
+
+def _excused(case: Case, text: str) -> bool:
+    return any(_matches(case, text, excuse) for excuse in EXCUSED)
+
+
+def _matches(case: Case, text: str, excuse: tuple[str, str, str]) -> bool:
+    operator, inputs, _ = excuse
+    return fnmatchcase(str(case.op), operator) and fnmatchcase(text.partition(" -> ")[0], inputs)
+
+
+def test_every_excuse_is_needed() -> None:
+    found = [(case, text) for case in CASES for text in _missing(case, 1)]
+    assert all(any(_matches(case, text, excuse) for case, text in found) for excuse in EXCUSED)
+
+
+@pytest.mark.parametrize(("case", "why"), REFUSED.items(), ids=str)
+def test_refused(case: Case, why: str) -> None:
+    program = Program(case)
+    assert isinstance(program.rule, str)
+    assert why in program.rule
+
+
+def test_every_row_has_a_case() -> None:
+    named = {name for case in (*CASES, *REFUSED) for name in (str(case.op), str(case.op).rpartition(".")[0])}
+    assert not {row for row in ROWS if row not in named} - WITHOUT_CASE

@@ -1,0 +1,1 @@
+"""Key-value caches as inputs and outputs of a program."""

@@ -1,0 +1,84 @@
+"""Teaches pytree to take transformers' caches apart without losing any of their state."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+from tpcompile.errors import TpCompileError
+
+from .form import Facts, Parts
+from .layers import make_layer, take_layer
+from .paired import register_paired_cache
+
+_Context = tuple[tuple[str, Facts], ...]
+_CACHES = ("DynamicCache", "StaticCache")
+
+
+def register_cache_support() -> None:
+    """Registers the caches as pytrees, a dict of tensors per layer; nothing happens without transformers.
+
+    transformers' own registration (``register_dynamic_cache_export_support``) drops how many tokens a
+    sliding-window layer has seen, so that positions go silently wrong once the window is full. Ours
+    replaces it.
+    """
+    if "transformers" not in sys.modules:
+        return
+    try:
+        from transformers import cache_utils
+    except ImportError:
+        return
+    for name in _CACHES:
+        _register(getattr(cache_utils, name))
+    register_paired_cache(cache_utils.EncoderDecoderCache)
+
+
+def _register(kind: Any) -> None:
+    known = pytree.SUPPORTED_NODES.get(kind)
+    if known is not None and known.flatten_fn is _flatten:
+        return
+    if known is not None:
+        pytree._deregister_pytree_node(kind)
+
+    def unflatten(values: Any, context: _Context) -> Any:
+        return _make_cache(kind, values, context)
+
+    pytree.register_pytree_node(
+        kind,
+        _flatten,
+        unflatten,
+        serialized_type_name=f"{kind.__module__}.{kind.__name__}",
+        flatten_with_keys_fn=_flatten_with_keys,
+    )
+
+
+def _flatten(cache: Any) -> tuple[list[Parts], _Context]:
+    if cache.offloading:
+        raise TpCompileError("a cache that is offloaded cannot be captured", todo="do not offload the cache")
+    taken = [take_layer(layer) for layer in cache.layers]
+    return [parts for parts, _ in taken], tuple(context for _, context in taken)
+
+
+def _flatten_with_keys(cache: Any) -> tuple[list[tuple[Any, Any]], _Context]:
+    layers, context = _flatten(cache)
+    return [(pytree.SequenceKey(i), parts) for i, parts in enumerate(layers)], context
+
+
+def _make_cache(kind: Any, layers: Sequence[Parts], context: _Context) -> Any:
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    cache = kind.__new__(kind)
+    if not context:
+        Cache.__init__(cache, layer_class_to_replicate=DynamicLayer)
+    else:
+        Cache.__init__(cache, layers=[make_layer(p, c) for p, c in zip(layers, context, strict=True)])
+    return cache
+
+
+def is_cache(value: Any) -> bool:
+    """Whether a value is a cache that can be taken apart."""
+    kind = type(value)
+    return kind in pytree.SUPPORTED_NODES and any(base.__name__ == "Cache" for base in kind.__mro__)

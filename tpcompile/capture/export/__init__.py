@@ -1,0 +1,1 @@
+"""One call, exported as a flat, functional graph."""

@@ -1,0 +1,170 @@
+"""What capture hands to the compiler: one functional graph at global shapes, and how to call it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.fx import GraphModule
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from tpcompile.capture.caches.call_results import CacheState, GivenCache
+from tpcompile.errors import TpCompileError
+
+InputKind = Literal["param", "buffer", "constant", "user"]
+OutputKind = Literal["user", "state", "buffer_mutation"]
+Extent = int | str
+"""The size of one dimension: a number, or an expression over the program's symbols such as ``s3 + 1``."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One placeholder of the graph.
+
+    Attributes:
+        kind: where its value comes from.
+        name: original fully qualified name (param, buffer), a made-up name (constant), or the
+            pytree key path of the argument, such as ``input_ids`` or ``inputs[0]`` (user).
+        value: the python value that was baked into the graph, for a user input that is no tensor.
+        extents: the sizes that a user tensor must have; None if the input is no tensor.
+    """
+
+    kind: InputKind
+    name: str
+    value: Any = None
+    extents: tuple[Extent, ...] | None = None
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """One element of the graph's flat output tuple.
+
+    Attributes:
+        kind: a result for the user, the state that the call leaves in a cache that it was given, or the new
+            value of a mutated buffer.
+        name: the mutated buffer's fully qualified name, or the pytree key path of the result, or of the
+            cache's tensor in the arguments.
+        value: the python value, for a result that is no tensor (its graph output is that constant), or a
+            ``GivenCache`` where a cache of the caller's is returned (its graph output is None).
+        divided: the result belongs to a cache, which stays divided: it is handed back as it lies.
+        in_place: the model has written this state into the tensor that it was given.
+    """
+
+    kind: OutputKind
+    name: str
+    value: Any = None
+    divided: bool = False
+    in_place: bool = False
+
+
+@dataclass
+class Captured:
+    """A model's forward for one call signature, as a functional ``fx`` graph at global shapes.
+
+    Placeholders stand in the order of ``inputs`` (params, buffers, constants, user leaves), the output
+    node holds one flat tuple in the order of ``outputs`` (user results, states, buffer mutations); every
+    node has ``meta["val"]`` (fake tensors on the target device) and, where known,
+    ``meta["nn_module_stack"]``.
+
+    Run it as ``graph_module(*params, *buffers, *constants, *user_leaves)``, user tensors contiguous, and
+    with autocast off: the casts of the autocast mode at capture are in the graph.
+
+    Attributes:
+        constants: values of the ``constant`` placeholders, by name.
+        ranges: inclusive bounds of every symbol; None stands for no upper bound.
+        guards: python expressions over the symbols that must hold, beyond ``ranges``.
+        states: how the state outputs belong to the caches that the call was given.
+        notes: what the user should know about this capture, such as dimensions that had to stay fixed.
+    """
+
+    graph_module: GraphModule
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+    in_spec: TreeSpec
+    out_spec: TreeSpec
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    guards: tuple[str, ...] = ()
+    states: tuple[CacheState, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def user_inputs(self) -> tuple[InputSpec, ...]:
+        """The inputs that a call brings, in the order of the flattened call."""
+        return tuple(spec for spec in self.inputs if spec.kind == "user")
+
+    def accepts(self, leaves: Sequence[Any]) -> str | None:
+        """Return None if this program may run on ``leaves``, else a sentence that says why not.
+
+        Only shapes are compared: structure, dtypes and python values are ``call_key``'s business.
+        """
+        users = self.user_inputs
+        if len(leaves) != len(users):
+            return f"the call has {len(leaves)} leaves, the program takes {len(users)}"
+        sizes: dict[str, int] = {}
+        derived: list[tuple[str, str, int]] = []
+        for spec, leaf in zip(users, leaves, strict=True):
+            if spec.extents is None:
+                continue
+            if not isinstance(leaf, torch.Tensor) or leaf.ndim != len(spec.extents):
+                return f"{spec.name} is not a tensor of rank {len(spec.extents)}"
+            for dim, (extent, size) in enumerate(zip(spec.extents, leaf.shape, strict=True)):
+                if isinstance(extent, str) and extent not in self.ranges:
+                    derived.append((f"{spec.name}.shape[{dim}]", extent, size))
+                    continue
+                refusal = self._refuse_size(extent, size, sizes)
+                if refusal:
+                    return f"{spec.name}.shape[{dim}] is {size}, {refusal}"
+        return self._refuse_expressions(derived, sizes)
+
+    def _refuse_size(self, extent: Extent, size: int, sizes: dict[str, int]) -> str | None:
+        if isinstance(extent, int):
+            return None if size == extent else f"the program was captured for {extent}"
+        known = sizes.setdefault(extent, size)
+        if known != size:
+            return f"which must equal {extent} = {known}"
+        low, high = self.ranges[extent]
+        if size < low or (high is not None and size > high):
+            return f"outside of {low} to {high if high is not None else 'any'}"
+        return None
+
+    def _refuse_expressions(self, derived: list[tuple[str, str, int]], sizes: dict[str, int]) -> str | None:
+        # Expressions are printed by torch for python, from the program's own symbols: nothing of the user's.
+        names: dict[str, Any] = {"math": math}
+        try:
+            for where, expression, size in derived:
+                expected = eval(expression, names, sizes)
+                if expected != size:
+                    return f"{where} is {size}, the program needs {expression} = {expected}"
+            for guard in self.guards:
+                if not eval(guard, names, sizes):
+                    return f"the program holds only where {guard}"
+        except NameError as error:
+            return f"a size of the program follows from no input size: {error}"
+        return None
+
+    def unflatten(self, flat_outputs: Sequence[Any], bound: Mapping[str, Any]) -> Any:
+        """Rebuild the model's own output structure from the graph's flat outputs.
+
+        Caches that the call was given get their new state, and stand in the result where the model returned
+        them. Buffer mutations at the end, if present, are left out.
+
+        Args:
+            flat_outputs: what the graph returned.
+            bound: the call.
+        """
+        count = self.out_spec.num_leaves
+        if len(flat_outputs) < count:
+            raise TpCompileError(f"{len(flat_outputs)} outputs given, the program has {count}")
+        at = count
+        for state in self.states:
+            state.put(bound[state.argument], flat_outputs[at : at + state.count])
+            at += state.count
+        results = [
+            bound[spec.value.argument] if isinstance(spec.value, GivenCache) else value
+            for spec, value in zip(self.outputs[:count], flat_outputs[:count], strict=True)
+        ]
+        return tree_unflatten(results, self.out_spec)

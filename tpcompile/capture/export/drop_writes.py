@@ -1,0 +1,88 @@
+"""Writes into tensors that nobody else sees, as the values that they leave behind.
+
+``y = x.add_(z)`` is ``y = x.add(z)`` where x is new and nothing is a view of it; whoever used x later uses y.
+If x was given, y is what it becomes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
+
+from tpcompile.ir.graph_edit import call
+
+from .aliases import may_alias
+
+
+def drop_writes(graph: Graph, mode: FakeTensorMode, changeable: Collection[Node]) -> dict[Node, Node]:
+    """Replaces the writes of a graph that have no other effect than a value; others stay.
+
+    Args:
+        graph: an exported program's.
+        mode: the mode of its fake tensors.
+        changeable: the placeholders that may be written; writes into others stay.
+
+    Returns:
+        Per placeholder that was written, the value that it has in the end.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    given: dict[Node, Node] = {}  # value -> the placeholder whose value it is
+    for node in graph.nodes:
+        target = without_write(node.target) if node.op == "call_function" else None
+        if target is None or not isinstance(written := node.args[0], Node) or not _is_private(written, node):
+            continue
+        if written.op == "placeholder" and written not in changeable:
+            continue
+        with graph.inserting_before(node):
+            new = call(graph, target, node.args, node.kwargs, like=node, mode=mode)
+        if not _are_alike(new, written):
+            graph.erase_node(new)
+            continue
+        order[new] = order[node]
+        for user in list(written.users):
+            if order[user] > order[new]:
+                user.replace_input_with(written, new)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        if written.op == "placeholder" or written in given:
+            given[new] = given.pop(written, written)
+    return {placeholder: value for value, placeholder in given.items()}
+
+
+def without_write(op: object) -> OpOverload | None:
+    """The operator that computes what another one, which ends in ``_``, writes into its first argument."""
+    if not isinstance(op, OpOverload) or op.namespace != "aten" or not op._schema.is_mutable:
+        return None
+    written = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
+    name = op._schema.name.removeprefix("aten::")
+    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
+    if (
+        written[:1] != [True]
+        or any(written[1:])
+        or op._overloadname not in getattr(packet, "overloads", list)()
+    ):
+        return None
+    found: OpOverload = getattr(packet, op._overloadname)
+    return None if found._schema.is_mutable else found
+
+
+def _is_private(tensor: Node, writer: Node) -> bool:
+    """Whether nobody else sees a tensor's memory: it is new or given, or the only view of what is new; it
+    has no views."""
+    if tensor.op == "get_attr" or any(may_alias(user) for user in tensor.users if user is not writer):
+        return False
+    if tensor.op == "placeholder" or not may_alias(tensor):
+        return True
+    viewed = tensor.args[0]
+    if not isinstance(viewed, Node) or viewed.op == "placeholder" or len(viewed.users) > 1:
+        return False
+    return _is_private(viewed, tensor)
+
+
+def _are_alike(one: Node, other: Node) -> bool:
+    a, b = one.meta["val"], other.meta["val"]
+    return bool(a.dtype == b.dtype and str(a.shape) == str(b.shape))

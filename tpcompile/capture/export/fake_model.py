@@ -1,0 +1,111 @@
+"""Lends a model fake weights on the target device while it is captured, and puts everything back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tpcompile.runtime.settings import configurations
+
+_COPIED = (dict, list, set)
+
+
+def capture_device(model: nn.Module, leaves: list[Any]) -> torch.device:
+    """Return the device that the graph is captured for: the parameters', or the inputs', or the CPU."""
+    tensors = [*model.parameters(), *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
+    return next((t.device for t in tensors if t.device.type != "meta"), torch.device("cpu"))
+
+
+def fake_input(
+    mode: FakeTensorMode, like: torch.Tensor, device: torch.device, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Return a valueless contiguous tensor of the given shape, otherwise like ``like``, on ``device``."""
+    with mode, torch.no_grad():
+        fake = torch.empty(shape, dtype=like.dtype, device=device)
+    return fake.requires_grad_(like.requires_grad)
+
+
+def _fake_weight(mode: FakeTensorMode, like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    with mode, torch.no_grad():
+        fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+    if isinstance(like, nn.Parameter):
+        return nn.Parameter(fake, requires_grad=like.requires_grad)
+    return fake.requires_grad_(like.requires_grad)
+
+
+@contextmanager
+def lend_fake_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Replace every parameter and buffer that is not on ``device`` by a fake one that is.
+
+    Exporting a meta model as it is would write ``device='meta'`` into the graph; fake tensors cost no
+    memory and know their device. Tied tensors stay tied.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    memo: dict[int, torch.Tensor] = {}
+    with restore_after(model):
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is None or tensor.device == device:
+                        continue
+                    if id(tensor) not in memo:
+                        memo[id(tensor)] = _fake_weight(mode, tensor, device)
+                    table[name] = memo[id(tensor)]  # type: ignore[assignment]
+        yield
+
+
+@contextmanager
+def no_fused_encoder() -> Iterator[None]:
+    """Keep nn.TransformerEncoder and nn.MultiheadAttention from calling one opaque inference kernel."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def restore_after(model: nn.Module) -> Iterator[None]:
+    """Put every attribute of modules and configurations back after the block, however it ends.
+
+    Tracing runs the model's python code, which may store traced (fake) tensors or symbolic sizes in
+    attributes, lists or dicts; a model left like that is broken. And not every rank traces: what one finds
+    out while it does (``config.problem_type``, from labels) the others would not know.
+    """
+    saved = [(each, _snapshot(each.__dict__)) for each in (*model.modules(), *configurations(model))]
+    try:
+        yield
+    finally:
+        for each, (attributes, containers) in saved:
+            for key in [key for key in each.__dict__ if key not in attributes]:
+                del each.__dict__[key]
+            for key, value in attributes.items():
+                if each.__dict__.get(key) is not value or key not in each.__dict__:
+                    each.__dict__[key] = value
+            for value, copy in containers:
+                _refill(value, copy)
+
+
+def _snapshot(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+    containers = [(value, value.copy()) for value in attributes.values() if isinstance(value, _COPIED)]
+    return dict(attributes), containers
+
+
+def _refill(container: Any, copy: Any) -> None:
+    same = len(container) == len(copy) and all(
+        a is b for a, b in zip(_items(container), _items(copy), strict=True)
+    )
+    if same:
+        return
+    container.clear()
+    container.extend(copy) if isinstance(container, list) else container.update(copy)
+
+
+def _items(container: Any) -> list[Any]:
+    return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)

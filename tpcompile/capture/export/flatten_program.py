@@ -1,0 +1,235 @@
+"""Turns a decomposed ExportedProgram into a flat graph with tpcompile's own input and output lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import Graph, GraphModule, Node
+
+from tpcompile.capture.caches.call_results import GivenCache
+from tpcompile.errors import TpCompileError
+
+from .captured import InputSpec, OutputSpec
+from .read_guards import to_python
+
+PREFIX = "model"
+"""The attribute under which the captured wrapper holds the model; stripped from every name."""
+
+_KINDS = {
+    InputKind.PARAMETER: "param",
+    InputKind.BUFFER: "buffer",
+    InputKind.CONSTANT_TENSOR: "constant",
+    InputKind.USER_INPUT: "user",
+}
+_ORDER = {"param": 0, "buffer": 1, "constant": 2, "user": 3}
+_CHECKS = (
+    "aten._assert_tensor_metadata",
+    "aten._assert_scalar",
+    "aten._assert_async",
+    "aten.sym_constrain_range",
+    "aten.sym_constrain_range_for_size",
+    "aten._functional_assert_scalar",
+    "aten._functional_assert_async",
+)
+
+
+@dataclass(frozen=True)
+class UserResult:
+    """One leaf of what a call leaves behind: a tensor of the graph, or a python value that was baked in."""
+
+    name: str
+    is_traced: bool
+    value: Any = None
+    is_state: bool = False
+
+
+def strip_prefix(name: str) -> str:
+    """Return a name as the model knows it."""
+    return name[len(PREFIX) + 1 :] if name.startswith(PREFIX + ".") else ("" if name == PREFIX else name)
+
+
+def flatten_program(
+    program: ExportedProgram,
+    model: nn.Module,
+    leaf_names: Sequence[str],
+    leaves: Sequence[Any],
+    results: Sequence[UserResult],
+) -> tuple[GraphModule, list[InputSpec], list[OutputSpec], dict[str, torch.Tensor]]:
+    """Return the graph with placeholders and outputs in ``Captured``'s order, their specs, and constants."""
+    graph = program.graph_module.graph
+    keyed = _keyed_placeholders(program, model, leaf_names, leaves)
+    _drop_checks(graph)
+    inputs = _order_placeholders(graph, keyed, model, leaf_names, leaves)
+    outputs = _order_outputs(graph, program, model, results, _traced(leaf_names, leaves))
+    # Placeholders stay even when unused: they are the calling convention.
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        _rename_stack(node)
+    gm = GraphModule(program.graph_module, graph, class_name="Captured")
+    constants = {
+        spec.name: _constant(program, spec.name, node)
+        for spec, node in zip(inputs, graph.find_nodes(op="placeholder"), strict=True)
+        if spec.kind == "constant"
+    }
+    return gm, inputs, outputs, constants
+
+
+def _keyed_placeholders(
+    program: ExportedProgram, model: nn.Module, leaf_names: Sequence[str], leaves: Sequence[Any]
+) -> dict[tuple[str, str], Node]:
+    """Return (kind, name) -> placeholder; the names of a tied tensor become one."""
+    canonical = _canonical_names(model)
+    nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    users = iter(_traced(leaf_names, leaves))
+    keyed: dict[tuple[str, str], Node] = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind not in _KINDS:
+            raise TpCompileError(f"the program has an input of kind {spec.kind.name}, which is not supported")
+        kind = _KINDS[spec.kind]
+        node = nodes[spec.arg.name]
+        name = next(users) if kind == "user" else strip_prefix(str(spec.target))
+        name = canonical.get(name, name) if kind in ("param", "buffer") else name
+        if (kind, name) in keyed:
+            node.replace_all_uses_with(keyed[kind, name])
+            program.graph.erase_node(node)
+        else:
+            keyed[kind, name] = node
+    return keyed
+
+
+def _traced(leaf_names: Sequence[str], leaves: Sequence[Any]) -> list[str]:
+    return [name for name, leaf in zip(leaf_names, leaves, strict=True) if isinstance(leaf, torch.Tensor)]
+
+
+def _canonical_names(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    names = {}
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in every:
+        names[name] = first.setdefault(id(tensor), name)
+    return names
+
+
+def _order_placeholders(
+    graph: Graph,
+    keyed: Mapping[tuple[str, str], Node],
+    model: nn.Module,
+    leaf_names: Sequence[str],
+    leaves: Sequence[Any],
+) -> list[InputSpec]:
+    order = [("param", name) for name, _ in model.named_parameters()]
+    order += [("buffer", name) for name, _ in model.named_buffers()]
+    order += [key for key in keyed if key[0] == "constant"]
+    missing = [name for kind, name in keyed if kind in ("param", "buffer") and (kind, name) not in set(order)]
+    if missing:
+        raise TpCompileError(
+            f"the captured program uses tensors that the model does not name: {missing[:3]}",
+            todo="tensor subclasses as parameters (quantised weights, DTensor) are not supported",
+        )
+    inputs = [InputSpec(kind, name) for kind, name in order]  # type: ignore[arg-type]
+    nodes = [keyed[key] for key in order]
+    body = next((n for n in graph.nodes if n.op != "placeholder"), graph.output_node())
+    for name, leaf in zip(leaf_names, leaves, strict=True):
+        node = keyed.get(("user", name))
+        if node is None:
+            with graph.inserting_before(body):
+                node = graph.placeholder(f"constant_argument_{len(nodes)}")
+            node.meta["val"] = leaf
+            inputs.append(InputSpec("user", name, value=leaf))
+        else:
+            extents = tuple(_extent(size) for size in node.meta["val"].shape)
+            inputs.append(InputSpec("user", name, extents=extents))
+        nodes.append(node)
+    for node in nodes:
+        body.prepend(node)
+    return inputs
+
+
+def _extent(size: int | torch.SymInt) -> int | str:
+    expression = size if isinstance(size, int) else size.node.expr
+    return int(expression) if isinstance(expression, int) or expression.is_number else to_python(expression)
+
+
+def _order_outputs(
+    graph: Graph,
+    program: ExportedProgram,
+    model: nn.Module,
+    results: Sequence[UserResult],
+    traced_names: Sequence[str],
+) -> list[OutputSpec]:
+    states = {result.name for result in results if result.is_state}
+    written, canonical = set(), _canonical_names(model)
+    output = graph.output_node()
+    user: list[Any] = []
+    mutations: list[tuple[OutputSpec, Any]] = []
+    for spec, value in zip(program.graph_signature.output_specs, output.args[0], strict=True):  # type: ignore[arg-type]
+        if spec.kind is OutputKind.USER_OUTPUT:
+            user.append(value)
+        elif spec.kind is OutputKind.BUFFER_MUTATION:
+            name = strip_prefix(str(spec.target))
+            mutations.append((OutputSpec("buffer_mutation", canonical.get(name, name)), value))
+        else:
+            name = strip_prefix(str(spec.target))
+            if spec.kind is OutputKind.USER_INPUT_MUTATION:
+                name = traced_names[list(program.graph_signature.user_inputs).index(str(spec.target))]
+                if name in states:  # which is a result by itself
+                    written.add(name)
+                    continue
+            raise TpCompileError(
+                f"the model's forward changes {name} in place ({spec.kind.name})",
+                todo="clone the tensor before changing it",
+            )
+    traced = iter(user)
+    flat = [next(traced) if result.is_traced else _constant_result(result.value) for result in results]
+    specs = [
+        OutputSpec("state", r.name, in_place=r.name in written)
+        if r.is_state
+        else OutputSpec("user", r.name, None if r.is_traced else r.value)
+        for r in results
+    ]
+    output.args = ((*flat, *(value for _, value in mutations)),)
+    output.meta["val"] = tuple(v.meta.get("val") if isinstance(v, Node) else v for v in output.args[0])
+    return [*specs, *(spec for spec, _ in mutations)]
+
+
+def _constant_result(value: Any) -> Any:
+    return None if isinstance(value, GivenCache) else value
+
+
+def _drop_checks(graph: Graph) -> None:
+    """Drops assertions: ranges, guards and the call key hold what they protect."""
+    for node in reversed(list(graph.nodes)):
+        name = str(node.target).removesuffix(".default").removesuffix(".msg")
+        if node.op == "call_function" and (name in _CHECKS) and not node.users:
+            graph.erase_node(node)
+
+
+def _rename_stack(node: Node) -> None:
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return
+    kept = {}
+    for key, (name, kind) in stack.items():
+        if name == PREFIX or name.startswith(PREFIX + "."):
+            kept[key.replace(f"L__self___{PREFIX}", "L__self__")] = (strip_prefix(name), kind)
+    if kept:
+        node.meta["nn_module_stack"] = kept
+    else:
+        del node.meta["nn_module_stack"]
+
+
+def _constant(program: ExportedProgram, name: str, node: Node) -> torch.Tensor:
+    value = program.constants.get(f"{PREFIX}.{name}", program.constants.get(name))
+    if not isinstance(value, torch.Tensor) or value.device.type == "meta":
+        raise TpCompileError(
+            f"the tensor {name} is baked into the program, but it has no value on the meta device",
+            where=str(node.meta.get("stack_trace", "")).strip(),
+            todo="register it as a buffer, or capture the model with real weights",
+        )
+    return value.detach()

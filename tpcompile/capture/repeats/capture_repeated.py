@@ -1,0 +1,248 @@
+"""Captures a model without most of its repeated layers, in a time that does not grow with their number."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from tpcompile.capture.caches.register import register_cache_support
+from tpcompile.capture.export.capture_model import capture
+from tpcompile.capture.export.captured import Captured, InputSpec, OutputSpec
+from tpcompile.capture.export.dynamic_dims import Dims
+from tpcompile.capture.export.fake_model import capture_device
+from tpcompile.capture.export.switch_experts import exportable_experts
+from tpcompile.ir.calls import flatten_call, leaf_names
+from tpcompile.ir.graph_edit import drop_unused
+
+from .cut_run import NotRepeated
+from .find_repeats import Repeat, find_repeats, truncated
+from .match_periods import BLOCK, Block, match_periods, tag_nodes, tag_tail
+from .unroll_layers import Rename, RepeatedBlocks, unroll
+from .verify_layers import Evidence, compare_layers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ShortCapture(Captured):
+    """A program in which the last captured period of layers stands for all that follow.
+
+    ``inputs`` and ``outputs`` are those of its graph; the structures are those of the whole call and result.
+
+    Attributes:
+        blocks: which layers; None once they are unrolled.
+    """
+
+    blocks: RepeatedBlocks | None = None
+
+    @property
+    def user_inputs(self) -> tuple[InputSpec, ...]:
+        """The inputs that a call of the whole program brings."""
+        return self.blocks.users if self.blocks is not None else super().user_inputs
+
+
+def whole_outputs(captured: Captured) -> tuple[OutputSpec, ...]:
+    """The results of the whole program, whether or not layers are left out of the captured one."""
+    if not isinstance(captured, ShortCapture) or captured.blocks is None:
+        return captured.outputs
+    specs = [
+        replace(captured.outputs[derived.output], name=derived.name, value=derived.value)
+        for derived in captured.blocks.results
+    ]
+    return (*specs, *captured.outputs[captured.blocks.returned :])
+
+
+def capture_repeated(
+    model: nn.Module,
+    bound: dict[str, Any],
+    *,
+    dynamic: bool | Mapping[str, Dims] = True,
+    device: torch.device | str | None = None,
+) -> Captured:
+    """Capture ``model`` like ``capture``, but with three periods of each list of repeated layers.
+
+    The result is a ``ShortCapture``; ``unroll_captured`` makes the whole program of it. A layer may have
+    tensors of the call and of the result for itself (caches, hidden states). Where the layers turn out not
+    to repeat, all of them are captured, the result is an ordinary ``Captured``, and a note says why.
+    """
+    repeats = find_repeats(model)
+    if not repeats:
+        return capture(model, bound, dynamic=dynamic, device=device)
+    try:
+        return _capture_short(model, bound, repeats, dynamic, device)
+    except Exception as error:  # the model's own code, run with layers missing: it may fail in any way
+        known = str(error) if isinstance(error, NotRepeated) else getattr(error, "what", None)
+        refusal = str(known or f"{type(error).__name__}: {error}").split("\n")[0]
+        log.info("capture without repeated layers failed", exc_info=True)
+    full = capture(model, bound, dynamic=dynamic, device=device)
+    full.notes += (f"repeated layers were captured one by one: {refusal}",)
+    return full
+
+
+def _capture_short(
+    model: nn.Module,
+    bound: dict[str, Any],
+    repeats: list[Repeat],
+    dynamic: bool | Mapping[str, Dims],
+    device: torch.device | str | None,
+) -> ShortCapture:
+    register_cache_support()  # it decides what the leaves are
+    leaves, in_spec = flatten_call(bound)
+    target = torch.device(device) if device is not None else capture_device(model, leaves)
+    with exportable_experts(model, target), torch.inference_mode(False):
+        evidence = compare_layers(model, repeats, leaves, in_spec, target)
+    twins = {leaf: twin for leaf, (twin, _) in evidence.twins.items()}
+    with truncated(model, repeats):
+        captured = capture(model, bound, dynamic=dynamic, device=device, twins=twins)
+    names = leaf_names(bound)
+    owned = {names[i]: Block(*place) for i, place in evidence.leaves.owner.items() if i not in twins}
+    graph = captured.graph_module.graph
+    tag_nodes(graph, captured.inputs, repeats, owned)
+    _share_constants(captured)
+    _share_sizes(graph)
+    _arrange_results(captured, repeats, evidence)
+    captured.graph_module.recompile()
+    blocks = RepeatedBlocks(
+        tuple(repeats),
+        evidence.recipe.results,
+        evidence.recipe.own,
+        len(evidence.recipe.outputs),
+        _user_leaves(captured, leaves, names, twins),
+        {(names[twin], copies): names[leaf] for leaf, (twin, copies) in evidence.twins.items()},
+    )
+    for number, repeat in enumerate(repeats):
+        blocks.match(graph, number, repeat.kept - 1)
+    own = {f.name: getattr(captured, f.name) for f in fields(Captured)}
+    whole = {"out_spec": evidence.out_spec, "states": evidence.states}
+    return ShortCapture(**{**own, **whole}, blocks=blocks)
+
+
+def _user_leaves(
+    captured: Captured, leaves: Sequence[Any], names: Sequence[str], twins: Mapping[int, int]
+) -> tuple[InputSpec, ...]:
+    """What a call of the whole program brings; the sizes of a leaf left out are those of its twin."""
+    specs = {spec.name: spec for spec in captured.user_inputs}
+    return tuple(replace(specs[names[twins.get(i, i)]], name=names[i]) for i in range(len(leaves)))
+
+
+def _arrange_results(captured: Captured, repeats: Sequence[Repeat], evidence: Evidence) -> None:
+    """Makes the graph's results those that the whole program's follow from."""
+    graph, recipe = captured.graph_module.graph, evidence.recipe
+    output = graph.output_node()
+    specs = [spec for spec in captured.outputs if spec.kind in ("user", "state")]
+    if tuple(spec.name for spec in specs) != evidence.short_names or captured.out_spec != evidence.short_spec:
+        raise NotRepeated("the exported model returns something else than the model that ran")
+    for at, place in recipe.tails:
+        tag_tail(graph, recipe.outputs[at], Block(*place))
+    given: tuple[Any, ...] = output.args[0]  # type: ignore[assignment]
+    results = [given[n] for n in recipe.outputs if n >= 0]
+    output.args = ((*results, *given[len(specs) :]),)
+    kept = [specs[n if n >= 0 else ~n] for n in recipe.outputs]
+    added: dict[int, Node] = {}
+    for number, repeat in enumerate(repeats):
+        rows = [row for which, row in recipe.own if which == number]
+        new = [row for row in rows if recipe.outputs[row[-1]] < 0]
+        if new:
+            known = [row for row in rows if row not in new] + [(*row[:-1], -1) for row in new]
+            pairs = match_periods(graph, number, repeat.kept - 1, known).pairs
+            added.update({row[-1]: pairs[results[row[-2]]] for row in new})
+    results += [added[at] for at in sorted(added)]
+    # A name is that of the first of the whole program's results that a captured one stands for.
+    for derived in sorted(recipe.results, key=attrgetter("copies"), reverse=True):
+        kept[derived.output] = replace(kept[derived.output], name=derived.name)
+    values = (*results, *given[len(specs) :])
+    output.args = (values,)
+    output.meta["val"] = tuple(v.meta.get("val") if isinstance(v, Node) else v for v in values)
+    captured.outputs = (*kept, *captured.outputs[len(specs) :])
+    drop_unused(graph)
+
+
+def _share_sizes(graph: Graph) -> None:
+    """Reads a size that several inputs have from the first of them, not from one layer's own."""
+    first: dict[Any, tuple[Node, int]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            for dim, size in enumerate(node.meta["val"].shape):
+                if isinstance(size, torch.SymInt):
+                    first.setdefault(size.node.expr, (node, dim))
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+        source, dim = node.args
+        if isinstance(source, Node) and source.op == "placeholder" and BLOCK in source.meta:
+            node.args = first[source.meta["val"].shape[dim].node.expr]
+            node.meta.pop(BLOCK, None)
+
+
+def _share_constants(captured: Captured) -> None:
+    """Leaves one of several equal constants: every layer that says ``torch.tensor(0.5)`` brings its own."""
+    graph = captured.graph_module.graph
+    first: list[tuple[torch.Tensor, Node]] = []
+    kept: list[InputSpec] = []
+    for node, spec in zip(graph.find_nodes(op="placeholder"), captured.inputs, strict=True):
+        if spec.kind == "constant":
+            value = captured.constants[spec.name]
+            twin = next((n for other, n in first if _same(other, value)), None)
+            if twin is not None:
+                node.replace_all_uses_with(twin)
+                graph.erase_node(node)
+                del captured.constants[spec.name]
+                continue
+            first.append((value, node))
+        kept.append(spec)
+    if len(kept) < len(captured.inputs):
+        captured.inputs = tuple(kept)
+        captured.graph_module.recompile()
+
+
+def _same(one: torch.Tensor, two: torch.Tensor) -> bool:
+    alike = (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device)
+    return one is two or (alike and bool(torch.equal(one, two)))
+
+
+def unroll_captured(captured: Captured) -> Captured:
+    """Return the whole program; the graph is changed in place. An ordinary ``Captured`` comes back as is.
+
+    The new weights stand where the model's own order has them.
+    """
+    if not isinstance(captured, ShortCapture) or captured.blocks is None:
+        return captured
+    graph = captured.graph_module.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    specs: dict[Node, InputSpec] = dict(zip(placeholders, captured.inputs, strict=True))
+    behind = _followers(list(specs.items()))
+
+    def new_param(node: Node, rename: Rename) -> Node:
+        spec = specs[node]
+        name = rename(spec.name)
+        with graph.inserting_before(behind[node.meta[BLOCK].repeat, spec.kind]):
+            copy = graph.placeholder(node.name.replace(spec.name.replace(".", "_"), name.replace(".", "_")))
+        copy.target = copy.name  # the argument's name in the generated code: it must be unique as well
+        copy.meta = dict(node.meta)
+        specs[copy] = replace(spec, name=name)
+        return copy
+
+    outputs = whole_outputs(captured)
+    unroll(graph, captured.blocks, new_param)
+    users = {spec.name: node for node, spec in specs.items() if spec.kind == "user"}
+    body = next(node for node in graph.nodes if node.op != "placeholder")
+    for user in captured.blocks.users:
+        body.prepend(users[user.name])
+    graph.lint()
+    captured.graph_module.recompile()
+    inputs = tuple(specs[node] for node in graph.find_nodes(op="placeholder"))
+    return replace(captured, inputs=inputs, outputs=outputs, blocks=None)
+
+
+def _followers(specs: list[tuple[Node, InputSpec]]) -> dict[tuple[int, str], Node]:
+    """Return per repeat and kind of weight the node before which copies go: behind the last kept period."""
+    found: dict[tuple[int, str], Node] = {}
+    for node, spec in specs:
+        if BLOCK in node.meta:
+            found[node.meta[BLOCK].repeat, spec.kind] = node.next
+    return found

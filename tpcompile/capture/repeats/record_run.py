@@ -1,0 +1,237 @@
+"""Runs a model on fake tensors and writes down what it does."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import _trace
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from tpcompile.capture.caches.call_results import CacheState, take_results
+from tpcompile.capture.export.fake_model import fake_input, no_fused_encoder, restore_after
+from tpcompile.ir.calls import call_model
+
+from .find_repeats import Repeat
+
+_LARGEST_CONSTANT = 1 << 20
+
+
+class Ref(NamedTuple):
+    """A tensor that an earlier operator made."""
+
+    event: int
+    output: int
+    needs_grad: bool
+
+
+class Input(NamedTuple):
+    """A tensor of the call, by its position among the leaves."""
+
+    leaf: int
+    facts: str
+
+
+class Weight(NamedTuple):
+    """A parameter or buffer, under its first name."""
+
+    name: str
+    facts: str
+
+
+class Mark(NamedTuple):
+    """A layer's call begins or ends before the event of this number."""
+
+    repeat: int
+    layer: int
+    begins: bool
+    event: int
+
+
+@dataclass
+class Run:
+    """What one run of the model did; an event is an operator, its operands, and the grad mode.
+
+    Attributes:
+        events: all operators that ran, those that took the result apart included.
+        marks: where layers begin and end.
+        results: the leaves of the result, as operands are written down.
+        names: their key paths.
+        values: themselves, where they are no tensors.
+        out_spec: the structure of the result.
+        states: how the leaves behind those of the result belong to caches that were given.
+    """
+
+    events: list[tuple[Any, ...]] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+    results: tuple[Any, ...] = ()
+    names: tuple[str, ...] = ()
+    values: tuple[Any, ...] = ()
+    out_spec: TreeSpec | None = None
+    states: tuple[CacheState, ...] = ()
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes every operator down; tensors appear as who made them."""
+
+    def __init__(self, run: Run, known: dict[int, Any]) -> None:
+        super().__init__()
+        self.run, self.known = run, known
+        self.alive: list[Any] = []  # an id is only a name for as long as its object lives
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return func(*args, **kwargs)  # a question, not a step of the computation
+        event = (func, self.token(args), self.token(kwargs), torch.is_grad_enabled())
+        result = func(*args, **kwargs)
+        outputs = result if isinstance(result, (list, tuple)) else (result,)
+        for number, output in enumerate(outputs):
+            for tensor in output if isinstance(output, (list, tuple)) else (output,):
+                if isinstance(tensor, torch.Tensor):
+                    self.known[id(tensor)] = (len(self.run.events), number)
+                    self.alive.append(tensor)
+        self.run.events.append(event)
+        return result
+
+    def token(self, value: Any) -> Any:
+        """A value in a form that can be compared between runs."""
+        if isinstance(value, torch.Tensor):
+            known = self.known.get(id(value))
+            if known is None:
+                known = self.known[id(value)] = self._stranger(value)
+                self.alive.append(value)
+            return Ref(known[0], known[1], value.requires_grad) if type(known) is tuple else known
+        if isinstance(value, (list, tuple)):
+            return tuple([self.token(item) for item in value])
+        if isinstance(value, dict):
+            return tuple([(key, self.token(item)) for key, item in value.items()])
+        return (type(value).__name__, repr(value))
+
+    def _stranger(self, value: torch.Tensor) -> str:
+        """Name a tensor that nothing made: by its value if it has one, else so that it equals nothing."""
+        if isinstance(value, FakeTensor) or value.device.type == "meta" or value.numel() > _LARGEST_CONSTANT:
+            return f"unknown tensor {id(value)}"
+        with no_dispatch():
+            plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest = hashlib.sha256(bytes(plain.tolist())).hexdigest()
+        return f"constant {tuple(value.shape)} {value.dtype} {digest}"
+
+
+def first_names(model: nn.Module) -> dict[int, str]:
+    """Return the first name of every parameter and buffer, by its id."""
+    names: dict[int, str] = {}
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in every:
+        names.setdefault(id(tensor), name)
+    return names
+
+
+def record_run(
+    model: nn.Module,
+    repeats: Sequence[Repeat],
+    leaves: Sequence[Any],
+    in_spec: TreeSpec,
+    device: torch.device,
+    names: Mapping[int, str],
+    twins: Mapping[int, int] | None = None,
+) -> Run:
+    """Run the model once without data, as far as possible as export does, and leave it as it was.
+
+    Args:
+        model: whole or truncated.
+        repeats: the lists of layers whose calls are marked.
+        leaves: the example call, flat.
+        in_spec: its structure.
+        device: the device that the fake tensors claim to be on.
+        names: what ``first_names`` said of the whole model.
+        twins: leaves that are not given, with the leaf that is given in their place.
+    """
+    # Sizes that depend on data become symbols instead of errors; those of the inputs stay numbers.
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
+    run = Run()
+    known: dict[int, Any] = {}
+    with ExitStack() as stack:
+        stack.enter_context(restore_after(model))
+        alive = _lend_weights(model, mode, device, names, known)
+        flat = [
+            fake_input(mode, leaf, device, tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else leaf
+            for leaf in leaves
+        ]
+        for i, leaf in enumerate(flat):
+            if isinstance(leaf, torch.Tensor):
+                known[id(leaf)] = Input(i, f"{tuple(leaf.shape)} {leaf.stride()} {leaf.dtype}")
+        given = [flat[(twins or {}).get(i, i)] for i in range(len(flat))]
+        stack.enter_context(_marking(model, repeats, run))
+        stack.enter_context(no_fused_encoder())
+        stack.enter_context(_trace._compiling_state_context())  # type: ignore[attr-defined]
+        stack.enter_context(mode)
+        recorder = stack.enter_context(_Recorder(run, known))
+        call = tree_unflatten(given, in_spec)
+        taken = take_results(call, call_model(model, call))
+        run.out_spec, run.states = taken.out_spec, taken.states
+        run.results = tuple(recorder.token(value) for value in taken.values)
+        run.values = tuple(None if isinstance(value, torch.Tensor) else value for value in taken.values)
+        run.names = tuple(name or "output" for name in taken.names)
+        del alive
+    return run
+
+
+def _lend_weights(
+    model: nn.Module,
+    mode: FakeTensorMode,
+    device: torch.device,
+    names: Mapping[int, str],
+    known: dict[int, Any],
+) -> list[torch.Tensor]:
+    """Replaces every weight by a fake one of this mode (``restore_after`` undoes it); notes their names."""
+    memo: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = fake = _fake_weight(tensor, mode, device)
+                    facts = f"{tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}"
+                    known[id(fake)] = Weight(names[id(tensor)], facts)
+                table[key] = memo[id(tensor)]  # type: ignore[assignment]
+    return list(memo.values())
+
+
+def _fake_weight(like: torch.Tensor, mode: FakeTensorMode, device: torch.device) -> torch.Tensor:
+    with mode, torch.no_grad():
+        fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+    # Without gradients a run takes half as long; grad mode and detach() are recorded as they are.
+    return nn.Parameter(fake, requires_grad=False) if isinstance(like, nn.Parameter) else fake
+
+
+@contextmanager
+def _marking(model: nn.Module, repeats: Sequence[Repeat], run: Run) -> Iterator[None]:
+    """Notes where in the run each layer begins and ends."""
+
+    def note(number: int, layer: int, begins: bool) -> Callable[..., None]:
+        return lambda *_: run.marks.append(Mark(number, layer, begins, len(run.events)))
+
+    handles = []
+    try:
+        for number, repeat in enumerate(repeats):
+            for name, layer in model.get_submodule(repeat.path)._modules.items():
+                assert layer is not None
+                handles.append(layer.register_forward_pre_hook(note(number, int(name), True), prepend=True))
+                handles.append(layer.register_forward_hook(note(number, int(name), False)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

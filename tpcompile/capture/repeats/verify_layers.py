@@ -1,0 +1,234 @@
+"""Makes sure, by running the whole model on fake tensors, that the layers left out are copies of one kept.
+
+A layer may depend on its number in ways that no attribute shows (``if self.layer_idx >= 20``), and so may
+the loop around the layers, or the shape of the result. So the model runs twice without data, whole and
+truncated, and the operators of both runs are compared: what they are, their constants, and whose results
+they take. The same runs say which tensors of the call belong to which layer, and which layer every leaf of
+the result comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec
+
+from tpcompile.capture.caches.call_results import CacheState
+from tpcompile.ir.calls import leaf_names
+
+from .assign_leaves import Leaves, assign_leaves
+from .cut_run import NotRepeated, Place, Regions
+from .find_repeats import Repeat, truncated
+from .match_results import Recipe, match_results
+from .record_run import Input, Ref, Weight, first_names, record_run
+from .trace_results import Results
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the runs of the whole and of the truncated model say.
+
+    Attributes:
+        leaves: the leaves of the call that belong to single periods.
+        twins: per leaf of a layer that is left out: the leaf that stands for it, and how many periods before.
+        recipe: how the results of the whole model follow from those of the truncated one.
+        out_spec: the structure of the whole model's result.
+        states: the layers of the caches that the call was given, after it.
+        short_names: the key paths of the truncated model's results.
+        short_spec: the structure of the truncated model's result.
+    """
+
+    leaves: Leaves
+    twins: dict[int, tuple[int, int]]
+    recipe: Recipe
+    out_spec: TreeSpec
+    states: tuple[CacheState, ...]
+    short_names: tuple[str, ...]
+    short_spec: TreeSpec
+
+
+def compare_layers(
+    model: nn.Module,
+    repeats: Sequence[Repeat],
+    leaves: Sequence[Any],
+    in_spec: TreeSpec,
+    device: torch.device,
+) -> Evidence:
+    """Compare the model with its truncated self.
+
+    Raises:
+        NotRepeated: it is not its truncated self with the last kept period repeated.
+    """
+    names = first_names(model)
+    full = Regions(repeats, record_run(model, repeats, leaves, in_spec, device, names))
+    owned = _assign(full, leaves, in_spec)
+    twins = owned.twins(repeats)
+    given = {leaf: twin for leaf, (twin, _) in twins.items()}
+    with truncated(model, repeats):
+        run = record_run(model, repeats, leaves, in_spec, device, names, given)
+    comparison = _Comparison(repeats, owned, Regions(repeats, run), full)
+    comparison.check()
+    recipe = match_results(repeats, comparison.results(comparison.short), comparison.results(full))
+    assert full.run.out_spec is not None and run.out_spec is not None
+    return Evidence(owned, twins, recipe, full.run.out_spec, full.run.states, run.names, run.out_spec)
+
+
+def _assign(full: Regions, leaves: Sequence[Any], in_spec: TreeSpec) -> Leaves:
+    """The leaves of single periods; one that no operator uses goes by the result of the same name.
+
+    That is a cache's way: what comes in under a name goes out, changed, under the same name.
+    """
+    tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    facts = {i: f"{tuple(leaf.shape)} {leaf.dtype} {leaf.device}" for i, leaf in tensors.items()}
+    results = Results(full, {}, lambda token: token, lambda token, place: token, {})
+    forms = zip(full.run.names, results.forms, strict=True)
+    made = {name: form.period for name, form in forms if form.alone}
+    names = leaf_names(torch.utils._pytree.tree_unflatten(list(leaves), in_spec))
+    idle = {i: place for i, name in enumerate(names) if i in facts and (place := made.get(name)) is not None}
+    return assign_leaves(full, facts, idle)
+
+
+class _Operand(NamedTuple):
+    """A tensor by the place and position of the event that made it."""
+
+    source: Place
+    position: int
+    output: int
+    needs_grad: bool
+
+
+class _OwnLeaf(NamedTuple):
+    """A tensor of the call that belongs to the period that takes it."""
+
+    ordinal: int
+    facts: str
+
+
+_OWN, _BEFORE = Place(-2, 0), Place(-2, -1)
+
+
+class _Comparison:
+    """Compares the full run with the truncated one."""
+
+    def __init__(self, repeats: Sequence[Repeat], leaves: Leaves, short: Regions, full: Regions) -> None:
+        self.repeats, self.leaves, self.short, self.full = repeats, leaves, short, full
+        self.known: dict[Any, int] = {}
+
+    def check(self) -> None:
+        """Find out whether the full run is the truncated one with periods added, up to the last layer.
+
+        Raises:
+            NotRepeated: it is not.
+        """
+        for number, repeat in enumerate(self.repeats):
+            lasts = (self.short.last(number) + 1, self.full.last(number) + 1)
+            if lasts != (repeat.kept, repeat.count):
+                raise NotRepeated(
+                    f"{repeat.path} runs {lasts[1]} of its {repeat.count} periods, {lasts[0]} when truncated"
+                )
+            self._check_periods(number, repeat)
+        for place, span in self.short.spans.items():
+            if place != self.short.end and self._absolute(self.short, place) != self._absolute(
+                self.full, place
+            ):
+                where = "outside of the layers" if place.repeat < 0 else self.repeats[place.repeat].path
+                raise NotRepeated(
+                    f"what runs {where} depends on the number of layers (after {self._last_op(span)})"
+                )
+
+    def results(self, regions: Regions) -> Results:
+        """The results of one of the runs, to be compared with those of the other."""
+        return Results(
+            regions,
+            self.leaves.owner,
+            lambda token: self._token(token, regions, -1),
+            lambda token, place: self._seen_from(token, regions, place),
+            self.known,
+        )
+
+    def _check_periods(self, number: int, repeat: Repeat) -> None:
+        pattern = self._relative(number, repeat.kept - 1)
+        if not _same_layout(self._relative(number, repeat.kept - 2), pattern):
+            raise NotRepeated(f"the last two captured periods of {repeat.path} do different things")
+        for period in range(repeat.kept, repeat.count):
+            if self._relative(number, period) != pattern:
+                layer = repeat.first + period * repeat.period
+                raise NotRepeated(f"{repeat.path}.{layer} does not do what the layers before it do")
+
+    def _last_op(self, span: range) -> str:
+        events = self.short.run.events[span.start : span.stop]
+        return str(events[-1][0]) if events else "nothing"
+
+    def _absolute(self, regions: Regions, place: Place) -> list[Any]:
+        span = regions.spans[place]
+        return [self._token(e, regions, place.repeat) for e in regions.run.events[span.start : span.stop]]
+
+    def _token(self, token: Any, regions: Regions, here: int) -> Any:
+        """Operands by the place where they were made.
+
+        Seen from elsewhere, the full run's last period of a list is the last kept one, and what stands
+        between has no counterpart.
+        """
+        if isinstance(token, Ref):
+            place, position = regions.places[token.event]
+            if regions is self.full and place.repeat not in (-1, here):
+                place = self._counterpart(place)
+            return _Operand(place, position, token.output, token.needs_grad)
+        if isinstance(token, Input) and token.leaf in self.leaves.owner:
+            place = self.leaves.owner[token.leaf]
+            if regions is self.full and place.repeat != here:
+                place = self._counterpart(place)
+            return (place, self._own_leaf(token))
+        if type(token) is tuple:
+            return tuple([self._token(item, regions, here) for item in token])
+        return token
+
+    def _counterpart(self, place: Place) -> Place:
+        """The truncated run's period of which the full run's period is the end."""
+        repeat = self.repeats[place.repeat]
+        if place.period == repeat.count - 1:
+            return Place(place.repeat, repeat.kept - 1)
+        return Place(place.repeat, -1) if place.period >= repeat.kept - 1 else place
+
+    def _own_leaf(self, token: Input) -> _OwnLeaf:
+        return _OwnLeaf(self.leaves.ordinal(token.leaf), token.facts)
+
+    def _relative(self, number: int, period: int) -> list[Any]:
+        """A period's events; operands from itself and from the period before are named relative to it."""
+        place = Place(number, period)
+        span = self.full.spans[place]
+        return [
+            self._seen_from(event, self.full, place) for event in self.full.run.events[span.start : span.stop]
+        ]
+
+    def _seen_from(self, token: Any, regions: Regions, here: Place) -> Any:
+        repeat = self.repeats[here.repeat]
+        if isinstance(token, Ref):
+            place, position = regions.places[token.event]
+            distance = here.period - place.period if place.repeat == here.repeat else -1
+            source = {0: _OWN, 1: _BEFORE}.get(distance, place)
+            return _Operand(source, position, token.output, token.needs_grad)
+        if isinstance(token, Weight):
+            own = repeat.period_of(token.name) == here.period
+            return Weight(repeat.shifted(token.name, -here.period) if own else token.name, token.facts)
+        if isinstance(token, Input) and self.leaves.owner.get(token.leaf) == here:
+            return self._own_leaf(token)
+        if type(token) is tuple:
+            return tuple([self._seen_from(item, regions, here) for item in token])
+        return token
+
+
+def _same_layout(earlier: Any, later: Any) -> bool:
+    """Whether two periods do the same, whatever the earlier takes where the later takes from the one before.
+
+    The period before the earlier one is the first, which may be built differently.
+    """
+    if isinstance(later, _Operand) and later.source == _BEFORE:
+        return not isinstance(earlier, _Operand) or earlier.source != _OWN
+    if type(later) in (list, tuple) and type(earlier) is type(later):
+        return len(earlier) == len(later) and all(map(_same_layout, earlier, later))
+    return bool(earlier == later)

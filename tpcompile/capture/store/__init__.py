@@ -1,0 +1,1 @@
+"""Captured programs on disk, and shared between ranks."""

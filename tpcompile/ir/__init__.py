@@ -1,0 +1,1 @@
+"""What every stage speaks of: placements, markers, sizes, names, layouts of weights."""

@@ -1,0 +1,1 @@
+"""Where every weight is stored: segments, index ranges, selections."""

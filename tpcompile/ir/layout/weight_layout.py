@@ -1,0 +1,307 @@
+"""How the parameters of a model lie on the ranks: an artefact of its own, apart from any program.
+
+A parameter is one or more segments (a packed ``[q k v]`` has three). A segment is a box in the
+parameter seen as the product of its factors; on each axis of the mesh one factor of it may be
+divided. From this follow each rank's local shape and the index ranges that it holds, whatever the
+packing, and however uneven the parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.placements import split_evenly
+
+from .index_ranges import Range, Region, regions
+from .selection import Selection, selection_from_json
+
+Box = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a parameter that is placed by itself: a box cut out of it, then divided.
+
+    Attributes:
+        factors: per dimension of the parameter the sizes of its factors, major first.
+        box: per factor (flat, in the same order) the range that belongs to the segment.
+        atoms: per dimension of the segment the sizes of its own factors.
+        shards: per mesh axis the flat index of the divided atom, or None where the segment is whole.
+    """
+
+    factors: tuple[tuple[int, ...], ...]
+    box: Box
+    atoms: tuple[tuple[int, ...], ...]
+    shards: tuple[int | None, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The segment's shape, before it is divided."""
+        return _shape(self.factors, self.box)
+
+    def local_box(self, axes: Sequence[int], coordinates: Sequence[int]) -> Box:
+        """The ranges of atoms that the rank at these coordinates holds; axes divide one after the other."""
+        box = [(0, a) for dim in self.atoms for a in dim]
+        for ranks, at, atom in zip(axes, coordinates, self.shards, strict=True):
+            if atom is not None:
+                start, stop = box[atom]
+                sizes = split_evenly(stop - start, ranks)
+                start += sum(sizes[:at])
+                box[atom] = (start, start + sizes[at])
+        return tuple(box)
+
+    def local_shape(self, box: Box) -> tuple[int, ...]:
+        """The shape of the part that a local box names."""
+        return _shape(self.atoms, box)
+
+    def take(self, full: Tensor, box: Box) -> Tensor:
+        """Cuts a rank's part out of the whole parameter (a view where strides allow, else a copy)."""
+        segment = _cut(full.reshape(_flat(self.factors)), self.box).reshape(_flat(self.atoms))
+        return _cut(segment, box).reshape(self.local_shape(box))
+
+    def put(self, full: Tensor, parts: Sequence[tuple[Box, Tensor]]) -> None:
+        """Writes the parts of all ranks into the whole parameter, in place."""
+        segment = full.new_empty(_flat(self.atoms))
+        for box, part in parts:
+            _cut(segment, box).copy_(part.reshape([stop - start for start, stop in box]))
+        target = _cut(full.view(_flat(self.factors)), self.box)
+        target.copy_(segment.reshape(target.shape))
+
+
+def _flat(factors: tuple[tuple[int, ...], ...]) -> list[int]:
+    return [f for dim in factors for f in dim]
+
+
+def _shape(factors: tuple[tuple[int, ...], ...], box: Box) -> tuple[int, ...]:
+    lengths = iter(stop - start for start, stop in box)
+    return tuple(math.prod(next(lengths) for _ in dim) for dim in factors)
+
+
+def _cut(view: Tensor, box: Box) -> Tensor:
+    for i, (start, stop) in enumerate(box):
+        view = view.narrow(i, start, stop - start)
+    return view
+
+
+@dataclass(frozen=True)
+class ParamLayout:
+    """One parameter or buffer.
+
+    Attributes:
+        name: its original name.
+        shape: its whole shape.
+        dtype: its type.
+        segments: its parts; several are held one behind the other along ``packed_dim``.
+        packed_dim: the dimension in which segments differ.
+        selection: what each rank holds, if a custom strategy divides it in a way that segments cannot say;
+            the segment is then the whole.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    segments: tuple[Segment, ...]
+    packed_dim: int = 0
+    selection: Selection | None = None
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """Where every parameter and buffer of a model lies.
+
+    Attributes:
+        axes: the sizes of the mesh axis' sub-axes, major first; their product is its size.
+        params: per original name, its layout.
+        groups: the packed matmuls whose parameters are held in segments.
+        open: parameters that no program has used yet: whole, until the first one that does decides.
+    """
+
+    axes: tuple[int, ...]
+    params: Mapping[str, ParamLayout]
+    groups: tuple[str, ...] = ()
+    open: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks share the model."""
+        return math.prod(self.axes)
+
+    def coordinates(self, rank: int) -> tuple[int, ...]:
+        """A rank's position on every sub-axis."""
+        found = []
+        for size in reversed(self.axes):
+            rank, at = divmod(rank, size)
+            found.append(at)
+        return tuple(reversed(found))
+
+    def rank(self, coordinates: Sequence[int]) -> int:
+        """The rank at a position on every sub-axis."""
+        found = 0
+        for size, at in zip(self.axes, coordinates, strict=True):
+            found = found * size + at
+        return found
+
+    def boxes(self, name: str, rank: int) -> list[tuple[Segment, Box]]:
+        """What a rank holds of a parameter: per segment the index ranges of its factors."""
+        at = self.coordinates(rank)
+        return [(s, s.local_box(self.axes, at)) for s in self.params[name].segments]
+
+    def segment_shapes(self, name: str, rank: int) -> list[tuple[int, ...]]:
+        """The local shape of each segment."""
+        if (selection := self.params[name].selection) is not None:
+            return [selection.shapes[rank]]
+        return [s.local_shape(b) for s, b in self.boxes(name, rank)]
+
+    def local_shape(self, name: str, rank: int) -> tuple[int, ...]:
+        """The shape of the local tensor: all segments, one behind the other."""
+        shapes = self.segment_shapes(name, rank)
+        dim = self.params[name].packed_dim
+        total = sum(s[dim] for s in shapes) if len(shapes) > 1 else 0
+        return shapes[0] if len(shapes) == 1 else shapes[0][:dim] + (total,) + shapes[0][dim + 1 :]
+
+    def shard(self, name: str, full: Tensor, rank: int) -> Tensor:
+        """A rank's slice of a whole parameter, contiguous, sharing no memory with it.
+
+        Raises:
+            TpCompileError: the tensor has another shape than the layout was made for.
+        """
+        layout = self.params[name]
+        if tuple(full.shape) != layout.shape:
+            raise TpCompileError(
+                f"shape {tuple(full.shape)} where the plan has {layout.shape}",
+                where=name,
+                todo="make the plan for this model",
+            )
+        if layout.selection is not None:
+            return layout.selection.take(name, full, rank).contiguous()
+        parts = [s.take(full, box) for s, box in self.boxes(name, rank)]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=layout.packed_dim)
+        return whole.clone(memory_format=torch.contiguous_format)
+
+    def segments_of(self, name: str, local: Tensor, rank: int) -> list[Tensor]:
+        """The segments of a rank's local tensor, as views."""
+        layout = self.params[name]
+        if len(layout.segments) == 1:
+            return [local]
+        sizes = [s[layout.packed_dim] for s in self.segment_shapes(name, rank)]
+        return list(local.split(sizes, dim=layout.packed_dim))
+
+    def assemble(self, name: str, locals_: Mapping[int, Tensor]) -> Tensor:
+        """The whole parameter from the local tensors of all ranks."""
+        layout = self.params[name]
+        first = next(iter(locals_.values()))
+        full = torch.empty(layout.shape, dtype=first.dtype, device=first.device)
+        if layout.selection is not None:
+            layout.selection.assemble(name, full, locals_)
+            return full
+        parts = {rank: self.segments_of(name, local, rank) for rank, local in locals_.items()}
+        boxes = {rank: self.boxes(name, rank) for rank in locals_}
+        for i, segment in enumerate(layout.segments):
+            segment.put(full, [(boxes[rank][i][1], parts[rank][i]) for rank in locals_])
+        return full
+
+    def ranges(self, name: str, rank: int) -> list[Range]:
+        """What a rank holds of a parameter: the fewest boxes of the whole that are boxes of the local tensor.
+
+        Boxes of two ranks are the same or have nothing in common; those of all ranks make up the whole.
+        """
+        if (selection := self.params[name].selection) is not None:
+            return selection.ranges(name, rank)
+        return [part for region in self.regions(name, rank) for part in region.ranges()]
+
+    def regions(self, name: str, rank: int) -> list[Region]:
+        """As ``ranges``, but fewer: a box of the whole may lie in pieces in the local tensor.
+
+        Raises:
+            TpCompileError: a custom strategy divides the parameter in a way that no boxes say.
+        """
+        if (selection := self.params[name].selection) is not None:
+            selection.refuse_regions(name)
+        return regions(self.params[name], self.axes, self.coordinates(rank))
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuses a model that this is no layout of.
+
+        Raises:
+            TpCompileError: the model has other parameters, or in other shapes.
+        """
+        named = [*model.named_parameters(), *model.named_buffers()]
+        shapes = {name: tuple(tensor.shape) for name, tensor in named}
+        wrong = [f"{n} is not in the plan" for n in shapes if n not in self.params]
+        wrong += [f"{n} is not in the model" for n in self.params if n not in shapes]
+        wrong += [
+            f"{n} has shape {shapes[n]}, the plan is for {p.shape}"
+            for n, p in self.params.items()
+            if n in shapes and shapes[n] != p.shape
+        ]
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise TpCompileError(f"the plan is for another model: {wrong[0]}{more}", todo="plan again")
+
+    def held(self, rank: int) -> float:
+        """Bytes of parameters and buffers that a rank holds."""
+        return sum(math.prod(self.local_shape(n, rank)) * p.dtype.itemsize for n, p in self.params.items())
+
+    def to_json(self) -> dict[str, Any]:
+        """A form for ``json``; ``from_json`` reads it."""
+        return {
+            "axes": list(self.axes),
+            "groups": list(self.groups),
+            "open": list(self.open),
+            "params": [
+                {
+                    "name": p.name,
+                    "shape": list(p.shape),
+                    "dtype": str(p.dtype).removeprefix("torch."),
+                    "packed_dim": p.packed_dim,
+                    "segments": [
+                        {"factors": s.factors, "box": s.box, "atoms": s.atoms, "shards": s.shards}
+                        for s in p.segments
+                    ],
+                    "selection": None if p.selection is None else asdict(p.selection),
+                }
+                for p in self.params.values()
+            ],
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> WeightLayout:
+        """Reads what ``to_json`` wrote."""
+
+        def segments(items: Sequence[Mapping[str, Any]]) -> Iterator[Segment]:
+            for s in items:
+                factors, atoms = (tuple(tuple(map(int, d)) for d in s[key]) for key in ("factors", "atoms"))
+                box = tuple((int(a), int(b)) for a, b in s["box"])
+                yield Segment(factors, box, atoms, tuple(s["shards"]))
+
+        params = {
+            p["name"]: ParamLayout(
+                p["name"],
+                tuple(p["shape"]),
+                getattr(torch, p["dtype"]),
+                tuple(segments(p["segments"])),
+                int(p["packed_dim"]),
+                selection_from_json(p.get("selection")),
+            )
+            for p in data["params"]
+        }
+        return WeightLayout(tuple(data["axes"]), params, tuple(data["groups"]), tuple(data.get("open", ())))
+
+
+def whole_segment(shape: Sequence[int], axes: int) -> Segment:
+    """The segment that is the whole parameter, divided nowhere."""
+    factors = tuple((int(s),) for s in shape)
+    return Segment(factors, tuple((0, int(s)) for s in shape), factors, (None,) * axes)
+
+
+def whole_layout(name: str, tensor: Tensor, axes: int) -> ParamLayout:
+    """The layout of a parameter that every rank holds as a whole."""
+    shape = tuple(int(s) for s in tensor.shape)
+    return ParamLayout(name, shape, tensor.dtype, (whole_segment(shape, axes),))

@@ -1,0 +1,69 @@
+"""The planner's decisions as plain data: for rank 0's broadcast, for plans on disk, for fingerprints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.fx import Node
+
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.placements import parse_placement
+from tpcompile.rules.assignment import Assignment
+from tpcompile.rules.choices import strategies
+from tpcompile.work import Work
+
+
+def decisions_to_data(work: Work) -> list[dict[str, Any]]:
+    """Per sub-axis: its size, every call's strategy, every parameter's and shared value's placement."""
+    axes = work.axes
+    return [
+        {
+            "ranks": d.ranks,
+            "nodes": {n.name: _index(work, n, d, axes[: i + 1]) for n in d.nodes if len(d.nodes[n].outputs)},
+            "params": {n.name: str(p) for n, p in d.params.items()},
+            "shared": {n.name: str(p) for n, p in d.shared.items()},
+            "penalty": d.penalty,
+            "price": d.price,
+            "cost": d.cost,
+        }
+        for i, d in enumerate(work.decisions)
+    ]
+
+
+def _options(work: Work, node: Node, axes: Sequence[int]) -> list[Any]:
+    assert work.planned_factors is not None
+    return strategies(node, work.planned_factors, lambda _: True, axes)
+
+
+def _index(work: Work, node: Node, decision: Assignment, axes: Sequence[int]) -> int:
+    return _options(work, node, axes).index(decision.nodes[node])
+
+
+def decisions_from_data(work: Work, data: list[dict[str, Any]]) -> None:
+    """Gives a program the decisions that were made elsewhere for the same graph.
+
+    Raises:
+        TpCompileError: they are not about this graph.
+    """
+    work.planned_factors = work.factors()
+    by_name = {n.name: n for n in work.graph.nodes}
+    axes = [d["ranks"] for d in data]
+    try:
+        work.decisions = [
+            Assignment(
+                d["ranks"],
+                {by_name[n]: _options(work, by_name[n], axes[: a + 1])[i] for n, i in d["nodes"].items()},
+                {by_name[n]: parse_placement(p) for n, p in d["params"].items()},
+                {by_name[n]: parse_placement(p) for n, p in d["shared"].items()},
+                d["penalty"],
+                d["price"],
+                d["cost"],
+            )
+            for a, d in enumerate(data)
+        ]
+    except (KeyError, IndexError) as error:
+        raise TpCompileError(
+            f"the plan is about another graph ({error} is not in this one)",
+            todo="plan for this model and these inputs",
+        ) from error

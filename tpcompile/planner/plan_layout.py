@@ -1,0 +1,120 @@
+"""The weight layout that follows from a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+from torch.fx import Node
+
+from tpcompile.capture.held_caches import same_place
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.layout.weight_layout import ParamLayout, Segment, WeightLayout, whole_layout
+from tpcompile.ir.placements import Placement, R, Shard
+from tpcompile.rules.factors import Factors
+from tpcompile.work import Source, Work
+
+from .decide import Pins
+
+
+def layout_of(work: Work, tensors: Mapping[str, Tensor]) -> WeightLayout:
+    """The layout of all parameters and buffers of a model.
+
+    Args:
+        work: a planned program.
+        tensors: every parameter and buffer of the model by its original name (values do not matter);
+            those that the program does not use are whole.
+    """
+    parts: dict[str, list[tuple[Source, Segment]]] = {}
+    used: set[str] = set()
+    for node, source in work.sources.items():
+        if source.segment is not None:
+            used |= {source.spec.name} if node.users else set()
+            placed = _placed(work, node, source.segment)
+            parts.setdefault(source.spec.name, []).append((source, placed))
+    # Layers that were left out lie as the one that stands for them.
+    like = {name: name for name in parts}
+    if work.blocks is not None:
+        like |= {left_out: name for name, left_out in work.blocks.left_out(list(parts))}
+    unused = tuple(name for name, captured in like.items() if captured not in used)
+    params: dict[str, ParamLayout] = {}
+    for name, tensor in tensors.items():
+        layout = whole_layout(name, tensor, len(work.decisions))
+        if name in like:
+            captured = like[name]
+            segments = tuple(s for _, s in sorted(parts[captured], key=lambda p: p[0].order))
+            layout = replace(layout, segments=segments, packed_dim=work.packed_dims.get(captured, 0))
+        if name in work.custom.parts:
+            layout = work.custom.layout(name, tensor, work.axes)
+        params[name] = layout
+    return WeightLayout(work.axes, params, tuple(sorted(work.split_groups)), unused)
+
+
+def extended(layout: WeightLayout, work: Work, tensors: Mapping[str, Tensor]) -> WeightLayout:
+    """A layout with the parameters that it left open, and that a later program uses, as that one has them."""
+    later = layout_of(work, tensors)
+    decided = set(layout.open) - set(later.open)
+    params = {name: later.params[name] if name in decided else p for name, p in layout.params.items()}
+    still_open = tuple(n for n in layout.open if n not in decided)
+    return replace(layout, params=params, groups=later.groups, open=still_open)
+
+
+def _placed(work: Work, node: Node, segment: Segment) -> Segment:
+    assert work.planned_factors is not None, "the program must be planned"
+    atoms = tuple(tuple(int(s) for s in dim) or (1,) for dim in work.planned_factors.layout(node))
+    starts = [sum(len(d) for d in atoms[:i]) for i in range(len(atoms))]
+
+    def flat(placement: Placement) -> int | None:
+        return starts[placement.dim] + placement.factor if isinstance(placement, Shard) else None
+
+    return replace(segment, atoms=atoms, shards=tuple(flat(d.params[node]) for d in work.decisions))
+
+
+def pins_from_layout(layout: WeightLayout) -> Pins:
+    """Pins that keep every parameter where it lies: a later program plans its activations only.
+
+    Parameters that no program has used yet are planned as in a first one.
+    """
+    still_open = set(layout.open)
+
+    def resolve(work: Work, axis: int) -> Mapping[Node, frozenset[Placement]]:
+        factors = work.factors()
+        found: dict[Node, frozenset[Placement]] = {}
+        for node, source in work.sources.items():
+            if source.spec.name in work.custom.parts:
+                found[node] = frozenset({R})  # it lies as its strategy wants it
+            elif source.segment is not None and node.users and source.spec.name not in still_open:
+                _refuse_selection(layout.params[source.spec.name])
+                found[node] = frozenset({_placement(factors, node, work.held_as(source), axis)})
+        return found
+
+    return resolve
+
+
+def _refuse_selection(param: ParamLayout) -> None:
+    if param.selection is not None:
+        raise TpCompileError(
+            f"the plan leaves the parameter to the custom strategy {param.selection.strategy!r}",
+            where=param.name,
+            todo="give parallelize the strategies again, instead of the plan",
+        )
+
+
+def _placement(factors: Factors, node: Node, segment: Segment, axis: int) -> Placement:
+    """Where the atom that the layout divides stands among the (finer) factors of this program."""
+    flat = segment.shards[axis]
+    if flat is None:
+        return R
+    for dim, atoms in enumerate(segment.atoms):
+        if flat < len(atoms):
+            found = same_place(factors.layout(node)[dim], atoms, flat)
+            if found is None:
+                raise TpCompileError(
+                    "this call needs finer units of a parameter than it was divided by",
+                    where=f"{node.name}, dimension {dim}",
+                    todo="capture this call first",
+                )
+            return Shard(dim, found)
+        flat -= len(atoms)
+    raise AssertionError("a shard names no factor")

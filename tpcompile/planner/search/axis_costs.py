@@ -1,0 +1,195 @@
+"""What every choice on one axis of the mesh costs, together with what is decided on other axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from torch.fx import Node
+
+from tpcompile.ir import markers
+from tpcompile.ir.conversions import steps
+from tpcompile.ir.markers import Axes, Placements
+from tpcompile.ir.placements import Partial, Placement, Shard, split_evenly
+from tpcompile.rules.assignment import Assignment
+from tpcompile.rules.choices import Strategy
+from tpcompile.rules.factors import OpFactor, Place, producer
+from tpcompile.rules.rule import Rule
+
+from .eliminate import Table
+from .must_divide import MUST_DIVIDE, SMALL_PRICE
+
+if TYPE_CHECKING:
+    from .facts import Search
+
+EXACT = 2.0**44
+"""Costs are counted in units of 1 / EXACT seconds; sums of them are exact up to 512 s."""
+
+# How much of its memory traffic an elementwise operator counts. More would let a large activation pay for
+# statistics that are reduced by themselves: norms on a divided hidden dimension, with twice the collectives.
+TIE_BREAK = 1e-4
+
+Choice = TypeVar("Choice")
+
+
+class AxisCosts:
+    """Cost tables of one axis: what all decided axes cost together, of which only this one's choice varies.
+
+    Args:
+        search: the graph and the cost model.
+        ranks: the size of the axis.
+        others: the decisions on other axes.
+        axis: where the axis stands among all.
+    """
+
+    def __init__(self, search: Search, ranks: int, others: Mapping[int, Assignment], axis: int) -> None:
+        self.search, self.ranks = search, ranks
+        self.model = search.cost_model
+        self.others = [others[a] for a in sorted(others)]
+        self.at = sum(a < axis for a in others)
+        self.all_ranks = self.beside([a.ranks for a in self.others], ranks)
+        self._tables: dict[Hashable, Table] = {}
+        self._conversions: dict[Hashable, float] = {}
+
+    def beside(self, others: Iterable[Choice], mine: Choice) -> tuple[Choice, ...]:
+        """A choice on this axis in its place among those on the others."""
+        found = list(others)
+        return (*found[: self.at], mine, *found[self.at :])
+
+    def conversions(
+        self, src: list[Placement], dst: list[Placement], value: Node, others: tuple[Placements, Placements]
+    ) -> Table:
+        """The cost of bringing a value from each placement to each, as it is brought on the other axes."""
+        weight = value in self.search.weights
+        rule = self.search.factors.rules.get(producer(value)[0])
+        statistic = isinstance(rule, Rule) and bool(rule.reduce) and not rule.contraction
+        how = (self.search.bytes[value], weight, statistic)
+        key = (tuple(src), tuple(dst), others, how)
+        if key not in self._tables:
+            pairs = [[(self.beside(others[0], a), self.beside(others[1], b)) for b in dst] for a in src]
+            self._tables[key] = exact([[self._conversion(a, b, *how) for a, b in row] for row in pairs])
+        return self._tables[key]
+
+    def _conversion(
+        self, src: Placements, dst: Placements, size: float, weight: bool, statistic: bool
+    ) -> float:
+        key = (src, dst, size, weight, statistic)
+        if key not in self._conversions:
+            self._conversions[key] = self._convert(*key)
+        return self._conversions[key]
+
+    def _convert(self, src: Placements, dst: Placements, size: float, weight: bool, statistic: bool) -> float:
+        """Seconds that the moves take which ``choose-collectives`` will insert."""
+        for x, y in zip(src, dst, strict=True):
+            if math.isinf(self.model.reshard(x, y, size, 2)):
+                return math.inf
+        total, now = 0.0, src
+        for target, options, after in steps(src, dst):
+            # A weight is never gathered: that would be another kind of parallelism, with its memory.
+            if weight and target in markers.COMMUNICATING:
+                return math.inf
+            axes: Axes = options[0]
+            ranks = math.prod(self.all_ranks[a] for a in axes)
+            # What the moved axes have together.
+            held = size / math.prod(
+                self.all_ranks[a] for a, p in enumerate(now) if isinstance(p, Shard) and a not in axes
+            )
+            total += self.model.reshard(now[axes[0]], after[axes[0]], held, ranks, statistic=statistic)
+            now = after
+        return total
+
+    def times(self, node: Node, options: list[Strategy]) -> list[float]:
+        """What each strategy of a node costs by itself."""
+        others = [a.nodes[node] for a in self.others]
+        every = [self.beside(others, option) for option in options]
+        rule = self.search.factors.rules.get(node)
+        if isinstance(rule, Rule) and rule.contraction:
+            whole = self.search.quantities.operations(node) / self.model.flops
+            return [whole * self._share(each) for each in every]
+        # Elementwise work is fused: it breaks ties and no more. A partial value is reduced early.
+        whole = TIE_BREAK * self.model.touch(self.search.bytes[node])
+        return [whole * self._share(each) + 1e-9 * sum(map(_passes_partial, each)) for each in every]
+
+    def _share(self, strategies: Sequence[Strategy]) -> float:
+        """The share of a node's work that the fullest rank has."""
+        units: dict[Hashable, object] = {s.factor: s.factor.size for s in strategies if s.factor}
+        return math.prod(part for _, part in self._parts([s.factor for s in strategies], units))
+
+    def _parts(
+        self, divided: Sequence[Hashable | None], units: Mapping[Hashable, object]
+    ) -> Iterator[tuple[int, float]]:
+        """Per axis that divides something: its size, and the share of the fullest of its ranks."""
+        left: dict[Hashable, int] = {}
+        for what, ranks in zip(divided, self.all_ranks, strict=True):
+            if what is not None:
+                size = left.get(what, units[what])
+                assert isinstance(size, int)
+                left[what] = split_evenly(size, ranks)[0]
+                yield ranks, left[what] / size
+
+    def hold_cost(self, param: Node, placement: Placement) -> float:
+        """Reading what a rank holds, and what is held against leaving a small matrix whole."""
+        share = math.prod(part for _, part in self._held(param, placement))
+        return self.model.touch(self.search.bytes[param] * share) + self.price(param, placement)
+
+    def penalty(self, param: Node, placement: Placement) -> float:
+        """The price of a large matrix that is whole, or that half of the ranks or more have no part of."""
+        if param not in self.search.large:
+            return 0.0
+        held = list(self._held(param, placement))
+        short = math.fsum(part - 1 / ranks for ranks, part in held if part * ranks >= 2)
+        return MUST_DIVIDE * (len(self.all_ranks) - len(held) + short)
+
+    def price(self, param: Node, placement: Placement) -> float:
+        """The price of a small matrix that is whole: part of a collective on what it computes."""
+        if param not in self.search.little:
+            return 0.0
+        made = [self.search.bytes[n] for n, _ in self.search.uses[param] if n in self.search.bytes]
+        placements = self._placements(param, placement)
+        whole = [n for n, p in zip(self.all_ranks, placements, strict=True) if not isinstance(p, Shard)]
+        # Divided on some axes, that share of it which a rank holds beyond its part of the whole.
+        ranks, copies = math.prod(self.all_ranks), math.prod(whole)
+        gather = self.model.all_gather(min(made, default=0.0), ranks)
+        return SMALL_PRICE * gather * (copies - 1) / (ranks - 1) if ranks > 1 else 0.0
+
+    def _placements(self, param: Node, placement: Placement) -> Placements:
+        return self.beside([a.params[param] for a in self.others], placement)
+
+    def _held(self, param: Node, placement: Placement) -> Iterator[tuple[int, float]]:
+        places = self.search.factors.places(param)
+        divided = [
+            (p.dim, p.factor) if isinstance(p, Shard) else None for p in self._placements(param, placement)
+        ]
+        return self._parts(
+            divided, {place: self.search.factors.size(places[place]) for place in divided if place}
+        )
+
+    # What other axes leave.
+
+    def left(self, param: Node, place: Place, atom: int) -> int:
+        """The units of a parameter that one rank of all the other axes may have."""
+        return self._left(
+            self.search.factors.size(atom), [a.params[param] == Shard(*place) for a in self.others]
+        )
+
+    def left_in(self, node: Node, factor: OpFactor, *, fewest: bool = False) -> int:
+        """The units of a factor of a call that one rank of all the other axes may have, or has at least."""
+        return self._left(factor.size, [a.nodes[node].factor == factor for a in self.others], fewest)
+
+    def _left(self, size: object, dividing: Iterable[bool], fewest: bool = False) -> int:
+        assert isinstance(size, int)
+        for assignment, divides in zip(self.others, dividing, strict=True):
+            if divides:
+                size = split_evenly(size, assignment.ranks)[-1 if fewest else 0]
+        return size
+
+
+def exact(costs: Sequence[float] | Sequence[Sequence[float]]) -> Table:
+    """Costs as multiples of a tiny power of two: sums are then exact, in any order, and ties are ties."""
+    return np.round(np.asarray(costs, dtype=float) * EXACT) / EXACT
+
+
+def _passes_partial(strategy: Strategy) -> bool:
+    return strategy.factor is None and any(isinstance(o, Partial) for o in strategy.outputs)

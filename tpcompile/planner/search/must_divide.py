@@ -1,0 +1,108 @@
+"""Which parameters must be divided, and what it costs to leave one whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.fx import Node
+
+from tpcompile.rules.factors import Factors, producer, tensor_of
+from tpcompile.rules.rule import Rule, operands, shape
+
+# A parameter below this share of the parameters beside it stays whole if dividing it would take a
+# collective of its own (a router, MLA's latent projections, the only key head of many query heads).
+SMALL = 0.2
+# What a whole small parameter is held to cost, as a share of gathering its matmul's result: below one, so
+# that a collective for it alone does not pay; above one half, so that one for two of them does.
+SMALL_PRICE = 0.6
+# Seconds; larger than any modelled step, so that dividing comes before time.
+MUST_DIVIDE = 1e4
+
+
+def module_of(name: str) -> str:
+    """The module that holds the leaf module of a parameter (``a.attn`` for ``a.attn.q.weight``)."""
+    return ".".join(name.split(".")[:-2])
+
+
+def shares(sizes: Mapping[Node, float], names: Mapping[Node, str]) -> dict[Node, float]:
+    """Each parameter's share of the parameters beside it.
+
+    Beside it are those below the same parent module, repeated blocks (a numbered child) excepted:
+    an output head is held against the embedding, not against eighty layers.
+
+    Args:
+        sizes: bytes per parameter.
+        names: the qualified names.
+    """
+    beside: dict[str, float] = {}
+    for key, size in sizes.items():
+        parts = names[key].split(".")
+        for depth in range(len(parts)):
+            if any(p.isdigit() for p in parts[depth:]):
+                continue
+            parent = ".".join(parts[:depth])
+            beside[parent] = beside.get(parent, 0.0) + size
+    return {key: size / beside.get(module_of(names[key]), size) for key, size in sizes.items()}
+
+
+def weight_root(value: Node, params: set[Node], *, rows: bool = False) -> Node | None:
+    """The parameter that a value is a rearrangement of (views, casts, slices), scaled or not, if it is one.
+
+    Args:
+        value: the value.
+        params: the parameters.
+        rows: also look through a choice of rows by integers, such as each token's expert.
+    """
+    while value not in params:
+        value = producer(value)[0]
+        ops = operands(value) if value.op == "call_function" else []
+        chosen = rows and value.target is torch.ops.aten.index.Tensor
+        if len(ops) != 1 and not chosen and not _scales(value, ops):
+            return None
+        value = ops[0]
+    return value
+
+
+def _scales(value: Node, ops: list[Node]) -> bool:
+    """Whether a value is its first operand times something smaller, such as a length per row."""
+    if value.target is not torch.ops.aten.mul.Tensor or len(ops) != 2:
+        return False
+    first, second = shape(ops[0]), shape(ops[1])
+    return first == shape(value) and second != first
+
+
+def worth_dividing(factors: Factors, params: set[Node]) -> set[int]:
+    """Atoms of static size that a parameter has where a contraction uses it: the candidates.
+
+    Other dimensions (batch, sequence, a position table's rows that are merely added) may not be
+    divided: that would be data parallelism, with whole weights.
+    """
+    found: set[int] = set()
+    for node, rule in factors.rules.items():
+        if not (isinstance(rule, Rule) and rule.contraction):
+            continue
+        for operand in operands(node):
+            if (root := weight_root(operand, params, rows=True)) is not None:
+                own = set(factors.places(root).values())
+                found.update(own.intersection(factors.places(operand).values()))
+    for node, carriers in factors.carriers.items():
+        for carrier in carriers:
+            if carrier.stack is not None and weight_root(operands(node)[carrier.stack], params) is not None:
+                atoms = factors.atoms(operands(node)[carrier.stack], 0)
+                found.update(atoms if len(atoms) == 1 else ())
+    return {a for a in found if isinstance(factors.size(a), int)}
+
+
+def matrix(value: Node) -> bool:
+    """A parameter with at least two real dimensions; norms and biases may always stay whole."""
+    return sum(s != 1 for s in tensor_of(value).shape) >= 2
+
+
+def held_elsewhere(factors: Factors) -> set[Node]:
+    """Parameters that lie as a custom strategy wants it, whatever the plan says of them."""
+    found: set[Node] = set()
+    for node, rule in factors.rules.items():
+        if isinstance(rule, Rule) and rule.declared is not None:
+            found.update(operands(node)[rule.declared.weights :])
+    return found

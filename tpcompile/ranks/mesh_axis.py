@@ -1,0 +1,96 @@
+"""What a sharded model remembers of the mesh that it was divided over."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import time
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
+from torch.distributed.device_mesh import DeviceMesh
+
+from tpcompile.errors import TpCompileError
+
+_FAREWELL = 0.05
+"""Seconds."""
+
+
+@dataclass(frozen=True)
+class MeshAxis:
+    """The axis of a mesh that a model is divided over.
+
+    It does not hold the mesh. A mesh holds its process groups, a model lives until its reference cycles are
+    found, and a group that outlives ``destroy_process_group`` still has threads when the interpreter ends:
+    gloo's abort the process if they then want to let go of a tensor (pytorch issue 190489).
+
+    Attributes:
+        device_type: the mesh's.
+        rows: global ranks, a row for each instance of the axis in the whole mesh, this rank's among them;
+            ascending, whatever the mesh's order, as in the process group that torch makes for a row.
+        rank: this rank's place on the axis.
+        replica: this rank's place on all other axes together; 0 comes first.
+        group_name: what torch knows the axis' process group by.
+        shared: whether the mesh has other axes, and all processes: then they make their calls together.
+    """
+
+    device_type: str
+    rows: tuple[tuple[int, ...], ...]
+    rank: int
+    replica: int
+    group_name: str
+    shared: bool
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh, axis: str | None = None) -> MeshAxis:
+        """The axis of a mesh.
+
+        Args:
+            mesh: a 1-D mesh, or an n-D one of which `axis` is used; a slice of a larger mesh will do.
+            axis: name of the mesh axis; needed if the mesh has several.
+
+        Raises:
+            TpCompileError: the mesh has several axes, and none is named, or another.
+        """
+        if mesh.ndim > 1 and axis is None:
+            raise TpCompileError(
+                f"A mesh of {mesh.ndim} dimensions needs the name of one.",
+                where=f"mesh dimensions {mesh.mesh_dim_names}",
+                todo="Pass axis=..., or slice the mesh, as in mesh['tp'].",
+            )
+        _say_farewell()
+        rows = _rows(mesh, axis).sort(dim=1).values
+        replica, rank = (rows == dist.get_rank()).nonzero()[0].tolist()
+        shared = mesh.ndim > 1 and mesh.size() == dist.get_world_size()
+        name = mesh.get_group(axis).group_name
+        return cls(mesh.device_type, tuple(map(tuple, rows.tolist())), rank, replica, name, shared)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks of the axis; asked for each time, for the reason above."""
+        return _resolve_process_group(self.group_name)  # type: ignore[arg-type]
+
+
+def _rows(mesh: DeviceMesh, axis: str | None) -> Tensor:
+    """Global ranks, one row for each instance of the axis in the whole mesh."""
+    root = mesh._get_root_mesh()  # a slice knows its own row only, and new_group needs all of them
+    names = root.mesh_dim_names or ()
+    wanted = axis or (mesh.mesh_dim_names or ("",))[0]
+    if wanted in names:
+        grid = root.mesh.movedim(names.index(wanted), -1)
+        return grid.reshape(-1, grid.shape[-1])
+    if mesh.ndim > 1:
+        raise TpCompileError(f"The mesh has no dimension {axis!r}.", where=f"mesh dimensions {names}")
+    return mesh.mesh.reshape(1, -1)  # no names, or a flattened axis
+
+
+@functools.cache
+def _say_farewell() -> None:
+    """At exit, lets other threads run for a moment: a mesh of the user's may still hold a gloo group.
+
+    Its thread frees the last collective's tensors after that has ended, and has to take the interpreter's
+    lock for that, which aborts the process once the interpreter has begun to end.
+    """
+    atexit.register(time.sleep, _FAREWELL)

@@ -1,0 +1,57 @@
+"""Copies a sharded model: its weights and configuration are the copy's own, what was compiled is shared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .guards import guard_submodules, without_guards
+from .make_program import bind_program
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .runtime import Runtime
+
+
+def copy_model(model: nn.Module, runtime: Runtime, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of a sharded model.
+
+    Args:
+        model: the sharded model.
+        runtime: its runtime.
+        memo: ``copy.deepcopy``'s.
+    """
+    kind: Any = type(model)
+    with without_guards(model), _as_original(model, runtime):
+        copied: nn.Module = copy.deepcopy(model, memo)
+    own = replace(
+        runtime,
+        programs=[],
+        caches=dict(runtime.caches),
+        composed=set(runtime.composed),
+        hooks=list(runtime.hooks),
+        settings=Settings(copied, runtime.settings.number()),
+    )
+    copied._tp = own  # type: ignore[assignment]
+    copied.__class__ = kind
+    guard_submodules(copied)
+    own.programs = [bind_program(program, copied, own.compiler.rank) for program in runtime.programs]
+    return copied
+
+
+@contextmanager
+def _as_original(model: nn.Module, runtime: Runtime) -> Iterator[None]:
+    """Takes the runtime away from a model, and gives it its original class."""
+    kind: Any = type(model)
+    del model.__dict__["_tp"]
+    model.__class__ = runtime.original
+    try:
+        yield
+    finally:
+        model.__class__ = kind
+        model.__dict__["_tp"] = runtime

@@ -1,0 +1,159 @@
+"""What a sharded model does otherwise than transformers when it generates: ranks must take the same steps.
+
+The loop, the sampling and the cache objects are transformers' own. Every rank runs them on whole logits,
+which are bitwise equal on all ranks, so that equal calls choose equal tokens; the caches hold each rank's
+heads.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tpcompile.capture.caches.register import is_cache
+from tpcompile.errors import TpCompileError
+from tpcompile.ranks.agree import compare, from_first
+from tpcompile.ranks.compare_calls import describe_value
+
+from .module import ShardedModule
+from .runtime import Runtime
+
+_REFUSED = ("offloaded", "quantized", "paged")
+
+
+class ShardedGeneration(ShardedModule):
+    """Mixed into the class of a parallelised model that generates."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates as the model's own ``generate``, with its arguments, on all ranks of the mesh together.
+
+        Every rank must make the same call. Where tokens are drawn at random, rank 0's random state is
+        everybody's, before and after; set its seed for reproducible tokens.
+
+        Raises:
+            TpCompileError: on all ranks, if the calls differ, or ask for a cache that cannot be divided.
+        """
+        group = self._tp.compiler.group
+        original: Callable[..., Any] = super().generate  # type: ignore[misc]
+        call = _arguments(original, args, kwargs)
+        compare(group, "calls of generate", _describe(call))
+        self._refuse(call)
+        if self._may_sample(call):
+            share_random_state(group, self._device())
+        return original(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching has a paged cache of its own.
+
+        Raises:
+            TpCompileError: always.
+        """
+        raise TpCompileError(
+            "a sharded model cannot do continuous batching", todo="use generate with a batch of prompts"
+        )
+
+    def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        """What transformers calls for the steps after the first, with a static cache on a GPU."""
+        config = compile_config or self._default_compile_config()
+        options = config.to_dict()
+
+        def compiled_call(*args: Any, **kwargs: Any) -> Any:
+            with compiling(self._tp, options):
+                return self(*args, **kwargs)
+
+        return compiled_call
+
+    def _default_compile_config(self) -> Any:
+        from transformers import CompileConfig
+
+        config = getattr(super(), "_default_compile_config", CompileConfig)()
+        if config.mode == "reduce-overhead" and dist.get_backend(self._tp.compiler.group) != "nccl":
+            config.mode = "default"  # a CUDA graph cannot hold collectives that pass through the host
+        return config
+
+    def _get_static_cache_init_shape(self) -> None:
+        """A static cache is made by the first program that writes to it: with this rank's heads."""
+
+    def _refuse(self, call: Mapping[str, Any]) -> None:
+        configs = (call.get("generation_config"), self.generation_config)
+        kinds = [call.get("cache_implementation"), *(_get(c, "cache_implementation") for c in configs)]
+        kind = next((k for k in kinds if k is not None), "")
+        if any(word in kind for word in _REFUSED):
+            raise TpCompileError(
+                f"a sharded model cannot use a cache of the kind {kind!r}",
+                where="generate(cache_implementation=...)",
+                todo='use "dynamic" or "static", or pass use_cache=False',
+            )
+        cache = call.get("past_key_values")
+        if cache is not None and not is_cache(cache):
+            raise TpCompileError(
+                f"a {type(cache).__name__} cannot be taken apart, and would go stale",
+                where="generate(past_key_values=...)",
+                todo="give a DynamicCache or a StaticCache, or pass use_cache=False",
+            )
+
+    def _may_sample(self, call: Mapping[str, Any]) -> bool:
+        configs = (call.get("generation_config"), self.generation_config)
+        asked = call.get("do_sample")
+        return bool(asked) if asked is not None else any(_get(c, "do_sample") for c in configs)
+
+    def _device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def compiling(runtime: Runtime, options: dict[str, Any]) -> Iterator[None]:
+    """Runs a model's programs under torch.compile for a while."""
+    before = runtime.compile_options
+    runtime.compile_options = options
+    try:
+        yield
+    finally:
+        runtime.compile_options = before
+
+
+def share_random_state(group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Gives every rank the first rank's random state, of the CPU and of the device."""
+    module = None if device.type in ("cpu", "meta") else torch.get_device_module(device.type)
+
+    def state() -> list[Tensor]:
+        return [torch.get_rng_state()] + ([] if module is None else [module.get_rng_state(device)])
+
+    states = from_first(group, state, "share its random state")
+    torch.set_rng_state(states[0])
+    if module is not None:
+        module.set_rng_state(states[1], device)
+
+
+def _arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name; models call the first ones of ``generate`` as they like."""
+    signature = inspect.signature(function)
+    found: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        further = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        found |= value if further else {name: value}
+    return found
+
+
+def _describe(call: Mapping[str, Any]) -> list[str]:
+    """A call as text: a line per argument, tensors by their contents."""
+    return [f"{name}: {_describe_value(value)}" for name, value in call.items()]
+
+
+def _describe_value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__} {[_describe_value(v) for v in value]}"
+    if hasattr(value, "to_json_string"):  # a configuration, which may hold tensors
+        public = sorted((key, v) for key, v in vars(value).items() if not key.startswith("_"))
+        return str([(key, _describe_value(v)) for key, v in public])
+    return describe_value(value)
+
+
+def _get(config: Any, name: str) -> Any:
+    return getattr(config, name, None)

@@ -1,0 +1,267 @@
+"""Submodules of a sharded model that are called on their own, as ``generate`` calls an encoder.
+
+Their weights are this rank's slices, so that their own forward would compute something else. Each call of
+one from outside of a program runs a program of its own over the same weights: the model, entered there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import CodeType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.calls import CallSignature, signature_of
+from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.weights.gather import is_whole
+
+from .watched_module import ENTRY, FixedModule
+
+if TYPE_CHECKING:
+    from .runtime import Runtime
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A place where a model can be called: itself (path ``""``), or one of its submodules.
+
+    Attributes:
+        path: the submodule's name.
+        signature: that of its forward.
+        original: its class before it was sharded.
+    """
+
+    path: str
+    signature: CallSignature
+    original: type[nn.Module]
+
+
+@dataclass(frozen=True)
+class _Guard:
+    """What a guarded submodule knows.
+
+    Attributes:
+        entry: itself.
+        root: the model that it belongs to.
+        lifted: a forward that was set on the instance, which would come before the class's.
+    """
+
+    entry: Entry
+    root: nn.Module
+    lifted: Any = None
+
+
+class GuardedModule(FixedModule):
+    """Mixed into the class of a sharded model's submodule."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        raise TpCompileError(
+            "a part of a sharded model cannot be copied: it holds slices, and its programs are the model's",
+            where=self.__dict__[ENTRY].entry.path,
+            todo="copy the whole model",
+        )
+
+
+@functools.cache
+def guarded_class(original: type[nn.Module]) -> type[nn.Module]:
+    """A subclass whose forward runs a program if the module's weights are divided."""
+
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        guard: _Guard = self.__dict__[ENTRY]
+        runtime: Runtime = guard.root._tp  # type: ignore[assignment]
+        if guard.entry.path in runtime.divided or guard.entry.path in runtime.pieces:
+            return runtime.call(guard.root, args, kwargs, guard.entry)
+        return _original(self, guard)(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+    body = {"forward": forward, "__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original.__name__, (GuardedModule, original), body)
+
+
+def _original(module: nn.Module, guard: _Guard) -> Callable[..., Any]:
+    """A guarded module's own forward."""
+    return guard.lifted or functools.partial(guard.entry.original.forward, module)
+
+
+def original_call(
+    root: nn.Module, original: type[nn.Module], path: str, signature: CallSignature, bound: dict[str, Any]
+) -> Any:
+    """Runs the python code of a module; its parts run programs of their own."""
+    args, kwargs = signature.unbind(bound)
+    if not path:
+        return original.forward(root, *args, **kwargs)
+    module = root.get_submodule(path)
+    return _original(module, module.__dict__[ENTRY])(*args, **kwargs)
+
+
+def guard_submodules(root: nn.Module) -> None:
+    """Guards every submodule; the runtime says which of them have divided weights in them."""
+    for path, module in root.named_modules():
+        if path and not isinstance(module, torch.jit.ScriptModule):
+            entry = Entry(path, signature_of(module), type(module))
+            module.__dict__[ENTRY] = _Guard(entry, root, module.__dict__.pop("forward", None))
+            kind: Any = type(module)
+            module.__class__ = guarded_class(kind)
+
+
+def divided_paths(root: nn.Module, layout: WeightLayout) -> frozenset[str]:
+    """The paths of all modules with a divided parameter or buffer in them; tied ones count everywhere."""
+    found: set[str] = set()
+    slices = _slices(root, layout)
+    for path, module in root.named_modules(remove_duplicate=False):
+        if any(id(t) in slices for t in _held(module)):
+            parts = path.split(".") if path else []
+            found |= {".".join(parts[:i]) for i in range(len(parts) + 1)}
+    return frozenset(found)
+
+
+def _slices(root: nn.Module, layout: WeightLayout) -> set[int]:
+    """The identities of all tensors of which this rank has a part."""
+    divided = {name for name, param in layout.params.items() if not is_whole(param)}
+    return {id(t) for n, t in [*root.named_parameters(), *root.named_buffers()] if n in divided}
+
+
+def _held(module: nn.Module) -> list[torch.Tensor | None]:
+    """What a module holds itself."""
+    return [*module._parameters.values(), *module._buffers.values()]
+
+
+def _read(module: nn.Module) -> list[torch.Tensor | None]:
+    """What a module's python may read: what it holds, and what it names of its children's."""
+    kind: Any = type(module)
+    names = _names_in(kind)
+    tables = [table for child in module.children() for table in (child._parameters, child._buffers)]
+    return [*_held(module), *(t for table in tables for name, t in table.items() if name in names)]
+
+
+@functools.cache
+def _names_in(kind: Any) -> frozenset[str]:
+    """The names in a class's forward, in the functions inside of it, and in the methods that these name.
+
+    What every module has (``parameters``, ``train``) is not looked into.
+    """
+    found: set[str] = set()
+    codes = _codes(kind.forward)
+    while codes:
+        code = codes.pop()
+        new = set(code.co_names) - found
+        found |= new
+        codes += [
+            c for name in new if not hasattr(nn.Module, name) for c in _codes(getattr(kind, name, None))
+        ]
+        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+    return frozenset(found)
+
+
+def _codes(method: Any) -> list[CodeType]:
+    """The code of a method, if it is written in python."""
+    code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+    return [] if code is None else [code]
+
+
+def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:
+    """The paths of all modules with matrices in them of which nobody has decided where they lie."""
+    found: set[str] = set()
+    for name, param in root.named_parameters():
+        if param.ndim > 1 and (layout is None or name in layout.open):
+            parts = name.split(".")[:-1]
+            found |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
+    return frozenset(found)
+
+
+def can_compose(root: nn.Module, path: str, layout: WeightLayout | None) -> bool:
+    """Whether a module's python can run over its parts: it reads no slices itself."""
+    slices = set() if layout is None else _slices(root, layout)
+    return not any(id(t) in slices for t in _read(root.get_submodule(path)))
+
+
+def names_read(root: nn.Module, paths: Iterable[str]) -> frozenset[str]:
+    """The names of all parameters that modules that run as python may read themselves."""
+    own = {id(t) for path in paths for t in _read(root.get_submodule(path)) if t is not None}
+    return frozenset(name for name, t in root.named_parameters(remove_duplicate=False) if id(t) in own)
+
+
+def keep_whole(layout: WeightLayout, names: frozenset[str]) -> WeightLayout:
+    """A layout in which no later program divides these parameters."""
+    return replace(layout, open=tuple(name for name in layout.open if name not in names))
+
+
+@contextmanager
+def without_guards(root: nn.Module) -> Iterator[None]:
+    """Gives submodules their own classes back, so that the model can be captured."""
+    guards = [(m, type(m), m.__dict__[ENTRY]) for m in root.modules() if ENTRY in m.__dict__]
+    for module, _, guard in guards:
+        del module.__dict__[ENTRY]
+        module.__class__ = guard.entry.original
+        if guard.lifted is not None:
+            module.__dict__["forward"] = guard.lifted
+    try:
+        yield
+    finally:
+        for module, kind, guard in guards:
+            module.__dict__.pop("forward", None)
+            module.__dict__[ENTRY] = guard
+            module.__class__ = kind
+
+
+@contextmanager
+def entered(root: nn.Module, path: str) -> Iterator[None]:
+    """Lets a call of the model be a call of one of its submodules, without that module's hooks.
+
+    The hooks run around the program, where the caller sees them; traced, they would run again inside.
+    """
+    module = root.get_submodule(path)
+    hooks = {name: module.__dict__[name] for name in _HOOKS}
+    own_class = type(root)
+    module.__dict__.update({name: OrderedDict() for name in _HOOKS})
+    if path:
+        root.__class__ = _entered_class(own_class, type(module), path)
+    try:
+        yield
+    finally:
+        root.__class__ = own_class
+        module.__dict__.update(hooks)
+
+
+def hooks_below(root: nn.Module, path: str, hooks: list[tuple[str, str, int]]) -> bool:
+    """Whether hooks are there on modules inside of the one at ``path``."""
+    return any(
+        (not path or place.startswith(path + ".")) and key in root.get_submodule(place).__dict__[table]
+        for place, table, key in hooks
+    )
+
+
+@contextmanager
+def without_hooks(root: nn.Module, hooks: list[tuple[str, str, int]]) -> Iterator[None]:
+    """Takes away hooks: they run where the caller sees them, and are no part of what is captured."""
+    tables = {(path, table): root.get_submodule(path).__dict__[table] for path, table, _ in hooks}
+    before = {place: list(table.items()) for place, table in tables.items()}
+    for path, table, key in hooks:
+        tables[path, table].pop(key, None)
+    try:
+        yield
+    finally:
+        for place, items in before.items():
+            tables[place].clear()
+            tables[place].update(items)
+
+
+def _entered_class(root: type[nn.Module], entry: type[nn.Module], path: str) -> type[nn.Module]:
+    @functools.wraps(entry.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.get_submodule(path)(*args, **kwargs)
+
+    # The name is part of what captures on disk are found by.
+    body = {"forward": forward, "__module__": root.__module__, "__qualname__": f"{root.__qualname__}:{path}"}
+    return cast(type[nn.Module], type(root.__name__, (root,), body))

@@ -1,0 +1,162 @@
+"""Makes a program that a rank can run out of what was compiled for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from tpcompile.capture.export.captured import Captured, InputSpec
+from tpcompile.capture.export.size_check import size_check
+from tpcompile.capture.held_caches import Held, held_outputs
+from tpcompile.capture.repeats.capture_repeated import whole_outputs
+from tpcompile.compile_program import Compiled
+from tpcompile.ir.calls import flatten_call
+from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.lowering.local_shapes import LocalShapes
+from tpcompile.lowering.lower_graph import SOURCE
+from tpcompile.weights.shard import tensors_by_name
+from tpcompile.work import Source, Work
+
+from .fetch_inputs import Feed, Fetch, make_fetch
+from .program import Program, autocast_of
+
+
+def make_program(
+    model: nn.Module, compiled: Compiled, bound: dict[str, Any], path: str, rank: int, settings: int
+) -> Program:
+    """The program of a rank.
+
+    Args:
+        model: the sharded model, with this rank's slices.
+        compiled: what was compiled for the call.
+        bound: the call.
+        path: the submodule that is called, "" for the model itself.
+        rank: this rank.
+        settings: the number of the model's present settings.
+    """
+    leaves, _ = flatten_call(bound)
+    captured = local_extents(compiled, rank)
+    outlined: tuple[GraphModule, Fetch] | None = None
+    if compiled.outlined is not None:
+        fetch = make_fetch(make_feeds(model, compiled, compiled.outlined, rank))
+        outlined = compiled.outlined, fetch
+    return Program(
+        compiled=compiled,
+        captured=captured,
+        graph_module=compiled.local,
+        plan=compiled.plan,
+        training=model.get_submodule(path).training,
+        autocast=autocast_of(leaves),
+        names=tuple(bound),
+        example=tuple(x.to("meta") if isinstance(x, Tensor) else x for x in leaves),
+        feeds=make_feeds(model, compiled, compiled.local, rank),
+        mutated=_mutated(model, compiled),
+        check=size_check(captured),
+        entry=path,
+        outlined=outlined,
+        settings=settings,
+        differentiable=compiled.differentiable,
+    )
+
+
+def bind_program(program: Program, model: nn.Module, rank: int) -> Program:
+    """The same program over the weights of another model, a copy of its own one.
+
+    Args:
+        program: a rank's program.
+        model: the copy.
+        rank: the rank.
+    """
+    compiled, outlined = program.compiled, program.outlined
+    if outlined is not None:
+        outlined = outlined[0], make_fetch(make_feeds(model, compiled, outlined[0], rank))
+    return replace(
+        program,
+        feeds=make_feeds(model, compiled, compiled.local, rank),
+        mutated=_mutated(model, compiled),
+        outlined=outlined,
+        steps={},
+    )
+
+
+def _mutated(model: nn.Module, compiled: Compiled) -> tuple[Feed, ...]:
+    """Where the buffers are that a program changes."""
+    places = tensors_by_name(model)
+    return tuple(Feed(*places[name]) for name in _overwritten(compiled))
+
+
+def _overwritten(compiled: Compiled) -> list[str]:
+    outputs = compiled.planned.captured.outputs
+    return [o.name for o in outputs if o.kind == "buffer_mutation"]
+
+
+def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: int) -> tuple[Feed | int, ...]:
+    """Where each placeholder of a rank's graph gets its value."""
+    places = tensors_by_name(model)
+    work, layout = compiled.planned, compiled.plan.layout
+    leaves = {spec.name: i for i, spec in enumerate(work.captured.user_inputs)}
+    overwritten = set(_overwritten(compiled))
+
+    def feed(source: Source) -> Feed | int:
+        name = source.spec.name
+        if source.spec.kind == "user":
+            return leaves[name]
+        if source.spec.kind == "constant":
+            return Feed(None, name, work.captured.constants[name])
+        if source.order < 0:
+            return Feed(*places[name], overwritten=name in overwritten)
+        dim = layout.params[name].packed_dim
+        sizes = [s[dim] for s in layout.segment_shapes(name, rank)]
+        if source.count == len(sizes):
+            return Feed(*places[name])
+        mine = sizes[source.order : source.order + source.count]
+        return Feed(*places[name], segment=(dim, sum(sizes[: source.order]), sum(mine)))
+
+    return tuple(feed(node.meta[SOURCE]) for node in local.graph.find_nodes(op="placeholder"))
+
+
+def hand_out(planned: Work) -> dict[str, Held]:
+    """How the caches that a program returns lie."""
+    factors = planned.planned_factors
+    assert factors is not None, "the program must be planned"
+    placements = planned.handed_out(factors)
+    results = planned.outputs()
+    if planned.blocks is None:
+        every = [(spec.name, at) for at, spec in enumerate(planned.captured.outputs)]
+    else:
+        every = [(derived.name, derived.output) for derived in planned.blocks.results]
+    named = [(name, out) for name, at in every if isinstance(out := results[at], Node) and out in placements]
+    return held_outputs(named, factors, placements)
+
+
+def local_extents(compiled: Compiled, rank: int) -> Captured:
+    """The captured program, with the sizes of given caches as a rank holds them."""
+    work = compiled.planned
+    factors = work.planned_factors
+    assert factors is not None, "the program must be planned"
+    shapes = LocalShapes(factors, work.axes, WeightLayout(work.axes, {}).coordinates(rank))
+    local = {
+        work.sources[n].spec.name: shapes.shape(n, placements)
+        for n, placements in work.given(factors).items()
+    }
+    inputs, outputs = work.captured.inputs, work.captured.outputs
+    if work.blocks is not None:
+        local |= {leaf: local[twin] for (twin, _), leaf in work.blocks.leaves.items() if twin in local}
+        inputs = (*(spec for spec in inputs if spec.kind != "user"), *work.blocks.users)
+        outputs = whole_outputs(work.captured)
+
+    def adapt(spec: InputSpec) -> InputSpec:
+        sizes = local.get(spec.name)
+        if sizes is None or spec.extents is None:
+            return spec
+        extents = tuple(
+            size if isinstance(size, int) else extent
+            for size, extent in zip(sizes, spec.extents, strict=True)
+        )
+        return replace(spec, extents=extents)
+
+    own = {f.name: getattr(work.captured, f.name) for f in fields(Captured)}
+    return Captured(**{**own, "inputs": tuple(map(adapt, inputs)), "outputs": outputs})

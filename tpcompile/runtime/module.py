@@ -1,0 +1,151 @@
+"""What a sharded model can do beyond the original: capture, print, show its plan, give its weights back."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.print_graph import graph_text
+from tpcompile.planner.plan import Plan
+from tpcompile.weights.dcp import sharded_state_dict
+from tpcompile.weights.gather import full_state_dict
+
+from .clip_gradients import clip_gradients
+from .copy_model import copy_model
+from .program import Program
+from .runtime import Runtime
+from .watched_module import FixedModule
+
+
+class ShardedModule(FixedModule):
+    """Mixed into the class of a parallelised model; everything else is the original's."""
+
+    _tp: Runtime
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the last program.
+
+        Raises:
+            TpCompileError: nothing was captured yet.
+        """
+        return self._last().plan
+
+    @property
+    def graph_module(self) -> GraphModule:
+        """This rank's lowered graph of the last program: local shapes and collectives."""
+        return self._last().graph_module
+
+    @property
+    def programs(self) -> list[Program]:
+        """One program per call signature, of the model and of submodules called alone, as they came."""
+        return list(self._tp.programs)
+
+    def capture(self, *args: Any, **kwargs: Any) -> Program:
+        """Compiles a program for these arguments over the same weights, without running it.
+
+        Raises:
+            TpCompileError: the call cannot be captured or planned; the model is unchanged.
+        """
+        return self._tp.capture(self, self._tp.bind(args, kwargs))
+
+    def print_graph(self) -> None:
+        """Prints the last program: global shapes, placements, collectives."""
+        print(graph_text(self._last().compiled.rewritten.graph))
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The ordinary state dict, unsharded, with the original names, on every rank.
+
+        All ranks must call it. It holds the whole model once per rank.
+        """
+        return full_state_dict(self, self._tp)
+
+    def sharded_state_dict(self, *, tied: bool = True) -> dict[str, Any]:
+        """The state dict for ``torch.distributed.checkpoint``: slices that know the whole they belong to.
+
+        ``dcp.save(model.sharded_state_dict(), checkpoint_id=...)`` writes a checkpoint that any number of
+        ranks, and the model before it was sharded, can load; loading is in place. See ``checkpoint``.
+
+        Args:
+            tied: whether a tied parameter comes under each of its names, as the unsharded model wants it, or
+                only under the first.
+        """
+        return sharded_state_dict(self, self._tp, tied)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        token: Any = None,
+        save_peft_format: bool = True,
+        save_original_format: bool = True,
+        distributed_checkpoint: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Writes an ordinary checkpoint, which transformers and ``tpcompile.from_pretrained`` can load.
+
+        All ranks must call it; the first one writes. No rank ever holds more than a parameter as a whole,
+        and what was in the folder before stays intact until the new checkpoint is complete.
+
+        Args:
+            save_directory: the folder; whatever else lies in it stays.
+            is_main_process: whether this rank may write; the first that may does.
+            state_dict: refused, as ``push_to_hub`` and ``distributed_checkpoint`` are.
+            push_to_hub: refused.
+            max_shard_size: the size of a file, in bytes or such as ``"5GB"``.
+            variant: writes ``model.<variant>.safetensors``.
+            token: without meaning, as there is no upload.
+            save_peft_format: without meaning, as models with adapters are refused.
+            save_original_format: whether keys and tensors get the form back that they were loaded from.
+            distributed_checkpoint: refused.
+            kwargs: refused.
+
+        Raises:
+            TpCompileError: on every rank; it cannot be written, or an argument is refused.
+        """
+        from tpcompile.weights.saving.save_pretrained import Wishes, save_pretrained  # imports transformers
+
+        refused = {"state_dict": state_dict, "push_to_hub": push_to_hub}
+        refused |= {"distributed_checkpoint": distributed_checkpoint, **kwargs}
+        wishes = Wishes(is_main_process, max_shard_size, variant, save_original_format, refused)
+        save_pretrained(self, self._tp, save_directory, wishes)
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """``torch.nn.utils.clip_grad_norm_`` over the whole gradients, of which ranks hold slices.
+
+        All ranks must call it. torch's own function would take the norm of this rank's slices.
+
+        Args:
+            max_norm: the largest norm that is left as it is.
+            norm_type: 2 for the Euclidean norm, ``inf`` for the largest absolute value, ...
+            error_if_nonfinite: whether an infinite norm, or one that is no number, is an error.
+
+        Returns:
+            The norm of all gradients together, before they were scaled; the same on all ranks.
+
+        Raises:
+            RuntimeError: the norm is not finite, and that was to be an error.
+        """
+        return clip_gradients(self, self._tp, max_norm, norm_type, error_if_nonfinite)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return copy_model(self, self._tp, memo)
+
+    def _last(self) -> Program:
+        own = [program for program in self._tp.programs if not program.entry]
+        if not own:
+            raise TpCompileError(
+                "nothing was captured yet",
+                todo="call the model, or model.capture(...), or give example_args to parallelize",
+            )
+        return own[-1]

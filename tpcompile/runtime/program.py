@@ -1,0 +1,142 @@
+"""One call signature of a sharded model: this rank's graph, what it is for, and how it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from tpcompile.capture.export.captured import Captured
+from tpcompile.capture.export.size_check import Check
+from tpcompile.compile_program import Compiled
+from tpcompile.planner.plan import Plan
+
+from .compile_step import Step, compile_step, mark_open_sizes
+from .fetch_inputs import Feed, Fetch, make_fetch
+
+
+@dataclass
+class Program:
+    """One call signature of a sharded model.
+
+    Attributes:
+        compiled: the program at global shapes, planned and rewritten.
+        captured: what it was captured from, the sizes of caches as this rank holds them.
+        graph_module: this rank's lowered graph.
+        plan: what was decided.
+        training: ``model.training`` when it was captured.
+        autocast: the autocast type when it was captured, or None; its casts are in the graph.
+        names: the arguments that are given.
+        example: the leaves of the call that it was captured for, tensors without their values.
+        feeds: where each placeholder's value comes from; a number stands for a leaf of the call.
+        mutated: per buffer that the program changes, where it is.
+        entry: the submodule that is called, "" for the model itself.
+        check: whether the sizes of a call's leaves are ones that it runs on.
+        outlined: the graph with repeated layers as calls of a submodule, for ``torch.compile``, and what
+            fetches its inputs; None if no layers repeat often enough.
+        steps: its compiled steps, by torch.compile's options.
+        settings: the number of the model's settings that it was captured under.
+        differentiable: whether gradients through it come out right.
+        seen: whether ranks have compared the arguments of a call of it.
+    """
+
+    compiled: Compiled
+    captured: Captured
+    graph_module: GraphModule
+    plan: Plan
+    training: bool
+    autocast: torch.dtype | None
+    names: tuple[str, ...]
+    example: tuple[Any, ...]
+    feeds: tuple[Feed | int, ...]
+    mutated: tuple[Feed, ...]
+    check: Check
+    entry: str = ""
+    outlined: tuple[GraphModule, Fetch] | None = None
+    steps: dict[str, Step] = field(default_factory=dict)
+    settings: int = 0
+    differentiable: bool = True
+    seen: bool = False
+
+    def __post_init__(self) -> None:
+        self.fetch = make_fetch(self.feeds)
+
+    def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
+        """Whether a call is one of this program's, by its structure apart; dynamo can trace it."""
+        if names != self.names or training != self.training or len(leaves) != len(self.example):
+            return False
+        if autocast_of(leaves) != self.autocast:
+            return False
+        for given, mine in zip(leaves, self.example, strict=True):
+            if isinstance(mine, Tensor) != isinstance(given, Tensor):
+                return False
+            if isinstance(mine, Tensor):
+                if given.dtype != mine.dtype or given.ndim != mine.ndim:
+                    return False
+            elif type(given) is not type(mine) or given != mine:
+                return False
+        return self.check(leaves) and (self.differentiable or not self._is_differentiated(leaves))
+
+    def _is_differentiated(self, leaves: Sequence[Any]) -> bool:
+        """Whether gradients of a call will be asked for."""
+        if not torch.is_grad_enabled():
+            return False
+        weights = (getattr(f.module, f.name) for f in self.feeds if isinstance(f, Feed) and f.module)
+        return any(isinstance(x, Tensor) and x.requires_grad for x in (*weights, *leaves))
+
+    def run(
+        self, leaves: Sequence[Any], bound: Mapping[str, Any], options: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs this rank's graph, rebuilds the model's output and updates the caches of the call.
+
+        Args:
+            leaves: the call, flat.
+            bound: the call.
+            options: torch.compile's, if the graph is to run under it.
+        """
+        given = [x.contiguous() if isinstance(x, Tensor) else None for x in leaves]
+        if options is None or torch.compiler.is_compiling():
+            return self.captured.unflatten(self.step(given), bound)
+        key = repr(sorted(options.items()))
+        if key not in self.steps:
+            mark_open_sizes(self.captured, given)
+            self.steps[key] = compile_step(self.step, f"step_{id(self)}", options)
+        return self.captured.unflatten(self.steps[key](given), bound)
+
+    def step(self, given: Sequence[Any]) -> Sequence[Any]:
+        """Runs this rank's graph on the tensors of a call; the flat results."""
+        graph_module, fetch = self.graph_module, self.fetch
+        # What is asked of the sizes must be known to dynamo before the first layer, which stands for others.
+        if self.outlined is not None and torch.compiler.is_dynamo_compiling() and self.check(given):
+            graph_module, fetch = self.outlined
+        # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
+        flat: Sequence[Any] = graph_module.forward(*fetch(given))
+        if self.mutated:
+            for feed, new in zip(self.mutated, flat[len(flat) - len(self.mutated) :], strict=True):
+                with torch.no_grad():
+                    feed.get().copy_(new)
+        return flat
+
+    def __str__(self) -> str:
+        arguments = ", ".join(
+            f"{spec.name}: {'x'.join(map(str, spec.extents))}"
+            if spec.extents is not None
+            else f"{spec.name}={spec.value}"
+            for spec in self.captured.user_inputs
+        )
+        return f"{self.entry}({arguments}) {'train' if self.training else 'eval'}"
+
+
+def autocast_of(leaves: Sequence[Any]) -> torch.dtype | None:
+    """The autocast type that is on for a call's device, or None."""
+    device = device_of(leaves)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def device_of(leaves: Sequence[Any]) -> str:
+    """The device type of a call."""
+    return next((x.device.type for x in leaves if isinstance(x, Tensor)), "cpu")

@@ -1,0 +1,358 @@
+"""A sharded model at work: its programs, its weights, and how a call finds its program."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import TreeSpec
+
+from tpcompile.capture.caches.layers import is_count
+from tpcompile.capture.divide_caches import divide_caches, whole_caches
+from tpcompile.capture.held_caches import Held
+from tpcompile.compile_program import Compiled, Compiler
+from tpcompile.errors import CannotCapture, OnlyInParts, TpCompileError
+from tpcompile.ir.calls import CallSignature, flatten_call, leaf_names
+from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.ranks.compare_calls import can_compare, compare_call, compare_weights
+from tpcompile.weights.shard import (
+    shard_more_weights,
+    shard_weights,
+    tensors_by_name,
+    unsharded,
+    whole_tensors,
+)
+
+from .guards import (
+    Entry,
+    can_compose,
+    divided_paths,
+    entered,
+    hooks_below,
+    keep_whole,
+    names_read,
+    open_paths,
+    original_call,
+    without_guards,
+    without_hooks,
+)
+from .make_program import hand_out, make_program
+from .program import Program, device_of
+from .settings import Settings
+
+
+@dataclass
+class Runtime:
+    """Everything that a sharded module knows beyond the original one.
+
+    Attributes:
+        compiler: makes programs for this model on this mesh.
+        signature: the original forward's.
+        original: the original class of the module.
+        layout: where the weights lie; None until the first program decides it.
+        programs: one per call signature.
+        caches: how tensors lie that programs handed out to be given back, by name.
+        divided: the paths of modules with divided weights in them.
+        composed: the modules, with the arguments given, that run as python over their parts.
+        pieces: the paths of modules that get programs under them although nothing of them is divided yet.
+        compile_options: torch.compile's for every program, or None to run them as they are.
+        compare_calls: compare every call over the ranks, not only a program's first one.
+        hooks: where hooks were registered on submodules: path, table of hooks, and key.
+        running: how many calls are being worked on: what the model's own code changes is no new setting.
+    """
+
+    compiler: Compiler
+    signature: CallSignature
+    original: type[nn.Module]
+    settings: Settings
+    layout: WeightLayout | None = None
+    programs: list[Program] = field(default_factory=list)
+    caches: dict[str, Held] = field(default_factory=dict)
+    divided: frozenset[str] = frozenset()
+    composed: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
+    pieces: frozenset[str] = frozenset()
+    compile_options: dict[str, Any] | None = None
+    compare_calls: bool = False
+    hooks: list[tuple[str, str, int]] = field(default_factory=list)
+    running: int = 0
+
+    def call(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
+    ) -> Any:
+        """Runs a call of the model, or of a submodule, on its program, captured if there is none."""
+        bound = self.bind(args, kwargs, entry)
+        path = entry.path if entry is not None else ""
+        leaves, spec = flatten_call(bound)
+        if not torch.compiler.is_dynamo_compiling():
+            _refuse_transforms()
+        self._check_devices(bound, leaves)
+        if self.compare_calls and not self.running and can_compare(leaves):
+            self._compare(model, bound, path, leaves)
+        if self.hooks and hooks_below(model, path, self.hooks):
+            if self.layout is None:
+                self.capture(model, bound, path)  # so that all parts are planned together
+            self._refuse_sliced(model, path)
+            return self._run_parts(model, bound, path, entry)
+        names, training = tuple(bound), model.get_submodule(path).training
+        program = self.find(names, leaves, spec, training, path)
+        if program is None:
+            if (path, names) not in self.composed:
+                answer = _capture_and_run(self, model, bound, path)
+                if answer is not NotImplemented:
+                    return answer
+                return self._try_parts(model, bound, path, entry)
+            return self._run_parts(model, bound, path, entry)
+        if not torch.compiler.is_dynamo_compiling():
+            self._compare_first(program, model, bound, leaves)
+        if program.autocast is None:
+            return program.run(leaves, bound, self.compile_options)
+        with torch.autocast(device_of(leaves), enabled=False):
+            return program.run(leaves, bound, self.compile_options)
+
+    def find(
+        self, names: tuple[str, ...], leaves: Sequence[Any], spec: TreeSpec, training: bool, path: str = ""
+    ) -> Program | None:
+        """The program of a call, of the model or of the submodule at ``path``, if it was captured."""
+        settings = self.settings.number()
+        for program in self.programs:
+            if program.entry == path and program.settings == settings:
+                if program.fits(names, leaves, training) and program.captured.in_spec == spec:
+                    return program
+        return None
+
+    def _run_parts(self, model: nn.Module, bound: dict[str, Any], path: str, entry: Entry | None) -> Any:
+        """Runs the python code of a module; what its parts do to themselves changes no settings."""
+        self.running += 1
+        try:
+            return original_call(model, self.original, path, (entry or self).signature, bound)
+        finally:
+            self.running -= 1
+
+    def _try_parts(self, model: nn.Module, bound: dict[str, Any], path: str, entry: Entry | None) -> Any:
+        """As ``_run_parts``, for a first time: if python fails as well, the call is wrong, not the model."""
+        try:
+            return self._run_parts(model, bound, path, entry)
+        except Exception:
+            self.composed.discard((path, tuple(bound)))
+            self._note_composed(model)
+            raise
+
+    def _note_composed(self, model: nn.Module) -> None:
+        """Notes what follows from what runs as python: which modules get programs, what stays whole."""
+        self.pieces = open_paths(model, self.layout) if self.composed else frozenset()
+        self.compiler.whole = names_read(model, (path for path, _ in self.composed))
+
+    def _check_devices(self, bound: dict[str, Any], leaves: Sequence[Any]) -> None:
+        axis = self.compiler.axis
+        for at, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and axis is not None and leaf.device.type != axis.device_type:
+                name = leaf_names(bound)[at]
+                if is_count(name):  # a tensor without elements
+                    continue
+                raise TpCompileError(
+                    f"the mesh is for {axis.device_type}, {name} is on {leaf.device}",
+                    todo=f"move it to {axis.device_type}",
+                )
+
+    def _refuse_sliced(self, model: nn.Module, path: str) -> None:
+        if not can_compose(model, path, self.layout):
+            raise TpCompileError(
+                "a hook inside of this module cannot run: the module holds slices of weights of its own, so "
+                "that it runs as one program",
+                where=path or type(model).__name__,
+                todo="remove the hook, or register it on this module, or before parallelize",
+            )
+
+    def _compare_first(
+        self, program: Program, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]
+    ) -> None:
+        """Compares a program's first call over the ranks, unless all calls are compared anyway."""
+        if not program.seen and can_compare(leaves):
+            program.seen = True
+            if not self.compare_calls:
+                self._compare(model, bound, program.entry, leaves)
+
+    def _compare(self, model: nn.Module, bound: dict[str, Any], path: str, leaves: Sequence[Any]) -> None:
+        """Compares a call over the ranks; the parts of caches differ."""
+        mode = "train" if model.get_submodule(path).training else "eval"
+        what = f"{path or type(model).__name__} in {mode} mode, gradients {torch.is_grad_enabled()}"
+        named = [(n, x) for n, x in zip(leaf_names(bound), leaves, strict=True) if n not in self.caches]
+        names, values = [n for n, _ in named], [x for _, x in named]
+        compare_call(self.compiler.group, what, names, values)
+
+    def bind(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
+    ) -> dict[str, Any]:
+        """The call as keyword arguments in the order of the signature."""
+        try:
+            return (entry or self).signature.bind(args, kwargs)
+        except ValueError as error:
+            raise TpCompileError(
+                f"the call does not fit the model's forward, which {error}",
+                where=f"{(entry or self).original.__name__}.forward",
+                todo="give the arguments as you would call the model",
+            ) from None
+
+    def capture(self, model: nn.Module, bound: dict[str, Any], path: str = "") -> Program:
+        """Compiles a program for a call; the first one also decides where the weights lie.
+
+        Args:
+            model: the sharded model.
+            bound: the call.
+            path: the submodule that is called, "" for the model itself.
+
+        Raises:
+            TpCompileError: the call cannot be captured, planned or lowered; the model is unchanged.
+        """
+        if self.compiler.options.dynamic is False:
+            self._refuse_new_shapes(bound, path)
+        if self.layout is None:
+            compare_weights(self.compiler.group, whole_tensors(model))
+        self._follow_types(model)
+        with (
+            unsharded(model, self.original, self.layout),
+            without_guards(model),
+            without_hooks(model, self.hooks),
+            entered(model, path),
+            saved_tensors_hooks(_itself, _itself),  # activation checkpointing would count what is traced
+        ):
+            compiled = self.compiler.compile(
+                model, whole_caches(bound, self.caches), self.layout, self.caches
+            )
+        self.caches = {**hand_out(compiled.planned), **self.caches}
+        with torch.inference_mode(False):  # slices that could not be trained, even outside of the mode
+            self.layout = self._divide(model, compiled)
+        self.divided = divided_paths(model, self.layout)
+        self.composed = {(at, names) for at, names in self.composed if can_compose(model, at, self.layout)}
+        self._note_composed(model)
+        settings = self.settings.number()
+        program = make_program(model, compiled, bound, path, self.compiler.rank, settings)
+        self.programs.append(program)
+        return program
+
+    def _divide(self, model: nn.Module, compiled: Compiled) -> WeightLayout:
+        """Cuts the parameters of which a program has decided how they lie; how they lie from now on."""
+        layout = compiled.plan.layout
+        if self.layout is None:
+            shard_weights(model, layout, self.compiler.rank, compiled.planned.custom)
+        else:
+            decided = set(self.layout.open) - set(layout.open)
+            shard_more_weights(model, layout, self.compiler.rank, decided)
+        return keep_whole(layout, self.compiler.whole)
+
+    def try_first(
+        self, model: nn.Module, bound: dict[str, Any], *, optional: bool = False
+    ) -> TpCompileError | None:
+        """Captures a call; returns why it cannot be captured if its parts are to be captured instead.
+
+        Args:
+            model: the model.
+            bound: the call.
+            optional: nobody asked for the call: it need not be one that can be captured.
+
+        Raises:
+            TpCompileError: it is refused for another reason, or is not to be composed.
+        """
+        try:
+            self.capture(model, bound)
+        except TpCompileError as error:
+            if not self._wants_parts(error, True if optional else self.compiler.options.compose):
+                raise
+            return error
+        return None
+
+    def compose(self, model: nn.Module, path: str, names: tuple[str, ...], error: TpCompileError) -> bool:
+        """Whether a call that could not be captured runs as python over the module's parts from now on."""
+        wanted = self._wants_parts(error, self.compiler.options.compose)
+        if not wanted or not can_compose(model, path, self.layout):
+            return False
+        self.composed.add((path, names))
+        self._note_composed(model)
+        if self.layout is not None:
+            self.layout = keep_whole(self.layout, self.compiler.whole)
+        where = f"{path or type(model).__name__}({', '.join(names)})"
+        warnings.warn(
+            f"{where} runs as python over parts that are captured by themselves, because it cannot be "
+            f"captured as a whole: {error}",
+            stacklevel=2,
+        )
+        return True
+
+    @staticmethod
+    def _wants_parts(error: TpCompileError, asked: bool | None) -> bool:
+        """Whether an error, of this rank or of another, says that parts are to be captured instead."""
+        kinds = {True: (CannotCapture, OnlyInParts), None: (OnlyInParts,), False: ()}[asked]
+        return any(isinstance(error, kind) or kind.__name__ in error.what for kind in kinds)
+
+    def _follow_types(self, model: nn.Module) -> None:
+        """Takes note of ``model.to(dtype)``.
+
+        Raises:
+            TpCompileError: the weights have left the mesh's device.
+        """
+        axis = self.compiler.axis
+        if self.layout is None or axis is None:
+            return
+        params = dict(self.layout.params)
+        for name, (module, attribute) in tensors_by_name(model).items():
+            tensor = getattr(module, attribute)
+            if name in params and tensor.device.type not in (axis.device_type, "meta"):
+                raise TpCompileError(
+                    f"the mesh is for {axis.device_type}, a weight is on {tensor.device}",
+                    where=name,
+                    todo=f"move the model back to {axis.device_type}",
+                )
+            if name in params and params[name].dtype != tensor.dtype:
+                params[name] = replace(params[name], dtype=tensor.dtype)
+        self.layout = replace(self.layout, params=params)
+
+    def _refuse_new_shapes(self, bound: dict[str, Any], path: str) -> None:
+        leaves, _ = flatten_call(bound)
+        for program in self.programs:
+            same = program.names == tuple(bound) and len(leaves) == len(program.example)
+            if same and program.entry == path and (why := program.captured.accepts(leaves)) is not None:
+                raise TpCompileError(
+                    f"the call has other shapes than the program was captured for: {why}",
+                    todo="parallelize with dynamic=True, or keep to the captured shapes",
+                )
+
+
+def _refuse_transforms() -> None:
+    """Refuses what does not see through collectives: forward-mode derivatives would be zeros."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed or forward_ad._current_level >= 0:
+        raise TpCompileError(
+            "torch.func and forward-mode derivatives do not see through the collectives of a sharded model",
+            todo="use backward, or torch.autograd.grad",
+        )
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+# Under torch.compile(fullgraph=True) the reason is the error; without fullgraph the graph breaks here.
+@torch.compiler.disable(reason="no program was captured for this call: call model.capture(...) with it first")
+def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], path: str) -> Any:
+    if runtime.layout is not None and runtime.caches:
+        divide_caches(bound, runtime.caches, runtime.layout, runtime.compiler.rank)
+    leaves, spec = flatten_call(bound)
+    training = model.get_submodule(path).training
+    program = runtime.find(tuple(bound), leaves, spec, training, path)
+    if program is None:
+        try:
+            program = runtime.capture(model, bound, path)
+        except TpCompileError as error:
+            empty = not path and not any(isinstance(leaf, Tensor) for leaf in leaves)
+            if empty or not runtime.compose(model, path, tuple(bound), error):
+                raise
+            return NotImplemented
+    runtime._compare_first(program, model, bound, leaves)
+    with torch.autocast(device_of(leaves), enabled=False):
+        return program.run(leaves, bound, runtime.compile_options)

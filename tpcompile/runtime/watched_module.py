@@ -1,0 +1,142 @@
+"""What all modules of a sharded model have in common: changes that programs would not notice are noticed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import Tensor, nn
+
+from tpcompile.errors import TpCompileError
+
+from .settings import is_setting
+
+if TYPE_CHECKING:
+    from .runtime import Runtime
+
+ENTRY = "_tp_entry"
+"""The attribute by which a submodule of a sharded model knows its place in it."""
+
+_TABLES = ("_parameters", "_buffers")
+
+
+class FixedModule(nn.Module):
+    """Mixed into the classes of a sharded model and of its submodules.
+
+    Programs hold the layers that were there when they were captured, and what their code has computed from
+    attributes. Layers cannot be replaced; other attributes can, and select other programs.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = self.__dict__
+        if self._place() is not None:
+            if isinstance(value, nn.Module) and value is not self._modules.get(name):
+                self._refuse_change(name)
+            if any(name in own[table] for table in _TABLES):
+                self._refuse_other_size(name, value)
+            elif name in own and is_setting(name, own[name], value):
+                self._report(name, own[name], value)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        tables = (self._modules, self._parameters, self._buffers)
+        if any(name in table for table in tables) and self._place() is not None:
+            self._refuse_change(name)
+        super().__delattr__(name)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Refused.
+
+        Raises:
+            TpCompileError: always, but for a new container, as slices of lists of layers are.
+        """
+        if self._place() is not None:
+            self._refuse_change(name)
+        super().add_module(name, module)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As in ``nn.Module``; all calls that lead to the hook run as python from here on."""
+        return self._note_hook("_forward_hooks", super().register_forward_hook(*args, **kwargs))
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``register_forward_hook``."""
+        return self._note_hook("_forward_pre_hooks", super().register_forward_pre_hook(*args, **kwargs))
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``register_forward_hook``."""
+        return self._note_hook("_backward_hooks", super().register_full_backward_hook(*args, **kwargs))
+
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``register_forward_hook``."""
+        handle = super().register_full_backward_pre_hook(*args, **kwargs)
+        return self._note_hook("_backward_pre_hooks", handle)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As in ``nn.Module``; whole tensors are cut to this rank's slices.
+
+        Raises:
+            TpCompileError: a key is missing or unexpected, or has a shape that is neither the whole one's
+                nor this rank's. Nothing is loaded then.
+        """
+        from tpcompile.weights.load_state import local_state
+
+        if (place := self._place()) is not None:
+            state_dict = local_state(self, *place, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = _types(self)
+        result = super()._apply(fn, recurse)
+        self._report("types of weights", before, _types(self))
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TpCompileError(
+            "a sharded model cannot be pickled: other processes and other numbers of ranks could not use it",
+            where=type(self).__name__,
+            todo="save its weights: save_pretrained, full_state_dict, or sharded_state_dict with "
+            "torch.distributed.checkpoint; or copy the whole model with copy.deepcopy",
+        )
+
+    def _place(self) -> tuple[Runtime, str] | None:
+        """The runtime that the module belongs to, and its path in the model.
+
+        A new instance, which code of the model makes of a sharded class, has none.
+        """
+        own = self.__dict__
+        if "_tp" in own:
+            return own["_tp"], ""
+        return (own[ENTRY].root._tp, own[ENTRY].entry.path) if ENTRY in own else None
+
+    def _report(self, name: str, old: Any, new: Any) -> None:
+        place = self._place()
+        if place is not None and not place[0].running:
+            place[0].settings.report(place[1], name, old, new)
+
+    def _note_hook(self, table: str, handle: Any) -> Any:
+        place = self._place()
+        if place is not None and place[1] and not place[0].running:
+            place[0].hooks.append((place[1], table, handle.id))
+        return handle
+
+    def _refuse_change(self, name: str) -> None:
+        raise TpCompileError(
+            "a layer or weight of a sharded model is replaced, added or removed, "
+            "which its programs would not notice",
+            where=f"{type(self).__name__}.{name}",
+            todo="change the model (adapters, wrappers, resized embeddings) before parallelize",
+        )
+
+    def _refuse_other_size(self, name: str, value: Any) -> None:
+        old = self._parameters.get(name, self._buffers.get(name))
+        if isinstance(old, Tensor) and isinstance(value, Tensor) and old.shape != value.shape:
+            raise TpCompileError(
+                f"a weight of shape {tuple(old.shape)} is replaced by one of {tuple(value.shape)}",
+                where=f"{type(self).__name__}.{name}",
+                todo="give this rank's slice, or load whole tensors with load_state_dict",
+            )
+
+
+def _types(module: nn.Module) -> tuple[Any, ...]:
+    """The types and devices of a module's own weights."""
+    own = [*module._parameters.values(), *module._buffers.values()]
+    return tuple(None if t is None else (t.dtype, t.device) for t in own)

@@ -1,0 +1,1 @@
+"""A rank's share of the weights: sharded, gathered, loaded, saved."""

@@ -1,0 +1,73 @@
+"""Values for what no checkpoint holds: non-persistent buffers, and parameters that may be left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpcompile.errors import TpCompileError
+from tpcompile.weights.shard import replace_tensors, tensors_by_name
+
+_FLAG = "_is_hf_initialized"  # transformers' mark of tensors and modules that its initialisation leaves alone
+
+
+def initialise_rest(model: Any, loaded: Iterable[str], device: torch.device) -> None:
+    """Lets the model's own initialisation give every tensor a value that will not be loaded.
+
+    It is run twice over different contents: what differs afterwards was not given a value. Random numbers
+    are those of a fixed seed, so that all ranks have the same; the caller's generators stay as they are.
+
+    Args:
+        model: a model on ``meta``.
+        loaded: the names (of ``tensors_by_name``) that will be loaded; they stay on ``meta``.
+        device: where the values go.
+
+    Raises:
+        TpCompileError: the initialisation leaves one without a value.
+    """
+    skip = set(loaded)
+    rest = {name: place for name, place in tensors_by_name(model).items() if name not in skip}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        setattr(tensor, _FLAG, True)
+    first, second = _initialised(model, rest, 0), _initialised(model, rest, 1)
+    for name in rest:
+        if not torch.equal(_bits(first[name]), _bits(second[name])):
+            raise TpCompileError(
+                "the checkpoint has no value for this tensor, and the model's initialisation gives it none",
+                where=f"{type(model).__name__}: {name}",
+                todo="set it in the model's _init_weights, make it persistent, or load the model yourself "
+                "and call tpcompile.parallelize",
+            )
+    for module in model.modules():
+        module.__dict__.pop(_FLAG, None)
+    new = {id(getattr(*rest[name])): _placed(getattr(*rest[name]), device) for name in rest}
+    replace_tensors(model, new)
+
+
+def _initialised(model: Any, rest: Mapping[str, tuple[nn.Module, str]], content: int) -> dict[str, Tensor]:
+    """The values after the model's initialisation, which found this content."""
+    new: dict[int, Tensor] = {}
+    for module, attribute in rest.values():
+        old = getattr(module, attribute)
+        value: Tensor = torch.full(old.shape, content, dtype=old.dtype, device="cpu")
+        new[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+    replace_tensors(model, new)
+    for module in model.modules():
+        module.__dict__.pop(_FLAG, None)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.initialize_weights()
+    return {name: getattr(module, attribute).detach().clone() for name, (module, attribute) in rest.items()}
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
+
+
+def _placed(tensor: Tensor, device: torch.device) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach().to(device), requires_grad=tensor.requires_grad)
+    return tensor.detach().to(device)

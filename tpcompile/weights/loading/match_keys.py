@@ -1,0 +1,218 @@
+"""Which tensors of a checkpoint every parameter and buffer of a model is made of."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, rename_source_key
+from transformers.modeling_utils import LoadStateDictConfig, get_model_conversion_mapping
+from transformers.utils import logging
+
+from tpcompile.errors import TpCompileError
+from tpcompile.weights.shard import tensors_by_name
+
+from .expressions import Expression, leaves
+from .fill_tensor import Filler
+from .lazy_tensor import LazyTensor
+from .read_headers import MappedFiles, Stored
+
+_CHUNK = 1 << 24  # elements of a tensor that are compared at once
+_TODO = "load a checkpoint of this model; nothing was loaded"
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def match_keys(
+    model: Any, stored: Mapping[str, Stored], dtype: torch.dtype, key_mapping: Mapping[str, str] | None
+) -> tuple[dict[str, Expression], set[str], set[str]]:
+    """Matches a checkpoint with a model on ``meta``, by the rules of the installed transformers.
+
+    Keys are renamed and tensors converted by transformers' own code, which is run on lazy tensors. The
+    model's tensors stay on ``meta``, in the type that they will have; tied ones are one tensor afterwards.
+
+    Args:
+        model: the model; it keeps the conversions that were used, for saving.
+        stored: the checkpoint's tensors.
+        dtype: the model's type.
+        key_mapping: the user's own renaming of keys, patterns as in transformers.
+
+    Returns:
+        Per name (of ``tensors_by_name``) what a tensor is made of; the names that a checkpoint may lack and
+        does; the keys that the model has no use for.
+
+    Raises:
+        TpCompileError: a key is missing, or has another shape or kind of type.
+    """
+    info = _convert(model, stored, dtype, key_mapping)
+    expressions = _harvest(model)
+    if info.conversion_errors:
+        name, text = next(iter(info.conversion_errors.items()))
+        _refuse("a weight conversion failed", f"{name}: {text.strip().splitlines()[-1]}", stored)
+    if info.mismatched_keys:
+        name, found, expected = sorted(info.mismatched_keys, key=lambda m: str(m[0]))[0]
+        keys = _sources(model, name, stored, key_mapping)
+        what = f"{name} has shape {list(found)} in the checkpoint, {list(expected)} in the model"
+        _refuse(what, ", ".join(f"{stored[k].file}: {k}" for k in keys) or name, stored)
+    _tie(model, expressions, info.missing_keys)
+    lacking = set(info.missing_keys)
+    model._adjust_missing_and_unexpected_keys(info)
+    lacking -= info.missing_keys
+    if info.missing_keys:
+        _refuse(f"the checkpoint lacks {_few(info.missing_keys)}", "", stored)
+    for name, expression in expressions.items():
+        _check_type(name, expression)
+    return _by_first_name(model, expressions), lacking, set(info.unexpected_keys)
+
+
+def warn_unexpected(unexpected: Iterable[str], where: str) -> None:
+    """Warns of keys that the model has no use for."""
+    if unexpected:
+        warnings.warn(f"{where}: the model has no use for {_few(unexpected)}", stacklevel=3)
+
+
+def _few(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return f"{', '.join(ordered[:3])}{more}"
+
+
+def _refuse(what: str, where: str, stored: Mapping[str, Stored]) -> NoReturn:
+    files = sorted({s.file for s in stored.values()})
+    raise TpCompileError(what, where=where or ", ".join(files[:3]), todo=_TODO)
+
+
+def _convert(
+    model: Any, stored: Mapping[str, Stored], dtype: torch.dtype, key_mapping: Mapping[str, str] | None
+) -> Any:
+    config = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model, _plain(key_mapping), None),
+    )
+    lazy: dict[str, Any] = {key: LazyTensor(leaf) for key, leaf in stored.items()}
+    with _no_progress_bar():
+        info, _ = convert_and_load_state_dict_in_model(
+            model=model, state_dict=lazy, load_config=config, disk_offload_index=None
+        )
+    return info
+
+
+def _plain(mapping: Mapping[str, str] | None) -> dict[str, str] | None:
+    return dict(mapping) if mapping is not None else None
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers' bar would count what is only looked at."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _harvest(model: nn.Module) -> dict[str, Expression]:
+    """Takes the lazy tensors out of a model; valueless ones on ``meta`` take their place."""
+    found: dict[str, Expression] = {}
+    for prefix, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if isinstance(tensor, LazyTensor):
+                    found[f"{prefix}.{name}" if prefix else name] = tensor.expression
+                    table[name] = _like(tensor, table is module._parameters)
+    return found
+
+
+def _like(tensor: Tensor, parameter: bool) -> Tensor:
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if parameter else empty
+
+
+def _tie(model: Any, expressions: dict[str, Expression], missing: set[str]) -> None:
+    """Ties parameters as transformers does: to the name that the checkpoint has.
+
+    Where it has both and they differ, they are not tied, whatever the configuration says.
+    """
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if target in expressions and source in expressions:
+            if same_values(expressions[target], expressions[source]):
+                del expressions[target]
+                missing.add(target)
+            else:
+                warnings.warn(
+                    f"{target} and {source} are tied by the configuration, but differ in the checkpoint: "
+                    "they are not tied",
+                    stacklevel=4,
+                )
+                model.all_tied_weights_keys.pop(target)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+
+def same_values(one: Expression, other: Expression) -> bool:
+    """Whether two tensors are equal, bit by bit; they are read part by part."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one == other or not one.shape:
+        return one == other
+    files = MappedFiles()
+    rows = max(1, _CHUNK // max(1, math.prod(one.shape[1:])))
+    for start in range(0, one.shape[0], rows):
+        count = min(rows, one.shape[0] - start)
+        parts = [torch.empty((count, *e.shape[1:]), dtype=e.dtype) for e in (one, other)]
+        for part, e in zip(parts, (one, other), strict=True):
+            Filler(files.read).fill(part, e, [start] + [0] * (len(e.shape) - 1))
+        if not torch.equal(*parts):
+            return False
+    return True
+
+
+def _kind(dtype: torch.dtype) -> object:
+    """Types of one kind are cast into each other on loading; others would lose their meaning."""
+    if dtype.is_floating_point and dtype.itemsize > 1:
+        return "floating"
+    return "integer" if dtype in _INTEGERS else dtype
+
+
+def _check_type(name: str, expression: Expression) -> None:
+    for leaf in leaves(expression):
+        if _kind(leaf.dtype) != _kind(expression.dtype):
+            raise TpCompileError(
+                f"{name} has type {leaf.dtype} in the checkpoint, {expression.dtype} in the model",
+                where=f"{leaf.file}: {leaf.name}" if isinstance(leaf, Stored) else leaf.name,
+                todo=_TODO,
+            )
+
+
+def _by_first_name(model: nn.Module, expressions: Mapping[str, Expression]) -> dict[str, Expression]:
+    """Expressions by the first of a tied tensor's names."""
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    by_tensor = {id(tensor): expressions[name] for name, tensor in every if name in expressions}
+    places = tensors_by_name(model).items()
+    found = {name: by_tensor.get(id(getattr(module, attribute))) for name, (module, attribute) in places}
+    return {name: expression for name, expression in found.items() if expression is not None}
+
+
+def _sources(
+    model: Any, name: str, stored: Mapping[str, Stored], key_mapping: Mapping[str, str] | None
+) -> list[str]:
+    """The keys that a parameter is made of, for an error."""
+    mapping: list[Any] = get_model_conversion_mapping(model, _plain(key_mapping), None)
+    converters = [m for m in mapping if hasattr(m, "operations")]
+    renamings = [m for m in mapping if not hasattr(m, "operations")]
+    state = model.state_dict()
+
+    def renamed(key: str) -> str:
+        if key in state and key == name:
+            return key
+        new: str = rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0]
+        return re.sub(r"\*\.", "0.", new)
+
+    return [key for key in stored if renamed(key) == name]

@@ -1,0 +1,130 @@
+"""Which tensor of a checkpoint goes into which file, and how a file begins."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tpcompile.errors import TpCompileError
+from tpcompile.weights.loading.expressions import Expression
+from tpcompile.weights.loading.find_files import INDEX, SINGLE, variant_of
+from tpcompile.weights.loading.read_headers import NAMES
+
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file to write.
+
+    Attributes:
+        name: its name.
+        tensors: what it holds, by key, in the order in which it is written.
+    """
+
+    name: str
+    tensors: Mapping[str, Expression]
+
+    def header(self) -> bytes:
+        """The file's beginning: the length of the header, and the header itself."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for key, tensor in self.tensors.items():
+            stop = at + bytes_of(tensor)
+            entries[key] = {
+                "dtype": NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [at, stop],
+            }
+            at = stop
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight
+        return len(text).to_bytes(8, "little") + text
+
+
+def bytes_of(tensor: Expression) -> int:
+    """The bytes of a tensor."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def size_in_bytes(size: int | str) -> int:
+    """A size such as ``"5GB"`` in bytes (powers of ten, as transformers has it).
+
+    Raises:
+        TpCompileError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise TpCompileError(
+            f"{size!r} is no size of a file", where="max_shard_size", todo='give "5GB", or bytes'
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def plan_files(tensors: Mapping[str, Expression], largest: int, variant: str | None) -> list[File]:
+    """Divides tensors over files of at most ``largest`` bytes; a larger tensor has a file to itself.
+
+    Raises:
+        TpCompileError: a tensor has a type that safetensors does not know.
+    """
+    groups: list[dict[str, Expression]] = [{}]
+    held = 0
+    for key, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            raise TpCompileError(
+                f"safetensors has no type {tensor.dtype}", where=key, todo="cast the model first"
+            )
+        if groups[-1] and held + bytes_of(tensor) > largest:
+            groups.append({})
+            held = 0
+        groups[-1][key] = tensor
+        held += bytes_of(tensor)
+    name = variant_of(SINGLE, variant)
+    names = [name]
+    if len(groups) > 1:
+        stem = name.removesuffix(".safetensors")
+        names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    # Larger elements first: every tensor is aligned then.
+    return [
+        File(n, dict(sorted(group.items(), key=lambda item: -item[1].dtype.itemsize)))
+        for n, group in zip(names, groups, strict=True)
+    ]
+
+
+def index_text(files: list[File], parameters: int) -> str:
+    """The index of a checkpoint in several files."""
+    return (
+        json.dumps(
+            {
+                "metadata": {
+                    "total_parameters": parameters,
+                    "total_size": sum(bytes_of(t) for file in files for t in file.tensors.values()),
+                },
+                "weight_map": {key: file.name for file in files for key in file.tensors},
+            },
+            indent=2,
+            sort_keys=True,
+        )
+        + "\n"
+    )
+
+
+def belongs_to_weights(name: str, variant: str | None) -> bool:
+    """Whether a file is one that an earlier save has written its weights or index to."""
+    stem = re.escape(variant_of(SINGLE, variant).removesuffix(".safetensors"))
+    return re.fullmatch(
+        rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors", name
+    ) is not None or name == variant_of(INDEX, variant)

@@ -1,0 +1,241 @@
+"""Writes a sharded model as an ordinary checkpoint of transformers, without any rank holding the model."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from tpcompile.errors import TpCompileError
+from tpcompile.ranks.agree import together
+from tpcompile.runtime.runtime import Runtime
+from tpcompile.weights.loading.expressions import Expression, Leaf, leaves
+from tpcompile.weights.loading.fill_tensor import Filler
+from tpcompile.weights.loading.find_files import INDEX, variant_of
+from tpcompile.weights.loading.lazy_tensor import LazyTensor
+from tpcompile.weights.shard import unsharded
+
+from .collect_tensors import Collector, leaves_of
+from .plan_files import File, belongs_to_weights, bytes_of, index_text, plan_files, size_in_bytes
+from .replace_folder import replace_folder
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """Arguments of transformers' ``save_pretrained``; see there.
+
+    Attributes:
+        is_main_process: whether this rank may write.
+        max_shard_size: the size of a file.
+        variant: of the weights.
+        save_original_format: whether keys and tensors get the form back that they were loaded from.
+        refused: arguments that mean nothing for a sharded model, as given.
+    """
+
+    is_main_process: bool = True
+    max_shard_size: int | str = "50GB"
+    variant: str | None = None
+    save_original_format: bool = True
+    refused: Mapping[str, Any] | None = None
+
+
+_REFUSED = {
+    "state_dict": "leave it out; full_state_dict() gives one that can be written by hand",
+    "push_to_hub": "save to a folder, and upload that",
+    "distributed_checkpoint": "use torch.distributed.checkpoint with sharded_state_dict()",
+}
+
+
+def save_pretrained(model: Any, runtime: Runtime, folder: str | os.PathLike[str], wishes: Wishes) -> None:
+    """Writes a checkpoint that transformers, and ``tpcompile.from_pretrained`` at any size, can load.
+
+    One rank writes; it holds one whole parameter (or one converted tensor's parameters) at a time. The
+    checkpoint is written beside the folder and takes its place when it is complete.
+
+    Args:
+        model: a sharded model of transformers.
+        runtime: its runtime.
+        folder: where to; what it holds beside a checkpoint stays.
+        wishes: arguments.
+
+    Raises:
+        TpCompileError: on every rank; what was there before is still there.
+    """
+    group, every = runtime.compiler.group, _all_ranks(runtime)
+    target = Path(os.path.realpath(folder))
+    files = together(group, "prepare the checkpoint", lambda: _prepare(model, runtime, target, wishes))
+    together(every, "save the model", lambda: _save(model, runtime, files, target, wishes))
+
+
+def _prepare(model: Any, runtime: Runtime, target: Path, wishes: Wishes) -> list[File]:
+    if not isinstance(model, PreTrainedModel):
+        raise TpCompileError(
+            f"{type(model).__name__} is no model of transformers",
+            todo="write full_state_dict(), or use torch.distributed.checkpoint with sharded_state_dict()",
+        )
+    for name, value in (wishes.refused or {}).items():
+        if value not in (None, False):
+            todo = _REFUSED.get(name, "leave it out")
+            raise TpCompileError(f"a sharded model is not saved with {name}", where="arguments", todo=todo)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise TpCompileError(
+            "the model has adapters", todo="save them from the model before it was sharded, or merge them"
+        )
+    if target.exists() and not target.is_dir():
+        raise TpCompileError("there is a file of this name", where=str(target), todo="give a folder")
+    Collector(model, runtime.layout, runtime.compiler.rank, 0, None).check()
+    tensors = _tensors(model, runtime, wishes.save_original_format)
+    return plan_files(tensors, size_in_bytes(wishes.max_shard_size), wishes.variant)
+
+
+def _tensors(model: Any, runtime: Runtime, original_format: bool) -> dict[str, Expression]:
+    """The checkpoint's tensors by key, as expressions over the model's parameters."""
+    found = leaves_of(model, runtime.layout)
+    ignored = set(model._keys_to_ignore_on_save or ())
+    lazy: dict[str, Any] = {key: LazyTensor(leaf) for key, leaf in found.items() if key not in ignored}
+    if original_format:
+        with unsharded(model, runtime.original, runtime.layout):
+            lazy = revert_weight_conversion(model, lazy)
+    return {key: value.expression for key, value in lazy.items()}
+
+
+def _find_writer(runtime: Runtime, wishes: Wishes) -> int | None:
+    """The rank of the group that writes; None if another replica of the model does."""
+    group, axis = runtime.compiler.group, runtime.compiler.axis
+    flags: list[Any] = [bool(wishes.is_main_process)]
+    if group is not None:
+        flags = [None] * dist.get_world_size(group)
+        dist.all_gather_object(flags, bool(wishes.is_main_process), group=group)
+    if axis is not None and axis.replica != 0:
+        return None
+    if not any(flags):
+        raise TpCompileError(
+            "no rank may write", where="is_main_process", todo="give is_main_process=True on one rank"
+        )
+    return flags.index(True)
+
+
+def _all_ranks(runtime: Runtime) -> dist.ProcessGroup | None:
+    """Those who must know that the checkpoint is there."""
+    axis = runtime.compiler.axis
+    return dist.group.WORLD if axis is not None and axis.shared else runtime.compiler.group
+
+
+def _save(model: Any, runtime: Runtime, files: list[File], target: Path, wishes: Wishes) -> None:
+    writer = _find_writer(runtime, wishes)
+    if writer is None:
+        return
+    group, rank = runtime.compiler.group, runtime.compiler.rank
+    collector = Collector(model, runtime.layout, rank, writer, group)
+    beside = target.with_name(f".{target.name}.saving-{uuid.uuid4().hex[:8]}") if rank == writer else None
+    try:
+        together(group, "make a folder", lambda: _begin(beside, files))
+        for file in files:
+            together(group, f"write {file.name}", lambda file=file: _write(file, beside, collector))  # type: ignore[misc]
+        together(group, "finish the checkpoint", lambda: _finish(model, files, beside, target, wishes))
+    finally:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _begin(beside: Path | None, files: list[File]) -> None:
+    if beside is None:
+        return
+    try:
+        beside.mkdir(parents=True)
+        free, needed = shutil.disk_usage(beside).free, sum(map(_bytes_of_file, files))
+    except OSError as error:
+        raise _refusal(error, str(beside)) from error
+    if free < needed:
+        raise TpCompileError(
+            f"the checkpoint needs {needed} bytes, the disk has {free}", where=str(beside.parent), todo=_TODO
+        )
+
+
+def _bytes_of_file(file: File) -> int:
+    return len(file.header()) + sum(map(bytes_of, file.tensors.values()))
+
+
+_TODO = "make room, or save elsewhere; what was there before is still there"
+
+
+def _refusal(error: OSError, where: str) -> TpCompileError:
+    return TpCompileError(f"the checkpoint cannot be written: {error}", where=where, todo=_TODO)
+
+
+def _write(file: File, beside: Path | None, collector: Collector) -> None:
+    """Writes a file, tensor by tensor. Whatever happens, every rank takes part in every collection."""
+    failure: Exception | None = None
+    handle = None
+    try:
+        if beside is not None:
+            handle = open(beside / file.name, "wb")  # noqa: SIM115
+            handle.write(file.header())
+    except OSError as error:
+        failure = error
+    for tensor in file.tensors.values():
+        try:
+            whole = collector.collect(leaves(tensor))
+            if handle is not None and failure is None:
+                handle.write(_bytes(tensor, whole))
+        except Exception as error:
+            failure = failure or error
+    try:
+        if handle is not None:
+            with handle:
+                handle.flush()
+                os.fsync(handle.fileno())
+    except OSError as error:
+        failure = failure or error
+    if isinstance(failure, OSError):
+        raise _refusal(failure, f"{beside}/{file.name}") from failure
+    if failure is not None:
+        raise failure
+
+
+def _bytes(tensor: Expression, whole: Mapping[str, Tensor | None]) -> memoryview:
+    def read(leaf: Leaf) -> Tensor:
+        found = whole[leaf.name]
+        assert found is not None, "this rank collects"
+        return found
+
+    with torch.no_grad():
+        value = Filler(read).whole(tensor).contiguous()
+    return value.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _finish(model: Any, files: list[File], beside: Path | None, target: Path, wishes: Wishes) -> None:
+    if beside is None:
+        return
+    try:
+        if len(files) > 1:
+            index = beside / variant_of(INDEX, wishes.variant)
+            index.write_text(index_text(files, model.num_parameters()))
+        _write_configs(model, beside)
+        replace_folder(beside, target, lambda name: belongs_to_weights(name, wishes.variant))
+    except OSError as error:
+        raise _refusal(error, str(target)) from error
+
+
+def _write_configs(model: Any, folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    if model.is_remote_code():
+        from transformers.dynamic_module_utils import custom_object_save
+
+        custom_object_save(model, str(folder), config=config)
+    config.save_pretrained(str(folder))
+    if model.can_generate():
+        model.generation_config.save_pretrained(str(folder))
