@@ -3,9 +3,9 @@
     python -m benchmarks.generate_matrix [family ...] [--ranks 2] [--tokens 32] [--backend aot_eager]
 
 Tiny random models of ``tests/helpers/families.py`` in float32, greedy, two prompts of 9 tokens. Prints a
-markdown table: per family, for ``plan="auto"`` and (where the configuration has one) ``plan="hf"``, per cache,
-eager and compiled, ``right`` with the number of programs that the call captured, or ``wrong at token n``, or the
-error with which it was refused. A compiled run uses the programs of the one before it.
+markdown table: per family, for ``plan="auto"`` and (where the configuration has one) ``plan="hf"``, per
+cache, eager and compiled, ``right`` with the number of programs that the call captured, or ``wrong at token
+n``, or the error with which it was refused. A compiled run uses the programs of the one before it.
 """
 
 from __future__ import annotations
