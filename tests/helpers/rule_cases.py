@@ -557,7 +557,7 @@ WITHOUT_CASE = {
     "aten._grouped_mm",  # the CPU has no kernel for double precision; the fallback has the same row
     "aten.empty_like",  # its values are not the same twice
     "aten.new_empty",
-    "tpcompile.markers.keep_whole",  # a marker: tests/passes/test_golden.py has it
+    "tpcompile.ir.markers.keep_whole",  # a marker: tests/passes/test_golden.py has it
     "tpcompile.uniform",  # what a part of it is depends on where it lies: see test_randomness
     "tpcompile.opaque_module",  # has declared placements only: see test_custom_strategies
     # torch's kernel writes beyond statistics of another size: test_module_life trains with it

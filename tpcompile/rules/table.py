@@ -87,7 +87,7 @@ REARRANGEMENTS: dict[str, Row] = {
     "aten.glu": views.glu,
     **_rows(views.windows, "im2col col2im"),
     **_rows(views.pixel_shuffle, "pixel_shuffle pixel_unshuffle"),
-    "tpcompile.markers.keep_whole": views.kept_whole,
+    "tpcompile.ir.markers.keep_whole": views.kept_whole,
     **_rows(views.create, "new_zeros new_ones new_full new_empty"),
 }
 
