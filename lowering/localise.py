@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -17,8 +17,7 @@ from tpcompile.ir.markers import origin
 from tpcompile.ir.placements import Filled, Shard
 from tpcompile.rules.rule import Size, arguments, operands, option, results, shape, sizes_of
 
-if TYPE_CHECKING:
-    from .lower_graph import Lowering
+from .state import Lowering
 
 aten = torch.ops.aten
 # Where the sizes stand among the arguments.

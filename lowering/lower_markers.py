@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -20,9 +20,7 @@ from tpcompile.rules.rule import arguments
 from . import collectives as _registers_the_operators  # noqa: F401
 from .lower_positions import lower_positions, moves_positions
 from .owned_rows import owned_units, rows_here
-
-if TYPE_CHECKING:
-    from .lower_graph import Lowering
+from .state import Lowering
 
 ops = torch.ops.tpcompile
 aten = torch.ops.aten

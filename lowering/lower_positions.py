@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from tpcompile.ir import markers
 from tpcompile.ir.graph_edit import value_of
@@ -17,12 +14,9 @@ from tpcompile.ir.placements import Filled
 from tpcompile.rules.rule import arguments
 
 from . import position_collectives as _registers_the_operators  # noqa: F401
-
-if TYPE_CHECKING:
-    from .lower_graph import Lowering
+from .state import Lowering
 
 ops = torch.ops.tpcompile
-_EXAMPLE = 23
 
 
 def moves_positions(node: Node) -> bool:
@@ -74,14 +68,3 @@ def _part(low: Lowering, node: Node, place: Filled, ranks: int) -> torch.Tensor:
 def _empty(low: Lowering, node: Node, sizes: list[Any]) -> torch.Tensor:
     found: torch.Tensor = value_of(torch.Tensor.new_empty, (node.meta["val"], sizes), {}, low.mode)
     return found
-
-
-def new_size(mode: FakeTensorMode, number: int) -> torch.SymInt:
-    """A size of its own, of which nothing is known but that it is neither 0 nor 1."""
-    env = mode.shape_env
-    assert env is not None, "sizes are symbolic"
-    source = ConstantSource(f"positions_{number}")
-    symbol = env.create_symbol(_EXAMPLE, source, DimDynamic.DYNAMIC)
-    size = env.create_symintnode(symbol, hint=_EXAMPLE, source=source)
-    assert isinstance(size, torch.SymInt)
-    return size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -15,8 +15,7 @@ from tpcompile.ir.graph_edit import fake_mode, module_path, value_of
 from tpcompile.ir.placements import Filled, Shard
 from tpcompile.rules.rule import arguments
 
-if TYPE_CHECKING:
-    from .lower_graph import Groups, Lowering
+from .state import Groups, Lowering
 
 aten = torch.ops.aten
 ops = torch.ops.tpcompile

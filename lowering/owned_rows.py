@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Node
@@ -14,8 +13,7 @@ from tpcompile.ir.placements import Owned, Placement, split_evenly
 from tpcompile.rules.choices import Strategy
 from tpcompile.rules.rule import operands
 
-if TYPE_CHECKING:
-    from .lower_graph import Lowering
+from .state import Lowering
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from tests.helpers import simulate
 from tpcompile.capture.export.capture_model import capture
 from tpcompile.ir.calls import bind_call, flatten_call
 from tpcompile.ir.layout.weight_layout import WeightLayout
-from tpcompile.lowering.lower_graph import SOURCE
+from tpcompile.lowering.state import SOURCE
 from tpcompile.pipeline import canonical, plan_program
 from tpcompile.planner.decide import Pins
 from tpcompile.planner.plan_layout import layout_of

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.helpers import programs, simulate, toys
-from tpcompile.lowering.lower_graph import SOURCE
+from tpcompile.lowering.state import SOURCE
 from tpcompile.passes.merge_matmuls import MergeMatmuls
 from tpcompile.passes.pipeline import run_passes
 from tpcompile.pipeline import after_planning, rewrite

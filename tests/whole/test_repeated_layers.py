@@ -35,7 +35,8 @@ from tpcompile.capture.repeats.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import bind_call, flatten_call, leaf_names
 from tpcompile.ir.graph_edit import call
-from tpcompile.lowering.lower_graph import SOURCE, lower_program
+from tpcompile.lowering.lower_graph import lower_program
+from tpcompile.lowering.state import SOURCE
 from tpcompile.pipeline import canonical, rewrite
 from tpcompile.planner.search.cost import CostModel
 from tpcompile.work import Work

@@ -16,7 +16,7 @@ from tpcompile.compile_program import Compiled
 from tpcompile.ir.calls import flatten_call
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.lowering.local_shapes import LocalShapes
-from tpcompile.lowering.lower_graph import SOURCE
+from tpcompile.lowering.state import SOURCE
 from tpcompile.weights.shard import tensors_by_name
 from tpcompile.work import Source, Work
 

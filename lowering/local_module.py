@@ -1,30 +1,23 @@
-"""Modules of custom strategies on one rank: the user's functions on local tensors."""
+"""Modules of custom strategies as they run on one rank: the user's functions on local tensors."""
 
 from __future__ import annotations
 
 import uuid
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
-from tpcompile.rules.rule import arguments
 from tpcompile.strategies.custom.custom_strategy import CustomStrategy
 from tpcompile.strategies.custom.opaque_module import lent, weight_names
 
-if TYPE_CHECKING:
-    from .lower_graph import Lowering
-
 _LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
 _LOCAL: weakref.WeakValueDictionary[str, LocalModule] = weakref.WeakValueDictionary()
-LOCAL_MODULE = "local_module"
-"""The key of a local node's meta data that holds its module: it lives as long as the graph."""
 
 Whole = tuple[tuple[Any, ...], torch.Size, tuple[int, ...]]
 """Placements, shape and strides of the DTensor that a local weight is a part of."""
@@ -103,36 +96,3 @@ _LIBRARY.define(
 )
 # Composite, as the collectives: eager autograd and torch.compile see through it.
 _LIBRARY.impl("local_module", local_module, "CompositeImplicitAutograd")
-
-
-def lower_opaque(low: Lowering, node: Node) -> Node:
-    """The local call of a custom strategy's module; its local shape is what was declared."""
-    inputs, weights, key = arguments(node)[:3]
-    made = low.local_modules.get(key)
-    if made is None:
-        made = low.local_modules[key] = _make(low, key)
-    sizes = [s if isinstance(s, int) else -1 for s in low.shapes.shape(node, node.meta["placement"])]
-    args = (low.map(inputs), low.map(weights), made.handle, sizes)
-    local = low.emit_as(torch.ops.tpcompile.local_module.default, args, low.part(node), like=node)
-    local.meta[LOCAL_MODULE] = made
-    return local
-
-
-def _make(low: Lowering, key: str) -> LocalModule:
-    custom = low.work.custom
-    path, module = custom.templates[key]
-    mesh = custom.mesh
-    if mesh is None:
-        raise TpCompileError(
-            "custom strategies need a mesh to run on", where=key, todo="give parallelize a mesh"
-        )
-    wholes: list[Whole | None] = []
-    for name in weight_names(module):
-        parts = custom.parts.get(f"{path}.{name}")
-        placements = parts[0].placements if parts else None
-        if placements is None:
-            wholes.append(None)
-        else:
-            shape = custom.shapes[f"{path}.{name}"]
-            wholes.append((placements, shape, torch.empty(shape, device="meta").stride()))
-    return LocalModule(module, custom.strategies[path], mesh, tuple(wholes))

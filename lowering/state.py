@@ -1,0 +1,144 @@
+"""The state of lowering one rank's graph. Every rewrite emits its calls on local values through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.graph_edit import KEPT_META, fake_mode, module_path, value_of
+from tpcompile.ir.markers import Axes
+from tpcompile.work import Work
+
+from .local_module import LocalModule
+from .local_shapes import LocalShapes
+
+SOURCE = "source"
+"""The key of a local placeholder's meta data that says where its value comes from."""
+
+
+_EXAMPLE = 23
+
+
+class Groups(Protocol):
+    """Process groups over sub-axes, as seen by one rank."""
+
+    def name(self, axes: Axes) -> str:
+        """The group's name."""
+
+    def index(self, axes: Axes) -> int:
+        """This rank's position in it."""
+
+
+@dataclass
+class Lowering:
+    """The state of lowering one rank's graph.
+
+    Attributes:
+        work: the planned program.
+        shapes: local sizes on this rank.
+        groups: this rank's process groups.
+        graph: the local graph being built.
+        local: per node of the global graph, its local counterpart.
+        joined: the placeholders of segments that are used together.
+        local_modules: the modules of custom strategies, by key.
+        parts: the local sizes of dynamic dimensions that are divided, by whole size and ranks.
+    """
+
+    work: Work
+    shapes: LocalShapes
+    groups: Groups
+    graph: Graph = field(default_factory=Graph)
+    local: dict[Node, Any] = field(default_factory=dict)
+    joined: dict[tuple[Node, ...], Node] = field(default_factory=dict)
+    local_modules: dict[str, LocalModule] = field(default_factory=dict)
+    parts: dict[tuple[Any, int], torch.SymInt] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.mode = fake_mode(self.work.graph)
+
+    def emit(self, target: Any, *args: Any, like: Node, **kwargs: Any) -> Node:
+        """Adds a call to the local graph; its value is computed on fake tensors."""
+        target = lenient(target)
+        try:
+            val = value_of(target, args, kwargs, self.mode)
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise TpCompileError(
+                f"{target} does not run on local shapes: {error}",
+                where=f"{like.name} in {module_path(like)}",
+                todo="report this; a pin to replicate the parameters of that module avoids it",
+            ) from error
+        return self.emit_as(target, args, val, like=like, **kwargs)
+
+    def emit_as(self, target: Any, args: tuple[Any, ...], val: Any, *, like: Node, **kwargs: Any) -> Node:
+        """Adds a call whose value is known."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta.update({k: like.meta[k] for k in KEPT_META if k in like.meta})
+        node.meta["val"] = val
+        return node
+
+    def map(self, arg: Any) -> Any:
+        """Arguments of the global graph as arguments of the local one."""
+        return torch.fx.node.map_arg(arg, lambda n: self.local[n])
+
+    def part_of(self, size: torch.SymInt, ranks: int) -> torch.SymInt:
+        """How many of a dynamic number of positions each of some ranks has."""
+        key = (size.node.expr, ranks)
+        if key not in self.parts:
+            self.parts[key] = _new_size(self.mode, len(self.parts))
+        return self.parts[key]
+
+    def divided(self, node: Node) -> list[tuple[int, Any]]:
+        """The axes on which a call is divided, each with the factor."""
+        strategies = node.meta.get("strategies") or ()
+        return [(a, s.factor) for a, s in enumerate(strategies) if s is not None and s.factor is not None]
+
+    def join(self, parts: Sequence[Node], dim: int) -> Node:
+        """A placeholder for segments of one parameter, given in their order: locally they are one tensor."""
+        key = tuple(parts)
+        if key not in self.joined:
+            first, last = self.local[parts[0]], self.local[parts[-1]]
+            with self.graph.inserting_after(last):
+                node = self.graph.placeholder(f"{first.name}_to_{last.name}")
+            vals = [self.local[p].meta["val"] for p in parts]
+            node.meta.update({k: first.meta[k] for k in KEPT_META if k in first.meta})
+            node.meta["val"] = value_of(torch.cat, (vals, dim), {}, self.mode)
+            node.meta[SOURCE] = replace(self.work.sources[parts[0]], segment=None, count=len(parts))
+            self.joined[key] = node
+        return self.joined[key]
+
+    def part(self, node: Node) -> torch.Tensor:
+        """A fake tensor of the local size; dynamic dimensions are whole."""
+        val: torch.Tensor = node.meta["val"]
+        for dim, size in enumerate(self.shapes.shape(node, node.meta["placement"])):
+            if isinstance(size, int):
+                val = value_of(torch.narrow, (val, dim, 0, size), {}, self.mode)
+        whole: torch.Tensor = value_of(torch.Tensor.contiguous, (val,), {}, self.mode)
+        return whole
+
+
+def lenient(target: Any) -> Any:
+    """A view becomes a reshape.
+
+    What runs may leave other strides than what was captured: collectives do, and an attention whose mask
+    wants a gradient.
+    """
+    return torch.ops.aten.reshape.default if target is torch.ops.aten.view.default else target
+
+
+def _new_size(mode: FakeTensorMode, number: int) -> torch.SymInt:
+    """A size of its own, of which nothing is known but that it is neither 0 nor 1."""
+    env = mode.shape_env
+    assert env is not None, "sizes are symbolic"
+    source = ConstantSource(f"positions_{number}")
+    symbol = env.create_symbol(_EXAMPLE, source, DimDynamic.DYNAMIC)
+    size = env.create_symintnode(symbol, hint=_EXAMPLE, source=source)
+    assert isinstance(size, torch.SymInt)
+    return size
