@@ -47,7 +47,7 @@ def llama(name: str) -> PreTrainedModel:
 
 def main() -> None:
     """Plans each size and prints seconds, peak memory and the fullest rank's share."""
-    os.environ["TPCOMPILE_CACHE"] = "0"  # what was captured before would take no time
+    os.environ["TPCOMPILE_CACHE"] = "0"  # what was planned before would take no time
     print("| model | layers | seconds | of these capture | peak memory, GiB | share of the fullest rank |")
     print("|---|---|---|---|---|---|")
     for name in sys.argv[1:] or list(SIZES):

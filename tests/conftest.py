@@ -19,9 +19,9 @@ for variable, value in ALONE.items():
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests neither see what a user has captured, nor leave anything there: a run has captures of its own."""
+    """Tests neither see the plans that a user has kept, nor leave any there: a run has its own folder."""
     if not hasattr(config, "workerinput"):  # workers of pytest-xdist inherit the environment
-        os.environ["TPCOMPILE_CACHE_DIR"] = tempfile.mkdtemp(prefix="tpcompile-captures-")
+        os.environ["TPCOMPILE_CACHE_DIR"] = tempfile.mkdtemp(prefix="tpcompile-plans-")
         os.environ["TPCOMPILE_CACHE"] = "1"
 
 

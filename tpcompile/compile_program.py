@@ -21,8 +21,7 @@ from torch.fx import GraphModule
 from tpcompile.ir.calls import flatten_call
 
 from .capture.held_caches import Held, mark_caches
-from .capture.repeats.capture_repeated import unroll_captured
-from .capture.store.share_capture import capture_shared
+from .capture.repeats.capture_repeated import capture_repeated, unroll_captured
 from .errors import TpCompileError
 from .ir.graph_edit import module_path
 from .ir.layout.weight_layout import WeightLayout
@@ -182,6 +181,11 @@ class Compiler:
         )
         clock.append(time.perf_counter())
         graph = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
+        if constants := base.captured.constant_lines():
+            todo = (
+                "make the tensors that forward reads alike on all ranks (a seed), or register them as buffers"
+            )
+            compare(self.group, "constants in their programs", constants, todo)
         tensors = whole_tensors(model)
         data = from_first(self.group, lambda: self._decide(base, layout, graph, tensors))
         compare(self.group, "plans", [repr(data), f"sequence_parallel: {sequence_text(self.sequence)}"])
@@ -260,7 +264,7 @@ class Compiler:
         with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
             with custom.captured(model):
                 captured = mark_caches(
-                    capture_shared(model, bound, self.group, dynamic=self.options.dynamic, device=device)
+                    capture_repeated(model, bound, dynamic=self.options.dynamic, device=device)
                 )
         uneven = uneven_layers(captured, self._wishes, layout, caches)
         if uneven is not None:

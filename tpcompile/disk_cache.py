@@ -18,9 +18,9 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-MOST_ENTRIES = 64
-MOST_BYTES = 1 << 30
-_MAGIC = b"tpcompile entry 1\n"
+MOST_ENTRIES = 256
+MOST_BYTES = 1 << 28
+_MAGIC = b"tpcompile entry 2\n"
 _PART = ".tpcompile-part-"
 _NAME = re.compile(r"[a-z]+-[0-9a-f]{64}")
 _ABANDONED = 3600.0
@@ -39,7 +39,7 @@ def cache_folder() -> Path | None:
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         log.warning("no cache: %s", error)
         return None
-    # Entries are pickles: who can put one here can run code as this user.
+    # Who can put an entry here decides how this user's models are divided.
     if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         log.warning(
             "the cache %s is not used: others can write to it (chmod 700 helps if it is yours)", folder
@@ -60,7 +60,7 @@ def read_entry(name: str) -> bytes | None:
         return None
     try:
         whole = _read_own_file(folder / name)
-        payload = _open_envelope(whole)
+        payload = _open_envelope(name, whole)
         os.utime(folder / name)  # it is the oldest that are removed
         return payload
     except FileNotFoundError:
@@ -79,7 +79,7 @@ def write_entry(name: str, payload: bytes) -> None:
     try:
         descriptor, part = tempfile.mkstemp(prefix=_PART, dir=folder)  # its mode is 0600
         with open(descriptor, "wb") as file:
-            file.write(_MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+            file.write(_MAGIC + _seal(name, payload) + b"\n" + payload)
         os.replace(part, folder / name)
         part = None
         _remove_oldest(folder)
@@ -113,11 +113,16 @@ def _read_own_file(path: Path) -> bytes:
         os.close(descriptor)
 
 
-def _open_envelope(whole: bytes) -> bytes:
+def _seal(name: str, payload: bytes) -> bytes:
+    """Binds an entry to its name, so that a renamed one is not taken for another."""
+    return hashlib.sha256(f"{name}\n".encode() + payload).hexdigest().encode()
+
+
+def _open_envelope(name: str, whole: bytes) -> bytes:
     size = len(_MAGIC) + 64 + 1
-    digest, payload = whole[len(_MAGIC) : size - 1], whole[size:]
-    if not whole.startswith(_MAGIC) or digest != hashlib.sha256(payload).hexdigest().encode():
-        raise ValueError("it is damaged")
+    seal, payload = whole[len(_MAGIC) : size - 1], whole[size:]
+    if not whole.startswith(_MAGIC) or seal != _seal(name, payload):
+        raise ValueError("it is damaged, or belongs to another name")
     return payload
 
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
+import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import sympy
 import torch
+from torch.fx import Node
 
 from tpcompile import lowering, passes
 from tpcompile.capture.held_caches import Held
 from tpcompile.capture.repeats.match_periods import BLOCK, describe_value
-from tpcompile.capture.store.describe_code import CodeDescription, NotCacheable
-from tpcompile.capture.store.store_capture import hash_files
 from tpcompile.disk_cache import cache_folder, entry_name, read_entry, write_entry
 from tpcompile.ir.graph_edit import module_path
+from tpcompile.ir.print_graph import target_text
+from tpcompile.planner.search.cost import CostModel
 from tpcompile.planner.search.quantities import symbol_hints
-from tpcompile.rules import table
+from tpcompile.rules.table import user_rows
 from tpcompile.work import Work
 
 log = logging.getLogger(__name__)
@@ -47,44 +52,43 @@ def plan_cached(decide: Callable[[], Decisions], base: Work, wishes: Mapping[str
 
 
 def _name(base: Work, wishes: Mapping[str, Any]) -> str | None:
-    if cache_folder() is None:
+    """A name for everything that a plan follows from; None where that includes python code of the user's."""
+    rules = user_rows()
+    code = [f"the rule of {operator}" for operator, row in rules.items() if not isinstance(row, str)]
+    code += [
+        f"the cost model {v!r}"
+        for v in wishes.values()
+        if isinstance(v, CostModel) and type(v) is not CostModel
+    ]
+    code += [f"the strategy of {path}" for path in base.custom.strategies]
+    if code or cache_folder() is None:
+        log.debug("the plan is not kept on disk: %s", code or "the cache is off")
         return None
-    try:
-        return entry_name(
-            "plan", _own_sources(), torch.__version__, _rules(), describe_work(base), dict(wishes)
-        )
-    except NotCacheable as error:
-        log.debug("the plan is not kept on disk: %s", error)
-    return None
+    versions = (platform.python_version(), torch.__version__, np.__version__, sympy.__version__)
+    return entry_name(
+        "plan", versions, _own_sources(), sorted(rules.items()), describe_work(base), dict(wishes)
+    )
 
 
 def describe_work(base: Work) -> list[Any]:
-    """What the planner can see of a program: more than its text, which neither says the example's sizes nor
-    what a weight is called nor how many layers one stands for."""
-    nodes = [
-        (n.name, describe_value(n.meta.get("val")), module_path(n), n.meta.get(BLOCK))
-        for n in base.graph.nodes
-    ]
+    """All that the planner can see of a program: more than its text, which neither says the example's sizes
+    nor what a weight is called nor how many layers one stands for."""
+    nodes = [_describe_node(n) for n in base.graph.nodes]
+    operators = {n.target for n in base.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    # What has no rule is pointwise if torch's tags say so.
+    schemas = sorted((str(op._schema), sorted(map(str, op.tags))) for op in operators)
     hints = sorted((str(symbol), size) for symbol, size in symbol_hints(base.graph).items())
     inputs = [(source.spec.kind, source.spec.name) for source in base.sources.values()]
     outputs = [(spec.kind, spec.name, spec.divided) for spec in base.captured.outputs]
     caches: list[tuple[str, Held]] = sorted(base.caches.items())
-    return [base.ranks, base.text(), nodes, hints, inputs, outputs, base.blocks, caches]
+    constants = base.captured.constant_lines()
+    return [base.ranks, nodes, schemas, hints, inputs, outputs, constants, base.blocks, caches]
 
 
-def _rules() -> list[Any]:
-    """The rules that the user has registered."""
-    code = CodeDescription(repr)
-    facts: list[Any] = []
-    for name, row in sorted(table._USER.items()):
-        if isinstance(row, str):
-            facts.append((name, row))
-        elif hasattr(row, "__code__") and row.__closure__ is None:
-            facts.append((name, repr(row.__defaults__)))
-            code.add_function(row)
-        else:
-            raise NotCacheable(f"the rule of {name} is a {type(row).__name__}")
-    return [*facts, code.finish()]
+def _describe_node(node: Node) -> tuple[Any, ...]:
+    called = (node.op, node.name, getattr(node.target, "__module__", ""), target_text(node))
+    value = describe_value(node.meta.get("val"))
+    return (*called, repr((node.args, node.kwargs)), value, module_path(node), node.meta.get(BLOCK))
 
 
 def _read(name: str) -> Decisions | None:
@@ -104,4 +108,7 @@ def _read(name: str) -> Decisions | None:
 def _own_sources() -> str:
     """The hash of all of tpcompile: hardly a file of it has no say in a plan."""
     folders = [Path(__file__).parents[1], Path(passes.__file__).parent, Path(lowering.__file__).parent]
-    return hash_files([path for folder in folders for path in folder.rglob("*.py")])
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+        digest.update(f"{path}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()

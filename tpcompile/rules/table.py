@@ -181,6 +181,11 @@ def register_rule(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket | str,
     _USER[op if isinstance(op, str) else str(op)] = rule
 
 
+def user_rows() -> dict[str, Row]:
+    """What ``register_rule`` was given, by operator."""
+    return dict(_USER)
+
+
 def rule_of(node: Node) -> Rule | str:
     """The rule of a call node, or the reason why it has none (it is then replicated).
 

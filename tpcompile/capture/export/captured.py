@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,13 @@ class Captured:
         """The inputs that a call brings, in the order of the flattened call."""
         return tuple(spec for spec in self.inputs if spec.kind == "user")
 
+    def constant_lines(self) -> list[str]:
+        """The constants as text: each one's name and form, and a hash of its values."""
+        return [
+            f"{name}: {value.dtype}{list(value.shape)} {_digest(value)}"
+            for name, value in sorted(self.constants.items())
+        ]
+
     def accepts(self, leaves: Sequence[Any]) -> str | None:
         """Return None if this program may run on ``leaves``, else a sentence that says why not.
 
@@ -168,3 +176,8 @@ class Captured:
             for spec, value in zip(self.outputs[:count], flat_outputs[:count], strict=True)
         ]
         return tree_unflatten(results, self.out_spec)
+
+
+def _digest(value: torch.Tensor) -> str:
+    plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(plain.numpy().tobytes()).hexdigest()

@@ -1,1 +1,0 @@
-"""Captured programs on disk, and shared between ranks."""
