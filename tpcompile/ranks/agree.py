@@ -66,15 +66,6 @@ def from_first(group: dist.ProcessGroup | None, make: Callable[[], T], what: str
     return result
 
 
-def same(group: dist.ProcessGroup | None, value: object) -> bool:
-    """Whether all ranks have an equal value."""
-    if group is None:
-        return True
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, value, group=group)
-    return all(other == everyone[0] for other in everyone)
-
-
 def compare(
     group: dist.ProcessGroup | None,
     what: str,
