@@ -20,6 +20,7 @@ from .passes.merge_matmuls import MergeMatmuls
 from .passes.pipeline import Pass, run_passes
 from .passes.simplify_masks import SimplifyMasks
 from .passes.split_packed_matmul import SplitPackedMatmul, packed_groups
+from .passes.verify_placements import verify_placements
 from .planner.decide import Pins, decide, plan_on_axes, split_what_pays
 from .planner.search.cost import PRESETS, CostModel
 from .work import Work
@@ -108,5 +109,10 @@ def rewrite(
         cost: the cost model.
         coalesce: small all-reduces travel together.
         sequence: whether the sequence is divided between the blocks, or at which modules.
+
+    Raises:
+        TpCompileError: what a pass made cannot be proved.
     """
-    run_passes(work, [*after_planning(training, cost, coalesce, sequence), *extra])
+    for passes in ([*after_planning(training, cost, coalesce, sequence)], *([one] for one in extra)):
+        run_passes(work, passes)
+        verify_placements(work, training=training, after=passes[-1].name)

@@ -9,7 +9,7 @@ list of atoms, major first; atoms are kept in a union-find, and splitting one sp
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,13 +47,20 @@ class Factors:
     Args:
         graph: the graph, with ``meta["val"]``.
         known: factors that placeholders have from elsewhere, per dimension.
+        rule_of: gives the rule of a call, or says why it has none.
 
     Attributes:
         rules: per call node its rule, or why it has none.
         carriers: per call node, how it can begin or carry rows that belong to experts.
     """
 
-    def __init__(self, graph: Graph, known: Mapping[Node, Sequence[Sequence[int]]] | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        known: Mapping[Node, Sequence[Sequence[int]]] | None = None,
+        rule_of: Callable[[Node], Rule | str] = rule_of,
+    ) -> None:
+        self._rule_of = rule_of
         self.rules: dict[Node, Rule | str] = {}
         self._parent: list[int] = []
         self._size: list[Size] = []
@@ -156,7 +163,7 @@ class Factors:
             self._dims[node, i] = [self._new(s) for s in sizes_of(tensor)]
         if node.op != "call_function" or not results(node):
             return
-        rule = self.rules[node] = rule_of(node)
+        rule = self.rules[node] = self._rule_of(node)
         if isinstance(rule, str):
             return
         letters = self._letters[node] = {k: self._new(s) for k, s in rule.sizes.items()}

@@ -1,0 +1,291 @@
+"""Proves the placements of a rewritten graph, forward and backward, from the operators' rules alone.
+
+Every value has a type on every sub-axis. Those of the inputs are given; a call's follow from its operands' by
+its rule, a collective's by what it does. Nothing that the planner decided or a pass noted is believed: where
+a node carries a placement, it is compared with the one that was derived. The idea is that of JAX's varying
+types and of spmd_types (meta-pytorch); ``docs/proof.md`` says what corresponds to what.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from tpcompile.errors import TpCompileError
+from tpcompile.ir import markers
+from tpcompile.ir.graph_edit import module_path
+from tpcompile.ir.placements import Filled, Owned, Partial, Placement, R, Shard
+from tpcompile.rules.choices import Strategy, strategies
+from tpcompile.rules.factors import Factors, producer
+from tpcompile.rules.rule import Letters, Rule, operands, results, shape
+from tpcompile.rules.table import rule_of
+from tpcompile.work import Work, is_tensor
+
+from .placement_types import MOVES, NONE, SUMMAND, WHOLE, Move, Type, Types, Unproved, filled, refuse_disorder
+
+
+def verify_placements(work: Work, *, training: bool, after: str = "") -> int:
+    """Derives the type of every value and refuses what does not follow; returns how many were derived.
+
+    Args:
+        work: a rewritten program: planned, with collectives.
+        training: gradients are recorded, so that they must come out whole, and once.
+        after: the pass that ran last, for the error.
+
+    Raises:
+        TpCompileError: a value cannot be placed as the graph says. It names the node, the module, the source
+            line and the rule, and says what was expected and what was found.
+    """
+    return _Checker(work, training, after).check()
+
+
+class _Checker:
+    def __init__(self, work: Work, training: bool, after: str) -> None:
+        self.after = f"after {after}" if after else ""
+        self.work, self.training, self.axes = work, training, range(len(work.axes))
+        self.graph, self.copies = _unmerged(work)
+        planned = work.planned_factors
+        assert planned is not None, "the program must be planned"
+        inputs = work.graph.find_nodes(op="placeholder")
+        known: dict[Node, Any] = {self.copies[n]: planned.layout(n) for n in inputs if is_tensor(n)}
+        self.factors = Factors(self.graph, known, _rule_of)
+        self.given = {self.copies[n]: placements for n, placements in work.given(planned).items()}
+        self.sources = {self.copies[n]: source for n, source in work.sources.items()}
+        # The layout of the weights follows from this, whatever is noted on the nodes.
+        self.stored = {self.copies[n]: tuple(d.output(n) for d in work.decisions) for n in inputs}
+        self.types: dict[tuple[Node, int], Types] = {}
+
+    def check(self) -> int:
+        """Derives every type in the order of the graph."""
+        for node in self.graph.nodes:
+            try:
+                if node.op == "output":
+                    self._results()
+                    continue
+                for i, types in enumerate(self._derive(node)):
+                    self.types[node, i] = types
+                if is_tensor(node):
+                    self._compare(node)
+            except Unproved as error:
+                raise self._refusal(node, str(error)) from None
+        return len(self.types)
+
+    def type_of(self, value: Node) -> Types:
+        """The type of a value that has been derived."""
+        return self.types[producer(value)]
+
+    # Deriving.
+
+    def _derive(self, node: Node) -> list[Types]:
+        if node.op == "placeholder":
+            return [self._input(node)] if is_tensor(node) else []
+        if node.target is operator.getitem or not results(node):
+            return []
+        if node.target in markers.MARKERS:
+            return [self._moved(node)]
+        by_axis = [self._computed(node, axis) for axis in self.axes]
+        return [tuple(types[i] for types in by_axis) for i in range(len(results(node)))]
+
+    def _input(self, node: Node) -> Types:
+        source = self.sources[node]
+        learns = self.training and source.spec.kind in ("param", "user") and _is_real(node)
+        gradient = WHOLE if learns else NONE
+        if source.spec.kind in ("param", "buffer"):
+            placements = self.stored[node]
+        else:
+            placements = self.given.get(node, (R,) * len(self.axes))
+        return tuple(Type(p, gradient) for p in placements)
+
+    def _computed(self, node: Node, axis: int) -> list[Type]:
+        """The types of a call's results on one sub-axis."""
+        given = [self.type_of(o)[axis] for o in operands(node)]
+        chosen = self._choice(node, axis, [t.placement for t in given])
+        rule = self.factors.rules.get(node)
+        divided = chosen.factor is not None or any(isinstance(p, Partial | Owned) for p in chosen.outputs)
+        for i, each in enumerate(given):
+            if each.placement != R or each.gradient == NONE:
+                continue
+            summand = divided
+            if isinstance(rule, Rule) and rule.declared is not None:
+                summand = i in rule.declared.summed
+            if summand and each.gradient == WHOLE:
+                raise Unproved(
+                    f"operand {operands(node)[i].name} is whole, and so is its gradient, but the ranks "
+                    "compute different parts with it: copy_to_ranks must stand before it"
+                )
+            if divided and not summand and each.gradient == SUMMAND:
+                raise Unproved(f"operand {operands(node)[i].name} has a gradient that nobody sums up")
+        return [Type(p, self._gradient(node, i, given, divided)) for i, p in enumerate(chosen.outputs)]
+
+    def _gradient(self, node: Node, result: int, given: Sequence[Type], divided: bool) -> str:
+        """What a rank has of the gradient of a result."""
+        rule = self.factors.rules.get(node)
+        ends = node.target is torch.ops.aten.detach.default or not _is_real(results(node)[result])
+        kinds = {t.gradient for t in given} - {NONE}
+        if ends or not kinds or (isinstance(rule, Rule) and result in rule.fixed):
+            return NONE
+        if divided:
+            return WHOLE
+        if len(kinds) > 1:
+            raise Unproved("some operands have a whole gradient, some a summand of it on every rank")
+        return kinds.pop()
+
+    def _choice(self, node: Node, axis: int, given: Sequence[Placement]) -> Strategy:
+        """The way to compute a call that its rule has for operands that are placed like this."""
+        wanted = tuple(Shard(p.dim) if isinstance(p, Filled) else p for p in given)
+        claimed = (node.meta.get("placement") or {axis: None})[axis]
+        fitting = [s for s in self._strategies(node, axis) if s.inputs == wanted]
+        if any(isinstance(p, Filled) for p in given):
+            fitting = [filled(s) for s in fitting if not any(isinstance(p, Partial) for p in s.outputs)]
+        if not fitting:
+            ways = [str(s) for s in self._strategies(node, axis)]
+            raise Unproved(
+                f"its rule computes nothing from ({', '.join(map(str, given))}) on sub-axis {axis}; it has "
+                f"{'; '.join(ways)}"
+            )
+        return next((s for s in fitting if claimed in s.outputs), fitting[0])
+
+    def _strategies(self, node: Node, axis: int) -> list[Strategy]:
+        return strategies(node, self.factors, lambda _: True, self.work.axes[: axis + 1])
+
+    # Moving.
+
+    def _moved(self, node: Node) -> Types:
+        """The type behind a marker."""
+        value, *options = node.args
+        assert isinstance(value, Node)
+        types = list(self.type_of(value))
+        if node.target is markers.keep_whole:
+            return tuple(types)
+        if node.target not in MOVES:
+            raise Unproved("it is left, although it stands for a choice that passes make")
+        axes: markers.Axes = options[0]  # type: ignore[assignment]
+        move = MOVES[node.target](*options[1:])
+        if node.target is markers.copy_to_ranks:
+            move = self._disowning(node, axes, move)
+        refuse_disorder(axes, [t.placement for t in types], move)
+        for axis in axes:
+            now = types[axis]
+            if now.placement != move.src:
+                raise Unproved(f"it takes {move.src} on sub-axis {axis}, and is given {now}")
+            if move.takes and now.gradient not in (move.takes, NONE):
+                raise Unproved(f"it wants the {move.takes} gradient on sub-axis {axis}, and is given {now}")
+            types[axis] = Type(move.dst, NONE if now.gradient == NONE else move.leaves)
+        return tuple(types)
+
+    def _disowning(self, node: Node, axes: markers.Axes, move: Move) -> Move:
+        """Whole rows may become their owners' alone: nothing is lost, so that it is enough to say so."""
+        claimed = {node.meta["placement"][axis] for axis in axes} if "placement" in node.meta else {R}
+        place = claimed.pop()
+        return replace(move, dst=place) if not claimed and isinstance(place, Owned) else move
+
+    # Comparing.
+
+    def _compare(self, node: Node) -> None:
+        claimed, found = node.meta.get("placement"), self.type_of(node)
+        if claimed is not None and tuple(claimed) != tuple(t.placement for t in found):
+            raise Unproved(f"it is said to be {_text(claimed)}, and is {_text(found)}")
+
+    def _results(self) -> None:
+        """Results are whole, with a whole gradient, but for caches, which stay as they were handed out."""
+        assert self.work.planned_factors is not None
+        handed = {self.copies[n]: p for n, p in self.work.handed_out(self.work.planned_factors).items()}
+        for out, spec in zip(self.graph.output_node().args[0], self.work.captured.outputs, strict=True):  # type: ignore[arg-type]
+            if not isinstance(out, Node) or not is_tensor(out):
+                continue
+            wanted = handed.get(out, (R,) * len(self.axes)) if spec.divided else (R,) * len(self.axes)
+            found, name = self.type_of(out), spec.name or out.name
+            if tuple(t.placement for t in found) != tuple(wanted):
+                raise Unproved(f"the result {name} must be {_text(wanted)}, and is {_text(found)}")
+            if any(t.placement == R and t.gradient == SUMMAND for t in found):
+                raise Unproved(f"the result {name} takes a summand of a gradient that is whole")
+
+    def _refusal(self, node: Node, why: str) -> TpCompileError:
+        rule = self.factors.rules.get(node)
+        name = f"{node.name} ({getattr(node.target, '__name__', node.target)})"
+        at = [
+            name,
+            module_path(node),
+            _line(node),
+            f"rule {rule}" if isinstance(rule, Rule) else "",
+            self.after,
+        ]
+        return TpCompileError(
+            f"the placements of this program cannot be proved: {why}",
+            where=", ".join(part for part in at if part),
+            todo="correct the pass or the rule that made it so; if it is none of yours, report this program",
+        )
+
+
+def _rule_of(node: Node) -> Rule | str:
+    """The rule of a call; a marker leaves every dimension what it is."""
+    if node.target not in markers.MARKERS or node.target is markers.keep_whole:
+        return rule_of(node)
+    letters = Letters()
+    labels = [letters.dims(shape(o)) for o in operands(node)]
+    return Rule(tuple(labels), (labels[0],), letters.sizes)
+
+
+def _unmerged(work: Work) -> tuple[Graph, dict[Node, Node]]:
+    """A copy of the graph in which what travels or is multiplied together is apart, and the nodes' copies."""
+    graph, copies = Graph(), dict[Node, Node]()
+    for node in work.graph.nodes:
+        owner = node.args[0] if node.args else None
+        if node.target in (markers.matmul_merged, markers.all_reduce_coalesced):
+            _refuse_unordered(work, node)
+            continue
+        if node.target is markers.part_of or getattr(owner, "target", None) is markers.all_reduce_coalesced:
+            target, args = _part(node)
+            copy = graph.call_function(target, torch.fx.node.map_arg(args, copies.__getitem__))
+            copy.meta.update(node.meta)
+        else:
+            copy = graph.node_copy(node, copies.__getitem__)
+        copies[node] = copy
+    return graph, copies
+
+
+def _part(node: Node) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The call that gives one of several results alone."""
+    joint, index = node.args
+    assert isinstance(joint, Node) and isinstance(index, int)
+    if joint.target is markers.matmul_merged:
+        target, *args = joint.args
+        return target, tuple(a[index] if isinstance(a, list | tuple) else a for a in args)  # type: ignore[return-value]
+    values, *options = joint.args
+    return markers.all_reduce, (values[index], *options)  # type: ignore[index]
+
+
+def _refuse_unordered(work: Work, node: Node) -> None:
+    """Segments that are multiplied as one must lie in one parameter, in this order."""
+    merged = node.target is markers.matmul_merged
+    for joined in (a for a in node.args if merged and isinstance(a, list | tuple)):
+        held = [source for a in joined if isinstance(a, Node) and (source := work.sources.get(a)) is not None]
+        orders = [source.order for source in held]
+        together = len({source.spec.name for source in held}) == 1 and len(held) == len(joined)
+        if not together or orders != list(range(orders[0], orders[0] + len(orders))):
+            raise TpCompileError(
+                f"the placements of this program cannot be proved: {node.name} joins {joined}, which are not "
+                "stored one behind the other in one parameter",
+                where=module_path(node) or node.name,
+                todo="correct the pass that made it so",
+            )
+
+
+def _is_real(value: Any) -> bool:
+    tensor = value.meta["val"] if isinstance(value, Node) else value
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
+def _text(types: Sequence[object]) -> str:
+    return " x ".join(map(str, types)) or "R"
+
+
+def _line(node: Node) -> str:
+    """The line of the model's source that a node was traced from."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    return lines[-2] if len(lines) > 1 else ""

@@ -1,0 +1,82 @@
+"""The proof of placements: what the passes make is proved, and what a fault makes of it is refused."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.helpers import programs, toys
+from tests.helpers.faults import FAULTS
+from tests.whole.test_families_simulated import followed
+from tpcompile.errors import TpCompileError
+from tpcompile.passes.verify_placements import verify_placements
+from tpcompile.pipeline import canonical, rewrite
+from tpcompile.work import Work
+
+X12, X20 = (3, 4, 12), (3, 4, 20)
+TOYS: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], int, bool]] = {
+    "mlp": (toys.Mlp, [X12], 2, False),
+    "attention": (lambda: toys.Attention(False), [X20], 2, False),
+    "packed": (lambda: toys.Attention(True), [X20], 2, False),
+    "parallel": (toys.Parallel, [X20], 2, False),
+    "tower": (toys.Tower, [(3, 12), (3, 14)], 2, False),
+    "norms": (lambda: toys.NormedHeads(heads=8, groups=2), [X20], 4, False),
+    "blocks in sequence": (toys.Blocks, [X12], 2, True),
+}
+
+
+@functools.lru_cache(maxsize=1)
+def _planned(name: str) -> tuple[Work, Work, nn.Module, list[Any], list[Tensor]]:
+    module, shapes, ranks, _ = TOYS[name]
+    torch.manual_seed(0)
+    model = module().double().eval()
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    captured = programs.captured(model, *inputs, ranks=ranks)
+    base = canonical(captured.captured, ranks)
+    wanted = model(*inputs)
+    wanted = [wanted] if isinstance(wanted, Tensor) else list(wanted)
+    return base, programs.planned_work(captured), model, inputs, wanted
+
+
+def _program(name: str) -> Work:
+    base, planned, *_ = _planned(name)
+    work = followed(base, planned)
+    rewrite(work, training=True, sequence=TOYS[name][3])
+    return work
+
+
+def _runs_right(work: Work, name: str) -> bool:
+    """Whether results and gradients are those of the module, on simulated ranks."""
+    _, _, model, inputs, wanted = _planned(name)
+    try:
+        for results in programs.run_ranks(work, model, *inputs):
+            torch.testing.assert_close(results, wanted, rtol=1e-9, atol=1e-9)
+        programs.gradients_agree(work, model, *inputs)
+    except Exception:  # a fault may fail in any way; here it counts that it does
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_faults(name: str) -> None:
+    """Each fault is refused, or changes neither a result nor a gradient."""
+    assert _runs_right(_program(name), name)
+    refused, missed = 0, []
+    for kind, fault in FAULTS.items():
+        for at in range(sum(1 for _ in fault(_program(name)))):
+            work = _program(name)
+            list(fault(work))[at]()
+            try:
+                verify_placements(work, training=True)
+            except TpCompileError:
+                refused += 1
+                continue
+            if not _runs_right(work, name):
+                missed.append(f"{kind}, place {at}")
+    assert not missed
+    assert refused >= 3, "hardly a fault could be put into this program"
