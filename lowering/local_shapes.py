@@ -11,8 +11,8 @@ from torch.utils._sympy.functions import CeilDiv
 
 from tpcompile.ir.markers import Axes, Placements, origin
 from tpcompile.ir.placements import Filled, Placement, Shard, split_evenly
+from tpcompile.ir.sizes import Size
 from tpcompile.rules.factors import Factors
-from tpcompile.rules.rule import Size
 
 
 @dataclass(frozen=True)

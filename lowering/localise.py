@@ -12,10 +12,10 @@ import torch
 from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.graph_edit import module_path
 from tpcompile.ir.markers import origin
+from tpcompile.ir.nodes import arguments, module_path, operands, option, results, shape
 from tpcompile.ir.placements import Filled, Shard
-from tpcompile.rules.rule import Size, arguments, operands, option, results, shape, sizes_of
+from tpcompile.ir.sizes import Size, sizes_of
 
 from .state import Lowering
 

@@ -12,12 +12,14 @@ from torch.fx import Graph, GraphModule, Node
 from tpcompile.capture.repeats.capture_repeated import whole_outputs
 from tpcompile.capture.repeats.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.graph_edit import drop_unused, module_path, value_of
+from tpcompile.ir.graph_edit import drop_unused, value_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.markers import MARKERS, MERGED
+from tpcompile.ir.nodes import is_tensor, module_path
+from tpcompile.ir.sizes import sizes_of
 from tpcompile.rules.opaque import is_opaque
-from tpcompile.rules.rule import Rule, sizes_of
-from tpcompile.work import Source, Work, is_tensor
+from tpcompile.rules.rule import Rule
+from tpcompile.work import Source, Work
 
 from . import localise
 from .local_shapes import LocalShapes

@@ -14,8 +14,8 @@ from torch.fx import Node
 from tpcompile.errors import TpCompileError
 from tpcompile.ir import markers
 from tpcompile.ir.markers import Axes, Placements
+from tpcompile.ir.nodes import arguments
 from tpcompile.ir.placements import Shard
-from tpcompile.rules.rule import arguments
 
 from . import collectives as _registers_the_operators  # noqa: F401
 from .lower_positions import lower_positions, moves_positions

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
-from tpcompile.rules.rule import arguments
+from tpcompile.ir.nodes import arguments
 from tpcompile.strategies.custom.opaque_module import weight_names
 
 from .local_module import LocalModule, Whole

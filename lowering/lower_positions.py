@@ -10,8 +10,8 @@ from torch.fx import Node
 
 from tpcompile.ir import markers
 from tpcompile.ir.graph_edit import value_of
+from tpcompile.ir.nodes import arguments
 from tpcompile.ir.placements import Filled
-from tpcompile.rules.rule import arguments
 
 from . import position_collectives as _registers_the_operators  # noqa: F401
 from .state import Lowering

@@ -11,9 +11,9 @@ from torch.fx import Graph, Node
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir import random_numbers as _registers_the_operator  # noqa: F401
-from tpcompile.ir.graph_edit import fake_mode, module_path, value_of
+from tpcompile.ir.graph_edit import fake_mode, value_of
+from tpcompile.ir.nodes import arguments, module_path
 from tpcompile.ir.placements import Filled, Shard
-from tpcompile.rules.rule import arguments
 
 from .state import Groups, Lowering
 

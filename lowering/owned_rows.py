@@ -8,10 +8,9 @@ import torch
 from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.graph_edit import module_path
+from tpcompile.ir.nodes import module_path, operands
 from tpcompile.ir.placements import Owned, Placement, split_evenly
 from tpcompile.rules.choices import Strategy
-from tpcompile.rules.rule import operands
 
 from .state import Lowering
 

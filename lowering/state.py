@@ -13,8 +13,9 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.graph_edit import KEPT_META, fake_mode, module_path, value_of
+from tpcompile.ir.graph_edit import KEPT_META, fake_mode, value_of
 from tpcompile.ir.markers import Axes
+from tpcompile.ir.nodes import module_path
 from tpcompile.work import Work
 
 from .local_module import LocalModule

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tpcompile.rules.factors import producer
-from tpcompile.work import Work, is_tensor
+from tpcompile.ir.nodes import is_tensor, producer
+from tpcompile.work import Work
 
 from .pipeline import Pass
 

@@ -10,8 +10,9 @@ import torch
 from torch.fx import Node
 
 from tpcompile.ir.graph_edit import call, drop_unused
-from tpcompile.rules.rule import argument, shape, sizes_of
-from tpcompile.work import Work, is_tensor
+from tpcompile.ir.nodes import argument, is_tensor, shape
+from tpcompile.ir.sizes import sizes_of
+from tpcompile.work import Work
 
 from .pipeline import Pass
 

@@ -7,12 +7,13 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch.fx import Graph, Node
 
 from tpcompile.ir.graph_edit import call
 from tpcompile.ir.markers import Axes, all_reduce, all_reduce_coalesced, keep_first
+from tpcompile.ir.nodes import tensor_of
 from tpcompile.ir.placements import P, Replicate
+from tpcompile.ir.sizes import bytes_of
 from tpcompile.planner.search.cost import PRESETS, CostModel
 from tpcompile.work import Work
 
@@ -70,7 +71,7 @@ class CoalesceCollectives(Pass):
         run = _Run()
         for node in work.graph.nodes:
             needs = any(i in run.needing for i in node.all_input_nodes)
-            if node.target is all_reduce and _size(node) <= self.largest:
+            if node.target is all_reduce and bytes_of(tensor_of(node)) <= self.largest:
                 axes = None if needs else self._joint_axes(work, run, node)
                 if axes is None:
                     yield run
@@ -100,8 +101,8 @@ class CoalesceCollectives(Pass):
         """The modelled time of reducing several values on some sub-axes at once."""
         ranks = math.prod(work.axes[a] for a in axes)
         widened = [n for n in nodes if _axes(n) != axes]
-        kept = sum(self.cost.launch + self.cost.touch(_size(n)) for n in widened)
-        return kept + self.cost.all_reduce(sum(map(_size, nodes)), ranks)
+        kept = sum(self.cost.launch + self.cost.touch(bytes_of(tensor_of(n))) for n in widened)
+        return kept + self.cost.all_reduce(sum(bytes_of(tensor_of(n)) for n in nodes), ranks)
 
 
 def _axes(node: Node) -> Axes:
@@ -116,16 +117,6 @@ def _kind(node: Node) -> tuple[object, ...]:
 def _whole_on_the_others(node: Node, axes: Axes) -> bool:
     """Whether a value is whole on those of the sub-axes on which it is not reduced."""
     return all(isinstance(node.meta["placement"][a], Replicate) for a in axes if a not in _axes(node))
-
-
-def _size(node: Node) -> float:
-    """Bytes for the example's sizes; a size that only a run can tell counts as endless."""
-    val = node.meta["val"]
-    count: float = val.element_size()
-    for size in val.shape:
-        hint = size.node.hint if isinstance(size, torch.SymInt) else size
-        count *= float("inf") if hint is None else hint
-    return count
 
 
 def _join(graph: Graph, run: _Run) -> None:

@@ -22,10 +22,11 @@ from tpcompile.ir.markers import (
     reduce_scatter,
     take_shard,
 )
+from tpcompile.ir.nodes import is_tensor, operands
 from tpcompile.ir.placements import Filled, Placement, R, Replicate
 from tpcompile.rules.choices import Strategy
-from tpcompile.rules.rule import Rule, operands
-from tpcompile.work import Work, is_tensor
+from tpcompile.rules.rule import Rule
+from tpcompile.work import Work
 
 from .insert_gradient_copies import differentiable_values
 from .pipeline import Pass

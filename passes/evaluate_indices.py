@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from tpcompile.rules.rule import argument, shape
+from tpcompile.ir.nodes import argument, shape
 
 from .index_values import FALSE, Affine, Known, Truth, combined, each, normal
 

@@ -13,8 +13,8 @@ from torch.fx import Node
 
 from tpcompile.ir import random_numbers
 from tpcompile.ir.graph_edit import call, drop_unused, fake_mode
+from tpcompile.ir.nodes import arguments, operands, option, shape
 from tpcompile.rules.randomness import is_random
-from tpcompile.rules.rule import arguments, operands, option, shape
 from tpcompile.work import Work
 
 from .pipeline import Pass

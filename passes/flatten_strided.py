@@ -10,8 +10,9 @@ import torch
 from torch.fx import Node
 
 from tpcompile.errors import CannotCapture
-from tpcompile.ir.graph_edit import call, module_path
-from tpcompile.rules.rule import Size, argument, shape, size_of
+from tpcompile.ir.graph_edit import call
+from tpcompile.ir.nodes import argument, module_path, shape
+from tpcompile.ir.sizes import Size, size_of
 from tpcompile.work import Work
 
 from .pipeline import Pass

@@ -10,10 +10,11 @@ from torch.fx import Node
 
 from tpcompile.ir.graph_edit import behind, call
 from tpcompile.ir.markers import MARKERS, copy_to_ranks
+from tpcompile.ir.nodes import is_tensor, operands
 from tpcompile.ir.placements import Owned, Partial, Replicate
 from tpcompile.rules.choices import Strategy
-from tpcompile.rules.rule import Rule, operands
-from tpcompile.work import Work, is_tensor
+from tpcompile.rules.rule import Rule
+from tpcompile.work import Work
 
 from .pipeline import Pass
 

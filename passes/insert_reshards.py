@@ -12,10 +12,10 @@ from torch.fx import Node
 from tpcompile.capture.repeats.match_periods import BLOCK, block_of
 from tpcompile.ir.graph_edit import behind, call
 from tpcompile.ir.markers import Placements, reshard
+from tpcompile.ir.nodes import is_tensor, operands
 from tpcompile.ir.placements import R
 from tpcompile.planner.search.facts import SHAPE_ONLY
-from tpcompile.rules.rule import operands
-from tpcompile.work import Work, is_tensor
+from tpcompile.work import Work
 
 from .pipeline import Pass
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from tpcompile.ir.graph_edit import behind, call, module_path
+from tpcompile.ir.graph_edit import behind, call
 from tpcompile.ir.markers import keep_whole
+from tpcompile.ir.nodes import module_path, operands
 from tpcompile.planner.search.must_divide import weight_root
-from tpcompile.rules.rule import Rule, operands
+from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import rule_of
 from tpcompile.work import Work
 

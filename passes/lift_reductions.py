@@ -10,9 +10,10 @@ from torch.fx import Node
 
 from tpcompile.ir.graph_edit import call
 from tpcompile.ir.markers import all_reduce, keep_first
+from tpcompile.ir.nodes import operands, shape
 from tpcompile.ir.placements import P, R
 from tpcompile.rules.choices import Strategy, whole
-from tpcompile.rules.rule import Rule, operands, shape
+from tpcompile.rules.rule import Rule
 from tpcompile.work import Work
 
 from .pipeline import Pass

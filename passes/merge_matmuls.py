@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,8 @@ from torch.fx import Node
 
 from tpcompile.ir.graph_edit import call
 from tpcompile.ir.markers import COMMUNICATING, matmul_merged, part_of
+from tpcompile.ir.nodes import tensor_of
+from tpcompile.ir.sizes import bytes_of
 from tpcompile.planner.search.cost import PRESETS, CostModel
 from tpcompile.work import Work
 
@@ -52,9 +53,9 @@ class MergeMatmuls(Pass):
     def _pays(self, run: list[Node]) -> bool:
         x = run[0].args[_MATMULS[run[0].target][0]]
         assert isinstance(x, Node)
-        saved = (len(run) - 1) * (self.cost.launch + self.cost.touch(_bytes(x)))
+        saved = (len(run) - 1) * (self.cost.launch + self.cost.touch(bytes_of(tensor_of(x))))
         sent = [n for n in run if any(u.target in COMMUNICATING for u in n.users)]
-        return saved > sum(2 * self.cost.touch(_bytes(n)) for n in sent)
+        return saved > sum(2 * self.cost.touch(bytes_of(tensor_of(n))) for n in sent)
 
 
 def _runs(work: Work) -> Iterator[list[Node]]:
@@ -105,10 +106,3 @@ def _merge(run: list[Node], before: Node) -> None:
         # The same nodes, so that what is known of them (factors, placement) stays known.
         node.target, node.args = part_of, (merged, i)
         node.meta.pop("strategies", None)
-
-
-def _bytes(node: Node) -> float:
-    """Bytes of a value for the example's sizes."""
-    val = node.meta["val"]
-    sizes = (s.node.hint if isinstance(s, torch.SymInt) else s for s in val.shape)
-    return math.prod(sizes) * val.element_size()

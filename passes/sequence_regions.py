@@ -7,7 +7,6 @@ which goes from operands to results untouched. There each rank may have some of 
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,11 +15,13 @@ import torch
 from torch.fx import Node
 
 from tpcompile.ir.markers import all_gather, all_reduce, keep_first, origin
+from tpcompile.ir.nodes import is_tensor, operands, producer, results, shape, tensor_of
 from tpcompile.ir.placements import Replicate, Shard
+from tpcompile.ir.sizes import bytes_of, hint
 from tpcompile.rules.choices import Strategy
-from tpcompile.rules.factors import OpFactor, producer
-from tpcompile.rules.rule import UNARY, Rule, operands, results, shape
-from tpcompile.work import Work, is_tensor
+from tpcompile.rules.factors import OpFactor
+from tpcompile.rules.rule import UNARY, Rule
+from tpcompile.work import Work
 
 Key = tuple[int, ...]
 """The atoms of the positions' dimension."""
@@ -97,7 +98,7 @@ class Positions:
         if key not in self._ranks:
             self._ranks[key] = self._ranked(key)
         dim = self.dim(entry, key)
-        size = 0.0 if dim is None else _hint(entry.meta["val"].shape[dim])
+        size = 0.0 if dim is None else hint(entry.meta["val"].shape[dim])
         return (*self._ranks[key].get(entry, (0.0, 0.0, 0.0)), size)
 
     def _ranked(self, key: Key) -> dict[Node, tuple[float, ...]]:
@@ -125,8 +126,10 @@ class Positions:
     def _sent(self, nodes: list[Node], entries: Mapping[Node, Key]) -> float:
         """Bytes that a forward sends for a region if it is divided, as a multiple of those otherwise."""
         inside = set(nodes)
-        reduced = sum(_bytes(n) for n in nodes if n in entries)
-        gathered = sum(_bytes(n) for n in nodes if is_tensor(n) and any(map(_needs_all(inside), n.users)))
+        reduced = sum(bytes_of(tensor_of(n)) for n in nodes if n in entries)
+        gathered = sum(
+            bytes_of(tensor_of(n)) for n in nodes if is_tensor(n) and any(map(_needs_all(inside), n.users))
+        )
         return (reduced + gathered) / (2 * reduced)
 
     def dim(self, value: Node, key: Key) -> int | None:
@@ -205,7 +208,7 @@ class Positions:
             inside = [o for o in operands(node) if o in keys]
             if len(inside) != 1 or not is_tensor(node):
                 continue
-            before, after = _bytes(inside[0]), _bytes(node)
+            before, after = (bytes_of(tensor_of(n)) for n in (inside[0], node))
             if after > before or (after == before and rearranges(node, self.factors.rules.get(node))):
                 del keys[node]
         return keys
@@ -257,12 +260,3 @@ def _reads_sizes(node: Node, rule: Rule) -> bool:
 
 def _is_pointwise(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-
-
-def _bytes(node: Node) -> float:
-    val = node.meta["val"]
-    return math.prod(map(_hint, val.shape)) * float(val.element_size())
-
-
-def _hint(size: int | torch.SymInt) -> float:
-    return float(size.node.hint if isinstance(size, torch.SymInt) else size)

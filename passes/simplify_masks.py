@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from tpcompile.ir.graph_edit import drop_unused
-from tpcompile.rules.rule import argument, shape
+from tpcompile.ir.nodes import argument, shape
 from tpcompile.work import Work
 
 from .evaluate_indices import IndexValues

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +10,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tpcompile.ir.graph_edit import KEPT_META, call, drop_unused, module_path
+from tpcompile.ir.graph_edit import KEPT_META, call, drop_unused
 from tpcompile.ir.layout.weight_layout import Segment
-from tpcompile.rules.factors import Factors, producer
-from tpcompile.rules.rule import Rule, argument, operands, results, shape
+from tpcompile.ir.names import starred
+from tpcompile.ir.nodes import argument, module_path, operands, producer, results, shape
+from tpcompile.rules.factors import Factors
+from tpcompile.rules.rule import Rule
 from tpcompile.work import Source, Work
 
 from .pipeline import Pass
@@ -74,7 +75,7 @@ def _drop_split_params(work: Work) -> None:
 
 def group_of(node: Node) -> str:
     """The module that a node belongs to, numbers replaced by ``*``."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module_path(node))
+    return starred(module_path(node))
 
 
 def packed_values(work: Work) -> list[tuple[Node, list[Node]]]:

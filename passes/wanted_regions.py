@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from torch.fx import Node
 
 from tpcompile.capture.repeats.unroll_layers import RepeatedBlocks
-from tpcompile.ir.graph_edit import module_path
 from tpcompile.ir.markers import all_reduce
-from tpcompile.rules.rule import shape
-from tpcompile.strategies.match_rules import starred_numbers
-from tpcompile.work import is_tensor
+from tpcompile.ir.names import starred
+from tpcompile.ir.nodes import is_tensor, module_path, shape
 
 from .sequence_regions import Positions, Region
 
@@ -35,7 +33,7 @@ def missed(positions: Positions, regions: list[Region], modules: frozenset[str] 
         return
     blocks = positions.work.blocks
     left = [m for m in sorted(modules) if not any(wanted(r, frozenset({m}), blocks) for r in regions)]
-    for name in dict.fromkeys(map(starred_numbers, left)):
+    for name in dict.fromkeys(map(starred, left)):
         yield f"the sequence is not divided at {name}: {_why_not(positions, 'it')}"
 
 

@@ -23,8 +23,8 @@ from tpcompile.ir.calls import flatten_call
 from .capture.held_caches import Held, mark_caches
 from .capture.repeats.capture_repeated import capture_repeated, unroll_captured
 from .errors import TpCompileError
-from .ir.graph_edit import module_path
 from .ir.layout.weight_layout import WeightLayout
+from .ir.nodes import module_path
 from .ir.print_graph import graph_text
 from .lowering.lower_graph import lower_program
 from .passes.pipeline import Pass

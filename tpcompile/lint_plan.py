@@ -12,7 +12,8 @@ from torch import nn
 from .api import example_call
 from .compile_program import Compiler, Options
 from .errors import TpCompileError
-from .ir.graph_edit import module_path
+from .ir.names import starred
+from .ir.nodes import module_path, operands
 from .passes.keep_whole import KeepWhole
 from .passes.pipeline import run_passes
 from .planner.compare_plans import Outcome, outcome_of
@@ -22,9 +23,9 @@ from .planner.print_plan import size_text, time_text
 from .planner.search.cost import CostModel, preset
 from .planner.search.facts import Search
 from .planner.search.must_divide import weight_root
-from .rules.rule import Rule, operands
+from .rules.rule import Rule
 from .strategies.hf_plan import hf_plan, model_of
-from .strategies.match_rules import names_of, starred_numbers
+from .strategies.match_rules import names_of
 from .strategies.parallel_interface import STRATEGIES
 from .strategies.read_rules import Rules, Wish, read_rules
 from .weights.shard import whole_tensors
@@ -174,7 +175,7 @@ def _replicated(plan: Plan) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, param in plan.layout.params.items():
         if all(shard is None for segment in param.segments for shard in segment.shards):
-            key = starred_numbers(name)
+            key = starred(name)
             found[key] = found.get(key, 0) + math.prod(param.shape) * param.dtype.itemsize
     return found
 
@@ -186,9 +187,7 @@ def _gathered(model: nn.Module, plan: Mapping[str, str]) -> tuple[str, ...]:
     for glob, style in plan.items():
         strategy = STRATEGIES[style]
         if getattr(strategy, "whole_result", False) and getattr(strategy, "division", "") == "out":
-            found += [
-                starred_numbers(n) for n in names.modules_of(glob) if any(p.isdigit() for p in n.split("."))
-            ]
+            found += [starred(n) for n in names.modules_of(glob) if any(p.isdigit() for p in n.split("."))]
     return tuple(dict.fromkeys(found))
 
 
@@ -206,5 +205,5 @@ def _repeated(plan: Plan) -> tuple[str, ...]:
         if any(weight_root(operand, params, rows=True) for operand in operands(node)):
             continue
         if all(d.nodes[node].factor is None for d in work.decisions):
-            found.append(starred_numbers(module_path(node)))
+            found.append(starred(module_path(node)))
     return tuple(dict.fromkeys(found))

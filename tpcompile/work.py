@@ -196,8 +196,3 @@ class Work:
         from .ir.print_graph import graph_text
 
         return graph_text(self.graph)
-
-
-def is_tensor(node: Node) -> bool:
-    """Whether a node's value is one tensor."""
-    return isinstance(node.meta.get("val"), torch.Tensor)

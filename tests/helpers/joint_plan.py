@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
+from tpcompile.ir.nodes import producer
 from tpcompile.ir.placements import Placement, R, Shard
 from tpcompile.planner.search.axis_costs import AxisCosts, exact
 from tpcompile.planner.search.axis_problem import AxisProblem, _order
@@ -20,7 +21,6 @@ from tpcompile.planner.search.eliminate import Problem, solve
 from tpcompile.planner.search.facts import Search
 from tpcompile.rules.assignment import Assignment
 from tpcompile.rules.choices import Strategy
-from tpcompile.rules.factors import producer
 
 Name = tuple[str, str]
 Placed = tuple[Placement, ...]

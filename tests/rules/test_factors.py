@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.helpers import programs
-from tpcompile.rules.factors import Factors, producer
+from tpcompile.ir.nodes import producer
+from tpcompile.rules.factors import Factors
 
 GROUPS, REPEATS, HEAD, HIDDEN = 2, 3, 8, 20
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.check_rule import Case, Program, compare, signed
-from tpcompile.rules.rule import Labels, Letters, Size, letters_of
+from tpcompile.ir.sizes import Size
+from tpcompile.rules.rule import Labels, Letters, letters_of
 from tpcompile.rules.views import align
 
 SIZES = st.sampled_from([1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 12])

@@ -16,8 +16,8 @@ from tpcompile.capture.export.captured import OutputSpec
 from tpcompile.capture.repeats.capture_repeated import ShortCapture, whole_outputs
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.placements import Placement, R, Shard, split_evenly
+from tpcompile.ir.sizes import Size
 from tpcompile.rules.factors import Factors
-from tpcompile.rules.rule import Size
 
 from .export.captured import Captured
 

@@ -52,13 +52,6 @@ def behind(value: Node) -> Node:
     return after
 
 
-def module_path(node: Node) -> str:
-    """The innermost module that a node was traced in, by its qualified name."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] for entry in stack.values()]
-    return str(paths[-1]) if paths else ""
-
-
 def drop_unused(graph: Graph) -> bool:
     """Erases calls without users (a functional graph has no side effects); placeholders stay."""
     changed = False

@@ -13,8 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from tpcompile.rules.rule import arguments
-
+from .nodes import arguments
 from .placements import Filled, Owned, Placement, Shard
 
 Placements = tuple[Placement, ...]

@@ -1,12 +1,51 @@
-"""Sizes that are filled up to a multiple: one form for what torch writes in many ways."""
+"""Sizes of dimensions: numbers, or expressions where they are dynamic."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import math
+from typing import Any, TypeAlias
 
 import sympy
+import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
+
+Size: TypeAlias = int | sympy.Expr
+
+
+def sizes_of(tensor: torch.Tensor) -> tuple[Size, ...]:
+    """The shape, dynamic dimensions as sympy expressions."""
+    return tuple(map(size_of, tensor.shape))
+
+
+def size_of(size: int | torch.SymInt) -> Size:
+    """A size or stride, a dynamic one as a sympy expression."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    simple = simplify_size(size.node.expr)
+    return int(simple) if simple.is_Integer else simple
+
+
+def divide(a: Size, b: Size) -> Size | None:
+    """``a / b`` if ``b`` divides ``a`` for every value of the symbols, else None."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b and a % b == 0 else None
+    quotient = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
+    if sympy.denom(quotient) != 1:
+        return None
+    return int(quotient) if quotient.is_Integer else quotient
+
+
+def hint(size: int | torch.SymInt) -> float:
+    """The example's size; infinite where only a run can tell it."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    return math.inf if size.node.hint is None else int(size.node.hint)
+
+
+def bytes_of(tensor: torch.Tensor) -> float:
+    """How many bytes a tensor has, for the example's sizes."""
+    return math.prod(map(hint, tensor.shape)) * tensor.element_size()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
+from tpcompile.ir.nodes import tensor_of
 from tpcompile.ir.placements import Placement, Shard, split_evenly
 from tpcompile.planner.search.cost import CostModel
 from tpcompile.planner.search.facts import Search
@@ -15,7 +16,6 @@ from tpcompile.planner.search.solve_axes import solve_axes
 from tpcompile.planner.search.sub_axes import sub_axes, unit_counts
 from tpcompile.planner.search.tie_layers import tie_layers
 from tpcompile.rules.declared import check_declared, declared_units, fits
-from tpcompile.rules.factors import tensor_of
 from tpcompile.work import Work
 
 # The placements allowed for parameters of a program, on one of its sub-axes.

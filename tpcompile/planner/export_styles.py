@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from tpcompile.ir.graph_edit import module_path
+from tpcompile.ir.names import starred
+from tpcompile.ir.nodes import module_path, operands, producer
 from tpcompile.ir.placements import Partial, Placement, Shard
 from tpcompile.planner.search.must_divide import weight_root
-from tpcompile.rules.factors import producer
-from tpcompile.rules.rule import Rule, operands
-from tpcompile.strategies.match_rules import starred_numbers
+from tpcompile.rules.rule import Rule
 from tpcompile.work import Work
 
 LOST = "lost"
@@ -94,7 +93,7 @@ class ExportedStyles:
             if root is not None and i not in rule.once:
                 stack = root.meta["val"].ndim == 3
                 name = self.work.sources[root].spec.name if stack else module_path(node)
-                return Use(starred_numbers(name), self._style(node, root), stack)
+                return Use(starred(name), self._style(node, root), stack)
         return None
 
     def _style(self, node: Node, root: Node) -> str:

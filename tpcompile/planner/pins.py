@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.nodes import operands
 from tpcompile.ir.placements import Placement, R, Shard
 from tpcompile.planner.search.must_divide import worth_dividing
 from tpcompile.rules.factors import Factors
-from tpcompile.rules.rule import Rule, operands
+from tpcompile.rules.rule import Rule
 from tpcompile.strategies.read_rules import Wish
 from tpcompile.work import Work
 

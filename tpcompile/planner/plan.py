@@ -9,16 +9,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir import markers
-from tpcompile.ir.graph_edit import module_path
 from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout
+from tpcompile.ir.names import starred
+from tpcompile.ir.nodes import arguments, module_path, operands, tensor_of
 from tpcompile.ir.placements import Filled
+from tpcompile.ir.sizes import bytes_of
 from tpcompile.planner.search.cost import CostModel
-from tpcompile.rules.rule import arguments, operands
 from tpcompile.work import Work
 
 from .decide import Pins
@@ -239,40 +239,21 @@ def _sequence_seconds(work: Work, cost: CostModel) -> float:
     return total
 
 
-def starred(path: str) -> str:
-    """A module path with ``*`` for block numbers."""
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))
-
-
 def _moved(node: Node) -> int:
-    values = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
-    total = 0
-    for value in values:
-        assert isinstance(value, Node)
-        val = value.meta["val"]
-        total += math.prod(_hint(s) for s in val.shape) * val.element_size()
-    return total
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+    moved = arguments(node)[0]
+    return int(sum(bytes_of(tensor_of(v)) for v in (moved if isinstance(moved, list | tuple) else [moved])))
 
 
 def fallbacks_of(work: Work) -> tuple[str, ...]:
     """Operators without a rule among the values that descend from parameters, one line each."""
     assert work.planned_factors is not None
-    found: dict[tuple[str, str], tuple[int, int]] = {}
+    found: dict[tuple[str, str], tuple[int, float]] = {}
     for node, rule in work.planned_factors.rules.items():
         if isinstance(rule, str) and work.decisions and node in work.decisions[0].nodes:
-            gathered = sum(_moved_value(o) for o in operands(node))
+            gathered = sum(bytes_of(tensor_of(o)) for o in operands(node))
             count, size = found.get((str(node.target), rule), (0, 0))
             found[str(node.target), rule] = (count + work.times(node), size + gathered * work.times(node))
     return tuple(
-        f"{op}: replicated {count} times, {size} bytes of operands whole on every rank ({why})"
+        f"{op}: replicated {count} times, {size:.0f} bytes of operands whole on every rank ({why})"
         for (op, why), (count, size) in found.items()
     )
-
-
-def _moved_value(value: Node) -> int:
-    val = value.meta["val"]
-    return math.prod(_hint(s) for s in val.shape) * val.element_size()

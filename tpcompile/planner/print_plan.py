@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from tpcompile.ir.layout.weight_layout import ParamLayout, Segment
+from tpcompile.ir.names import starred
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -39,7 +39,7 @@ def _param_rows(plan: Plan) -> list[tuple[str, ...]]:
         local = plan.layout.local_shape(name, 0)
         size = math.prod(local) * param.dtype.itemsize
         key = (
-            re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name),
+            starred(name),
             _shape(param.shape),
             placement_text(param),
             _shape(local),

@@ -20,7 +20,7 @@ from tpcompile import lowering, passes
 from tpcompile.capture.held_caches import Held
 from tpcompile.capture.repeats.match_periods import BLOCK, describe_value
 from tpcompile.disk_cache import cache_folder, entry_name, read_entry, write_entry
-from tpcompile.ir.graph_edit import module_path
+from tpcompile.ir.nodes import module_path
 from tpcompile.ir.print_graph import target_text
 from tpcompile.planner.search.cost import CostModel
 from tpcompile.planner.search.quantities import symbol_hints

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+from tpcompile.ir.nodes import producer
 from tpcompile.ir.placements import Placement, R
 
 from .choices import Strategy
-from .factors import producer
 
 
 @dataclass

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from tpcompile.ir.nodes import operands, results
 from tpcompile.ir.placements import Owned, P, Partial, Placement, R, Shard
 
 from .declared import placements_on
 from .expert_rows import Carrier
 from .factors import Factors, OpFactor, Place
-from .rule import Rule, operands, results
+from .rule import Rule
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Sequence
 from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.nodes import operands
 from tpcompile.ir.placements import Placement, Shard
+from tpcompile.ir.sizes import Size
 
 from .factors import Factors
-from .rule import Declared, Rule, Size, operands
+from .rule import Declared, Rule
 
 
 def placements_on(factors: Factors, node: Node, declared: Declared, axes: Sequence[int]) -> list[Placement]:

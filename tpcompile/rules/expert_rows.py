@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .rule import Rule, operands, results
+from tpcompile.ir.nodes import operands, results
+
+from .rule import Rule
 
 aten = torch.ops.aten
 GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
@@ -47,7 +49,7 @@ def find_carriers(graph: Graph, rules: Mapping[Node, Rule | str]) -> dict[Node, 
     found: dict[Node, tuple[Carrier, ...]] = {}
     for node in graph.nodes:
         rule = rules.get(node)
-        if node.op == "call_function" and node.target is operator.getitem:
+        if node.target is operator.getitem:
             rows[node] = rows.get(node.args[0], {})
         if not isinstance(rule, Rule):
             continue

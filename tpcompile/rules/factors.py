@@ -12,11 +12,13 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Graph, Node
 
+from tpcompile.ir.nodes import operands, producer, results, tensor_of
+from tpcompile.ir.sizes import Size, divide, sizes_of
+
 from .expert_rows import Carrier, find_carriers
-from .rule import Labels, Rule, Size, divide, operands, results, sizes_of
+from .rule import Labels, Rule
 from .table import rule_of
 
 Place = tuple[int, int]  # dimension, position of the factor in it
@@ -157,7 +159,7 @@ class Factors:
         return not a and not b
 
     def _add(self, node: Node) -> None:
-        if node.op == "output" or (node.op == "call_function" and node.target is operator.getitem):
+        if node.op == "output" or node.target is operator.getitem:
             return
         for i, tensor in enumerate(results(node)):
             self._dims[node, i] = [self._new(s) for s in sizes_of(tensor)]
@@ -214,20 +216,3 @@ def _places(labels: Labels, leaves: dict[str, list[int]]) -> tuple[dict[str, Pla
 
 def _shift(place: Place | None, by: int) -> Place | None:
     return (place[0], place[1] + by) if place else None
-
-
-def producer(value: Node) -> tuple[Node, int]:
-    """The node that computes a value, and which of its tensor results the value is."""
-    if value.op == "call_function" and value.target is operator.getitem:
-        source, index = value.args
-        assert isinstance(source, Node) and isinstance(index, int)
-        val = source.meta["val"]
-        return source, sum(isinstance(v, torch.Tensor) for v in val[:index])
-    return value, 0
-
-
-def tensor_of(value: Node) -> torch.Tensor:
-    """The (fake, global) tensor of a value."""
-    val = value.meta["val"]
-    assert isinstance(val, torch.Tensor)
-    return val

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from tpcompile.ir.nodes import op_name, operands, option, shape
+from tpcompile.ir.sizes import Size
+
 from .labels import dim_of, replaced, without
-from .rule import (
-    UNARY,
-    Dim,
-    Labels,
-    Letters,
-    Rule,
-    Size,
-    aligned,
-    letters_of,
-    op_name,
-    operands,
-    option,
-    shape,
-)
+from .rule import UNARY, Dim, Labels, Letters, Rule, aligned, letters_of
 
 
 def index_select(node: Node) -> Rule:

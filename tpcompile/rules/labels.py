@@ -6,7 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from torch.fx import Node
 
-from .rule import Dim, Labels, Letters, Size, option
+from tpcompile.ir.nodes import option
+from tpcompile.ir.sizes import Size
+
+from .rule import Dim, Labels, Letters
 
 
 def dim_of(node: Node, rank: int, name: str = "dim") -> int:

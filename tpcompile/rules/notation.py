@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from functools import cache
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.sizes import Size
 
-from .rule import Dim, Labels, Rule, Size
+from .rule import Dim, Labels, Rule
 
 _OPTIONS = ("whole", "reduce", "linear", "once", "fixed", "contraction", "localize")
 

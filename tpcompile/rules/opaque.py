@@ -7,9 +7,11 @@ import re
 from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.nodes import arguments, operands, shape
 from tpcompile.ir.placements import Partial, Placement, R, Shard
+from tpcompile.ir.sizes import sizes_of
 
-from .rule import Declared, Letters, Rule, arguments, letters_of, operands, shape, sizes_of
+from .rule import Declared, Letters, Rule, letters_of
 
 NAME = "tpcompile.opaque_module"
 _SHARD = re.compile(r"S\((-?\d+)(?:/(\d+))?\)")

@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from tpcompile.ir.nodes import operands, option, results, shape
+from tpcompile.ir.sizes import Size, divide, sizes_of
+
 from .labels import dim_of, fresh_except, replaced, without
-from .rule import (
-    UNARY,
-    Dim,
-    Labels,
-    Letters,
-    Rule,
-    Size,
-    divide,
-    letters_of,
-    operands,
-    option,
-    results,
-    shape,
-    sizes_of,
-)
+from .rule import UNARY, Dim, Labels, Letters, Rule, letters_of
 
 
 def slice_(node: Node) -> Rule:

@@ -7,20 +7,11 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
+from tpcompile.ir.nodes import op_name, operands, option, results, shape
+from tpcompile.ir.sizes import sizes_of
+
 from .randomness import is_random
-from .rule import (
-    Labels,
-    Letters,
-    Rule,
-    aligned,
-    letters_of,
-    op_name,
-    operands,
-    option,
-    results,
-    shape,
-    sizes_of,
-)
+from .rule import Labels, Letters, Rule, aligned, letters_of
 
 Linear = list[frozenset[int]]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from .rule import option
+from tpcompile.ir.nodes import option
 
 # Options that turn an operator's randomness on, each with the value at which it is off.
 _SWITCHES = (("train", False), ("training", False), ("p", 0.0), ("dropout_p", 0.0), ("dropout", 0.0))

@@ -7,19 +7,10 @@ from typing import Any
 
 from torch.fx import Node
 
-from .rule import (
-    UNARY,
-    Labels,
-    Letters,
-    Rule,
-    letters_of,
-    op_name,
-    operands,
-    option,
-    results,
-    shape,
-    sizes_of,
-)
+from tpcompile.ir.nodes import op_name, operands, option, results, shape
+from tpcompile.ir.sizes import sizes_of
+
+from .rule import UNARY, Labels, Letters, Rule, letters_of
 
 # How a divided dimension is completed. Not here, because ranks would need more than one number of each
 # other: var, std, logsumexp, norms, argmax; prod has no collective; max with a dim also returns positions.

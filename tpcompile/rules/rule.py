@@ -10,14 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import sympy
-import torch
-from torch.fx import Node
 
 from tpcompile.ir.placements import Placement
-from tpcompile.ir.sizes import simplify_size
 
 Size: TypeAlias = int | sympy.Expr
 Dim: TypeAlias = tuple[str, ...]
@@ -91,87 +88,6 @@ class Rule:
             lie = (", ".join(map(str, side)) for side in (self.declared.inputs, self.declared.outputs))
             text += "  only " + " -> ".join(lie)
         return text
-
-
-def operands(node: Node) -> list[Node]:
-    """The tensor-valued arguments of a node, in order, repeated ones repeated."""
-    found: list[Node] = []
-
-    def visit(arg: Any) -> Any:
-        if isinstance(arg, Node) and isinstance(arg.meta.get("val"), torch.Tensor):
-            found.append(arg)
-        return arg
-
-    torch.fx.node.map_aggregate((node.args, node.kwargs), visit)
-    return found
-
-
-def results(node: Node) -> list[torch.Tensor]:
-    """The tensors that a node computes (several for an operator that returns a tuple)."""
-    val = node.meta.get("val")
-    if isinstance(val, torch.Tensor):
-        return [val]
-    return [v for v in val if isinstance(v, torch.Tensor)] if isinstance(val, list | tuple) else []
-
-
-def sizes_of(tensor: torch.Tensor) -> tuple[Size, ...]:
-    """The shape, dynamic dimensions as sympy expressions."""
-    return tuple(map(size_of, tensor.shape))
-
-
-def size_of(size: int | torch.SymInt) -> Size:
-    """A size or stride, a dynamic one as a sympy expression."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    simple = simplify_size(size.node.expr)
-    return int(simple) if simple.is_Integer else simple
-
-
-def shape(node: Node) -> tuple[Size, ...]:
-    """The shape of a node's (first) result."""
-    return sizes_of(results(node)[0])
-
-
-def arguments(node: Node) -> tuple[Any, ...]:
-    """A node's positional arguments. What they are depends on the operator, so their type is open."""
-    return node.args
-
-
-def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
-    """An argument by position or keyword."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
-def option(node: Node, name: str, default: Any = None) -> Any:
-    """An argument by its name in the operator's schema, or the schema's default, or ``default``.
-
-    Overloads of one operator have the same option in different places: this finds it in all.
-    """
-    if name in node.kwargs:
-        return node.kwargs[name]
-    if isinstance(node.target, torch._ops.OpOverload):
-        for i, declared in enumerate(node.target._schema.arguments):
-            if declared.name == name:
-                given = i < len(node.args) and not declared.kwarg_only
-                value = node.args[i] if given else declared.default_value
-                return default if value is None else value
-    return default
-
-
-def op_name(node: Node) -> str:
-    """``add`` for ``aten.add.Tensor``."""
-    target = node.target
-    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else str(target)
-
-
-def divide(a: Size, b: Size) -> Size | None:
-    """``a / b`` if ``b`` divides ``a`` for every value of the symbols, else None."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a // b if b and a % b == 0 else None
-    quotient = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
-    if sympy.denom(quotient) != 1:
-        return None
-    return int(quotient) if quotient.is_Integer else quotient
 
 
 class Letters:

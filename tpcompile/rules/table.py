@@ -14,11 +14,13 @@ import torch
 from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.nodes import operands, results, shape
+from tpcompile.ir.sizes import sizes_of
 
 from . import contractions, indexing, opaque, parts, pointwise, reductions, views
 from .notation import instantiate, parse_row
 from .randomness import is_random
-from .rule import Rule, operands, results, shape, sizes_of
+from .rule import Rule
 
 RuleMaker = Callable[[Node], Rule | str]
 Row = str | RuleMaker

@@ -7,23 +7,10 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from .rule import (  # fmt: skip
-    UNARY,
-    Dim,
-    Labels,
-    Letters,
-    Rule,
-    Size,
-    aligned,
-    divide,
-    letters_of,
-    op_name,
-    operands,
-    option,
-    results,
-    shape,
-    sizes_of,
-)
+from tpcompile.ir.nodes import op_name, operands, option, results, shape
+from tpcompile.ir.sizes import Size, divide, sizes_of
+
+from .rule import UNARY, Dim, Labels, Letters, Rule, aligned, letters_of
 
 
 class _Walk:

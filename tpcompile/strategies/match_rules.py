@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from tpcompile.ir.names import starred
+
 
 @dataclass(frozen=True)
 class Target:
@@ -65,7 +67,7 @@ class Names:
     def nearest(self, glob: str) -> list[str]:
         """Names that look like one that names nothing, numbers as ``*``."""
         owners = {n.rpartition(".")[0] for n in self.params}
-        known = sorted({starred_numbers(n) for n in {*self.params, *owners}})
+        known = sorted({starred(n) for n in {*self.params, *owners}})
         return difflib.get_close_matches(glob, known, n=3, cutoff=0.3)
 
     def _keys(self, glob: str) -> Iterable[str]:
@@ -90,11 +92,6 @@ def names_of(model: nn.Module) -> Names:
     has_base = bool(prefix) and isinstance(getattr(model, prefix, None), nn.Module)
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
     return Names(params, modules, str(prefix) if has_base else "")
-
-
-def starred_numbers(name: str) -> str:
-    """A name with ``*`` for its numbers."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _pattern(key: str, close: bool) -> re.Pattern[str]:

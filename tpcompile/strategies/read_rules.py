@@ -11,9 +11,10 @@ from torch import nn
 from torch.distributed import tensor as dtensor
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.names import starred
 from tpcompile.ir.placements import Replicate, Shard
 
-from .match_rules import Names, Target, names_of, starred_numbers
+from .match_rules import Names, Target, names_of
 from .parallel_interface import STRATEGIES
 from .strategy import Division, Strategy
 
@@ -181,7 +182,7 @@ def _uncovered(best: Mapping[str, object], names: Names) -> list[str]:
         and owner is not None
         and sum(size != 1 for size in owner.get_parameter(n.rpartition(".")[2]).shape) >= 2
     ]
-    stars = list(dict.fromkeys(map(starred_numbers, left)))
+    stars = list(dict.fromkeys(map(starred, left)))
     if not stars:
         return []
     return [f"no rule of the model's own plan covers {', '.join(stars)}: placed automatically"]

@@ -12,10 +12,11 @@ from torch.fx import Node
 from tpcompile.ir import markers
 from tpcompile.ir.conversions import steps
 from tpcompile.ir.markers import Axes, Placements
+from tpcompile.ir.nodes import producer
 from tpcompile.ir.placements import Partial, Placement, Shard, split_evenly
 from tpcompile.rules.assignment import Assignment
 from tpcompile.rules.choices import Strategy
-from tpcompile.rules.factors import OpFactor, Place, producer
+from tpcompile.rules.factors import OpFactor, Place
 from tpcompile.rules.rule import Rule
 
 from .eliminate import Table

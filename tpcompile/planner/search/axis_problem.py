@@ -14,11 +14,12 @@ from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.markers import Placements
+from tpcompile.ir.nodes import producer, results
 from tpcompile.ir.placements import Owned, Partial, Placement, R, Replicate, Shard
 from tpcompile.rules.assignment import Assignment
 from tpcompile.rules.choices import Strategy, strategies
-from tpcompile.rules.factors import OpFactor, producer
-from tpcompile.rules.rule import Rule, results
+from tpcompile.rules.factors import OpFactor
+from tpcompile.rules.rule import Rule
 
 from .axis_costs import AxisCosts, exact
 from .eliminate import Problem, Table, solve

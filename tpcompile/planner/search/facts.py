@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.fx import Graph, Node
 
+from tpcompile.ir.nodes import operands, results
 from tpcompile.ir.placements import Placement
 from tpcompile.rules.assignment import Assignment
-from tpcompile.rules.factors import Factors, producer
-from tpcompile.rules.rule import operands, results
+from tpcompile.rules.factors import Factors
 
 from .axis_problem import AxisProblem
 from .cost import CostModel
@@ -100,14 +101,10 @@ class Search:
                         and isinstance(out.meta["val"], torch.Tensor)
                     ):
                         found.setdefault(out, []).append((node, 0))
-            elif node in self.live and not _is_getitem(node) and node.target not in SHAPE_ONLY:
+            elif node in self.live and node.target is not operator.getitem and node.target not in SHAPE_ONLY:
                 for i, operand in enumerate(operands(node)):
                     found.setdefault(operand, []).append((node, i))
         return found
-
-
-def _is_getitem(node: Node) -> bool:
-    return node.op == "call_function" and producer(node)[0] is not node
 
 
 def _descendants(graph: Graph, params: set[Node]) -> dict[Node, None]:

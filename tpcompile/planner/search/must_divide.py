@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch.fx import Node
 
-from tpcompile.rules.factors import Factors, producer, tensor_of
-from tpcompile.rules.rule import Rule, operands, shape
+from tpcompile.ir.nodes import operands, producer, shape, tensor_of
+from tpcompile.rules.factors import Factors
+from tpcompile.rules.rule import Rule
 
 # A parameter below this share of the parameters beside it stays whole if dividing it would take a
 # collective of its own (a router, MLA's latent projections, the only key head of many query heads).

@@ -8,9 +8,10 @@ import torch
 from torch.fx import Graph, Node
 
 from tpcompile.errors import OnlyInParts
-from tpcompile.ir.graph_edit import module_path
+from tpcompile.ir.nodes import module_path, results
+from tpcompile.ir.sizes import Size, bytes_of, hint
 from tpcompile.rules.factors import Factors
-from tpcompile.rules.rule import Rule, Size, letters_of, results
+from tpcompile.rules.rule import Rule, letters_of
 
 
 class Quantities:
@@ -33,13 +34,14 @@ class Quantities:
         Raises:
             OnlyInParts: the data decides its shape.
         """
-        if any(_undecided(size) for tensor in results(value) for size in tensor.shape):
+        found = max(map(bytes_of, results(value)))
+        if not math.isfinite(found):
             raise OnlyInParts(
                 f"the shape of what {value.target} computes is decided by the data",
                 where=module_path(value),
                 todo="choose with torch.where or a mask of fixed size, or parallelize(compose=True)",
             )
-        return max(math.prod(_hint(s) for s in t.shape) * t.element_size() for t in results(value))
+        return found
 
     def number(self, size: Size) -> float:
         """A size as a number, dynamic dimensions as in the example."""
@@ -76,14 +78,6 @@ class Quantities:
         return total
 
 
-def _undecided(size: int | torch.SymInt) -> bool:
-    return isinstance(size, torch.SymInt) and size.node.hint is None
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
-
-
 def symbol_hints(graph: Graph) -> dict[object, int]:
     """The example's sizes of the dynamic dimensions."""
     hints: dict[object, int] = {}
@@ -91,5 +85,5 @@ def symbol_hints(graph: Graph) -> dict[object, int]:
         if isinstance(node.meta.get("val"), torch.Tensor):
             for size in node.meta["val"].shape:
                 if isinstance(size, torch.SymInt):
-                    hints[size.node.expr] = _hint(size)
+                    hints[size.node.expr] = int(hint(size))
     return hints

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpcompile.capture.repeats.layer_fingerprint import fingerprint, weight_owners
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.layout.weight_layout import ParamLayout
+from tpcompile.ir.names import starred
 from tpcompile.ir.placements import Replicate, Shard
 from tpcompile.ranks.agree import together
 
@@ -161,13 +161,12 @@ def _name_equal_modules(model: nn.Module, found: CustomModules, owners: Mapping[
     kinds: dict[str, list[object]] = {}
     for path, strategy in found.strategies.items():
         module = model.get_submodule(path)
-        starred = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
         facts = fingerprint(module, owners, path)
-        seen = kinds.setdefault(f"{strategy.name}: {starred}", [])
+        seen = kinds.setdefault(f"{strategy.name}: {starred(path)}", [])
         if facts not in seen:
             seen.append(facts)
         number = seen.index(facts)
-        key = f"{strategy.name}: {starred}" + (f" ({number + 1})" if number else "")
+        key = f"{strategy.name}: {starred(path)}" + (f" ({number + 1})" if number else "")
         found.keys[path] = key
         found.templates.setdefault(key, (path, module))
 
