@@ -18,13 +18,13 @@ from torch.fx import Graph, Node
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir import markers
-from tpcompile.ir.graph_edit import module_path
+from tpcompile.ir.nodes import is_tensor, module_path, operands, producer, results, shape
 from tpcompile.ir.placements import Filled, Owned, Partial, Placement, R, Shard
 from tpcompile.rules.choices import Strategy, strategies
-from tpcompile.rules.factors import Factors, producer
-from tpcompile.rules.rule import Letters, Rule, operands, results, shape
+from tpcompile.rules.factors import Factors
+from tpcompile.rules.rule import Letters, Rule
 from tpcompile.rules.table import rule_of
-from tpcompile.work import Work, is_tensor
+from tpcompile.work import Work
 
 from .placement_types import MOVES, NONE, SUMMAND, WHOLE, Move, Type, Types, Unproved, filled, refuse_disorder
 
