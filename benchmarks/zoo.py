@@ -40,8 +40,9 @@ from tpcompile.ir.calls import bind_call
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.names import starred
 from tpcompile.pipeline import canonical, plan_program, rewrite, split_copy
+from tpcompile.planner.collective import collectives_of
 from tpcompile.planner.decisions import decisions_from_data, decisions_to_data
-from tpcompile.planner.plan import collectives_of, fallbacks_of
+from tpcompile.planner.make_plan import fallbacks_of
 from tpcompile.planner.plan_layout import layout_of
 from tpcompile.planner.search.cost import preset
 from tpcompile.weights.shard import whole_tensors

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from tpcompile.ir.graph_edit import KEPT_META, call, drop_unused
-from tpcompile.ir.layout.weight_layout import Segment
+from tpcompile.ir.layout.segment import Segment
 from tpcompile.ir.names import starred
 from tpcompile.ir.nodes import argument, module_path, operands, producer, results, shape
 from tpcompile.rules.factors import Factors

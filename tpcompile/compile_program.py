@@ -26,16 +26,17 @@ from .errors import TpCompileError
 from .ir.layout.weight_layout import WeightLayout
 from .ir.nodes import module_path
 from .ir.print_graph import graph_text
+from .ir.units import size_text
 from .lowering.lower_graph import lower_program
 from .passes.pipeline import Pass
 from .pipeline import canonical, plan_program, rewrite, split_copy
 from .planner.compare_plans import outcome_of, worse
 from .planner.decisions import decisions_from_data, decisions_to_data
+from .planner.make_plan import make_plan
 from .planner.must_unroll import uneven_layers
 from .planner.pins import Wishes, make_pins, unmet
-from .planner.plan import Plan, make_plan, sequence_text
+from .planner.plan import Plan, sequence_text
 from .planner.plan_layout import extended, layout_of, pins_from_layout
-from .planner.print_plan import size_text
 from .planner.search.cost import CostModel
 from .planner.store_plan import Decisions, plan_cached
 from .ranks.agree import compare, from_first, together

@@ -14,15 +14,15 @@ from .compile_program import Compiler, Options
 from .errors import TpCompileError
 from .ir.names import starred
 from .ir.nodes import module_path, operands
+from .ir.units import size_text, time_text
 from .passes.keep_whole import KeepWhole
 from .passes.pipeline import run_passes
 from .planner.compare_plans import Outcome, outcome_of
 from .planner.pins import unmet
 from .planner.plan import Plan
-from .planner.print_plan import size_text, time_text
 from .planner.search.cost import CostModel, preset
-from .planner.search.facts import Search
 from .planner.search.must_divide import weight_root
+from .planner.search.quantities import Quantities
 from .rules.rule import Rule
 from .strategies.hf_plan import hf_plan, model_of
 from .strategies.match_rules import names_of
@@ -196,11 +196,11 @@ def _repeated(plan: Plan) -> tuple[str, ...]:
     work = plan.work
     assert work is not None and work.planned_factors is not None
     factors, params = work.planned_factors, set(work.params())
-    search = Search(work.graph, factors, work.params(), plan.cost)
+    quantities = Quantities(work.graph, factors)
     found = []
     for node in work.decisions[0].nodes:
         rule = factors.rules.get(node)
-        if not isinstance(rule, Rule) or not rule.contraction or not search.quantities.operations(node):
+        if not isinstance(rule, Rule) or not rule.contraction or not quantities.operations(node):
             continue
         if any(weight_root(operand, params, rows=True) for operand in operands(node)):
             continue

@@ -14,7 +14,8 @@ from .capture.repeats.capture_repeated import ShortCapture
 from .capture.repeats.match_periods import block_of
 from .capture.repeats.unroll_layers import RepeatedBlocks
 from .errors import TpCompileError
-from .ir.layout.weight_layout import Segment, WeightLayout, whole_segment
+from .ir.layout.segment import Segment, whole_segment
+from .ir.layout.weight_layout import WeightLayout
 from .ir.placements import Partial, Placement, R
 from .rules.assignment import Assignment
 from .rules.factors import Factors

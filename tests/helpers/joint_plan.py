@@ -18,7 +18,7 @@ from tpcompile.ir.placements import Placement, R, Shard
 from tpcompile.planner.search.axis_costs import AxisCosts, exact
 from tpcompile.planner.search.axis_problem import AxisProblem, _order
 from tpcompile.planner.search.eliminate import Problem, solve
-from tpcompile.planner.search.facts import Search
+from tpcompile.planner.search.facts import Facts
 from tpcompile.rules.assignment import Assignment
 from tpcompile.rules.choices import Strategy
 
@@ -30,15 +30,15 @@ class JointPlan:
     """Builds the problem of all axes from the costs that the search of each axis uses.
 
     Args:
-        search: the program and the cost model.
+        facts: the program and the cost model.
         axes: the sizes of the sub-axes.
     """
 
-    def __init__(self, search: Search, axes: Sequence[int]) -> None:
-        self.search, self.axes = search, axes
+    def __init__(self, facts: Facts, axes: Sequence[int]) -> None:
+        self.facts, self.axes = facts, axes
         self.problem, self.unavoidable = Problem(), 0.0
         # The strategies and holdings that are possible on the first axis are all that there are.
-        alone = AxisProblem(search, axes, 0, {}, {})
+        alone = AxisProblem(facts, axes, 0, {}, {})
         alone.solve()
         self.ways = {n: list(self._combine(o, self._possible(n))) for n, o in alone.options.items()}
         self.holdings = {p: list(self._combine(h, self._may_hold(p))) for p, h in alone.holdings.items()}
@@ -47,10 +47,10 @@ class JointPlan:
         """The least penalty, price and time together."""
         for node, ways in self.ways.items():
             costs = [self._last(node, way, {}).times(node, [way[-1]])[0] for way in ways]
-            self.problem.variable(("node", node.name), self.search.times(node) * exact(costs))
+            self.problem.variable(("node", node.name), self.facts.times(node) * exact(costs))
         for param, holdings in self.holdings.items():
             self._hold(param, holdings)
-        for value, uses in self.search.uses.items():
+        for value, uses in self.facts.uses.items():
             if value in self.holdings or producer(value)[0] in self.ways:
                 self._connect(value, uses)
         return solve(self.problem)[1] + self.unavoidable
@@ -60,8 +60,8 @@ class JointPlan:
         penalties = [c.penalty(param, h[-1]) for c, h in zip(held, holdings, strict=True)]
         costs = [c.hold_cost(param, h[-1]) for c, h in zip(held, holdings, strict=True)]
         extra = [c + p - min(penalties) for c, p in zip(costs, penalties, strict=True)]
-        self.unavoidable += self.search.times(param) * min(penalties)
-        self.problem.variable(("param", param.name), self.search.times(param) * exact(extra))
+        self.unavoidable += self.facts.times(param) * min(penalties)
+        self.problem.variable(("param", param.name), self.facts.times(param) * exact(extra))
 
     def _connect(self, value: Node, uses: list[tuple[Node, int]]) -> None:
         if value in self.holdings:
@@ -94,7 +94,7 @@ class JointPlan:
         rows = [
             [costs.conversions([a[-1]], [b[-1]], value, (a[:-1], b[:-1]))[0, 0] for b in dst] for a in src
         ]
-        return self.search.times(value) * np.array(rows)
+        return self.facts.times(value) * np.array(rows)
 
     def _last(self, about: Node, way: Any, held: Any) -> AxisCosts:
         """The costs on the last axis, given what is chosen for one node on those before it."""
@@ -105,7 +105,7 @@ class JointPlan:
             a: Assignment(self.axes[a], {about: way[a]} if way else {}, {about: held[a]} if held else {})
             for a in range(axis)
         }
-        return AxisCosts(self.search, self.axes[axis], before, axis)
+        return AxisCosts(self.facts, self.axes[axis], before, axis)
 
     def _combine(self, options: list[Any], possible: Callable[[tuple[Any, ...], Any], bool]) -> Iterator[Any]:
         """Tuples of options in which each entry is possible after those before it."""
@@ -125,7 +125,7 @@ class JointPlan:
             if not isinstance(placement, Shard):
                 return True
             place = placement.dim, placement.factor
-            atom = self.search.factors.places(param)[place]
+            atom = self.facts.factors.places(param)[place]
             return self._costs(param, (), before, len(before)).left(param, place, atom) > 1
 
         return check

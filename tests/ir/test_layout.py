@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.layout.weight_layout import Box, ParamLayout, Segment, WeightLayout, whole_layout
+from tpcompile.ir.layout.segment import Box, Segment
+from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout, whole_layout
 
 AXES = [(1,), (2,), (3,), (5,), (2, 2), (2, 3), (2, 2, 2)]
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool]

@@ -24,13 +24,13 @@ from tpcompile.ir.calls import bind_call
 from tpcompile.ir.markers import COMMUNICATING, copy_to_ranks
 from tpcompile.ir.placements import Shard
 from tpcompile.pipeline import rewrite
+from tpcompile.planner.collective import collectives_of
 from tpcompile.planner.decide import _fits_together, plan_on_axes
 from tpcompile.planner.decisions import decisions_to_data
-from tpcompile.planner.plan import collectives_of
 from tpcompile.planner.search import axis_problem
 from tpcompile.planner.search.cost import PRESETS
 from tpcompile.planner.search.eliminate import Problem, solve
-from tpcompile.planner.search.facts import Search
+from tpcompile.planner.search.facts import Facts
 from tpcompile.work import Work
 
 Solution = tuple[dict[Hashable, int], float]
@@ -198,7 +198,7 @@ def test_arithmetic_is_that_of_matmuls() -> None:
     """Attention counts as two matmuls, a look-up as none over the vocabulary."""
     model = families.build("llama", num_hidden_layers=1)
     work = programs.canonicalised(model, **families.causal_inputs())
-    planner = Search(work.graph, work.factors(), work.params(), PRESETS["cpu"])
+    planner = Facts(work, work.factors(), PRESETS["cpu"])
     counts = {str(n.target).split(".")[1]: planner.quantities.operations(n) for n in planner.live}
     tokens, heads, size = families.BATCH * families.SEQ, 8, 12
     assert counts["scaled_dot_product_attention"] == 4 * tokens * families.SEQ * heads * size

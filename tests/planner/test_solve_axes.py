@@ -17,8 +17,9 @@ from tpcompile.ir.placements import Shard
 from tpcompile.pipeline import rewrite
 from tpcompile.planner.decide import plan_on_axes
 from tpcompile.planner.explain import explain_module
+from tpcompile.planner.search.axis_problem import solve_axis
 from tpcompile.planner.search.cost import PRESETS, CostModel
-from tpcompile.planner.search.facts import Search
+from tpcompile.planner.search.facts import Facts
 from tpcompile.planner.search.solve_axes import solve_axes
 from tpcompile.rules.assignment import Assignment
 from tpcompile.work import Work
@@ -26,12 +27,12 @@ from tpcompile.work import Work
 AXES = [(2, 2), (2, 3), (3, 2), (4, 2)]
 
 
-def _search(work: Work, preset: str) -> Search:
-    return Search(work.graph, work.factors(), work.params(), PRESETS[preset])
+def _search(work: Work, preset: str) -> Facts:
+    return Facts(work, work.factors(), PRESETS[preset])
 
 
-def _solve(search: Search, axes: Sequence[int]) -> list[Assignment]:
-    return solve_axes(search, axes, lambda _: {})
+def _solve(facts: Facts, axes: Sequence[int]) -> list[Assignment]:
+    return solve_axes(facts, axes, lambda _: {})
 
 
 def _worth(decisions: Sequence[Assignment]) -> float:
@@ -67,9 +68,9 @@ def test_as_good_as_all_axes_together(preset: str) -> None:
     for seed in range(40, 60):
         axes = AXES[seed % len(AXES)]
         work = random_program(seed, calls=4 + seed % 9, ranks=math.prod(axes))
-        search = _search(work, preset)
-        best = JointPlan(search, axes).worth()
-        assert _worth(_solve(search, axes)) == pytest.approx(best, rel=1e-9, abs=1e-12), seed
+        facts = _search(work, preset)
+        best = JointPlan(facts, axes).worth()
+        assert _worth(_solve(facts, axes)) == pytest.approx(best, rel=1e-9, abs=1e-12), seed
 
 
 def test_an_earlier_axis_is_solved_again() -> None:
@@ -77,14 +78,14 @@ def test_an_earlier_axis_is_solved_again() -> None:
     model, x, axes = toys.NormedHeads(heads=8, groups=2), torch.randn(3, 7, 20), (2, 4)
     work = programs.canonicalised(model, x, ranks=8)
     slow = CostModel("slow", flops=1e10, memory=1e7, latency=0.0, bandwidth=1e7)
-    search = Search(work.graph, work.factors(), work.params(), slow)
-    best = JointPlan(search, axes).worth()
-    once = search.plan(axes, 1, {0: search.plan(axes, 0, {})})
+    facts = Facts(work, work.factors(), slow)
+    best = JointPlan(facts, axes).worth()
+    once = solve_axis(facts, axes, 1, {0: solve_axis(facts, axes, 0, {})})
     assert _worth([once]) > 1.05 * best
-    found = _solve(search, axes)
+    found = _solve(facts, axes)
     assert _worth(found) == pytest.approx(best, rel=1e-9)
     for axis in range(2):  # nothing is left to improve, and the parts add up to the whole
-        again = search.plan(axes, axis, {1 - axis: found[1 - axis]})
+        again = solve_axis(facts, axes, axis, {1 - axis: found[1 - axis]})
         assert _worth([again]) == pytest.approx(best, rel=1e-9)
 
 

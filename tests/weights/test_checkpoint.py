@@ -24,7 +24,8 @@ from tests.helpers.run_ranks import run_spmd
 from tests.ir.test_layout import layouts
 from tests.on_ranks import checkpoint as spmd_checkpoint
 from tests.on_ranks.models import CAPTURED, build, call
-from tpcompile.ir.layout.weight_layout import ParamLayout, Segment, WeightLayout, whole_layout
+from tpcompile.ir.layout.segment import Segment
+from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout, whole_layout
 from tpcompile.weights.dcp import Wrapper, parts_written
 from tpcompile.weights.slice_tensor import SliceTensor, region_of
 

@@ -26,8 +26,8 @@ from tpcompile.ir.calls import bind_call
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.pipeline import canonical, plan_program, rewrite, split_copy
 from tpcompile.planner.decisions import decisions_from_data, decisions_to_data
+from tpcompile.planner.make_plan import fallbacks_of
 from tpcompile.planner.pins import make_pins
-from tpcompile.planner.plan import fallbacks_of
 from tpcompile.planner.plan_layout import layout_of, pins_from_layout
 from tpcompile.planner.search.cost import preset
 from tpcompile.strategies.hf_plan import hf_plan

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tpcompile.ir.units import size_text, time_text
+
 from .plan import Plan
-from .print_plan import size_text, time_text
 
 # Below this share a difference is not worth a word.
 NOTABLE = 0.01

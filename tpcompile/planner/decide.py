@@ -10,11 +10,10 @@ from torch.fx import Node
 from tpcompile.ir.nodes import tensor_of
 from tpcompile.ir.placements import Placement, Shard, split_evenly
 from tpcompile.planner.search.cost import CostModel
-from tpcompile.planner.search.facts import Search
+from tpcompile.planner.search.facts import Facts
 from tpcompile.planner.search.must_divide import worth_dividing
 from tpcompile.planner.search.solve_axes import solve_axes
 from tpcompile.planner.search.sub_axes import sub_axes, unit_counts
-from tpcompile.planner.search.tie_layers import tie_layers
 from tpcompile.rules.declared import check_declared, declared_units, fits
 from tpcompile.work import Work
 
@@ -83,10 +82,8 @@ def plan_on_axes(
     """The program with the decisions on each sub-axis."""
     factors = work.factors()
     check_declared(factors, axes)
-    carried, given = work.carried(factors), work.given(factors)
-    ties = tie_layers(work)
-    search = Search(work.graph, factors, work.params(), cost, carried, given, divide_small, work.times, ties)
-    decisions = solve_axes(search, axes, lambda axis: pins(work, axis))
+    facts = Facts(work, factors, cost, divide_small)
+    decisions = solve_axes(facts, axes, lambda axis: pins(work, axis))
     return replace(work, decisions=decisions, planned_factors=factors)
 
 

@@ -9,15 +9,15 @@ from torch.fx import Node
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.placements import Placement, R, Shard
 from tpcompile.ir.print_graph import target_text
+from tpcompile.ir.units import time_text
+from tpcompile.planner.search.axis_problem import solve_axis
 from tpcompile.planner.search.cost import CostModel
-from tpcompile.planner.search.facts import Search
-from tpcompile.planner.search.tie_layers import tie_layers
+from tpcompile.planner.search.facts import Facts
 from tpcompile.rules.factors import Factors
 from tpcompile.rules.rule import Rule
 from tpcompile.work import Work
 
 from .decide import Pins
-from .print_plan import time_text
 
 
 def explain_module(work: Work, cost: CostModel, pins: Pins, name: str) -> str:
@@ -45,14 +45,11 @@ def explain_module(work: Work, cost: CostModel, pins: Pins, name: str) -> str:
             todo="name a module or parameter that the plan lists",
         )
     factors = work.planned_factors
-    carried, given = work.carried(factors), work.given(factors)
-    search = Search(
-        work.graph, factors, work.params(), cost, carried, given, times=work.times, ties=tie_layers(work)
-    )
-    return "\n".join(line for param in mine for line in _explain_param(work, search, pins, param))
+    facts = Facts(work, factors, cost)
+    return "\n".join(line for param in mine for line in _explain_param(work, facts, pins, param))
 
 
-def _explain_param(work: Work, search: Search, pins: Pins, param: Node) -> Iterator[str]:
+def _explain_param(work: Work, facts: Facts, pins: Pins, param: Node) -> Iterator[str]:
     factors = work.planned_factors
     assert factors is not None
     yield f"{work.sources[param].spec.name} {_factored(factors, param)}"
@@ -63,34 +60,34 @@ def _explain_param(work: Work, search: Search, pins: Pins, param: Node) -> Itera
         yield f"  chosen{label}: {decision.params[param]}"
         for option in _options(factors, param):
             if option != decision.params[param]:
-                yield f"    {option}: {_price(work, search, pins, param, option, axis)}"
+                yield f"    {option}: {_price(work, facts, pins, param, option, axis)}"
 
 
 def _options(factors: Factors, param: Node) -> list[Placement]:
     return [R, *(Shard(*place) for place in factors.places(param))]
 
 
-def _price(work: Work, search: Search, pins: Pins, param: Node, option: Placement, axis: int) -> str:
+def _price(work: Work, facts: Facts, pins: Pins, param: Node, option: Placement, axis: int) -> str:
     others = {a: d for a, d in enumerate(work.decisions) if a != axis}
     if isinstance(option, Shard):
-        atom = search.factors.places(param)[option.dim, option.factor]
-        if atom not in search.candidates:
+        atom = facts.factors.places(param)[option.dim, option.factor]
+        if atom not in facts.candidates:
             return "refused: this dimension is dynamic, or no matmul has it"
     try:
-        other = search.plan(work.axes, axis, others, {**pins(work, axis), param: frozenset({option})})
+        other = solve_axis(facts, work.axes, axis, others, {**pins(work, axis), param: frozenset({option})})
     except TpCompileError as error:
-        spent = error.where == search.params[param]
-        return f"refused: {'nothing is left to divide' if spent else _refusal(search, param)}"
+        spent = error.where == facts.params[param]
+        return f"refused: {'nothing is left to divide' if spent else _refusal(facts, param)}"
     extra = other.cost + other.price - sum(d.cost + d.price for d in work.decisions)
     penalty = sum(d.penalty for d in work.decisions)
     must = ", but a large matrix must be divided" if round(other.penalty - penalty, 6) > 0 else ""
     return f"{'+' if extra >= 0 else '-'}{time_text(abs(extra))}{must}"
 
 
-def _refusal(search: Search, param: Node) -> str:
+def _refusal(facts: Facts, param: Node) -> str:
     reasons = []
     for user in param.users:
-        rule = search.factors.rules.get(user)
+        rule = facts.factors.rules.get(user)
         if isinstance(rule, str):
             reasons.append(f"{target_text(user)}: {rule}")
         elif isinstance(rule, Rule) and rule.whole:

@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch.fx import Node
-
 from tpcompile.errors import TpCompileError
-from tpcompile.ir import markers
-from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout
-from tpcompile.ir.names import starred
-from tpcompile.ir.nodes import arguments, module_path, operands, tensor_of
-from tpcompile.ir.placements import Filled
-from tpcompile.ir.sizes import bytes_of
+from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.ir.units import time_text
 from tpcompile.planner.search.cost import CostModel
 from tpcompile.work import Work
 
+from .collective import Collective
 from .decide import Pins
-from .decisions import decisions_to_data
 from .explain import explain_module
+from .print_plan import collective_lines, layout_lines
 
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One kind of collective at one place of the model (numbered blocks counted together).
-
-    Attributes:
-        kind: ``all_reduce``, ``all_gather``, ...
-        where: the module, ``*`` for block numbers.
-        count: how many a forward issues.
-        bytes: what one of them moves, for the example's sizes (the whole value).
-    """
-
-    kind: str
-    where: str
-    count: int
-    bytes: int
 
 
 @dataclass
@@ -58,7 +35,6 @@ class Plan:
         notes: what else the user should know.
         cost: the cost model.
         seconds: the modelled time of one forward of the example.
-        model_bytes: bytes of all parameters and buffers.
         sequence: whether the sequence was to be divided between the blocks, or at which modules.
         timings: seconds that the stages took where the plan was made.
         work: the planned program, and
@@ -73,7 +49,6 @@ class Plan:
     notes: tuple[str, ...]
     cost: CostModel
     seconds: float
-    model_bytes: int
     sequence: bool | frozenset[str] = False
     timings: dict[str, float] = field(default_factory=dict, compare=False)
     work: Work | None = field(default=None, repr=False, compare=False)
@@ -88,6 +63,11 @@ class Plan:
     def axes(self) -> tuple[int, ...]:
         """The sub-axes of the mesh axis, major first."""
         return self.layout.axes
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of all parameters and buffers."""
+        return sum(p.bytes for p in self.layout.params.values())
 
     def explain(self, name: str) -> str:
         """Why a module's parameters lie as they do: alternatives with their cost, and refusals.
@@ -147,7 +127,6 @@ class Plan:
             "notes": list(self.notes),
             "cost": asdict(self.cost),
             "seconds": self.seconds,
-            "model_bytes": self.model_bytes,
             "sequence": self.sequence if isinstance(self.sequence, bool) else sorted(self.sequence),
         }
 
@@ -164,96 +143,22 @@ class Plan:
             tuple(data["notes"]),
             CostModel(**data["cost"]),
             data["seconds"],
-            data["model_bytes"],
             sequence if isinstance(sequence, bool) else frozenset(sequence),
         )
 
     def __str__(self) -> str:
-        from .print_plan import plan_text
-
-        return plan_text(self)
+        lines = [
+            *layout_lines(self.layout, self.model_bytes),
+            "",
+            *collective_lines(self.collectives),
+            "",
+            f"modelled time of the example: {time_text(self.seconds)} ({self.cost.name})",
+        ]
+        lines += [f"fallback: {line}" for line in self.fallbacks]
+        lines += [f"note: {line}" for line in self.notes]
+        return "\n".join(lines)
 
 
 def sequence_text(sequence: bool | frozenset[str]) -> str:
     """Where the sequence is to be divided, for comparison."""
     return str(sequence) if isinstance(sequence, bool) else ", ".join(sorted(sequence))
-
-
-def make_plan(
-    work: Work,
-    rewritten: Work,
-    layout: WeightLayout,
-    cost: CostModel,
-    graph: str,
-    pins: Pins,
-    sequence: bool | frozenset[str] = False,
-) -> Plan:
-    """The plan of a program, from it as it was planned and as it was rewritten."""
-    return Plan(
-        layout=layout,
-        decisions=decisions_to_data(work),
-        graph=graph,
-        collectives=collectives_of(rewritten),
-        fallbacks=fallbacks_of(work),
-        notes=tuple(rewritten.captured.notes),
-        cost=cost,
-        seconds=sum(d.cost for d in work.decisions) + _sequence_seconds(rewritten, cost),
-        model_bytes=sum(_bytes(p) for p in layout.params.values()),
-        sequence=sequence,
-        work=work,
-        pins=pins,
-    )
-
-
-def _bytes(layout: ParamLayout) -> int:
-    return math.prod(layout.shape) * layout.dtype.itemsize
-
-
-def collectives_of(work: Work) -> tuple[Collective, ...]:
-    """What a rewritten program communicates in one forward, counted per place."""
-    found: dict[tuple[str, str, int], int] = {}
-    for node in work.graph.nodes:
-        if node.op == "call_function" and node.target in markers.COMMUNICATING:
-            key = (node.target.__name__, starred(module_path(node)), _moved(node))
-            found[key] = found.get(key, 0) + work.times(node)
-    return tuple(Collective(kind, where, count, size) for (kind, where, size), count in found.items())
-
-
-def _sequence_seconds(work: Work, cost: CostModel) -> float:
-    """What the collectives along a divided sequence take more than those that were planned."""
-    total = 0.0
-    for node in work.graph.nodes:
-        if node.op == "call_function" and any(isinstance(a, Filled) for a in node.args):
-            size, axes = _moved(node), [work.axes[a] for a in arguments(node)[1]]
-            ranks = math.prod(axes)
-            match node.target:
-                case markers.reduce_scatter:  # after an all-reduce, which is planned axis by axis
-                    more = cost.all_gather(size, ranks) - sum(cost.all_reduce(size, a) for a in axes)
-                case markers.all_to_all:
-                    more = cost.all_to_all(size, ranks) - cost.all_gather(size, ranks)
-                case markers.all_gather:
-                    more = cost.all_gather(size, ranks)
-                case _:
-                    more = 0.0
-            total += more * work.times(node)
-    return total
-
-
-def _moved(node: Node) -> int:
-    moved = arguments(node)[0]
-    return int(sum(bytes_of(tensor_of(v)) for v in (moved if isinstance(moved, list | tuple) else [moved])))
-
-
-def fallbacks_of(work: Work) -> tuple[str, ...]:
-    """Operators without a rule among the values that descend from parameters, one line each."""
-    assert work.planned_factors is not None
-    found: dict[tuple[str, str], tuple[int, float]] = {}
-    for node, rule in work.planned_factors.rules.items():
-        if isinstance(rule, str) and work.decisions and node in work.decisions[0].nodes:
-            gathered = sum(bytes_of(tensor_of(o)) for o in operands(node))
-            count, size = found.get((str(node.target), rule), (0, 0))
-            found[str(node.target), rule] = (count + work.times(node), size + gathered * work.times(node))
-    return tuple(
-        f"{op}: replicated {count} times, {size:.0f} bytes of operands whole on every rank ({why})"
-        for (op, why), (count, size) in found.items()
-    )

@@ -10,7 +10,8 @@ from torch.fx import Node
 
 from tpcompile.capture.held_caches import same_place
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.layout.weight_layout import ParamLayout, Segment, WeightLayout, whole_layout
+from tpcompile.ir.layout.segment import Segment
+from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout, whole_layout
 from tpcompile.ir.placements import Placement, R, Shard
 from tpcompile.rules.factors import Factors
 from tpcompile.work import Source, Work

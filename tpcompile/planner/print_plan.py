@@ -4,47 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
-from tpcompile.ir.layout.weight_layout import ParamLayout, Segment
+from tpcompile.ir.layout.segment import Segment
+from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout
 from tpcompile.ir.names import starred
+from tpcompile.ir.units import size_text
 
-if TYPE_CHECKING:
-    from .plan import Plan
+from .collective import Collective
 
 
-def plan_text(plan: Plan) -> str:
-    """Parameters, collectives, modelled time and memory; equal blocks share a line."""
-    held = max(plan.layout.held(r) for r in range(plan.ranks))
-    times = held * plan.ranks / max(plan.model_bytes, 1)
-    axes = "" if len(plan.axes) == 1 else f" as {' x '.join(map(str, plan.axes))}"
-    lines = [
-        f"plan for {plan.ranks} ranks{axes}: {size_text(plan.model_bytes)} of parameters and buffers, "
+def layout_lines(layout: WeightLayout, model_bytes: int) -> list[str]:
+    """Memory, and a table of the parameters; equal blocks share a line."""
+    held = max(layout.held(r) for r in range(layout.ranks))
+    times = held * layout.ranks / max(model_bytes, 1)
+    axes = "" if len(layout.axes) == 1 else f" as {' x '.join(map(str, layout.axes))}"
+    return [
+        f"plan for {layout.ranks} ranks{axes}: {size_text(model_bytes)} of parameters and buffers, "
         f"{size_text(held)} on the fullest rank ({times:.3f} x its share)",
         "",
-        *_table(("parameter", "x", "shape", "placement", "local shape", "bytes"), _param_rows(plan)),
-        "",
-        *_table(("collective", "x", "where", "bytes each"), _collective_rows(plan)),
-        "",
-        f"modelled time of the example: {time_text(plan.seconds)} ({plan.cost.name})",
+        *_table(("parameter", "x", "shape", "placement", "local shape", "bytes"), _param_rows(layout)),
     ]
-    lines += [f"fallback: {line}" for line in plan.fallbacks]
-    lines += [f"note: {line}" for line in plan.notes]
-    return "\n".join(lines)
 
 
-def _param_rows(plan: Plan) -> list[tuple[str, ...]]:
+def collective_lines(collectives: Sequence[Collective]) -> list[str]:
+    """A table of what one forward communicates."""
+    rows = [(c.kind, str(c.count), c.where or "(top)", size_text(c.bytes)) for c in collectives]
+    return _table(("collective", "x", "where", "bytes each"), rows)
+
+
+def _param_rows(layout: WeightLayout) -> list[tuple[str, ...]]:
     counts: dict[tuple[str, ...], int] = {}
-    for name, param in plan.layout.params.items():
-        local = plan.layout.local_shape(name, 0)
+    for name, param in layout.params.items():
+        local = layout.local_shape(name, 0)
         size = math.prod(local) * param.dtype.itemsize
-        key = (
-            starred(name),
-            _shape(param.shape),
-            placement_text(param),
-            _shape(local),
-            size_text(size),
-        )
+        placed, text = placement_text(param), size_text(size)
+        key = (starred(name), _shape(param.shape), placed, _shape(local), text)
         counts[key] = counts.get(key, 0) + 1
     return [(key[0], str(n), *key[1:]) for key, n in counts.items()]
 
@@ -71,10 +65,6 @@ def _shard_text(segment: Segment, shard: int | None) -> str:
     raise AssertionError("a shard names no factor")
 
 
-def _collective_rows(plan: Plan) -> list[tuple[str, ...]]:
-    return [(c.kind, str(c.count), c.where or "(top)", size_text(c.bytes)) for c in plan.collectives]
-
-
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     table = [head, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
@@ -83,17 +73,3 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _shape(shape: Sequence[int]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
-
-
-def size_text(size: float) -> str:
-    """Bytes in a readable unit."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
-
-
-def time_text(seconds: float) -> str:
-    """Seconds in a readable unit."""
-    return f"{seconds * 1e3:.3f} ms" if seconds < 1 else f"{seconds:.3f} s"

@@ -7,11 +7,12 @@ code says, and another one is captured; when it changes back, the first one serv
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from tpcompile.capture.export.configurations import configurations
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _NO_SETTINGS = frozenset({"forward", "generate", "generation_config"})
@@ -71,19 +72,6 @@ def is_setting(name: str, old: Any, new: Any) -> bool:
     if name.startswith("_") or name in _NO_SETTINGS:
         return False
     return not isinstance(old, torch.Tensor | nn.Module) and not isinstance(new, torch.Tensor | nn.Module)
-
-
-def configurations(model: nn.Module) -> Iterator[Any]:
-    """The configurations of a model and of its parts, with those inside of them; each once."""
-    left = [m.__dict__.get("config") for m in model.modules()]
-    seen: set[int] = set()
-    while left:
-        config = left.pop(0)
-        if id(config) in seen or not hasattr(config, "to_dict") or not hasattr(config, "__dict__"):
-            continue
-        seen.add(id(config))
-        yield config
-        left.extend(vars(config).values())
 
 
 def _plain_values(config: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tpcompile.runtime.settings import configurations
+from .configurations import configurations
 
 _COPIED = (dict, list, set)
 

@@ -14,10 +14,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .weight_layout import ParamLayout, Segment
+from .segment import Segment
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -90,20 +88,33 @@ class Region:
             yield Range(tuple(offsets), tuple(sizes), where)
 
 
-def regions(param: ParamLayout, axes: Sequence[int], at: Sequence[int]) -> list[Region]:
+def regions(
+    shape: tuple[int, ...],
+    segments: Sequence[Segment],
+    dim: int,
+    axes: Sequence[int],
+    at: Sequence[int],
+) -> list[Region]:
     """The fewest regions that make up what the rank at these coordinates holds of a parameter.
+
+    Args:
+        shape: the shape of the whole parameter.
+        segments: its segments, and
+        dim: the dimension in which they differ.
+        axes: the sizes of the sub-axes.
+        at: the rank's coordinates on them.
 
     Segments that are copied along different axes are kept apart, so that regions of two ranks are the same
     or have nothing in common. A parameter without elements is one empty region.
     """
-    zeros = (0,) * len(param.shape)
-    if 0 in param.shape:
-        return [Region(zeros, param.shape, zeros, 0, (), tuple(range(len(axes))))]
-    if not param.shape:
-        return [Region((), (), (), 0, (), copied_along(param.segments[0], axes))]
-    dim, position = param.packed_dim, 0
+    zeros = (0,) * len(shape)
+    if 0 in shape:
+        return [Region(zeros, shape, zeros, 0, (), tuple(range(len(axes))))]
+    if not shape:
+        return [Region((), (), (), 0, (), copied_along(segments[0], axes))]
+    position = 0
     packed: dict[tuple[tuple[int, ...], tuple[tuple[Run, ...], ...]], list[Run]] = {}
-    for segment in param.segments:
+    for segment in segments:
         runs = segment_runs(segment, segment.local_box(axes, at))
         key = copied_along(segment, axes), runs[:dim] + ((Run(0, 0, 1),),) + runs[dim + 1 :]
         moved = [Run(r.start, r.at + position, r.length) for r in runs[dim]]

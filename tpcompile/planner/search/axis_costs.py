@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from torch.fx import Node
@@ -20,10 +20,8 @@ from tpcompile.rules.factors import OpFactor, Place
 from tpcompile.rules.rule import Rule
 
 from .eliminate import Table
+from .facts import Facts
 from .must_divide import MUST_DIVIDE, SMALL_PRICE
-
-if TYPE_CHECKING:
-    from .facts import Search
 
 EXACT = 2.0**44
 """Costs are counted in units of 1 / EXACT seconds; sums of them are exact up to 512 s."""
@@ -39,15 +37,15 @@ class AxisCosts:
     """Cost tables of one axis: what all decided axes cost together, of which only this one's choice varies.
 
     Args:
-        search: the graph and the cost model.
+        facts: the program and the cost model.
         ranks: the size of the axis.
         others: the decisions on other axes.
         axis: where the axis stands among all.
     """
 
-    def __init__(self, search: Search, ranks: int, others: Mapping[int, Assignment], axis: int) -> None:
-        self.search, self.ranks = search, ranks
-        self.model = search.cost_model
+    def __init__(self, facts: Facts, ranks: int, others: Mapping[int, Assignment], axis: int) -> None:
+        self.facts, self.ranks = facts, ranks
+        self.model = facts.cost_model
         self.others = [others[a] for a in sorted(others)]
         self.at = sum(a < axis for a in others)
         self.all_ranks = self.beside([a.ranks for a in self.others], ranks)
@@ -63,10 +61,10 @@ class AxisCosts:
         self, src: list[Placement], dst: list[Placement], value: Node, others: tuple[Placements, Placements]
     ) -> Table:
         """The cost of bringing a value from each placement to each, as it is brought on the other axes."""
-        weight = value in self.search.weights
-        rule = self.search.factors.rules.get(producer(value)[0])
+        weight = value in self.facts.weights
+        rule = self.facts.factors.rules.get(producer(value)[0])
         statistic = isinstance(rule, Rule) and bool(rule.reduce) and not rule.contraction
-        how = (self.search.bytes[value], weight, statistic)
+        how = (self.facts.bytes[value], weight, statistic)
         key = (tuple(src), tuple(dst), others, how)
         if key not in self._tables:
             pairs = [[(self.beside(others[0], a), self.beside(others[1], b)) for b in dst] for a in src]
@@ -105,12 +103,12 @@ class AxisCosts:
         """What each strategy of a node costs by itself."""
         others = [a.nodes[node] for a in self.others]
         every = [self.beside(others, option) for option in options]
-        rule = self.search.factors.rules.get(node)
+        rule = self.facts.factors.rules.get(node)
         if isinstance(rule, Rule) and rule.contraction:
-            whole = self.search.quantities.operations(node) / self.model.flops
+            whole = self.facts.quantities.operations(node) / self.model.flops
             return [whole * self._share(each) for each in every]
         # Elementwise work is fused: it breaks ties and no more. A partial value is reduced early.
-        whole = TIE_BREAK * self.model.touch(self.search.bytes[node])
+        whole = TIE_BREAK * self.model.touch(self.facts.bytes[node])
         return [whole * self._share(each) + 1e-9 * sum(map(_passes_partial, each)) for each in every]
 
     def _share(self, strategies: Sequence[Strategy]) -> float:
@@ -133,11 +131,11 @@ class AxisCosts:
     def hold_cost(self, param: Node, placement: Placement) -> float:
         """Reading what a rank holds, and what is held against leaving a small matrix whole."""
         share = math.prod(part for _, part in self._held(param, placement))
-        return self.model.touch(self.search.bytes[param] * share) + self.price(param, placement)
+        return self.model.touch(self.facts.bytes[param] * share) + self.price(param, placement)
 
     def penalty(self, param: Node, placement: Placement) -> float:
         """The price of a large matrix that is whole, or that half of the ranks or more have no part of."""
-        if param not in self.search.large:
+        if param not in self.facts.large:
             return 0.0
         held = list(self._held(param, placement))
         short = math.fsum(part - 1 / ranks for ranks, part in held if part * ranks >= 2)
@@ -145,9 +143,9 @@ class AxisCosts:
 
     def price(self, param: Node, placement: Placement) -> float:
         """The price of a small matrix that is whole: part of a collective on what it computes."""
-        if param not in self.search.little:
+        if param not in self.facts.little:
             return 0.0
-        made = [self.search.bytes[n] for n, _ in self.search.uses[param] if n in self.search.bytes]
+        made = [self.facts.bytes[n] for n, _ in self.facts.uses[param] if n in self.facts.bytes]
         placements = self._placements(param, placement)
         whole = [n for n, p in zip(self.all_ranks, placements, strict=True) if not isinstance(p, Shard)]
         # Divided on some axes, that share of it which a rank holds beyond its part of the whole.
@@ -159,12 +157,12 @@ class AxisCosts:
         return self.beside([a.params[param] for a in self.others], placement)
 
     def _held(self, param: Node, placement: Placement) -> Iterator[tuple[int, float]]:
-        places = self.search.factors.places(param)
+        places = self.facts.factors.places(param)
         divided = [
             (p.dim, p.factor) if isinstance(p, Shard) else None for p in self._placements(param, placement)
         ]
         return self._parts(
-            divided, {place: self.search.factors.size(places[place]) for place in divided if place}
+            divided, {place: self.facts.factors.size(places[place]) for place in divided if place}
         )
 
     # What other axes leave.
@@ -172,7 +170,7 @@ class AxisCosts:
     def left(self, param: Node, place: Place, atom: int) -> int:
         """The units of a parameter that one rank of all the other axes may have."""
         return self._left(
-            self.search.factors.size(atom), [a.params[param] == Shard(*place) for a in self.others]
+            self.facts.factors.size(atom), [a.params[param] == Shard(*place) for a in self.others]
         )
 
     def left_in(self, node: Node, factor: OpFactor, *, fewest: bool = False) -> int:

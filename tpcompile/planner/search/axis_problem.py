@@ -7,7 +7,6 @@ handed on (so that q, k and v pay for one conversion); every cost then involves 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch.fx import Node
@@ -23,12 +22,35 @@ from tpcompile.rules.rule import Rule
 
 from .axis_costs import AxisCosts, exact
 from .eliminate import Problem, Table, solve
-
-if TYPE_CHECKING:
-    from .facts import Search
+from .facts import Facts
 
 Name = tuple[str, str]
 """A variable: what it decides about (``node``, ``param`` or ``shared``) and the node's name."""
+
+
+def solve_axis(
+    facts: Facts,
+    axes: Sequence[int],
+    axis: int,
+    others: Mapping[int, Assignment],
+    pins: Mapping[Node, frozenset[Placement]] | None = None,
+) -> Assignment:
+    """The decisions of least cost on one axis, given those on some of the others.
+
+    Args:
+        facts: the program and the cost model.
+        axes: the sizes of all axes.
+        axis: which of them to decide on.
+        others: what is decided on others already.
+        pins: the placements that parameters may have on this axis.
+
+    Returns:
+        The decisions; penalty, price and cost are those of all decided axes together.
+
+    Raises:
+        TpCompileError: the pins cannot be met.
+    """
+    return AxisProblem(facts, axes, axis, others, pins or {}).solve()
 
 
 class AxisProblem:
@@ -36,21 +58,21 @@ class AxisProblem:
 
     def __init__(
         self,
-        search: Search,
+        facts: Facts,
         axes: Sequence[int],
         axis: int,
         others: Mapping[int, Assignment],
         pins: Mapping[Node, frozenset[Placement]],
     ) -> None:
-        self.search, self.axes, self.axis, self.ties = search, axes, axis, search.ties
+        self.facts, self.axes, self.axis, self.ties = facts, axes, axis, facts.ties
         self.ranks, self.others = axes[axis], {a: others[a] for a in sorted(others)}
         self.pins: dict[Node, frozenset[Placement]] = {}
         for param, allowed in pins.items():
             leader = self.ties.leader(param)
             self.pins[leader] = self.pins.get(leader, allowed) & allowed
-        self.factors, self.costs = search.factors, AxisCosts(search, self.ranks, others, axis)
+        self.factors, self.costs = facts.factors, AxisCosts(facts, self.ranks, others, axis)
         # On one rank there is nothing to divide, and nothing to send: the program stays as it was captured.
-        self.candidates = search.candidates if self.ranks > 1 else set()
+        self.candidates = facts.candidates if self.ranks > 1 else set()
         self.problem = Problem()
         self.options: dict[Node, list[Strategy]] = {}
         self.holdings: dict[Node, list[Placement]] = {}
@@ -62,17 +84,17 @@ class AxisProblem:
         self._list_options()
         for node in self.options:
             self._compute(node)
-        for param in self.search.params:
+        for param in self.facts.params:
             self._hold(param)
-        for value in self.search.given:
+        for value in self.facts.given:
             self.problem.variable(self._name("param", value), [0.0])
-        for value, uses in self.search.uses.items():
+        for value, uses in self.facts.uses.items():
             if value in self.holdings or producer(value)[0] in self.options:
                 self._connect(value, uses)
         chosen, cost = solve(self.problem)
         params = {n: h[chosen[self._name("param", n)]] for n, h in self.holdings.items()}
-        penalty = sum(self.search.times(n) * self.costs.penalty(n, p) for n, p in params.items())
-        price = sum(self.search.times(n) * self.costs.price(n, p) for n, p in params.items())
+        penalty = sum(self.facts.times(n) * self.costs.penalty(n, p) for n, p in params.items())
+        price = sum(self.facts.times(n) * self.costs.price(n, p) for n, p in params.items())
         return Assignment(
             self.ranks,
             {n: o[chosen[self._name("node", n)]] for n, o in self.options.items()},
@@ -86,14 +108,14 @@ class AxisProblem:
     # Choices.
 
     def _list_options(self) -> None:
-        for node in self.search.live:
+        for node in self.facts.live:
             if results(node) and producer(node)[0] is node:
                 self.options[node] = self._ways(node)
-        for param in self.search.params:
+        for param in self.facts.params:
             self.holdings[param] = self._held(param)
-        for value, placements in self.search.given.items():
+        for value, placements in self.facts.given.items():
             self.holdings[value] = [placements[self.axis]]
-        for value, uses in self.search.uses.items():
+        for value, uses in self.facts.uses.items():
             if len(uses) > 1 and (value in self.holdings or producer(value)[0] in self.options):
                 wants = {w for u in uses for w in self._wants(u, value)}
                 self.handed[value] = sorted({*self._source(value)[1], R, *wants}, key=_order)
@@ -128,7 +150,7 @@ class AxisProblem:
             wanted = " or ".join(sorted(map(str, pins)))
             raise TpCompileError(
                 f"{wanted} is not possible: no matmul has that dimension, or nothing of it is left to divide",
-                where=self.search.params[param],
+                where=self.facts.params[param],
                 todo="pin another dimension, or none",
             )
         return options
@@ -152,14 +174,14 @@ class AxisProblem:
         options = self.holdings[param]
         penalties = [self.costs.penalty(param, o) for o in options]
         # What no option avoids is left out, or thousands of seconds would swallow the nanoseconds.
-        least, times = min(penalties, default=0.0), self.search.times(param)
+        least, times = min(penalties, default=0.0), self.facts.times(param)
         self.unavoidable += times * least
         costs = [self.costs.hold_cost(param, o) + p - least for o, p in zip(options, penalties, strict=True)]
         self.problem.variable(self._name("param", param), times * exact(costs))
 
     def _compute(self, node: Node) -> None:
         costs = exact(self.costs.times(node, self.options[node]))
-        self.problem.variable(self._name("node", node), self.search.times(node) * costs)
+        self.problem.variable(self._name("node", node), self.facts.times(node) * costs)
 
     def _connect(self, value: Node, uses: list[tuple[Node, int]]) -> None:
         source, outs = self._source(value)
@@ -189,7 +211,7 @@ class AxisProblem:
     def _conversions(
         self, src: list[Placement], dst: list[Placement], value: Node, others: tuple[Placements, Placements]
     ) -> Table:
-        times = self.ties.times.get(value) or self.search.times(value)
+        times = self.ties.times.get(value) or self.facts.times(value)
         return times * self.costs.conversions(src, dst, value, others)
 
     def _wants(self, use: tuple[Node, int], value: Node) -> list[Placement]:
@@ -205,7 +227,7 @@ class AxisProblem:
 
     def _result(self, use: tuple[Node, int], value: Node, axis: int) -> Placement:
         """How the program's caller wants a result; what has no strategies wants its operands whole."""
-        carried = self.search.carried.get(value) if use[0].op == "output" else None
+        carried = self.facts.carried.get(value) if use[0].op == "output" else None
         return carried[axis] if carried else R
 
     def _source(self, value: Node) -> tuple[Name, list[Placement]]:

@@ -1,94 +1,67 @@
-"""The least-cost placements of a graph on one axis of the mesh, given what is decided on others."""
+"""What the search knows of a program, whatever is decided on which axis."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.fx import Graph, Node
 
 from tpcompile.ir.nodes import operands, results
-from tpcompile.ir.placements import Placement
-from tpcompile.rules.assignment import Assignment
 from tpcompile.rules.factors import Factors
+from tpcompile.work import Work
 
-from .axis_problem import AxisProblem
 from .cost import CostModel
 from .must_divide import SMALL, held_elsewhere, matrix, shares, weight_root, worth_dividing
 from .quantities import Quantities
-from .tie_layers import Ties
+from .tie_layers import tie_layers
 
 SHAPE_ONLY = (torch.ops.aten.sym_size.int,)
 """What needs no more of a value than its shape, in whatever placement."""
 
 
-class Search:
-    """Builds and solves the problem of one axis, given what is decided on others.
+class Facts:
+    """What is known of a program's values and weights before anything is decided.
 
     Args:
-        graph: the captured graph at global shapes.
+        work: the program.
         factors: its rules and factors.
+        cost: the cost model.
+        divide_small: small matrices must be divided too, whatever it costs.
+
+    Attributes:
         params: parameter placeholders with their names, as the layout knows them.
         carried: results that stay divided (caches): the placement wanted per axis, or None for any.
         given: inputs that come divided (caches), with their placement per axis.
-        cost: the cost model.
-        divide_small: small matrices must be divided too, whatever it costs.
-        times: how many nodes of the whole model a node stands for, where layers were left out of the graph.
         ties: what is decided alike in repeated layers.
+        candidates: the atoms that may be divided.
+        live: the calls below a parameter, in graph order.
+        bytes: per value its size.
+        uses: per value the operands that it is.
+        large: matrices that must be divided, and
+        little: those that may stay whole for a price.
+        weights: values that are rearranged parameters.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        factors: Factors,
-        params: Mapping[Node, str],
-        cost: CostModel,
-        carried: Mapping[Node, Sequence[Placement] | None] | None = None,
-        given: Mapping[Node, Sequence[Placement]] | None = None,
-        divide_small: bool = False,
-        times: Callable[[Node], int] = lambda _: 1,
-        ties: Ties | None = None,
-    ) -> None:
-        self.times, self.ties = times, ties or Ties()
-        self.graph, self.factors, self.params, self.cost_model = graph, factors, params, cost
-        self.carried, self.given = carried or {}, given or {}
-        self.candidates = worth_dividing(factors, set(params))
-        self.quantities = Quantities(graph, factors)
-        self.live = _descendants(graph, {*params, *self.given})
-        self.bytes = {v: self.quantities.bytes(v) for v in (*params, *self.given, *self.live) if results(v)}
+    def __init__(self, work: Work, factors: Factors, cost: CostModel, divide_small: bool = False) -> None:
+        self.graph, self.times, self.ties = work.graph, work.times, tie_layers(work)
+        self.factors, self.params, self.cost_model = factors, work.params(), cost
+        self.carried, self.given = work.carried(factors), work.given(factors)
+        self.candidates = worth_dividing(factors, set(self.params))
+        self.quantities = Quantities(self.graph, factors)
+        self.live = _descendants(self.graph, {*self.params, *self.given})
+        self.bytes = {
+            v: self.quantities.bytes(v) for v in (*self.params, *self.given, *self.live) if results(v)
+        }
         self.uses = self._uses()
         own = held_elsewhere(factors)
-        matrices = {v: self.bytes[v] for v in params if matrix(v) and v in self.uses and v not in own}
-        share = shares(matrices, params)
+        matrices = {v: self.bytes[v] for v in self.params if matrix(v) and v in self.uses and v not in own}
+        share = shares(matrices, self.params)
         limit = 0.0 if divide_small else SMALL
         self.large = {v for v in matrices if share[v] >= limit}
         self.little = {v for v in matrices if share[v] < limit}
-        roots = set(params)
+        roots = set(self.params)
         self.weights = {v for v in self.bytes if weight_root(v, roots) is not None}
-
-    def plan(
-        self,
-        axes: Sequence[int],
-        axis: int,
-        others: Mapping[int, Assignment],
-        pins: Mapping[Node, frozenset[Placement]] | None = None,
-    ) -> Assignment:
-        """Solves one axis, given the decisions on some of the others.
-
-        Args:
-            axes: the sizes of all axes.
-            axis: which of them to decide on.
-            others: what is decided on others already.
-            pins: the placements that parameters may have on this axis.
-
-        Returns:
-            The decisions; penalty, price and cost are those of all decided axes together.
-
-        Raises:
-            TpCompileError: the pins cannot be met.
-        """
-        return AxisProblem(self, axes, axis, others, pins or {}).solve()
 
     def _uses(self) -> dict[Node, list[tuple[Node, int]]]:
         found: dict[Node, list[tuple[Node, int]]] = {}

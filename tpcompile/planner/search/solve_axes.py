@@ -10,13 +10,14 @@ from torch.fx import Node
 from tpcompile.ir.placements import Placement
 from tpcompile.rules.assignment import Assignment
 
-from .facts import Search
+from .axis_problem import solve_axis
+from .facts import Facts
 
 Worth = tuple[float, float, float]
 
 
 def solve_axes(
-    search: Search, axes: Sequence[int], pins: Callable[[int], Mapping[Node, frozenset[Placement]]]
+    facts: Facts, axes: Sequence[int], pins: Callable[[int], Mapping[Node, frozenset[Placement]]]
 ) -> list[Assignment]:
     """The decisions on every axis: none of them can be improved while the others stay.
 
@@ -26,12 +27,12 @@ def solve_axes(
     found: dict[int, Assignment] = {}
     worth: Worth = (0.0, 0.0, 0.0)
     for axis in range(len(axes)):
-        best = search.plan(axes, axis, found, pins(axis))
+        best = solve_axis(facts, axes, axis, found, pins(axis))
         found[axis] = _adding(best, worth, (0.0, 0.0, 0.0))
         worth = worth_of(best)
     settled, axis = 1, 0  # the last one was solved given all others
     while settled < len(axes):
-        best = search.plan(axes, axis, {a: d for a, d in found.items() if a != axis}, pins(axis))
+        best = solve_axis(facts, axes, axis, {a: d for a, d in found.items() if a != axis}, pins(axis))
         if _better(worth_of(best), worth):
             found[axis] = _adding(best, worth, worth_of(found[axis]))
             worth, settled = worth_of(best), 0

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
+from tpcompile.capture.repeats.match_periods import Match
 from tpcompile.errors import TpCompileError
-
-if TYPE_CHECKING:
-    from tpcompile.capture.repeats.match_periods import Match
-    from tpcompile.work import Work
+from tpcompile.work import Work
 
 
 @dataclass

@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.layout.index_ranges import segment_runs
+from tpcompile.ir.layout.segment import Segment, whole_segment
 from tpcompile.ir.layout.selection import Runs, Selection
-from tpcompile.ir.layout.weight_layout import ParamLayout, Segment, WeightLayout, whole_layout, whole_segment
+from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout, whole_layout
 
 from .custom_strategy import CustomStrategy
 

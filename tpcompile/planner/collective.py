@@ -1,0 +1,68 @@
+"""What a rewritten program communicates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from tpcompile.ir import markers
+from tpcompile.ir.names import starred
+from tpcompile.ir.nodes import arguments, module_path, tensor_of
+from tpcompile.ir.placements import Filled
+from tpcompile.ir.sizes import bytes_of
+from tpcompile.planner.search.cost import CostModel
+from tpcompile.work import Work
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of collective at one place of the model (numbered blocks counted together).
+
+    Attributes:
+        kind: ``all_reduce``, ``all_gather``, ...
+        where: the module, ``*`` for block numbers.
+        count: how many a forward issues.
+        bytes: what one of them moves, for the example's sizes (the whole value).
+    """
+
+    kind: str
+    where: str
+    count: int
+    bytes: int
+
+
+def collectives_of(work: Work) -> tuple[Collective, ...]:
+    """What a rewritten program communicates in one forward, counted per place."""
+    found: dict[tuple[str, str, int], int] = {}
+    for node in work.graph.nodes:
+        if node.op == "call_function" and node.target in markers.COMMUNICATING:
+            key = (node.target.__name__, starred(module_path(node)), _moved(node))
+            found[key] = found.get(key, 0) + work.times(node)
+    return tuple(Collective(kind, where, count, size) for (kind, where, size), count in found.items())
+
+
+def sequence_seconds(work: Work, cost: CostModel) -> float:
+    """What the collectives along a divided sequence take more than those that were planned."""
+    total = 0.0
+    for node in work.graph.nodes:
+        if node.op == "call_function" and any(isinstance(a, Filled) for a in node.args):
+            size, axes = _moved(node), [work.axes[a] for a in arguments(node)[1]]
+            ranks = math.prod(axes)
+            match node.target:
+                case markers.reduce_scatter:  # after an all-reduce, which is planned axis by axis
+                    more = cost.all_gather(size, ranks) - sum(cost.all_reduce(size, a) for a in axes)
+                case markers.all_to_all:
+                    more = cost.all_to_all(size, ranks) - cost.all_gather(size, ranks)
+                case markers.all_gather:
+                    more = cost.all_gather(size, ranks)
+                case _:
+                    more = 0.0
+            total += more * work.times(node)
+    return total
+
+
+def _moved(node: Node) -> int:
+    moved = arguments(node)[0]
+    return int(sum(bytes_of(tensor_of(v)) for v in (moved if isinstance(moved, list | tuple) else [moved])))

@@ -1,0 +1,54 @@
+"""Makes the plan of a program, from it as it was planned and as it was rewritten."""
+
+from __future__ import annotations
+
+from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.ir.nodes import operands, tensor_of
+from tpcompile.ir.sizes import bytes_of
+from tpcompile.planner.search.cost import CostModel
+from tpcompile.work import Work
+
+from .collective import collectives_of, sequence_seconds
+from .decide import Pins
+from .decisions import decisions_to_data
+from .plan import Plan
+
+
+def make_plan(
+    work: Work,
+    rewritten: Work,
+    layout: WeightLayout,
+    cost: CostModel,
+    graph: str,
+    pins: Pins,
+    sequence: bool | frozenset[str] = False,
+) -> Plan:
+    """The plan of a program, from it as it was planned and as it was rewritten."""
+    return Plan(
+        layout=layout,
+        decisions=decisions_to_data(work),
+        graph=graph,
+        collectives=collectives_of(rewritten),
+        fallbacks=fallbacks_of(work),
+        notes=tuple(rewritten.captured.notes),
+        cost=cost,
+        seconds=sum(d.cost for d in work.decisions) + sequence_seconds(rewritten, cost),
+        sequence=sequence,
+        work=work,
+        pins=pins,
+    )
+
+
+def fallbacks_of(work: Work) -> tuple[str, ...]:
+    """Operators without a rule among the values that descend from parameters, one line each."""
+    assert work.planned_factors is not None
+    found: dict[tuple[str, str], tuple[int, float]] = {}
+    for node, rule in work.planned_factors.rules.items():
+        if isinstance(rule, str) and work.decisions and node in work.decisions[0].nodes:
+            gathered = sum(bytes_of(tensor_of(o)) for o in operands(node))
+            count, size = found.get((str(node.target), rule), (0, 0))
+            found[str(node.target), rule] = (count + work.times(node), size + gathered * work.times(node))
+    return tuple(
+        f"{op}: replicated {count} times, {size:.0f} bytes of operands whole on every rank ({why})"
+        for (op, why), (count, size) in found.items()
+    )
