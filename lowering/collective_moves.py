@@ -16,8 +16,17 @@ from .send import exchange_rows, gather_rows, reduce_all, reduce_scatter_rows
 
 
 def reduce(x: Tensor, group: str, op: str) -> Tensor:
-    """The elementwise reduction over the ranks, whole on each."""
+    """The elementwise reduction over the ranks, whole on each.
+
+    What is no number on any rank is none in a maximum either. That is for us to see to: gloo's is what
+    comparisons give, which are false for NaN.
+    """
     _check_op(op, x)
+    if op != "sum" and x.is_floating_point():
+        unknown = x.isnan()
+        known = torch.where(unknown, 0.0, x if op == "max" else -x)
+        best, any_unknown = reduce_all(torch.stack([known, unknown.to(x.dtype)]), "max", group).unbind(0)
+        return torch.where(any_unknown > 0, torch.nan, best if op == "max" else -best)
     # The meta kernel keeps x's strides, the real one doesn't: they agree on contiguous tensors only.
     return reduce_all(x.contiguous(), op, group)
 

@@ -1,6 +1,6 @@
 """Collectives as fx call targets, `torch.ops.tpcompile.<name>.default`, with gradients that TP needs.
 
-Every operator here is linear in its tensor (`max` apart), so that its backward needs no saved tensor:
+Every operator here is linear in its tensor (`extreme` apart), so that its backward needs no saved tensor:
 it is the transposed movement of data, chosen by the placement of the gradient. torch's own formulas
 can't be used, because they do not know that placement (its all-reduce is its own backward, which
 multiplies gradients by the number of ranks).
@@ -21,14 +21,12 @@ et al. 2022), and the pairs of value and gradient placements of JAX's shard_map 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from tpcompile.errors import TpCompileError
 
 from . import collective_moves as moves
 
@@ -74,14 +72,85 @@ def _register(arguments: str) -> Callable[[Callable[..., Tensor]], Callable[...,
     return register
 
 
-@_register("(Tensor x, str group, str op='sum') -> Tensor")
-def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
-    """`P(op) -> R`, gradient `R -> R`: Megatron's g. Shape unchanged. `op` is "sum", "max" or "min".
+@_register("(Tensor x, str group) -> Tensor")
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """`P(sum) -> R`, gradient `R -> R`: Megatron's g. Shape unchanged.
 
     Every rank uses the whole result in the same way, so the gradient is whole on every rank already.
     """
-    transposed = _same if op == "sum" else _refuse_gradient_of_max
-    return _apply(x, lambda a: moves.reduce(a, group, op), transposed)
+    return _apply(x, lambda a: moves.reduce(a, group, "sum"), _same)
+
+
+@_register("(Tensor x, str group, str op, Tensor? among=None, int[] dims=[], bool equal_nan=True) -> Tensor")
+def extreme(
+    x: Tensor,
+    group: str,
+    op: str,
+    among: Tensor | None = None,
+    dims: Sequence[int] = (),
+    equal_nan: bool = True,
+) -> Tensor:
+    """`P(op) -> R`, gradient `R -> P(op)`, of "max" or "min". Shape unchanged. NaN if any rank has NaN.
+
+    The gradient goes to the ranks whose `x` is the result, in proportion to how many elements attain it
+    there: torch divides it evenly over all of them. These are counted in `among`, of which `x` is the extreme
+    over `dims`; without it each rank counts once.
+
+    Args:
+        x: this rank's extreme.
+        group: the group's name.
+        op: "max" or "min".
+        among: what it was taken of, of the same number of dimensions or with `dims` more.
+        dims: the dimensions that were reduced.
+        equal_nan: NaN attains NaN, as in torch's `max()`; in its `amax` nothing does: gradients are NaN.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return moves.reduce(x, group, op)
+    y: Tensor = _Extreme.apply(x, among, group, op, tuple(dims), equal_nan)
+    return y
+
+
+class _Extreme(torch.autograd.Function):
+    """A maximum or minimum over ranks."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, among: Tensor | None, group: str, op: str, dims: tuple[int, ...], equal_nan: bool
+    ) -> Tensor:
+        return moves.reduce(x, group, op)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, among, ctx.group, _, ctx.dims, ctx.equal_nan = inputs
+        ctx.save_for_backward(x, among, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        x, among, whole = ctx.saved_tensors
+        mine = attained(x, among, whole, ctx.dims, ctx.equal_nan).to(
+            torch.promote_types(grad.dtype, torch.float)
+        )
+        share = mine / moves.reduce(mine, ctx.group, "sum")
+        return (grad * share).to(grad.dtype), None, None, None, None, None
+
+
+def attained(
+    x: Tensor, among: Tensor | None, whole: Tensor, dims: tuple[int, ...], equal_nan: bool
+) -> Tensor:
+    """How many of this rank's elements are the extreme of all ranks', in the extreme's shape."""
+
+    def equal(a: Tensor, b: Tensor) -> Tensor:
+        return (a == b) | (a.isnan() & b.isnan()) if equal_nan else a == b
+
+    if among is None:
+        return equal(x, whole)
+    reduced = sorted(d % among.ndim for d in dims)
+    own = x
+    for dim in reduced if x.ndim < among.ndim else ():
+        own = own.unsqueeze(dim)
+    count = equal(among, own).sum(reduced, keepdim=True) if reduced else equal(among, own)
+    return count.reshape(x.shape) * equal(x, whole)
 
 
 @_register("(Tensor(a) x, str group) -> Tensor(a)")
@@ -188,11 +257,3 @@ def all_to_all(
 def _same(x: Tensor) -> Tensor:
     # A fresh view, not x: the caller may not tell an operator's result from its input otherwise.
     return x.view_as(x)
-
-
-def _refuse_gradient_of_max(grad: Tensor) -> Tensor:
-    raise TpCompileError(
-        "all_reduce with op 'max' has no gradient.",
-        where="torch.ops.tpcompile.all_reduce(..., 'max')",
-        todo="Detach its input; a softmax's running maximum needs no gradient.",
-    )

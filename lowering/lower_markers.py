@@ -13,9 +13,10 @@ from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir import markers
-from tpcompile.ir.markers import Axes, Placements
-from tpcompile.ir.nodes import arguments
+from tpcompile.ir.markers import Axes, Placements, origin
+from tpcompile.ir.nodes import arguments, op_name, operands, producer
 from tpcompile.ir.placements import Shard
+from tpcompile.rules.reductions import EXTREMES, reduced_dims
 
 from . import collectives as _registers_the_operators  # noqa: F401
 from .lower_positions import lower_positions, moves_positions
@@ -41,16 +42,23 @@ def lower_marker(low: Lowering, node: Node) -> Any:
 
 def _all_reduce(low: Lowering, node: Node) -> Node:
     x, axes, op = arguments(node)
-    return low.emit(ops.all_reduce.default, low.map(x), low.groups.name(axes), op, like=node)
+    value, group = low.map(x), low.groups.name(axes)
+    if op == "sum":
+        return low.emit(ops.all_reduce.default, value, group, like=node)
+    call, _ = producer(origin(x))
+    if op_name(call) not in EXTREMES:  # of a rule that somebody else wrote
+        return low.emit(ops.extreme.default, value, group, op, like=node)
+    among, equal_nan = low.map(operands(call)[0]), op_name(call) in ("max", "min")
+    return low.emit(ops.extreme.default, value, group, op, among, reduced_dims(call), equal_nan, like=node)
 
 
 def _all_reduce_coalesced(low: Lowering, node: Node) -> list[Node]:
-    """Several values as one flat buffer: one collective instead of many small ones."""
-    xs, axes, op = arguments(node)
+    """Several sums as one flat buffer: one collective instead of many small ones."""
+    xs, axes, _ = arguments(node)
     parts = [low.map(x) for x in xs]
     flat = [low.emit(aten.flatten.using_ints, p, like=node) for p in parts]
     joined = low.emit(aten.cat.default, flat, like=node)
-    reduced = low.emit(ops.all_reduce.default, joined, low.groups.name(axes), op, like=node)
+    reduced = low.emit(ops.all_reduce.default, joined, low.groups.name(axes), like=node)
     sizes = [low.emit(aten.sym_size.int, f, 0, like=node) for f in flat]
     pieces = low.emit(aten.split_with_sizes.default, reduced, sizes, like=node)
     out = []

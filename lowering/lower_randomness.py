@@ -75,7 +75,7 @@ def seed_graph(graph: Graph, groups: Groups, axes: int) -> None:
     with graph.inserting_before(first):
         own = add(aten.randint.low, 0, SEED, [2], dtype=torch.int64, device=device)
         kept = add(ops.keep_first.default, own, groups.index(every))
-        seed = add(ops.all_reduce.default, kept, groups.name(every), "sum")
+        seed = add(ops.all_reduce.default, kept, groups.name(every))
     for number, node in enumerate(drawing):
         like, _, _, parts = arguments(node)
         node.args = (like, seed, number, parts)

@@ -71,7 +71,11 @@ class CoalesceCollectives(Pass):
         run = _Run()
         for node in work.graph.nodes:
             needs = any(i in run.needing for i in node.all_input_nodes)
-            if node.target is all_reduce and bytes_of(tensor_of(node)) <= self.largest:
+            if (
+                node.target is all_reduce
+                and node.args[2] == "sum"
+                and bytes_of(tensor_of(node)) <= self.largest
+            ):
                 axes = None if needs else self._joint_axes(work, run, node)
                 if axes is None:
                     yield run
@@ -86,13 +90,13 @@ class CoalesceCollectives(Pass):
         mine = _axes(node)
         if not run.nodes:
             return mine
-        if _kind(run.nodes[0]) != _kind(node):
+        if run.nodes[0].meta["val"].dtype != node.meta["val"].dtype:
             return None
         axes = tuple(sorted({*run.axes, *mine}))
         if run.axes == mine:
             return axes
         nodes = [*run.nodes, node]
-        if node.args[2] != "sum" or not all(_whole_on_the_others(n, axes) for n in nodes):
+        if not all(_whole_on_the_others(n, axes) for n in nodes):
             return None
         apart = self._time(work, run.nodes, run.axes) + self._time(work, [node], mine)
         return axes if self._time(work, nodes, axes) < apart else None
@@ -108,10 +112,6 @@ class CoalesceCollectives(Pass):
 def _axes(node: Node) -> Axes:
     axes: Axes = node.args[1]  # type: ignore[assignment]
     return axes
-
-
-def _kind(node: Node) -> tuple[object, ...]:
-    return node.args[2], node.meta["val"].dtype
 
 
 def _whole_on_the_others(node: Node, axes: Axes) -> bool:

@@ -21,6 +21,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tests.helpers import simulate
 from tpcompile.capture.export.captured import Captured, InputSpec, OutputSpec
+from tpcompile.ir.graph_edit import call
+from tpcompile.ir.markers import all_reduce
 from tpcompile.ir.placements import Partial, Placement, Replicate, Shard, split_evenly
 from tpcompile.passes.annotate_placements import AnnotatePlacements
 from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
@@ -54,6 +56,22 @@ def signed(*shape: int) -> Operand:
 def single(*shape: int) -> Operand:
     """Normally distributed single-precision numbers."""
     return Operand(shape, torch.randn)
+
+
+def tied(*shape: int) -> Operand:
+    """Doubles of which many are the same: several are the largest."""
+    return Operand(shape, lambda s: torch.randint(3, s).double())
+
+
+def unknown(*shape: int) -> Operand:
+    """The same, with a NaN in the first and in the last place."""
+
+    def make(shape: tuple[int, ...]) -> Tensor:
+        found = torch.randint(3, shape).double()
+        found.view(-1)[[0, -1]] = torch.nan
+        return found
+
+    return Operand(shape, make)
 
 
 def complex_(*shape: int) -> Operand:
@@ -202,6 +220,7 @@ class Program:
         work.planned_factors = Factors(work.graph)
         AnnotatePlacements().apply(work)
         InsertGradientCopies(gradients).apply(work)
+        _complete_extremes(work)
         return work
 
     def wants(self, strategy: Strategy) -> list[Placement] | None:
@@ -219,6 +238,24 @@ class Program:
             [self.factors.layout(n) for n in graph.find_nodes(op="placeholder")],
             [self.factors.layout(n) for n in outputs],  # type: ignore[union-attr,arg-type]
         )
+
+
+def _complete_extremes(work: Work) -> None:
+    """Maxima over ranks are completed: only then it is known who attains them, and gets the gradient."""
+    out = work.graph.output_node()
+    results: list[Node] = list(out.args[0])  # type: ignore[arg-type]
+    for i, result in enumerate(results):
+        for op in ("max", "min"):
+            axes = tuple(a for a, p in enumerate(result.meta["placement"]) if p == Partial(op))
+            if axes:
+                with work.graph.inserting_before(out):
+                    results[i] = call(work.graph, all_reduce, (result, axes, op), like=result)
+                results[i].meta["placement"] = tuple(map(_completed, result.meta["placement"]))
+    out.args = (tuple(results),)
+
+
+def _completed(placement: Placement) -> Placement:
+    return Replicate() if isinstance(placement, Partial) and placement.op != "sum" else placement
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -393,7 +430,7 @@ def _feeds(program: Program, work: Work, axes: tuple[int, ...]) -> list[list[Ten
 def _compare(program: Program, axes: tuple[int, ...], chosen: Sequence[Strategy], ranks: list[Any]) -> None:
     _, layouts = program.layouts()
     for i, want in enumerate(program.expected):
-        placements = [s.outputs[i] for s in chosen]
+        placements = [_completed(s.outputs[i]) for s in chosen]
         got = put_together([r[i] for r in ranks], layouts[i], axes, placements)
         assert got.dtype == want.dtype, f"result {i} is {got.dtype}, not {want.dtype}"
         _close(got, want, f"result {i}", program.tolerance)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tpcompile.ir.markers import Axes
+from tpcompile.lowering.collectives import attained
 from tpcompile.lowering.lower_graph import lower_graph
 from tpcompile.work import Work
 
@@ -110,6 +111,7 @@ def run(
 def _communicates(node: Node) -> bool:
     return node.target in (
         ops.all_reduce.default,
+        ops.extreme.default,
         ops.all_gather.default,
         ops.reduce_scatter.default,
         ops.all_to_all.default,
@@ -145,6 +147,9 @@ class _Joint(torch.autograd.Function):
             ctx.options = [[*o, xs[0].shape[o[1]]] for o in options]
         if target is ops.exchange_positions.default:
             ctx.options = [[*o, xs[0].shape[o[2]]] for o in options]
+        if target is ops.extreme.default:
+            whole = _reduce(list(xs), options[0][1])
+            ctx.options = [[*o, (x, o[2], whole)] for o, x in zip(options, xs, strict=True)]
         return tuple(x.contiguous().clone() for x in _forward(target, options, list(xs)))
 
     @staticmethod
@@ -156,6 +161,8 @@ def _forward(target: Any, options: list[Any], xs: list[Tensor]) -> list[Tensor]:
     if target is ops.copy_to_ranks.default:
         return xs
     if target is ops.all_reduce.default:
+        return [_reduce(xs, "sum")] * len(xs)
+    if target is ops.extreme.default:
         return [_reduce(xs, options[0][1])] * len(xs)
     if target is ops.all_gather.default:
         return [torch.cat(xs, options[0][1])] * len(xs)
@@ -181,8 +188,10 @@ def _backward(target: Any, options: list[Any], grads: list[Tensor]) -> list[Tens
     if target is ops.copy_to_ranks.default:
         return [_reduce(grads, "sum")] * len(grads)
     if target is ops.all_reduce.default:
-        assert options[0][1] == "sum", "a maximum over ranks has no gradient"
         return grads
+    if target is ops.extreme.default:
+        counts = [attained(*values, *o[3:]) for *o, values in options]
+        return [g * n / sum(counts) for g, n in zip(grads, counts, strict=True)]
     if target is ops.all_gather.default:
         return [_own(g, *o[1:]) for g, o in zip(grads, options, strict=True)]
     if target in (ops.take_shard.default, ops.reduce_scatter.default):

@@ -237,17 +237,63 @@ def test_compiled_all_to_all(ranks: int) -> None:
     run_spmd(check_compiled_all_to_all, ranks)
 
 
-def check_max() -> Tensor:
-    x = torch.tensor([1.0, -2.0]) * (dist.get_rank() + 1)
-    assert OPS.all_reduce.default(x > 0, _group(), "max").tolist() == [True, False]
-    OPS.all_reduce.default(x.requires_grad_(), _group(), "max").sum().backward()
-    return x
+def _parts(unknown: bool) -> Tensors:
+    """What each of all ranks has: few different numbers, so that some tie, and NaN on the last if asked."""
+    ranks = dist.get_world_size()
+    xs = [_data(r, [4, r + 1, 2], torch.float64, False) // 3 for r in range(ranks)]
+    if unknown:
+        xs[-1][0, 0] = torch.nan
+    return xs
 
 
-def test_max_has_no_gradient() -> None:
-    with pytest.raises(SpmdError, match="no gradient") as caught:
-        run_spmd(check_max, 2)
-    assert isinstance(caught.value.__cause__, TpCompileError)
+def _extremes(group: str) -> dict[str, tuple[Fn, Callable[[Tensor, Tensor], Tensor]]]:
+    """Reductions of whole values, and what completes them from a part and its extreme."""
+    return {
+        "amax": (
+            lambda x: x.amax((1, 2)),
+            lambda x, y: OPS.extreme.default(y, group, "max", x, [1, 2], False),
+        ),
+        "amin": (
+            lambda x: x.amin(1, keepdim=True),
+            lambda x, y: OPS.extreme.default(y, group, "min", x, [1], False),
+        ),
+        "max": (lambda x: x.max(), lambda x, y: OPS.extreme.default(y, group, "max", x, [0, 1, 2])),
+        "min": (lambda x: x.min(), lambda x, y: OPS.extreme.default(y, group, "min", x, [0, 1, 2])),
+    }
+
+
+def check_extreme() -> None:
+    rank, group = dist.get_rank(), _group()
+    for (name, (reduce, complete)), unknown in product(_extremes(group).items(), (False, True)):
+        parts = [x.requires_grad_() for x in _parts(unknown)]
+        whole = reduce(torch.cat(parts, 1))
+        seed = _data(0, list(whole.shape), torch.float64, False) + 0.5
+        (wanted,) = torch.autograd.grad(whole, [parts[rank]], seed)
+        for run in (complete, torch.compile(complete, backend="aot_eager", fullgraph=True)):
+            y = run(parts[rank], reduce(parts[rank]))
+            (got,) = torch.autograd.grad(y, [parts[rank]], seed)
+            for what, a, b in (("value", y, whole), ("gradient", got, wanted)):
+                torch.testing.assert_close(
+                    a, b, equal_nan=True, msg=lambda m, w=what, n=name: f"{n} {w}: {m}"
+                )
+
+
+def check_extreme_alone() -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    x = torch.tensor([1.0, 2.0]) * (rank + 1)
+    assert OPS.extreme.default(x > 1, _group(), "max").tolist() == [True, True]
+    assert OPS.extreme.default(x.int(), _group(), "min").tolist() == [1, 2]
+    assert OPS.extreme.default(x.bfloat16(), _group(), "max").tolist() == [ranks, 2 * ranks]
+    tied = torch.tensor([5.0, float(rank)], requires_grad=True)
+    OPS.extreme.default(tied, _group(), "max").sum().backward()
+    assert tied.grad is not None
+    torch.testing.assert_close(tied.grad, torch.tensor([1 / ranks, float(rank == ranks - 1)]))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_extremes_over_ranks(ranks: int) -> None:
+    run_spmd(check_extreme, ranks)
+    run_spmd(check_extreme_alone, ranks)
 
 
 def check_wrong_size() -> None:

@@ -12,7 +12,6 @@ import pytest
 from tests.helpers.check_rule import Case, Program, blame, compare, compare_gradients
 from tests.helpers.missing_rules import missing
 from tests.helpers.rule_cases import CASES, EXCUSED, PAIRED, REFUSED, SAMPLED, WITHOUT_CASE
-from tpcompile.ir.placements import Partial
 from tpcompile.rules.choices import Strategy
 from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import ROWS
@@ -54,18 +53,13 @@ def test_pointwise_operators_need_no_row(case: Case) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.gradients], ids=str)
 def test_gradients_are_those_of_the_whole(case: Case) -> None:
     program = Program(case)
-    _try_all(program, (2,), [(s,) for s in program.strategies(2) if _differentiable(s)], compare_gradients)
-
-
-def _differentiable(strategy: Strategy) -> bool:
-    """A maximum over ranks has no gradient (lowering/collectives.py refuses it)."""
-    return not any(isinstance(p, Partial) and p.op != "sum" for p in strategy.outputs)
+    _try_all(program, (2,), [(s,) for s in program.strategies(2)], compare_gradients)
 
 
 @pytest.mark.parametrize("case", PAIRED, ids=str)
 def test_two_sub_axes(case: Case) -> None:
     program = Program(case)
-    found = [s for s in program.strategies(4) if _differentiable(s)]
+    found = program.strategies(4)
     _try_all(program, (2, 2), list(itertools.product(found, found)), compare)
 
 

@@ -107,9 +107,6 @@ def gather(node: Node) -> Rule | str:
     return Rule((inside, found), (found,), letters.sizes, whole=whole, linear=UNARY)
 
 
-_ADDED = {"sum": "sum", "amax": "max", "amin": "min"}
-
-
 def scatter(node: Node) -> Rule | str:
     """scatter, scatter_add, scatter_reduce: whole along the dimension of x, pointwise elsewhere.
 
@@ -120,7 +117,7 @@ def scatter(node: Node) -> Rule | str:
         return "operands differ in rank"
     letters = Letters()
     dim = dim_of(node, len(into))
-    how = _added(node)
+    adds = _adds(node)
     found = letters.dims(picked)
     whole: set[str] = set()
 
@@ -135,24 +132,24 @@ def scatter(node: Node) -> Rule | str:
 
     into_labels = labels(into, False)
     source_labels = [labels(s, True) for s in source]
-    if how:
+    if adds:
         whole -= {letter for letter in found[dim] if all(s[dim] == picked[dim] for s in source)}
     return Rule(
         (into_labels, found, *source_labels),
         (into_labels,),
         letters.sizes,
         whole=frozenset(whole),
-        reduce=dict.fromkeys(found[dim], how) if how and not whole & set(found[dim]) else {},
-        linear=(frozenset({0, 2}),) if source and how in ("", "sum") and _linear(node) else (),
-        once=frozenset({0}) if how == "sum" else frozenset(),
+        reduce=dict.fromkeys(found[dim], "sum") if adds and not whole & set(found[dim]) else {},
+        linear=(frozenset({0, 2}),) if source and _linear(node) else (),
+        once=frozenset({0} if adds else ()),
     )
 
 
-def _added(node: Node) -> str:
-    """The reduction by which scattered values meet those that are there, if a collective does it."""
+def _adds(node: Node) -> bool:
+    """Whether scattered values are added to those that are there."""
     if op_name(node) in ("scatter_add", "index_add"):
-        return "sum"
-    return _ADDED.get(option(node, "reduce", ""), "") if option(node, "include_self", True) else ""
+        return True
+    return option(node, "reduce", "") == "sum" and bool(option(node, "include_self", True))
 
 
 def _linear(node: Node) -> bool:
@@ -165,7 +162,7 @@ def scatter_rows(node: Node) -> Rule:
     into = letters.dims(shape(operands(node)[0]))
     dim = dim_of(node, len(into))
     rows = letters.dim(shape(operands(node)[1])[0] if shape(operands(node)[1]) else 1)
-    adds = _added(node) == "sum"
+    adds = _adds(node)
     picked = (rows,) if shape(operands(node)[1]) else ()
     return Rule(
         (into, picked, replaced(into, dim, rows)),

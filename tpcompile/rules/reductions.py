@@ -14,10 +14,12 @@ from .rule import UNARY, Labels, Letters, Rule, letters_of
 
 # How a divided dimension is completed. Not here, because ranks would need more than one number of each
 # other: var, std, logsumexp, norms, argmax; prod has no collective; max with a dim also returns positions.
-_REDUCE = {"sum": "sum", "mean": "sum", "count_nonzero": "sum", "amax": "max", "amin": "min"}
+_REDUCE = {"sum": "sum", "mean": "sum", "count_nonzero": "sum"}
+EXTREMES = {"amax": "max", "amin": "min", "max": "max", "min": "min"}
+"""Reductions to the largest or least element; those that also return its position want all of a dimension."""
 
 
-def _dims(node: Node) -> list[int]:
+def reduced_dims(node: Node) -> list[int]:
     """The dimensions that a reduction is over: those named, or all."""
     rank = len(shape(operands(node)[0]))
     dim = option(node, "dim")
@@ -34,7 +36,7 @@ def reduction(node: Node) -> Rule:
     """
     letters = Letters()
     source = letters.dims(shape(operands(node)[0]))
-    dims = set(_dims(node))
+    dims = set(reduced_dims(node))
     keep = len(sizes_of(results(node)[0])) == len(source)
     target: Labels = tuple(() if i in dims else d for i, d in enumerate(source) if keep or i not in dims)
     name = op_name(node)
@@ -54,8 +56,8 @@ def reduction(node: Node) -> Rule:
 
 def _how(node: Node) -> str:
     name = op_name(node)
-    if name in ("max", "min") and len(results(node)) == 1:
-        return name
+    if name in EXTREMES and len(results(node)) == 1:
+        return EXTREMES[name]
     return _REDUCE.get(name, "")
 
 

@@ -126,7 +126,7 @@ PARTS: dict[str, Row] = {
 REDUCTIONS: dict[str, Row] = {
     **_rows(
         reductions.reduction,
-        "sum mean amax amin max.dim min.dim max.default min.default prod any all count_nonzero",
+        "sum mean amax amin aminmax max.dim min.dim max.default min.default prod any all count_nonzero",
         "var std var_mean std_mean argmax argmin logsumexp linalg_vector_norm norm",
     ),
     **_rows(
