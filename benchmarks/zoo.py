@@ -38,6 +38,7 @@ from tpcompile.capture.export.capture_model import capture
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import bind_call
 from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.ir.module_tensors import whole_tensors
 from tpcompile.ir.names import starred
 from tpcompile.pipeline import canonical, plan_program, rewrite, split_copy
 from tpcompile.planner.collective import collectives_of
@@ -45,7 +46,6 @@ from tpcompile.planner.decisions import decisions_from_data, decisions_to_data
 from tpcompile.planner.make_plan import fallbacks_of
 from tpcompile.planner.plan_layout import layout_of
 from tpcompile.planner.search.cost import preset
-from tpcompile.weights.shard import whole_tensors
 
 AUTO = {
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.module_tensors import every_name, lent
 from tpcompile.strategies.custom.custom_strategy import CustomStrategy
-from tpcompile.strategies.custom.opaque_module import lent, weight_names
 
 _LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
 _LOCAL: weakref.WeakValueDictionary[str, LocalModule] = weakref.WeakValueDictionary()
@@ -55,7 +55,7 @@ class LocalModule:
                 (-1: any).
         """
         given = [self._as_dtensor(w, whole) for w, whole in zip(weights, self.weights, strict=True)]
-        names = weight_names(self.module)
+        names = (name for name, _ in every_name(self.module))
         with lent(self.module, dict(zip(names, given, strict=True))):
             args = self.strategy.before(self.module, tuple(inputs), self.mesh)
             result = self.strategy.after(self.module, self.kind.forward(self.module, *args), self.mesh)

@@ -6,8 +6,8 @@ import torch
 from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.module_tensors import every_name
 from tpcompile.ir.nodes import arguments
-from tpcompile.strategies.custom.opaque_module import weight_names
 
 from .local_module import LocalModule, Whole
 from .state import Lowering
@@ -38,7 +38,7 @@ def _make(low: Lowering, key: str) -> LocalModule:
             "custom strategies need a mesh to run on", where=key, todo="give parallelize a mesh"
         )
     wholes: list[Whole | None] = []
-    for name in weight_names(module):
+    for name, _ in every_name(module):
         parts = custom.parts.get(f"{path}.{name}")
         placements = parts[0].placements if parts else None
         if placements is None:

@@ -24,6 +24,7 @@ from .capture.held_caches import Held, mark_caches
 from .capture.repeats.capture_repeated import capture_repeated, unroll_captured
 from .errors import TpCompileError
 from .ir.layout.weight_layout import WeightLayout
+from .ir.module_tensors import whole_tensors
 from .ir.nodes import module_path
 from .ir.print_graph import graph_text
 from .ir.units import size_text
@@ -45,7 +46,6 @@ from .ranks.mesh_axis import MeshAxis
 from .rules.randomness import random_nodes
 from .strategies.custom.custom_modules import CustomModules, partition_modules
 from .strategies.read_rules import Rules, Wish
-from .weights.shard import whole_tensors
 from .work import Work
 
 

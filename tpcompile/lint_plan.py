@@ -12,6 +12,7 @@ from torch import nn
 from .api import example_call
 from .compile_program import Compiler, Options
 from .errors import TpCompileError
+from .ir.module_tensors import whole_tensors
 from .ir.names import starred
 from .ir.nodes import module_path, operands
 from .ir.units import size_text, time_text
@@ -28,7 +29,6 @@ from .strategies.hf_plan import hf_plan, model_of
 from .strategies.match_rules import names_of
 from .strategies.parallel_interface import STRATEGIES
 from .strategies.read_rules import Rules, Wish, read_rules
-from .weights.shard import whole_tensors
 
 
 @dataclass(frozen=True)

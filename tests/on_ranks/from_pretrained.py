@@ -15,7 +15,7 @@ import tpcompile
 from tests.helpers import families
 from tests.on_ranks.checkpoint import shell
 from tests.on_ranks.models import CAPTURED, OTHER, call, error, mesh
-from tpcompile.weights.shard import tensors_by_name
+from tpcompile.ir.module_tensors import whole_tensors
 
 NEW_TOKENS = 5
 
@@ -30,8 +30,8 @@ def whole_model(model_class: Any, folder: str, dtype: Any) -> Any:
 def same_slices(model: Any, whole: Any) -> list[str]:
     """The names of tensors that are not, bit by bit, this rank's slices of the whole ones."""
     layout, rank = model.plan.layout, dist.get_rank()
-    expected = {name: getattr(*place) for name, place in tensors_by_name(whole).items()}
-    found = {name: getattr(*place) for name, place in tensors_by_name(model).items()}
+    expected = whole_tensors(whole)
+    found = whole_tensors(model)
     assert found.keys() == expected.keys(), "other tensors are tied"
     return [
         name

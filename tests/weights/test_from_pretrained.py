@@ -26,6 +26,7 @@ from tests.on_ranks.models import build
 from tests.weights.test_checkpoint import fewer, planned
 from tpcompile.ir.layout.selection import Selection
 from tpcompile.ir.layout.weight_layout import WeightLayout, whole_layout
+from tpcompile.ir.module_tensors import whole_tensors
 from tpcompile.strategies.custom.custom_modules import CustomModules
 from tpcompile.weights.loading.expressions import Expression, Leaf
 from tpcompile.weights.loading.fill_tensor import Filler
@@ -35,7 +36,7 @@ from tpcompile.weights.loading.map_slice import map_slice
 from tpcompile.weights.loading.match_keys import warn_unexpected
 from tpcompile.weights.loading.read_headers import MappedFiles, read_header
 from tpcompile.weights.loading.request import Built, Request
-from tpcompile.weights.shard import shard_weights, tensors_by_name
+from tpcompile.weights.shard import shard_weights
 
 TIMEOUT = 240
 CPU = torch.device("cpu")
@@ -139,7 +140,7 @@ def opened(folder: Path, **wishes: Any) -> Built:
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:
-    return {name: getattr(*place) for name, place in tensors_by_name(model).items()}
+    return whole_tensors(model)
 
 
 def filled(built: Built, name: str, expression: Expression | None) -> Tensor:

@@ -24,6 +24,7 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir import markers
 from tpcompile.ir.calls import bind_call
 from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.ir.module_tensors import whole_tensors
 from tpcompile.pipeline import canonical, plan_program, rewrite, split_copy
 from tpcompile.planner.decisions import decisions_from_data, decisions_to_data
 from tpcompile.planner.make_plan import fallbacks_of
@@ -32,7 +33,6 @@ from tpcompile.planner.plan_layout import layout_of, pins_from_layout
 from tpcompile.planner.search.cost import preset
 from tpcompile.strategies.hf_plan import hf_plan
 from tpcompile.strategies.read_rules import Rules, read_rules
-from tpcompile.weights.shard import whole_tensors
 from tpcompile.work import Work
 
 CAPTURED = (2, 16)

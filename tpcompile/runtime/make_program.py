@@ -15,9 +15,9 @@ from tpcompile.capture.repeats.capture_repeated import whole_outputs
 from tpcompile.compile_program import Compiled
 from tpcompile.ir.calls import flatten_call
 from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.ir.module_tensors import tensors_by_name
 from tpcompile.lowering.local_shapes import LocalShapes
 from tpcompile.lowering.state import SOURCE
-from tpcompile.weights.shard import tensors_by_name
 from tpcompile.work import Source, Work
 
 from .fetch_inputs import Feed, Fetch, make_fetch

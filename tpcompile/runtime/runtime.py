@@ -20,14 +20,9 @@ from tpcompile.compile_program import Compiled, Compiler
 from tpcompile.errors import CannotCapture, OnlyInParts, TpCompileError
 from tpcompile.ir.calls import CallSignature, flatten_call, leaf_names
 from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.ir.module_tensors import tensors_by_name, whole_tensors
 from tpcompile.ranks.compare_calls import can_compare, compare_call, compare_weights
-from tpcompile.weights.shard import (
-    shard_more_weights,
-    shard_weights,
-    tensors_by_name,
-    unsharded,
-    whole_tensors,
-)
+from tpcompile.weights.shard import shard_more_weights, shard_weights, unsharded
 
 from .guards import (
     Entry,

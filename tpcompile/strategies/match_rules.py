@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from tpcompile.ir.module_tensors import first_names
 from tpcompile.ir.names import starred
 
 
@@ -84,10 +85,8 @@ class Names:
 
 def names_of(model: nn.Module) -> Names:
     """What rules about a model may name."""
-    first: dict[int, str] = {}
-    params = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        params[name] = first.setdefault(id(param), name)
+    first = first_names(model)
+    params = {name: first[name] for name, _ in model.named_parameters(remove_duplicate=False)}
     prefix: Any = getattr(model, "base_model_prefix", "")
     has_base = bool(prefix) and isinstance(getattr(model, prefix, None), nn.Module)
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}

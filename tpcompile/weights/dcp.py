@@ -32,10 +32,10 @@ from torch.utils._pytree import tree_map_only
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.layout.index_ranges import copied_along
 from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout
+from tpcompile.ir.module_tensors import tensors_by_name
 from tpcompile.ranks.agree import together
 from tpcompile.runtime.runtime import Runtime
 
-from .shard import tensors_by_name
 from .slice_tensor import SliceTensor
 
 # A part of a parameter: its name, and the axes of the mesh along which ranks hold the same.

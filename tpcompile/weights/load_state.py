@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.module_tensors import tensors_by_name
 
-from .shard import cut, tensors_by_name
+from .shard import cut
 
 if TYPE_CHECKING:
     from tpcompile.runtime.runtime import Runtime

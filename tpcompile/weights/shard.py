@@ -12,38 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.ir.module_tensors import replace_tensors, tensors_by_name
 from tpcompile.strategies.custom.custom_modules import CustomModules
 
 from .gather import is_whole
-
-Place = tuple[nn.Module, str]
-
-
-def tensors_by_name(model: nn.Module) -> dict[str, Place]:
-    """The module and attribute of every parameter and buffer; tied ones under their first name."""
-    found: dict[str, Place] = {}
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    found[f"{prefix}.{name}" if prefix else name] = (module, name)
-    return found
-
-
-def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of a model that is not sharded yet."""
-    return {name: getattr(module, attribute) for name, (module, attribute) in tensors_by_name(model).items()}
-
-
-def replace_tensors(model: nn.Module, new: dict[int, Tensor]) -> None:
-    """Puts tensors in the place of others (by identity), tied ones everywhere."""
-    for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None and id(tensor) in new:
-                    table[name] = new[id(tensor)]  # type: ignore[assignment]
 
 
 def shard_more_weights(model: nn.Module, layout: WeightLayout, rank: int, names: Iterable[str]) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tpcompile.ir.module_tensors import replace_tensors, whole_tensors
+
 from .configurations import configurations
 
 _COPIED = (dict, list, set)
@@ -46,16 +48,9 @@ def lend_fake_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
     memory and know their device. Tied tensors stay tied.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    memo: dict[int, torch.Tensor] = {}
+    real = [tensor for tensor in whole_tensors(model).values() if tensor.device != device]
     with restore_after(model):
-        for module in model.modules():
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is None or tensor.device == device:
-                        continue
-                    if id(tensor) not in memo:
-                        memo[id(tensor)] = _fake_weight(mode, tensor, device)
-                    table[name] = memo[id(tensor)]  # type: ignore[assignment]
+        replace_tensors(model, {id(tensor): _fake_weight(mode, tensor, device) for tensor in real})
         yield
 
 

@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from tpcompile.capture.caches.call_results import GivenCache
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.module_tensors import first_names
 
 from .captured import InputSpec, OutputSpec
 from .read_guards import to_python
@@ -84,7 +85,7 @@ def _keyed_placeholders(
     program: ExportedProgram, model: nn.Module, leaf_names: Sequence[str], leaves: Sequence[Any]
 ) -> dict[tuple[str, str], Node]:
     """Return (kind, name) -> placeholder; the names of a tied tensor become one."""
-    canonical = _canonical_names(model)
+    canonical = first_names(model)
     nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
     users = iter(_traced(leaf_names, leaves))
     keyed: dict[tuple[str, str], Node] = {}
@@ -105,15 +106,6 @@ def _keyed_placeholders(
 
 def _traced(leaf_names: Sequence[str], leaves: Sequence[Any]) -> list[str]:
     return [name for name, leaf in zip(leaf_names, leaves, strict=True) if isinstance(leaf, torch.Tensor)]
-
-
-def _canonical_names(model: nn.Module) -> dict[str, str]:
-    first: dict[int, str] = {}
-    names = {}
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in every:
-        names[name] = first.setdefault(id(tensor), name)
-    return names
 
 
 def _order_placeholders(
@@ -164,7 +156,7 @@ def _order_outputs(
     traced_names: Sequence[str],
 ) -> list[OutputSpec]:
     states = {result.name for result in results if result.is_state}
-    written, canonical = set(), _canonical_names(model)
+    written, canonical = set(), first_names(model)
     output = graph.output_node()
     user: list[Any] = []
     mutations: list[tuple[OutputSpec, Any]] = []

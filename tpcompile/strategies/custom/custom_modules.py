@@ -16,12 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpcompile.capture.repeats.layer_fingerprint import fingerprint, weight_owners
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.layout.weight_layout import ParamLayout
+from tpcompile.ir.module_tensors import every_name
 from tpcompile.ir.names import starred
 from tpcompile.ir.placements import Replicate, Shard
 from tpcompile.ranks.agree import together
 
 from .custom_strategy import CustomStrategy, resolve
-from .opaque_module import Wrapped, captured_as_operators, weight_names
+from .opaque_module import Wrapped, captured_as_operators
 from .probe_partition import Part, layout_from, local_of, probe
 
 
@@ -68,7 +69,7 @@ class CustomModules:
 
     def _wrap(self, model: nn.Module, path: str) -> Wrapped:
         module, strategy = model.get_submodule(path), self.strategies[path]
-        names = weight_names(module)
+        names = [name for name, _ in every_name(module)]
         lie = {n: self.parts.get(f"{path}.{n}") for n in names}
         whole = [i for i, n in enumerate(names) if _is_whole(lie[n], self.shapes.get(f"{path}.{n}", ()))]
         return Wrapped(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.module_tensors import every_name, lent, named_tensor
 from tpcompile.ir.placements import Placement, Shard
 
 _LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
@@ -86,7 +87,7 @@ def opaque_module(
     module = _CAPTURED.get(key)
     if module is None:
         raise TpCompileError(f"the module of {key!r} is not being captured", todo="report this")
-    names = weight_names(module)
+    names = [name for name, _ in every_name(module)]
     versions = [w._version for w in weights]
     with lent(module, dict(zip(names, weights, strict=True))), _NoRandomness(key):
         result = type(module).forward(module, *inputs)
@@ -127,36 +128,6 @@ class _NoRandomness(TorchDispatchMode):
                 todo="call model.eval(), or set its dropout probabilities to 0",
             )
         return func(*args, **(kwargs or {}))
-
-
-def weight_names(module: nn.Module) -> list[str]:
-    """The names of a module's parameters and buffers, in the order in which the operator takes them."""
-    params = [n for n, _ in module.named_parameters(remove_duplicate=False)]
-    return params + [n for n, _ in module.named_buffers(remove_duplicate=False)]
-
-
-def named_tensor(module: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by its name."""
-    path, _, attribute = name.rpartition(".")
-    found: Tensor = getattr(module.get_submodule(path), attribute)
-    return found
-
-
-@contextmanager
-def lent(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Puts other tensors in the place of a module's parameters and buffers, as long as the block runs."""
-    places = []
-    for name, tensor in tensors.items():
-        path, _, attribute = name.rpartition(".")
-        owner = module.get_submodule(path)
-        table: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers
-        places.append((table, attribute, table[attribute]))
-        table[attribute] = tensor
-    try:
-        yield
-    finally:
-        for table, attribute, before in places:
-            table[attribute] = before
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tpcompile.errors import TpCompileError
-from tpcompile.weights.shard import replace_tensors, tensors_by_name
+from tpcompile.ir.module_tensors import replace_tensors, tensors_by_name
 
 _FLAG = "_is_hf_initialized"  # transformers' mark of tensors and modules that its initialisation leaves alone
 

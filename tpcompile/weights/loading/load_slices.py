@@ -11,8 +11,9 @@ from transformers.utils.logging import tqdm
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.ir.module_tensors import replace_tensors, tensors_by_name
 from tpcompile.strategies.custom.custom_modules import CustomModules
-from tpcompile.weights.shard import cut, replace_tensors, tensors_by_name
+from tpcompile.weights.shard import cut
 
 from .expressions import Expression, leaves
 from .fill_tensor import Filler

@@ -16,7 +16,7 @@ from transformers.modeling_utils import LoadStateDictConfig, get_model_conversio
 from transformers.utils import logging
 
 from tpcompile.errors import TpCompileError
-from tpcompile.weights.shard import tensors_by_name
+from tpcompile.ir.module_tensors import every_name, whole_tensors
 
 from .expressions import Expression, leaves
 from .fill_tensor import Filler
@@ -193,11 +193,8 @@ def _check_type(name: str, expression: Expression) -> None:
 
 def _by_first_name(model: nn.Module, expressions: Mapping[str, Expression]) -> dict[str, Expression]:
     """Expressions by the first of a tied tensor's names."""
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    by_tensor = {id(tensor): expressions[name] for name, tensor in every if name in expressions}
-    places = tensors_by_name(model).items()
-    found = {name: by_tensor.get(id(getattr(module, attribute))) for name, (module, attribute) in places}
-    return {name: expression for name, expression in found.items() if expression is not None}
+    by_tensor = {id(t): expressions[name] for name, t in every_name(model) if name in expressions}
+    return {name: by_tensor[id(t)] for name, t in whole_tensors(model).items() if id(t) in by_tensor}
 
 
 def _sources(

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.ir.module_tensors import tensors_by_name
 from tpcompile.weights.gather import is_whole
 from tpcompile.weights.loading.expressions import Leaf
-from tpcompile.weights.shard import tensors_by_name
 
 
 def leaves_of(model: nn.Module, layout: WeightLayout | None) -> dict[str, Leaf]:
