@@ -7,6 +7,7 @@ A cache may only ever save time: whatever is wrong with it is logged, and the wo
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -51,6 +52,17 @@ def cache_folder() -> Path | None:
 def entry_name(kind: str, *facts: object) -> str:
     """The name of what depends on nothing but these facts (of which the representation counts)."""
     return f"{kind}-{hashlib.sha256(repr(facts).encode()).hexdigest()}"
+
+
+@functools.cache
+def own_sources() -> str:
+    """The hash of all of tpcompile's files: hardly one has no say in a plan."""
+    here = Path(__file__).parent
+    beside = [here.parent / name for name in ("passes", "lowering") if not (here / name).is_dir()]
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in (here, *beside) for path in folder.rglob("*.py")):
+        digest.update(f"{path}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def read_entry(name: str) -> bytes | None:

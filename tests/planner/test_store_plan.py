@@ -94,7 +94,7 @@ def test_plans_are_kept_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert kept(Shifted(1.0)) == 0
     for module, name, value in (
         (torch, "__version__", "1.0"),
-        (store_plan, "_own_sources", lambda: "others"),
+        (store_plan, "own_sources", lambda: "others"),
         (tpcompile.rules.table, "_USER", {"made.up": "a -> a"}),
     ):
         with monkeypatch.context() as changed:

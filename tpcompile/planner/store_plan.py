@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import logging
 import platform
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +13,9 @@ import sympy
 import torch
 from torch.fx import Node
 
-from tpcompile import lowering, passes
 from tpcompile.capture.held_caches import Held
 from tpcompile.capture.repeats.match_periods import BLOCK, describe_value
-from tpcompile.disk_cache import cache_folder, entry_name, read_entry, write_entry
+from tpcompile.disk_cache import cache_folder, entry_name, own_sources, read_entry, write_entry
 from tpcompile.ir.nodes import module_path
 from tpcompile.ir.print_graph import target_text
 from tpcompile.planner.search.cost import CostModel
@@ -66,7 +62,7 @@ def _name(base: Work, wishes: Mapping[str, Any]) -> str | None:
         return None
     versions = (platform.python_version(), torch.__version__, np.__version__, sympy.__version__)
     return entry_name(
-        "plan", versions, _own_sources(), sorted(rules.items()), describe_work(base), dict(wishes)
+        "plan", versions, own_sources(), sorted(rules.items()), describe_work(base), dict(wishes)
     )
 
 
@@ -102,13 +98,3 @@ def _read(name: str) -> Decisions | None:
         return None
     log.info("the plan %s was found on disk", name)
     return groups, decisions
-
-
-@functools.cache
-def _own_sources() -> str:
-    """The hash of all of tpcompile: hardly a file of it has no say in a plan."""
-    folders = [Path(__file__).parents[1], Path(passes.__file__).parent, Path(lowering.__file__).parent]
-    digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
-        digest.update(f"{path}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
