@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,6 @@ from tpcompile.runtime.module import ShardedModule
 from tpcompile.runtime.runtime import Runtime
 from tpcompile.runtime.settings import Settings
 from tpcompile.weights.loading.expressions import Leaf
-from tpcompile.weights.saving import replace_folder as replacing
 from tpcompile.weights.saving.plan_files import plan_files, size_in_bytes
 from tpcompile.weights.shard import sharded_class
 
@@ -112,30 +108,6 @@ def test_other_files_stay_and_old_weights_go(tmp_path: Path) -> None:
     assert states_equal(type(model).from_pretrained(folder).state_dict(), model.state_dict())  # type: ignore[attr-defined]
 
 
-def test_folders_are_exchanged_where_the_system_cannot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two renames instead; if the second fails, the first is taken back."""
-    monkeypatch.setattr(replacing.ctypes, "CDLL", lambda *args, **kwargs: object())
-    for name in ("old", "new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    rename = os.rename
-
-    def once(source: Any, target: Any) -> None:
-        if Path(source).name == "new":
-            raise OSError(errno.EIO, "no")
-        rename(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", once)
-        with pytest.raises(OSError, match="no"):
-            replacing.replace_folder(tmp_path / "new", tmp_path / "old", lambda name: False)
-    assert (tmp_path / "old" / "file").read_text() == "old"
-    replacing.replace_folder(tmp_path / "new", tmp_path / "old", lambda name: False)
-    assert (tmp_path / "old" / "file").read_text() == "new" and os.listdir(tmp_path) == ["old"]
-
-
 def test_one_replica_of_several_writes(tmp_path: Path) -> None:
     """Two models over two ranks each: packed segments are put together, once."""
     name = "phi3_unequal_segments"
@@ -145,31 +117,6 @@ def test_one_replica_of_several_writes(tmp_path: Path) -> None:
     model: Any = build(name)
     state = type(model).from_pretrained(tmp_path / "out").state_dict()
     assert states_equal(state, model.state_dict())
-
-
-KILLED = """
-import os, sys
-from pathlib import Path
-from tests.on_ranks.models import build
-from tests.weights.test_save_pretrained import shell
-calls = []
-def die(descriptor):
-    calls.append(descriptor)
-    if len(calls) == 3:
-        os._exit(9)
-os.fsync = die
-shell(build("tied")).save_pretrained(Path(sys.argv[1]), max_shard_size="20KB")
-"""
-
-
-def test_a_save_that_is_killed_leaves_the_old_checkpoint(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shell(build("llama")).save_pretrained(folder, max_shard_size="40KB")
-    before = contents(folder)
-    done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False, timeout=300)
-    assert done.returncode == 9
-    assert contents(folder) == before
-    assert len(os.listdir(tmp_path)) == 2  # what was written lies beside it
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,16 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tpcompile.errors import TpCompileError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+POINTER = "transformers_weights"
+"""The field of a configuration that names the file of its weights, or their index."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FOREIGN = {".gguf": "GGUF", ".h5": "Keras", ".msgpack": "Flax", ".onnx": "ONNX"}
@@ -37,6 +40,7 @@ def find_files(
     variant: str | None = None,
     subfolder: str = "",
     hub: Mapping[str, Any] | None = None,
+    pointer: str | None = None,
 ) -> Files:
     """The safetensors files of a checkpoint: one file, those of an index, or all of a folder.
 
@@ -45,21 +49,22 @@ def find_files(
         variant: reads ``model.<variant>.safetensors`` instead.
         subfolder: of the folder or repository.
         hub: arguments for the hub, such as ``revision``.
+        pointer: the file of weights, or the index, that the configuration names; it comes before all others.
 
     Raises:
-        TpCompileError: there are none.
+        TpCompileError: there are none, or what names them is damaged.
     """
     folder = Path(name_or_path, subfolder)
     if folder.is_file():
         _refuse_foreign([folder.name], str(folder))
         return Files((str(folder),))
     if folder.is_dir():
-        return _in_folder(folder, variant)
+        return _in_folder(folder, variant, pointer)
     if os.path.isabs(name_or_path) or name_or_path.startswith((".", "~")):
         raise TpCompileError(
             "there is no such folder", where=str(folder), todo="give the folder of a checkpoint"
         )
-    return _on_hub(name_or_path, variant, subfolder, hub or {})
+    return _on_hub(name_or_path, variant, subfolder, hub or {}, pointer)
 
 
 def variant_of(name: str, variant: str | None) -> str:
@@ -68,7 +73,10 @@ def variant_of(name: str, variant: str | None) -> str:
     return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
-def _in_folder(folder: Path, variant: str | None) -> Files:
+def _in_folder(folder: Path, variant: str | None, pointer: str | None) -> Files:
+    if pointer is not None:
+        path = str(folder / _inside(pointer, str(folder / CONFIG)))
+        return _of_index(path, lambda name: str(folder / name)) if path.endswith(".json") else Files((path,))
     single, index = (folder / variant_of(name, variant) for name in (SINGLE, INDEX))
     if single.is_file():
         return Files((str(single),))
@@ -86,22 +94,38 @@ def _in_folder(folder: Path, variant: str | None) -> Files:
     )
 
 
+def _inside(name: Any, where: str) -> str:
+    """The name of a file of weights that another file gives.
+
+    Raises:
+        TpCompileError: it is not of weights, or leaves the folder.
+    """
+    path = PurePosixPath(name if isinstance(name, str) else "")
+    leaves = path.is_absolute() or ".." in path.parts or "\0" in str(path)
+    if leaves or not path.name.endswith((".safetensors", ".safetensors.index.json")):
+        raise TpCompileError(f"{name!r} names no file of weights in the checkpoint", where=where, todo=_TODO)
+    return str(path)
+
+
 def _of_index(path: str, resolve: Callable[[str], str]) -> Files:
     try:
         with open(path) as handle:
-            weight_map = json.load(handle)["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            weight_map = dict(json.load(handle)["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TpCompileError(
-            f"the checkpoint's index cannot be read: {type(error).__name__}: {error}",
-            where=path,
-            todo="copy or download the checkpoint again; nothing was loaded",
+            f"the checkpoint's index cannot be read: {type(error).__name__}: {error}", where=path, todo=_TODO
         ) from error
-    paths = {name: resolve(name) for name in names}
-    return Files(tuple(paths.values()), {key: paths[name] for key, name in weight_map.items()})
+    inside = {key: _inside(name, path) for key, name in weight_map.items()}
+    paths = {name: resolve(name) for name in sorted(set(inside.values()))}
+    return Files(tuple(paths.values()), {key: paths[name] for key, name in inside.items()})
 
 
-def _on_hub(name: str, variant: str | None, subfolder: str, hub: Mapping[str, Any]) -> Files:
+_TODO = "copy or download the checkpoint again; nothing was loaded"
+
+
+def _on_hub(
+    name: str, variant: str | None, subfolder: str, hub: Mapping[str, Any], pointer: str | None
+) -> Files:
     from transformers.utils import cached_file
 
     def find(file: str, required: bool) -> str | None:
@@ -122,6 +146,9 @@ def _on_hub(name: str, variant: str | None, subfolder: str, hub: Mapping[str, An
         assert path is not None
         return path
 
+    if pointer is not None:
+        path = must(_inside(pointer, f"{name}: {CONFIG}"))
+        return _of_index(path, must) if path.endswith(".json") else Files((path,))
     single = find(variant_of(SINGLE, variant), False)
     if single is not None:
         return Files((single,))

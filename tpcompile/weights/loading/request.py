@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from tpcompile.errors import TpCompileError
 
 from .build_model import (
     build_model,
@@ -17,7 +20,7 @@ from .build_model import (
     refuse_arguments,
 )
 from .expressions import Expression
-from .find_files import find_files
+from .find_files import POINTER, find_files
 from .initialise_rest import initialise_rest
 from .match_keys import match_keys
 from .read_headers import Stored, read_headers
@@ -102,9 +105,16 @@ class Request:
         """
         refuse_arguments(self.others)
         fields = {k: v for k, v in self.others.items() if k not in HUB and k not in _MEANINGLESS}
-        files = find_files(self.name, variant=self.variant, subfolder=self.subfolder, hub=self._hub)
+        find = functools.partial(
+            find_files, self.name, variant=self.variant, subfolder=self.subfolder, hub=self._hub
+        )
         remote = {"trust_remote_code": self.trust_remote_code}  # without a word of it transformers would ask
-        config = find_config(self.name, self.config, self.subfolder, self._hub | remote, fields)
+        try:
+            config = find_config(self.name, self.config, self.subfolder, self._hub | remote, fields)
+        except TpCompileError:
+            find()  # perhaps it can say more: it is a folder of an adapter, or there is no such folder
+            raise
+        files = find(pointer=getattr(config, POINTER, None))
         return Opened(config, read_headers(files.paths, files.index))
 
     def build(self, opened: Opened, device: torch.device) -> Built:

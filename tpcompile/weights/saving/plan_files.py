@@ -11,7 +11,7 @@ from typing import Any
 
 from tpcompile.errors import TpCompileError
 from tpcompile.weights.loading.expressions import Expression
-from tpcompile.weights.loading.find_files import INDEX, SINGLE, variant_of
+from tpcompile.weights.loading.find_files import SINGLE, variant_of
 from tpcompile.weights.loading.read_headers import NAMES
 
 _UNITS = {
@@ -37,6 +37,11 @@ class File:
 
     name: str
     tensors: Mapping[str, Expression]
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return len(self.header()) + sum(map(bytes_of, self.tensors.values()))
 
     def header(self) -> bytes:
         """The file's beginning: the length of the header, and the header itself."""
@@ -120,11 +125,3 @@ def index_text(files: list[File], parameters: int) -> str:
         )
         + "\n"
     )
-
-
-def belongs_to_weights(name: str, variant: str | None) -> bool:
-    """Whether a file is one that an earlier save has written its weights or index to."""
-    stem = re.escape(variant_of(SINGLE, variant).removesuffix(".safetensors"))
-    return re.fullmatch(
-        rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors", name
-    ) is not None or name == variant_of(INDEX, variant)

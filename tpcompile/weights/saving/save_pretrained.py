@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-import shutil
-import uuid
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,8 @@ from tpcompile.weights.loading.lazy_tensor import LazyTensor
 from tpcompile.weights.shard import unsharded
 
 from .collect_tensors import Collector, leaves_of
-from .plan_files import File, belongs_to_weights, bytes_of, index_text, plan_files, size_in_bytes
-from .replace_folder import replace_folder
+from .plan_files import File, index_text, plan_files, size_in_bytes
+from .staged_checkpoint import StagedCheckpoint, refusal
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def save_pretrained(model: Any, runtime: Runtime, folder: str | os.PathLike[str]
     """Writes a checkpoint that transformers, and ``tpcompile.from_pretrained`` at any size, can load.
 
     One rank writes; it holds one whole parameter (or one converted tensor's parameters) at a time. The
-    checkpoint is written beside the folder and takes its place when it is complete.
+    checkpoint is written to a subfolder, and moved to its place when it is complete.
 
     Args:
         model: a sharded model of transformers.
@@ -73,12 +73,14 @@ def save_pretrained(model: Any, runtime: Runtime, folder: str | os.PathLike[str]
         TpCompileError: on every rank; what was there before is still there.
     """
     group, every = runtime.compiler.group, _all_ranks(runtime)
-    target = Path(os.path.realpath(folder))
-    files = together(group, "prepare the checkpoint", lambda: _prepare(model, runtime, target, wishes))
-    together(every, "save the model", lambda: _save(model, runtime, files, target, wishes))
+    prepared = together(group, "prepare the checkpoint", lambda: _prepare(model, runtime, folder, wishes))
+    together(every, "save the model", lambda: _save(model, runtime, *prepared, wishes))
 
 
-def _prepare(model: Any, runtime: Runtime, target: Path, wishes: Wishes) -> list[File]:
+def _prepare(
+    model: Any, runtime: Runtime, folder: str | os.PathLike[str], wishes: Wishes
+) -> tuple[Path, list[File], dict[str, bytes]]:
+    """Checks what can be checked; gives the folder, the files of weights, the contents of all others."""
     if not isinstance(model, PreTrainedModel):
         raise TpCompileError(
             f"{type(model).__name__} is no model of transformers",
@@ -92,22 +94,38 @@ def _prepare(model: Any, runtime: Runtime, target: Path, wishes: Wishes) -> list
         raise TpCompileError(
             "the model has adapters", todo="save them from the model before it was sharded, or merge them"
         )
-    if target.exists() and not target.is_dir():
-        raise TpCompileError("there is a file of this name", where=str(target), todo="give a folder")
+    target = _folder(folder)
     Collector(model, runtime.layout, runtime.compiler.rank, 0, None).check()
-    tensors = _tensors(model, runtime, wishes.save_original_format)
-    return plan_files(tensors, size_in_bytes(wishes.max_shard_size), wishes.variant)
+    tensors, parameters = _tensors(model, runtime, wishes.save_original_format)
+    files = plan_files(tensors, size_in_bytes(wishes.max_shard_size), wishes.variant)
+    others = _configs(model)
+    if len(files) > 1:
+        others[variant_of(INDEX, wishes.variant)] = index_text(files, parameters).encode()
+    return target, files, others
 
 
-def _tensors(model: Any, runtime: Runtime, original_format: bool) -> dict[str, Expression]:
-    """The checkpoint's tensors by key, as expressions over the model's parameters."""
+def _folder(path: str | os.PathLike[str]) -> Path:
+    try:
+        folder = Path(os.path.realpath(path)) if os.fspath(path) else None
+        usable = folder is not None and (folder.is_dir() or not folder.exists())
+    except (OSError, ValueError) as error:
+        raise TpCompileError(f"no folder can be at {path!r}: {error}", todo="give another one") from error
+    if folder is None or not usable:
+        what = "there is a file of this name" if folder else "the name of the folder is empty"
+        raise TpCompileError(what, where=f"save_directory: {path!r}", todo="give a folder")
+    return folder
+
+
+def _tensors(model: Any, runtime: Runtime, original_format: bool) -> tuple[dict[str, Expression], int]:
+    """The checkpoint's tensors by key, as expressions over parameters; how many numbers those have."""
     found = leaves_of(model, runtime.layout)
     ignored = set(model._keys_to_ignore_on_save or ())
     lazy: dict[str, Any] = {key: LazyTensor(leaf) for key, leaf in found.items() if key not in ignored}
-    if original_format:
-        with unsharded(model, runtime.original, runtime.layout):
+    with unsharded(model, runtime.original, runtime.layout):
+        parameters: int = model.num_parameters()
+        if original_format:
             lazy = revert_weight_conversion(model, lazy)
-    return {key: value.expression for key, value in lazy.items()}
+    return {key: value.expression for key, value in lazy.items()}, parameters
 
 
 def _find_writer(runtime: Runtime, wishes: Wishes) -> int | None:
@@ -132,55 +150,30 @@ def _all_ranks(runtime: Runtime) -> dist.ProcessGroup | None:
     return dist.group.WORLD if axis is not None and axis.shared else runtime.compiler.group
 
 
-def _save(model: Any, runtime: Runtime, files: list[File], target: Path, wishes: Wishes) -> None:
+def _save(
+    model: Any, runtime: Runtime, target: Path, files: list[File], others: dict[str, bytes], wishes: Wishes
+) -> None:
     writer = _find_writer(runtime, wishes)
     if writer is None:
         return
     group, rank = runtime.compiler.group, runtime.compiler.rank
     collector = Collector(model, runtime.layout, rank, writer, group)
-    beside = target.with_name(f".{target.name}.saving-{uuid.uuid4().hex[:8]}") if rank == writer else None
-    try:
-        together(group, "make a folder", lambda: _begin(beside, files))
+    stage = StagedCheckpoint(target, files, others, wishes.variant) if rank == writer else None
+    with stage or contextlib.nullcontext():
+        together(group, "make a folder", lambda: None if stage is None else stage.begin())
         for file in files:
-            together(group, f"write {file.name}", lambda file=file: _write(file, beside, collector))  # type: ignore[misc]
-        together(group, "finish the checkpoint", lambda: _finish(model, files, beside, target, wishes))
-    finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
+            path = None if stage is None else stage.path / file.name
+            together(group, f"write {file.name}", lambda f=file, p=path: _write(f, p, collector))  # type: ignore[misc]
+        together(group, "finish the checkpoint", lambda: None if stage is None else stage.finish())
 
 
-def _begin(beside: Path | None, files: list[File]) -> None:
-    if beside is None:
-        return
-    try:
-        beside.mkdir(parents=True)
-        free, needed = shutil.disk_usage(beside).free, sum(map(_bytes_of_file, files))
-    except OSError as error:
-        raise _refusal(error, str(beside)) from error
-    if free < needed:
-        raise TpCompileError(
-            f"the checkpoint needs {needed} bytes, the disk has {free}", where=str(beside.parent), todo=_TODO
-        )
-
-
-def _bytes_of_file(file: File) -> int:
-    return len(file.header()) + sum(map(bytes_of, file.tensors.values()))
-
-
-_TODO = "make room, or save elsewhere; what was there before is still there"
-
-
-def _refusal(error: OSError, where: str) -> TpCompileError:
-    return TpCompileError(f"the checkpoint cannot be written: {error}", where=where, todo=_TODO)
-
-
-def _write(file: File, beside: Path | None, collector: Collector) -> None:
+def _write(file: File, path: Path | None, collector: Collector) -> None:
     """Writes a file, tensor by tensor. Whatever happens, every rank takes part in every collection."""
     failure: Exception | None = None
     handle = None
     try:
-        if beside is not None:
-            handle = open(beside / file.name, "wb")  # noqa: SIM115
+        if path is not None:
+            handle = open(path, "wb")  # noqa: SIM115
             handle.write(file.header())
     except OSError as error:
         failure = error
@@ -199,7 +192,7 @@ def _write(file: File, beside: Path | None, collector: Collector) -> None:
     except OSError as error:
         failure = failure or error
     if isinstance(failure, OSError):
-        raise _refusal(failure, f"{beside}/{file.name}") from failure
+        raise refusal(failure, str(path)) from failure
     if failure is not None:
         raise failure
 
@@ -215,27 +208,28 @@ def _bytes(tensor: Expression, whole: Mapping[str, Tensor | None]) -> memoryview
     return value.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _finish(model: Any, files: list[File], beside: Path | None, target: Path, wishes: Wishes) -> None:
-    if beside is None:
-        return
-    try:
-        if len(files) > 1:
-            index = beside / variant_of(INDEX, wishes.variant)
-            index.write_text(index_text(files, model.num_parameters()))
-        _write_configs(model, beside)
-        replace_folder(beside, target, lambda name: belongs_to_weights(name, wishes.variant))
-    except OSError as error:
-        raise _refusal(error, str(target)) from error
+def _configs(model: Any) -> dict[str, bytes]:
+    """The files beside the weights, as transformers writes them.
 
-
-def _write_configs(model: Any, folder: Path) -> None:
+    Raises:
+        TpCompileError: transformers refuses a configuration.
+    """
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    if model.is_remote_code():
-        from transformers.dynamic_module_utils import custom_object_save
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if model.is_remote_code():
+                from transformers.dynamic_module_utils import custom_object_save
 
-        custom_object_save(model, str(folder), config=config)
-    config.save_pretrained(str(folder))
-    if model.can_generate():
-        model.generation_config.save_pretrained(str(folder))
+                custom_object_save(model, folder, config=config)
+            config.save_pretrained(folder)
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
+        except Exception as error:
+            raise TpCompileError(
+                f"the configuration cannot be written: {error}",
+                where=type(model).__name__,
+                todo="correct model.config or model.generation_config",
+            ) from error
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
