@@ -27,7 +27,7 @@ from .lower_markers import lower_marker
 from .lower_opaque import lower_opaque
 from .lower_randomness import UNIFORM, lower_uniform, seed_graph
 from .outline_layers import outline
-from .owned_rows import begins_rows, lower_choice
+from .owned_rows import begins_rows, lower_rows
 from .state import SOURCE, Groups, Lowering, lenient
 from .update_in_place import update_in_place
 
@@ -102,9 +102,9 @@ def _placeholder(low: Lowering, node: Node) -> Node:
 def _call(low: Lowering, node: Node) -> Any:
     if node.target in MARKERS or node.target in MERGED:
         return lower_marker(low, node)
-    begun = next((s for s in node.meta.get("strategies") or () if begins_rows(s)), None)
+    begun = next((s for s in node.meta.get("choices") or () if begins_rows(s)), None)
     if begun is not None:
-        return lower_choice(low, node, begun)
+        return lower_rows(low, node, begun)
     if is_opaque(node):
         return lower_opaque(low, node)
     if node.target is UNIFORM:

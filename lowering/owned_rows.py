@@ -10,16 +10,16 @@ from torch.fx import Node
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.nodes import module_path, operands
 from tpcompile.ir.placements import Owned, Placement, split_evenly
-from tpcompile.rules.choices import Strategy
+from tpcompile.rules.choices import Choice
 
 from .state import Lowering
 
 aten = torch.ops.aten
 
 
-def begins_rows(strategy: Strategy | None) -> bool:
+def begins_rows(choice: Choice | None) -> bool:
     """Whether a call divides experts and gives rows that belong to them."""
-    return strategy is not None and strategy.factor is not None and isinstance(strategy.outputs[0], Owned)
+    return choice is not None and choice.factor is not None and isinstance(choice.outputs[0], Owned)
 
 
 def owned_units(low: Lowering, placements: Sequence[Placement], place: Owned) -> tuple[int, int]:
@@ -39,15 +39,15 @@ def rows_here(low: Lowering, node: Node, ids: Node, units: tuple[int, int]) -> N
     return low.emit(aten.logical_and.default, above, below, like=node)
 
 
-def lower_choice(low: Lowering, node: Node, strategy: Strategy) -> Node:
+def lower_rows(low: Lowering, node: Node, choice: Choice) -> Node:
     """A choice among this rank's experts, or a matmul of the rows that have chosen one of them."""
-    if any(s is not None and s.factor is not None and not begins_rows(s) for s in node.meta["strategies"]):
+    if any(s is not None and s.factor is not None and not begins_rows(s) for s in node.meta["choices"]):
         raise TpCompileError(
             "experts divided on one sub-axis and within on another are not supported",
             where=f"{node.name} in {module_path(node)}",
             todo="pin the experts' weights",
         )
-    place = strategy.outputs[0]
+    place = choice.outputs[0]
     assert isinstance(place, Owned)
     units = owned_units(low, node.meta["placement"], place)
     if node.target is aten.index.Tensor:

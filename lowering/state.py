@@ -98,8 +98,8 @@ class Lowering:
 
     def divided(self, node: Node) -> list[tuple[int, Any]]:
         """The axes on which a call is divided, each with the factor."""
-        strategies = node.meta.get("strategies") or ()
-        return [(a, s.factor) for a, s in enumerate(strategies) if s is not None and s.factor is not None]
+        choices = node.meta.get("choices") or ()
+        return [(a, s.factor) for a, s in enumerate(choices) if s is not None and s.factor is not None]
 
     def join(self, parts: Sequence[Node], dim: int) -> Node:
         """A placeholder for segments of one parameter, given in their order: locally they are one tensor."""

@@ -12,7 +12,7 @@ from .pipeline import Pass
 
 @dataclass(frozen=True)
 class AnnotatePlacements(Pass):
-    """Gives every tensor its placements (``meta["placement"]``) and every call its strategies."""
+    """Gives every tensor its placements (``meta["placement"]``) and every call its choices."""
 
     name = "annotate-placements"
 
@@ -24,5 +24,5 @@ class AnnotatePlacements(Pass):
                 node.meta["placement"] = tuple(d.output(node) for d in work.decisions)
             owner, _ = producer(node)
             if node.op == "call_function" and owner is node:
-                node.meta["strategies"] = tuple(d.nodes.get(node) for d in work.decisions)
+                node.meta["choices"] = tuple(d.nodes.get(node) for d in work.decisions)
         return True

@@ -24,7 +24,7 @@ from tpcompile.ir.markers import (
 )
 from tpcompile.ir.nodes import is_tensor, operands
 from tpcompile.ir.placements import Filled, Placement, R, Replicate
-from tpcompile.rules.choices import Strategy
+from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
 from tpcompile.work import Work
 
@@ -138,7 +138,7 @@ class _Divider:
         args, kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), swap)
         node.args, node.kwargs = args, kwargs
         outputs = tuple(Filled(p[0]) for p in factor.outputs if p is not None)
-        node.meta["strategies"] = (Strategy(tuple(inputs), outputs, factor),) * len(self.axes)
+        node.meta["choices"] = (Choice(tuple(inputs), outputs, factor),) * len(self.axes)
 
     def _once(self, target: Callable[..., Any], value: Node, *options: Any) -> Node:
         """A marker behind a value, shared by all that want it."""
@@ -208,7 +208,7 @@ class _Divider:
         if self._is_copy(node):
             return True
         rule = self.positions.factors.rules.get(node)
-        if not isinstance(rule, Rule) or not all(map(is_whole, node.meta.get("strategies") or ())):
+        if not isinstance(rule, Rule) or not all(map(is_whole, node.meta.get("choices") or ())):
             return False
         given = [i for i, o in enumerate(operands(node)) if o.meta["val"].dtype.is_floating_point]
         linear = len(given) == 1 and frozenset(given) in rule.linear

@@ -12,7 +12,7 @@ from tpcompile.ir.graph_edit import behind, call
 from tpcompile.ir.markers import MARKERS, copy_to_ranks
 from tpcompile.ir.nodes import is_tensor, operands
 from tpcompile.ir.placements import Owned, Partial, Replicate
-from tpcompile.rules.choices import Strategy
+from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
 from tpcompile.work import Work
 
@@ -38,9 +38,9 @@ class InsertGradientCopies(Pass):
         differentiable = differentiable_values(work)
         made: dict[tuple[Node, tuple[int, ...]], Node] = {}
         for node in list(work.graph.nodes):
-            if node.op != "call_function" or node.target in MARKERS or not node.meta.get("strategies"):
+            if node.op != "call_function" or node.target in MARKERS or not node.meta.get("choices"):
                 continue
-            axes = [_varying(work, node, s) for s in node.meta["strategies"]]
+            axes = [_varying(work, node, s) for s in node.meta["choices"]]
             index = -1
 
             def swap(arg: Any, node: Node = node, axes: list[set[int]] = axes) -> Any:
@@ -61,16 +61,16 @@ class InsertGradientCopies(Pass):
         return bool(made)
 
 
-def _varying(work: Work, node: Node, strategy: Strategy | None) -> set[int]:
+def _varying(work: Work, node: Node, choice: Choice | None) -> set[int]:
     """Operands that are whole on an axis on which the computation is divided or partial."""
-    if strategy is None:
+    if choice is None:
         return set()
     rule = work.planned_factors.rules.get(node) if work.planned_factors else None
     if isinstance(rule, Rule) and rule.declared is not None:
         return set(rule.declared.summed)
-    divided = strategy.factor is not None or any(isinstance(o, Partial | Owned) for o in strategy.outputs)
+    divided = choice.factor is not None or any(isinstance(o, Partial | Owned) for o in choice.outputs)
     arity = len(operands(node))
-    return {i for i in range(arity) if divided and isinstance(strategy.inputs[i], Replicate)}
+    return {i for i in range(arity) if divided and isinstance(choice.inputs[i], Replicate)}
 
 
 def differentiable_values(work: Work) -> set[Node]:

@@ -36,7 +36,7 @@ class InsertReshards(Pass):
         for node in list(work.graph.nodes):
             if node.op == "output":
                 inserter.results(node)
-            elif node.meta.get("strategies") and node.target not in SHAPE_ONLY:
+            elif node.meta.get("choices") and node.target not in SHAPE_ONLY:
                 inserter.operands(node)
         of_layers = _results_of_layers(work)
         for node in reversed(inserter.made.values()):
@@ -71,7 +71,7 @@ class _Inserter:
         self.made: dict[tuple[Node, Placements], Node] = {}
 
     def operands(self, node: Node) -> None:
-        """Brings a call's operands to where its strategies want them."""
+        """Brings a call's operands to where its choices want them."""
         wants = iter(
             [tuple(d.need(node, i) for d in self.work.decisions) for i in range(len(operands(node)))]
         )

@@ -12,7 +12,7 @@ from tpcompile.ir.graph_edit import call
 from tpcompile.ir.markers import all_reduce, keep_first
 from tpcompile.ir.nodes import operands, shape
 from tpcompile.ir.placements import P, R
-from tpcompile.rules.choices import Strategy, whole
+from tpcompile.rules.choices import Choice, whole
 from tpcompile.rules.rule import Rule
 from tpcompile.work import Work
 
@@ -59,7 +59,7 @@ def _behind_view(node: Node) -> bool:
     view.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     view.replace_input_with(node, value)
     view.meta["placement"] = value.meta["placement"]
-    view.meta["strategies"] = tuple(Strategy((p,), (p,)) for p in value.meta["placement"])
+    view.meta["choices"] = tuple(Choice((p,), (p,)) for p in value.meta["placement"])
     node.graph.erase_node(node)
     return True
 
@@ -100,8 +100,8 @@ def _chain(first: Node, others: list[Node], additions: list[Node], placement: ob
         axes = len(addition.meta["placement"])
         addition.args = (other, first) if placement == R else (first, other)
         addition.meta["placement"] = (placement,) * axes
-        each = Strategy((P, P), (P,)) if placement == P else whole(2, 1)
-        addition.meta["strategies"] = (each,) * axes
+        each = Choice((P, P), (P,)) if placement == P else whole(2, 1)
+        addition.meta["choices"] = (each,) * axes
         first = addition
     return first
 

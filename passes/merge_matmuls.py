@@ -105,4 +105,4 @@ def _merge(run: list[Node], before: Node) -> None:
     for i, node in enumerate(run):
         # The same nodes, so that what is known of them (factors, placement) stays known.
         node.target, node.args = part_of, (merged, i)
-        node.meta.pop("strategies", None)
+        node.meta.pop("choices", None)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tpcompile.ir import markers
 from tpcompile.ir.placements import Filled, P, Partial, Placement, R, Shard
-from tpcompile.rules.choices import Strategy
+from tpcompile.rules.choices import Choice
 
 WHOLE, SUMMAND, NONE = "whole", "summand", "none"
 """What a rank has of the gradient of a replicated value: all of it, a summand, or there is none."""
@@ -85,7 +85,7 @@ def refuse_disorder(axes: markers.Axes, now: Sequence[Placement], move: Move) ->
             raise Unproved(f"sub-axis {inside[0]} divides {place} further inside")
 
 
-def filled(choice: Strategy) -> Strategy:
+def filled(choice: Choice) -> Choice:
     """The same for a dimension of any size, whose parts are filled up."""
 
     def fill(placements: tuple[Placement, ...]) -> tuple[Placement, ...]:

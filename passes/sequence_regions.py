@@ -18,7 +18,7 @@ from tpcompile.ir.markers import all_gather, all_reduce, keep_first, origin
 from tpcompile.ir.nodes import is_tensor, operands, producer, results, shape, tensor_of
 from tpcompile.ir.placements import Replicate, Shard
 from tpcompile.ir.sizes import bytes_of, hint
-from tpcompile.rules.choices import Strategy
+from tpcompile.rules.choices import Choice
 from tpcompile.rules.factors import OpFactor
 from tpcompile.rules.rule import UNARY, Rule
 from tpcompile.work import Work
@@ -154,7 +154,7 @@ class Positions:
         rule = self.factors.rules.get(node)
         if not isinstance(rule, Rule) or rule.contraction or rule.declared or rule.localize not in _LOCALISED:
             return None
-        if not all(map(is_whole, node.meta.get("strategies") or ())) or _reads_sizes(node, rule):
+        if not all(map(is_whole, node.meta.get("choices") or ())) or _reads_sizes(node, rule):
             return None
         found = [[f for f in self.factors.op_factors(node) if f.atom == atom] for atom in key]
         if any(len(each) != 1 for each in found):
@@ -214,12 +214,12 @@ class Positions:
         return keys
 
 
-def is_whole(strategy: Strategy | None) -> bool:
+def is_whole(choice: Choice | None) -> bool:
     """Whether every rank computes a call as a whole."""
-    if strategy is None:
+    if choice is None:
         return True
-    places = (*strategy.inputs, *strategy.outputs)
-    return strategy.factor is None and all(isinstance(p, Replicate) for p in places)
+    places = (*choice.inputs, *choice.outputs)
+    return choice.factor is None and all(isinstance(p, Replicate) for p in places)
 
 
 def rearranges(node: Node, rule: Rule | str | None) -> bool:

@@ -20,7 +20,7 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir import markers
 from tpcompile.ir.nodes import is_tensor, module_path, operands, producer, results, shape
 from tpcompile.ir.placements import Filled, Owned, Partial, Placement, R, Shard
-from tpcompile.rules.choices import Strategy, strategies
+from tpcompile.rules.choices import Choice, choices
 from tpcompile.rules.factors import Factors
 from tpcompile.rules.rule import Letters, Rule
 from tpcompile.rules.table import rule_of
@@ -135,23 +135,23 @@ class _Checker:
             raise Unproved("some operands have a whole gradient, some a summand of it on every rank")
         return kinds.pop()
 
-    def _choice(self, node: Node, axis: int, given: Sequence[Placement]) -> Strategy:
+    def _choice(self, node: Node, axis: int, given: Sequence[Placement]) -> Choice:
         """The way to compute a call that its rule has for operands that are placed like this."""
         wanted = tuple(Shard(p.dim) if isinstance(p, Filled) else p for p in given)
         claimed = (node.meta.get("placement") or {axis: None})[axis]
-        fitting = [s for s in self._strategies(node, axis) if s.inputs == wanted]
+        fitting = [s for s in self._choices(node, axis) if s.inputs == wanted]
         if any(isinstance(p, Filled) for p in given):
             fitting = [filled(s) for s in fitting if not any(isinstance(p, Partial) for p in s.outputs)]
         if not fitting:
-            ways = [str(s) for s in self._strategies(node, axis)]
+            ways = [str(s) for s in self._choices(node, axis)]
             raise Unproved(
                 f"its rule computes nothing from ({', '.join(map(str, given))}) on sub-axis {axis}; it has "
                 f"{'; '.join(ways)}"
             )
         return next((s for s in fitting if claimed in s.outputs), fitting[0])
 
-    def _strategies(self, node: Node, axis: int) -> list[Strategy]:
-        return strategies(node, self.factors, lambda _: True, self.work.axes[: axis + 1])
+    def _choices(self, node: Node, axis: int) -> list[Choice]:
+        return choices(node, self.factors, lambda _: True, self.work.axes[: axis + 1])
 
     # Moving.
 

@@ -1,7 +1,7 @@
-"""Carries a rule's strategies out on simulated ranks and compares with the whole operator.
+"""Carries a rule's choices out on simulated ranks and compares with the whole operator.
 
-A case is one call of one operator. Its inputs are laid out as a strategy wants them, all ranks run
-the really lowered graph in lockstep, and what they compute is put together as the strategy says.
+A case is one call of one operator. Its inputs are laid out as a choice wants them, all ranks run
+the really lowered graph in lockstep, and what they compute is put together as the choice says.
 Nothing here knows rules: only placements, and what they mean.
 """
 
@@ -27,7 +27,7 @@ from tpcompile.ir.placements import Partial, Placement, Replicate, Shard, split_
 from tpcompile.passes.annotate_placements import AnnotatePlacements
 from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
 from tpcompile.rules.assignment import Assignment
-from tpcompile.rules.choices import Strategy, strategies
+from tpcompile.rules.choices import Choice, choices
 from tpcompile.rules.factors import Factors
 from tpcompile.rules.rule import Rule
 from tpcompile.work import Work
@@ -147,7 +147,7 @@ class Program:
     """A case as a graph of one call, with values for its inputs.
 
     Attributes:
-        work: the program; ``placed`` gives copies that carry strategies.
+        work: the program; ``placed`` gives copies that carry choices.
         node: the call.
         inputs: the whole values of the placeholders.
         expected: the whole results, flat.
@@ -203,30 +203,30 @@ class Program:
         numbers = [x for x in (*self.inputs, *self.expected) if x.dtype.is_floating_point]
         return 1e-4 if any(x.dtype == torch.float32 for x in numbers) else TOLERANCE
 
-    def strategies(self, ranks: int = 2) -> list[Strategy]:
+    def choices(self, ranks: int = 2) -> list[Choice]:
         """Everything that the rule offers, if a value that is used twice is wanted in one placement."""
         fewest = ranks if isinstance(self.rule, Rule) and self.rule.filled else 2
-        found = strategies(self.node, self.factors, lambda factor: factor.size >= fewest, (fewest,))
+        found = choices(self.node, self.factors, lambda factor: factor.size >= fewest, (fewest,))
         return [s for s in found if self.wants(s) is not None]
 
-    def placed(self, axes: tuple[int, ...], chosen: Sequence[Strategy], gradients: bool = False) -> Work:
-        """The program with one strategy per sub-axis, its inputs lying as these want."""
+    def placed(self, axes: tuple[int, ...], chosen: Sequence[Choice], gradients: bool = False) -> Work:
+        """The program with one choice per sub-axis, its inputs lying as these want."""
         work = self.work.copy()
         node = next(n for n in work.graph.nodes if n.op == "call_function" and n.target is self.case.op)
         places = work.graph.find_nodes(op="placeholder")
-        for ranks, strategy in zip(axes, chosen, strict=True):
-            params = dict(zip(places, self.wants(strategy) or [], strict=True))
-            work.decisions.append(Assignment(ranks, {node: strategy}, params))
+        for ranks, choice in zip(axes, chosen, strict=True):
+            params = dict(zip(places, self.wants(choice) or [], strict=True))
+            work.decisions.append(Assignment(ranks, {node: choice}, params))
         work.planned_factors = Factors(work.graph)
         AnnotatePlacements().apply(work)
         InsertGradientCopies(gradients).apply(work)
         _complete_extremes(work)
         return work
 
-    def wants(self, strategy: Strategy) -> list[Placement] | None:
+    def wants(self, choice: Choice) -> list[Placement] | None:
         """The placement of every placeholder; None if one of them is wanted in two."""
         wants: dict[Operand, set[Placement]] = {}
-        at = iter(strategy.inputs)
+        at = iter(choice.inputs)
         map_operands((self.case.args, self.case.kwargs), lambda o: wants.setdefault(o, set()).add(next(at)))
         return [w.pop() for w in wants.values()] if all(len(w) == 1 for w in wants.values()) else None
 
@@ -345,8 +345,8 @@ def _reduced(wholes: list[Tensor], placement: Placement) -> Tensor:
 # Comparing.
 
 
-def compare(program: Program, axes: tuple[int, ...], chosen: Sequence[Strategy]) -> None:
-    """Runs one choice of strategies on all ranks and compares the values.
+def compare(program: Program, axes: tuple[int, ...], chosen: Sequence[Choice]) -> None:
+    """Runs a choice per sub-axis on all ranks and compares the values.
 
     Raises:
         AssertionError: the ranks do not compute the whole results.
@@ -357,7 +357,7 @@ def compare(program: Program, axes: tuple[int, ...], chosen: Sequence[Strategy])
     _compare(program, axes, chosen, ranks)
 
 
-def compare_gradients(program: Program, axes: tuple[int, ...], chosen: Sequence[Strategy]) -> None:
+def compare_gradients(program: Program, axes: tuple[int, ...], chosen: Sequence[Choice]) -> None:
     """The same for gradients: those of whole and partial values are whole, those of divided ones divided.
 
     Raises:
@@ -427,7 +427,7 @@ def _feeds(program: Program, work: Work, axes: tuple[int, ...]) -> list[list[Ten
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _compare(program: Program, axes: tuple[int, ...], chosen: Sequence[Strategy], ranks: list[Any]) -> None:
+def _compare(program: Program, axes: tuple[int, ...], chosen: Sequence[Choice], ranks: list[Any]) -> None:
     _, layouts = program.layouts()
     for i, want in enumerate(program.expected):
         placements = [_completed(s.outputs[i]) for s in chosen]
@@ -442,7 +442,7 @@ def _close(got: Tensor, want: Tensor, what: str, tolerance: float) -> None:
     )
 
 
-def blame(program: Program, axes: tuple[int, ...], chosen: Sequence[Strategy]) -> str:
-    """What failed: the call, its rule, the strategies."""
+def blame(program: Program, axes: tuple[int, ...], chosen: Sequence[Choice]) -> str:
+    """What failed: the call, its rule, the choices."""
     how = "  x  ".join(map(str, chosen))
-    return f"\n{program.case}\n  rule     {program.rule}\n  strategy {how}\n  ranks    {axes}"
+    return f"\n{program.case}\n  rule     {program.rule}\n  choice {how}\n  ranks    {axes}"

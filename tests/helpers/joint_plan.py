@@ -20,7 +20,7 @@ from tpcompile.planner.search.axis_problem import AxisProblem, _order
 from tpcompile.planner.search.eliminate import Problem, solve
 from tpcompile.planner.search.facts import Facts
 from tpcompile.rules.assignment import Assignment
-from tpcompile.rules.choices import Strategy
+from tpcompile.rules.choices import Choice
 
 Name = tuple[str, str]
 Placed = tuple[Placement, ...]
@@ -37,7 +37,7 @@ class JointPlan:
     def __init__(self, facts: Facts, axes: Sequence[int]) -> None:
         self.facts, self.axes = facts, axes
         self.problem, self.unavoidable = Problem(), 0.0
-        # The strategies and holdings that are possible on the first axis are all that there are.
+        # The choices and holdings that are possible on the first axis are all that there are.
         alone = AxisProblem(facts, axes, 0, {}, {})
         alone.solve()
         self.ways = {n: list(self._combine(o, self._possible(n))) for n, o in alone.options.items()}
@@ -100,7 +100,7 @@ class JointPlan:
         """The costs on the last axis, given what is chosen for one node on those before it."""
         return self._costs(about, way, held, len(self.axes) - 1)
 
-    def _costs(self, about: Node, way: Sequence[Strategy], held: Placed, axis: int) -> AxisCosts:
+    def _costs(self, about: Node, way: Sequence[Choice], held: Placed, axis: int) -> AxisCosts:
         before = {
             a: Assignment(self.axes[a], {about: way[a]} if way else {}, {about: held[a]} if held else {})
             for a in range(axis)
@@ -113,10 +113,10 @@ class JointPlan:
             if all(possible(way[:axis], way[axis]) for axis in range(len(way))):
                 yield way
 
-    def _possible(self, node: Node) -> Callable[[tuple[Strategy, ...], Strategy], bool]:
-        def check(before: tuple[Strategy, ...], strategy: Strategy) -> bool:
+    def _possible(self, node: Node) -> Callable[[tuple[Choice, ...], Choice], bool]:
+        def check(before: tuple[Choice, ...], choice: Choice) -> bool:
             costs = self._costs(node, before, (), len(before))
-            return strategy.factor is None or costs.left_in(node, strategy.factor) >= 2
+            return choice.factor is None or costs.left_in(node, choice.factor) >= 2
 
         return check
 

@@ -27,9 +27,9 @@ Pieces = list[list[Tensor]]
 
 def missing(program: Program) -> list[str]:
     """Divisions that work and are not offered, as ``(S(0), R) -> S(0)``."""
-    offered = {tuple(w): [] for w in map(program.wants, program.strategies()) if w}  # type: ignore[var-annotated]
-    for strategy in program.strategies():
-        offered[tuple(program.wants(strategy) or ())].append(strategy.outputs)
+    offered = {tuple(w): [] for w in map(program.wants, program.choices()) if w}  # type: ignore[var-annotated]
+    for choice in program.choices():
+        offered[tuple(program.wants(choice) or ())].append(choice.outputs)
     found = []
     for placements in _choices(program):
         for works in _works(program, placements):

@@ -126,7 +126,7 @@ def scan_case() -> Iterator[Case]:
 def test_operator_without_a_rule_is_whole(scan_case: Case) -> None:
     program = Program(scan_case)
     assert program.rule == "no rule for tptest.scaled_scan.default"
-    assert list(map(str, program.strategies())) == ["(R, R) -> R"]
+    assert list(map(str, program.choices())) == ["(R, R) -> R"]
 
 
 SCAN_OP = torch.ops.tptest.scaled_scan
@@ -136,15 +136,15 @@ SCAN_OP = torch.ops.tptest.scaled_scan
 def test_line_of_a_user(scan_case: Case, name: object) -> None:
     register_rule(name, SCAN)  # type: ignore[arg-type]
     program = Program(scan_case)
-    found = program.strategies()
+    found = program.choices()
     assert list(map(str, found)) == [
         "(R, R) -> R",
         "(S(0), R) -> S(0)",
         "(S(2), S(0)) -> S(2)",
         "(P(sum), R) -> P(sum)",
     ]
-    for strategy in found:
-        compare(program, (3,), [strategy])
+    for choice in found:
+        compare(program, (3,), [choice])
 
 
 def test_function_of_a_user_replaces_a_row() -> None:

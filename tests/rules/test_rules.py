@@ -1,4 +1,4 @@
-"""Every rule is carried out: each strategy that it offers computes what the whole operator computes."""
+"""Every rule is carried out: each choice that it offers computes what the whole operator computes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import pytest
 from tests.helpers.check_rule import Case, Program, blame, compare, compare_gradients
 from tests.helpers.missing_rules import missing
 from tests.helpers.rule_cases import CASES, EXCUSED, PAIRED, REFUSED, SAMPLED, WITHOUT_CASE
-from tpcompile.rules.choices import Strategy
+from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import ROWS
 
-Choice = tuple[Strategy, ...]
+Chosen = tuple[Choice, ...]
 
 
 def _try_all(
     program: Program,
     axes: tuple[int, ...],
-    choices: Iterable[Choice],
-    check: Callable[[Program, tuple[int, ...], Choice], None],
+    choices: Iterable[Chosen],
+    check: Callable[[Program, tuple[int, ...], Chosen], None],
 ) -> None:
     wrong = []
     for chosen in choices:
@@ -38,8 +38,8 @@ def _try_all(
 def test_strategies_compute_the_whole(case: Case) -> None:
     program = Program(case)
     assert isinstance(program.rule, Rule), program.rule
-    _try_all(program, (3,), [(s,) for s in program.strategies(3)], compare)
-    scarce = [s for s in program.strategies(5) if s.factor is not None and s.factor.size < 5]
+    _try_all(program, (3,), [(s,) for s in program.choices(3)], compare)
+    scarce = [s for s in program.choices(5) if s.factor is not None and s.factor.size < 5]
     _try_all(program, (5,), [(s,) for s in scarce], compare)  # ranks without a part
 
 
@@ -47,19 +47,19 @@ def test_strategies_compute_the_whole(case: Case) -> None:
 def test_pointwise_operators_need_no_row(case: Case) -> None:
     program = Program(case)
     assert isinstance(program.rule, Rule), program.rule
-    _try_all(program, (3,), [(s,) for s in program.strategies()], compare)
+    _try_all(program, (3,), [(s,) for s in program.choices()], compare)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.gradients], ids=str)
 def test_gradients_are_those_of_the_whole(case: Case) -> None:
     program = Program(case)
-    _try_all(program, (2,), [(s,) for s in program.strategies(2)], compare_gradients)
+    _try_all(program, (2,), [(s,) for s in program.choices(2)], compare_gradients)
 
 
 @pytest.mark.parametrize("case", PAIRED, ids=str)
 def test_two_sub_axes(case: Case) -> None:
     program = Program(case)
-    found = program.strategies(4)
+    found = program.choices(4)
     _try_all(program, (2, 2), list(itertools.product(found, found)), compare)
 
 

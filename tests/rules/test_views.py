@@ -87,8 +87,8 @@ def test_any_shapes_do_not_crash(left: list[int], right: list[int]) -> None:
 def test_views_are_carried_out(shapes: tuple[list[int], list[int]]) -> None:
     left, right = shapes
     program = Program(Case(torch.ops.aten.view.default, (signed(*left), right)))
-    for strategy in program.strategies():
-        compare(program, (2,), [strategy])
+    for choice in program.choices():
+        compare(program, (2,), [choice])
 
 
 B, S = sympy.symbols("b s", positive=True, integer=True)

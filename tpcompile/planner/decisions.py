@@ -10,12 +10,12 @@ from torch.fx import Node
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.placements import parse_placement
 from tpcompile.rules.assignment import Assignment
-from tpcompile.rules.choices import strategies
+from tpcompile.rules.choices import choices
 from tpcompile.work import Work
 
 
 def decisions_to_data(work: Work) -> list[dict[str, Any]]:
-    """Per sub-axis: its size, every call's strategy, every parameter's and shared value's placement."""
+    """Per sub-axis: its size, every call's choice, every parameter's and shared value's placement."""
     axes = work.axes
     return [
         {
@@ -33,7 +33,7 @@ def decisions_to_data(work: Work) -> list[dict[str, Any]]:
 
 def _options(work: Work, node: Node, axes: Sequence[int]) -> list[Any]:
     assert work.planned_factors is not None
-    return strategies(node, work.planned_factors, lambda _: True, axes)
+    return choices(node, work.planned_factors, lambda _: True, axes)
 
 
 def _index(work: Work, node: Node, decision: Assignment, axes: Sequence[int]) -> int:

@@ -28,7 +28,7 @@ class Plan:
 
     Attributes:
         layout: where every parameter and buffer lies.
-        decisions: per sub-axis, the strategies of the program's calls.
+        decisions: per sub-axis, the choices made for the program's calls.
         graph: the fingerprint of the captured graph that the decisions are about.
         collectives: what one forward communicates.
         fallbacks: a line per operator that is computed whole although it uses divided parameters.

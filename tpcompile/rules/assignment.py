@@ -9,7 +9,7 @@ from torch.fx import Node
 from tpcompile.ir.nodes import producer
 from tpcompile.ir.placements import Placement, R
 
-from .choices import Strategy
+from .choices import Choice
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Assignment:
     """
 
     ranks: int
-    nodes: dict[Node, Strategy] = field(default_factory=dict)
+    nodes: dict[Node, Choice] = field(default_factory=dict)
     params: dict[Node, Placement] = field(default_factory=dict)
     shared: dict[Node, Placement] = field(default_factory=dict)
     penalty: float = 0.0
@@ -39,10 +39,10 @@ class Assignment:
         if value in self.params:
             return self.params[value]
         node, result = producer(value)
-        strategy = self.nodes.get(node)
-        return strategy.outputs[result] if strategy else R
+        choice = self.nodes.get(node)
+        return choice.outputs[result] if choice else R
 
     def need(self, node: Node, operand: int) -> Placement:
         """The placement in which a node wants an operand."""
-        strategy = self.nodes.get(node)
-        return strategy.inputs[operand] if strategy else R
+        choice = self.nodes.get(node)
+        return choice.inputs[operand] if choice else R

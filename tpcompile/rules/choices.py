@@ -17,7 +17,7 @@ from .rule import Rule
 
 
 @dataclass(frozen=True)
-class Strategy:
+class Choice:
     """One way to compute a node on one axis.
 
     Attributes:
@@ -34,9 +34,9 @@ class Strategy:
         return f"({', '.join(map(str, self.inputs))}) -> {', '.join(map(str, self.outputs))}"
 
 
-def strategies(
+def choices(
     node: Node, factors: Factors, may_divide: Callable[[OpFactor], bool], axes: Sequence[int]
-) -> list[Strategy]:
+) -> list[Choice]:
     """All ways to compute a call node, in the order that breaks ties: whole, divided, partial, owned.
 
     Args:
@@ -52,14 +52,14 @@ def strategies(
         return found
     if rule.declared is not None:
         lie = tuple(placements_on(factors, node, rule.declared, axes))
-        return [Strategy(lie[:arity], lie[arity:])]
+        return [Choice(lie[:arity], lie[arity:])]
     for factor in factors.op_factors(node):
         if may_divide(factor) and _reduces_numbers(node, factor):
             found.append(_divided(factor, rule))
     for group in rule.linear:
         if group:
             outputs = tuple(R if i in rule.fixed else P for i in range(width))
-            found.append(Strategy(tuple(P if i in group else R for i in range(arity)), outputs))
+            found.append(Choice(tuple(P if i in group else R for i in range(arity)), outputs))
     for carrier in factors.carriers.get(node, ()):
         owned = _owned(node, carrier, factors)
         if owned.factor is None or may_divide(owned.factor):
@@ -67,23 +67,23 @@ def strategies(
     return found
 
 
-def _owned(node: Node, carrier: Carrier, factors: Factors) -> Strategy:
+def _owned(node: Node, carrier: Carrier, factors: Factors) -> Choice:
     """Rows of experts: where they begin, whole experts are divided."""
     ids, units = carrier.tag
     inputs: list[Placement] = [R if dim is None else Owned(dim, ids, units) for dim in carrier.inputs]
     outputs = tuple(Owned(dim, ids, units) for dim in carrier.outputs)
     if carrier.stack is None:
-        return Strategy(tuple(inputs), outputs)
+        return Choice(tuple(inputs), outputs)
     inputs[carrier.stack] = Shard(0)
     atoms = factors.atoms(operands(node)[carrier.stack], 0)
     at = tuple((0, 0) if i == carrier.stack else None for i in range(len(inputs)))
     factor = OpFactor(atoms[0] if len(atoms) == 1 else -1, units, at, (None,) * len(outputs), "")
-    return Strategy(tuple(inputs), outputs, factor)
+    return Choice(tuple(inputs), outputs, factor)
 
 
-def whole(arity: int, width: int) -> Strategy:
+def whole(arity: int, width: int) -> Choice:
     """Every rank computes the node as a whole."""
-    return Strategy((R,) * arity, (R,) * width)
+    return Choice((R,) * arity, (R,) * width)
 
 
 def _shard(place: Place) -> Shard:
@@ -96,7 +96,7 @@ def _reduces_numbers(node: Node, factor: OpFactor) -> bool:
     return not missing or all(r.dtype.itemsize > 1 for r in results(node))
 
 
-def _divided(factor: OpFactor, rule: Rule) -> Strategy:
+def _divided(factor: OpFactor, rule: Rule) -> Choice:
     inputs: list[Placement] = []
     for i, place in enumerate(factor.inputs):
         if place is not None:
@@ -106,7 +106,7 @@ def _divided(factor: OpFactor, rule: Rule) -> Strategy:
     outputs = tuple(
         _missing(i, factor, rule) if p is None else _shard(p) for i, p in enumerate(factor.outputs)
     )
-    return Strategy(tuple(inputs), outputs, factor)
+    return Choice(tuple(inputs), outputs, factor)
 
 
 def _missing(result: int, factor: OpFactor, rule: Rule) -> Placement:

@@ -15,7 +15,7 @@ from tpcompile.ir.markers import Axes, Placements
 from tpcompile.ir.nodes import producer
 from tpcompile.ir.placements import Partial, Placement, Shard, split_evenly
 from tpcompile.rules.assignment import Assignment
-from tpcompile.rules.choices import Strategy
+from tpcompile.rules.choices import Choice
 from tpcompile.rules.factors import OpFactor, Place
 from tpcompile.rules.rule import Rule
 
@@ -30,7 +30,7 @@ EXACT = 2.0**44
 # statistics that are reduced by themselves: norms on a divided hidden dimension, with twice the collectives.
 TIE_BREAK = 1e-4
 
-Choice = TypeVar("Choice")
+T = TypeVar("T")
 
 
 class AxisCosts:
@@ -52,7 +52,7 @@ class AxisCosts:
         self._tables: dict[Hashable, Table] = {}
         self._conversions: dict[Hashable, float] = {}
 
-    def beside(self, others: Iterable[Choice], mine: Choice) -> tuple[Choice, ...]:
+    def beside(self, others: Iterable[T], mine: T) -> tuple[T, ...]:
         """A choice on this axis in its place among those on the others."""
         found = list(others)
         return (*found[: self.at], mine, *found[self.at :])
@@ -99,8 +99,8 @@ class AxisCosts:
             now = after
         return total
 
-    def times(self, node: Node, options: list[Strategy]) -> list[float]:
-        """What each strategy of a node costs by itself."""
+    def times(self, node: Node, options: list[Choice]) -> list[float]:
+        """What each choice of a node costs by itself."""
         others = [a.nodes[node] for a in self.others]
         every = [self.beside(others, option) for option in options]
         rule = self.facts.factors.rules.get(node)
@@ -111,10 +111,10 @@ class AxisCosts:
         whole = TIE_BREAK * self.model.touch(self.facts.bytes[node])
         return [whole * self._share(each) + 1e-9 * sum(map(_passes_partial, each)) for each in every]
 
-    def _share(self, strategies: Sequence[Strategy]) -> float:
+    def _share(self, choices: Sequence[Choice]) -> float:
         """The share of a node's work that the fullest rank has."""
-        units: dict[Hashable, object] = {s.factor: s.factor.size for s in strategies if s.factor}
-        return math.prod(part for _, part in self._parts([s.factor for s in strategies], units))
+        units: dict[Hashable, object] = {s.factor: s.factor.size for s in choices if s.factor}
+        return math.prod(part for _, part in self._parts([s.factor for s in choices], units))
 
     def _parts(
         self, divided: Sequence[Hashable | None], units: Mapping[Hashable, object]
@@ -190,5 +190,5 @@ def exact(costs: Sequence[float] | Sequence[Sequence[float]]) -> Table:
     return np.round(np.asarray(costs, dtype=float) * EXACT) / EXACT
 
 
-def _passes_partial(strategy: Strategy) -> bool:
-    return strategy.factor is None and any(isinstance(o, Partial) for o in strategy.outputs)
+def _passes_partial(choice: Choice) -> bool:
+    return choice.factor is None and any(isinstance(o, Partial) for o in choice.outputs)

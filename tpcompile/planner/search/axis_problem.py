@@ -1,6 +1,6 @@
 """The problem of one axis: its variables, their choices, and what these cost.
 
-One variable per node chooses its strategy, one per shared value chooses the placement in which it is
+One variable per node takes one of its choices, one per shared value chooses the placement in which it is
 handed on (so that q, k and v pay for one conversion); every cost then involves at most two variables.
 """
 
@@ -16,7 +16,7 @@ from tpcompile.ir.markers import Placements
 from tpcompile.ir.nodes import producer, results
 from tpcompile.ir.placements import Owned, Partial, Placement, R, Replicate, Shard
 from tpcompile.rules.assignment import Assignment
-from tpcompile.rules.choices import Strategy, strategies
+from tpcompile.rules.choices import Choice, choices
 from tpcompile.rules.factors import OpFactor
 from tpcompile.rules.rule import Rule
 
@@ -74,7 +74,7 @@ class AxisProblem:
         # On one rank there is nothing to divide, and nothing to send: the program stays as it was captured.
         self.candidates = facts.candidates if self.ranks > 1 else set()
         self.problem = Problem()
-        self.options: dict[Node, list[Strategy]] = {}
+        self.options: dict[Node, list[Choice]] = {}
         self.holdings: dict[Node, list[Placement]] = {}
         self.handed: dict[Node, list[Placement]] = {}
         self.unavoidable = 0.0
@@ -124,7 +124,7 @@ class AxisProblem:
                 kinds = sorted({*self.handed[value], *self.handed[before]}, key=_order)
                 self.handed[value] = self.handed[before] = kinds
 
-    def _ways(self, node: Node) -> list[Strategy]:
+    def _ways(self, node: Node) -> list[Choice]:
         rule = self.factors.rules.get(node)
         filled = isinstance(rule, Rule) and rule.filled
 
@@ -135,7 +135,7 @@ class AxisProblem:
             everywhere = filled or not (factor.reduce or None not in factor.outputs)
             return self.costs.left_in(node, factor, fewest=everywhere) >= (self.ranks if everywhere else 2)
 
-        return strategies(node, self.factors, may_divide, self.axes[: self.axis + 1])
+        return choices(node, self.factors, may_divide, self.axes[: self.axis + 1])
 
     def _held(self, param: Node) -> list[Placement]:
         places = self.factors.places(param)
@@ -222,11 +222,11 @@ class AxisProblem:
 
     def _wanted(self, use: tuple[Node, int], value: Node, axis: int) -> Placement:
         """What a use wants on another axis."""
-        strategy = self.others[axis].nodes.get(use[0])
-        return strategy.inputs[use[1]] if strategy else self._result(use, value, axis)
+        choice = self.others[axis].nodes.get(use[0])
+        return choice.inputs[use[1]] if choice else self._result(use, value, axis)
 
     def _result(self, use: tuple[Node, int], value: Node, axis: int) -> Placement:
-        """How the program's caller wants a result; what has no strategies wants its operands whole."""
+        """How the program's caller wants a result; what has no choices wants its operands whole."""
         carried = self.facts.carried.get(value) if use[0].op == "output" else None
         return carried[axis] if carried else R
 
@@ -237,7 +237,7 @@ class AxisProblem:
         return self._name("node", node), [s.outputs[result] for s in self.options[node]]
 
 
-def _placed(options: Sequence[Strategy]) -> list[tuple[Sequence[Placement], Sequence[Placement]]]:
+def _placed(options: Sequence[Choice]) -> list[tuple[Sequence[Placement], Sequence[Placement]]]:
     return [(option.inputs, option.outputs) for option in options]
 
 
