@@ -31,7 +31,7 @@ class LocalShapes:
 
     def atoms(self, value: Node, placements: Sequence[Placement]) -> list[list[Size]]:
         """The sizes of the factors of every dimension that this rank holds."""
-        found = [list(dim) for dim in self.factors.layout(origin(value))]
+        found = [list(dim) for dim in self.factors.atom_sizes(origin(value))]
         for ranks, at, placement in zip(self.axes, self.coordinates, placements, strict=True):
             if isinstance(placement, Shard):
                 size = found[placement.dim][placement.factor]
@@ -52,7 +52,7 @@ class LocalShapes:
 
     def start(self, value: Node, placements: Sequence[Placement], place: Shard) -> int:
         """The first position of the divided factor that this rank holds."""
-        size = self.factors.layout(origin(value))[place.dim][place.factor]
+        size = self.factors.atom_sizes(origin(value))[place.dim][place.factor]
         assert isinstance(size, int)
         first = 0
         for ranks, at, placement in zip(self.axes, self.coordinates, placements, strict=True):
@@ -66,7 +66,7 @@ class LocalShapes:
 
         ``axes`` are the innermost ones that divide the factor; other coordinates are this rank's.
         """
-        size = self.factors.layout(origin(value))[place.dim][place.factor]
+        size = self.factors.atom_sizes(origin(value))[place.dim][place.factor]
         assert isinstance(size, int)
         sizes = [size]
         for a, (ranks, at, placement) in enumerate(zip(self.axes, self.coordinates, placements, strict=True)):

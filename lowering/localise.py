@@ -182,7 +182,7 @@ def _with_units(low: Lowering, node: Node, name: str) -> Node:
 
 def _held_units(low: Lowering, value: Node, dim: int, units: int) -> int:
     """How many of the ``units`` that a dimension starts with lie on this rank."""
-    whole = low.shapes.factors.layout(origin(value))[dim]
+    whole = low.shapes.factors.atom_sizes(origin(value))[dim]
     part = low.shapes.atoms(value, value.meta["placement"])[dim]
     total, held = 1, 1
     for all_of_it, mine in zip(whole, part, strict=True):

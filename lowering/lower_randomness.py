@@ -32,7 +32,7 @@ def lower_uniform(low: Lowering, node: Node) -> Node:
     for dim in sorted({p.dim for p in placements if isinstance(p, Shard)}):
         parts += [dim, len(held[dim])]
         for factor, (whole, mine) in enumerate(
-            zip(low.shapes.factors.layout(node)[dim], held[dim], strict=True)
+            zip(low.shapes.factors.atom_sizes(node)[dim], held[dim], strict=True)
         ):
             if factor and not (isinstance(whole, int) and isinstance(mine, int)):
                 raise TpCompileError(

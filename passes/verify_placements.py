@@ -52,7 +52,7 @@ class _Checker:
         planned = work.planned_factors
         assert planned is not None, "the program must be planned"
         inputs = work.graph.find_nodes(op="placeholder")
-        known: dict[Node, Any] = {self.copies[n]: planned.layout(n) for n in inputs if is_tensor(n)}
+        known: dict[Node, Any] = {self.copies[n]: planned.atom_sizes(n) for n in inputs if is_tensor(n)}
         self.factors = Factors(self.graph, known, _rule_of)
         self.given = {self.copies[n]: placements for n, placements in work.given(planned).items()}
         self.sources = {self.copies[n]: source for n, source in work.sources.items()}

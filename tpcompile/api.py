@@ -25,7 +25,7 @@ from .runtime.guards import guard_submodules
 from .runtime.module import ShardedModule
 from .runtime.runtime import Runtime
 from .runtime.settings import Settings
-from .runtime.watched_module import FixedModule
+from .runtime.watched_module import WatchedModule
 from .strategies.custom.custom_strategy import split_plan
 from .strategies.hf_plan import hf_plan
 from .strategies.read_rules import Pin, Rules, read_rules
@@ -229,7 +229,7 @@ def _options(
     compose: bool | None = False,
     sequence_parallel: bool = False,
 ) -> Options:
-    sharded = next((name for name, part in model.named_modules() if isinstance(part, FixedModule)), None)
+    sharded = next((name for name, part in model.named_modules() if isinstance(part, WatchedModule)), None)
     if sharded is not None:
         raise TpCompileError(
             "this model is parallelised already", where=sharded, todo="use a fresh model, as a whole"

@@ -90,7 +90,7 @@ class Options:
 
     def lines(self) -> list[str]:
         """What all ranks must have asked for, as text; the cost model may differ: rank 0's counts."""
-        plan = None if self.plan is None else (self.plan.graph, self.plan.layout.to_json())
+        plan = None if self.plan is None else (self.plan.fingerprint, self.plan.layout.to_json())
         passes = [each.name for each in self.passes]
         asked: dict[str, Any] = {"rules": self.rules.wishes, "custom": dict(self.custom), "plan": plan}
         asked |= {"passes": passes, "dynamic": self.dynamic, "memory": self.memory, "compose": self.compose}
@@ -181,14 +181,14 @@ class Compiler:
             self.group, "capture the model", lambda: self.capture(model, bound, layout, caches or {})
         )
         clock.append(time.perf_counter())
-        graph = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
+        fingerprint = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
         if constants := base.captured.constant_lines():
             todo = (
                 "make the tensors that forward reads alike on all ranks (a seed), or register them as buffers"
             )
             compare(self.group, "constants in their programs", constants, todo)
         tensors = whole_tensors(model)
-        data = from_first(self.group, lambda: self._decide(base, layout, graph, tensors))
+        data = from_first(self.group, lambda: self._decide(base, layout, fingerprint, tensors))
         compare(self.group, "plans", [repr(data), f"sequence_parallel: {sequence_text(self.sequence)}"])
         clock.append(time.perf_counter())
         planned = _follow(base, data, layout)
@@ -201,7 +201,7 @@ class Compiler:
             passes, cost = self.options.passes, self.options.cost
             rewrite(rewritten, training, passes, cost, sequence=self.sequence)
             pins = make_pins(self._wishes) if layout is None else pins_from_layout(layout)
-            plan = make_plan(planned, rewritten, placed, cost, graph, pins, self.sequence)
+            plan = make_plan(planned, rewritten, placed, cost, fingerprint, pins, self.sequence)
             plan.timings = {"capture": clock[1] - clock[0], "plan": clock[2] - clock[1]}
             return Compiled(planned, rewritten, plan, *self._lower(rewritten), differentiable=training)
 
@@ -285,15 +285,15 @@ class Compiler:
         return next(found, here)
 
     def _decide(
-        self, base: Work, layout: WeightLayout | None, graph: str, tensors: Mapping[str, Tensor]
+        self, base: Work, layout: WeightLayout | None, fingerprint: str, tensors: Mapping[str, Tensor]
     ) -> Decisions:
         given = self.options.plan
         if given is not None and given.ranks != self.ranks:
             raise TpCompileError(
                 f"the plan is for {given.ranks} ranks, the mesh axis has {self.ranks}", todo="plan again"
             )
-        if given is not None and given.graph == graph:
-            return list(given.layout.groups), given.decisions
+        if given is not None and given.fingerprint == fingerprint:
+            return list(given.layout.split_groups), given.decisions
         if given is not None:
             layout = given.layout
         o = self.options

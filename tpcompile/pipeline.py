@@ -87,8 +87,8 @@ def plan_program(
         return plan_on_axes(split_copy(base, chosen, layout), axes, cost, pins)
 
     used = {source.spec.name for node, source in base.sources.items() if node.users}
-    groups = packed_groups(base, layout.open) if used & set(layout.open) else []
-    return split_what_pays(plan, layout.axes, groups, frozenset(layout.groups))
+    groups = packed_groups(base, layout.undecided) if used & set(layout.undecided) else []
+    return split_what_pays(plan, layout.axes, groups, frozenset(layout.split_groups))
 
 
 def rewrite(

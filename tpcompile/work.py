@@ -108,7 +108,7 @@ class Work:
         """Rules and factors of the graph as it is now."""
         known: dict[Node, tuple[tuple[int, ...], ...]] = {}
         for node, source in self.sources.items():
-            held = self.layout is not None and source.spec.name not in self.layout.open
+            held = self.layout is not None and source.spec.name not in self.layout.undecided
             if held and source.segment is not None:
                 known[node] = self.held_as(source).atoms
         known |= {node: held.atoms for node, held in self._given_as().items()}

@@ -205,7 +205,7 @@ class Program:
 
     def choices(self, ranks: int = 2) -> list[Choice]:
         """Everything that the rule offers, if a value that is used twice is wanted in one placement."""
-        fewest = ranks if isinstance(self.rule, Rule) and self.rule.filled else 2
+        fewest = ranks if isinstance(self.rule, Rule) and self.rule.nonempty else 2
         found = choices(self.node, self.factors, lambda factor: factor.size >= fewest, (fewest,))
         return [s for s in found if self.wants(s) is not None]
 
@@ -235,8 +235,8 @@ class Program:
         graph = self.work.graph
         outputs = graph.output_node().args[0]
         return (
-            [self.factors.layout(n) for n in graph.find_nodes(op="placeholder")],
-            [self.factors.layout(n) for n in outputs],  # type: ignore[union-attr,arg-type]
+            [self.factors.atom_sizes(n) for n in graph.find_nodes(op="placeholder")],
+            [self.factors.atom_sizes(n) for n in outputs],  # type: ignore[union-attr,arg-type]
         )
 
 

@@ -32,7 +32,7 @@ def layouts(
     """The factors of a traced function's inputs."""
     graph = traced(function, *shapes)
     factors = Factors(graph.graph)
-    return [factors.layout(node) for node in inputs_of(graph)]
+    return [factors.atom_sizes(node) for node in inputs_of(graph)]
 
 
 class GroupedQueryAttention(nn.Module):
@@ -62,7 +62,7 @@ def attention(request: pytest.FixtureRequest) -> tuple[Factors, dict[str, Node]]
 
 def test_query_heads_are_groups_and_repeats(attention: tuple[Factors, dict[str, Node]]) -> None:
     factors, params = attention
-    assert {name: factors.layout(node) for name, node in params.items()} == {
+    assert {name: factors.atom_sizes(node) for name, node in params.items()} == {
         "q.weight": ((GROUPS, REPEATS, HEAD), (HIDDEN,)),
         "q.bias": ((GROUPS, REPEATS, HEAD),),
         "k.weight": ((GROUPS, HEAD), (HIDDEN,)),
@@ -132,7 +132,7 @@ def test_sizes_of_one_have_no_factor() -> None:
 def test_known_factors_of_placeholders() -> None:
     graph = traced(lambda x: x + 1, (24,))
     (x,) = inputs_of(graph)
-    assert Factors(graph.graph, {x: [[4, 6]]}).layout(x) == ((4, 6),)
+    assert Factors(graph.graph, {x: [[4, 6]]}).atom_sizes(x) == ((4, 6),)
 
 
 def test_factors_of_a_matmul() -> None:
@@ -151,5 +151,5 @@ def test_results_are_counted_without_what_is_no_tensor() -> None:
     items = [n for n in graph.graph.nodes if n.op == "call_function" and producer(n)[0] is not n]
     assert [producer(n)[1] for n in items] == [0, 1]
     factors = Factors(graph.graph)
-    assert [factors.layout(n) for n in items] == [((4,), (3,)), ((4,), (3,))]
+    assert [factors.atom_sizes(n) for n in items] == [((4,), (3,)), ((4,), (3,))]
     assert factors.atoms(items[0], 0) == factors.atoms(items[1], 0) == factors.atoms(inputs_of(graph)[0], 0)

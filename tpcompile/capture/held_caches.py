@@ -92,7 +92,7 @@ class Held:
         Raises:
             TpCompileError: the program splits the dimension in other units.
         """
-        return tuple(self._placement(factors.layout(value), shard) for shard in self.shards)
+        return tuple(self._placement(factors.atom_sizes(value), shard) for shard in self.shards)
 
     def _placement(self, layout: tuple[tuple[Size, ...], ...], shard: tuple[int, int] | None) -> Placement:
         if shard is None:
@@ -173,7 +173,7 @@ def held_outputs(
     """
     found = {}
     for name, value in names:
-        layout = factors.layout(value)
+        layout = factors.atom_sizes(value)
         atoms = tuple(
             tuple(int(s) for s in dim) if all(isinstance(s, int) for s in dim) else () for dim in layout
         )

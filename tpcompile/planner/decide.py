@@ -119,7 +119,7 @@ def _fits_together(work: Work) -> bool:
     held: dict[str, set[object]] = {}
     for node, name in work.params().items():
         if name in work.packed_dims:
-            layout = work.planned_factors.layout(node)
+            layout = work.planned_factors.atom_sizes(node)
             others = [_except(d.params[node], work.packed_dims[name]) for d in work.decisions]
             key = tuple((p, layout[p.dim][p.factor]) if p else None for p in others)
             held.setdefault(name, set()).add(key)

@@ -96,7 +96,5 @@ def _refusal(facts: Facts, param: Node) -> str:
 
 
 def _factored(factors: Factors, param: Node) -> str:
-    dims = [
-        " ".join(map(str, d)) if len(d) == 1 else f"({' '.join(map(str, d))})" for d in factors.layout(param)
-    ]
-    return "[" + ", ".join(d or "1" for d in dims) + "]"
+    texts = [" ".join(map(str, sizes)) or "1" for sizes in factors.atom_sizes(param)]
+    return "[" + ", ".join(f"({t})" if " " in t else t for t in texts) + "]"

@@ -103,7 +103,7 @@ class ExportedStyles:
             return LOST
         if not isinstance(place, Shard):
             return "replicate"
-        atoms = self.factors.layout(root)[place.dim]
+        atoms = self.factors.atom_sizes(root)[place.dim]
         # transformers cuts rows into equal pieces, whatever a head is.
         if len(atoms) > 1 and int(atoms[place.factor]) % self.ranks:
             return LOST

@@ -19,7 +19,7 @@ def make_plan(
     rewritten: Work,
     layout: WeightLayout,
     cost: CostModel,
-    graph: str,
+    fingerprint: str,
     pins: Pins,
     sequence: bool | frozenset[str] = False,
 ) -> Plan:
@@ -27,7 +27,7 @@ def make_plan(
     return Plan(
         layout=layout,
         decisions=decisions_to_data(work),
-        graph=graph,
+        fingerprint=fingerprint,
         collectives=collectives_of(rewritten),
         fallbacks=fallbacks_of(work),
         notes=tuple(rewritten.captured.notes),

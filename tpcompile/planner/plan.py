@@ -29,7 +29,7 @@ class Plan:
     Attributes:
         layout: where every parameter and buffer lies.
         decisions: per sub-axis, the choices made for the program's calls.
-        graph: the fingerprint of the captured graph that the decisions are about.
+        fingerprint: of the captured graph that the decisions are about.
         collectives: what one forward communicates.
         fallbacks: a line per operator that is computed whole although it uses divided parameters.
         notes: what else the user should know.
@@ -43,7 +43,7 @@ class Plan:
 
     layout: WeightLayout
     decisions: list[dict[str, Any]]
-    graph: str
+    fingerprint: str
     collectives: tuple[Collective, ...]
     fallbacks: tuple[str, ...]
     notes: tuple[str, ...]
@@ -121,7 +121,7 @@ class Plan:
             "version": VERSION,
             "layout": self.layout.to_json(),
             "decisions": self.decisions,
-            "graph": self.graph,
+            "graph": self.fingerprint,
             "collectives": [asdict(c) for c in self.collectives],
             "fallbacks": list(self.fallbacks),
             "notes": list(self.notes),

@@ -55,15 +55,15 @@ def layout_of(work: Work, tensors: Mapping[str, Tensor]) -> WeightLayout:
 def extended(layout: WeightLayout, work: Work, tensors: Mapping[str, Tensor]) -> WeightLayout:
     """A layout with the parameters that it left open, and that a later program uses, as that one has them."""
     later = layout_of(work, tensors)
-    decided = set(layout.open) - set(later.open)
+    decided = set(layout.undecided) - set(later.undecided)
     params = {name: later.params[name] if name in decided else p for name, p in layout.params.items()}
-    still_open = tuple(n for n in layout.open if n not in decided)
-    return replace(layout, params=params, groups=later.groups, open=still_open)
+    undecided = tuple(n for n in layout.undecided if n not in decided)
+    return replace(layout, params=params, split_groups=later.split_groups, undecided=undecided)
 
 
 def _placed(work: Work, node: Node, segment: Segment) -> Segment:
     assert work.planned_factors is not None, "the program must be planned"
-    atoms = tuple(tuple(int(s) for s in dim) or (1,) for dim in work.planned_factors.layout(node))
+    atoms = tuple(tuple(int(s) for s in dim) or (1,) for dim in work.planned_factors.atom_sizes(node))
     starts = [sum(len(d) for d in atoms[:i]) for i in range(len(atoms))]
 
     def flat(placement: Placement) -> int | None:
@@ -77,7 +77,7 @@ def pins_from_layout(layout: WeightLayout) -> Pins:
 
     Parameters that no program has used yet are planned as in a first one.
     """
-    still_open = set(layout.open)
+    undecided = set(layout.undecided)
 
     def resolve(work: Work, axis: int) -> Mapping[Node, frozenset[Placement]]:
         factors = work.factors()
@@ -85,7 +85,7 @@ def pins_from_layout(layout: WeightLayout) -> Pins:
         for node, source in work.sources.items():
             if source.spec.name in work.custom.parts:
                 found[node] = frozenset({R})  # it lies as its strategy wants it
-            elif source.segment is not None and node.users and source.spec.name not in still_open:
+            elif source.segment is not None and node.users and source.spec.name not in undecided:
                 _refuse_selection(layout.params[source.spec.name])
                 found[node] = frozenset({_placement(factors, node, work.held_as(source), axis)})
         return found
@@ -109,7 +109,7 @@ def _placement(factors: Factors, node: Node, segment: Segment, axis: int) -> Pla
         return R
     for dim, atoms in enumerate(segment.atoms):
         if flat < len(atoms):
-            found = same_place(factors.layout(node)[dim], atoms, flat)
+            found = same_place(factors.atom_sizes(node)[dim], atoms, flat)
             if found is None:
                 raise TpCompileError(
                     "this call needs finer units of a parameter than it was divided by",

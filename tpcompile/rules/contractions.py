@@ -129,7 +129,7 @@ def convolution(node: Node) -> Rule | str:
         reduce=dict.fromkeys(i, "sum"),
         linear=(frozenset({0, 2} if bias else {0}),),
         once=frozenset({2} if bias else ()),
-        filled=True,
+        nonempty=True,
         contraction=True,
         localize="groups",
     )
@@ -167,7 +167,7 @@ def spatial(node: Node) -> Rule | str:
         letters.sizes,
         whole=letters_of(old + new),
         linear=() if "max" in op_name(node) else UNARY,
-        filled=True,
+        nonempty=True,
     )
 
 

@@ -30,7 +30,7 @@ def placements_on(factors: Factors, node: Node, declared: Declared, axes: Sequen
     found: list[Placement] = []
     for value, placement in _declared(node, declared):
         if isinstance(placement, Shard):
-            divided = _divide(factors.layout(value)[placement.dim], placement.factor, axes)
+            divided = _divide(factors.atom_sizes(value)[placement.dim], placement.factor, axes)
             if divided is None:
                 raise _misfit(factors, node, value, placement, axes)
             placement = Shard(placement.dim, divided[-1])
@@ -63,7 +63,7 @@ def declared_units(factors: Factors) -> set[int]:
     for node, declared in _nodes(factors):
         for value, placement in _declared(node, declared):
             if isinstance(placement, Shard):
-                sizes, units = factors.layout(value)[placement.dim][placement.factor :], 1
+                sizes, units = factors.atom_sizes(value)[placement.dim][placement.factor :], 1
                 for size in sizes:
                     if isinstance(size, int):
                         units *= size
@@ -99,7 +99,7 @@ def _divide(sizes: Sequence[Size], first: int, axes: Sequence[int]) -> list[int]
 def _misfit(
     factors: Factors, node: Node, value: Node, placement: Shard, axes: Sequence[int]
 ) -> TpCompileError:
-    sizes = " x ".join(map(str, factors.layout(value)[placement.dim])) or "1"
+    sizes = " x ".join(map(str, factors.atom_sizes(value)[placement.dim])) or "1"
     ranks = " x ".join(map(str, axes))
     side = "output_layouts" if value is node else "input_layouts"
     return TpCompileError(

@@ -85,7 +85,7 @@ class Factors:
         root = self._dims[node, result][dim]
         return list(self._leaves(root)) if self._size[root] != 1 else []
 
-    def layout(self, value: Node) -> tuple[tuple[Size, ...], ...]:
+    def atom_sizes(self, value: Node) -> tuple[tuple[Size, ...], ...]:
         """The sizes of the factors of every dimension."""
         rank = len(sizes_of(tensor_of(value)))
         return tuple(tuple(self._size[a] for a in self.atoms(value, d)) for d in range(rank))

@@ -174,7 +174,7 @@ def instantiate(row: Row, inputs: Sequence[Sequence[Size]], outputs: Sequence[Se
         linear=tuple(group & set(present) for group in row.linear if group & set(present)),
         once=row.once & set(present),
         fixed=row.fixed,
-        filled=any(how != "sum" for _, how in row.reduce),  # of nothing there is no maximum
+        nonempty=any(how != "sum" for _, how in row.reduce),  # of nothing there is no maximum
         contraction=row.contraction,
         localize=row.localize,
     )

@@ -147,7 +147,7 @@ def pad(node: Node) -> Rule:
         letters.sizes,
         whole=frozenset(letters.sizes) - letters_of(others),
         linear=() if constant and option(node, "value", 0) != 0 else UNARY,
-        filled=not constant,
+        nonempty=not constant,
     )
 
 

@@ -49,7 +49,7 @@ def reduction(node: Node) -> Rule:
         whole=frozenset() if how else frozenset(gone),
         reduce=dict.fromkeys(gone, how) if how else {},
         linear=UNARY if name in ("sum", "mean") else (),
-        filled=how in ("max", "min"),
+        nonempty=how in ("max", "min"),
         localize="mean" if name == "mean" else "",
     )
 
@@ -115,7 +115,7 @@ def changed_dims(name: str = "dim", linear: bool = False) -> Callable[[Node], Ru
         whole = frozenset(letters.sizes) - letters_of(kept)
         group = (frozenset(range(len(inputs))),) if linear else ()
         empty = "fft" in op_name(node)  # MKL refuses empty tensors
-        return Rule(inputs, outputs, letters.sizes, whole=whole, linear=group, filled=empty)
+        return Rule(inputs, outputs, letters.sizes, whole=whole, linear=group, nonempty=empty)
 
     return rule
 
@@ -150,7 +150,7 @@ def group_norm(node: Node) -> Rule | str:
         outputs=(source,),
         sizes=letters.sizes,
         whole=letters_of((c, *rest)),
-        filled=True,
+        nonempty=True,
         localize="group_norm",
     )
 
@@ -168,7 +168,7 @@ def own_statistics(node: Node) -> Rule | str:
         outputs=(source, *((channel,) for _ in results(node)[1:])),
         sizes=letters.sizes,
         whole=letters_of((source[0], *source[2:])),
-        filled=True,
+        nonempty=True,
     )
 
 
@@ -186,7 +186,7 @@ def batch_norm(node: Node) -> Rule | str:
         sizes=letters.sizes,
         whole=letters_of(d for dims in statistics for d in dims),
         fixed=frozenset(range(1, len(results(node)))),
-        filled=True,
+        nonempty=True,
     )
 
 

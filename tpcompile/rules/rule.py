@@ -54,7 +54,7 @@ class Rule:
         linear: sets of operands through which ``P(sum)`` passes if all of a set are partial.
         once: operands that count once under a sum (a bias): partial when a ``sum`` letter is divided.
         fixed: results whose values no operand's values change: whole where they have no divided letter.
-        filled: torch refuses empty operands, so that every rank must have a part of what is divided.
+        nonempty: torch refuses empty operands, so that every rank must have a part of what is divided.
         contraction: a matmul-like operator: its letters are worth dividing, its cost is arithmetic.
         localize: the name of the rewrite that a divided letter needs, if constants do not do it.
         declared: the placements of an operator that does its own division.
@@ -68,7 +68,7 @@ class Rule:
     linear: tuple[frozenset[int], ...] = ()
     once: frozenset[int] = frozenset()
     fixed: frozenset[int] = frozenset()
-    filled: bool = False
+    nonempty: bool = False
     contraction: bool = False
     localize: str = ""
     declared: Declared | None = None

@@ -217,7 +217,7 @@ def windows(node: Node) -> Rule | str:
     deep, flat = (*lead, channels, *space), (*lead, channels + taps, places)
     source_labels, target_labels = (deep, flat) if unfolds else (flat, deep)
     whole = letters_of((taps, *space, places))
-    return Rule((source_labels,), (target_labels,), letters.sizes, whole=whole, linear=UNARY, filled=True)
+    return Rule((source_labels,), (target_labels,), letters.sizes, whole=whole, linear=UNARY, nonempty=True)
 
 
 def create(node: Node) -> Rule:

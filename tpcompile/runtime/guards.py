@@ -23,7 +23,7 @@ from tpcompile.ir.calls import CallSignature, signature_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.weights.gather import is_whole
 
-from .watched_module import ENTRY, FixedModule
+from .watched_module import ENTRY, WatchedModule
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -61,7 +61,7 @@ class _Guard:
     lifted: Any = None
 
 
-class GuardedModule(FixedModule):
+class GuardedModule(WatchedModule):
     """Mixed into the class of a sharded model's submodule."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
@@ -174,7 +174,7 @@ def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:
     """The paths of all modules with matrices in them of which nobody has decided where they lie."""
     found: set[str] = set()
     for name, param in root.named_parameters():
-        if param.ndim > 1 and (layout is None or name in layout.open):
+        if param.ndim > 1 and (layout is None or name in layout.undecided):
             parts = name.split(".")[:-1]
             found |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
     return frozenset(found)
@@ -194,7 +194,7 @@ def names_read(root: nn.Module, paths: Iterable[str]) -> frozenset[str]:
 
 def keep_whole(layout: WeightLayout, names: frozenset[str]) -> WeightLayout:
     """A layout in which no later program divides these parameters."""
-    return replace(layout, open=tuple(name for name in layout.open if name not in names))
+    return replace(layout, undecided=tuple(name for name in layout.undecided if name not in names))
 
 
 @contextmanager

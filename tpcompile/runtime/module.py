@@ -18,10 +18,10 @@ from .clip_gradients import clip_gradients
 from .copy_model import copy_model
 from .program import Program
 from .runtime import Runtime
-from .watched_module import FixedModule
+from .watched_module import WatchedModule
 
 
-class ShardedModule(FixedModule):
+class ShardedModule(WatchedModule):
     """Mixed into the class of a parallelised model; everything else is the original's."""
 
     _tp: Runtime

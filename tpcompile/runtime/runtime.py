@@ -237,7 +237,7 @@ class Runtime:
         if self.layout is None:
             shard_weights(model, layout, self.compiler.rank, compiled.planned.custom)
         else:
-            decided = set(self.layout.open) - set(layout.open)
+            decided = set(self.layout.undecided) - set(layout.undecided)
             shard_more_weights(model, layout, self.compiler.rank, decided)
         return keep_whole(layout, self.compiler.whole)
 

@@ -19,7 +19,7 @@ ENTRY = "_tp_entry"
 _TABLES = ("_parameters", "_buffers")
 
 
-class FixedModule(nn.Module):
+class WatchedModule(nn.Module):
     """Mixed into the classes of a sharded model and of its submodules.
 
     Programs hold the layers that were there when they were captured, and what their code has computed from

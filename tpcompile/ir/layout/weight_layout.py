@@ -57,14 +57,14 @@ class WeightLayout:
     Attributes:
         axes: the sizes of the mesh axis' sub-axes, major first; their product is its size.
         params: per original name, its layout.
-        groups: the packed matmuls whose parameters are held in segments.
-        open: parameters that no program has used yet: whole, until the first one that does decides.
+        split_groups: the packed matmuls whose parameters are held in segments.
+        undecided: parameters that no program has used yet: whole, until the first one that does decides.
     """
 
     axes: tuple[int, ...]
     params: Mapping[str, ParamLayout]
-    groups: tuple[str, ...] = ()
-    open: tuple[str, ...] = ()
+    split_groups: tuple[str, ...] = ()
+    undecided: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -192,8 +192,8 @@ class WeightLayout:
         """A form for ``json``; ``from_json`` reads it."""
         return {
             "axes": list(self.axes),
-            "groups": list(self.groups),
-            "open": list(self.open),
+            "groups": list(self.split_groups),
+            "open": list(self.undecided),
             "params": [
                 {
                     "name": p.name,

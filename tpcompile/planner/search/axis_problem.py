@@ -126,13 +126,13 @@ class AxisProblem:
 
     def _ways(self, node: Node) -> list[Choice]:
         rule = self.factors.rules.get(node)
-        filled = isinstance(rule, Rule) and rule.filled
+        nonempty = isinstance(rule, Rule) and rule.nonempty
 
         def may_divide(factor: OpFactor) -> bool:
             if factor.atom not in self.candidates:
                 return False
             # Rows of experts: no rank may be without one.
-            everywhere = filled or not (factor.reduce or None not in factor.outputs)
+            everywhere = nonempty or not (factor.reduce or None not in factor.outputs)
             return self.costs.left_in(node, factor, fewest=everywhere) >= (self.ranks if everywhere else 2)
 
         return choices(node, self.factors, may_divide, self.axes[: self.axis + 1])
