@@ -1,0 +1,152 @@
+"""The model as export sees it: called on flat tensors, its results, caches and buffers looked after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from tpcompile.capture.caches.call_results import GivenCache, Results, take_results
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.calls import call_model
+
+from .dynamic_dims import Attempt, Place
+from .flatten_program import PREFIX, UserResult
+
+PYTHON_VALUES = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+
+
+@dataclass
+class _Seen:
+    """The output side of the last trace; an object of its own because export resets module attributes."""
+
+    results: list[UserResult] = field(default_factory=list)
+    taken: Results | None = None
+    lost: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How a call is made of the captured leaves: which of them stands at each place of the structure."""
+
+    in_spec: TreeSpec
+    places: tuple[int, ...]
+
+    def bound(self, leaves: Sequence[Any]) -> Any:
+        return tree_unflatten([leaves[i] for i in self.places], self.in_spec)
+
+
+class FlatModel(nn.Module):
+    """Calls the model on flat tensor leaves, and keeps its output structure and python results aside."""
+
+    def __init__(
+        self, model: nn.Module, leaves: Sequence[Any], structure: Structure, attempt: Attempt
+    ) -> None:
+        super().__init__()
+        setattr(self, PREFIX, model)
+        self.training = model.training
+        self._fixed = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        self._structure = structure
+        self._attempt = attempt
+        self.seen = _Seen()
+
+    def forward(self, *leaves: Any) -> tuple[Any, ...]:
+        tensors = iter(leaves)
+        flat = [next(tensors) if t else v for t, v in zip(self._is_tensor, self._fixed, strict=True)]
+        self._tie(flat)
+        call, model = self._structure.bound(flat), getattr(self, PREFIX)
+        before = [
+            _Buffer(module, name, f"{path}.{name}" if path else name, old)
+            for path, module in model.named_modules()
+            for name, old in module._buffers.items()
+            if old is not None
+        ]
+        taken = take_results(call, call_model(model, call))
+        self.seen.lost = [buffer.path for buffer in before if buffer.has_other_form()]
+        taken.values[:] = _write_assigned(before, taken.values)
+        returned = taken.out_spec.num_leaves
+        results = [
+            _result(name, value, i >= returned)
+            for i, (name, value) in enumerate(zip(taken.names, taken.values, strict=True))
+        ]
+        self.seen.results, self.seen.taken = results, taken
+        return tuple(v for v, r in zip(taken.values, results, strict=True) if r.is_traced)
+
+    def _tie(self, flat: Sequence[Any]) -> None:
+        """Compare sizes that belong together: the comparison makes the tracer take them for one symbol."""
+
+        def size(place: Place) -> Any:
+            return flat[place[0]].shape[place[1]]
+
+        equal = all(size(group[0]) == size(other) for group in self._attempt.ties for other in group[1:])
+        if not equal or not all(size(t) == size(a) + size(b) for t, a, b in self._attempt.sums):
+            raise AssertionError("made-up example sizes do not fit together")
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """A buffer as it was before a call."""
+
+    module: nn.Module
+    name: str
+    path: str
+    old: torch.Tensor
+
+    def assigned(self) -> torch.Tensor | None:
+        """What the call has assigned to it."""
+        new = self.module._buffers.get(self.name)
+        return None if new is self.old else new
+
+    def has_other_form(self) -> bool:
+        """Whether what was assigned cannot be written into it."""
+        new = self.assigned()
+        return new is not None and (new.shape, new.dtype) != (self.old.shape, self.old.dtype)
+
+
+def _write_assigned(before: Sequence[_Buffer], results: Sequence[Any]) -> list[Any]:
+    """Writes what the model assigned to buffers into the tensors that they were: export notes writes only.
+
+    Args:
+        before: the model's buffers before the call.
+        results: what the model returned.
+
+    Returns:
+        The results; of those that show what a buffer was before, copies.
+    """
+    assigned: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for buffer in before:
+        new = buffer.assigned()
+        if new is not None and not buffer.has_other_form():
+            assigned.append((buffer.old, new.detach().clone()))
+            buffer.module._buffers[buffer.name] = buffer.old
+
+    kept = [
+        value.clone()
+        if isinstance(value, torch.Tensor) and any(_shares(value, old) for old, _ in assigned)
+        else value
+        for value in results
+    ]
+    for old, new in assigned:
+        old.copy_(new)
+    return kept
+
+
+def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors lie in the same memory."""
+    return bool(torch._C._is_alias_of(one, other))  # type: ignore[attr-defined]
+
+
+def _result(name: str, value: Any, is_state: bool) -> UserResult:
+    if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return UserResult(name or "output", is_traced=True, is_state=is_state)
+    if isinstance(value, (*PYTHON_VALUES, GivenCache)):
+        return UserResult(name or "output", is_traced=False, value=value)
+    raise TpCompileError(
+        f"the model returns a {type(value).__name__} as {name or 'its result'}, which cannot be taken apart",
+        todo="return tensors, or register the type with torch.utils._pytree; caches: pass use_cache=False",
+    )
