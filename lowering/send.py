@@ -1,4 +1,4 @@
-"""torch's functional collectives along dimension 0, waited for.
+"""torch's functional collectives along dimension 0, waited for; a failure says which ranks are missing.
 
 gloo takes the address of a card's memory for one of the host in the operators that gather and reduce-scatter
 (torch issue 152645), which ends the process; what is on a card passes through the host there.
@@ -14,39 +14,47 @@ import torch.distributed._functional_collectives  # registers the meta kernels o
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
+from tpcompile.ranks.lost_ranks import is_loss, lost
+
 _C10D = torch.ops._c10d_functional
 
 
 def reduce_all(x: Tensor, op: str, group: str) -> Tensor:
     """The elementwise reduction over the ranks, of the same shape."""
-    return _wait(_C10D.all_reduce(x, op, group))
+    return _complete(lambda: _C10D.all_reduce(x, op, group), "all-reduce", group)
 
 
 def gather_rows(x: Tensor, ranks: int, group: str) -> Tensor:
     """The rows of all ranks, who have as many each."""
-    return _send(x, group, lambda a: _C10D.all_gather_into_tensor(a, ranks, group))
+    return _send(x, group, "all-gather", lambda a: _C10D.all_gather_into_tensor(a, ranks, group))
 
 
 def reduce_scatter_rows(x: Tensor, ranks: int, group: str) -> Tensor:
     """This rank's rows of the sum over the ranks, who get as many each."""
-    return _send(x, group, lambda a: _C10D.reduce_scatter_tensor(a, "sum", ranks, group))
+    return _send(x, group, "reduce-scatter", lambda a: _C10D.reduce_scatter_tensor(a, "sum", ranks, group))
 
 
 def exchange_rows(x: Tensor, received: list[int], sent: list[int], group: str) -> Tensor:
     """So many rows from each rank, for so many to each."""
-    return _wait(_C10D.all_to_all_single(x, received, sent, group))
+    return _complete(lambda: _C10D.all_to_all_single(x, received, sent, group), "all-to-all", group)
 
 
-def _send(x: Tensor, group: str, send: Callable[[Tensor], Tensor]) -> Tensor:
-    if x.is_cuda and _is_gloo(group):
-        return _wait(send(x.cpu())).to(x.device)
-    return _wait(send(x))
+def _send(x: Tensor, group: str, what: str, send: Callable[[Tensor], Tensor]) -> Tensor:
+    if x.is_cuda and dist.get_backend(_group(group)) == "gloo":
+        return _complete(lambda: send(x.cpu()), what, group).to(x.device)
+    return _complete(lambda: send(x), what, group)
 
 
-def _is_gloo(group: str) -> bool:
-    return dist.get_backend(_resolve_process_group(group)) == "gloo"  # type: ignore[arg-type]
+def _group(name: str) -> dist.ProcessGroup:
+    group: dist.ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+    return group
 
 
-def _wait(pending: Tensor) -> Tensor:
-    result: Tensor = _C10D.wait_tensor(pending)
+def _complete(send: Callable[[], Tensor], what: str, group: str) -> Tensor:
+    try:
+        result: Tensor = _C10D.wait_tensor(send())
+    except RuntimeError as error:
+        if not is_loss(error):
+            raise
+        raise lost(_group(group), f"complete the {what} of a program", error) from error
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from .passes.pipeline import Pass
 from .planner.plan import Plan
 from .planner.search.cost import CostModel, preset
 from .ranks.agree import compare, together
+from .ranks.mesh_axis import MeshAxis
+from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.generation import ShardedGeneration
 from .runtime.guards import guard_submodules
 from .runtime.module import ShardedModule
@@ -50,6 +53,7 @@ def parallelize(
     compose: bool | None = None,
     compare_calls: bool = False,
     sequence_parallel: bool = False,
+    timeout: float | timedelta = TIMEOUT,
 ) -> Any:
     """Makes a model tensor-parallel over a mesh, in place, and returns it.
 
@@ -79,6 +83,9 @@ def parallelize(
             small message each. Without it only the first call of each program is compared.
         sequence_parallel: between the blocks, in norms and residual additions, each rank computes some of
             the positions: less memory for activations, as many bytes sent.
+        timeout: seconds that ranks wait for one that does not come, in the calls of this model over gloo and
+            whenever ranks compare; at most the limit of the mesh's process group. What NCCL sends, its own
+            watchdog looks after.
 
     Raises:
         TpCompileError: on all ranks: the request is refused; the model is unchanged.
@@ -93,12 +100,13 @@ def parallelize(
         )
         return options, _example(model, example_args, example_kwargs)
 
-    group = mesh.get_group(axis)
+    seconds = seconds_of(timeout)
+    group = MeshAxis.of(mesh, axis, seconds).group
     options, example = together(group, "read the request", read)
-    asked = [*options.lines(), f"compare_calls: {compare_calls}"]
+    asked = [*options.lines(), f"compare_calls: {compare_calls}", f"timeout: {seconds}"]
     compare(group, "requests", asked, "make the same request on every rank")
     signature, original = signature_of(model), type(model)
-    compiler = Compiler(options, ranks, mesh, axis)
+    compiler = Compiler(options, ranks, mesh, axis, seconds)
     runtime = Runtime(compiler, signature, original, Settings(model), compare_calls=compare_calls)
     failed = runtime.try_first(model, example) if example is not None else None
     model._tp = runtime  # type: ignore[assignment]

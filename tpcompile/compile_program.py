@@ -43,6 +43,7 @@ from .planner.store_plan import Decisions, plan_cached
 from .ranks.agree import compare, from_first, together
 from .ranks.groups import AxisGroups
 from .ranks.mesh_axis import MeshAxis
+from .ranks.own_groups import TIMEOUT
 from .rules.randomness import random_nodes
 from .strategies.custom.custom_modules import CustomModules, partition_modules
 from .strategies.read_rules import Rules, Wish
@@ -127,16 +128,22 @@ class Compiler:
         ranks: the size of the mesh axis.
         mesh: the mesh, or None to plan only.
         axis: the name of the mesh axis, for a mesh of several.
+        timeout: seconds that ranks wait for each other.
 
     Attributes:
         whole: parameters that are not to be divided, because python that is not captured reads them.
     """
 
     def __init__(
-        self, options: Options, ranks: int, mesh: DeviceMesh | None = None, axis: str | None = None
+        self,
+        options: Options,
+        ranks: int,
+        mesh: DeviceMesh | None = None,
+        axis: str | None = None,
+        timeout: float = TIMEOUT,
     ) -> None:
         self.options, self.ranks = options, ranks
-        self.axis = MeshAxis.of(mesh, axis) if mesh is not None else None
+        self.axis = MeshAxis.of(mesh, axis, timeout) if mesh is not None else None
         self.rank = self.axis.rank if self.axis is not None else 0
         line = mesh[axis] if mesh is not None and axis is not None else mesh
         self._mesh = line if options.custom else None  # custom strategies are given the mesh itself

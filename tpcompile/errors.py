@@ -36,5 +36,9 @@ class OnlyInParts(CannotCapture):
     """The model is the reason, whatever the call: python that depends on tensor values, a graph too large."""
 
 
+class RanksApart(TpCompileError):
+    """Ranks do different things, or one of them is gone: they cannot go on together."""
+
+
 def _rebuild(kind: type[TpCompileError], what: str, where: str, todo: str) -> TpCompileError:
     return kind(what, where=where, todo=todo)

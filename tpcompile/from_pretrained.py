@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from os import PathLike, fspath
 from typing import Any
 
@@ -16,6 +17,8 @@ from .passes.pipeline import Pass
 from .planner.search.cost import CostModel
 from .ranks.agree import compare, together
 from .ranks.default_mesh import default_mesh
+from .ranks.mesh_axis import MeshAxis
+from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.runtime import Runtime
 
 
@@ -38,6 +41,7 @@ def from_pretrained(
     compose: bool | None = None,
     compare_calls: bool = False,
     sequence_parallel: bool = False,
+    timeout: float | timedelta = TIMEOUT,
     attn_implementation: str | None = None,
     generation_config: Any = None,
     key_mapping: Mapping[str, str] | None = None,
@@ -70,6 +74,7 @@ def from_pretrained(
         compose: run what cannot be captured as python over its submodules.
         compare_calls: compare the arguments of every call over the ranks before it runs.
         sequence_parallel: divide the sequence between the blocks.
+        timeout: seconds that ranks wait for one that does not come.
         attn_implementation: ``"sdpa"``, ``"eager"``, or one that you registered with transformers.
         generation_config: in the place of the checkpoint's.
         key_mapping: patterns of keys in the checkpoint -> what they become.
@@ -90,7 +95,7 @@ def from_pretrained(
 
     mesh = mesh if mesh is not None else default_mesh()
     _check_mesh(mesh, axis)
-    group, device = mesh.get_group(axis), _device_of(mesh)
+    group, device = MeshAxis.of(mesh, axis, seconds_of(timeout)).group, _device_of(mesh)
     dtype = others.pop("torch_dtype", None) if dtype is None else dtype
     request = Request(
         fspath(name_or_path),
@@ -129,6 +134,7 @@ def from_pretrained(
         compose=compose,
         compare_calls=compare_calls,
         sequence_parallel=sequence_parallel,
+        timeout=timeout,
     )
     runtime: Runtime = model._tp
     layout, rank, custom = runtime.layout, runtime.compiler.rank, runtime.programs[0].compiled.planned.custom

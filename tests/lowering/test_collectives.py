@@ -399,9 +399,9 @@ def check_groups(kind: str) -> dict[tuple[int, ...], list[int]]:
         mesh = init_device_mesh("cpu", (4,))
     factors = (2,) if kind == "columns" else (2, 2)
     subsets = [(0,)] if kind == "columns" else [(1,), (0,), (0, 1)]
-    groups = AxisGroups(MeshAxis.of(mesh, "tp" if kind == "columns" else None), factors, subsets)
-    own = mesh.get_group("tp" if kind == "columns" else None)
-    assert groups.name(tuple(range(len(factors)))) == own.group_name
+    axis = MeshAxis.of(mesh, "tp" if kind == "columns" else None)
+    groups = AxisGroups(axis, factors, subsets)
+    assert groups.name(tuple(range(len(factors)))) == axis.group_name
     return {axes: _members(groups.name(axes), groups.index(axes), groups.size(axes)) for axes in subsets}
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
 from tpcompile.errors import TpCompileError
+
+from .exchange import exchange, name_of
+from .lost_ranks import telling
 
 T = TypeVar("T")
 
@@ -19,24 +23,39 @@ def together(group: dist.ProcessGroup | None, what: str, do: Callable[[], T]) ->
     Raises:
         TpCompileError: this rank's own error, or the first other rank's.
     """
+    if group is None or group.size() == 1:
+        return do()
+    exchange(group, what, None)
     result: T | None = None
     failure: BaseException | None = None
     try:
         result = do()
     except Exception as error:
         failure = error
+    share_failure(group, what, failure, begun=True)
+    return cast(T, result)
+
+
+def share_failure(
+    group: dist.ProcessGroup | None, what: str, failure: BaseException | None, *, begun: bool = False
+) -> None:
+    """Raises this rank's error, or the first other rank's.
+
+    Args:
+        group: the ranks.
+        what: they did.
+        failure: this rank's error, or None.
+        begun: see ``exchange``.
+    """
     if group is not None:
         mine = None if failure is None else f"{type(failure).__name__}: {failure}"
-        everyone: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, mine, group=group)
-        first = next(((r, e) for r, e in enumerate(everyone) if e is not None), None)
+        everyone = exchange(group, f"{what}: outcome", mine, begun=begun)
+        first = next((r for r, error in enumerate(everyone) if error is not None), None)
         if failure is None and first is not None:
-            raise TpCompileError(
-                f"rank {first[0]} failed to {what}: {first[1]}", todo="see that rank's error"
-            )
+            rank = name_of(group, first)
+            raise TpCompileError(f"{rank} failed to {what}: {everyone[first]}", todo=f"see {rank}'s error")
     if failure is not None:
         raise failure
-    return cast(T, result)
 
 
 def from_first(group: dist.ProcessGroup | None, make: Callable[[], T], what: str = "make the plan") -> T:
@@ -45,31 +64,30 @@ def from_first(group: dist.ProcessGroup | None, make: Callable[[], T], what: str
     Raises:
         TpCompileError: the first rank failed (there it is its own error).
     """
-    if group is None or dist.get_world_size(group) == 1:
+    if group is None or group.size() == 1:
         return make()
-    box: list[Any] = [None]
+    made: list[T] = []
     failure: Exception | None = None
-    first = dist.get_group_rank(group, dist.get_rank()) == 0
-    if first:
+    exchange(group, what, None)
+    if group.rank() == 0:
         try:
-            box = [("ok", make())]
+            made = [make()]
         except Exception as error:
             failure = error
-            box = [("failed", f"{type(error).__name__}: {error}")]
-    dist.broadcast_object_list(box, group=group, group_src=0)
+    why = None if failure is None else f"{type(failure).__name__}: {failure}"
+    result, told = exchange(group, f"{what}: outcome", (made, why), begun=True)[0]
     if failure is not None:
         raise failure
-    status, value = box[0]
-    if status == "failed":
-        raise TpCompileError(f"rank 0 could not {what}: {value}", todo="see rank 0's error")
-    result: T = value
-    return result
+    if told is not None:
+        rank = name_of(group, 0)
+        raise TpCompileError(f"{rank} could not {what}: {told}", todo=f"see {rank}'s error")
+    return cast(T, result[0])
 
 
 def compare(
     group: dist.ProcessGroup | None,
     what: str,
-    lines: list[str],
+    lines: Sequence[str],
     todo: str = "give every rank the same model, mode and example",
 ) -> str:
     """A fingerprint of a text that must be the same on all ranks.
@@ -78,20 +96,36 @@ def compare(
         TpCompileError: it is not; the error shows the first line that differs.
     """
     fingerprint = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    if group is None:
+    if group is None or group.size() == 1:
         return fingerprint
-    prints: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(prints, fingerprint, group=group)
-    if len(set(prints)) > 1:
-        texts: list[Any] = [None] * len(prints)
-        dist.all_gather_object(texts, lines, group=group)
-        rank, line, here, there = _first_difference(texts)
+    if len(set(exchange(group, f"compare {what}", fingerprint))) > 1:
+        texts = exchange(group, f"compare the lines of {what}", list(lines))
+        place, line, here, there = _first_difference(texts)
         raise TpCompileError(
-            f"the ranks have different {what}: rank 0 has {here!r}, rank {rank} has {there!r}",
+            f"the ranks have different {what}: {name_of(group, 0)} has {here!r}, "
+            f"{name_of(group, place)} has {there!r}",
             where=f"line {line}",
             todo=todo,
         )
     return fingerprint
+
+
+@contextmanager
+def alike(group: dist.ProcessGroup | None, what: str, lines: Sequence[str] = ()) -> Iterator[None]:
+    """Around a call that all ranks make together.
+
+    Args:
+        group: the ranks.
+        what: is called.
+        lines: with these arguments, which must be the same on all ranks.
+
+    Raises:
+        TpCompileError: on all ranks: they make different calls, or one of them does not come, or is lost.
+    """
+    todo = f"call {what} with the same arguments on every rank"
+    compare(group, f"calls of {what}", lines, todo)
+    with telling(group, f"complete {what}"):
+        yield
 
 
 def _first_difference(texts: list[list[str]]) -> tuple[int, int, str, str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tpcompile.errors import TpCompileError
 
 from .mesh_axis import MeshAxis
+from .own_groups import limit_of, make_group
 
 Axes = tuple[int, ...]
 
@@ -22,7 +23,7 @@ class AxisGroups:
     An axis of 4 ranks with factors (2, 2), major first, has the sub-axes 0 and 1: rank 3 is (1, 1).
     The group of the subset (0,) at rank 3 holds the ranks that differ from it in sub-axis 0 only, 1 and 3.
     The subset of all sub-axes is the mesh axis' own group. Groups are made in the constructor, in one
-    order: every rank of the mesh must construct it, with equal arguments.
+    order: every rank of the axis must construct it, with equal arguments.
 
     Args:
         axis: the axis of a mesh.
@@ -38,7 +39,7 @@ class AxisGroups:
                 todo="Give factors whose product is the size of the axis.",
             )
         self.factors = factors
-        self._position = axis.rank
+        self._axis = axis
         self._names: dict[Axes, str] = {}
         wanted = sorted({self._checked(axes) for axes in subsets} | {tuple(range(len(factors)))})
         for axes in wanted:
@@ -67,7 +68,7 @@ class AxisGroups:
         return index
 
     def _coordinate(self, a: int) -> int:
-        return self._position // math.prod(self.factors[a + 1 :]) % self.factors[a]
+        return self._axis.rank // math.prod(self.factors[a + 1 :]) % self.factors[a]
 
     def _checked(self, axes: Axes) -> Axes:
         if list(axes) != sorted(set(axes)) or any(not 0 <= a < len(self.factors) for a in axes):
@@ -77,18 +78,11 @@ class AxisGroups:
         return axes
 
     def _create(self, rows: Tensor, axes: Axes) -> str:
-        """Makes the groups over `axes` of all rows, on all ranks alike, and returns this rank's."""
+        """Makes this rank's group over `axes`."""
         rest = [a for a in range(len(self.factors)) if a not in axes]
         grid = rows.reshape(-1, *self.factors).permute(0, *[a + 1 for a in rest], *[a + 1 for a in axes])
-        # new_group wants every rank of the world, which a mesh over a part of the world can't call on.
-        partial_world = rows.numel() != dist.get_world_size()
-        name = ""
-        for ranks in grid.reshape(-1, self.size(axes)).tolist():
-            group: dist.ProcessGroup = dist.new_group(
-                ranks,
-                use_local_synchronization=partial_world,
-                group_desc=f"tpcompile {axes} of {self.factors}",
-            )
-            if dist.get_rank() in ranks:
-                name = group.group_name
-        return name
+        whole, topic = self._axis.group, f"{axes} of {self.factors}"
+        ranks = next(row for row in grid.reshape(-1, self.size(axes)).tolist() if dist.get_rank() in row)
+        meet = f"{whole.group_name}/{topic}/{ranks[0]}"
+        limit, backend = limit_of(whole), dist.get_backend(whole)
+        return make_group(ranks, meet, limit, backend, f"tpcompile {topic}").group_name

@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpcompile.errors import TpCompileError
 
+from .own_groups import TIMEOUT, backend_of, own_group
+
 _FAREWELL = 0.05
 """Seconds."""
 
@@ -32,7 +34,7 @@ class MeshAxis:
             ascending, whatever the mesh's order, as in the process group that torch makes for a row.
         rank: this rank's place on the axis.
         replica: this rank's place on all other axes together; 0 comes first.
-        group_name: what torch knows the axis' process group by.
+        group_name: what torch knows the axis' process group by; over gloo it is a group of ours.
         shared: whether the mesh has other axes, and all processes: then they make their calls together.
     """
 
@@ -44,15 +46,16 @@ class MeshAxis:
     shared: bool
 
     @classmethod
-    def of(cls, mesh: DeviceMesh, axis: str | None = None) -> MeshAxis:
-        """The axis of a mesh.
+    def of(cls, mesh: DeviceMesh, axis: str | None = None, timeout: float = TIMEOUT) -> MeshAxis:
+        """The axis of a mesh; all of its ranks call this.
 
         Args:
             mesh: a 1-D mesh, or an n-D one of which `axis` is used; a slice of a larger mesh will do.
             axis: name of the mesh axis; needed if the mesh has several.
+            timeout: seconds that ranks wait for each other (see ``own_group``).
 
         Raises:
-            TpCompileError: the mesh has several axes, and none is named, or another.
+            TpCompileError: the mesh has several axes, and none is named, or another; or a rank did not come.
         """
         if mesh.ndim > 1 and axis is None:
             raise TpCompileError(
@@ -64,7 +67,9 @@ class MeshAxis:
         rows = _rows(mesh, axis).sort(dim=1).values
         replica, rank = (rows == dist.get_rank()).nonzero()[0].tolist()
         shared = mesh.ndim > 1 and mesh.size() == dist.get_world_size()
-        name = mesh.get_group(axis).group_name
+        group = mesh.get_group(axis)
+        own = own_group(group, timeout)  # in any case: messages travel in it
+        name = (own if backend_of(group, mesh.device_type) == "gloo" else group).group_name
         return cls(mesh.device_type, tuple(map(tuple, rows.tolist())), rank, replica, name, shared)
 
     @property

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.print_graph import graph_text
 from tpcompile.planner.plan import Plan
+from tpcompile.ranks.agree import alike
 from tpcompile.weights.dcp import sharded_state_dict
 from tpcompile.weights.gather import full_state_dict
 
@@ -62,7 +63,10 @@ class ShardedModule(WatchedModule):
 
         All ranks must call it. It holds the whole model once per rank.
         """
-        return full_state_dict(self, self._tp)
+        state = nn.Module.state_dict(self)
+        lines = [f"{name}: {value.dtype}" for name, value in state.items() if isinstance(value, Tensor)]
+        with alike(self._tp.compiler.group, "full_state_dict", lines):
+            return full_state_dict(self, self._tp)
 
     def sharded_state_dict(self, *, tied: bool = True) -> dict[str, Any]:
         """The state dict for ``torch.distributed.checkpoint``: slices that know the whole they belong to.

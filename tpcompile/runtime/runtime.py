@@ -17,11 +17,12 @@ from tpcompile.capture.caches.layers import is_count
 from tpcompile.capture.divide_caches import divide_caches, whole_caches
 from tpcompile.capture.held_caches import Held
 from tpcompile.compile_program import Compiled, Compiler
-from tpcompile.errors import CannotCapture, OnlyInParts, TpCompileError
+from tpcompile.errors import CannotCapture, OnlyInParts, RanksApart, TpCompileError
 from tpcompile.ir.calls import CallSignature, flatten_call, leaf_names
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import tensors_by_name, whole_tensors
 from tpcompile.ranks.compare_calls import can_compare, compare_call, compare_weights
+from tpcompile.ranks.lost_ranks import is_loss, lost
 from tpcompile.weights.shard import shard_more_weights, shard_weights, unsharded
 
 from .guards import (
@@ -106,9 +107,29 @@ class Runtime:
         if not torch.compiler.is_dynamo_compiling():
             self._compare_first(program, model, bound, leaves)
         if program.autocast is None:
-            return program.run(leaves, bound, self.compile_options)
+            return self.run(program, leaves, bound)
         with torch.autocast(device_of(leaves), enabled=False):
+            return self.run(program, leaves, bound)
+
+    def run(self, program: Program, leaves: Sequence[Any], bound: dict[str, Any]) -> Any:
+        """Runs a program.
+
+        Raises:
+            RanksApart: a rank does not take part in it, or is gone.
+        """
+        if torch.compiler.is_dynamo_compiling():
             return program.run(leaves, bound, self.compile_options)
+        try:
+            return program.run(leaves, bound, self.compile_options)
+        except RuntimeError as error:
+            if not isinstance(error, RanksApart) and not is_loss(error):
+                raise
+            axis = self.compiler.axis
+            assert axis is not None, "a sharded model has a mesh"
+            apart = error if isinstance(error, RanksApart) else lost(axis.group, f"run {program}", error)
+            raise RanksApart(
+                apart.what, where=f"the program {program}; {apart.where}", todo=apart.todo
+            ) from error
 
     def find(
         self, names: tuple[str, ...], leaves: Sequence[Any], spec: TreeSpec, training: bool, path: str = ""
@@ -350,4 +371,4 @@ def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], 
             return NotImplemented
     runtime._compare_first(program, model, bound, leaves)
     with torch.autocast(device_of(leaves), enabled=False):
-        return program.run(leaves, bound, runtime.compile_options)
+        return runtime.run(program, leaves, bound)

@@ -20,6 +20,7 @@ from tpcompile.ir.module_tensors import every_name
 from tpcompile.ir.names import starred
 from tpcompile.ir.placements import Replicate, Shard
 from tpcompile.ranks.agree import together
+from tpcompile.ranks.exchange import exchange
 
 from .custom_strategy import CustomStrategy, resolve
 from .opaque_module import Wrapped, captured_as_operators
@@ -198,8 +199,7 @@ def partition_modules(
         mine = together(
             group, "partition the weights of custom strategies", lambda: _probe(model, own, rank, mesh)
         )
-        everyone = [{} for _ in range(ranks)]
-        dist.all_gather_object(everyone, mine, group=group)
+        everyone = exchange(group, "tell what custom strategies hold", mine)
     own.mesh = mesh
     own.shapes = {n: p.shape for n, p in model.named_parameters() if n in everyone[0]}
     own.parts = {name: [each[name] for each in everyone] for name in everyone[0]}
