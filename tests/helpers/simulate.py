@@ -149,7 +149,8 @@ class _Joint(torch.autograd.Function):
             ctx.options = [[*o, xs[0].shape[o[2]]] for o in options]
         if target is ops.extreme.default:
             whole = _reduce(list(xs), options[0][1])
-            ctx.options = [[*o, (x, o[2], whole)] for o, x in zip(options, xs, strict=True)]
+            given = [(*o[2:], *(None, (), True)[len(o) - 2 :]) for o in options]
+            ctx.options = [(x, among, whole, *how) for x, (among, *how) in zip(xs, given, strict=True)]
         return tuple(x.contiguous().clone() for x in _forward(target, options, list(xs)))
 
     @staticmethod
@@ -190,7 +191,7 @@ def _backward(target: Any, options: list[Any], grads: list[Tensor]) -> list[Tens
     if target is ops.all_reduce.default:
         return grads
     if target is ops.extreme.default:
-        counts = [attained(*values, *o[3:]) for *o, values in options]
+        counts = [attained(*o) for o in options]
         return [g * n / sum(counts) for g, n in zip(grads, counts, strict=True)]
     if target is ops.all_gather.default:
         return [_own(g, *o[1:]) for g, o in zip(grads, options, strict=True)]

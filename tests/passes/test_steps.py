@@ -143,6 +143,10 @@ def test_a_maximum_is_reduced_before_it_is_divided(src: Placements, dst: Placeme
         _check((2, 3), src, dst)
 
 
+def test_a_maximum_may_stay_one() -> None:
+    assert _names((MAX,), (MAX,)) == [] and _names((MAX, P), (MAX, R)) == ["all_reduce(1,)"]
+
+
 def _names(src: Placements, dst: Placements) -> list[str]:
     return [f"{target.__name__}{options[0]}" for target, options, _ in steps(src, dst)]
 
