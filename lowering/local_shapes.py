@@ -85,6 +85,10 @@ class LocalShapes:
         """As ``minor``, but it may be dynamic."""
         return _product(self.atoms(value, placements)[place.dim][place.factor + 1 :])
 
+    def outside(self, value: Node, placements: Placements, place: Shard) -> Size:
+        """The local size of everything in the factor's dimension that is major to it."""
+        return _product(self.atoms(value, placements)[place.dim][: place.factor])
+
 
 def _product(sizes: Sequence[Size]) -> Size:
     return math.prod(sizes) if sizes else 1

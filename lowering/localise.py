@@ -11,11 +11,11 @@ import sympy
 import torch
 from torch.fx import Node
 
-from tpcompile.errors import TpCompileError
 from tpcompile.ir.markers import origin
-from tpcompile.ir.nodes import arguments, module_path, operands, option, results, shape
+from tpcompile.ir.nodes import arguments, operands, option, results, shape
 from tpcompile.ir.placements import Filled, Shard
 from tpcompile.ir.sizes import Size, sizes_of
+from tpcompile.rules.reductions import reduced_dims
 
 from .state import Lowering
 
@@ -101,20 +101,16 @@ def mean(low: Lowering, node: Node) -> Node:
     if not any(place is None for _, factor in low.divided(node) for place in factor.outputs):
         return unchanged(low, node)
     source = operands(node)[0]
-    rank = len(shape(source))
-    over = [d % rank for d in (option(node, "dim") or range(rank))]
-    count = math.prod(shape(source)[d] for d in over)
-    if not isinstance(count, int):
-        raise TpCompileError(
-            "a mean over a dynamic and a divided dimension at once is not supported",
-            where=f"{node.name} in {module_path(node)}",
-            todo="capture with dynamic=False",
-        )
+    over = reduced_dims(node)
     dtype = option(node, "dtype")
     options = {} if dtype is None else {"dtype": dtype}
     keep = option(node, "keepdim", False)
     total = low.emit(aten.sum.dim_IntList, low.map(source), over, keep, like=node, **options)
-    return low.emit(aten.mul.Tensor, total, 1.0 / count, like=node)
+    count: Any = math.prod(s for d in over if isinstance(s := shape(source)[d], int))
+    for dim in over:
+        if not isinstance(shape(source)[dim], int):
+            count = low.emit(operator.mul, _whole_size(low, node, source, dim), count, like=node)
+    return low.emit(aten.div.Tensor, total, count, like=node)
 
 
 def lookup(low: Lowering, node: Node) -> Node:
@@ -166,11 +162,11 @@ def group_norm(low: Lowering, node: Node) -> Node:
 
 
 def _with_units(low: Lowering, node: Node, name: str) -> Node:
-    """The call with another number of groups of its operand's channels (its dimension 1)."""
-    units = option(node, name, 1)
-    held = _held_units(low, operands(node)[0], 1, units)
-    if held == units:
+    """The call with as many groups of channels (dimension 1) as this rank has, if these are divided."""
+    places = [(f.inputs[0], f.outputs[0]) for _, f in low.divided(node)]
+    if not any(place and made and place[0] == made[0] == 1 for place, made in places):
         return unchanged(low, node)
+    held = _held_units(low, operands(node)[0], 1, option(node, name, 1))
     declared = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = dict(zip(declared, low.map(node.args), strict=False)) | low.map(node.kwargs)
     at = declared.index(name)
@@ -195,7 +191,10 @@ def _held_units(low: Lowering, value: Node, dim: int, units: int) -> int:
 
 def sym_size(low: Lowering, node: Node) -> Any:
     """The whole size, read from a local tensor: scaled up where the dimension is divided."""
-    source, dim = arguments(node)
+    return _whole_size(low, node, *arguments(node))
+
+
+def _whole_size(low: Lowering, node: Node, source: Node, dim: int) -> Any:
     placements = source.meta.get("placement", ())
     whole, part = shape(source)[dim], low.shapes.shape(source, placements)[dim]
     read = low.emit(aten.sym_size.int, low.map(source), dim, like=node)

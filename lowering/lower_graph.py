@@ -22,6 +22,7 @@ from tpcompile.rules.rule import Rule
 from tpcompile.work import Source, Work
 
 from . import localise
+from .cannot_lower import cannot_lower
 from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
 from .lower_opaque import lower_opaque
@@ -51,7 +52,8 @@ def lower_program(
         groups: its process groups.
 
     Raises:
-        TpCompileError: an operator does not run on the local shapes that its rule promised.
+        CannotLower: an operator does not run on local shapes; it does where it is whole.
+        TpCompileError: an operator has other local shapes than its rule promised.
     """
     assert work.planned_factors is not None, "the program must be planned"
     shapes = LocalShapes(work.planned_factors, work.axes, coordinates)
@@ -76,7 +78,12 @@ def _walk(low: Lowering) -> GraphModule:
         elif node.op == "output":
             low.graph.output(low.map(node.args[0]))
         else:
-            low.local[node] = _call(low, node)
+            try:
+                low.local[node] = _call(low, node)
+            except TpCompileError:
+                raise
+            except Exception as error:
+                raise cannot_lower(node, error) from error
             _check(low, node)
             _keep_value(low, node)
     drop_unused(low.graph)

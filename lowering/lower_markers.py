@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,7 +95,8 @@ def _all_to_all(low: Lowering, node: Node) -> Node:
     x, axes, src, dst = arguments(node)
     before, after = x.meta["placement"], node.meta["placement"]
     name, index = low.groups.name(axes), low.groups.index(axes)
-    if src.factor or dst.factor:  # not contiguous: by way of the whole
+    static = (isinstance(low.shapes.inside(x, p, s), int) for p, s in ((before, src), (after, dst)))
+    if src.factor or dst.factor or not all(static):  # not contiguous: by way of the whole
         whole = _along(low, node, _Move(ops.all_gather.default, x, before, src, axes, from_part=True))
         return _along(low, node, _Move(ops.take_shard.default, x, after, dst, axes, local=whole))
     sizes = [
@@ -176,27 +176,20 @@ class _Move:
 
 
 def _along(low: Lowering, node: Node, move: _Move) -> Node:
-    """Issues a collective along a factor; one that is not the major of its dimension is exposed first."""
+    """Issues a collective along a factor, exposed as a dimension where it is one of several."""
     x = low.map(move.value) if move.local is None else move.local
-    dim, index = move.place.dim, low.groups.index(move.axes)
-    minor = low.shapes.inside(move.value, move.placements, move.place)
+    dim, factor, index = move.place.dim, move.place.factor, low.groups.index(move.axes)
     parts = low.shapes.parts(move.value, move.placements, move.place, move.axes)
     group = [] if move.op is ops.pad_shard.default else [low.groups.name(move.axes)]
-    if not isinstance(minor, int):  # such as (experts tokens)
-        assert move.place.factor == 0, "only static sizes are divided"
-        held = parts[index] if move.from_part else sum(parts)
-        opened = low.emit(aten.unflatten.int, x, dim, [held, -1], like=node)
-        moved = low.emit(move.op, opened, *group, dim, parts, index, like=node)
-        return low.emit(aten.flatten.using_ints, moved, dim, dim + 1, like=node)
-    sizes = [p * minor for p in parts]
-    if move.place.factor == 0:
-        return low.emit(move.op, x, *group, dim, sizes, index, like=node)
-    inner = sizes[index] if move.from_part else sum(sizes)
-    atoms = low.shapes.atoms(move.value, move.placements)[dim][: move.place.factor]
-    major = math.prod(atoms) if all(isinstance(a, int) for a in atoms) else -1
-    opened = low.emit(aten.unflatten.int, x, dim, [major, inner], like=node)
-    moved = low.emit(move.op, opened, *group, dim + 1, sizes, index, like=node)
-    return low.emit(aten.flatten.using_ints, moved, dim, dim + 1, like=node)
+    minor = low.shapes.inside(move.value, move.placements, move.place)
+    if factor == 0 and isinstance(minor, int):
+        return low.emit(move.op, x, *group, dim, [p * minor for p in parts], index, like=node)
+    held = parts[index] if move.from_part else sum(parts)
+    major = low.shapes.outside(move.value, move.placements, move.place)
+    sizes = [s if isinstance(s, int) else -1 for s in (major, held, minor)][factor == 0 :]
+    opened = low.emit(aten.unflatten.int, x, dim, sizes, like=node)
+    moved = low.emit(move.op, opened, *group, dim + (factor > 0), parts, index, like=node)
+    return low.emit(aten.flatten.using_ints, moved, dim, dim + len(sizes) - 1, like=node)
 
 
 _LOWER: dict[Any, Callable[[Lowering, Node], Any]] = {

@@ -12,10 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-from tpcompile.errors import TpCompileError
 from tpcompile.ir.graph_edit import KEPT_META, fake_mode, value_of
 from tpcompile.ir.markers import Axes
-from tpcompile.ir.nodes import module_path
 from tpcompile.work import Work
 
 from .local_module import LocalModule
@@ -68,15 +66,7 @@ class Lowering:
     def emit(self, target: Any, *args: Any, like: Node, **kwargs: Any) -> Node:
         """Adds a call to the local graph; its value is computed on fake tensors."""
         target = lenient(target)
-        try:
-            val = value_of(target, args, kwargs, self.mode)
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise TpCompileError(
-                f"{target} does not run on local shapes: {error}",
-                where=f"{like.name} in {module_path(like)}",
-                todo="report this; a pin to replicate the parameters of that module avoids it",
-            ) from error
-        return self.emit_as(target, args, val, like=like, **kwargs)
+        return self.emit_as(target, args, value_of(target, args, kwargs, self.mode), like=like, **kwargs)
 
     def emit_as(self, target: Any, args: tuple[Any, ...], val: Any, *, like: Node, **kwargs: Any) -> Node:
         """Adds a call whose value is known."""

@@ -24,7 +24,7 @@ from tpcompile.rules.choices import Choice, choices
 from tpcompile.rules.factors import Factors
 from tpcompile.rules.rule import Letters, Rule
 from tpcompile.rules.table import rule_of
-from tpcompile.work import Work
+from tpcompile.work import Work, alike
 
 from .placement_types import MOVES, NONE, SUMMAND, WHOLE, Move, Type, Types, Unproved, filled, refuse_disorder
 
@@ -53,7 +53,7 @@ class _Checker:
         assert planned is not None, "the program must be planned"
         inputs = work.graph.find_nodes(op="placeholder")
         known: dict[Node, Any] = {self.copies[n]: planned.atom_sizes(n) for n in inputs if is_tensor(n)}
-        self.factors = Factors(self.graph, known, _rule_of)
+        self.factors = Factors(self.graph, known, lambda n: work.refused.get(alike(n)) or _rule_of(n))
         self.given = {self.copies[n]: placements for n, placements in work.given(planned).items()}
         self.sources = {self.copies[n]: source for n, source in work.sources.items()}
         # The layout of the weights follows from this, whatever is noted on the nodes.

@@ -28,6 +28,7 @@ from .ir.module_tensors import whole_tensors
 from .ir.nodes import module_path
 from .ir.print_graph import graph_text
 from .ir.units import size_text
+from .lowering.cannot_lower import CannotLower
 from .lowering.lower_graph import lower_program
 from .passes.pipeline import Pass
 from .pipeline import canonical, plan_program, rewrite, split_copy
@@ -41,13 +42,17 @@ from .planner.plan_layout import extended, layout_of, pins_from_layout
 from .planner.search.cost import CostModel
 from .planner.store_plan import Decisions, plan_cached
 from .ranks.agree import compare, from_first, together
+from .ranks.exchange import exchange
 from .ranks.groups import AxisGroups
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT
 from .rules.randomness import random_nodes
 from .strategies.custom.custom_modules import CustomModules, partition_modules
 from .strategies.read_rules import Rules, Wish
-from .work import Work
+from .work import Alike, Work
+
+MOST_TRIES = 8
+"""How often a program is planned whose calls turn out not to run on parts."""
 
 
 @contextlib.contextmanager
@@ -182,12 +187,12 @@ class Compiler:
         Raises:
             TpCompileError: on all ranks, if any of them fails or they disagree.
         """
-        clock = [time.perf_counter()]
+        began = time.perf_counter()
         self._custom_modules(model)  # of all ranks together
         base = together(
             self.group, "capture the model", lambda: self.capture(model, bound, layout, caches or {})
         )
-        clock.append(time.perf_counter())
+        captured = time.perf_counter()
         fingerprint = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
         if constants := base.captured.constant_lines():
             todo = (
@@ -195,30 +200,57 @@ class Compiler:
             )
             compare(self.group, "constants in their programs", constants, todo)
         tensors = whole_tensors(model)
-        data = from_first(self.group, lambda: self._decide(base, layout, fingerprint, tensors))
-        compare(self.group, "plans", [repr(data), f"sequence_parallel: {sequence_text(self.sequence)}"])
-        clock.append(time.perf_counter())
-        planned = _follow(base, data, layout)
-        self._make_groups(planned.axes)
         training = any(p.requires_grad for p in model.parameters()) or _wants_gradient(bound)
-
-        def finish() -> Compiled:
-            placed = layout_of(planned, tensors) if layout is None else extended(layout, planned, tensors)
-            rewritten = _follow(base, data, layout)
-            passes, cost = self.options.passes, self.options.cost
-            rewrite(rewritten, training, passes, cost, sequence=self.sequence)
-            pins = make_pins(self._wishes) if layout is None else pins_from_layout(layout)
-            plan = make_plan(planned, rewritten, placed, cost, fingerprint, pins, self.sequence)
-            plan.timings = {"capture": clock[1] - clock[0], "plan": clock[2] - clock[1]}
-            return Compiled(planned, rewritten, plan, *self._lower(rewritten), differentiable=training)
-
-        compiled = together(self.group, "lower the model", finish)
+        for _ in range(MOST_TRIES):
+            compiled = self._attempt(base, layout, fingerprint, tensors, training)
+            if isinstance(compiled, Compiled):
+                break
+            base = replace(base, refused={**base.refused, **compiled})
+        else:
+            where = ", ".join(f"{op} in {path}" for op, path in base.refused)
+            raise TpCompileError("too many calls do not run on parts", where=where, todo="report this")
+        compiled.plan.timings["capture"] = captured - began
         missed = compiled.rewritten.captured.notes[len(base.captured.notes) :]
         if layout is None and missed and self.rank == 0:
             warnings.warn("\n".join(missed), stacklevel=2)
         if layout is None and self.options.rules.wishes:
             self._remark(base, compiled, tensors)
         return compiled
+
+    def _attempt(
+        self,
+        base: Work,
+        layout: WeightLayout | None,
+        fingerprint: str,
+        tensors: Mapping[str, Tensor],
+        training: bool,
+    ) -> Compiled | dict[Alike, str]:
+        """A plan, carried out; or the calls that lowering cannot divide as planned, on any rank, and why."""
+        began = time.perf_counter()
+        data = from_first(self.group, lambda: self._decide(base, layout, fingerprint, tensors))
+        compare(self.group, "plans", [repr(data), f"sequence_parallel: {sequence_text(self.sequence)}"])
+        seconds = time.perf_counter() - began
+        planned = _follow(base, data, layout)
+        self._make_groups(planned.axes)
+
+        def finish() -> Compiled | CannotLower:
+            placed = layout_of(planned, tensors) if layout is None else extended(layout, planned, tensors)
+            rewritten = _follow(base, data, layout)
+            passes, cost = self.options.passes, self.options.cost
+            rewrite(rewritten, training, passes, cost, sequence=self.sequence)
+            pins = make_pins(self._wishes) if layout is None else pins_from_layout(layout)
+            plan = make_plan(planned, rewritten, placed, cost, fingerprint, pins, self.sequence)
+            plan.timings = {"plan": seconds}
+            try:
+                return Compiled(planned, rewritten, plan, *self._lower(rewritten), differentiable=training)
+            except CannotLower as error:
+                return error
+
+        found = together(self.group, "lower the model", finish)
+        cannot = dict.fromkeys(found.calls, found.what) if isinstance(found, CannotLower) else {}
+        everyone = exchange(self.group, "lower the model: refusals", cannot) if self.group else [cannot]
+        refused = {call: why for each in everyone for call, why in each.items()}
+        return refused if refused or isinstance(found, CannotLower) else found
 
     def _remark(self, base: Work, compiled: Compiled, tensors: Mapping[str, Tensor]) -> None:
         """Adds to a plan what its user should know of the rules that it follows, and warns of it once."""
@@ -299,7 +331,7 @@ class Compiler:
             raise TpCompileError(
                 f"the plan is for {given.ranks} ranks, the mesh axis has {self.ranks}", todo="plan again"
             )
-        if given is not None and given.fingerprint == fingerprint:
+        if given is not None and given.fingerprint == fingerprint and not base.refused:
             return list(given.layout.split_groups), given.decisions
         if given is not None:
             layout = given.layout

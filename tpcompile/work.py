@@ -16,9 +16,12 @@ from .capture.repeats.unroll_layers import RepeatedBlocks
 from .errors import TpCompileError
 from .ir.layout.segment import Segment, whole_segment
 from .ir.layout.weight_layout import WeightLayout
+from .ir.names import starred
+from .ir.nodes import module_path
 from .ir.placements import Partial, Placement, R
 from .rules.assignment import Assignment
 from .rules.factors import Factors
+from .rules.table import rule_of
 from .strategies.custom.custom_modules import CustomModules
 
 
@@ -40,6 +43,15 @@ class Source:
     count: int = 1
 
 
+Alike = tuple[str, str]
+"""Calls of one operator in one module, repeated blocks counted together."""
+
+
+def alike(node: Node) -> Alike:
+    """Which calls would go the same way as this one."""
+    return str(node.target), starred(module_path(node))
+
+
 @dataclass
 class Work:
     """A program on its way through the compiler.
@@ -55,6 +67,7 @@ class Work:
         layout: where the weights already lie, if another program decided that.
         caches: how tensors lie that callers carry from an earlier program to this one, by name.
         custom: the modules that the plan gives to custom strategies.
+        refused: calls that are not to be divided, because lowering could not, with the reason.
     """
 
     captured: Captured
@@ -67,6 +80,7 @@ class Work:
     layout: WeightLayout | None = None
     caches: Mapping[str, Held] = field(default_factory=dict)
     custom: CustomModules = field(default_factory=CustomModules)
+    refused: Mapping[Alike, str] = field(default_factory=dict)
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -112,7 +126,7 @@ class Work:
             if held and source.segment is not None:
                 known[node] = self.held_as(source).atoms
         known |= {node: held.atoms for node, held in self._given_as().items()}
-        return Factors(self.graph, known)
+        return Factors(self.graph, known, lambda node: self.refused.get(alike(node)) or rule_of(node))
 
     def held_as(self, source: Source) -> Segment:
         """The segment of the given layout that a parameter placeholder is.

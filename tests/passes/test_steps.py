@@ -199,3 +199,34 @@ def test_every_step_says_where_it_leads() -> None:
         for _, _, after in steps(src, dst):  # noqa: B007
             pass
         assert after == dst
+
+
+class Stacked(nn.Module):
+    """Groups and heads stand before a batch of any size in one dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], 3, 4, 6).permute(1, 2, 0, 3).reshape(12 * x.shape[0], 6)
+
+
+STACKED = programs.captured(Stacked(), torch.randn(5, 12, 6), dynamic=True)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_factors_beside_a_size_that_is_not_known(ranks: int) -> None:
+    x = torch.randn(7, 12, 6)
+    for src, dst in itertools.product([Shard(0), Shard(0, 1), Shard(1), R, P], repeat=2):
+        work = STACKED.copy()
+        graph, out = work.graph, work.graph.output_node()
+        (value,) = work.outputs()
+        for node in graph.nodes:
+            node.meta["placement"] = (R,)
+        path = (R, src, dst, R)
+        for before, after in itertools.pairwise(path):
+            with graph.inserting_before(out):
+                value = call(graph, markers.reshard, (value, (before,), (after,)), like=value)
+            value.meta["placement"] = (after,)
+        out.args = ((value,),)
+        work = replace(work, decisions=[Assignment(ranks)], planned_factors=work.factors())
+        ChooseCollectives().apply(work)
+        for (result,) in simulate.run(work, [[x]] * ranks):
+            assert torch.allclose(result, Stacked()(x)), (src, dst)

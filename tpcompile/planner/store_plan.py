@@ -78,7 +78,8 @@ def describe_work(base: Work) -> list[Any]:
     outputs = [(spec.kind, spec.name, spec.divided) for spec in base.captured.outputs]
     caches: list[tuple[str, Held]] = sorted(base.caches.items())
     constants = base.captured.constant_lines()
-    return [base.ranks, nodes, schemas, hints, inputs, outputs, constants, base.blocks, caches]
+    refused = sorted(base.refused.items())
+    return [base.ranks, nodes, schemas, hints, inputs, outputs, constants, base.blocks, caches, refused]
 
 
 def _describe_node(node: Node) -> tuple[Any, ...]:

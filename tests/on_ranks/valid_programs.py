@@ -1,0 +1,131 @@
+"""Valid programs that are hard to divide, on every rank beside the unsharded model, with gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import tpcompile
+from tests.on_ranks.models import mesh
+
+
+def noise(*shape: int) -> Tensor:
+    """The same numbers on every rank."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+class Between(nn.Module):
+    """A function of the features that one linear layer makes, and a linear layer behind it."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], width: int, left: int | None = None) -> None:
+        super().__init__()
+        self.first, self.function = nn.Linear(6, width), function
+        self.second = nn.Linear(left or width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.second(self.function(self.first(x)))
+        return made
+
+
+def sharded(model: nn.Module, *args: Any, **options: Any) -> tuple[Any, nn.Module]:
+    """The model in double precision, sharded for an example call and as it was."""
+    torch.manual_seed(0)
+    whole = copy.deepcopy(model.double())
+    return tpcompile.parallelize(model, mesh(), args, **options), whole
+
+
+def agree(model: Any, whole: nn.Module, *args: Any) -> None:
+    """Compares a call of both, and the gradients of a loss in which every element counts."""
+    got, want = model(*args), whole(*args)
+    torch.testing.assert_close(got, want, equal_nan=True)
+    if want.requires_grad:
+        seed = noise(*want.shape)
+        for each, result in ((model, got), (whole, want)):
+            each.zero_grad()
+            (result * seed).sum().backward()
+        mine = dict(model.named_parameters())
+        for name, param in whole.named_parameters():
+            grad = mine[name].grad
+            if param.grad is None:
+                assert grad is None or not grad.any(), name
+                continue
+            wanted = model.plan.layout.shard(name, param.grad, dist.get_rank())
+            torch.testing.assert_close(grad, wanted, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def register_picky(name: str, runs: Callable[[Tensor], bool]) -> Callable[[Tensor], Tensor]:
+    """An operator with a rule, which refuses some shapes: its double, where it runs."""
+
+    def double(x: Tensor) -> Tensor:
+        if not runs(x):
+            raise ValueError("not of this shape")
+        return x * 2
+
+    op = torch.library.custom_op(f"valid::{name}", double, mutates_args=(), schema="(Tensor x) -> Tensor")
+    op.register_fake(double)
+    op.register_autograd(lambda ctx, grad: grad * 2)
+    tpcompile.register_rule(f"valid.{name}", "... -> ...; linear 0")
+    return lambda x: op(x)  # which can be copied
+
+
+def refused_by_operators() -> list[str]:
+    """Operators that refuse all parts, and one rank's part alone; what the plans say."""
+    whole_only = register_picky("whole_only", lambda x: x.shape[-1] == 8)
+    not_three = register_picky("not_three", lambda x: x.shape[-1] != 3)
+    notes = []
+    for function, width in ((whole_only, 8), (not_three, 7)):
+        model, whole = sharded(Between(function, width), noise(4, 6))
+        agree(model, whole, noise(4, 6))
+        notes += model.plan.fallbacks
+    return notes
+
+
+class SplitOtherwise(nn.Module):
+    """Thirty channels, which something else splits in three, in two groups."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(6, 30), layer
+        self.parts = nn.ModuleList(nn.Linear(10, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        p, q, r = (layer(part) for layer, part in zip(self.parts, h.split(10, -1), strict=True))
+        return torch.cat([self.layer(h.transpose(1, 2)).flatten(1), (p + q * r).flatten(1)], 1)
+
+
+def channels_split_otherwise() -> None:
+    """Layers with groups of channels."""
+    layers = (
+        nn.Conv1d(30, 8, 3, padding=1, groups=2),
+        nn.ConvTranspose1d(30, 12, 3, groups=6),
+        nn.GroupNorm(2, 30),
+        nn.Conv1d(30, 60, 3, padding=1, groups=30),
+    )
+    for layer in layers:
+        agree(*sharded(SplitOtherwise(layer), noise(4, 5, 6)), noise(4, 5, 6))
+
+
+class Means(nn.Module):
+    """Means over sizes that are not known together with features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, width) for width in (14, 8, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = (layer(x) for layer in self.layers)
+        return torch.cat([a.mean((1, 2)), b.flatten(1).mean(1), c.mean()[None], c.mean((0, -1))[:2]])
+
+
+def means() -> set[str]:
+    """Means at two lengths; the collectives of the plan."""
+    model, whole = sharded(Means(), noise(4, 5, 6))
+    for length in (5, 8):
+        agree(model, whole, noise(4, length, 6))
+    return {c.kind for c in model.plan.collectives}

@@ -1,0 +1,24 @@
+"""Programs that are valid and hard to divide are divided otherwise, or not at all, and say so."""
+
+from __future__ import annotations
+
+from tests.helpers.run_ranks import run_spmd
+from tests.on_ranks import valid_programs
+
+
+def test_what_does_not_run_on_parts_is_whole() -> None:
+    for notes in run_spmd(valid_programs.refused_by_operators, 2):
+        assert [note.partition(":")[0] for note in notes] == [
+            "valid.whole_only.default",
+            "valid.not_three.default",
+        ]
+        assert all("does not run on a rank's part: not of this shape" in note for note in notes)
+
+
+def test_groups_of_channels_that_are_split_otherwise() -> None:
+    run_spmd(valid_programs.channels_split_otherwise, 2)
+
+
+def test_means_over_dynamic_and_divided_dimensions() -> None:
+    for collectives in run_spmd(valid_programs.means, 2):
+        assert "all_gather" not in collectives
