@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import collective_moves as moves
 
@@ -46,11 +45,29 @@ class _Linear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Move, Move], output: Tensor) -> None:
         ctx.transposed = inputs[2]
 
-    # A second derivative would need the placement of the gradient's gradient, which nobody has planned.
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.transposed(grad), None, None
+        again = torch.is_grad_enabled() and grad.requires_grad
+        return _Once.apply(grad, ctx.transposed) if again else ctx.transposed(grad), None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient's movement. Its own would need the placement of a second derivative, which nobody plans."""
+
+    @staticmethod
+    def forward(grad: Tensor, move: Move) -> Tensor:
+        return move(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Move], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise TpCompileError(
+            "second derivatives do not go through the collectives of a sharded model",
+            todo="use first derivatives (create_graph=False); or leave the model whole for this loss",
+        )
 
 
 def _apply(x: Tensor, move: Move, transposed: Move) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from tpcompile.capture.export.autograd_functions import FUNCTION
 from tpcompile.capture.repeats.capture_repeated import whole_outputs
 from tpcompile.capture.repeats.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
@@ -123,6 +124,8 @@ def _call(low: Lowering, node: Node) -> Any:
     if node.target is torch.ops.aten.sym_size.int:
         return localise.sym_size(low, node)
     args, kwargs = low.map(node.args), low.map(node.kwargs)
+    if node.target is FUNCTION:
+        args = (*args[:2], low.work.captured.functions[args[2]].handle, *args[3:])
     if all(_is_whole(low, operand) for operand in node.all_input_nodes):
         return low.emit_as(lenient(node.target), args, node.meta["val"], like=node, **kwargs)
     return low.emit(node.target, *args, like=node, **kwargs)

@@ -24,7 +24,7 @@ from .ranks.agree import compare, together
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.generation import ShardedGeneration
-from .runtime.guards import guard_submodules
+from .runtime.guards import backward_hooks, guard_submodules
 from .runtime.module import ShardedModule
 from .runtime.runtime import Runtime
 from .runtime.settings import Settings
@@ -108,6 +108,7 @@ def parallelize(
     signature, original = signature_of(model), type(model)
     compiler = Compiler(options, ranks, mesh, axis, seconds)
     runtime = Runtime(compiler, signature, original, Settings(model), compare_calls=compare_calls)
+    runtime.hooks = backward_hooks(model)
     failed = runtime.try_first(model, example) if example is not None else None
     model._tp = runtime  # type: ignore[assignment]
     generates = hasattr(original, "generate") and hasattr(original, "_sample")

@@ -160,7 +160,11 @@ POINTWISE: dict[str, Row] = {
     "aten.prelu": pointwise.prelu,
 }
 
-OURS: dict[str, Row] = {opaque.NAME: opaque.opaque_module, "tpcompile.uniform": pointwise.broadcast}
+OURS: dict[str, Row] = {
+    opaque.NAME: opaque.opaque_module,
+    "tpcompile.autograd_function": pointwise.autograd_function,
+    "tpcompile.uniform": pointwise.broadcast,
+}
 
 ROWS: dict[str, Row] = {**MATMULS, **REARRANGEMENTS, **PARTS, **REDUCTIONS, **POINTWISE, **OURS}
 

@@ -234,6 +234,18 @@ def entered(root: nn.Module, path: str) -> Iterator[None]:
         module.__dict__.update(hooks)
 
 
+def backward_hooks(root: nn.Module) -> list[tuple[str, str, int]]:
+    """The backward hooks on the parts of a model: a captured graph has no place for them."""
+    tables = ("_backward_hooks", "_backward_pre_hooks")
+    return [
+        (path, table, key)
+        for path, module in root.named_modules()
+        for table in tables
+        for key in module.__dict__[table]
+        if path
+    ]
+
+
 def hooks_below(root: nn.Module, path: str, hooks: list[tuple[str, str, int]]) -> bool:
     """Whether hooks are there on modules inside of the one at ``path``."""
     return any(

@@ -61,6 +61,10 @@ class WatchedModule(nn.Module):
         """See ``register_forward_hook``."""
         return self._note_hook("_forward_pre_hooks", super().register_forward_pre_hook(*args, **kwargs))
 
+    def register_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``register_forward_hook``."""
+        return self._note_hook("_backward_hooks", super().register_backward_hook(*args, **kwargs))
+
     def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """See ``register_forward_hook``."""
         return self._note_hook("_backward_hooks", super().register_full_backward_hook(*args, **kwargs))

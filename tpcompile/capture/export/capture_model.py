@@ -19,16 +19,18 @@ from tpcompile.capture.caches.register import register_cache_support
 from tpcompile.errors import OnlyInParts, TpCompileError
 from tpcompile.ir.calls import flatten_call, leaf_names
 
+from .autograd_functions import kept_functions
 from .captured import Captured
 from .decompose import decompose
 from .dynamic_dims import Attempt, Dims, attempts
-from .explain_failure import explain_failure, is_data_dependent
+from .explain_failure import explain_failure, is_data_dependent, placed
 from .fake_model import capture_device, fake_input, lend_fake_weights, no_fused_encoder
 from .flat_model import PYTHON_VALUES, FlatModel, Structure
 from .flatten_program import flatten_program
 from .inline_no_grad import inline_regions
 from .read_guards import read_guards, read_ranges
 from .switch_experts import exportable_experts
+from .watch_calls import watched_calls
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +77,8 @@ def capture(
             tried.append(attempt.name)
             try:
                 captured = _export(model, names, leaves, structure, attempt, target)
-            except TpCompileError:
-                raise
+            except TpCompileError as error:
+                raise placed(error, model) from error
             except Exception as error:
                 log.info("capture with %s failed: %s", attempt.name, error)
                 first_error = error
@@ -147,8 +149,9 @@ def _export(
         dims for leaf, dims in zip(leaves, attempt.dynamic, strict=True) if isinstance(leaf, torch.Tensor)
     )
     flat = FlatModel(model, leaves, structure, attempt)
-    with lend_fake_weights(model, device), _quiet(), no_fused_encoder():
-        program = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
+    with lend_fake_weights(model, device), _quiet(), no_fused_encoder(), kept_functions() as functions:
+        with watched_calls():
+            program = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
         _inline(program)
         guards = read_guards(program)
         program = decompose(program)
@@ -166,6 +169,7 @@ def _export(
         guards=guards,
         states=taken.states,
         notes=_say_lost(flat.seen.lost),
+        functions=functions,
     )
 
 

@@ -15,6 +15,8 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from tpcompile.capture.caches.call_results import CacheState, GivenCache
 from tpcompile.errors import TpCompileError
 
+from .autograd_functions import FunctionCall
+
 InputKind = Literal["param", "buffer", "constant", "user"]
 OutputKind = Literal["user", "state", "buffer_mutation"]
 Extent = int | str
@@ -79,6 +81,7 @@ class Captured:
         guards: python expressions over the symbols that must hold, beyond ``ranges``.
         states: how the state outputs belong to the caches that the call was given.
         notes: what the user should know about this capture, such as dimensions that had to stay fixed.
+        functions: the user's autograd functions that the graph calls, by their keys there.
     """
 
     graph_module: GraphModule
@@ -91,6 +94,7 @@ class Captured:
     guards: tuple[str, ...] = ()
     states: tuple[CacheState, ...] = ()
     notes: tuple[str, ...] = ()
+    functions: dict[str, FunctionCall] = field(default_factory=dict)
 
     @property
     def user_inputs(self) -> tuple[InputSpec, ...]:

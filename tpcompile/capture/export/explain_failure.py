@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 import torch
 from torch import nn
 
-from tpcompile.errors import CannotCapture, OnlyInParts
+from tpcompile.errors import CannotCapture, OnlyInParts, TpCompileError
 
 _OUTSIDE = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
 _DATA_DEPENDENT = (
@@ -55,6 +55,11 @@ def explain_failure(
     advice = advice or "try model.eval() or other example arguments"
     kind = OnlyInParts if is_data_dependent(error) else CannotCapture
     return kind(what, where=_place(error, model), todo=f"{advice}; or parallelize(compose=True)")
+
+
+def placed(error: TpCompileError, model: nn.Module) -> TpCompileError:
+    """The same error; if it says no place, with that of the model's code that has led to it."""
+    return error if error.where else type(error)(error.what, where=_place(error, model), todo=error.todo)
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from tpcompile.capture.caches.call_results import CacheState, take_results
+from tpcompile.capture.export.autograd_functions import kept_functions
 from tpcompile.capture.export.fake_model import fake_input, no_fused_encoder, restore_after
 from tpcompile.ir.calls import call_model
 
@@ -105,6 +106,10 @@ class _Recorder(TorchDispatchMode):
         self.run.events.append(event)
         return result
 
+    def note(self, key: str, operands: list[Any]) -> None:
+        """Writes down what shows in no operator: a function's constants may be used in its backward only."""
+        self.run.events.append((key, self.token(operands), (), torch.is_grad_enabled()))
+
     def token(self, value: Any) -> Any:
         """A value in a form that can be compared between runs."""
         if isinstance(value, torch.Tensor):
@@ -178,6 +183,7 @@ def record_run(
         stack.enter_context(_trace._compiling_state_context())  # type: ignore[attr-defined]
         stack.enter_context(mode)
         recorder = stack.enter_context(_Recorder(run, known))
+        stack.enter_context(kept_functions(recorder.note))
         call = tree_unflatten(given, in_spec)
         taken = take_results(call, call_model(model, call))
         run.out_spec, run.states = taken.out_spec, taken.states

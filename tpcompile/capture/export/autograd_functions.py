@@ -1,0 +1,184 @@
+"""Keeps the backward of every ``torch.autograd.Function``: a call of one is one operator in the graph.
+
+What is traced of such a function is its forward, and autograd's gradient of that is not the user's. The
+operator runs the function itself, on whole tensors, or on a rank's parts where it is shown that both of its
+directions treat elements one by one (``examine_function``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.checkpoint import CheckpointFunction
+
+from tpcompile.errors import CannotCapture, TpCompileError
+
+from .examine_function import is_elementwise
+
+_LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
+_APPLY: Callable[..., Any] = Function.__dict__["apply"].__func__
+_CALLS: weakref.WeakValueDictionary[str, FunctionCall] = weakref.WeakValueDictionary()
+_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+_TENSOR, _SIZE = object(), object()
+
+Note = Callable[[str, list[Any]], None]
+
+
+@dataclass(eq=False)
+class FunctionCall:
+    """A function with the constants of its calls; programs that call it keep it alive.
+
+    Attributes:
+        function: the user's class.
+        leaves: the arguments of ``apply``, flat: constants, and marks where tensors and open sizes stand.
+        spec: their structure.
+        autocast: device and type of the autocast mode in which it is called.
+        key: its name in captured graphs, the same on all ranks.
+        handle: its name in this process, because torch keeps compiled programs that name it.
+        result: structure and leaves of what the last call returned, marks where tensors stand.
+    """
+
+    function: type[Function]
+    leaves: tuple[Any, ...]
+    spec: TreeSpec
+    autocast: tuple[str, torch.dtype] | None
+    key: str
+    handle: str = field(default_factory=lambda: uuid.uuid4().hex)
+    result: tuple[TreeSpec, list[Any]] | None = None
+
+    def __post_init__(self) -> None:
+        _CALLS[self.key] = _CALLS[self.handle] = self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a program that calls a function of the user's stays in its process")
+
+    def run(self, inputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
+        """Calls the function; returns the tensors of its result."""
+        tensors, numbers = iter(inputs), iter(sizes)
+        filled = [
+            next(tensors) if leaf is _TENSOR else next(numbers) if leaf is _SIZE else leaf
+            for leaf in self.leaves
+        ]
+        args, kwargs = tree_unflatten(filled, self.spec)
+        with nullcontext() if self.autocast is None else torch.autocast(*self.autocast):
+            leaves, spec = tree_flatten(_APPLY(self.function, *args, **kwargs))
+        self.result = spec, [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        made = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return [m.clone() if any(m is x for x in inputs) else m for m in made]
+
+    def rebuild(self, made: list[Tensor]) -> Any:
+        """The function's result, of its tensors."""
+        assert self.result is not None
+        spec, leaves = self.result
+        tensors = iter(made)
+        return tree_unflatten([next(tensors) if leaf is _TENSOR else leaf for leaf in leaves], spec)
+
+
+def autograd_function(inputs: list[Tensor], sizes: list[int], key: str, elementwise: bool) -> list[Tensor]:
+    """A user's function: forward and backward are its own."""
+    call = _CALLS.get(key)
+    if call is None:
+        raise TpCompileError(f"{key} is gone", todo="keep the model whose graph this is, or shard it again")
+    return call.run(inputs, sizes)
+
+
+_LIBRARY.define(
+    "autograd_function(Tensor[] inputs, SymInt[] sizes, str key, bool elementwise) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# Composite: export keeps it as one node; fake tensors, autograd and torch.compile run the function.
+_LIBRARY.impl("autograd_function", autograd_function, "CompositeImplicitAutograd")
+FUNCTION = torch.ops.tpcompile.autograd_function.default
+
+
+@contextmanager
+def kept_functions(note: Note | None = None) -> Iterator[dict[str, FunctionCall]]:
+    """Lets functions appear as operators in what is traced inside the block.
+
+    Args:
+        note: is told the key and the arguments of every call, where a run is only written down.
+
+    Yields:
+        The functions that were called, by their key.
+    """
+    found: dict[str, FunctionCall] = {}
+
+    def apply(function: type[Function], *args: Any, **kwargs: Any) -> Any:
+        if note is None and (get_proxy_mode() is None or not torch.is_grad_enabled()):
+            return _APPLY(function, *args, **kwargs)
+        if function is CheckpointFunction:
+            return _run_again(*args)
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        call = _find(found, function, leaves, spec, tensors)
+        if note is not None:
+            note(call.key, tensors)
+            return _APPLY(function, *args, **kwargs)
+        sizes = [leaf for leaf in leaves if isinstance(leaf, torch.SymInt)]
+        elementwise = not sizes and is_elementwise(call.run, call.function.__qualname__, tensors)
+        return call.rebuild(FUNCTION(tensors, sizes, call.key, elementwise))
+
+    before = Function.__dict__["apply"]
+    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield found
+    finally:
+        Function.apply = before
+
+
+def _run_again(run: Callable[..., Any], preserve_random_state: bool, *args: Any) -> Any:
+    """Reentrant checkpointing: what is computed again in backward is computed as usual.
+
+    As there, no gradient comes out if no tensor that is given needs one.
+    """
+    if any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return run(*args)
+    with torch.no_grad():
+        return run(*args)
+
+
+def _find(
+    found: dict[str, FunctionCall],
+    function: type[Function],
+    leaves: list[Any],
+    spec: TreeSpec,
+    tensors: list[Tensor],
+) -> FunctionCall:
+    """The function with these constants, new or as it was called before."""
+    marked = tuple(
+        _TENSOR if isinstance(leaf, Tensor) else _SIZE if isinstance(leaf, torch.SymInt) else leaf
+        for leaf in leaves
+    )
+    name = f"{function.__module__}.{function.__qualname__}"
+    if any(isinstance(leaf, torch.SymFloat | torch.SymBool) for leaf in marked):
+        raise CannotCapture(
+            f"{name} is given a number that depends on open sizes",
+            todo="give it a tensor, or capture with dynamic=False",
+        )
+    device = next((t.device.type for t in tensors), "cpu")
+    autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+    text = ", ".join(repr(leaf) for leaf in marked if isinstance(leaf, _PLAIN))
+    for number in itertools.count():
+        key = f"{name}({text})#{number}"
+        call = found.get(key)
+        if call is None:
+            call = found[key] = FunctionCall(function, marked, spec, autocast, key)
+        same = (call.function, call.spec, call.autocast) == (function, spec, autocast)
+        if same and all(map(_equal, call.leaves, marked)):
+            return call
+    raise AssertionError("unreachable")
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, _PLAIN) and type(one) is type(other) and one == other)

@@ -1,0 +1,78 @@
+"""Calls of torch that a graph cannot say: refused while a model is traced, or given their functional form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import TorchFunctionMode
+
+from tpcompile.errors import CannotCapture
+
+_PARTS = "parallelize(compose=True) lets this module run as the python that it is"
+_FUNCTION = f"change the gradient with a torch.autograd.Function; or {_PARTS}"
+_REFUSED: dict[Any, tuple[str, str]] = {
+    Tensor.register_hook: ("registers a hook on a value", _FUNCTION),
+    Tensor.register_post_accumulate_grad_hook: ("registers a hook on a value", _FUNCTION),
+    Tensor.retain_grad: ("asks for a value's gradient (retain_grad)", f"return the value; or {_PARTS}"),
+    Tensor.backward: ("runs backward", _PARTS),
+    torch.autograd.backward: ("runs backward", _PARTS),
+    torch.autograd.grad: ("takes a gradient (torch.autograd.grad)", _PARTS),
+    Tensor.data.__set__: ("assigns to a tensor's data", "compute a new tensor, or write with copy_"),
+}
+_GRAD_FN = Tensor.grad_fn.__get__
+_DATA = Tensor.data.__get__
+_NEEDS_GRAD = (Tensor.requires_grad_, Tensor.requires_grad.__set__)
+
+
+class _Watch(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if get_proxy_mode() is None:  # torch's own, below what is traced
+            return func(*args, **kwargs)
+        if func == _DATA:
+            return args[0].detach()  # which the graph knows; `data` would leave it a tensor without values
+        if func is Tensor.detach_ and not args[0].requires_grad:
+            return args[0]
+        result = None
+        if func in _REFUSED:
+            _refuse(*_REFUSED[func])
+        if func is Tensor.detach_:
+            _refuse("detaches a value in place (detach_)", "use detach()")
+        if func in _NEEDS_GRAD and not args[0].requires_grad and (*args[1:], *kwargs.values(), True)[0]:
+            _refuse("asks for a tensor's gradient (requires_grad)", "set requires_grad before the call")
+        result = func(*args, **kwargs)
+        if func == _GRAD_FN and result is not None:
+            _refuse("looks at what autograd has recorded (grad_fn)", _FUNCTION)
+        return result
+
+
+def _refuse(what: str, todo: str) -> None:
+    raise CannotCapture(f"the model's forward {what}, which a captured program would not do", todo=todo)
+
+
+@contextmanager
+def watched_calls() -> Iterator[None]:
+    """Watches what a model calls inside of the block.
+
+    Raises:
+        CannotCapture: it changes or takes gradients in a way that no operator of a graph says.
+    """
+    enter = saved_tensors_hooks.__enter__
+
+    def only_torchs(self: saved_tensors_hooks) -> Any:
+        if type(self).__module__.partition(".")[0] != "torch" or type(self) is saved_tensors_hooks:
+            _refuse("changes what autograd saves (saved_tensors_hooks)", _PARTS)
+        return enter(self)
+
+    saved_tensors_hooks.__enter__ = only_torchs  # type: ignore[method-assign]
+    try:
+        with _Watch():
+            yield
+    finally:
+        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
