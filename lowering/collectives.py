@@ -21,17 +21,50 @@ et al. 2022), and the pairs of value and gradient placements of JAX's shard_map 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tpcompile.errors import TpCompileError
+
 from . import collective_moves as moves
 
 _LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
 
 Move = Callable[[Tensor], Tensor]
+
+
+class _Once(torch.autograd.Function):
+    """A gradient. Its own would need the placement of a second derivative, which nobody has planned."""
+
+    @staticmethod
+    def forward(grad: Tensor, compute: Callable[[Tensor], Any]) -> Any:
+        return compute(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise TpCompileError(
+            "second derivatives do not go through the collectives of a sharded model",
+            todo="use first derivatives (create_graph=False), or keep this model whole",
+        )
+
+
+def once(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """A backward whose result is not differentiated, as torch's ``once_differentiable``, with our error."""
+
+    def wrapped(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled() and grad.requires_grad:
+            return _Once.apply(grad, functools.partial(backward, ctx))
+        return backward(ctx, grad)
+
+    return wrapped
 
 
 class _Linear(torch.autograd.Function):
@@ -46,28 +79,9 @@ class _Linear(torch.autograd.Function):
         ctx.transposed = inputs[2]
 
     @staticmethod
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        again = torch.is_grad_enabled() and grad.requires_grad
-        return _Once.apply(grad, ctx.transposed) if again else ctx.transposed(grad), None, None
-
-
-class _Once(torch.autograd.Function):
-    """A gradient's movement. Its own would need the placement of a second derivative, which nobody plans."""
-
-    @staticmethod
-    def forward(grad: Tensor, move: Move) -> Tensor:
-        return move(grad)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Move], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise TpCompileError(
-            "second derivatives do not go through the collectives of a sharded model",
-            todo="use first derivatives (create_graph=False); or leave the model whole for this loss",
-        )
+        return ctx.transposed(grad), None, None
 
 
 def _apply(x: Tensor, move: Move, transposed: Move) -> Tensor:
@@ -142,7 +156,7 @@ class _Extreme(torch.autograd.Function):
         ctx.save_for_backward(x, among, output)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, among, whole = ctx.saved_tensors
         mine = attained(x, among, whole, ctx.dims, ctx.equal_nan).to(

@@ -24,7 +24,7 @@ from .ranks.agree import compare, together
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.generation import ShardedGeneration
-from .runtime.guards import backward_hooks, guard_submodules
+from .runtime.guards import Hook, backward_hooks, guard_submodules
 from .runtime.module import ShardedModule
 from .runtime.runtime import Runtime
 from .runtime.settings import Settings
@@ -93,22 +93,23 @@ def parallelize(
     mesh = mesh if mesh is not None else _default_mesh(model)
     ranks = _check_mesh(mesh, axis)
 
-    def read() -> tuple[Options, dict[str, Any] | None]:
+    def read() -> tuple[Options, dict[str, Any] | None, list[Hook]]:
         _check_device(model, mesh)
         options = _options(
             model, plan, cost_model, mesh.device_type, dynamic, memory, passes, compose, sequence_parallel
         )
-        return options, _example(model, example_args, example_kwargs)
+        return options, _example(model, example_args, example_kwargs), backward_hooks(model)
 
     seconds = seconds_of(timeout)
     group = MeshAxis.of(mesh, axis, seconds).group
-    options, example = together(group, "read the request", read)
+    options, example, hooks = together(group, "read the request", read)
     asked = [*options.lines(), f"compare_calls: {compare_calls}", f"timeout: {seconds}"]
     compare(group, "requests", asked, "make the same request on every rank")
     signature, original = signature_of(model), type(model)
     compiler = Compiler(options, ranks, mesh, axis, seconds)
-    runtime = Runtime(compiler, signature, original, Settings(model), compare_calls=compare_calls)
-    runtime.hooks = backward_hooks(model)
+    runtime = Runtime(
+        compiler, signature, original, Settings(model), compare_calls=compare_calls, hooks=hooks
+    )
     failed = runtime.try_first(model, example) if example is not None else None
     model._tp = runtime  # type: ignore[assignment]
     generates = hasattr(original, "generate") and hasattr(original, "_sample")

@@ -39,7 +39,9 @@ def broadcast(node: Node) -> Rule:
 def autograd_function(node: Node) -> Rule | str:
     """A function with a backward of the user's."""
     name = str(node.args[2]).partition("(")[0]
-    return broadcast(node) if node.args[3] else f"not all that {name} does, forward and backward, is elementwise"
+    return (
+        broadcast(node) if node.args[3] else f"not all that {name} does, forward and backward, is elementwise"
+    )
 
 
 def type_as(node: Node) -> Rule:

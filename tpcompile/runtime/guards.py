@@ -23,10 +23,13 @@ from tpcompile.ir.calls import CallSignature, signature_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.weights.gather import is_whole
 
-from .watched_module import ENTRY, WatchedModule
+from .watched_module import ENTRY, WatchedModule, refuse_old_hooks
 
 if TYPE_CHECKING:
     from .runtime import Runtime
+
+Hook = tuple[str, str, int]
+"""Where a hook on a part is: the part's path, the table of hooks, its key there."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -217,36 +220,44 @@ def without_guards(root: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def entered(root: nn.Module, path: str) -> Iterator[None]:
-    """Lets a call of the model be a call of one of its submodules, without that module's hooks.
+    """Lets a call of the model be a call of one of its submodules, without the hooks of either.
 
-    The hooks run around the program, where the caller sees them; traced, they would run again inside.
+    A module's hooks run around the program, where the caller sees them; traced, they would run again inside.
     """
     module = root.get_submodule(path)
-    hooks = {name: module.__dict__[name] for name in _HOOKS}
+    hooks = [(m.__dict__, {name: m.__dict__[name] for name in _HOOKS}) for m in {root, module}]
     own_class = type(root)
-    module.__dict__.update({name: OrderedDict() for name in _HOOKS})
+    for own, tables in hooks:
+        own.update({name: OrderedDict() for name in tables})
     if path:
         root.__class__ = _entered_class(own_class, type(module), path)
     try:
         yield
     finally:
         root.__class__ = own_class
-        module.__dict__.update(hooks)
+        for own, tables in hooks:
+            own.update(tables)
 
 
-def backward_hooks(root: nn.Module) -> list[tuple[str, str, int]]:
-    """The backward hooks on the parts of a model: a captured graph has no place for them."""
-    tables = ("_backward_hooks", "_backward_pre_hooks")
+def backward_hooks(root: nn.Module) -> list[Hook]:
+    """The backward hooks on the parts of a model: a captured graph has no place for them.
+
+    Raises:
+        TpCompileError: there is one that sees steps of autograd.
+    """
+    for path, module in root.named_modules():
+        if module._backward_hooks and not module._is_full_backward_hook:
+            refuse_old_hooks(path or type(root).__name__)
     return [
         (path, table, key)
         for path, module in root.named_modules()
-        for table in tables
+        for table in ("_backward_hooks", "_backward_pre_hooks")
         for key in module.__dict__[table]
         if path
     ]
 
 
-def hooks_below(root: nn.Module, path: str, hooks: list[tuple[str, str, int]]) -> bool:
+def hooks_below(root: nn.Module, path: str, hooks: list[Hook]) -> bool:
     """Whether hooks are there on modules inside of the one at ``path``."""
     return any(
         (not path or place.startswith(path + ".")) and key in root.get_submodule(place).__dict__[table]
@@ -255,7 +266,7 @@ def hooks_below(root: nn.Module, path: str, hooks: list[tuple[str, str, int]]) -
 
 
 @contextmanager
-def without_hooks(root: nn.Module, hooks: list[tuple[str, str, int]]) -> Iterator[None]:
+def without_hooks(root: nn.Module, hooks: list[Hook]) -> Iterator[None]:
     """Takes away hooks: they run where the caller sees them, and are no part of what is captured."""
     tables = {(path, table): root.get_submodule(path).__dict__[table] for path, table, _ in hooks}
     before = {place: list(table.items()) for place, table in tables.items()}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules import module as nn_module
 from torch.utils._pytree import TreeSpec
 
 from tpcompile.capture.caches.layers import is_count
@@ -27,6 +28,7 @@ from tpcompile.weights.shard import shard_more_weights, shard_weights, unsharded
 
 from .guards import (
     Entry,
+    Hook,
     can_compose,
     divided_paths,
     entered,
@@ -59,7 +61,7 @@ class Runtime:
         pieces: the paths of modules that get programs under them although nothing of them is divided yet.
         compile_options: torch.compile's for every program, or None to run them as they are.
         compare_calls: compare every call over the ranks, not only a program's first one.
-        hooks: where hooks were registered on submodules: path, table of hooks, and key.
+        hooks: hooks on submodules that no program has in it.
         running: how many calls are being worked on: what the model's own code changes is no new setting.
     """
 
@@ -75,7 +77,7 @@ class Runtime:
     pieces: frozenset[str] = frozenset()
     compile_options: dict[str, Any] | None = None
     compare_calls: bool = False
-    hooks: list[tuple[str, str, int]] = field(default_factory=list)
+    hooks: list[Hook] = field(default_factory=list)
     running: int = 0
 
     def call(
@@ -182,7 +184,7 @@ class Runtime:
                 "a hook inside of this module cannot run: the module holds slices of weights of its own, so "
                 "that it runs as one program",
                 where=path or type(model).__name__,
-                todo="remove the hook, or register it on this module, or before parallelize",
+                todo="remove the hook, or register it on this module; a forward hook also before parallelize",
             )
 
     def _compare_first(
@@ -340,7 +342,12 @@ class Runtime:
 
 
 def _refuse_transforms() -> None:
-    """Refuses what does not see through collectives: forward-mode derivatives would be zeros."""
+    """Refuses what does not see through programs: forward-mode derivatives would be zeros."""
+    if nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks:
+        raise TpCompileError(
+            "there are backward hooks on all modules, which the parts inside of a program would not run",
+            todo="register them on the modules that they are for",
+        )
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if transformed or forward_ad._current_level >= 0:
         raise TpCompileError(

@@ -62,8 +62,14 @@ class WatchedModule(nn.Module):
         return self._note_hook("_forward_pre_hooks", super().register_forward_pre_hook(*args, **kwargs))
 
     def register_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """See ``register_forward_hook``."""
-        return self._note_hook("_backward_hooks", super().register_backward_hook(*args, **kwargs))
+        """Refused, if the module is part of a sharded model.
+
+        Raises:
+            TpCompileError: it is.
+        """
+        if self._place() is not None:
+            refuse_old_hooks(type(self).__name__)
+        return super().register_backward_hook(*args, **kwargs)
 
     def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """See ``register_forward_hook``."""
@@ -138,6 +144,15 @@ class WatchedModule(nn.Module):
                 where=f"{type(self).__name__}.{name}",
                 todo="give this rank's slice, or load whole tensors with load_state_dict",
             )
+
+
+def refuse_old_hooks(where: str) -> NoReturn:
+    """Refuses ``register_backward_hook``, which is about single steps of autograd."""
+    raise TpCompileError(
+        "a hook of register_backward_hook sees steps of autograd, which are others in a sharded model",
+        where=where,
+        todo="use register_full_backward_hook",
+    )
 
 
 def _types(module: nn.Module) -> tuple[Any, ...]:

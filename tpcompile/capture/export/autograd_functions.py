@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -59,9 +60,6 @@ class FunctionCall:
 
     def __post_init__(self) -> None:
         _CALLS[self.key] = _CALLS[self.handle] = self
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a program that calls a function of the user's stays in its process")
 
     def run(self, inputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
         """Calls the function; returns the tensors of its result."""
@@ -129,12 +127,8 @@ def kept_functions(note: Note | None = None) -> Iterator[dict[str, FunctionCall]
         elementwise = not sizes and is_elementwise(call.run, call.function.__qualname__, tensors)
         return call.rebuild(FUNCTION(tensors, sizes, call.key, elementwise))
 
-    before = Function.__dict__["apply"]
-    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-    try:
+    with patch.object(Function, "apply", classmethod(apply)):
         yield found
-    finally:
-        Function.apply = before
 
 
 def _run_again(run: Callable[..., Any], preserve_random_state: bool, *args: Any) -> Any:

@@ -39,7 +39,7 @@ def is_elementwise(run: Run, name: str, inputs: Sequence[Tensor]) -> bool:
         CannotCapture: it does what ranks could not do alike: draws random numbers, writes into its
             operands, or uses a weight that it is not given.
     """
-    clean = torch._C.DisableTorchFunction()  # type: ignore[attr-defined]
+    clean = torch._C.DisableTorchFunction()
     with clean, unset_fake_temporarily(), disable_proxy_modes_tracing():
         try:
             events = _record(run, name, inputs, [tuple(map(_hint, x.shape)) for x in inputs])
@@ -110,7 +110,8 @@ class _Recorder(TorchDispatchMode):
                 todo="draw them before, and give them to it",
             )
         for x in given:
-            if isinstance(x, FakeTensor) and x.fake_mode is not self.mode or isinstance(x, nn.Parameter):
+            foreign = isinstance(x, FakeTensor) and x.fake_mode is not self.mode
+            if foreign or isinstance(x, nn.Parameter):
                 raise CannotCapture(
                     f"the autograd function {self.name} uses a tensor that it is not given ({func})",
                     todo="give weights and values as arguments of apply",
@@ -132,7 +133,9 @@ def _keeps_places(event: tuple[Any, ...], expected: set[Any]) -> bool:
         return False
     tensors = [x for x in (*given, *made) if isinstance(x, Tensor)]
     sized = func._schema.name.removeprefix("aten::") in _SIZED
-    numbers = () if sized else [x for x in given if isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool)]
+    numbers = (
+        () if sized else [x for x in given if isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool)]
+    )
     return not numbers and all(tuple(map(_expression, x.shape)) in expected for x in tensors)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from tpcompile.errors import CannotCapture
 
+_TENSOR: Any = Tensor
 _PARTS = "parallelize(compose=True) lets this module run as the python that it is"
 _FUNCTION = f"change the gradient with a torch.autograd.Function; or {_PARTS}"
 _REFUSED: dict[Any, tuple[str, str]] = {
@@ -23,11 +25,11 @@ _REFUSED: dict[Any, tuple[str, str]] = {
     Tensor.backward: ("runs backward", _PARTS),
     torch.autograd.backward: ("runs backward", _PARTS),
     torch.autograd.grad: ("takes a gradient (torch.autograd.grad)", _PARTS),
-    Tensor.data.__set__: ("assigns to a tensor's data", "compute a new tensor, or write with copy_"),
+    _TENSOR.data.__set__: ("assigns to a tensor's data", "compute a new tensor, or write with copy_"),
 }
-_GRAD_FN = Tensor.grad_fn.__get__
-_DATA = Tensor.data.__get__
-_NEEDS_GRAD = (Tensor.requires_grad_, Tensor.requires_grad.__set__)
+_GRAD_FN = _TENSOR.grad_fn.__get__
+_DATA = _TENSOR.data.__get__
+_NEEDS_GRAD = (Tensor.requires_grad_, _TENSOR.requires_grad.__set__)
 
 
 class _Watch(TorchFunctionMode):
@@ -39,7 +41,6 @@ class _Watch(TorchFunctionMode):
             return args[0].detach()  # which the graph knows; `data` would leave it a tensor without values
         if func is Tensor.detach_ and not args[0].requires_grad:
             return args[0]
-        result = None
         if func in _REFUSED:
             _refuse(*_REFUSED[func])
         if func is Tensor.detach_:
@@ -70,9 +71,5 @@ def watched_calls() -> Iterator[None]:
             _refuse("changes what autograd saves (saved_tensors_hooks)", _PARTS)
         return enter(self)
 
-    saved_tensors_hooks.__enter__ = only_torchs  # type: ignore[method-assign]
-    try:
-        with _Watch():
-            yield
-    finally:
-        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+    with patch.object(saved_tensors_hooks, "__enter__", only_torchs), _Watch():
+        yield
