@@ -105,11 +105,9 @@ def parallelize(
     options, example, hooks = together(group, "read the request", read)
     asked = [*options.lines(), f"compare_calls: {compare_calls}", f"timeout: {seconds}"]
     compare(group, "requests", asked, "make the same request on every rank")
-    signature, original = signature_of(model), type(model)
+    signature, original, settings = signature_of(model), type(model), Settings(model)
     compiler = Compiler(options, ranks, mesh, axis, seconds)
-    runtime = Runtime(
-        compiler, signature, original, Settings(model), compare_calls=compare_calls, hooks=hooks
-    )
+    runtime = Runtime(compiler, signature, original, settings, hooks=hooks, compare_calls=compare_calls)
     failed = runtime.try_first(model, example) if example is not None else None
     model._tp = runtime  # type: ignore[assignment]
     generates = hasattr(original, "generate") and hasattr(original, "_sample")
