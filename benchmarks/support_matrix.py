@@ -85,7 +85,7 @@ def measure(name: str, compiled: bool) -> Found:
     kinds: dict[str, int] = {}
     for collective in plan.collectives:
         kinds[collective.kind] = kinds.get(collective.kind, 0) + collective.count
-    held = max(plan.layout.held(rank) for rank in range(plan.ranks)) * plan.ranks / plan.model_bytes
+    held = plan.layout.fullest * plan.ranks / plan.model_bytes
     seen = Found(worst, held, flops, kinds, len(plan.fallbacks))
     if compiled:
         seen.compiled = compile_whole(sharded, whole, name)

@@ -8,9 +8,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .capture.export.default_example import default_example
@@ -21,6 +20,7 @@ from .passes.pipeline import Pass
 from .planner.plan import Plan
 from .planner.search.cost import CostModel, preset
 from .ranks.agree import compare, together
+from .ranks.mesh import check_mesh, default_mesh
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.generation import ShardedGeneration
@@ -90,8 +90,8 @@ def parallelize(
     Raises:
         TpCompileError: on all ranks: the request is refused; the model is unchanged.
     """
-    mesh = mesh if mesh is not None else _default_mesh(model)
-    ranks = _check_mesh(mesh, axis)
+    mesh = mesh if mesh is not None else default_mesh(model)
+    ranks = check_mesh(mesh, axis)
 
     def read() -> tuple[Options, dict[str, Any] | None, list[Hook]]:
         _check_device(model, mesh)
@@ -147,7 +147,7 @@ def plan(
     Raises:
         TpCompileError: the model cannot be captured, or the request cannot be met.
     """
-    ranks = _check_mesh(mesh_or_sizes, axis) if isinstance(mesh_or_sizes, DeviceMesh) else mesh_or_sizes
+    ranks = check_mesh(mesh_or_sizes, axis) if isinstance(mesh_or_sizes, DeviceMesh) else mesh_or_sizes
     if not isinstance(ranks, int) or ranks < 1:
         raise TpCompileError(f"{ranks!r} is no number of ranks", todo="give a mesh or a positive number")
     device = mesh_or_sizes.device_type if isinstance(mesh_or_sizes, DeviceMesh) else "h100"
@@ -172,46 +172,6 @@ def example_call(
             "an example call is needed to capture this model", todo="give example_args or example_kwargs"
         )
     return example
-
-
-def _default_mesh(model: nn.Module) -> DeviceMesh:
-    if not dist.is_initialized():
-        raise TpCompileError(
-            "there is no process group", todo="call torch.distributed.init_process_group, or give a mesh"
-        )
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    return init_device_mesh("cuda" if device == "cuda" else "cpu", (dist.get_world_size(),))
-
-
-def _check_mesh(mesh: DeviceMesh, axis: str | None) -> int:
-    """The size of the axis to divide over."""
-    if not isinstance(mesh, DeviceMesh):
-        raise TpCompileError(
-            f"{mesh!r} is no DeviceMesh", todo="use torch.distributed.device_mesh.init_device_mesh"
-        )
-    names = mesh.mesh_dim_names or ()
-    if axis is not None and axis not in names:
-        raise TpCompileError(
-            f"the mesh has no axis {axis!r}", where=f"axes {names}", todo="name one of its axes"
-        )
-    if axis is None and mesh.ndim != 1:
-        raise TpCompileError(
-            f"the mesh has {mesh.ndim} axes",
-            where=f"axes {names}",
-            todo="give axis=, or one axis of it: mesh['tp']",
-        )
-    if dist.is_initialized() and int(mesh.mesh.max()) >= dist.get_world_size():
-        raise TpCompileError(
-            f"the mesh names rank {int(mesh.mesh.max())}, the world has {dist.get_world_size()} processes",
-            todo="start more processes, or make a smaller mesh",
-        )
-    if mesh.get_coordinate() is None:
-        raise TpCompileError(
-            f"rank {dist.get_rank()} is no part of the mesh",
-            where=f"ranks {mesh.mesh.flatten().tolist()}",
-            todo="call this on the ranks of the mesh only",
-        )
-    return mesh.size() if axis is None else mesh.size(names.index(axis))
 
 
 def _check_device(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,6 @@ from .capture.repeats.capture_repeated import capture_repeated, unroll_captured
 from .errors import TpCompileError
 from .ir.layout.weight_layout import WeightLayout
 from .ir.module_tensors import whole_tensors
-from .ir.nodes import module_path
 from .ir.print_graph import graph_text
 from .ir.units import size_text
 from .lowering.cannot_lower import CannotLower
@@ -44,9 +42,10 @@ from .planner.store_plan import Decisions, plan_cached
 from .ranks.agree import compare, from_first, together
 from .ranks.exchange import exchange
 from .ranks.groups import AxisGroups
+from .ranks.mesh import local_device
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT
-from .rules.randomness import random_nodes
+from .rules.randomness import refuse_randomness
 from .strategies.custom.custom_modules import CustomModules, partition_modules
 from .strategies.read_rules import Rules, Wish
 from .work import Alike, Work
@@ -311,7 +310,7 @@ class Compiler:
             captured = unroll_captured(captured)
             captured.notes += (f"repeated layers are planned one by one: {uneven}",)
         base = replace(canonical(captured, self.ranks), custom=custom, caches=caches)
-        _refuse_randomness(base)
+        refuse_randomness(base.graph)
         return base
 
     def _device(self, model: nn.Module) -> torch.device | None:
@@ -319,9 +318,7 @@ class Compiler:
         if self.axis is None or self.axis.device_type == "cpu":
             return None
         kind = self.axis.device_type
-        found = (p.device for p in model.parameters() if p.device.type == kind)
-        here = torch.device(kind, torch.accelerator.current_device_index())
-        return next(found, here)
+        return next((p.device for p in model.parameters() if p.device.type == kind), local_device(kind))
 
     def _decide(
         self, base: Work, layout: WeightLayout | None, fingerprint: str, tensors: Mapping[str, Tensor]
@@ -349,10 +346,10 @@ class Compiler:
     def _within_memory(self, base: Work, tensors: Mapping[str, Tensor]) -> Work:
         pins, limit = make_pins(self._wishes), self.options.memory
         planned = plan_program(base, self.options.cost, pins)
-        if limit is None or _held(planned, tensors) <= limit:
+        if limit is None or layout_of(planned, tensors).fullest <= limit:
             return planned
         tighter = plan_program(base, self.options.cost, pins, divide_small=True)
-        held = _held(tighter, tensors)
+        held = layout_of(tighter, tensors).fullest
         if held > limit:
             raise TpCompileError(
                 f"the fullest rank would hold {size_text(held)} of parameters, more than the "
@@ -364,9 +361,7 @@ class Compiler:
     def _make_groups(self, axes: tuple[int, ...]) -> None:
         """Process groups of sub-axes are made by all ranks at the same point: it is a collective."""
         if self.axis is not None and axes not in self._groups:
-            every = range(len(axes))
-            subsets = [c for size in range(1, len(axes)) for c in itertools.combinations(every, size)]
-            self._groups[axes] = AxisGroups(self.axis, axes, subsets)
+            self._groups[axes] = AxisGroups(self.axis, axes)
 
     def _lower(self, rewritten: Work) -> tuple[GraphModule, GraphModule | None]:
         if self.axis is None:
@@ -381,23 +376,6 @@ def _follow(base: Work, data: Decisions, layout: WeightLayout | None = None) -> 
     copy = split_copy(base, frozenset(groups), layout)
     decisions_from_data(copy, decisions)
     return copy
-
-
-def _refuse_randomness(base: Work) -> None:
-    """Random numbers have to agree where values are whole and differ where they are divided: by a pass."""
-    nodes = random_nodes(base.graph)
-    if nodes:
-        raise TpCompileError(
-            f"the model draws random numbers in a way that is not supported ({nodes[0].target})",
-            where=module_path(nodes[0]) or nodes[0].name,
-            todo="draw with dropout, bernoulli, rand, randn or rand_like; or call model.eval()",
-        )
-
-
-def _held(planned: Work, tensors: Mapping[str, Tensor]) -> float:
-    """Bytes of parameters and buffers on the fullest rank."""
-    layout = layout_of(planned, tensors)
-    return max(layout.held(rank) for rank in range(layout.ranks))
 
 
 def _wants_gradient(bound: dict[str, Any]) -> bool:

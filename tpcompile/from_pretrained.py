@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from .api import PlanLike, _check_mesh, parallelize
+from .api import PlanLike, parallelize
 from .capture.export.default_example import default_example
 from .errors import TpCompileError
 from .passes.pipeline import Pass
 from .planner.search.cost import CostModel
 from .ranks.agree import compare, together
-from .ranks.default_mesh import default_mesh
+from .ranks.mesh import check_mesh, default_mesh, local_device
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.runtime import Runtime
@@ -94,8 +94,9 @@ def from_pretrained(
     from .weights.loading.request import Request
 
     mesh = mesh if mesh is not None else default_mesh()
-    _check_mesh(mesh, axis)
-    group, device = MeshAxis.of(mesh, axis, seconds_of(timeout)).group, _device_of(mesh)
+    check_mesh(mesh, axis)
+    group = MeshAxis.of(mesh, axis, seconds_of(timeout)).group
+    device = local_device(mesh.device_type)
     dtype = others.pop("torch_dtype", None) if dtype is None else dtype
     request = Request(
         fspath(name_or_path),
@@ -146,13 +147,6 @@ def from_pretrained(
             lambda: load_slices(model, built.expressions, layout, rank, device, custom, show=first),
         )
     return model
-
-
-def _device_of(mesh: DeviceMesh) -> torch.device:
-    """Where this rank's weights go."""
-    if mesh.device_type == "cpu":
-        return torch.device("cpu")
-    return torch.device(mesh.device_type, torch.accelerator.current_device_index())
 
 
 def _check_example(model: Any) -> None:

@@ -400,7 +400,7 @@ def check_groups(kind: str) -> dict[tuple[int, ...], list[int]]:
     factors = (2,) if kind == "columns" else (2, 2)
     subsets = [(0,)] if kind == "columns" else [(1,), (0,), (0, 1)]
     axis = MeshAxis.of(mesh, "tp" if kind == "columns" else None)
-    groups = AxisGroups(axis, factors, subsets)
+    groups = AxisGroups(axis, factors)
     assert groups.name(tuple(range(len(factors)))) == axis.group_name
     return {axes: _members(groups.name(axes), groups.index(axes), groups.size(axes)) for axes in subsets}
 
@@ -412,20 +412,6 @@ def test_groups_of_sub_axes() -> None:
             for rank in range(4)
         ]
     assert run_spmd(check_groups, 4, "columns") == [{(0,): [rank % 2, rank % 2 + 2]} for rank in range(4)]
-
-
-def check_groups_refuse() -> None:
-    axis = MeshAxis.of(init_device_mesh("cpu", (4,)))
-    groups = AxisGroups(axis, (2, 2))
-    for wrong in (lambda: groups.name((0,)), lambda: groups.size((1, 0)), lambda: groups.index((2,))):
-        with pytest.raises(TpCompileError):
-            wrong()
-    with pytest.raises(TpCompileError, match="do not make up"):
-        AxisGroups(axis, (3, 2))
-
-
-def test_groups_refuse_what_they_lack() -> None:
-    run_spmd(check_groups_refuse, 4)
 
 
 def fail_on_one_rank(rank: int) -> None:

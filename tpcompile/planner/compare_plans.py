@@ -37,7 +37,7 @@ class Outcome:
 
 def outcome_of(plan: Plan) -> Outcome:
     """What a plan costs."""
-    held = max(plan.layout.held(rank) for rank in range(plan.ranks))
+    held = plan.layout.fullest
     moved = sum(c.count * c.bytes for c in plan.collectives)
     return Outcome(plan.seconds, sum(c.count for c in plan.collectives), moved, held)
 

@@ -15,7 +15,7 @@ from .collective import Collective
 
 def layout_lines(layout: WeightLayout, model_bytes: int) -> list[str]:
     """Memory, and a table of the parameters; equal blocks share a line."""
-    held = max(layout.held(r) for r in range(layout.ranks))
+    held = layout.fullest
     times = held * layout.ranks / max(model_bytes, 1)
     axes = "" if len(layout.axes) == 1 else f" as {' x '.join(map(str, layout.axes))}"
     return [

@@ -51,18 +51,12 @@ class MeshAxis:
 
         Args:
             mesh: a 1-D mesh, or an n-D one of which `axis` is used; a slice of a larger mesh will do.
-            axis: name of the mesh axis; needed if the mesh has several.
+            axis: name of the mesh axis; needed if the mesh has several (see ``check_mesh``).
             timeout: seconds that ranks wait for each other (see ``own_group``).
 
         Raises:
-            TpCompileError: the mesh has several axes, and none is named, or another; or a rank did not come.
+            TpCompileError: the axis is made of several; or a rank did not come.
         """
-        if mesh.ndim > 1 and axis is None:
-            raise TpCompileError(
-                f"A mesh of {mesh.ndim} dimensions needs the name of one.",
-                where=f"mesh dimensions {mesh.mesh_dim_names}",
-                todo="Pass axis=..., or slice the mesh, as in mesh['tp'].",
-            )
         _say_farewell()
         rows = _rows(mesh, axis).sort(dim=1).values
         replica, rank = (rows == dist.get_rank()).nonzero()[0].tolist()
@@ -87,7 +81,9 @@ def _rows(mesh: DeviceMesh, axis: str | None) -> Tensor:
         grid = root.mesh.movedim(names.index(wanted), -1)
         return grid.reshape(-1, grid.shape[-1])
     if mesh.ndim > 1:
-        raise TpCompileError(f"The mesh has no dimension {axis!r}.", where=f"mesh dimensions {names}")
+        raise TpCompileError(
+            f"the axis {axis!r} is made of several", where=f"axes {names}", todo="slice the mesh: mesh['tp']"
+        )
     return mesh.mesh.reshape(1, -1)  # no names, or a flattened axis
 
 

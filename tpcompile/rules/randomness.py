@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from tpcompile.ir.nodes import option
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.nodes import module_path, option
 
 # Options that turn an operator's randomness on, each with the value at which it is off.
 _SWITCHES = (("train", False), ("training", False), ("p", 0.0), ("dropout_p", 0.0), ("dropout", 0.0))
@@ -29,3 +30,17 @@ def is_random(node: Node) -> bool:
         return False
     declared = {argument.name for argument in node.target._schema.arguments}
     return not any(name in declared and option(node, name) == off for name, off in _SWITCHES)
+
+
+def refuse_randomness(graph: Graph) -> None:
+    """Refuses a program with random numbers that no pass has made functions of their place.
+
+    Raises:
+        TpCompileError: it draws some.
+    """
+    if nodes := random_nodes(graph):
+        raise TpCompileError(
+            f"the model draws random numbers in a way that is not supported ({nodes[0].target})",
+            where=module_path(nodes[0]) or nodes[0].name,
+            todo="draw with dropout, bernoulli, rand, randn or rand_like; or call model.eval()",
+        )

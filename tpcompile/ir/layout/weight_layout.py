@@ -188,6 +188,11 @@ class WeightLayout:
         """Bytes of parameters and buffers that a rank holds."""
         return sum(math.prod(self.local_shape(n, rank)) * p.dtype.itemsize for n, p in self.params.items())
 
+    @property
+    def fullest(self) -> float:
+        """Bytes on the rank that holds the most."""
+        return max(self.held(rank) for rank in range(self.ranks))
+
     def to_json(self) -> dict[str, Any]:
         """A form for ``json``; ``from_json`` reads it."""
         return {

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ranks.mesh import check_mesh, local_device
 
 from .cost import CostModel
 
@@ -56,11 +57,13 @@ def calibrate(mesh: DeviceMesh, axis: str | None = None) -> CostModel:
     Raises:
         TpCompileError: there is no process group, this rank is not in the mesh, or it has no such axis.
     """
-    group = _group(mesh, axis)
-    kind = mesh.device_type
-    device = (
-        torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
-    )
+    check_mesh(mesh, axis)
+    if not dist.is_initialized():
+        raise TpCompileError(
+            "there is no process group to measure", todo="call torch.distributed.init_process_group"
+        )
+    group, kind = mesh.get_group(axis), mesh.device_type
+    device = local_device(kind)
     meter = _Meter(device, _CPU if kind == "cpu" else _ACCELERATOR, group)
     with torch.no_grad():
         rates = torch.tensor(meter.rates(), dtype=torch.float64, device=device)
@@ -69,29 +72,6 @@ def calibrate(mesh: DeviceMesh, axis: str | None = None) -> CostModel:
     flops, memory, reductions, bandwidth, calls = rates.tolist()
     name = f"calibrated {kind} x{dist.get_world_size(group)}"
     return CostModel(name, *map(_rounded, (flops, memory, 1 / reductions, bandwidth, 1 / calls)))
-
-
-def _group(mesh: DeviceMesh, axis: str | None) -> dist.ProcessGroup:
-    if not isinstance(mesh, DeviceMesh):
-        raise TpCompileError(
-            f"{mesh!r} is no DeviceMesh", todo="use torch.distributed.device_mesh.init_device_mesh"
-        )
-    if not dist.is_initialized():
-        raise TpCompileError(
-            "there is no process group to measure", todo="call torch.distributed.init_process_group"
-        )
-    names = mesh.mesh_dim_names or ()
-    wrong = mesh.ndim != 1 if axis is None else axis not in names
-    if wrong:
-        what = f"the mesh has {mesh.ndim} axes" if axis is None else f"the mesh has no axis {axis!r}"
-        raise TpCompileError(what, where=f"axes {names}", todo="give axis=, the name of one of its axes")
-    if mesh.get_coordinate() is None:
-        raise TpCompileError(
-            "this rank is not in the mesh",
-            where=f"rank {dist.get_rank()}",
-            todo="call it on the mesh's ranks",
-        )
-    return mesh.get_group(axis)
 
 
 class _Meter:
