@@ -207,19 +207,6 @@ def all_gather(x: Tensor, group: str, dim: int, sizes: list[int], index: int) ->
 
 
 @_register("(Tensor x, str group, int dim, int[] sizes, int index) -> Tensor")
-def all_gather_partial(x: Tensor, group: str, dim: int, sizes: list[int], index: int) -> Tensor:
-    """`S(dim) -> R`, gradient `P -> S(dim)`: size `sizes[index]` of `dim` becomes `sum(sizes)`.
-
-    Sequence parallelism's g-bar: the ranks go on differently (divided matmuls), backward reduce-scatters.
-    """
-    return _apply(
-        x,
-        lambda a: moves.gather(a, group, dim, sizes, index),
-        lambda grad: moves.reduce_scatter(grad, group, dim, sizes, index),
-    )
-
-
-@_register("(Tensor x, str group, int dim, int[] sizes, int index) -> Tensor")
 def reduce_scatter(x: Tensor, group: str, dim: int, sizes: list[int], index: int) -> Tensor:
     """`P -> S(dim)`, gradient `S(dim) -> R`: size `sum(sizes)` of `dim` becomes `sizes[index]`.
 

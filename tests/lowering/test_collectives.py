@@ -33,8 +33,8 @@ UNEVEN = {2: [3, 1], 3: [2, 4, 1]}
 EMPTY = {2: [0, 3], 3: [2, 0, 1]}
 NOTHING = {2: [0, 0], 3: [0, 0, 0]}
 SPLITS = {"even": EVEN, "uneven": UNEVEN, "empty": EMPTY, "nothing": NOTHING}
-MOVES = ["all_gather", "all_gather_partial", "reduce_scatter", "take_shard", "pad_shard"]
-LOCAL_INPUT = {"all_gather", "all_gather_partial", "pad_shard"}
+MOVES = ["all_gather", "reduce_scatter", "take_shard", "pad_shard"]
+LOCAL_INPUT = {"all_gather", "pad_shard"}
 WHOLE = ["all_reduce", "copy_to_ranks", "keep_first"]
 INEXACT = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -84,7 +84,6 @@ def _expected(op: str, xs: Tensors, dim: int, sizes: list[int], r: int) -> Tenso
         "copy_to_ranks": lambda: xs[r],
         "keep_first": lambda: xs[r] if r == 0 else torch.zeros_like(xs[r]),
         "all_gather": lambda: torch.cat(xs, dim),
-        "all_gather_partial": lambda: torch.cat(xs, dim),
         "reduce_scatter": lambda: _piece(sum(xs), dim, sizes, r),  # type: ignore[arg-type]
         "take_shard": lambda: _piece(xs[r], dim, sizes, r),
         "pad_shard": lambda: _padded(xs[r], dim, sizes, r),
@@ -97,7 +96,6 @@ def _expected_gradient(op: str, gs: Tensors, dim: int, sizes: list[int], r: int)
         "copy_to_ranks": lambda: sum(gs),
         "keep_first": lambda: gs[r],
         "all_gather": lambda: _piece(gs[r], dim, sizes, r),
-        "all_gather_partial": lambda: _piece(sum(gs), dim, sizes, r),  # type: ignore[arg-type]
         "reduce_scatter": lambda: torch.cat(gs, dim),
         "take_shard": lambda: torch.cat(gs, dim),
         "pad_shard": lambda: _piece(gs[r], dim, sizes, r),
@@ -342,8 +340,8 @@ def _block(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return x + F.linear(F.gelu(F.linear(x, up)), down)
 
 
-def check_whole_block(sequence_parallel: bool) -> None:
-    """A residual MLP block divided in Megatron's ways has the gradients of the whole block."""
+def check_whole_block() -> None:
+    """A residual MLP block divided in Megatron's way has the gradients of the whole block."""
     rank, ranks, group = dist.get_rank(), dist.get_world_size(), _group()
     rows, hidden = UNEVEN[ranks], EMPTY[ranks]
     x = torch.randn(sum(rows), 4, dtype=torch.float64, requires_grad=True)
@@ -356,16 +354,9 @@ def check_whole_block(sequence_parallel: bool) -> None:
     local_up = _piece(up.detach(), 0, hidden, rank).clone().requires_grad_()
     local_down = _piece(down.detach(), 1, hidden, rank).clone().requires_grad_()
     local_x = x.detach().clone().requires_grad_()
-    if sequence_parallel:
-        shard = OPS.take_shard.default(local_x, group, 0, rows, rank)
-        y = OPS.all_gather_partial.default(shard, group, 0, rows, rank)
-        y = F.linear(F.gelu(F.linear(y, local_up)), local_down)
-        y = shard + OPS.reduce_scatter.default(y, group, 0, rows, rank)
-        y = OPS.all_gather.default(y, group, 0, rows, rank)
-    else:
-        y = OPS.copy_to_ranks.default(local_x, group)
-        y = OPS.keep_first.default(local_x, rank) + F.linear(F.gelu(F.linear(y, local_up)), local_down)
-        y = OPS.all_reduce.default(y, group)
+    y = OPS.copy_to_ranks.default(local_x, group)
+    y = OPS.keep_first.default(local_x, rank) + F.linear(F.gelu(F.linear(y, local_up)), local_down)
+    y = OPS.all_reduce.default(y, group)
     (y * weight).sum().backward()
     assert x.grad is not None and up.grad is not None and down.grad is not None
     torch.testing.assert_close(y, out)
@@ -374,10 +365,9 @@ def check_whole_block(sequence_parallel: bool) -> None:
     torch.testing.assert_close(local_down.grad, _piece(down.grad, 1, hidden, rank))
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_a_divided_block_has_the_gradients_of_the_whole(ranks: int, sequence_parallel: bool) -> None:
-    run_spmd(check_whole_block, ranks, sequence_parallel)
+def test_a_divided_block_has_the_gradients_of_the_whole(ranks: int) -> None:
+    run_spmd(check_whole_block, ranks)
 
 
 def _members(name: str, index: int, size: int) -> list[int]:

@@ -94,7 +94,6 @@ def collectives(device: str = "cuda", backend: str = "nccl") -> dict[str, bool]:
         "all_reduce": lambda x: ops.all_reduce(x, group),
         "copy_to_ranks": lambda x: ops.copy_to_ranks(x, group),
         "all_gather": lambda x: ops.all_gather(x, group, 1, [6], 0),
-        "all_gather_partial": lambda x: ops.all_gather_partial(x, group, 1, [6], 0),
         "reduce_scatter": lambda x: ops.reduce_scatter(x, group, 1, [6], 0),
         "all_to_all": lambda x: ops.all_to_all(x, group, 0, 1, [4], [6], 0),
     }

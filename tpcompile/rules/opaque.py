@@ -35,11 +35,6 @@ def is_opaque(node: Node) -> bool:
     return node.op == "call_function" and str(node.target).startswith(NAME)
 
 
-def opaque_weights(node: Node) -> list[Node]:
-    """The weights of a custom strategy's module: they lie as the strategy's ``partition_tensor`` says."""
-    return list(arguments(node)[1])
-
-
 def _parse(text: str, ndim: int, key: str) -> Placement:
     if (match := _SHARD.fullmatch(text)) is None:
         return R if text == "R" else Partial()

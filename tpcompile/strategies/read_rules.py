@@ -95,8 +95,6 @@ def read_rules(
             whole["results"] += modules if strategy.whole_result else []
         if isinstance(strategy, Strategy) and strategy.sequence:
             sequence.update(modules, (t.param.rpartition(".")[0] for t in targets))
-        if isinstance(strategy, Strategy) and strategy.note and targets:
-            notes.append(f"{pin!r} ({glob}): {strategy.note}")
         if not targets and not (modules and _needs_no_weights(strategy)):
             notes.append(_unused(glob, pin, names, own))
         for target in targets:

@@ -26,11 +26,9 @@ class Strategy:
         whole_input: whoever takes the plan literally gives the module its input whole.
         whole_result: whoever takes the plan literally makes the module's result whole at once.
         sequence: the sequence is divided where the module's results are.
-        note: what the name promises elsewhere and is not done here, or ``""``.
     """
 
     division: Division
     whole_input: bool = False
     whole_result: bool = False
     sequence: bool = False
-    note: str = ""

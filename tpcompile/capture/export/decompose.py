@@ -163,8 +163,3 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     return {
         op: how for op, how in _composites().items() if not has_rule(op) and not str(op).startswith(_LOOPS)
     }
-
-
-def decomposed_names() -> tuple[str, ...]:
-    """The names of these operators: a captured program depends on them."""
-    return tuple(sorted(map(str, decompositions())))

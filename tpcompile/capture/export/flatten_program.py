@@ -28,7 +28,6 @@ _KINDS = {
     InputKind.CONSTANT_TENSOR: "constant",
     InputKind.USER_INPUT: "user",
 }
-_ORDER = {"param": 0, "buffer": 1, "constant": 2, "user": 3}
 _CHECKS = (
     "aten._assert_tensor_metadata",
     "aten._assert_scalar",

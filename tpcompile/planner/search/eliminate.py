@@ -54,14 +54,6 @@ class Problem:
         return float(sum(t[tuple(values[n] for n in names)] for names, t in self.tables))
 
 
-def brute_force(problem: Problem) -> tuple[dict[Hashable, int], float]:
-    """The same answer by trying everything: the oracle of the tests."""
-    names = list(problem.domains)
-    candidates = itertools.product(*(range(problem.domains[n]) for n in names))
-    best = min((dict(zip(names, c, strict=True)) for c in candidates), key=problem.cost)
-    return best, problem.cost(best)
-
-
 def solve(problem: Problem) -> tuple[dict[Hashable, int], float]:
     """An assignment of least cost, ties broken by the order of the variables and of their values.
 

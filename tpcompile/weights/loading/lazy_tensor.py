@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from tpcompile.errors import TpCompileError
 
@@ -190,8 +190,3 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split_sizes,
 }
-
-
-def expression_of(value: Any) -> Any:
-    """Expressions in the place of lazy tensors, wherever they are in a structure."""
-    return tree_map(lambda v: v.expression if isinstance(v, LazyTensor) else v, value)
