@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import operator
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from tpcompile.ir.graph_edit import call, drop_unused
-from tpcompile.ir.nodes import argument, is_tensor, shape
+from tpcompile.ir.graph_edit import call_before, drop_unused, replace
+from tpcompile.ir.nodes import argument, arguments, is_tensor, shape
 from tpcompile.ir.sizes import sizes_of
 from tpcompile.work import Work
 
@@ -45,31 +46,19 @@ class Canonicalise(Pass):
 
     def apply(self, work: Work) -> bool:
         changed = False
-        for node in list(work.graph.nodes):
-            if node.op != "call_function":
-                continue
-            if _is_identity(node):
-                node.replace_all_uses_with(node.args[0])
-            elif node.target in _SPLITS and _unequal(node):
-                _split_to_slices(node)
-            elif node.target is aten.index.Tensor and (found := _constant_position(work, node)):
-                _index_to_slice(node, *found)
-            elif node.target is aten.type_as.default:
-                _type_as_to_cast(node)
-            elif node.target is aten.copy.default:
-                _copy_to_source(node)
-            elif node.target in _NEW:
-                _new_to_factory(node)
-            elif (
-                node.target is aten.repeat_interleave.self_int and node.kwargs.get("output_size") is not None
-            ):
-                node.kwargs = {k: v for k, v in node.kwargs.items() if k != "output_size"}
-                changed = True
-            elif node.target is aten._weight_norm_interface.default:
-                _weight_norm_to_arithmetic(node)
-            elif node.target in _VIEWS and _state_sizes(node):
+        for node in work.graph.nodes:
+            if node.op == "call_function" and _rewrite(work, node):
                 changed = True
         return drop_unused(work.graph) or changed
+
+
+def _rewrite(work: Work, node: Node) -> bool:
+    """Rewrites a call, if there is another form for it."""
+    if _is_identity(node):
+        replace(node, node.args[0])  # type: ignore[arg-type]
+        return True
+    rewrite = _REWRITES.get(node.target)
+    return rewrite is not None and rewrite(work, node)
 
 
 def _is_identity(node: Node) -> bool:
@@ -84,28 +73,23 @@ def _is_identity(node: Node) -> bool:
     return node.target in (aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default)
 
 
-def _parts(node: Node) -> list[Any]:
+def _split_to_slices(work: Work, node: Node) -> bool:
+    """An unequal split becomes slices."""
     dim = argument(node, 2, "dim", 0)
-    return [sizes_of(t)[dim] for t in node.meta["val"]]
+    parts = [sizes_of(t)[dim] for t in node.meta["val"]]
+    if not all(isinstance(p, int) for p in parts) or len(set(parts)) < 2:
+        return False
+    bounds = itertools.pairwise([0, *itertools.accumulate(parts)])
+    replace(node, *(call_before(node, aten.slice.Tensor, node.args[0], dim, *each) for each in bounds))
+    return True
 
 
-def _unequal(node: Node) -> bool:
-    parts = _parts(node)
-    return all(isinstance(p, int) for p in parts) and len(set(parts)) > 1
-
-
-def _split_to_slices(node: Node) -> None:
-    graph, dim = node.graph, argument(node, 2, "dim", 0)
-    starts = [0]
-    for part in _parts(node):
-        starts.append(starts[-1] + part)
-    for user in list(node.users):
-        assert user.target is operator.getitem
-        i = argument(user, 1, "index")
-        with graph.inserting_before(user):
-            new = call(graph, aten.slice.Tensor, (node.args[0], dim, starts[i], starts[i + 1]), like=node)
-        user.replace_all_uses_with(new)
-        graph.erase_node(user)
+def _index_to_slice(work: Work, node: Node) -> bool:
+    found = _constant_position(work, node)
+    if found is not None:
+        dim, position = found
+        replace(node, call_before(node, aten.slice.Tensor, node.args[0], dim, position, position + 1))
+    return found is not None
 
 
 def _constant_position(work: Work, node: Node) -> tuple[int, int] | None:
@@ -126,74 +110,72 @@ def _constant_position(work: Work, node: Node) -> tuple[int, int] | None:
     return (dim, int(value) % size) if isinstance(size, int) else None
 
 
-def _index_to_slice(node: Node, dim: int, position: int) -> None:
-    with node.graph.inserting_before(node):
-        new = call(node.graph, aten.slice.Tensor, (node.args[0], dim, position, position + 1), like=node)
-    node.replace_all_uses_with(new)
-
-
-def _type_as_to_cast(node: Node) -> None:
+def _type_as_to_cast(work: Work, node: Node) -> bool:
     """Of the other operand only the type counts: it need not be brought along."""
-    with node.graph.inserting_before(node):
-        cast = call(
-            node.graph, aten._to_copy.default, (node.args[0],), {"dtype": node.meta["val"].dtype}, like=node
-        )
-    node.replace_all_uses_with(cast)
-
-
-def _copy_to_source(node: Node) -> None:
-    """Of the tensor that is copied into only shape and type count; the result may be the source itself."""
-    graph, (into, source), dtype = node.graph, node.args[:2], node.meta["val"].dtype
-    assert isinstance(into, Node) and isinstance(source, Node)
-    with graph.inserting_before(node):
-        if shape(source) != shape(into):
-            source = call(graph, aten.expand_as.default, (source, into), like=node)
-        if source.meta["val"].dtype != dtype:
-            source = call(graph, aten._to_copy.default, (source,), {"dtype": dtype}, like=node)
-    node.replace_all_uses_with(source)
-
-
-def _state_sizes(node: Node) -> bool:
-    """Writes static sizes as numbers, whatever they were written as."""
-    old = list(argument(node, 1, "size"))
-    new = [size if isinstance(size, int) else arg for arg, size in zip(old, shape(node), strict=True)]
-    if new == old:
-        return False
-    node.args = (node.args[0], new)
+    replace(node, call_before(node, aten._to_copy.default, node.args[0], dtype=node.meta["val"].dtype))
     return True
 
 
-def _new_to_factory(node: Node) -> None:
+def _copy_to_source(work: Work, node: Node) -> bool:
+    """Of the tensor that is copied into only shape and type count; the result may be the source itself."""
+    into, source = arguments(node)[:2]
+    if shape(source) != shape(into):
+        source = call_before(node, aten.expand_as.default, source, into)
+    replace(node, _cast(node, source, node.meta["val"].dtype))
+    return True
+
+
+def _state_sizes(work: Work, node: Node) -> bool:
+    """Writes static sizes as numbers, whatever they were written as."""
+    old = list(argument(node, 1, "size"))
+    new = [size if isinstance(size, int) else arg for arg, size in zip(old, shape(node), strict=True)]
+    node.args = (node.args[0], new)
+    return new != old
+
+
+def _new_to_factory(work: Work, node: Node) -> bool:
     fill = node.args[2] if _NEW[node.target] is None else _NEW[node.target]  # type: ignore[index]
     val = node.meta["val"]
-    options = {"dtype": val.dtype, "device": val.device}
-    with node.graph.inserting_before(node):
-        new = call(node.graph, aten.full.default, (node.args[1], fill), options, like=node)
-    node.replace_all_uses_with(new)
+    full = aten.full.default
+    replace(node, call_before(node, full, node.args[1], fill, dtype=val.dtype, device=val.device))
+    return True
 
 
-def _weight_norm_to_arithmetic(node: Node) -> None:
+def _without_size(work: Work, node: Node) -> bool:
+    told = node.kwargs.get("output_size") is not None
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "output_size"}
+    return told
+
+
+def _weight_norm_to_arithmetic(work: Work, node: Node) -> bool:
     """``v * (g / |v|)``, the norm over all dimensions but one."""
-    graph = node.graph
-    direction, length, kept = node.args[0], node.args[1], argument(node, 2, "dim", 0)
-    assert isinstance(direction, Node) and isinstance(length, Node)
-    rank, dtype = len(shape(direction)), length.meta["val"].dtype
+    direction, length, *_ = arguments(node)
+    kept, rank, dtype = argument(node, 2, "dim", 0), len(shape(direction)), length.meta["val"].dtype
     others = [d for d in range(rank) if d != kept % rank]
-    with graph.inserting_before(node):
-        # Half-precision squares are added up in single precision, as torch's kernel does.
-        long = _cast(direction, torch.promote_types(dtype, torch.float32))
-        square = call(graph, aten.mul.Tensor, (long, long), like=node)
-        total = call(graph, aten.sum.dim_IntList, (square, others, True), like=node)
-        norm = _cast(call(graph, aten.sqrt.default, (total,), like=node), dtype)
-        scale = call(graph, aten.div.Tensor, (length, norm), like=node)
-        weight = call(graph, aten.mul.Tensor, (direction, scale), like=node)
-    for user in list(node.users):
-        assert user.target is operator.getitem
-        user.replace_all_uses_with(weight if argument(user, 1, "index") == 0 else norm)
-        graph.erase_node(user)
+    # Half-precision squares are added up in single precision, as torch's kernel does.
+    long = _cast(node, direction, torch.promote_types(dtype, torch.float32))
+    square = call_before(node, aten.mul.Tensor, long, long)
+    total = call_before(node, aten.sum.dim_IntList, square, others, True)
+    norm = _cast(node, call_before(node, aten.sqrt.default, total), dtype)
+    scale = call_before(node, aten.div.Tensor, length, norm)
+    replace(node, call_before(node, aten.mul.Tensor, direction, scale), norm)
+    return True
 
 
-def _cast(value: Node, dtype: torch.dtype) -> Node:
+def _cast(node: Node, value: Node, dtype: torch.dtype) -> Node:
+    """A value in a type, as a call before a node."""
     if value.meta["val"].dtype == dtype:
         return value
-    return call(value.graph, aten._to_copy.default, (value,), {"dtype": dtype}, like=value)
+    return call_before(node, aten._to_copy.default, value, dtype=dtype)
+
+
+_REWRITES: dict[Any, Callable[[Work, Node], bool]] = {
+    **dict.fromkeys(_SPLITS, _split_to_slices),
+    **dict.fromkeys(_NEW, _new_to_factory),
+    **dict.fromkeys(_VIEWS, _state_sizes),
+    aten.index.Tensor: _index_to_slice,
+    aten.type_as.default: _type_as_to_cast,
+    aten.copy.default: _copy_to_source,
+    aten.repeat_interleave.self_int: _without_size,
+    aten._weight_norm_interface.default: _weight_norm_to_arithmetic,
+}

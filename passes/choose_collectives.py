@@ -9,7 +9,8 @@ from torch.fx import Node
 from tpcompile.errors import TpCompileError
 from tpcompile.ir import markers
 from tpcompile.ir.conversions import steps
-from tpcompile.ir.graph_edit import call
+from tpcompile.ir.graph_edit import call_before, replace
+from tpcompile.ir.nodes import arguments
 from tpcompile.ir.placements import R
 from tpcompile.work import Work
 
@@ -30,15 +31,13 @@ class ChooseCollectives(Pass):
     def apply(self, work: Work) -> bool:
         found = work.graph.find_nodes(op="call_function", target=markers.reshard)
         for node in found:
-            value, src, dst = node.args
-            with work.graph.inserting_before(node):
-                for target, options, after in steps(src, dst):
-                    if target is markers.mask_rows:
-                        options = (*options, _whole_value(work, options[1].ids))
-                    value = call(work.graph, target, (value, *options), like=node)
-                    value.meta["placement"] = after
-            node.replace_all_uses_with(value)
-            work.graph.erase_node(node)
+            value, src, dst = arguments(node)
+            for target, options, after in steps(src, dst):
+                if target is markers.mask_rows:
+                    options = (*options, _whole_value(work, options[1].ids))
+                value = call_before(node, target, value, *options)
+                value.meta["placement"] = after
+            replace(node, value)
         return bool(found)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tpcompile.ir.graph_edit import behind, call
+from tpcompile.ir.graph_edit import call_before, call_behind, replace, with_operands
 from tpcompile.ir.markers import (
     all_gather,
     all_reduce,
@@ -23,7 +23,7 @@ from tpcompile.ir.markers import (
     take_shard,
 )
 from tpcompile.ir.nodes import is_tensor, operands
-from tpcompile.ir.placements import Filled, Placement, R, Replicate
+from tpcompile.ir.placements import Filled, R, Replicate
 from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
 from tpcompile.work import Work
@@ -104,49 +104,38 @@ class _Divider:
                 return node
         source = first.args[0]
         assert isinstance(source, Node)
-        with self.graph.inserting_before(first):
-            return call(self.graph, aten.sym_size.int, (source, place.dim), like=first)
+        return call_before(first, aten.sym_size.int, source, place.dim)
 
     def _enter(self, node: Node) -> Node:
         """A collective that leads into the region, in the place of one that leads to the whole value."""
         target, options = (reduce_scatter, ()) if node.target is all_reduce else (all_to_all, node.args[2:3])
-        with self.graph.inserting_before(node):
-            args = (node.args[0], self.axes, *options, self._place(node))
-            new = call(self.graph, target, args, like=node)
-        node.replace_all_uses_with(new)
-        self.graph.erase_node(node)
+        new = call_before(node, target, node.args[0], self.axes, *options, self._place(node))
+        replace(node, new)
         return new
 
     def _operands(self, node: Node) -> None:
         """Brings in what a call reads from outside; whole operands get gradients from all ranks."""
         factor = self.positions.factor(node, self.region.key)
         assert factor is not None, "it was found by its factor"
-        places = iter(factor.inputs)
-        inputs: list[Placement] = []
-
-        def swap(arg: Any) -> Any:
-            if not (isinstance(arg, Node) and is_tensor(arg)):
-                return arg
-            place = next(places)
-            inputs.append(R if place is None else Filled(place[0]))
-            if arg in self.inside:
-                return arg
-            if place is not None:
-                return self._once(take_shard, arg, Filled(place[0]))
-            return self._once(copy_to_ranks, arg) if arg in self.differentiable else arg
-
-        args, kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), swap)
-        node.args, node.kwargs = args, kwargs
+        places = [None if place is None else Filled(place[0]) for place in factor.inputs]
+        node.args, node.kwargs = with_operands(node, map(self._brought_in, operands(node), places))
+        inputs = tuple(R if place is None else place for place in places)
         outputs = tuple(Filled(p[0]) for p in factor.outputs if p is not None)
-        node.meta["choices"] = (Choice(tuple(inputs), outputs, factor),) * len(self.axes)
+        node.meta["choices"] = (Choice(inputs, outputs, factor),) * len(self.axes)
+
+    def _brought_in(self, value: Node, place: Filled | None) -> Node:
+        if value in self.inside:
+            return value
+        if place is not None:
+            return self._once(take_shard, value, place)
+        return self._once(copy_to_ranks, value) if value in self.differentiable else value
 
     def _once(self, target: Callable[..., Any], value: Node, *options: Any) -> Node:
         """A marker behind a value, shared by all that want it."""
         if (target, value) not in self.made:
-            with self.graph.inserting_before(behind(value)):
-                node = call(self.graph, target, (value, self.axes, *options), like=value)
-            node.meta["placement"] = (*options, R)[:1] * len(self.axes)
-            self.made[target, value] = node
+            placement = (*options, R)[:1] * len(self.axes)
+            made = call_behind(value, target, value, self.axes, *options, placement=placement)
+            self.made[target, value] = made
         return self.made[target, value]
 
     def _leave(self, value: Node) -> None:
@@ -167,10 +156,8 @@ class _Divider:
                 self._hand_on(value, gathered, user, partial)
 
     def _gather(self, value: Node, place: Filled | None, partial: bool) -> Node:
-        with self.graph.inserting_before(behind(value)):
-            node = call(self.graph, all_gather, (value, self.axes, place, self.size, partial), like=value)
-        node.meta["placement"] = (R,) * len(self.axes)
-        return node
+        args = (value, self.axes, place, self.size, partial)
+        return call_behind(value, all_gather, *args, placement=(R,) * len(self.axes))
 
     def _hand_on(self, old: Node, new: Node, user: Node, partial: bool) -> None:
         """Gives a user a whole value, of whose gradient each rank has a summand if it is ``partial``.
@@ -181,8 +168,7 @@ class _Divider:
             user.replace_input_with(old, new)
         elif self._is_copy(user):
             rest = tuple(a for a in self.axes if a not in user.args[1])  # type: ignore[operator]
-            user.replace_all_uses_with(self._gradient_once(new, rest) if rest else new)
-            self.graph.erase_node(user)
+            replace(user, self._gradient_once(new, rest) if rest else new)
         elif self._is_copied(user):
             user.replace_input_with(old, new)
             for reader in list(user.users):
@@ -194,10 +180,7 @@ class _Divider:
         found = (u for u in value.users if u.target is gradient_once and u.args[1] == axes)
         if (known := next(found, None)) is not None:
             return known
-        with self.graph.inserting_before(behind(value)):
-            node = call(self.graph, gradient_once, (value, axes), like=value)
-        node.meta["placement"] = value.meta["placement"]
-        return node
+        return call_behind(value, gradient_once, value, axes, placement=value.meta["placement"])
 
     def _is_copy(self, node: Node) -> bool:
         whole = all(isinstance(p, Replicate) for p in node.meta.get("placement", ()))

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from tpcompile.errors import CannotCapture
-from tpcompile.ir.graph_edit import call
+from tpcompile.ir.graph_edit import call_before
 from tpcompile.ir.nodes import argument, module_path, shape
 from tpcompile.ir.sizes import Size, size_of
 from tpcompile.work import Work
@@ -60,11 +60,10 @@ def _flatten(node: Node) -> None:
             where=module_path(node),
             todo="use views, unfold or an index instead",
         )
-    with node.graph.inserting_before(node):
-        flat = call(node.graph, aten.permute.default, (source, order), like=node)
-        flat = call(node.graph, aten.reshape.default, (flat, [-1]), like=node)
-        if start != 0:  # as no node is
-            flat = call(node.graph, aten.slice.Tensor, (flat, 0, start), like=node)
+    flat = call_before(node, aten.permute.default, source, order)
+    flat = call_before(node, aten.reshape.default, flat, [-1])
+    if start != 0:  # as no node is
+        flat = call_before(node, aten.slice.Tensor, flat, 0, start)
     node.args, node.kwargs = (flat, *node.args[1:3]), {}
 
 

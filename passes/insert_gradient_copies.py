@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Node
 
-from tpcompile.ir.graph_edit import behind, call
+from tpcompile.ir.graph_edit import call_behind, with_operands
 from tpcompile.ir.markers import MARKERS, copy_to_ranks
 from tpcompile.ir.nodes import is_tensor, operands
 from tpcompile.ir.placements import Owned, Partial, Replicate
@@ -37,27 +36,24 @@ class InsertGradientCopies(Pass):
             return False
         differentiable = differentiable_values(work)
         made: dict[tuple[Node, tuple[int, ...]], Node] = {}
+
+        def copied(value: Node, on: tuple[int, ...], like: Node) -> Node:
+            if not on or value not in differentiable:
+                return value
+            if (value, on) not in made:
+                placement = value.meta["placement"]
+                made[value, on] = call_behind(value, copy_to_ranks, value, on, placement=placement, like=like)
+            return made[value, on]
+
         for node in list(work.graph.nodes):
             if node.op != "call_function" or node.target in MARKERS or not node.meta.get("choices"):
                 continue
-            axes = [_varying(work, node, s) for s in node.meta["choices"]]
-            index = -1
-
-            def swap(arg: Any, node: Node = node, axes: list[set[int]] = axes) -> Any:
-                nonlocal index
-                if not (isinstance(arg, Node) and is_tensor(arg)):
-                    return arg
-                index += 1
-                on = tuple(a for a, operand_set in enumerate(axes) if index in operand_set)
-                if not on or arg not in differentiable:
-                    return arg
-                if (arg, on) not in made:
-                    with node.graph.inserting_before(behind(arg)):
-                        made[arg, on] = call(node.graph, copy_to_ranks, (arg, on), like=node)
-                    made[arg, on].meta["placement"] = arg.meta["placement"]
-                return made[arg, on]
-
-            node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), swap)
+            varying = [_varying(work, node, choice) for choice in node.meta["choices"]]
+            new = [
+                copied(value, tuple(axis for axis, of in enumerate(varying) if i in of), node)
+                for i, value in enumerate(operands(node))
+            ]
+            node.args, node.kwargs = with_operands(node, new)
         return bool(made)
 
 

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from tpcompile.capture.repeats.match_periods import BLOCK, block_of
-from tpcompile.ir.graph_edit import behind, call
+from tpcompile.ir.graph_edit import call_behind, with_operands
 from tpcompile.ir.markers import Placements, reshard
 from tpcompile.ir.nodes import is_tensor, operands
 from tpcompile.ir.placements import R
@@ -72,14 +71,9 @@ class _Inserter:
 
     def operands(self, node: Node) -> None:
         """Brings a call's operands to where its choices want them."""
-        wants = iter(
-            [tuple(d.need(node, i) for d in self.work.decisions) for i in range(len(operands(node)))]
-        )
-
-        def swap(arg: Any) -> Any:
-            return self.bring(arg, next(wants)) if isinstance(arg, Node) and is_tensor(arg) else arg
-
-        node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), swap)
+        given = operands(node)
+        wants = (tuple(d.need(node, i) for d in self.work.decisions) for i in range(len(given)))
+        node.args, node.kwargs = with_operands(node, map(self.bring, given, wants))
 
     def results(self, node: Node) -> None:
         """Brings the program's results to where the caller wants them: whole, caches as they lie."""
@@ -105,8 +99,5 @@ class _Inserter:
             return value
         key = (value, dst)
         if key not in self.made:
-            with value.graph.inserting_before(behind(value)):
-                node = call(value.graph, reshard, (value, src, dst), like=value)
-            node.meta["placement"] = dst
-            self.made[key] = node
+            self.made[key] = call_behind(value, reshard, value, src, dst, placement=dst)
         return self.made[key]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from tpcompile.ir.graph_edit import behind, call
+from tpcompile.ir.graph_edit import call_before, call_behind
 from tpcompile.ir.markers import keep_whole
 from tpcompile.ir.nodes import module_path, operands
 from tpcompile.planner.search.must_divide import weight_root
@@ -41,11 +41,9 @@ class KeepWhole(Pass):
         for node in before:
             given = next((o for o in operands(node) if weight_root(o, params) is None), None)
             if given is not None:
-                with work.graph.inserting_before(node):
-                    node.replace_input_with(given, call(work.graph, keep_whole, (given,), like=node))
+                node.replace_input_with(given, call_before(node, keep_whole, given))
         for node in after:
-            with work.graph.inserting_before(behind(node)):
-                held = call(work.graph, keep_whole, (node,), like=node)
+            held = call_behind(node, keep_whole, node)
             node.replace_all_uses_with(held, delete_user_cb=lambda user, held=held: user is not held)
         return bool(before or after)
 

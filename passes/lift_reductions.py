@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from tpcompile.ir.graph_edit import call
+from tpcompile.ir.graph_edit import call_before, call_behind, replace
 from tpcompile.ir.markers import all_reduce, keep_first
 from tpcompile.ir.nodes import operands, shape
 from tpcompile.ir.placements import P, R
@@ -53,9 +53,8 @@ def _behind_view(node: Node) -> bool:
         return False
     value = node.args[0]
     assert isinstance(value, Node)
-    with node.graph.inserting_before(view.next):
-        new = call(node.graph, all_reduce, (view, *node.args[1:]), like=node)
-    new.meta["placement"] = node.meta["placement"]
+    placement = node.meta["placement"]
+    new = call_behind(view, all_reduce, view, *node.args[1:], placement=placement, like=node)
     view.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     view.replace_input_with(node, value)
     view.meta["placement"] = value.meta["placement"]
@@ -81,13 +80,11 @@ def _before_additions(work: Work, node: Node) -> bool:
     for addition in additions:
         node.prepend(addition)
     value = _chain(sums[0], sums[1:], additions[: len(sums) - 1], P)
-    with node.graph.inserting_before(additions[len(sums) - 1]):
-        reduced = call(node.graph, all_reduce, (value, *node.args[1:]), like=node)
+    reduced = call_before(additions[len(sums) - 1], all_reduce, value, *node.args[1:], like=node)
     reduced.meta["placement"] = node.meta["placement"]
     # The value that was there first is the first summand again.
     result = _chain(reduced, ready, additions[len(sums) - 1 :], R)
-    node.replace_all_uses_with(result)
-    node.graph.erase_node(node)
+    replace(node, result)
     for leaf, _ in leaves:
         if not leaf.users:  # a copy that only the first rank kept
             node.graph.erase_node(leaf)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tpcompile.ir.graph_edit import KEPT_META, call, drop_unused
+from tpcompile.ir.graph_edit import KEPT_META, call, drop_unused, with_operands
 from tpcompile.ir.layout.segment import Segment
 from tpcompile.ir.names import starred
 from tpcompile.ir.nodes import argument, module_path, operands, producer, results, shape
@@ -206,17 +206,7 @@ class _Splitter:
     def _recompute(self, value: Node, part: Part, order: int) -> Node:
         inputs = self._inputs(value, part)
         assert inputs is not None
-        replaced = iter([self._compute(o, p, order) if p else o for o, p in inputs])
-
-        def swap(arg: Any) -> Any:
-            return (
-                next(replaced)
-                if isinstance(arg, Node) and isinstance(arg.meta.get("val"), torch.Tensor)
-                else arg
-            )
-
-        given: Any = (value.args, value.kwargs)
-        args, kwargs = torch.fx.node.map_aggregate(given, swap)
+        args, kwargs = with_operands(value, [self._compute(o, p, order) if p else o for o, p in inputs])
         rule = self.factors.rules[value]
         assert isinstance(rule, Rule)
         if rule.localize == "sizes":

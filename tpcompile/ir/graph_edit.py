@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
+
+from .nodes import is_tensor
 
 KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "block")
 
@@ -42,6 +45,58 @@ def call(
     node.meta.update({k: like.meta[k] for k in KEPT_META if k in like.meta})
     node.meta["val"] = value_of(target, args, kwargs or {}, mode or fake_mode(graph))
     return node
+
+
+def call_before(
+    node: Node, target: Callable[..., Any], *args: Any, like: Node | None = None, **kwargs: Any
+) -> Node:
+    """Adds a call before a node; ``like`` tells where in the model it belongs (by default: with the node)."""
+    with node.graph.inserting_before(node):
+        return call(node.graph, target, args, kwargs, like=like or node)
+
+
+def call_behind(
+    value: Node,
+    target: Callable[..., Any],
+    *args: Any,
+    placement: Sequence[Any] | None = None,
+    like: Node | None = None,
+) -> Node:
+    """Adds a call right behind a value.
+
+    Args:
+        value: a call, or an input: then the call stands behind all inputs.
+        target: what is called.
+        args: its arguments.
+        placement: the result's, if values have any.
+        like: tells where in the model the call belongs; by default where the value does.
+    """
+    with value.graph.inserting_before(behind(value)):
+        node = call(value.graph, target, args, like=like or value)
+    if placement is not None:
+        node.meta["placement"] = placement
+    return node
+
+
+def replace(node: Node, *results: Node) -> None:
+    """Has others read these values instead of a call's results; the call is erased."""
+    if isinstance(node.meta["val"], torch.Tensor):
+        node.replace_all_uses_with(results[0])
+    else:
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            node.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def with_operands(node: Node, new: Iterable[Node]) -> tuple[Any, Any]:
+    """A call's positional and keyword arguments, with others instead of its ``operands``, in that order."""
+    values = iter(new)
+    return torch.fx.node.map_aggregate(
+        (node.args, node.kwargs),
+        lambda arg: next(values) if isinstance(arg, Node) and is_tensor(arg) else arg,
+    )
 
 
 def behind(value: Node) -> Node:
