@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -30,19 +30,21 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def imported_names(module: str) -> Iterator[str]:
-    """The full names that a module imports, wherever in it: `from a import b` yields `a.b`."""
-    path = MODULES[module]
+def imported_by(path: Path, package: Sequence[str] = ()) -> Iterator[str]:
+    """The full names that a file of a package imports, wherever in it: `from a import b` yields `a.b`."""
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
-                parents = parents[: len(parents) - (node.level - 1)]
-                base = ".".join(parents + ([base] if base else []))
+            parents = package[: len(package) - (node.level - 1)] if node.level else ()
+            base = ".".join((*parents, *([node.module] if node.module else [])))
             yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def imported_names(module: str) -> Iterator[str]:
+    """The full names that a module of the package imports."""
+    path, parts = MODULES[module], module.split(".")
+    return imported_by(path, parts if path.name == "__init__.py" else parts[:-1])
 
 
 def imports() -> set[tuple[str, str]]:

@@ -13,14 +13,11 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.partitioners import min_cut_rematerialization_partition as min_cut
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import functional as F
 
 import tpcompile.lowering.collectives  # noqa: F401  (registers the operators)
 from tests.helpers.run_ranks import SpmdError, run_spmd
 from tpcompile.errors import TpCompileError
-from tpcompile.ranks.groups import AxisGroups
-from tpcompile.ranks.mesh_axis import MeshAxis
 
 OPS = torch.ops.tpcompile
 Tensors = list[Tensor]
@@ -368,61 +365,3 @@ def check_whole_block() -> None:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_divided_block_has_the_gradients_of_the_whole(ranks: int) -> None:
     run_spmd(check_whole_block, ranks)
-
-
-def _members(name: str, index: int, size: int) -> list[int]:
-    """Ranks of the group in its order, checked against index and size by a real collective."""
-    mine = torch.tensor([dist.get_rank()])
-    out = OPS.all_gather.default(mine, name, 0, [1] * size, index)
-    assert out[index] == dist.get_rank()
-    return out.tolist()
-
-
-def check_groups(kind: str) -> dict[tuple[int, ...], list[int]]:
-    if kind == "rows":
-        mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("dp", "tp"))["tp"]
-    elif kind == "columns":
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "dp"))
-    elif kind == "permuted":
-        mesh = DeviceMesh("cpu", [3, 1, 0, 2])
-    else:
-        mesh = init_device_mesh("cpu", (4,))
-    factors = (2,) if kind == "columns" else (2, 2)
-    subsets = [(0,)] if kind == "columns" else [(1,), (0,), (0, 1)]
-    axis = MeshAxis.of(mesh, "tp" if kind == "columns" else None)
-    groups = AxisGroups(axis, factors)
-    assert groups.name(tuple(range(len(factors)))) == axis.group_name
-    return {axes: _members(groups.name(axes), groups.index(axes), groups.size(axes)) for axes in subsets}
-
-
-def test_groups_of_sub_axes() -> None:
-    for kind in ("plain", "rows", "permuted"):
-        assert run_spmd(check_groups, 4, kind) == [
-            {(0,): [rank % 2, rank % 2 + 2], (1,): [rank // 2 * 2, rank // 2 * 2 + 1], (0, 1): [0, 1, 2, 3]}
-            for rank in range(4)
-        ]
-    assert run_spmd(check_groups, 4, "columns") == [{(0,): [rank % 2, rank % 2 + 2]} for rank in range(4)]
-
-
-def fail_on_one_rank(rank: int) -> None:
-    if dist.get_rank() == rank:
-        raise ValueError("on purpose")
-    dist.barrier()
-
-
-def hang() -> None:
-    if dist.get_rank() == 0:
-        dist.barrier()
-
-
-def get_rank() -> int:
-    return dist.get_rank()
-
-
-def test_spmd_reports_failures_and_hangs_and_goes_on() -> None:
-    with pytest.raises(SpmdError, match=r"rank 1 of 2 in fail_on_one_rank:(.|\n)*on purpose") as caught:
-        run_spmd(fail_on_one_rank, 2, 1)
-    assert isinstance(caught.value.__cause__, ValueError) and caught.value.rank == 1
-    with pytest.raises(SpmdError, match=r"ranks \[0\] gave no answer in 2 s"):
-        run_spmd(hang, 2, timeout=2)
-    assert run_spmd(get_rank, 2) == [0, 1]

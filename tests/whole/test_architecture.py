@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import networkx
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from tests.helpers.source_tree import MODULES, ROOT, imported_names, imports, parsed
+from tests.helpers.source_tree import MODULES, ROOT, imported_by, imported_names, imports, parsed
 
 # From low to high. A module imports from lower layers and from its own room only: not from another room of
 # the same layer, not lazily, and not for the sake of a type.
@@ -110,6 +110,17 @@ def _lines_of_code(function: ast.FunctionDef) -> int:
     every = [function, *texts]
     own, *inside = ((node.end_lineno or 0) - node.lineno + 1 for node in every)
     return own - sum(inside)
+
+
+def test_tests_are_in_the_folder_of_their_room() -> None:
+    """tests/ has a folder per room; what imports from one room alone is not in tests/whole/."""
+    rooms = {_room(module) for module, path in MODULES.items() if path.name == "__init__.py"} - {"__init__"}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {"__pycache__"}
+    assert folders == rooms | {"whole", "helpers", "on_ranks", "golden"}
+    for path in (ROOT / "tests" / "whole").glob("test_*.py"):
+        found = {name for name in imported_by(path) if name.startswith(("tpcompile", "tests.on_ranks"))}
+        about = {_room(name) if name.count(".") > 1 else name for name in found} - {"ir", "errors"}
+        assert len(about) != 1 or not about <= rooms, f"{path.name} belongs into tests/{about.pop()}"
 
 
 def test_the_package_stays_easy_to_survey() -> None:
