@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -176,7 +175,7 @@ def _replicated(plan: Plan) -> dict[str, int]:
     for name, param in plan.layout.params.items():
         if all(shard is None for segment in param.segments for shard in segment.shards):
             key = starred(name)
-            found[key] = found.get(key, 0) + math.prod(param.shape) * param.dtype.itemsize
+            found[key] = found.get(key, 0) + param.bytes
     return found
 
 

@@ -104,18 +104,15 @@ def _refuse_selection(param: ParamLayout) -> None:
 
 def _placement(factors: Factors, node: Node, segment: Segment, axis: int) -> Placement:
     """Where the atom that the layout divides stands among the (finer) factors of this program."""
-    flat = segment.shards[axis]
-    if flat is None:
+    place = segment.place(axis)
+    if place is None:
         return R
-    for dim, atoms in enumerate(segment.atoms):
-        if flat < len(atoms):
-            found = same_place(factors.atom_sizes(node)[dim], atoms, flat)
-            if found is None:
-                raise TpCompileError(
-                    "this call needs finer units of a parameter than it was divided by",
-                    where=f"{node.name}, dimension {dim}",
-                    todo="capture this call first",
-                )
-            return Shard(dim, found)
-        flat -= len(atoms)
-    raise AssertionError("a shard names no factor")
+    dim, at = place
+    found = same_place(factors.atom_sizes(node)[dim], segment.atoms[dim], at)
+    if found is None:
+        raise TpCompileError(
+            "this call needs finer units of a parameter than it was divided by",
+            where=f"{node.name}, dimension {dim}",
+            todo="capture this call first",
+        )
+    return Shard(dim, found)

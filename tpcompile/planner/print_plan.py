@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from tpcompile.ir.layout.segment import Segment
 from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout
 from tpcompile.ir.names import starred
+from tpcompile.ir.placements import Shard
 from tpcompile.ir.units import size_text
 
 from .collective import Collective
@@ -52,17 +53,8 @@ def placement_text(param: ParamLayout) -> str:
 
 
 def _segment_text(segment: Segment) -> str:
-    return " x ".join(_shard_text(segment, s) for s in segment.shards) or "R"
-
-
-def _shard_text(segment: Segment, shard: int | None) -> str:
-    if shard is None:
-        return "R"
-    for dim, atoms in enumerate(segment.atoms):
-        if shard < len(atoms):
-            return f"S({dim})" if shard == 0 else f"S({dim}/{shard})"
-        shard -= len(atoms)
-    raise AssertionError("a shard names no factor")
+    places = map(segment.place, range(len(segment.shards)))
+    return " x ".join("R" if place is None else str(Shard(*place)) for place in places) or "R"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -34,6 +34,14 @@ class Segment:
         """The segment's shape, before it is divided."""
         return _shape(self.factors, self.box)
 
+    def place(self, axis: int) -> tuple[int, int] | None:
+        """The dimension that a mesh axis divides, and the position of the divided atom in it."""
+        atom = self.shards[axis]
+        if atom is None:
+            return None
+        flat = [(dim, at) for dim, atoms in enumerate(self.atoms) for at in range(len(atoms))]
+        return flat[atom]
+
     def local_box(self, axes: Sequence[int], coordinates: Sequence[int]) -> Box:
         """The ranges of atoms that the rank at these coordinates holds; axes divide one after the other."""
         box = [(0, a) for dim in self.atoms for a in dim]
