@@ -21,12 +21,14 @@ from tpcompile.ir.calls import flatten_call
 
 from .capture.held_caches import Held, mark_caches
 from .capture.repeats.capture_repeated import capture_repeated, unroll_captured
+from .disk_cache import own_sources
 from .errors import TpCompileError
 from .ir.layout.weight_layout import WeightLayout
 from .ir.module_tensors import whole_tensors
 from .ir.print_graph import graph_text
 from .ir.units import size_text
 from .lowering.cannot_lower import CannotLower
+from .lowering.collective_lines import sent_by
 from .lowering.lower_graph import lower_program
 from .passes.pipeline import Pass
 from .pipeline import canonical, plan_program, rewrite, split_copy
@@ -40,12 +42,15 @@ from .planner.plan_layout import extended, layout_of, pins_from_layout
 from .planner.search.cost import CostModel
 from .planner.store_plan import Decisions, plan_cached
 from .ranks.agree import compare, from_first, together
+from .ranks.compare_sent import compare_sent
+from .ranks.describe import describe_code, describe_value
 from .ranks.exchange import exchange
 from .ranks.groups import AxisGroups
 from .ranks.mesh import local_device
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT
 from .rules.randomness import refuse_randomness
+from .rules.table import user_rows
 from .strategies.custom.custom_modules import CustomModules, partition_modules
 from .strategies.read_rules import Rules, Wish
 from .work import Alike, Work
@@ -96,9 +101,13 @@ class Options:
     def lines(self) -> list[str]:
         """What all ranks must have asked for, as text; the cost model may differ: rank 0's counts."""
         plan = None if self.plan is None else (self.plan.fingerprint, self.plan.layout.to_json())
-        passes = [each.name for each in self.passes]
+        passes = [f"{describe_code(type(each))}: {describe_value(each)}" for each in self.passes]
+        own = sorted(user_rows().items())
+        rows = [f"{op}: {row if isinstance(row, str) else describe_code(row)}" for op, row in own]
+        versions = [own_sources(), torch.__version__]
         asked: dict[str, Any] = {"rules": self.rules.wishes, "custom": dict(self.custom), "plan": plan}
         asked |= {"passes": passes, "dynamic": self.dynamic, "memory": self.memory, "compose": self.compose}
+        asked |= {"rows": rows, "versions": versions}
         asked["sequence"] = self.sequence if isinstance(self.sequence, bool) else sorted(self.sequence)
         return [f"{name}: {value!r}" for name, value in asked.items()]
 
@@ -208,6 +217,7 @@ class Compiler:
         else:
             where = ", ".join(f"{op} in {path}" for op, path in base.refused)
             raise TpCompileError("too many calls do not run on parts", where=where, todo="report this")
+        self._compare_derived(compiled)
         compiled.plan.timings["capture"] = captured - began
         missed = compiled.rewritten.captured.notes[len(base.captured.notes) :]
         if layout is None and missed and self.rank == 0:
@@ -229,7 +239,7 @@ class Compiler:
         data = from_first(self.group, lambda: self._decide(base, layout, fingerprint, tensors))
         compare(self.group, "plans", [repr(data), f"sequence_parallel: {sequence_text(self.sequence)}"])
         seconds = time.perf_counter() - began
-        planned = _follow(base, data, layout)
+        planned = together(self.group, "follow the plan", lambda: _follow(base, data, layout))
         self._make_groups(planned.axes)
 
         def finish() -> Compiled | CannotLower:
@@ -250,6 +260,16 @@ class Compiler:
         everyone = exchange(self.group, "lower the model: refusals", cannot) if self.group else [cannot]
         refused = {call: why for each in everyone for call, why in each.items()}
         return refused if refused or isinstance(found, CannotLower) else found
+
+    def _compare_derived(self, compiled: Compiled) -> None:
+        """Compares what every rank has made of the plan by itself, with its rules and passes."""
+        layout = [repr(param) for param in compiled.plan.layout.to_json()["params"]]
+        text = graph_text(compiled.rewritten.graph).splitlines()
+        todo = "register the same rules on every rank, and give the same passes in the same versions"
+        compare(self.group, "layouts of the weights", layout, todo)
+        compare(self.group, "rewritten graphs", text, todo)
+        if self.axis is not None:
+            compare_sent(self.group, sent_by(compiled.local.graph))
 
     def _remark(self, base: Work, compiled: Compiled, tensors: Mapping[str, Tensor]) -> None:
         """Adds to a plan what its user should know of the rules that it follows, and warns of it once."""

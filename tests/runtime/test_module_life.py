@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import init_device_mesh
 import tpcompile
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import module_life as life
-from tpcompile.ranks.compare_calls import _sample
 
 F32 = 1e-5
 
@@ -100,17 +99,6 @@ def test_plans_and_calls_that_do_not_fit() -> None:
         "parallelised already",
     ]
     _assert_told(life.misfits, expected)
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.bool, torch.complex64, torch.int64]
-)
-def test_samples_of_weights(dtype: torch.dtype) -> None:
-    """Equal tensors have equal samples, however they lie in memory; others have others."""
-    values = torch.arange(1, 7).remainder(3).to(dtype).reshape(2, 3)
-    turned = values.view(values.dtype).t().contiguous().t()
-    assert _sample(values) == _sample(turned) != _sample(values[:1])
-    assert _sample(torch.empty(0, dtype=dtype)) == _sample(values.to("meta")) == ""
 
 
 def test_first_calls_that_are_exported_or_transformed() -> None:

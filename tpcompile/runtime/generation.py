@@ -19,7 +19,7 @@ from torch import Tensor
 from tpcompile.capture.caches.register import is_cache
 from tpcompile.errors import TpCompileError
 from tpcompile.ranks.agree import compare, from_first
-from tpcompile.ranks.compare_calls import describe_value
+from tpcompile.ranks.describe import describe_value
 
 from .module import ShardedModule
 from .runtime import Runtime
@@ -143,16 +143,7 @@ def _arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
 
 def _describe(call: Mapping[str, Any]) -> list[str]:
     """A call as text: a line per argument, tensors by their contents."""
-    return [f"{name}: {_describe_value(value)}" for name, value in call.items()]
-
-
-def _describe_value(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return f"{type(value).__name__} {[_describe_value(v) for v in value]}"
-    if hasattr(value, "to_json_string"):  # a configuration, which may hold tensors
-        public = sorted((key, v) for key, v in vars(value).items() if not key.startswith("_"))
-        return str([(key, _describe_value(v)) for key, v in public])
-    return describe_value(value)
+    return [f"{name}: {describe_value(value)}" for name, value in call.items()]
 
 
 def _get(config: Any, name: str) -> Any:

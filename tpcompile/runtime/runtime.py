@@ -41,7 +41,7 @@ from .guards import (
     without_hooks,
 )
 from .make_program import hand_out, make_program
-from .program import Program, device_of
+from .program import Program, autocast_of, device_of
 from .settings import Settings
 
 
@@ -196,13 +196,21 @@ class Runtime:
             if not self.compare_calls:
                 self._compare(model, bound, program.entry, leaves)
 
-    def _compare(self, model: nn.Module, bound: dict[str, Any], path: str, leaves: Sequence[Any]) -> None:
-        """Compares a call over the ranks; the parts of caches differ."""
+    def _compare(
+        self,
+        model: nn.Module,
+        bound: dict[str, Any],
+        path: str,
+        leaves: Sequence[Any],
+        act: str = "run",
+    ) -> None:
+        """Compares a call that ranks are to run or to capture; the parts of caches differ."""
         mode = "train" if model.get_submodule(path).training else "eval"
-        what = f"{path or type(model).__name__} in {mode} mode, gradients {torch.is_grad_enabled()}"
+        modes = f"gradients {torch.is_grad_enabled()}, autocast {autocast_of(leaves)}"
+        what = f"{path or type(model).__name__} in {mode} mode, {modes}"
         named = [(n, x) for n, x in zip(leaf_names(bound), leaves, strict=True) if n not in self.caches]
         names, values = [n for n, _ in named], [x for _, x in named]
-        compare_call(self.compiler.group, what, names, values)
+        compare_call(self.compiler.group, act, what, names, values)
 
     def bind(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
@@ -228,6 +236,8 @@ class Runtime:
         Raises:
             TpCompileError: the call cannot be captured, planned or lowered; the model is unchanged.
         """
+        if can_compare(leaves := flatten_call(bound)[0]):
+            self._compare(model, bound, path, leaves, "capture")
         if self.compiler.options.dynamic is False:
             self._refuse_new_shapes(bound, path)
         if self.layout is None:
@@ -371,6 +381,7 @@ def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], 
     if program is None:
         try:
             program = runtime.capture(model, bound, path)
+            program.seen = True
         except TpCompileError as error:
             empty = not path and not any(isinstance(leaf, Tensor) for leaf in leaves)
             if empty or not runtime.compose(model, path, tuple(bound), error):

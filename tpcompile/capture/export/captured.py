@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from tpcompile.capture.caches.call_results import CacheState, GivenCache
 from tpcompile.errors import TpCompileError
+from tpcompile.ranks.describe import describe_value
 
 from .autograd_functions import FunctionCall
 
@@ -103,10 +103,7 @@ class Captured:
 
     def constant_lines(self) -> list[str]:
         """The constants as text: each one's name and form, and a hash of its values."""
-        return [
-            f"{name}: {value.dtype}{list(value.shape)} {_digest(value)}"
-            for name, value in sorted(self.constants.items())
-        ]
+        return [f"{name}: {describe_value(value)}" for name, value in sorted(self.constants.items())]
 
     def accepts(self, leaves: Sequence[Any]) -> str | None:
         """Return None if this program may run on ``leaves``, else a sentence that says why not.
@@ -180,8 +177,3 @@ class Captured:
             for spec, value in zip(self.outputs[:count], flat_outputs[:count], strict=True)
         ]
         return tree_unflatten(results, self.out_spec)
-
-
-def _digest(value: torch.Tensor) -> str:
-    plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(plain.numpy().tobytes()).hexdigest()

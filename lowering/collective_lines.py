@@ -1,0 +1,43 @@
+"""What a rank's graph sends, as text, for comparison with the other ranks'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import _resolve_process_group
+from torch.fx import Graph, Node
+
+from tpcompile.ranks.compare_sent import Sent
+
+_DIVIDED = ("dim", "src_dim")
+"""Arguments that name a dimension in which ranks hold different sizes."""
+
+
+def sent_by(graph: Graph) -> list[Sent]:
+    """The collectives of a lowered graph, in their order."""
+    found = []
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "tpcompile":
+            names = (argument.name for argument in node.target._schema.arguments)
+            given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+            if "group" in given:
+                group: Any = _resolve_process_group(given["group"])
+                members = tuple(dist.get_process_group_ranks(group))
+                found.append(Sent(f"{node.target._opname} over {len(members)} ranks", members, _facts(given)))
+    return found
+
+
+def _facts(given: dict[str, Any]) -> str:
+    """What all ranks give alike: not the rank's index, nor its size of the dimension that is divided."""
+    divided = [given[name] for name in _DIVIDED if name in given]
+    val = given["x"].meta["val"]
+    shape = ["-" if dim in divided else _size(size) for dim, size in enumerate(val.shape)]
+    rest = {name: value for name, value in given.items() if name not in ("x", "group", "index")}
+    told = [f", {name} {value}" for name, value in rest.items() if not isinstance(value, Node)]
+    return f"{val.dtype} [{', '.join(shape)}]{''.join(told)}"
+
+
+def _size(size: Any) -> str:
+    return str(size) if isinstance(size, int) else "any"

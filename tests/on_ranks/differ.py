@@ -1,0 +1,156 @@
+"""What the ranks do in ``test_differ``: one is given something else, or makes something else of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import tpcompile
+from tests.helpers.toys import Mlp
+from tests.on_ranks.models import mesh
+from tests.on_ranks.module_life import refusal
+from tpcompile.ir import markers
+from tpcompile.lowering import lower_markers
+from tpcompile.passes.pipeline import Pass
+from tpcompile.ranks.compare_sent import Sent, compare_sent
+from tpcompile.rules import table
+from tpcompile.work import Work
+
+X = torch.linspace(-1, 1, 24).reshape(2, 12)
+
+
+class Scaled(Mlp):
+    """With a dropout, a buffer, and a number as an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("offset", torch.arange(12.0))
+
+    def forward(self, x: Tensor, scale: int = 1) -> Tensor:
+        y: Tensor = self.drop(super().forward(x) * scale + self.offset)
+        return y
+
+
+@dataclass(frozen=True)
+class Nothing(Pass):
+    """Does nothing."""
+
+    name: ClassVar[str] = "nothing"
+    option: int = 0
+
+    def apply(self, work: Work) -> bool:
+        return False
+
+
+def made(**options: Any) -> Any:
+    """A sharded model that has not run."""
+    torch.manual_seed(0)
+    return tpcompile.parallelize(Scaled(), mesh(), (X,), **options)
+
+
+def given_other_things() -> dict[str, str]:
+    """What is said where one rank is given something else, by what that is."""
+    rank = dist.get_rank()
+    cases: dict[str, Callable[[], Any]] = {}
+
+    def case(act: Callable[[], Any]) -> None:
+        cases[act.__name__] = act
+
+    @case
+    def options_of_a_pass() -> None:
+        made(passes=[Nothing(rank)])
+
+    @case
+    def versions_of_a_pass() -> None:
+        class Other(Nothing):
+            def apply(self, work: Work) -> bool:
+                return bool(0)
+
+        Other.__qualname__ = Nothing.__qualname__
+        made(passes=[Other() if rank else Nothing()])
+
+    @case
+    def rules() -> None:
+        if rank:
+            tpcompile.register_rule("aten.relu", "... a -> ... a; whole a")
+        try:
+            made()
+        finally:
+            table._USER.clear()
+
+    def changed(change: Callable[[Any], Any]) -> None:
+        torch.manual_seed(0)
+        model = Scaled()
+        if rank:
+            with torch.no_grad():
+                change(model)
+        tpcompile.parallelize(model, mesh(), (X,))
+
+    @case
+    def one_element() -> None:
+        changed(lambda model: model.up.weight[7, 5].add_(1e-6))
+
+    @case
+    def an_element_of_a_buffer() -> None:
+        changed(lambda model: model.offset[3].neg_())
+
+    @case
+    def what_is_trained() -> None:
+        changed(lambda model: model.up.weight.requires_grad_(False))
+
+    @case
+    def a_type_of_weights() -> None:
+        changed(lambda model: model.double())
+
+    @case
+    def a_mode_of_a_part() -> None:
+        changed(lambda model: model.drop.eval())
+
+    @case
+    def time_limits() -> None:
+        made(timeout=600.0 + rank)
+
+    model = made().eval()
+    cases["modes"] = lambda: model.train(not rank)(X)
+    cases["numbers"] = lambda: model.eval()(X, scale=2 + rank)
+    cases["gradients"] = lambda: model.eval()(X.clone().requires_grad_(not rank))
+
+    @case
+    def autocast() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(rank)):
+            model(X)
+
+    return {name: refusal(act) for name, act in cases.items()}
+
+
+def makes_other_things() -> list[str]:
+    """What is said where one rank's rules or lowering change between two programs."""
+    rank, model = dist.get_rank(), made()
+    if rank:
+        tpcompile.register_rule("aten.relu", "... a -> ... a; whole a")
+    messages = [refusal(lambda: model(X[None]))]
+    table._USER.clear()
+    before = dict(lower_markers._LOWER)
+    if rank:
+        lower_markers._LOWER[markers.all_reduce] = _twice
+    messages.append(refusal(lambda: model(X[None])))
+    lower_markers._LOWER.update(before)
+    model(X[None])
+    return messages
+
+
+def _twice(low: Any, node: Any) -> Any:
+    x, axes = node.args[:2]
+    once = low.emit(torch.ops.tpcompile.all_reduce.default, low.map(x), low.groups.name(axes), like=node)
+    return low.emit(torch.ops.tpcompile.all_reduce.default, once, low.groups.name(axes), like=node)
+
+
+def sends(programs: list[list[Sent]]) -> str:
+    """What is said of programs of which this rank has one."""
+    return refusal(lambda: compare_sent(dist.group.WORLD, programs[dist.get_rank()]))

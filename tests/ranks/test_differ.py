@@ -1,0 +1,115 @@
+"""Ranks that are given, or make, something else than the others are told before they compute with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers.run_ranks import run_spmd
+from tests.on_ranks import differ
+from tpcompile.ranks.compare_sent import Sent
+from tpcompile.ranks.describe import describe_code, describe_value
+from tpcompile.ranks.digest import digest
+
+
+def test_ranks_that_are_given_other_things() -> None:
+    expected = {
+        "options_of_a_pass": "Nothing(option=0)",
+        "versions_of_a_pass": "different requests",
+        "rules": "rank 1 has \"rows: ['aten.relu: ... a -> ... a; whole a']\"",
+        "one_element": "rank 0 has 'up.weight: ",
+        "an_element_of_a_buffer": "rank 0 has 'offset: ",
+        "what_is_trained": "torch.float32 [20, 12] with gradient",
+        "a_type_of_weights": "rank 1 has 'offset: torch.float64",
+        "a_mode_of_a_part": "different captured graphs",
+        "time_limits": "'timeout: 601.0'",
+        "modes": "rank 0 has 'Scaled in train mode",
+        "numbers": "rank 0 has 'scale: 2', rank 1 has 'scale: 3'",
+        "gradients": "rank 0 has 'x: torch.float32 [2, 12] with gradient', rank 1 has",
+        "autocast": "rank 1 has 'Scaled in eval mode, gradients True, autocast torch.bfloat16'",
+    }
+    for found in run_spmd(differ.given_other_things, 2):
+        assert found.keys() == expected.keys()
+        for name, part in expected.items():
+            assert part in found[name], (name, found[name])
+
+
+def test_ranks_that_make_other_things() -> None:
+    for rules, lowering in run_spmd(differ.makes_other_things, 2):
+        assert "the plan is about another graph" in rules
+        assert "the ranks' programs send different things: rank 0 " in lowering
+
+
+def test_collectives_that_differ() -> None:
+    """Ranks that are in no collective together may have other sizes; all others must not."""
+    rows = {0: (0, 1), 1: (0, 1), 2: (2, 3), 3: (2, 3)}
+    columns = {0: (0, 2), 1: (1, 3), 2: (0, 2), 3: (1, 3)}
+
+    def program(rank: int, sizes: tuple[str, str], kinds: tuple[str, str] = ("a", "a")) -> list[Sent]:
+        return [Sent(kinds[0], rows[rank], sizes[rank // 2]), Sent(kinds[1], columns[rank], sizes[rank % 2])]
+
+    fine = [program(rank, ("4", "3")) for rank in range(4)]
+    longer = [*fine[:3], [*fine[3], Sent("b", rows[3], "1")]]
+    other_size = [*fine[:3], program(3, ("4", "5"))]
+    other_kind = [*fine[:2], *(program(rank, ("4", "3"), ("b", "a")) for rank in (2, 3))]
+    assert set(run_spmd(differ.sends, 4, fine)) == {"accepted"}
+    for wrong, what in (
+        (longer, "rank 0 nothing more, rank 3 b 1"),
+        (other_size, "rank 2 a 3, rank 3 a 5"),
+        (other_kind, "rank 0 a 4, rank 2 b 3"),
+    ):
+        for message in run_spmd(differ.sends, 4, wrong):
+            assert what in message
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.bool, torch.complex64, torch.int64]
+)
+def test_fingerprints_of_small_tensors(dtype: torch.dtype) -> None:
+    """Equal tensors have equal ones, however they lie in memory; others have others."""
+    values = torch.arange(1, 7).remainder(3).to(dtype).reshape(2, 3)
+    turned = values.view(values.dtype).t().contiguous().t()
+    assert digest(values) == digest(turned) != digest(values[:1])
+    assert digest(torch.empty(0, dtype=dtype)) == digest(values.to("meta")) == ""
+    assert digest(torch.zeros((), dtype=dtype)) != ""
+
+
+def test_fingerprints_of_large_tensors() -> None:
+    """Every element counts, its sign and its place as well."""
+    values = torch.randn(3 * 4096 + 5, dtype=torch.float64)
+    plain, found = digest(values), set()
+    for at in (0, 4095, 4096, len(values) - 1):
+        changed = values.clone()
+        changed[at] += 1e-12
+        found.add(digest(changed))
+    signs, swapped = values.clone(), values.clone()
+    signs[[5, 70]] *= -1
+    swapped[[5, 70]] = swapped[[70, 5]]
+    found |= {digest(signs), digest(swapped), digest(-values), digest(values.flip(0))}
+    assert plain not in found and len(found) == 8
+    assert digest(values.clone()) == digest(torch.stack([values, values], 1)[:, 1]) == plain
+    raw = torch.frombuffer(bytearray(values.numpy().tobytes()) + b"1", dtype=torch.uint8)
+    shifted = torch.cat([raw[-1:], raw])[1:]  # not aligned to words
+    assert digest(shifted[:-1]) == plain
+
+
+def test_values_and_code_as_text() -> None:
+    """By contents, not by where they stand or in which order a set has them."""
+
+    def first(x: int) -> set[int]:
+        return {y for y in ("a", "b", x)}  # type: ignore[misc]
+
+    def second(x: int) -> set[int]:
+        return {y for y in ("a", "b", x)}  # type: ignore[misc]
+
+    def third(x: int) -> set[int]:
+        return {y for y in ("a", "c", x)}  # type: ignore[misc]
+
+    codes = [describe_code(f).rpartition(" ")[2] for f in (first, second, third)]
+    assert codes[0] == codes[1] != codes[2]
+    assert describe_value({"a": [1, (2.5, None)], "b": {3, 4}}) == describe_value(
+        {"a": [1, (2.5, None)], "b": {4, 3}}
+    )
+    assert describe_value(first).endswith("first")
+    assert describe_value(torch.ones(2), floats=False) == "torch.float32 [2]"
+    assert describe_value([1]) != describe_value((1,)) != describe_value((True,))
