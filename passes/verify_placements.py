@@ -129,7 +129,7 @@ class _Checker:
         kinds = {t.gradient for t in given} - {NONE}
         if ends or not kinds or (isinstance(rule, Rule) and result in rule.fixed):
             return NONE
-        if divided:
+        if divided or (isinstance(rule, Rule) and rule.declared is not None):  # which says what is summed
             return WHOLE
         if len(kinds) > 1:
             raise Unproved("some operands have a whole gradient, some a summand of it on every rank")
