@@ -144,7 +144,7 @@ class Compiler:
         timeout: seconds that ranks wait for each other.
 
     Attributes:
-        whole: parameters that are not to be divided, because python that is not captured reads them.
+        whole: parameters that are not to be divided, because python that is not captured has read them.
     """
 
     def __init__(

@@ -138,14 +138,13 @@ def from_pretrained(
         timeout=timeout,
     )
     runtime: Runtime = model._tp
-    layout, rank, custom = runtime.layout, runtime.compiler.rank, runtime.programs[0].compiled.planned.custom
-    assert layout is not None, "with an example there is a layout"
     with torch.inference_mode(False):  # weights that could not be trained, even outside of the mode
         together(
             group,
             "load the weights",
-            lambda: load_slices(model, built.expressions, layout, rank, device, custom, show=first),
+            lambda: load_slices(model, built.expressions, runtime.weights(), device, show=first),
         )
+    runtime.rebind()
     return model
 
 

@@ -103,7 +103,10 @@ def gradients(name: str) -> float:
         assert (param.grad is None) == (theirs is None), f"{key} has a gradient on one side only"
         if param.grad is not None and theirs is not None:
             piece = layout.shard(key, theirs, rank)
-            worst = max(worst, float((param.grad - piece).abs().max() / theirs.abs().max().clamp_min(1e-20)))
+            worst = max(
+                worst,
+                float((param.grad.to_local() - piece).abs().max() / theirs.abs().max().clamp_min(1e-20)),
+            )
     return worst
 
 

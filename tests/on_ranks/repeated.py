@@ -45,7 +45,7 @@ def compiled_gradients() -> dict[str, Any]:
         logits.square().mean().backward()
     expected, layout = dict(whole.named_parameters()), model.plan.layout
     gradients = [
-        error(p.grad, layout.shard(name, expected[name].grad, dist.get_rank()))
+        error(p.grad.to_local(), layout.shard(name, expected[name].grad, dist.get_rank()))
         for name, p in model.named_parameters()
     ]
     (program,) = model.programs

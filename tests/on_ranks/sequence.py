@@ -34,7 +34,9 @@ def worst_gradient(sharded: Any, whole: nn.Module) -> float:
         theirs = expected[key].grad
         assert param.grad is not None and theirs is not None, key
         piece = sharded.plan.layout.shard(key, theirs, dist.get_rank())
-        worst = max(worst, float((param.grad - piece).abs().max() / theirs.abs().max().clamp_min(1e-20)))
+        worst = max(
+            worst, float((param.grad.to_local() - piece).abs().max() / theirs.abs().max().clamp_min(1e-20))
+        )
     return worst
 
 

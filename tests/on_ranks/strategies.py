@@ -54,6 +54,9 @@ def with_plan(name: str, plan: Any) -> dict[str, Any]:
         assert (param.grad is None) == (theirs is None), f"{key} has a gradient on one side only"
         if theirs is not None and param.grad is not None:
             piece = sharded.plan.layout.shard(key, theirs, dist.get_rank())
-            worst = max(worst, float((param.grad - piece).abs().max() / theirs.abs().max().clamp_min(1e-20)))
+            worst = max(
+                worst,
+                float((param.grad.to_local() - piece).abs().max() / theirs.abs().max().clamp_min(1e-20)),
+            )
     found["gradients"] = worst
     return found

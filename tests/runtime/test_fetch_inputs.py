@@ -32,8 +32,16 @@ def test_values_are_those_of_now() -> None:
     listed[1] = nn.Parameter(torch.full((2,), 7.0))
     check()
     assert fetch(leaves)[2].tolist() == [7.0, 7.0]
+
+
+def test_computed_weights_are_those_of_now() -> None:
+    linear = nn.Linear(3, 4)
     parametrize.register_parametrization(linear, "weight", _Doubled())
-    check()
+    feed = Feed(linear, "weight")
+    fetch = make_fetch((feed,))
+    with torch.no_grad():
+        linear.parametrizations["weight"].original.add_(1)  # type: ignore[index, operator]
+    assert torch.equal(fetch(())[0], feed.get())
 
 
 def test_compiled_code_notices_a_new_weight() -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tpcompile
+from tests.helpers.one_rank import weights_of
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import from_pretrained as spmd_from_pretrained
 from tests.on_ranks.models import build
@@ -27,7 +28,6 @@ from tests.weights.test_checkpoint import fewer, planned
 from tpcompile.ir.layout.selection import Selection
 from tpcompile.ir.layout.weight_layout import WeightLayout, whole_layout
 from tpcompile.ir.module_tensors import whole_tensors
-from tpcompile.strategies.custom.custom_modules import CustomModules
 from tpcompile.weights.loading.expressions import Expression, Leaf
 from tpcompile.weights.loading.fill_tensor import Filler
 from tpcompile.weights.loading.lazy_tensor import LazyTensor
@@ -37,6 +37,7 @@ from tpcompile.weights.loading.match_keys import warn_unexpected
 from tpcompile.weights.loading.read_headers import MappedFiles, read_header
 from tpcompile.weights.loading.request import Built, Request
 from tpcompile.weights.shard import shard_weights
+from tpcompile.weights.sharded_parameter import local_tensor
 
 TIMEOUT = 240
 CPU = torch.device("cpu")
@@ -140,7 +141,7 @@ def opened(folder: Path, **wishes: Any) -> Built:
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:
-    return whole_tensors(model)
+    return {name: local_tensor(tensor) for name, tensor in whole_tensors(model).items()}
 
 
 def filled(built: Built, name: str, expression: Expression | None) -> Tensor:
@@ -197,8 +198,9 @@ def test_every_rank_reads_its_slices(
 
 def load_rank(built: Built, layout: WeightLayout, rank: int) -> None:
     """One rank's slices, without a group."""
-    shard_weights(built.model, layout, rank, CustomModules())
-    load_slices(built.model, built.expressions, layout, rank, CPU, CustomModules())
+    weights = weights_of(layout, rank)
+    shard_weights(built.model, weights)
+    load_slices(built.model, built.expressions, weights, CPU)
 
 
 def test_parts_that_a_custom_strategy_has_cut(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch import Tensor
@@ -24,9 +25,9 @@ _FAREWELL = 0.05
 class MeshAxis:
     """The axis of a mesh that a model is divided over.
 
-    It does not hold the mesh. A mesh holds its process groups, a model lives until its reference cycles are
-    found, and a group that outlives ``destroy_process_group`` still has threads when the interpreter ends:
-    gloo's abort the process if they then want to let go of a tensor (pytorch issue 190489).
+    Its mesh holds no process groups, as the user's does. A model lives until its reference cycles are found,
+    and a group that outlives ``destroy_process_group`` still has threads when the interpreter ends: gloo's
+    abort the process if they then want to let go of a tensor (pytorch issue 190489).
 
     Attributes:
         device_type: the mesh's.
@@ -36,6 +37,7 @@ class MeshAxis:
         replica: this rank's place on all other axes together; 0 comes first.
         group_name: what torch knows the axis' process group by; over gloo it is a group of ours.
         shared: whether the mesh has other axes, and all processes: then they make their calls together.
+        mesh: the axis as a mesh of its own, for ``DTensor``.
     """
 
     device_type: str
@@ -44,6 +46,7 @@ class MeshAxis:
     replica: int
     group_name: str
     shared: bool
+    mesh: DeviceMesh = field(compare=False)
 
     @classmethod
     def of(cls, mesh: DeviceMesh, axis: str | None = None, timeout: float = TIMEOUT) -> MeshAxis:
@@ -64,12 +67,23 @@ class MeshAxis:
         group = mesh.get_group(axis)
         own = own_group(group, timeout)  # in any case: messages travel in it
         name = (own if backend_of(group, mesh.device_type) == "gloo" else group).group_name
-        return cls(mesh.device_type, tuple(map(tuple, rows.tolist())), rank, replica, name, shared)
+        line = mesh if axis is None or mesh.ndim == 1 else mesh[axis]
+        rows_ = tuple(map(tuple, rows.tolist()))
+        return cls(mesh.device_type, rows_, rank, replica, name, shared, _without_groups(line))
 
     @property
     def group(self) -> dist.ProcessGroup:
         """The ranks of the axis; asked for each time, for the reason above."""
         return _resolve_process_group(self.group_name)  # type: ignore[arg-type]
+
+
+def _without_groups(mesh: DeviceMesh) -> DeviceMesh:
+    """An equal mesh that asks torch for its process groups, each time, by their names."""
+    bare = copy.copy(mesh)
+    bare._pg_registry, bare._flatten_mapping = {}, {}
+    if mesh._root_mesh is not None:
+        bare._root_mesh = _without_groups(mesh._root_mesh)
+    return bare
 
 
 def _rows(mesh: DeviceMesh, axis: str | None) -> Tensor:

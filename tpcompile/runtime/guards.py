@@ -9,10 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from types import CodeType
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,7 +20,7 @@ from torch import nn
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import CallSignature, signature_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
-from tpcompile.weights.gather import is_whole
+from tpcompile.weights.shard import local_weights
 
 from .watched_module import ENTRY, WatchedModule, refuse_old_hooks
 
@@ -85,7 +84,8 @@ def guarded_class(original: type[nn.Module]) -> type[nn.Module]:
         runtime: Runtime = guard.root._tp  # type: ignore[assignment]
         if guard.entry.path in runtime.divided or guard.entry.path in runtime.pieces:
             return runtime.call(guard.root, args, kwargs, guard.entry)
-        return _original(self, guard)(*args, **kwargs)
+        with local_weights(self):
+            return _original(self, guard)(*args, **kwargs)
 
     forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
     body = {"forward": forward, "__module__": original.__module__, "__qualname__": original.__qualname__}
@@ -102,10 +102,11 @@ def original_call(
 ) -> Any:
     """Runs the python code of a module; its parts run programs of their own."""
     args, kwargs = signature.unbind(bound)
-    if not path:
-        return original.forward(root, *args, **kwargs)
     module = root.get_submodule(path)
-    return _original(module, module.__dict__[ENTRY])(*args, **kwargs)
+    with local_weights(module):
+        if not path:
+            return original.forward(root, *args, **kwargs)
+        return _original(module, module.__dict__[ENTRY])(*args, **kwargs)
 
 
 def guard_submodules(root: nn.Module) -> None:
@@ -131,46 +132,13 @@ def divided_paths(root: nn.Module, layout: WeightLayout) -> frozenset[str]:
 
 def _slices(root: nn.Module, layout: WeightLayout) -> set[int]:
     """The identities of all tensors of which this rank has a part."""
-    divided = {name for name, param in layout.params.items() if not is_whole(param)}
+    divided = {name for name, param in layout.params.items() if not param.is_whole}
     return {id(t) for n, t in [*root.named_parameters(), *root.named_buffers()] if n in divided}
 
 
 def _held(module: nn.Module) -> list[torch.Tensor | None]:
     """What a module holds itself."""
     return [*module._parameters.values(), *module._buffers.values()]
-
-
-def _read(module: nn.Module) -> list[torch.Tensor | None]:
-    """What a module's python may read: what it holds, and what it names of its children's."""
-    kind: Any = type(module)
-    names = _names_in(kind)
-    tables = [table for child in module.children() for table in (child._parameters, child._buffers)]
-    return [*_held(module), *(t for table in tables for name, t in table.items() if name in names)]
-
-
-@functools.cache
-def _names_in(kind: Any) -> frozenset[str]:
-    """The names in a class's forward, in the functions inside of it, and in the methods that these name.
-
-    What every module has (``parameters``, ``train``) is not looked into.
-    """
-    found: set[str] = set()
-    codes = _codes(kind.forward)
-    while codes:
-        code = codes.pop()
-        new = set(code.co_names) - found
-        found |= new
-        codes += [
-            c for name in new if not hasattr(nn.Module, name) for c in _codes(getattr(kind, name, None))
-        ]
-        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
-    return frozenset(found)
-
-
-def _codes(method: Any) -> list[CodeType]:
-    """The code of a method, if it is written in python."""
-    code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
-    return [] if code is None else [code]
 
 
 def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:
@@ -181,23 +149,6 @@ def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:
             parts = name.split(".")[:-1]
             found |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
     return frozenset(found)
-
-
-def can_compose(root: nn.Module, path: str, layout: WeightLayout | None) -> bool:
-    """Whether a module's python can run over its parts: it reads no slices itself."""
-    slices = set() if layout is None else _slices(root, layout)
-    return not any(id(t) in slices for t in _read(root.get_submodule(path)))
-
-
-def names_read(root: nn.Module, paths: Iterable[str]) -> frozenset[str]:
-    """The names of all parameters that modules that run as python may read themselves."""
-    own = {id(t) for path in paths for t in _read(root.get_submodule(path)) if t is not None}
-    return frozenset(name for name, t in root.named_parameters(remove_duplicate=False) if id(t) in own)
-
-
-def keep_whole(layout: WeightLayout, names: frozenset[str]) -> WeightLayout:
-    """A layout in which no later program divides these parameters."""
-    return replace(layout, undecided=tuple(name for name in layout.undecided if name not in names))
 
 
 @contextmanager

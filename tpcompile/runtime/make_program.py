@@ -20,7 +20,7 @@ from tpcompile.lowering.local_shapes import LocalShapes
 from tpcompile.lowering.state import SOURCE
 from tpcompile.work import Source, Work
 
-from .fetch_inputs import Feed, Fetch, make_fetch
+from .fetch_inputs import Feed
 from .program import Program, autocast_of
 
 
@@ -39,10 +39,9 @@ def make_program(
     """
     leaves, _ = flatten_call(bound)
     captured = local_extents(compiled, rank)
-    outlined: tuple[GraphModule, Fetch] | None = None
+    outlined: tuple[GraphModule, tuple[Feed | int, ...]] | None = None
     if compiled.outlined is not None:
-        fetch = make_fetch(make_feeds(model, compiled, compiled.outlined, rank))
-        outlined = compiled.outlined, fetch
+        outlined = compiled.outlined, make_feeds(model, compiled, compiled.outlined, rank)
     return Program(
         compiled=compiled,
         captured=captured,
@@ -72,7 +71,7 @@ def bind_program(program: Program, model: nn.Module, rank: int) -> Program:
     """
     compiled, outlined = program.compiled, program.outlined
     if outlined is not None:
-        outlined = outlined[0], make_fetch(make_feeds(model, compiled, outlined[0], rank))
+        outlined = outlined[0], make_feeds(model, compiled, outlined[0], rank)
     return replace(
         program,
         feeds=make_feeds(model, compiled, compiled.local, rank),

@@ -15,7 +15,6 @@ from tpcompile.ranks.agree import alike
 from tpcompile.weights.dcp import sharded_state_dict
 from tpcompile.weights.gather import full_state_dict
 
-from .clip_gradients import clip_gradients
 from .copy_model import copy_model
 from .program import Program
 from .runtime import Runtime
@@ -66,7 +65,7 @@ class ShardedModule(WatchedModule):
         state = nn.Module.state_dict(self)
         lines = [f"{name}: {value.dtype}" for name, value in state.items() if isinstance(value, Tensor)]
         with alike(self._tp.compiler.group, "full_state_dict", lines):
-            return full_state_dict(self, self._tp)
+            return full_state_dict(self)
 
     def sharded_state_dict(self, *, tied: bool = True) -> dict[str, Any]:
         """The state dict for ``torch.distributed.checkpoint``: slices that know the whole they belong to.
@@ -78,7 +77,7 @@ class ShardedModule(WatchedModule):
             tied: whether a tied parameter comes under each of its names, as the unsharded model wants it, or
                 only under the first.
         """
-        return sharded_state_dict(self, self._tp, tied)
+        return sharded_state_dict(self, tied)
 
     def save_pretrained(
         self,
@@ -120,14 +119,12 @@ class ShardedModule(WatchedModule):
         refused = {"state_dict": state_dict, "push_to_hub": push_to_hub}
         refused |= {"distributed_checkpoint": distributed_checkpoint, **kwargs}
         wishes = Wishes(is_main_process, max_shard_size, variant, save_original_format, refused)
-        save_pretrained(self, self._tp, save_directory, wishes)
+        save_pretrained(self, self._tp.compiler.axis, self._tp.original, save_directory, wishes)
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
     ) -> Tensor:
-        """``torch.nn.utils.clip_grad_norm_`` over the whole gradients, of which ranks hold slices.
-
-        All ranks must call it. torch's own function would take the norm of this rank's slices.
+        """``torch.nn.utils.clip_grad_norm_`` of all parameters. All ranks must call it.
 
         Args:
             max_norm: the largest norm that is left as it is.
@@ -140,7 +137,7 @@ class ShardedModule(WatchedModule):
         Raises:
             RuntimeError: the norm is not finite, and that was to be an error.
         """
-        return clip_gradients(self, self._tp, max_norm, norm_type, error_if_nonfinite)
+        return nn.utils.clip_grad_norm_(self.parameters(), max_norm, norm_type, error_if_nonfinite)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         return copy_model(self, self._tp, memo)

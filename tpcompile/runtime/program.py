@@ -16,7 +16,7 @@ from tpcompile.compile_program import Compiled
 from tpcompile.planner.plan import Plan
 
 from .compile_step import Step, compile_step, mark_open_sizes
-from .fetch_inputs import Feed, Fetch, make_fetch
+from .fetch_inputs import Feed, make_fetch
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Program:
         mutated: per buffer that the program changes, where it is.
         entry: the submodule that is called, "" for the model itself.
         check: whether the sizes of a call's leaves are ones that it runs on.
-        outlined: the graph with repeated layers as calls of a submodule, for ``torch.compile``, and what
-            fetches its inputs; None if no layers repeat often enough.
+        outlined: the graph with repeated layers as calls of a submodule, for ``torch.compile``, and where its
+            inputs come from; None if no layers repeat often enough.
         steps: its compiled steps, by torch.compile's options.
         settings: the number of the model's settings that it was captured under.
         differentiable: whether gradients through it come out right.
@@ -56,7 +56,7 @@ class Program:
     mutated: tuple[Feed, ...]
     check: Check
     entry: str = ""
-    outlined: tuple[GraphModule, Fetch] | None = None
+    outlined: tuple[GraphModule, tuple[Feed | int, ...]] | None = None
     steps: dict[str, Step] = field(default_factory=dict)
     settings: int = 0
     differentiable: bool = True
@@ -64,6 +64,17 @@ class Program:
 
     def __post_init__(self) -> None:
         self.fetch = make_fetch(self.feeds)
+        self.bind(True)
+
+    def bind(self, bound: bool) -> None:
+        """Makes what fetches the inputs of compiled code; again when weights become other tensors.
+
+        Args:
+            bound: whether the weights are sharded parameters, the leaves of which stay the same.
+        """
+        self.graph_compiled, feeds = self.outlined or (self.graph_module, self.feeds)
+        self.fetch_compiled = make_fetch(feeds, bound=bound)
+        self.fetch_mutated = make_fetch(self.mutated, bound=bound)
 
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
         """Whether a call is one of this program's, by its structure apart; dynamo can trace it."""
@@ -85,7 +96,7 @@ class Program:
         """Whether gradients of a call will be asked for."""
         if not torch.is_grad_enabled():
             return False
-        weights = (getattr(f.module, f.name) for f in self.feeds if isinstance(f, Feed) and f.module)
+        weights = (f.held() for f in self.feeds if isinstance(f, Feed) and f.module)
         return any(isinstance(x, Tensor) and x.requires_grad for x in (*weights, *leaves))
 
     def run(
@@ -111,14 +122,15 @@ class Program:
         """Runs this rank's graph on the tensors of a call; the flat results."""
         graph_module, fetch = self.graph_module, self.fetch
         # What is asked of the sizes must be known to dynamo before the first layer, which stands for others.
-        if self.outlined is not None and torch.compiler.is_dynamo_compiling() and self.check(given):
-            graph_module, fetch = self.outlined
+        if torch.compiler.is_dynamo_compiling() and self.check(given):
+            graph_module, fetch = self.graph_compiled, self.fetch_compiled
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
         flat: Sequence[Any] = graph_module.forward(*fetch(given))
         if self.mutated:
-            for feed, new in zip(self.mutated, flat[len(flat) - len(self.mutated) :], strict=True):
+            buffers = self.fetch_mutated(())
+            for buffer, new in zip(buffers, flat[len(flat) - len(buffers) :], strict=True):
                 with torch.no_grad():
-                    feed.get().copy_(new)
+                    buffer.copy_(new)
         return flat
 
     def __str__(self) -> str:

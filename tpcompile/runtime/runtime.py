@@ -24,17 +24,17 @@ from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import tensors_by_name, whole_tensors
 from tpcompile.ranks.compare_calls import can_compare, compare_call, compare_weights
 from tpcompile.ranks.lost_ranks import is_loss, lost
-from tpcompile.weights.shard import shard_more_weights, shard_weights, unsharded
+from tpcompile.strategies.custom.custom_modules import CustomModules
+from tpcompile.weights.shard import shard_weights, unsharded
+from tpcompile.weights.sharded_parameter import ShardedParameter, local_tensor
+from tpcompile.weights.sharded_weights import ShardedWeights
 
 from .guards import (
     Entry,
     Hook,
-    can_compose,
     divided_paths,
     entered,
     hooks_below,
-    keep_whole,
-    names_read,
     open_paths,
     original_call,
     without_guards,
@@ -62,6 +62,8 @@ class Runtime:
         compile_options: torch.compile's for every program, or None to run them as they are.
         compare_calls: compare every call over the ranks, not only a program's first one.
         hooks: hooks on submodules that no program has in it.
+        custom: the modules of custom strategies.
+        foreign: whether another library (FSDP) has made something else of the parameters.
         running: how many calls are being worked on: what the model's own code changes is no new setting.
     """
 
@@ -79,6 +81,8 @@ class Runtime:
     compare_calls: bool = False
     hooks: list[Hook] = field(default_factory=list)
     running: int = 0
+    custom: CustomModules = field(default_factory=CustomModules)
+    foreign: bool = False
 
     def call(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
@@ -95,7 +99,6 @@ class Runtime:
         if self.hooks and hooks_below(model, path, self.hooks):
             if self.layout is None:
                 self.capture(model, bound, path)  # so that all parts are planned together
-            self._refuse_sliced(model, path)
             return self._run_parts(model, bound, path, entry)
         names, training = tuple(bound), model.get_submodule(path).training
         program = self.find(names, leaves, spec, training, path)
@@ -164,7 +167,6 @@ class Runtime:
     def _note_composed(self, model: nn.Module) -> None:
         """Notes what follows from what runs as python: which modules get programs, what stays whole."""
         self.pieces = open_paths(model, self.layout) if self.composed else frozenset()
-        self.compiler.whole = names_read(model, (path for path, _ in self.composed))
 
     def _check_devices(self, bound: dict[str, Any], leaves: Sequence[Any]) -> None:
         axis = self.compiler.axis
@@ -177,15 +179,6 @@ class Runtime:
                     f"the mesh is for {axis.device_type}, {name} is on {leaf.device}",
                     todo=f"move it to {axis.device_type}",
                 )
-
-    def _refuse_sliced(self, model: nn.Module, path: str) -> None:
-        if not can_compose(model, path, self.layout):
-            raise TpCompileError(
-                "a hook inside of this module cannot run: the module holds slices of weights of its own, so "
-                "that it runs as one program",
-                where=path or type(model).__name__,
-                todo="remove the hook, or register it on this module; a forward hook also before parallelize",
-            )
 
     def _compare_first(
         self, program: Program, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]
@@ -241,10 +234,12 @@ class Runtime:
         if self.compiler.options.dynamic is False:
             self._refuse_new_shapes(bound, path)
         if self.layout is None:
-            compare_weights(self.compiler.group, whole_tensors(model))
+            tensors = {name: local_tensor(t) for name, t in whole_tensors(model).items()}
+            compare_weights(self.compiler.group, tensors)
         self._follow_types(model)
+        self._keep_whole(model)
         with (
-            unsharded(model, self.original, self.layout),
+            unsharded(model, self.original),
             without_guards(model),
             without_hooks(model, self.hooks),
             entered(model, path),
@@ -257,22 +252,45 @@ class Runtime:
         with torch.inference_mode(False):  # slices that could not be trained, even outside of the mode
             self.layout = self._divide(model, compiled)
         self.divided = divided_paths(model, self.layout)
-        self.composed = {(at, names) for at, names in self.composed if can_compose(model, at, self.layout)}
         self._note_composed(model)
         settings = self.settings.number()
         program = make_program(model, compiled, bound, path, self.compiler.rank, settings)
+        if self.foreign:
+            program.bind(False)
         self.programs.append(program)
         return program
+
+    def _keep_whole(self, model: nn.Module) -> None:
+        """Sees to it that no program divides what python has read."""
+        named = model.named_parameters()
+        read = frozenset(name for name, p in named if isinstance(p, ShardedParameter) and p.read)
+        self.compiler.whole = read
+        if self.layout is not None:
+            kept = tuple(name for name in self.layout.undecided if name not in read)
+            self.layout = replace(self.layout, undecided=kept)
 
     def _divide(self, model: nn.Module, compiled: Compiled) -> WeightLayout:
         """Cuts the parameters of which a program has decided how they lie; how they lie from now on."""
         layout = compiled.plan.layout
-        if self.layout is None:
-            shard_weights(model, layout, self.compiler.rank, compiled.planned.custom)
-        else:
-            decided = set(self.layout.undecided) - set(layout.undecided)
-            shard_more_weights(model, layout, self.compiler.rank, decided)
-        return keep_whole(layout, self.compiler.whole)
+        decided = None if self.layout is None else set(self.layout.undecided) - set(layout.undecided)
+        self.custom = compiled.planned.custom
+        shard_weights(model, self.weights(layout), decided)
+        return layout
+
+    def weights(self, layout: WeightLayout | None = None) -> ShardedWeights:
+        """What gathers, loads and saves the weights needs to know."""
+        layout = layout or self.layout
+        assert self.compiler.axis is not None and layout is not None, (
+            "a sharded model has a mesh and a layout"
+        )
+        return ShardedWeights(layout, self.compiler.axis, self.custom)
+
+    def rebind(self, foreign: bool = False) -> None:
+        """Takes note that weights are other tensors than before, or no sharded parameters any more."""
+        if not self.foreign:
+            self.foreign = foreign
+            for program in self.programs:
+                program.bind(not foreign)
 
     def try_first(
         self, model: nn.Module, bound: dict[str, Any], *, optional: bool = False
@@ -298,12 +316,10 @@ class Runtime:
     def compose(self, model: nn.Module, path: str, names: tuple[str, ...], error: TpCompileError) -> bool:
         """Whether a call that could not be captured runs as python over the module's parts from now on."""
         wanted = self._wants_parts(error, self.compiler.options.compose)
-        if not wanted or not can_compose(model, path, self.layout):
+        if not wanted:
             return False
         self.composed.add((path, names))
         self._note_composed(model)
-        if self.layout is not None:
-            self.layout = keep_whole(self.layout, self.compiler.whole)
         where = f"{path or type(model).__name__}({', '.join(names)})"
         warnings.warn(
             f"{where} runs as python over parts that are captured by themselves, because it cannot be "

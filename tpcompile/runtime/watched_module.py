@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tpcompile.errors import TpCompileError
+from tpcompile.weights.load_state import check_state
+from tpcompile.weights.sharded_parameter import ShardedParameter
 
 from .settings import is_setting
 
@@ -32,8 +35,9 @@ class WatchedModule(nn.Module):
             if isinstance(value, nn.Module) and value is not self._modules.get(name):
                 self._refuse_change(name)
             if any(name in own[table] for table in _TABLES):
-                self._refuse_other_size(name, value)
-            elif name in own and is_setting(name, own[name], value):
+                self._set_weight(name, value)
+                return
+            if name in own and is_setting(name, own[name], value):
                 self._report(name, own[name], value)
         super().__setattr__(name, value)
 
@@ -81,22 +85,21 @@ class WatchedModule(nn.Module):
         return self._note_hook("_backward_pre_hooks", handle)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As in ``nn.Module``; whole tensors are cut to this rank's slices.
+        """As in ``nn.Module``: whole tensors, of which every rank takes its part.
 
         Raises:
-            TpCompileError: a key is missing or unexpected, or has a shape that is neither the whole one's
-                nor this rank's. Nothing is loaded then.
+            TpCompileError: a key is missing or unexpected, or has another shape. Nothing is loaded then.
         """
-        from tpcompile.weights.load_state import local_state
-
         if (place := self._place()) is not None:
-            state_dict = local_state(self, *place, state_dict, strict)
+            check_state(self, place[1], state_dict, strict)
         return super().load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = _types(self)
+        before, leaves = _types(self), _leaves(self)
         result = super()._apply(fn, recurse)
         self._report("types of weights", before, _types(self))
+        if (place := self._place()) is not None and leaves != _leaves(self):
+            place[0].rebind()
         return result
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -136,14 +139,33 @@ class WatchedModule(nn.Module):
             todo="change the model (adapters, wrappers, resized embeddings) before parallelize",
         )
 
-    def _refuse_other_size(self, name: str, value: Any) -> None:
+    def _set_weight(self, name: str, value: Any) -> None:
+        """Replaces a weight by a whole one, of which this rank takes its part, or by what FSDP makes."""
         old = self._parameters.get(name, self._buffers.get(name))
-        if isinstance(old, Tensor) and isinstance(value, Tensor) and old.shape != value.shape:
-            raise TpCompileError(
-                f"a weight of shape {tuple(old.shape)} is replaced by one of {tuple(value.shape)}",
-                where=f"{type(self).__name__}.{name}",
-                todo="give this rank's slice, or load whole tensors with load_state_dict",
-            )
+        place = self._place()
+        assert place is not None
+        if isinstance(old, Tensor) and isinstance(value, Tensor):
+            if old.shape != value.shape:
+                raise TpCompileError(
+                    f"a weight of shape {tuple(old.shape)} is replaced by one of {tuple(value.shape)}",
+                    where=f"{type(self).__name__}.{name}",
+                    todo="give a whole tensor of the same shape, or change the model before parallelize",
+                )
+            if isinstance(old, ShardedParameter) and not isinstance(value, DTensor):
+                part = old.part_of(value)
+                value = (
+                    ShardedParameter.parameter(part, old.placing, value.requires_grad)
+                    if isinstance(value, nn.Parameter)
+                    else ShardedParameter(part, old.placing)
+                )
+        super().__setattr__(name, value)
+        if isinstance(old, DTensor):
+            place[0].rebind(foreign=not isinstance(value, ShardedParameter))
+
+
+def _leaves(module: nn.Module) -> list[int]:
+    """The identities of what programs read of a module's own parameters."""
+    return [id(getattr(t, "_local_tensor", t)) for t in module._parameters.values()]
 
 
 def refuse_old_hooks(where: str) -> NoReturn:

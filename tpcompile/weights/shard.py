@@ -4,75 +4,76 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
-from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.errors import TpCompileError
 from tpcompile.ir.module_tensors import replace_tensors, tensors_by_name
-from tpcompile.strategies.custom.custom_modules import CustomModules
 
-from .gather import is_whole
-
-
-def shard_more_weights(model: nn.Module, layout: WeightLayout, rank: int, names: Iterable[str]) -> None:
-    """Cuts parameters that stayed whole so far, in place: nothing was computed with them yet."""
-    places = tensors_by_name(model)
-    for name in names:
-        if not is_whole(layout.params[name]):
-            module, attribute = places[name]
-            param = getattr(module, attribute)
-            param.data = layout.shard(name, param.detach(), rank)
+from .sharded_parameter import ShardedParameter, local_tensor
+from .sharded_weights import ShardedWeights
+from .tensor_layout import TensorLayout
+from .torch_guards import guard_torch
 
 
-def shard_weights(model: nn.Module, layout: WeightLayout, rank: int, custom: CustomModules) -> None:
-    """Replaces every divided parameter by this rank's slice, one at a time: the whole is freed at once.
+def shard_weights(model: nn.Module, weights: ShardedWeights, names: Container[str] | None = None) -> None:
+    """Gives every parameter its layout and this rank its part, one at a time: the whole is freed at once.
 
-    What only a custom strategy can cut, it cuts.
+    Parameters become ``ShardedParameter``s, those that stay whole too; buffers only if they are divided. What
+    is a ``ShardedParameter`` already, and whole, is divided in place.
+
+    Args:
+        model: the model.
+        weights: where its weights are to be.
+        names: those to look at; by default all.
+
+    Raises:
+        TpCompileError: FSDP has divided a parameter that is to be divided otherwise.
     """
+    guard_torch()
     for name, (module, attribute) in tensors_by_name(model).items():
-        if is_whole(layout.params[name]):
+        if name not in (weights.layout.params if names is None else names):
             continue
-        whole = getattr(module, attribute)
-        local = cut(name, whole.detach(), layout, rank, custom)
-        if isinstance(whole, nn.Parameter):
-            local = nn.Parameter(local, requires_grad=whole.requires_grad)
-        replace_tensors(model, {id(whole): local})
-        del whole
+        tensor, where = getattr(module, attribute), weights.of(name)
+        if isinstance(tensor, ShardedParameter):
+            if not where.whole:
+                tensor.lay_out(where)
+        elif isinstance(tensor, DTensor):
+            _refuse_divided(name, where)
+        elif isinstance(tensor, nn.Parameter):
+            new = ShardedParameter.parameter(where.cut(tensor.detach()), where, tensor.requires_grad)
+            new.grad = tensor.grad
+            replace_tensors(model, {id(tensor): new})
+        elif not where.whole:
+            replace_tensors(model, {id(tensor): ShardedParameter(where.cut(tensor), where)})
+        del tensor
 
 
-def cut(name: str, whole: Tensor, layout: WeightLayout, rank: int, custom: CustomModules) -> Tensor:
-    """A rank's slice of a whole parameter."""
-    selection = layout.params[name].selection
-    if selection is not None and selection.runs is None:
-        return custom.local_part(name, whole, rank)
-    return layout.shard(name, whole, rank)
+def _refuse_divided(name: str, where: TensorLayout) -> None:
+    if not where.whole:
+        raise TpCompileError(
+            "a call divides a weight that no call before has used, and that FSDP has divided already",
+            where=name,
+            todo="capture this call, with model.capture(...), before fully_shard",
+        )
 
 
 @contextmanager
-def unsharded(model: nn.Module, original: type[nn.Module], layout: WeightLayout | None) -> Iterator[None]:
-    """Lends the model its original class and whole (valueless) weights, so that it can be captured again."""
-    if layout is None:
-        sharded_class = model.__class__
-        model.__class__ = original
-        try:
-            yield
-        finally:
-            model.__class__ = sharded_class
-        return
+def unsharded(model: nn.Module, original: type[nn.Module]) -> Iterator[None]:
+    """Lends the model its original class and whole plain (valueless) weights, so that it can be captured."""
     sharded_class = model.__class__
     lent: dict[int, Tensor] = {}
     back: dict[int, Tensor] = {}
-    for name, (module, attribute) in tensors_by_name(model).items():
-        local = getattr(module, attribute)
-        if tuple(local.shape) != layout.params[name].shape:
-            whole: Tensor = torch.empty(layout.params[name].shape, dtype=local.dtype, device="meta")
-            if isinstance(local, nn.Parameter):
-                whole = nn.Parameter(whole, requires_grad=local.requires_grad)
-            lent[id(local)], back[id(whole)] = whole, local
+    for module, attribute in tensors_by_name(model).values():
+        held = getattr(module, attribute)
+        if isinstance(held, DTensor):
+            plain = _plain(held)
+            lent[id(held)], back[id(plain)] = plain, held
     replace_tensors(model, lent)
     model.__class__ = original
     try:
@@ -80,6 +81,36 @@ def unsharded(model: nn.Module, original: type[nn.Module], layout: WeightLayout 
     finally:
         model.__class__ = sharded_class
         replace_tensors(model, back)
+
+
+def _plain(held: DTensor) -> Tensor:
+    """A plain tensor in the shape of the whole one."""
+    if isinstance(held, ShardedParameter) and held.placing.whole:
+        return held._local_tensor
+    whole: Tensor = torch.empty(held.shape, dtype=held.dtype, device="meta")
+    return nn.Parameter(whole, held.requires_grad) if isinstance(held, nn.Parameter) else whole
+
+
+@contextmanager
+def local_weights(module: nn.Module) -> Iterator[None]:
+    """Lends a module that runs as python plain weights of its own, where these are whole on every rank.
+
+    They stay whole: what was computed with them may be waiting for its gradients.
+    """
+    table: dict[str, Any] = module._parameters
+    held = {
+        name: p
+        for name, p in table.items()
+        if isinstance(p, DTensor) and all(isinstance(at, Replicate) for at in p.placements)
+    }
+    for p in held.values():
+        if isinstance(p, ShardedParameter):
+            p.read = True
+    table.update({name: local_tensor(p) for name, p in held.items()})
+    try:
+        yield
+    finally:
+        table.update(held)
 
 
 def sharded_class(original: type[nn.Module], base: type) -> type[nn.Module]:

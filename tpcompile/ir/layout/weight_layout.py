@@ -49,6 +49,12 @@ class ParamLayout:
         """Bytes of the whole parameter."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank holds the parameter as it is."""
+        one = len(self.segments) == 1 and self.selection is None
+        return one and all(shard is None for shard in self.segments[0].shards)
+
 
 @dataclass(frozen=True)
 class WeightLayout:

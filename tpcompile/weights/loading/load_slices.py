@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import replace_tensors, tensors_by_name
-from tpcompile.strategies.custom.custom_modules import CustomModules
-from tpcompile.weights.shard import cut
+from tpcompile.weights.sharded_parameter import ShardedParameter, local_tensor
+from tpcompile.weights.sharded_weights import ShardedWeights
+from tpcompile.weights.tensor_layout import TensorLayout
 
 from .expressions import Expression, leaves
 from .fill_tensor import Filler
@@ -26,10 +26,8 @@ _PATIENCE = 1.0  # seconds before a progress bar shows
 def load_slices(
     model: nn.Module,
     expressions: Mapping[str, Expression],
-    layout: WeightLayout,
-    rank: int,
+    weights: ShardedWeights,
     device: torch.device,
-    custom: CustomModules,
     *,
     show: bool = False,
 ) -> None:
@@ -40,12 +38,10 @@ def load_slices(
     more than joining, cutting and transposing, or where a custom strategy cuts the parameter.
 
     Args:
-        model: a sharded model; its tensors on ``meta`` have the shapes of this rank's slices.
+        model: a sharded model; its tensors on ``meta`` are read.
         expressions: per name what the whole tensor is made of.
-        layout: where the weights lie.
-        rank: this rank, in the layout.
+        weights: where the weights are.
         device: where the slices go.
-        custom: cuts what only a custom strategy can.
         show: whether to show a progress bar, if it takes more than a second.
 
     Raises:
@@ -53,22 +49,23 @@ def load_slices(
     """
     places = tensors_by_name(model)
     waiting = {name: getattr(*place) for name, place in places.items() if getattr(*place).is_meta}
-    total = sum(tensor.nbytes for tensor in waiting.values())
+    total = sum(local_tensor(tensor).nbytes for tensor in waiting.values())
     order = sorted(waiting, key=lambda n: _position(expressions[n]))
     files, new = MappedFiles(), {}
     with _bar(total, show) as progress:
         for name in order:
-            old = waiting[name]
-            if layout.params[name].selection is None:
-                local = _read(old, name, expressions[name], layout, rank, device, files.read)
-            else:
-                whole = _whole(name, expressions[name], files.read)
-                local = torch.empty(old.shape, dtype=old.dtype, device=device)
-                with torch.no_grad():
-                    local.copy_(cut(name, whole, layout, rank, custom))
-            new[id(old)] = nn.Parameter(local, old.requires_grad) if isinstance(old, nn.Parameter) else local
+            where = weights.of(name)
+            local = _read(waiting[name], where, expressions[name], device, files.read)
+            new[id(waiting[name])] = _like(waiting[name], local, where)
             progress.update(local.nbytes)
     replace_tensors(model, new)
+
+
+def _like(old: Tensor, local: Tensor, where: TensorLayout) -> Tensor:
+    """A weight with values, of the kind that it was without."""
+    if isinstance(old, nn.Parameter):
+        return ShardedParameter.parameter(local, where, old.requires_grad)
+    return local if where.whole else ShardedParameter(local, where)
 
 
 def _bar(total: int, show: bool) -> Any:
@@ -83,21 +80,22 @@ def _position(expression: Expression) -> tuple[str, int]:
 
 def _read(
     like: Tensor,
-    name: str,
+    where: TensorLayout,
     expression: Expression,
-    layout: WeightLayout,
-    rank: int,
     device: torch.device,
     read: Callable[[Stored], Tensor],
 ) -> Tensor:
     """A rank's slice: memory of the file where it lies there in one piece and on a CPU, else a copy."""
-    ranges = layout.ranges(name, rank)
+    name, shape = where.name, where.local_shape
+    if where.param.selection is not None:
+        return where.cut(_whole(name, expression, read)).to(device, like.dtype)
+    ranges = where.layout.ranges(name, where.rank)
     try:
-        if device.type == "cpu" and len(ranges) == 1 and tuple(ranges[0].sizes) == tuple(like.shape):
+        if device.type == "cpu" and len(ranges) == 1 and tuple(ranges[0].sizes) == tuple(shape):
             mapped = map_slice(expression, ranges[0].offsets, ranges[0].sizes, like.dtype)
             if mapped is not None:
                 return mapped
-        local = torch.empty(like.shape, dtype=like.dtype, device=device)
+        local = torch.empty(shape, dtype=like.dtype, device=device)
         filler = Filler(read)  # type: ignore[arg-type]
         with torch.no_grad():
             for part in ranges:

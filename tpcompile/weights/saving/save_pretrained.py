@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ranks.agree import together
-from tpcompile.runtime.runtime import Runtime
+from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.weights.loading.expressions import Expression, Leaf, leaves
 from tpcompile.weights.loading.fill_tensor import Filler
 from tpcompile.weights.loading.find_files import INDEX, variant_of
@@ -57,7 +57,9 @@ _REFUSED = {
 }
 
 
-def save_pretrained(model: Any, runtime: Runtime, folder: str | os.PathLike[str], wishes: Wishes) -> None:
+def save_pretrained(
+    model: Any, axis: MeshAxis | None, original: type, folder: str | os.PathLike[str], wishes: Wishes
+) -> None:
     """Writes a checkpoint that transformers, and ``tpcompile.from_pretrained`` at any size, can load.
 
     One rank writes; it holds one whole parameter (or one converted tensor's parameters) at a time. The
@@ -65,20 +67,23 @@ def save_pretrained(model: Any, runtime: Runtime, folder: str | os.PathLike[str]
 
     Args:
         model: a sharded model of transformers.
-        runtime: its runtime.
+        axis: the mesh axis; None if the model is on one rank.
+        original: the model's class before it was sharded.
         folder: where to; what it holds beside a checkpoint stays.
         wishes: arguments.
 
     Raises:
         TpCompileError: on every rank; what was there before is still there.
     """
-    group, every = runtime.compiler.group, _all_ranks(runtime)
-    prepared = together(group, "prepare the checkpoint", lambda: _prepare(model, runtime, folder, wishes))
-    together(every, "save the model", lambda: _save(model, runtime, *prepared, wishes))
+    group, every = _group(axis), _all_ranks(axis)
+    prepared = together(
+        group, "prepare the checkpoint", lambda: _prepare(model, axis, original, folder, wishes)
+    )
+    together(every, "save the model", lambda: _save(model, axis, *prepared, wishes))
 
 
 def _prepare(
-    model: Any, runtime: Runtime, folder: str | os.PathLike[str], wishes: Wishes
+    model: Any, axis: MeshAxis | None, original: type, folder: str | os.PathLike[str], wishes: Wishes
 ) -> tuple[Path, list[File], dict[str, bytes]]:
     """Checks what can be checked; gives the folder, the files of weights, the contents of all others."""
     if not isinstance(model, PreTrainedModel):
@@ -95,8 +100,8 @@ def _prepare(
             "the model has adapters", todo="save them from the model before it was sharded, or merge them"
         )
     target = _folder(folder)
-    Collector(model, runtime.layout, runtime.compiler.rank, 0, None).check()
-    tensors, parameters = _tensors(model, runtime, wishes.save_original_format)
+    Collector(model, 0 if axis is None else axis.rank, 0).check()
+    tensors, parameters = _tensors(model, original, wishes.save_original_format)
     files = plan_files(tensors, size_in_bytes(wishes.max_shard_size), wishes.variant)
     others = _configs(model)
     if len(files) > 1:
@@ -116,21 +121,21 @@ def _folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _tensors(model: Any, runtime: Runtime, original_format: bool) -> tuple[dict[str, Expression], int]:
+def _tensors(model: Any, original: type, original_format: bool) -> tuple[dict[str, Expression], int]:
     """The checkpoint's tensors by key, as expressions over parameters; how many numbers those have."""
-    found = leaves_of(model, runtime.layout)
+    found = leaves_of(model)
     ignored = set(model._keys_to_ignore_on_save or ())
     lazy: dict[str, Any] = {key: LazyTensor(leaf) for key, leaf in found.items() if key not in ignored}
-    with unsharded(model, runtime.original, runtime.layout):
+    with unsharded(model, original):
         parameters: int = model.num_parameters()
         if original_format:
             lazy = revert_weight_conversion(model, lazy)
     return {key: value.expression for key, value in lazy.items()}, parameters
 
 
-def _find_writer(runtime: Runtime, wishes: Wishes) -> int | None:
+def _find_writer(axis: MeshAxis | None, wishes: Wishes) -> int | None:
     """The rank of the group that writes; None if another replica of the model does."""
-    group, axis = runtime.compiler.group, runtime.compiler.axis
+    group = _group(axis)
     flags: list[Any] = [bool(wishes.is_main_process)]
     if group is not None:
         flags = [None] * dist.get_world_size(group)
@@ -144,20 +149,28 @@ def _find_writer(runtime: Runtime, wishes: Wishes) -> int | None:
     return flags.index(True)
 
 
-def _all_ranks(runtime: Runtime) -> dist.ProcessGroup | None:
+def _all_ranks(axis: MeshAxis | None) -> dist.ProcessGroup | None:
     """Those who must know that the checkpoint is there."""
-    axis = runtime.compiler.axis
-    return dist.group.WORLD if axis is not None and axis.shared else runtime.compiler.group
+    return dist.group.WORLD if axis is not None and axis.shared else _group(axis)
+
+
+def _group(axis: MeshAxis | None) -> dist.ProcessGroup | None:
+    return None if axis is None else axis.group
 
 
 def _save(
-    model: Any, runtime: Runtime, target: Path, files: list[File], others: dict[str, bytes], wishes: Wishes
+    model: Any,
+    axis: MeshAxis | None,
+    target: Path,
+    files: list[File],
+    others: dict[str, bytes],
+    wishes: Wishes,
 ) -> None:
-    writer = _find_writer(runtime, wishes)
+    writer = _find_writer(axis, wishes)
     if writer is None:
         return
-    group, rank = runtime.compiler.group, runtime.compiler.rank
-    collector = Collector(model, runtime.layout, rank, writer, group)
+    group, rank = _group(axis), 0 if axis is None else axis.rank
+    collector = Collector(model, rank, writer)
     stage = StagedCheckpoint(target, files, others, wishes.variant) if rank == writer else None
     with stage or contextlib.nullcontext():
         together(group, "make a folder", lambda: None if stage is None else stage.begin())

@@ -1,8 +1,7 @@
-"""Tensors that ``torch.distributed.checkpoint`` (DCP) can save and load, made of slices of whole parameters.
+"""What ``torch.distributed.checkpoint`` (DCP) saves and loads of a part of a parameter: boxes of the whole.
 
-They follow the protocol of ``torch.distributed._checkpointable``, which DCP's planner asks in
-``checkpoint/planner_helpers.py`` and ``checkpoint/utils.py`` (read in torch 2.13). They have to be tensors:
-the planner looks for boxes in nothing else.
+``ShardedParameter`` answers DCP's planner with it, by the protocol of ``torch.distributed._checkpointable``,
+which ``checkpoint/planner_helpers.py`` and ``checkpoint/utils.py`` ask (read in torch 2.13).
 """
 
 from __future__ import annotations
@@ -16,82 +15,32 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.utils._pytree import tree_map_only
 
-from tpcompile.errors import TpCompileError
 from tpcompile.ir.layout.index_ranges import Region
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class SliceTensor(Tensor):
-    """A rank's local tensor under the shape of the whole parameter; it can be saved and loaded, no more.
-
-    Attributes:
-        local: the local tensor itself: what is loaded is written there.
-        regions: the boxes of the whole that it holds.
-        written: the offsets of those that this rank saves; others hold the rest too, and save it.
-    """
-
-    local: Tensor
-    regions: tuple[Region, ...]
-    written: frozenset[tuple[int, ...]]
-
-    @staticmethod
-    def __new__(
-        cls,
-        shape: Sequence[int],
-        local: Tensor,
-        regions: Sequence[Region] = (),
-        written: frozenset[tuple[int, ...]] = frozenset(),
-    ) -> SliceTensor:
-        """See the attributes."""
-        made = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=local.dtype, device=local.device)
-        made.local, made.regions, made.written = local, tuple(regions), written
-        return made
-
-    def like(self, local: Tensor) -> SliceTensor:
-        """Another tensor that lies as this one, such as a moment of an optimizer."""
-        return SliceTensor(self.shape, local, self.regions, self.written)
-
-    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        """What this rank saves (called by DCP)."""
-        properties = TensorProperties.create_from_tensor(self.local)
-        return [
-            WriteItem(
-                MetadataIndex(fqn, region.offsets),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(_chunk(region), properties, self.size()),
-            )
-            for region in self.regions
-            if region.offsets in self.written
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """What this rank wants to load (called by DCP)."""
-        return [_chunk(region) for region in self.regions]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        """A box, to read or to write (called by DCP)."""
-        region = next(r for r in self.regions if r.offsets == tuple(index.offset or ()))
-        return region_of(self.local, region)
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"SliceTensor({tuple(self.shape)}, local={tuple(self.local.shape)}, dtype={self.dtype})"
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Only what DCP does while it stages an asynchronous save."""
-        if func is torch.ops.aten.detach.default:
-            return args[0].like(args[0].local)
-        if func is torch.ops.aten.new_empty.default:
-            return cls(args[1], args[0].local.new_empty((), **(kwargs or {})))
-        raise TpCompileError(
-            f"{func} of a slice that stands for a whole parameter",
-            todo="use its .local, or model.full_state_dict()",
+def write_items(name: str, local: Tensor, shape: torch.Size, regions: Sequence[Region]) -> list[WriteItem]:
+    """What a rank can save of a parameter. Of boxes that several ranks hold, DCP's planner keeps one."""
+    properties = TensorProperties.create_from_tensor(local)
+    return [
+        WriteItem(
+            MetadataIndex(name, region.offsets),
+            WriteItemType.SHARD,
+            tensor_data=TensorWriteData(_chunk(region), properties, shape),
         )
+        for region in regions
+    ]
+
+
+def chunks(regions: Sequence[Region]) -> list[ChunkStorageMetadata]:
+    """What a rank wants to load."""
+    return [_chunk(region) for region in regions]
+
+
+def region_at(local: Tensor, regions: Sequence[Region], index: MetadataIndex) -> Tensor:
+    """A box of a local tensor, to read or to write."""
+    return region_of(local, next(r for r in regions if r.offsets == tuple(index.offset or ())))
 
 
 def _chunk(region: Region) -> ChunkStorageMetadata:

@@ -1,0 +1,103 @@
+"""What torch would return as a view of a sharded weight: a view of the gathered one, that is written back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tpcompile.errors import TpCompileError
+
+from .tensor_layout import TensorLayout
+
+
+class Source:
+    """A gathered tensor.
+
+    Args:
+        local: this rank's part.
+        placing: how the whole is laid out.
+
+    Attributes:
+        whole: the gathered tensor.
+        version: the state of the part that is in it.
+    """
+
+    def __init__(self, local: Tensor, placing: TensorLayout) -> None:
+        self.local, self.placing = local, placing
+        self.whole, self.version = placing.gather(local.detach()), local._version
+
+    def check(self) -> None:
+        """Refuses a tensor whose part has changed since: only all ranks together could gather it again."""
+        if self.local._version != self.version:
+            raise TpCompileError(
+                "a view of a sharded weight is used after the weight has changed",
+                where=self.placing.name,
+                todo="take it again",
+            )
+
+    def write_back(self) -> None:
+        """The part of what was written into the whole."""
+        if not self.placing.whole:
+            with torch.no_grad():
+                self.local.detach().copy_(self.placing.cut(self.whole))
+        increment_version(self.local)
+        self.version = self.local._version
+
+
+class GatheredView(Tensor):
+    """A view of a gathered tensor.
+
+    Attributes:
+        viewed: the view.
+        source: what it is a view of.
+    """
+
+    viewed: Tensor
+    source: Source
+
+    @staticmethod
+    def __new__(cls, viewed: Tensor, source: Source) -> GatheredView:
+        """See the attributes."""
+        made = Tensor._make_wrapper_subclass(
+            cls, viewed.shape, strides=viewed.stride(), dtype=viewed.dtype, device=viewed.device
+        )
+        made.viewed, made.source = viewed, source
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self.viewed)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Computes with the viewed; what is written reaches the weight.
+
+        Raises:
+            TpCompileError: the weight has changed since.
+        """
+        kwargs = kwargs or {}
+        views = [a for a in tree_leaves((args, kwargs)) if isinstance(a, GatheredView)]
+        for view in views:
+            view.source.check()
+        plain = tree_map(lambda a: a.viewed if isinstance(a, GatheredView) else a, (args, kwargs))
+        out = func(*plain[0], **plain[1])
+        written = False
+        for at, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[at] if at < len(args) else kwargs.get(argument.name)
+                for view in tree_leaves(value):
+                    if isinstance(view, GatheredView):
+                        view.source.write_back()
+                        written = True
+        if written:
+            return args[0] if isinstance(args[0], GatheredView) else out
+        if not any(a.alias_info is not None for a in func._schema.arguments):
+            return out
+        return tree_map(lambda o: GatheredView(o, views[0].source) if type(o) is Tensor else o, out)

@@ -1,0 +1,318 @@
+"""A rank's part of a parameter, which says so in its type: an operation is right for the whole, or refused.
+
+It is a ``DTensor``, so that code that looks for those (FSDP, accelerate, checkpoints) finds one, with our
+layouts and our dispatch (see ``dispatch``). Programs do not read it: they read the plain leaf inside of it,
+to which gradients and hooks belong (see ``runtime/fetch_inputs``).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.tensor import DTensor, Replicate
+
+from tpcompile.errors import TpCompileError
+
+from .checkpoint_boxes import chunks, region_at, write_items
+from .dispatch import dispatch
+from .tensor_layout import TensorLayout
+
+_TENSOR: Any = Tensor
+_TODO = "use full_tensor(), or model.full_state_dict(), on all ranks; to_local() is this rank's part"
+
+
+class ShardedParameter(DTensor):
+    """A rank's part of a parameter, of its gradient, or of an optimizer's state for it.
+
+    Attributes:
+        placing: how the whole is laid out.
+        read: whether python that runs as it is has computed with the parameter: then it stays whole.
+        averaged: whether data parallelism averages the gradients of the leaf (``DistributedDataParallel``).
+    """
+
+    placing: TensorLayout
+    read = False
+    averaged = False
+
+    @staticmethod
+    def __new__(cls, local: Tensor, where: TensorLayout, requires_grad: bool = False) -> ShardedParameter:
+        """See the attributes.
+
+        Args:
+            local: this rank's part; it is not copied.
+            where: the layout.
+            requires_grad: whether autograd records what is done to it.
+        """
+        spec = where.spec(local.dtype)
+        made: ShardedParameter = _TENSOR._dtensor__new__(cls, local, spec, requires_grad=requires_grad)
+        made.placing = where
+        return made
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @classmethod
+    def parameter(cls, local: Tensor, where: TensorLayout, requires_grad: bool) -> ShardedParameter:
+        """A parameter: its part becomes a leaf, which gets the gradients."""
+        made = cls(local.detach(), where, requires_grad)
+        made._is_param = True
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return dispatch(cls, func, args, kwargs or {})
+
+    # -------------------------------------------------------------- one leaf for programs, one for the user
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient, laid out as the parameter."""
+        local, held = self._local_tensor.grad, self.__dict__.get("_gradient")
+        if local is None:
+            return None
+        if held is not None and held._local_tensor is not local and held.dtype == local.dtype:
+            # A wrapper costs more than a small update: it is used again if nobody else can see it.
+            if sys.getrefcount(held) == 3 and held._use_count() == 1:
+                held._local_tensor = local
+        if held is None or held._local_tensor is not local:
+            held = self.__dict__["_gradient"] = ShardedParameter(local, self.placing)
+        return held
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        held = self.__dict__.get("_gradient")
+        if held is not None and sys.getrefcount(held) == 3 and held._use_count() == 1:
+            held._local_tensor = self._local_tensor  # lets go of the old gradient
+        else:
+            self.__dict__.pop("_gradient", None)
+        self._local_tensor.grad = None if value is None else self.part_of(value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
+
+    @property
+    def requires_grad(self) -> bool:
+        """As of any tensor."""
+        return bool(_TENSOR.requires_grad.__get__(self))
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> ShardedParameter:
+        """As of any tensor."""
+        Tensor.requires_grad_(self, requires_grad)
+        if self._local_tensor.is_leaf:
+            self._local_tensor.requires_grad_(requires_grad)
+        self._watch()
+        return self
+
+    def _watch(self) -> None:
+        """Sees to it that gradients that come here reach the leaf."""
+        if self.requires_grad and self._is_param and not self._post_accumulate_grad_hooks:
+            Tensor.register_post_accumulate_grad_hook(self, _move_gradient)
+
+    @property
+    def data(self) -> Tensor:
+        """As of any tensor."""
+        return _TENSOR.data.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        local = self.part_of(value)
+        if local.dtype != self.dtype or local.device != self.device:
+            _TENSOR.data.__set__(self, ShardedParameter(local, self.placing))
+            self._spec = self.placing.spec(local.dtype)
+            self.__dict__.pop("_gradient", None)
+        self._local_tensor.data = local
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        """As of any tensor; the hook sees the gradient with this layout."""
+        if not self._is_param:
+            return Tensor.register_hook(self, hook)
+
+        def inner(grad: Tensor) -> Tensor | None:
+            new = hook(ShardedParameter(grad, self.placing))
+            return None if new is None else self.part_of(new)
+
+        return self._local_tensor.register_hook(inner)
+
+    def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> Any:
+        """As of any tensor."""
+        return self._local_tensor.register_post_accumulate_grad_hook(lambda _: hook(self))
+
+    @property
+    def _is_param(self) -> bool:
+        """Whether this is an ``nn.Parameter``; torch asks, and says so."""
+        return self.__dict__.get("_parameter", False)
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        self.__dict__["_parameter"] = value
+        if value:
+            self._local_tensor = nn.Parameter(self._local_tensor.detach(), self.requires_grad)
+            self._watch()
+
+    # ------------------------------------------------------------------------------------- parts and wholes
+
+    def part_of(self, value: Tensor) -> Tensor:
+        """This rank's part of a tensor that is whole, or laid out as this one, or otherwise.
+
+        Raises:
+            TpCompileError: the tensor has another shape.
+        """
+        if isinstance(value, ShardedParameter):
+            return (
+                value._local_tensor
+                if value.placing == self.placing
+                else self.placing.cut(value.full_tensor())
+            )
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        if value.shape != self.placing.shape:
+            raise TpCompileError(
+                f"a tensor of shape {tuple(value.shape)} for a weight of {tuple(self.placing.shape)}",
+                where=self.placing.name,
+                todo="give the whole tensor; every rank takes its part",
+            )
+        return self.placing.cut(value.detach())
+
+    def lay_out(self, where: TensorLayout) -> None:
+        """Gives the whole parameter another layout, in place: optimizers hold this object."""
+        assert self.placing.whole, "only what is whole can be divided"
+        gradient = self._local_tensor.grad
+        self._local_tensor.grad = None
+        self._local_tensor.data = where.cut(self._local_tensor.detach())
+        self._local_tensor.grad = None if gradient is None else where.cut(gradient)
+        self.placing, self._spec = where, where.spec(self.dtype)
+        self.__dict__.pop("_gradient", None)
+
+    def to_local(self, *args: Any, **kwargs: Any) -> Tensor:
+        """This rank's part, a plain tensor; of a parameter, the leaf that gets the gradients."""
+        if self.grad_fn is None:
+            return self._local_tensor
+        return _ToLocal.apply(self)
+
+    def full_tensor(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The whole tensor, on every rank; all ranks must call it."""
+        return _Gathered.apply(self.to_local(), self.placing)
+
+    def redistribute(self, device_mesh: Any = None, placements: Any = None, **kwargs: Any) -> DTensor:
+        """To the whole tensor on every rank, or as it is.
+
+        Raises:
+            TpCompileError: another placement is asked for.
+        """
+        if placements is None or tuple(placements) == tuple(self._spec.placements):
+            return self
+        if any(not isinstance(p, Replicate) for p in placements):
+            raise TpCompileError(
+                f"a sharded weight cannot be laid out as {tuple(placements)}",
+                where=self.placing.name,
+                todo=_TODO,
+            )
+        return DTensor.from_local(self.full_tensor(), self.device_mesh, placements, run_check=False)
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"ShardedParameter({tuple(self.shape)}, local={self._local_tensor})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedParameter:
+        if id(self) not in memo:
+            local = self._local_tensor.detach().clone()
+            make = ShardedParameter.parameter if self._is_param else ShardedParameter
+            memo[id(self)] = new = make(local, self.placing, self.requires_grad)
+            gradient = self._local_tensor.grad
+            new._local_tensor.grad = None if gradient is None else gradient.clone()
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self._refuse("be pickled: other ranks, and other numbers of them, could not use it")
+
+    def untyped_storage(self) -> NoReturn:
+        """Refused: what reads memory would take the part for the whole."""
+        self._refuse("be read as memory, or traced (torch.export)")
+
+    def numpy(self, *, force: bool = False) -> NoReturn:
+        """Refused, see ``untyped_storage``."""
+        self._refuse("be read as memory, or traced (torch.export)")
+
+    storage = __dlpack__ = tolist = numpy  # type: ignore[assignment]
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise TpCompileError(f"a rank's part of a weight cannot {what}", where=self.placing.name, todo=_TODO)
+
+    # --------------------------------------------------- the protocol of torch.distributed.checkpoint (DCP)
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        """What this rank can save; of equal boxes DCP writes one."""
+        return write_items(fqn, self._local_tensor, self.size(), self._regions())
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        """What this rank wants to load."""
+        return chunks(self._regions())
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        """A box, to read or to write."""
+        return region_at(self._local_tensor.detach(), self._regions(), index)
+
+    def _regions(self) -> Any:
+        return self.placing.layout.regions(self.placing.name, self.placing.rank)
+
+
+def _move_gradient(parameter: Tensor) -> None:
+    """A gradient that has come to the parameter, through python that read it, belongs to the leaf inside."""
+    assert isinstance(parameter, ShardedParameter)
+    gradient = _TENSOR.grad.__get__(parameter)
+    _TENSOR.grad.__set__(parameter, None)
+    leaf = parameter._local_tensor
+    if parameter.averaged or leaf._backward_hooks:
+        raise TpCompileError(
+            "python has read a weight whose gradients data parallelism, or a hook, is to see",
+            where=parameter.placing.name,
+            todo="compute with the weight inside of the model's forward",
+        )
+    with torch.no_grad():
+        part = parameter.part_of(gradient)
+        leaf.grad = part.clone() if leaf.grad is None else leaf.grad + part
+
+
+class _ToLocal(torch.autograd.Function):
+    """A rank's part of a tensor that was computed."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: ShardedParameter) -> Tensor:
+        ctx.where = tensor.placing
+        return tensor._local_tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return ShardedParameter(grad, ctx.where)
+
+
+class _Gathered(torch.autograd.Function):
+    """The whole of a part. Every rank computes the same with it, so that its gradient is cut."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, where: TensorLayout) -> Tensor:
+        ctx.where = where
+        return where.gather(local.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.where.cut(grad), None
+
+
+def local_tensor(value: Tensor) -> Tensor:
+    """What a program computes with: this rank's part; of a further divided one (FSDP), what it holds now."""
+    if type(value) is ShardedParameter:
+        return value._local_tensor if value.grad_fn is None else value.to_local()
+    return value.to_local() if isinstance(value, DTensor) else value

@@ -1,0 +1,176 @@
+"""How one tensor is laid out over the ranks of a mesh axis, and which part of it this rank holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.layout.index_ranges import copied_along
+from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout
+from tpcompile.ranks.mesh_axis import MeshAxis
+from tpcompile.strategies.custom.custom_modules import CustomModules
+
+
+class UnsayableSpec(DTensorSpec):
+    """The specification of a layout that no ``DTensor`` can have: what divides it further would be wrong."""
+
+    @property
+    def num_shards_map(self) -> Any:
+        """What FSDP asks before it divides a parameter once more.
+
+        Raises:
+            TpCompileError: always.
+        """
+        raise TpCompileError(
+            "FSDP cannot divide a parameter whose parts are uneven, packed, or shared by some of the ranks",
+            todo="use DistributedDataParallel over the other axis of the mesh",
+        )
+
+
+class TensorLayout:
+    """The layout of a parameter, which its gradient and an optimizer's state share.
+
+    Args:
+        param: its segments, from the layout of the model.
+        axes: the sizes of the sub-axes.
+        axis: the mesh axis.
+        custom: cuts what only a custom strategy can.
+
+    Attributes:
+        shape: of the whole tensor.
+        local_shape: of this rank's part.
+        whole: whether every rank holds all of it.
+    """
+
+    def __init__(
+        self, param: ParamLayout, axes: Sequence[int], axis: MeshAxis, custom: CustomModules
+    ) -> None:
+        self.param, self.axis, self.custom = param, axis, custom
+        self.layout = WeightLayout(tuple(axes), {param.name: param})
+        self.name, self.rank, self.shape = param.name, axis.rank, torch.Size(param.shape)
+        self.local_shape = torch.Size(self.layout.local_shape(param.name, axis.rank))
+        self.whole = param.is_whole
+        self._key = (self.layout.axes, param.shape, param.segments, param.packed_dim, param.selection, axis)
+        self._hash = hash(self._key[:4])
+        self._specs: dict[torch.dtype, DTensorSpec] = {}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TensorLayout) or self is other:
+            return self is other
+        return self._hash == other._hash and self._key == other._key
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorLayout:
+        return self
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks that share the tensor."""
+        return self.axis.group
+
+    def cut(self, full: Tensor) -> Tensor:
+        """This rank's part of a whole tensor, in memory of its own (the tensor itself if it stays whole)."""
+        if self.whole:
+            return full
+        selection = self.param.selection
+        if selection is not None and selection.runs is None:
+            return self.custom.local_part(self.name, full, self.rank)
+        return self.layout.shard(self.name, full, self.rank)
+
+    def gather(self, local: Tensor) -> Tensor:
+        """The whole tensor, on every rank (the part itself, if it is the whole).
+
+        Raises:
+            TpCompileError: it is read while something is traced, which would not see the collective.
+        """
+        if self.whole:
+            return local
+        if isinstance(local, FakeTensor) or local.is_meta or torch.compiler.is_compiling():
+            raise TpCompileError(
+                "a sharded weight is read in code that is traced, or before it has values",
+                where=self.name,
+                todo="read it outside of the traced code, by full_tensor()",
+            )
+        return gather(self.layout, self.name, local, self.rank, self.group)
+
+    def segments(self, local: Tensor) -> list[tuple[Tensor, int]]:
+        """The parts of a local tensor, each with the number of ranks that hold the same.
+
+        Raises:
+            TpCompileError: a custom strategy divides the tensor, perhaps so that ranks share some of it.
+        """
+        if self.param.selection is not None:
+            raise TpCompileError(
+                "a custom strategy divides this parameter in a way of its own: its norm is not known",
+                where=self.name,
+                todo="clip the gradients by yourself, from full_tensor()",
+            )
+        axes = self.layout.axes
+        copies = [math.prod(axes[i] for i in copied_along(s, axes)) for s in self.param.segments]
+        return list(zip(self.layout.segments_of(self.name, local, self.rank), copies, strict=True))
+
+    def spec(self, dtype: torch.dtype) -> DTensorSpec:
+        """The layout as ``DTensor`` would have it; where it cannot, one that must not be divided further."""
+        if dtype not in self._specs:
+            dim = self._dim()
+            placement = Replicate() if dim is None else Shard(dim)
+            strides = torch.empty(self.shape, device="meta").stride()
+            kind = DTensorSpec if self._is_said_by(dim) else UnsayableSpec
+            meta = TensorMeta(self.shape, strides, dtype)
+            self._specs[dtype] = kind(self.axis.mesh, (placement,), tensor_meta=meta)
+        return self._specs[dtype]
+
+    def _dim(self) -> int | None:
+        """The first dimension that is divided."""
+        full, mine = self.shape, self.local_shape
+        flat = [[d for d, dim in enumerate(s.atoms) for _ in dim] for s in self.param.segments]
+        found = [
+            dims[at]
+            for s, dims in zip(self.param.segments, flat, strict=True)
+            for at in s.shards
+            if at is not None
+        ]
+        return min(found) if found else next((d for d in range(len(full)) if full[d] != mine[d]), None)
+
+    def _is_said_by(self, dim: int | None) -> bool:
+        """Whether a DTensor on a mesh of one axis, divided along one dimension, is laid out like this."""
+        if dim is None or self.param.selection is not None:
+            return self.whole
+        ranks, size = self.layout.ranks, self.shape[dim]
+        chunk = -(-size // ranks)
+        for rank in range(ranks):
+            start = min(chunk * rank, size)
+            boxes = self.layout.ranges(self.name, rank)
+            if len(boxes) != 1 or boxes[0].sizes[dim] != min(chunk, size - start):
+                return False
+            if (
+                boxes[0].offsets[dim] != start
+                or math.prod(boxes[0].sizes) * size != self.shape.numel() * (boxes[0].sizes[dim])
+            ):
+                return False
+        return True
+
+
+def gather(
+    layout: WeightLayout, name: str, local: Tensor, rank: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """One whole parameter, on every rank. Uneven parts travel filled up to the largest."""
+    shapes = [layout.local_shape(name, r) for r in range(layout.ranks)]
+    largest = max(map(math.prod, shapes))
+    sent = local.new_zeros(largest)
+    sent[: local.numel()] = local.detach().flatten()
+    received = [torch.empty_like(sent) for _ in shapes]
+    dist.all_gather(received, sent, group=group)
+    parts = {r: received[r][: math.prod(s)].reshape(s) for r, s in enumerate(shapes)}
+    return layout.assemble(name, parts)

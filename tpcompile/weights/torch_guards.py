@@ -1,0 +1,165 @@
+"""torch's wrappers and functions that must know of sharded parameters: they are told, or refused.
+
+Everything here replaces something of torch's, once, when the first model is sharded; others see no change.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._fully_shard import _fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import optimizer
+from torch.utils import _foreach_utils
+
+from tpcompile.errors import TpCompileError
+
+from .sharded_parameter import ShardedParameter, local_tensor
+from .tensor_layout import UnsayableSpec
+
+_OTHER_AXIS = (
+    "mesh = init_device_mesh(device, (replicas, ranks), mesh_dim_names=('data', 'tensor')), "
+    "parallelize(model, mesh, axis='tensor')"
+)
+
+
+@functools.cache
+def guard_torch() -> None:
+    """Tells torch's data parallelism, optimizers and autograd of sharded parameters."""
+    for supported in (optimizer._foreach_supported_types, _foreach_utils._foreach_supported_types):
+        supported.append(ShardedParameter)
+    _around(DistributedDataParallel, _construct_ddp)
+    _around(FullyShardedDataParallel, _construct_fsdp)
+    _around(ZeroRedundancyOptimizer, _construct_zero)
+    fsdp: Any = _fully_shard
+    fsdp._get_modules_and_states = functools.partial(_fully_shard_states, fsdp._get_modules_and_states)
+    autograd: Any = torch.autograd
+    autograd._engine_run_backward = functools.partial(_run_backward, autograd._engine_run_backward)
+
+
+Construct = Callable[[Callable[[], None], dict[str, Any]], None]
+"""Takes the original constructor, bound, and its arguments by name."""
+
+
+def _around(wrapper: Any, construct: Construct) -> None:
+    """Lets a function construct the objects of a class."""
+    original = wrapper.__init__
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        call = signature.bind(self, *args, **kwargs)
+        construct(lambda: original(*call.args, **call.kwargs), dict(call.arguments))
+
+    wrapper.__init__ = init
+
+
+def _sharded(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, ShardedParameter]]:
+    """The sharded parameters and buffers of a module: table, name, tensor."""
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, tensor in table.items():
+                if isinstance(tensor, ShardedParameter):
+                    yield table, name, tensor
+
+
+def _refuse_own_axis(what: str, tensor: ShardedParameter, theirs: Iterable[int]) -> None:
+    """Refuses data parallelism over ranks that share a model."""
+    shared = sorted(set(dist.get_process_group_ranks(tensor.placing.group)) & set(theirs))
+    if len(shared) > 1:
+        raise TpCompileError(
+            f"{what} over ranks {shared}, which share the model: each holds other parts of its weights",
+            todo=f"make a mesh of two axes, {_OTHER_AXIS}, and give {what} the other one: "
+            "DistributedDataParallel(model, process_group=mesh.get_group('data')) or "
+            "fully_shard(model, mesh=mesh['data']); with one axis, train without it, on the same batches",
+        )
+
+
+def _construct_ddp(construct: Callable[[], None], call: dict[str, Any]) -> None:
+    """``DistributedDataParallel`` is given the leaves in which gradients arrive."""
+    held = list(_sharded(call["module"]))
+    if held:
+        mesh, group = call.get("device_mesh"), call.get("process_group")
+        group = mesh.get_group() if mesh is not None else group or dist.group.WORLD
+        _refuse_own_axis("DistributedDataParallel", held[0][2], dist.get_process_group_ranks(group))
+    for table, name, tensor in held:
+        table[name] = tensor._local_tensor
+    try:
+        construct()
+    finally:
+        for table, name, tensor in held:
+            table[name] = tensor
+    for _, _, tensor in held:
+        tensor.averaged = True
+
+
+def _construct_fsdp(construct: Callable[[], None], call: dict[str, Any]) -> None:
+    for _, _, tensor in _sharded(call["module"]):
+        _refuse("FullyShardedDataParallel flattens", tensor, "use torch.distributed.fsdp.fully_shard instead")
+    construct()
+
+
+def _construct_zero(construct: Callable[[], None], call: dict[str, Any]) -> None:
+    groups = list(call["params"])
+    params = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
+    for tensor in params:
+        if isinstance(tensor, ShardedParameter):
+            todo = "use the optimizer itself: the state of every rank is that of its parts already"
+            _refuse("ZeroRedundancyOptimizer broadcasts", tensor, todo)
+    call["params"] = groups
+    construct()
+
+
+def _refuse(what: str, tensor: ShardedParameter, todo: str) -> None:
+    raise TpCompileError(
+        f"{what} parameters, of which this rank has a part", where=tensor.placing.name, todo=todo
+    )
+
+
+def _fully_shard_states(original: Any, module: nn.Module, *args: Any) -> Any:
+    """What ``fully_shard`` collects first; nothing is changed yet."""
+    mesh = sys._getframe(1).f_locals["mesh"]
+    for _, _, tensor in _sharded(module):
+        _refuse_own_axis("fully_shard", tensor, mesh.mesh.flatten().tolist())
+        if isinstance(tensor._spec, UnsayableSpec):
+            todo = "use DistributedDataParallel over the other axis of the mesh"
+            _refuse("fully_shard cannot divide uneven, packed or shared parts of", tensor, todo)
+    return original(module, *args)
+
+
+def _run_backward(original: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """``backward(inputs=...)``, ``autograd.grad``: gradients of parameters are those of their leaves too."""
+    inputs = args[3]
+    if not any(isinstance(p, ShardedParameter) and p.is_leaf for p in inputs):
+        return original(outputs, *args, **kwargs)
+    leaves = [local_tensor(p) for p in inputs if isinstance(p, ShardedParameter) and p.is_leaf]
+    both = (*inputs, *leaves)
+    if kwargs["accumulate_grad"]:
+        return original(outputs, *args[:3], both, *args[4:], **kwargs)
+    unused = kwargs.pop("allow_unreachable", args[4] if len(args) > 4 else False)
+    found = original(outputs, *args[:3], both, True, **kwargs)
+    inner = iter(found[len(inputs) :])
+    result = [_gradient(p, g, inner) for p, g in zip(inputs, found[: len(inputs)], strict=True)]
+    if not unused and any(g is None for g in result):
+        raise RuntimeError(
+            "One of the differentiated Tensors appears to not have been used in the graph. "
+            "Set allow_unused=True if this is the desired behavior."
+        )
+    return tuple(result)
+
+
+def _gradient(p: Any, outer: Tensor | None, inner: Iterator[Tensor | None]) -> Tensor | None:
+    """The gradient of an input: what has come to it, and what has come to the leaf inside of it."""
+    if not (isinstance(p, ShardedParameter) and p.is_leaf):
+        return outer
+    found = [g for g in (next(inner), None if outer is None else p.part_of(outer)) if g is not None]
+    return ShardedParameter(sum(found[1:], found[0]), p.placing) if found else None
