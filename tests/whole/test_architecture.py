@@ -32,14 +32,8 @@ LAYERS = (
     ("auto_classes",),
     ("__init__",),
 )
-# What still has to go. With sharded parameters that know how they are laid out, what gathers, loads and saves
-# weights needs no runtime, and guards need its form only.
+# What still has to go: guards need the form of the runtime only.
 EXCEPTIONS = {
-    ("tpcompile.weights.dcp", "tpcompile.runtime.runtime"),
-    ("tpcompile.weights.gather", "tpcompile.runtime.runtime"),
-    ("tpcompile.weights.load_state", "tpcompile.runtime.runtime"),
-    ("tpcompile.weights.load_state", "tpcompile.runtime.watched_module"),
-    ("tpcompile.weights.saving.save_pretrained", "tpcompile.runtime.runtime"),
     ("tpcompile.runtime.guards", "tpcompile.runtime.runtime"),
     ("tpcompile.runtime.watched_module", "tpcompile.runtime.runtime"),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,3 +103,44 @@ class GatheredView(Tensor):
         if not any(a.alias_info is not None for a in func._schema.arguments):
             return out
         return tree_map(lambda o: GatheredView(o, views[0].source) if type(o) is Tensor else o, out)
+
+
+def gathered(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """On whole tensors. What is written is cut again."""
+    sources: dict[int, Source] = {}
+
+    def whole(a: Any) -> Any:
+        if not isinstance(a, kind):
+            return a
+        if id(a) not in sources:
+            sources[id(a)] = Source(a._local_tensor, a.placing)
+        return sources[id(a)].whole
+
+    with torch.no_grad():
+        out = func(*tree_map(whole, args), **tree_map(whole, kwargs))
+    changed: list[Any] = [kwargs.get(at) if isinstance(at, str) else args[at] for at in written(func)]
+    if changed:
+        for t in tree_leaves(changed):
+            if isinstance(t, kind):
+                sources[id(t)].write_back()
+        return changed[0] if len(func._schema.returns) == 1 and isinstance(changed[0], Tensor) else out
+    if any(a.alias_info is not None for a in func._schema.arguments):
+        base = next((s for s in sources.values() if not s.placing.whole), None)
+        if base is not None:
+            return tree_map(lambda o: GatheredView(o, base) if isinstance(o, Tensor) else o, out)
+    return out
+
+
+@functools.cache
+def written(func: Any) -> tuple[int | str, ...]:
+    """Which arguments an operator writes: positions, or names."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple(
+        a.name if a.kwarg_only else i
+        for i, a in arguments
+        if a.alias_info is not None and a.alias_info.is_write
+    )
+
+
+def local(kind: Any) -> Callable[[Any], Any]:
+    return lambda a: a._local_tensor if isinstance(a, kind) else a

@@ -21,7 +21,7 @@ from tpcompile.errors import TpCompileError
 
 from .checkpoint_boxes import chunks, region_at, write_items
 from .dispatch import dispatch
-from .tensor_layout import TensorLayout
+from .tensor_layout import Gathered, TensorLayout
 
 _TENSOR: Any = Tensor
 _TODO = "use full_tensor(), or model.full_state_dict(), on all ranks; to_local() is this rank's part"
@@ -69,8 +69,6 @@ class ShardedParameter(DTensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return dispatch(cls, func, args, kwargs or {})
-
-    # -------------------------------------------------------------- one leaf for programs, one for the user
 
     @property
     def grad(self) -> Tensor | None:
@@ -162,8 +160,6 @@ class ShardedParameter(DTensor):
             self._local_tensor = nn.Parameter(self._local_tensor.detach(), self.requires_grad)
             self._watch()
 
-    # ------------------------------------------------------------------------------------- parts and wholes
-
     def part_of(self, value: Tensor) -> Tensor:
         """This rank's part of a tensor that is whole, or laid out as this one, or otherwise.
 
@@ -204,7 +200,7 @@ class ShardedParameter(DTensor):
 
     def full_tensor(self, *args: Any, **kwargs: Any) -> Tensor:
         """The whole tensor, on every rank; all ranks must call it."""
-        return _Gathered.apply(self.to_local(), self.placing)
+        return Gathered.apply(self.to_local(), self.placing)
 
     def redistribute(self, device_mesh: Any = None, placements: Any = None, **kwargs: Any) -> DTensor:
         """To the whole tensor on every rank, or as it is.
@@ -250,8 +246,6 @@ class ShardedParameter(DTensor):
     def _refuse(self, what: str) -> NoReturn:
         raise TpCompileError(f"a rank's part of a weight cannot {what}", where=self.placing.name, todo=_TODO)
 
-    # --------------------------------------------------- the protocol of torch.distributed.checkpoint (DCP)
-
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         """What this rank can save; of equal boxes DCP writes one."""
         return write_items(fqn, self._local_tensor, self.size(), self._regions())
@@ -296,19 +290,6 @@ class _ToLocal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return ShardedParameter(grad, ctx.where)
-
-
-class _Gathered(torch.autograd.Function):
-    """The whole of a part. Every rank computes the same with it, so that its gradient is cut."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, where: TensorLayout) -> Tensor:
-        ctx.where = where
-        return where.gather(local.detach())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.where.cut(grad), None
 
 
 def local_tensor(value: Tensor) -> Tensor:

@@ -162,6 +162,19 @@ class TensorLayout:
         return True
 
 
+class Gathered(torch.autograd.Function):
+    """The whole of a part. Every rank computes the same with it, so that its gradient is cut."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, where: TensorLayout) -> Tensor:
+        ctx.where = where
+        return where.gather(local.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.where.cut(grad), None
+
+
 def gather(
     layout: WeightLayout, name: str, local: Tensor, rank: int, group: dist.ProcessGroup | None
 ) -> Tensor:
