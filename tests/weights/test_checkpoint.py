@@ -244,7 +244,7 @@ def fewer(layout: WeightLayout, ranks: int) -> WeightLayout:
         name: replace(p, segments=tuple(replace(s, shards=s.shards[:kept]) for s in p.segments))
         for name, p in layout.params.items()
     }
-    return WeightLayout(axes, params, layout.split_matmuls)
+    return WeightLayout(axes, params, layout.split_groups)
 
 
 CASES = [

@@ -141,6 +141,12 @@ def _run_backward(original: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any
     inputs = args[3]
     if not any(isinstance(p, ShardedParameter) and p.is_leaf for p in inputs):
         return original(outputs, *args, **kwargs)
+    if args[2]:
+        raise TpCompileError(
+            "derivatives of gradients do not see through the collectives of a sharded model",
+            where="create_graph=True",
+            todo="take first derivatives only",
+        )
     leaves = [local_tensor(p) for p in inputs if isinstance(p, ShardedParameter) and p.is_leaf]
     both = (*inputs, *leaves)
     if kwargs["accumulate_grad"]:
