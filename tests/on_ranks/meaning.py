@@ -153,7 +153,7 @@ def twice() -> list[str]:
         slopes = torch.autograd.grad((sharded(x) ** 3).sum(), of, create_graph=True)
         return sum((s**2).sum() for s in slopes).backward
 
-    said = [refusal(penalty([x])), refusal(penalty(list(sharded.parameters())))]
+    said = [refusal(penalty([x])), refusal(lambda: penalty(list(sharded.parameters()))())]
     said.append(refusal(lambda: sharded.first.up.register_backward_hook(lambda *_: None)))
     old = Mlp()
     old.up.register_backward_hook(lambda *_: None)
