@@ -143,7 +143,7 @@ def _run_backward(original: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any
         return original(outputs, *args, **kwargs)
     if args[2]:
         raise TpCompileError(
-            "derivatives of gradients do not see through the collectives of a sharded model",
+            "second derivatives do not see through the collectives of a sharded model",
             where="create_graph=True",
             todo="take first derivatives only",
         )
