@@ -55,7 +55,8 @@ def agree(model: Any, whole: nn.Module, *args: Any) -> None:
                 assert grad is None or not grad.any(), name
                 continue
             wanted = model.plan.layout.shard(name, param.grad, dist.get_rank())
-            torch.testing.assert_close(grad.to_local(), wanted, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+            grad = grad.to_local()
+            torch.testing.assert_close(grad, wanted, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def register_picky(name: str, runs: Callable[[Tensor], bool]) -> Callable[[Tensor], Tensor]:
