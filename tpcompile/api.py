@@ -32,8 +32,7 @@ from .runtime.watched_module import WatchedModule
 from .strategies.custom.custom_strategy import split_plan
 from .strategies.hf_plan import hf_plan
 from .strategies.read_rules import Pin, Rules, read_rules
-from .weights.shard import shard_weights, sharded_class
-from .weights.sharded_weights import ShardedWeights
+from .weights.shard import sharded_class
 
 PlanLike = str | Plan | Mapping[str, Pin]
 
@@ -119,9 +118,7 @@ def parallelize(
         usual = _example(model, (), None)  # perhaps one without pictures: more of it is planned at once
         if runtime.layout is None and usual is not None and usual.keys() != example.keys():
             runtime.try_first(model, usual, optional=True)
-    if runtime.layout is None:  # so that an optimizer made now has the parameters that will be divided
-        assert compiler.axis is not None, "there is a mesh"
-        shard_weights(model, ShardedWeights.undecided(model, compiler.axis))
+    runtime.mark_weights(model)
     if compile is not False:
         runtime.compile_options = {} if compile is True else dict(compile)
     return model

@@ -285,6 +285,11 @@ class Runtime:
         )
         return ShardedWeights(layout, self.compiler.axis, self.custom)
 
+    def mark_weights(self, model: nn.Module) -> None:
+        """Makes parameters of which nothing is decided yet what they will be: optimizers may be made now."""
+        if self.layout is None and self.compiler.axis is not None:
+            shard_weights(model, ShardedWeights.undecided(model, self.compiler.axis))
+
     def rebind(self, foreign: bool = False) -> None:
         """Takes note that weights are other tensors than before, or no sharded parameters any more."""
         if not self.foreign:
