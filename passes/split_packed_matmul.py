@@ -11,7 +11,8 @@ import torch
 from torch.fx import Node
 
 from tpcompile.ir.graph_edit import KEPT_META, call, drop_unused, with_operands
-from tpcompile.ir.layout.segment import Segment
+from tpcompile.ir.layout.segment import Segment, whole_segment
+from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.names import starred
 from tpcompile.ir.nodes import argument, module_path, operands, producer, results, shape
 from tpcompile.rules.factors import Factors
@@ -46,17 +47,19 @@ class SplitPackedMatmul(Pass):
     Fires where slices cut a dimension that comes, through operators whose rules let it pass, from
     parameters only; together they must cover it. It is what lets ``[q k v]`` with unequal segments be
     divided by heads. Only the groups named are split (the planner tries which ones pay); a group is a
-    module path with ``*`` for numbers.
+    module path with ``*`` for numbers. Parameters that a layout holds already are only cut as it holds them.
     """
 
     name = "split-packed-matmul"
     groups: frozenset[str] = frozenset()
+    layout: WeightLayout | None = None
 
     def apply(self, work: Work) -> bool:
         changed = False
         for value, cuts in packed_values(work):
-            if group_of(value) in self.groups:
-                _Splitter(work).split(value, cuts)
+            splitter = _Splitter(work)
+            if group_of(value) in self.groups and splitter.cuts_as(self.layout, value, cuts):
+                splitter.split(value, cuts)
                 changed = True
         if drop_unused(work.graph) or changed:
             _drop_split_params(work)
@@ -129,6 +132,11 @@ def _part(node: Node) -> Part | None:
     return Part(dim, (size,), 0, start, stop)
 
 
+def _in_order(cuts: list[Node]) -> list[tuple[Node, Part]]:
+    """The slices with what they keep, one behind the other."""
+    return sorted(((cut, part) for cut in cuts if (part := _part(cut))), key=lambda found: found[1].start)
+
+
 class _Splitter:
     """Moves a part from a value up to the parameters that it comes from."""
 
@@ -151,11 +159,22 @@ class _Splitter:
         part = _part(cut)
         return {leaf[0] for leaf in self._leaves(value, part) if leaf} if part else set()
 
+    def cuts_as(self, layout: WeightLayout | None, value: Node, cuts: list[Node]) -> bool:
+        """Whether the slices take parameters apart as a layout does; one that it leaves open it takes so."""
+        for order, (_, part) in enumerate(_in_order(cuts)):
+            for name, inner in filter(None, self._leaves(value, part)):
+                if layout is None or name in layout.undecided:
+                    continue
+                segments = layout.params[name].segments
+                mine = _cut_segment(whole_segment(layout.params[name].shape, 0), inner)
+                held = segments[order] if len(segments) == len(cuts) else None
+                if held is None or (held.factors, held.box) != (mine.factors, mine.box):
+                    return False
+        return True
+
     def split(self, value: Node, cuts: list[Node]) -> None:
         """Replaces each slice by the value computed from the matching slices of parameters."""
-        for order, cut in enumerate(sorted(cuts, key=lambda c: _part(c).start)):  # type: ignore[union-attr]
-            part = _part(cut)
-            assert part is not None
+        for order, (cut, part) in enumerate(_in_order(cuts)):
             with self.graph.inserting_before(cut):
                 new = self._compute(value, part, order)
             cut.replace_all_uses_with(new)
@@ -220,18 +239,21 @@ class _Splitter:
         source = self.work.sources[param]
         assert source.segment is not None
         segment = _cut_segment(source.segment, part)
-        first = next(n for n in self.graph.nodes if n.op == "call_function")
-        with self.graph.inserting_before(first):
-            node = self.graph.placeholder(f"{param.name}_part{order}")
-        node.meta.update({k: param.meta[k] for k in KEPT_META if k in param.meta})
-        full = param.meta["val"]
-        new_shape = [int(s) for s in full.shape]
-        new_shape[part.dim] = part.kept
-        with full.fake_mode:
-            node.meta["val"] = torch.empty(new_shape, dtype=full.dtype, device=full.device)
-        self.work.sources[node] = Source(source.spec, segment, order)
         self.work.packed_dims[source.spec.name] = part.dim
-        return node
+        return segment_placeholder(self.work, param, segment, order)
+
+
+def segment_placeholder(work: Work, param: Node, segment: Segment, order: int) -> Node:
+    """A placeholder for one of the segments of a parameter."""
+    first = next(n for n in work.graph.nodes if n.op == "call_function")
+    with work.graph.inserting_before(first):
+        node = work.graph.placeholder(f"{param.name}_part{order}")
+    node.meta.update({k: param.meta[k] for k in KEPT_META if k in param.meta})
+    full = param.meta["val"]
+    with full.fake_mode:
+        node.meta["val"] = torch.empty(segment.shape, dtype=full.dtype, device=full.device)
+    work.sources[node] = Source(work.sources[param].spec, segment, order)
+    return node
 
 
 def _cut_segment(segment: Segment, part: Part) -> Segment:

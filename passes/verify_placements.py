@@ -21,7 +21,7 @@ from tpcompile.ir import markers
 from tpcompile.ir.nodes import is_tensor, module_path, operands, producer, results, shape
 from tpcompile.ir.placements import Filled, Owned, Partial, Placement, R, Shard
 from tpcompile.rules.choices import Choice, choices
-from tpcompile.rules.factors import Factors
+from tpcompile.rules.factors import Factors, Known, Place
 from tpcompile.rules.rule import Letters, Rule
 from tpcompile.rules.table import rule_of
 from tpcompile.work import Work, alike
@@ -52,7 +52,9 @@ class _Checker:
         planned = work.planned_factors
         assert planned is not None, "the program must be planned"
         inputs = work.graph.find_nodes(op="placeholder")
-        known: dict[Node, Any] = {self.copies[n]: planned.atom_sizes(n) for n in inputs if is_tensor(n)}
+        known = {
+            self.copies[n]: Known(planned.atom_sizes(n), _divided(work, n)) for n in inputs if is_tensor(n)
+        }
         self.factors = Factors(self.graph, known, lambda n: work.refused.get(alike(n)) or _rule_of(n))
         self.given = {self.copies[n]: placements for n, placements in work.given(planned).items()}
         self.sources = {self.copies[n]: source for n, source in work.sources.items()}
@@ -220,6 +222,12 @@ class _Checker:
             where=", ".join(part for part in at if part),
             todo="correct the pass or the rule that made it so; if it is none of yours, report this program",
         )
+
+
+def _divided(work: Work, node: Node) -> list[tuple[Place | None, int]]:
+    """What is divided of an input, by how many ranks."""
+    stored = [(decision.output(node), decision.ranks) for decision in work.decisions]
+    return [((p.dim, p.factor) if isinstance(p, Shard) else None, ranks) for p, ranks in stored]
 
 
 def _rule_of(node: Node) -> Rule | str:

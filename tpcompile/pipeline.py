@@ -15,6 +15,7 @@ from .passes.expand_randomness import ExpandRandomness
 from .passes.flatten_strided import FlattenStrided
 from .passes.insert_gradient_copies import InsertGradientCopies
 from .passes.insert_reshards import InsertReshards
+from .passes.join_segments import JoinSegments
 from .passes.lift_reductions import LiftReductions
 from .passes.merge_matmuls import MergeMatmuls
 from .passes.pipeline import Pass, run_passes
@@ -62,7 +63,7 @@ def canonical(captured: Captured, ranks: int) -> Work:
 def split_copy(base: Work, groups: frozenset[str], layout: WeightLayout | None = None) -> Work:
     """A copy of a program with some packed matmuls split, over weights that lie as a layout says."""
     copy = base.copy()
-    run_passes(copy, [SplitPackedMatmul(groups)])
+    run_passes(copy, [SplitPackedMatmul(groups, layout), *([JoinSegments(layout)] if layout else [])])
     copy.layout = layout  # not before: it knows packed parameters by their segments
     return copy
 

@@ -13,14 +13,13 @@ from .capture.held_caches import Held
 from .capture.repeats.capture_repeated import ShortCapture
 from .capture.repeats.match_periods import block_of
 from .capture.repeats.unroll_layers import RepeatedBlocks
-from .errors import TpCompileError
 from .ir.layout.segment import Segment, whole_segment
 from .ir.layout.weight_layout import WeightLayout
 from .ir.names import starred
 from .ir.nodes import module_path
 from .ir.placements import Partial, Placement, R
 from .rules.assignment import Assignment
-from .rules.factors import Factors
+from .rules.factors import Factors, Known
 from .rules.table import rule_of
 from .strategies.custom.custom_modules import CustomModules
 
@@ -120,30 +119,21 @@ class Work:
 
     def factors(self) -> Factors:
         """Rules and factors of the graph as it is now."""
-        known: dict[Node, tuple[tuple[int, ...], ...]] = {}
+        known: dict[Node, Known] = {}
+        axes = self.layout.axes if self.layout is not None else ()
+        for node, cache in self._given_as().items():
+            known[node] = Known(cache.atoms, tuple(zip(cache.places, axes, strict=False)))
         for node, source in self.sources.items():
-            held = self.layout is not None and source.spec.name not in self.layout.undecided
-            if held and source.segment is not None:
-                known[node] = self.held_as(source).atoms
-        known |= {node: held.atoms for node, held in self._given_as().items()}
+            decided = self.layout is not None and source.spec.name not in self.layout.undecided
+            if decided and source.segment is not None:
+                held = self.held_as(source)
+                known[node] = Known(held.atoms, [(held.place(a), ranks) for a, ranks in enumerate(axes)])
         return Factors(self.graph, known, lambda node: self.refused.get(alike(node)) or rule_of(node))
 
     def held_as(self, source: Source) -> Segment:
-        """The segment of the given layout that a parameter placeholder is.
-
-        Raises:
-            TpCompileError: the layout holds the parameter in other segments than this program uses.
-        """
-        assert self.layout is not None and source.segment is not None
-        segments = self.layout.params[source.spec.name].segments
-        index = max(source.order, 0)
-        if (len(segments) > 1) != (source.order >= 0) or segments[index].shape != source.segment.shape:
-            raise TpCompileError(
-                "this call uses the packed parameter in another way than the call that it was divided for",
-                where=source.spec.name,
-                todo="pin the parameter to 'replicate', or capture this call first",
-            )
-        return segments[index]
+        """The segment of the given layout that a parameter placeholder is."""
+        assert self.layout is not None
+        return self.layout.params[source.spec.name].segments[max(source.order, 0)]
 
     def carried(self, factors: Factors) -> dict[Node, tuple[Placement, ...] | None]:
         """Results that stay divided, with their placements if an earlier program handed them out already."""

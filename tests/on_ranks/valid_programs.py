@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tpcompile
@@ -130,3 +131,62 @@ def means() -> set[str]:
     for length in (5, 8):
         agree(model, whole, noise(4, length, 6))
     return {c.kind for c in model.plan.collectives}
+
+
+class Several(nn.Module):
+    """A model that uses its weights in the way that is asked for."""
+
+    def __init__(self, ways: dict[str, Callable[[Any, Tensor], Tensor]], **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.ways = ways
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(noise(*shape)))
+
+    def forward(self, x: Tensor, way: str) -> Tensor:
+        return self.ways[way](self, x)
+
+
+def mlp(m: Any, x: Tensor) -> Tensor:
+    """Weights in matmuls, as the first call has them."""
+    return F.linear(F.linear(x, m.up).relu(), m.down)
+
+
+def attention(m: Any, x: Tensor) -> Tensor:
+    """A packed projection with segments of different sizes: four query heads, two key and value heads."""
+    q, k, v = (
+        part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in F.linear(x, m.up).split([16, 8, 8], -1)
+    )
+    mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    return F.linear(mixed.transpose(1, 2).flatten(2), m.down)
+
+
+PLAIN: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "first": mlp,
+    "summed": lambda m, x: m.up.sum(0) * x,
+    "sorted": lambda m, x: F.linear(x, m.up.sort(0).values),
+    "other units": lambda m, x: F.linear(x, m.up).unflatten(-1, (5, 3)).softmax(1).flatten(2),
+    "coarser units": lambda m, x: F.linear(x, m.up).unflatten(-1, (3, 5)).softmax(-1).flatten(2),
+    "on its own": lambda m, x: m.down.exp(),
+    "transposed": lambda m, x: F.linear(x, (m.down @ m.up).cumsum(0)),
+}
+PACKED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "first": attention,
+    "in one piece": lambda m, x: F.linear(x, m.up),
+    "cut elsewhere": lambda m, x: F.linear(F.linear(x, m.up).split([20, 12], -1)[1], m.down[:, :12]),
+    "its values": lambda m, x: x * m.up.norm(dim=0),
+}
+
+
+def later_calls() -> dict[str, list[str]]:
+    """Calls that use weights otherwise than the call that they were divided for; what their plans say."""
+    found: dict[str, list[str]] = {}
+    for ways, shapes in (
+        (PLAIN, {"up": (15, 6), "down": (4, 15)}),
+        (PACKED, {"up": (32, 6), "down": (6, 16)}),
+    ):
+        model, whole = sharded(Several(ways, **shapes), noise(2, 5, 6), "first")
+        assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in whole.parameters())
+        for way in ways:
+            agree(model, whole, noise(2, 5, 6), way)
+            found[way] = [note for note in model.plan.notes if "gathered" in note]
+    return found

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.helpers import programs
 from tpcompile.ir.nodes import producer
-from tpcompile.rules.factors import Factors
+from tpcompile.rules.factors import Factors, Known
 
 GROUPS, REPEATS, HEAD, HIDDEN = 2, 3, 8, 20
 
@@ -132,7 +132,17 @@ def test_sizes_of_one_have_no_factor() -> None:
 def test_known_factors_of_placeholders() -> None:
     graph = traced(lambda x: x + 1, (24,))
     (x,) = inputs_of(graph)
-    assert Factors(graph.graph, {x: [[4, 6]]}).atom_sizes(x) == ((4, 6),)
+    assert Factors(graph.graph, {x: Known([[4, 6]])}).atom_sizes(x) == ((4, 6),)
+
+
+def test_what_is_divided_is_not_split_across_ranks() -> None:
+    graph = traced(lambda x: x.view(6, 4), (24,))
+    (x,) = inputs_of(graph)
+    (view,) = (n for n in graph.graph.nodes if n.op == "call_function")
+    for ranks, sizes, ways in ((2, ((6, 4),), 2), (3, ((6, 4),), 2), (4, ((24,),), 0), (5, ((24,),), 0)):
+        factors = Factors(graph.graph, {x: Known([[24]], [((0, 0), ranks)])})
+        assert factors.atom_sizes(x) == sizes
+        assert len(factors.op_factors(view)) == ways
 
 
 def test_factors_of_a_matmul() -> None:

@@ -22,3 +22,10 @@ def test_groups_of_channels_that_are_split_otherwise() -> None:
 def test_means_over_dynamic_and_divided_dimensions() -> None:
     for collectives in run_spmd(valid_programs.means, 2):
         assert "all_gather" not in collectives
+
+
+def test_later_calls_that_cannot_use_the_layout() -> None:
+    for notes in run_spmd(valid_programs.later_calls, 2):
+        gathered = {way for way, said in notes.items() if said}
+        assert gathered == {"sorted", "on its own", "in one piece", "cut elsewhere", "its values"}
+        assert all("is gathered for this call" in note for said in notes.values() for note in said)

@@ -28,11 +28,11 @@ class Held:
 
     Attributes:
         atoms: per dimension its factors, empty for a dynamic dimension (which is never divided).
-        shards: per sub-axis the dimension and factor that is divided, or None.
+        places: per sub-axis the dimension and factor that is divided, or None.
     """
 
     atoms: tuple[tuple[int, ...], ...]
-    shards: tuple[tuple[int, int] | None, ...]
+    places: tuple[tuple[int, int] | None, ...]
 
     def whole(self, local: Tensor) -> Tensor:
         """A valueless tensor of the whole size, from a rank's part.
@@ -63,7 +63,7 @@ class Held:
         part, local = given, list(whole.shape)
         for dim in self.divided:
             sizes, first = list(self.atoms[dim]), [0] * len(self.atoms[dim])
-            for ranks, at, shard in zip(axes, coordinates, self.shards, strict=True):
+            for ranks, at, shard in zip(axes, coordinates, self.places, strict=True):
                 if shard is not None and shard[0] == dim:
                     mine = split_evenly(sizes[shard[1]], ranks)
                     first[shard[1]] += sum(mine[:at])
@@ -84,7 +84,7 @@ class Held:
     @property
     def divided(self) -> set[int]:
         """The dimensions that are divided."""
-        return {shard[0] for shard in self.shards if shard is not None}
+        return {shard[0] for shard in self.places if shard is not None}
 
     def placements(self, factors: Factors, value: Any) -> tuple[Placement, ...]:
         """The same places among the (perhaps finer) factors of a program's value.
@@ -92,7 +92,7 @@ class Held:
         Raises:
             TpCompileError: the program splits the dimension in other units.
         """
-        return tuple(self._placement(factors.atom_sizes(value), shard) for shard in self.shards)
+        return tuple(self._placement(factors.atom_sizes(value), shard) for shard in self.places)
 
     def _placement(self, layout: tuple[tuple[Size, ...], ...], shard: tuple[int, int] | None) -> Placement:
         if shard is None:
@@ -109,10 +109,13 @@ class Held:
 
 
 def same_place(finer: Sequence[Size], atoms: Sequence[int], factor: int) -> int | None:
-    """The position of a factor of one factorisation in a finer one of the same dimension."""
+    """The position of a factor of one factorisation in a finer one of the same dimension.
+
+    If it is split there, then in units that lie on one rank each (see ``Factors``): these are divided alike.
+    """
     major, product = math.prod(atoms[:factor]), 1
     for position, size in enumerate(finer):
-        if product == major and size == atoms[factor]:
+        if product == major and isinstance(size, int) and atoms[factor] % size == 0:
             return position
         product *= size
     return None
@@ -177,6 +180,6 @@ def held_outputs(
         atoms = tuple(
             tuple(int(s) for s in dim) if all(isinstance(s, int) for s in dim) else () for dim in layout
         )
-        shards = tuple((p.dim, p.factor) if isinstance(p, Shard) else None for p in placements[value])
-        found[name] = Held(atoms, shards)
+        places = tuple((p.dim, p.factor) if isinstance(p, Shard) else None for p in placements[value])
+        found[name] = Held(atoms, places)
     return found

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from torch.fx import Node
+
 from tpcompile.ir.layout.weight_layout import WeightLayout
-from tpcompile.ir.nodes import operands, tensor_of
+from tpcompile.ir.markers import origin
+from tpcompile.ir.names import starred
+from tpcompile.ir.nodes import is_tensor, operands, tensor_of
 from tpcompile.ir.sizes import bytes_of
 from tpcompile.planner.search.cost import CostModel
+from tpcompile.planner.search.must_divide import GATHERED, GATHERS, weight_root
 from tpcompile.work import Work
 
 from .collective import collectives_of, sequence_seconds
@@ -24,19 +29,33 @@ def make_plan(
     sequence: bool | frozenset[str] = False,
 ) -> Plan:
     """The plan of a program, from it as it was planned and as it was rewritten."""
+    gathered = _gathered_weights(rewritten)
+    seconds = sum(d.cost for d in work.decisions) - GATHERED * sum(map(rewritten.times, gathered))
     return Plan(
         layout=layout,
         decisions=decisions_to_data(work),
         fingerprint=fingerprint,
         collectives=collectives_of(rewritten),
         fallbacks=fallbacks_of(work),
-        notes=tuple(rewritten.captured.notes),
+        notes=(*rewritten.captured.notes, *dict.fromkeys(gathered.values())),
         cost=cost,
-        seconds=sum(d.cost for d in work.decisions) + sequence_seconds(rewritten, cost),
+        seconds=seconds + sequence_seconds(rewritten, cost),
         sequence=sequence,
         work=work,
         pins=pins,
     )
+
+
+def _gathered_weights(work: Work) -> dict[Node, str]:
+    """The collectives of weights that an earlier program divided as this one cannot use them, with a note."""
+    found: dict[Node, str] = {}
+    params, roots = work.params(), set(work.params())
+    for node in work.graph.nodes:
+        root = weight_root(origin(node), roots) if node.target in GATHERS and is_tensor(node) else None
+        if root is not None:
+            name = starred(params[root])
+            found[node] = f"{name} is gathered for this call, which uses it otherwise than it was divided for"
+    return found
 
 
 def fallbacks_of(work: Work) -> tuple[str, ...]:

@@ -107,12 +107,7 @@ def _placement(factors: Factors, node: Node, segment: Segment, axis: int) -> Pla
     place = segment.place(axis)
     if place is None:
         return R
-    dim, at = place
-    found = same_place(factors.atom_sizes(node)[dim], segment.atoms[dim], at)
-    if found is None:
-        raise TpCompileError(
-            "this call needs finer units of a parameter than it was divided by",
-            where=f"{node.name}, dimension {dim}",
-            todo="capture this call first",
-        )
+    dim, position = place
+    found = same_place(factors.atom_sizes(node)[dim], segment.atoms[dim], position)
+    assert found is not None, "what is divided stays in one piece"
     return Shard(dim, found)

@@ -8,6 +8,7 @@ list of atoms, major first; atoms are kept in a union-find, and splitting one sp
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,12 +44,28 @@ class OpFactor:
     reduce: str
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of a value from elsewhere.
+
+    Attributes:
+        sizes: per dimension its factors, major first; none for a dimension of which nothing is known.
+        divided: what is divided already, by how many ranks, one sub-axis after the other.
+    """
+
+    sizes: Sequence[Sequence[Size]]
+    divided: Sequence[tuple[Place | None, int]] = ()
+
+
 class Factors:
     """Rules and factors of all nodes of one graph.
 
+    What is divided already stays in one piece, or is split in units that lie on one rank each. A call that
+    would have it in others cannot divide it.
+
     Args:
         graph: the graph, with ``meta["val"]``.
-        known: factors that placeholders have from elsewhere, per dimension.
+        known: what is known of its values.
         rule_of: gives the rule of a call, or says why it has none.
 
     Attributes:
@@ -59,7 +76,7 @@ class Factors:
     def __init__(
         self,
         graph: Graph,
-        known: Mapping[Node, Sequence[Sequence[int]]] | None = None,
+        known: Mapping[Node, Known] | None = None,
         rule_of: Callable[[Node], Rule | str] = rule_of,
     ) -> None:
         self._rule_of = rule_of
@@ -71,10 +88,11 @@ class Factors:
         self._factors: dict[Node, tuple[OpFactor, ...]] = {}
         self._stuck: dict[Node, set[str]] = {}
         self._letters: dict[Node, dict[str, int]] = {}
+        self._ranks: dict[int, int] = {}
         for node in graph.nodes:
             self._add(node)
-            for dim, sizes in zip(self._dims.get((node, 0), ()), (known or {}).get(node, ()), strict=False):
-                self._unify([dim], [self._new(s) for s in sizes])
+            if known and node in known:
+                self._know(node, known[node])
         self.carriers: dict[Node, tuple[Carrier, ...]] = find_carriers(graph, self.rules)
 
     # Reading.
@@ -120,6 +138,15 @@ class Factors:
         self._size.append(size)
         return len(self._parent) - 1
 
+    def _know(self, node: Node, known: Known) -> None:
+        """Gives the dimensions of a value their factors."""
+        for dim, sizes in enumerate(known.sizes):
+            atoms = [self._new(size) for size in sizes]
+            for place, ranks in known.divided:
+                if place is not None and place[0] == dim:
+                    self._ranks[atoms[place[1]]] = self._ranks.get(atoms[place[1]], 1) * ranks
+            self._unify([self._dims[node, 0][dim]], atoms)
+
     def _find(self, atom: int) -> int:
         while self._parent[atom] != atom:
             self._parent[atom] = self._parent[self._parent[atom]]
@@ -149,14 +176,25 @@ class Factors:
             size_x, size_y = self._size[x], self._size[y]
             if size_x == size_y:
                 self._parent[max(x, y)] = min(x, y)
+                self._pass_ranks(max(x, y), min(x, y))
                 a.pop(0), b.pop(0)
-            elif (rest := divide(size_x, size_y)) is not None:
-                self._children[x] = (y, self._new(rest))
-            elif (rest := divide(size_y, size_x)) is not None:
-                self._children[y] = (x, self._new(rest))
-            else:
+            elif not (self._split(x, y) or self._split(y, x)):
                 return False
         return not a and not b
+
+    def _split(self, atom: int, major: int) -> bool:
+        """Splits an atom into another and a rest, if it has one and no unit of it lies on two ranks."""
+        rest = divide(self._size[atom], self._size[major])
+        if rest is None or (atom in self._ranks and divide(self._size[major], self._ranks[atom]) is None):
+            return False
+        self._children[atom] = (major, self._new(rest))
+        self._pass_ranks(atom, major)
+        return True
+
+    def _pass_ranks(self, atom: int, to: int) -> None:
+        """What an atom is divided by already divides the one that takes its place."""
+        if atom in self._ranks:
+            self._ranks[to] = math.lcm(self._ranks[atom], self._ranks.get(to, 1))
 
     def _add(self, node: Node) -> None:
         if node.op == "output" or node.target is operator.getitem:

@@ -9,7 +9,6 @@ from typing import TypeVar
 import numpy as np
 from torch.fx import Node
 
-from tpcompile.ir import markers
 from tpcompile.ir.conversions import steps
 from tpcompile.ir.markers import Axes, Placements
 from tpcompile.ir.nodes import producer
@@ -21,7 +20,7 @@ from tpcompile.rules.rule import Rule
 
 from .eliminate import Table
 from .facts import Facts
-from .must_divide import MUST_DIVIDE, SMALL_PRICE
+from .must_divide import GATHERED, GATHERS, MUST_DIVIDE, SMALL_PRICE
 
 EXACT = 2.0**44
 """Costs are counted in units of 1 / EXACT seconds; sums of them are exact up to 512 s."""
@@ -86,9 +85,12 @@ class AxisCosts:
                 return math.inf
         total, now = 0.0, src
         for target, options, after in steps(src, dst):
-            # A weight is never gathered: that would be another kind of parallelism, with its memory.
-            if weight and target in markers.COMMUNICATING:
-                return math.inf
+            # A weight is never gathered: that would be another kind of parallelism, with its memory. Only a
+            # call that finds it as another one wanted it has no choice. Sums over it are another matter.
+            if weight and target in GATHERS:
+                if not self.facts.later:
+                    return math.inf
+                total += GATHERED
             axes: Axes = options[0]
             ranks = math.prod(self.all_ranks[a] for a in axes)
             # What the moved axes have together.

@@ -72,12 +72,17 @@ class AxisProblem:
             self.pins[leader] = self.pins.get(leader, allowed) & allowed
         self.factors, self.costs = facts.factors, AxisCosts(facts, self.ranks, others, axis)
         # On one rank there is nothing to divide, and nothing to send: the program stays as it was captured.
-        self.candidates = facts.candidates if self.ranks > 1 else set()
+        self.candidates = facts.candidates | self._pinned() if self.ranks > 1 else set()
         self.problem = Problem()
         self.options: dict[Node, list[Choice]] = {}
         self.holdings: dict[Node, list[Placement]] = {}
         self.handed: dict[Node, list[Placement]] = {}
         self.unavoidable = 0.0
+
+    def _pinned(self) -> set[int]:
+        """The atoms that pins divide: a later call may use a weight that is divided in no matmul."""
+        shards = [(param, p) for param, allowed in self.pins.items() for p in allowed if isinstance(p, Shard)]
+        return {self.factors.places(param)[p.dim, p.factor] for param, p in shards}
 
     def solve(self) -> Assignment:
         """The decisions of least cost."""

@@ -41,6 +41,7 @@ class Facts:
         large: matrices that must be divided, and
         little: those that may stay whole for a price.
         weights: values that are rearranged parameters.
+        later: where the weights lie is decided already.
     """
 
     def __init__(self, work: Work, factors: Factors, cost: CostModel, divide_small: bool = False) -> None:
@@ -61,6 +62,7 @@ class Facts:
         self.large = {v for v in matrices if share[v] >= limit}
         self.little = {v for v in matrices if share[v] < limit}
         roots = set(self.params)
+        self.later = work.layout is not None
         self.weights = {v for v in self.bytes if weight_root(v, roots) is not None}
 
     def _uses(self) -> dict[Node, list[tuple[Node, int]]]:

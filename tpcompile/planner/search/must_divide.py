@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch.fx import Node
 
+from tpcompile.ir import markers
 from tpcompile.ir.nodes import operands, producer, shape, tensor_of
 from tpcompile.rules.factors import Factors
 from tpcompile.rules.rule import Rule
@@ -19,6 +20,10 @@ SMALL = 0.2
 SMALL_PRICE = 0.6
 # Seconds; larger than any modelled step, so that dividing comes before time.
 MUST_DIVIDE = 1e4
+# Seconds that a later call is held to lose with a weight that it has to gather; far more than it does.
+GATHERED = 0.1
+GATHERS = markers.COMMUNICATING - {markers.all_reduce, markers.all_reduce_coalesced}
+"""What brings parts of a weight to other ranks."""
 
 
 def module_of(name: str) -> str:
