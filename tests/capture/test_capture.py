@@ -76,15 +76,20 @@ def state_of(model: nn.Module) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("example", [(1, 1), (2, 7)])
-def test_llama_runs_at_other_sizes(example: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("example", "served", "refused"),
+    [((1, 3), [(1, 2), (1, 9)], [(2, 3), (1, 1)]), ((2, 7), [(4, 5), (3, 2)], [(1, 7), (2, 1), (0, 7)])],
+)
+def test_llama_runs_at_other_sizes(
+    example: tuple[int, int], served: list[tuple[int, int]], refused: list[tuple[int, int]]
+) -> None:
     model = tiny("llama")
     before = state_of(model)
     captured = capture(model, bind_call(model, (), {"input_ids": tokens(*example)}))
     assert state_of(model) == before
     assert_well_formed(captured)
-    assert captured.user_inputs[0].extents == tuple(captured.ranges)
-    for shape in [(1, 1), (4, 5), (1, 9), (3, 1)]:
+    assert all(captured.accepts([tokens(*shape)]) is not None for shape in refused)
+    for shape in served:
         bound = bind_call(model, (tokens(*shape),), {})
         result, expected = run(captured, model, bound), model(**bound)
         assert type(result) is type(expected)
@@ -286,7 +291,7 @@ def test_other_models(kind: str, auto: str, changes: dict[str, Any], open_dims: 
     bound = bind_call(model, (tokens(5, 6),), kwargs)
     torch.testing.assert_close(run(captured, model, bound)[0], model(**bound)[0], rtol=1e-5, atol=1e-6)
     if kind == "bert":
-        assert captured.ranges[captured.user_inputs[0].extents[1]] == (1, 512)  # type: ignore[index]
+        assert captured.ranges[captured.user_inputs[0].extents[1]] == (2, 512)  # type: ignore[index]
         assert "outside of" in str(captured.accepts([tokens(2, 600)]))
 
 
@@ -299,13 +304,14 @@ def decode_call(model: Any, batch: int, past: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("batch", [1])
-def test_decode_step_with_a_cache(batch: int) -> None:
+@pytest.mark.parametrize(("batch", "others"), [(1, [(1, 5), (1, 2)]), (2, [(3, 9)])])
+def test_decode_step_with_a_cache(batch: int, others: list[tuple[int, int]]) -> None:
     model = tiny("llama")
     captured = capture(model, decode_call(model, batch, 5))
     assert captured.user_inputs[0].extents[1] == 1  # type: ignore[index]
-    assert len(captured.ranges) == 2
-    for other in [(2, 5), (1, 9), (3, 1)]:
+    assert len(captured.ranges) == batch
+    assert captured.accepts(flatten_call(decode_call(model, 3 - batch, 5))[0]) is not None
+    for other in others:
         bound = decode_call(model, *other)
         result, expected = run(captured, model, bound), model(**decode_call(model, *other))
         assert result.past_key_values is bound["past_key_values"]

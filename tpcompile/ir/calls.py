@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import SequenceKey, TreeSpec, tree_flatten, tree_flatten_with_path
 
 from tpcompile.errors import TpCompileError
 
@@ -138,12 +138,24 @@ def flatten_call(bound: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
 
 def leaf_names(bound: dict[str, Any]) -> list[str]:
     """Return each leaf's key path: ``input_ids``, ``inputs[0]``, ``past_key_values[0]['keys']``."""
-    return path_names(bound)
+    return [join_path(path) for path in leaf_paths(bound)]
 
 
-def path_names(tree: Any) -> list[str]:
-    """Return each leaf's key path; a key of the outermost mapping stands for itself, without brackets."""
-    return [join_path(path) for path, _ in tree_flatten_with_path(tree)[0]]
+def leaf_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[Any, ...]]:
+    """Return each leaf's path of keys; a type registered without keys has its children numbered."""
+
+    def is_child(node: Any) -> bool:
+        return node is not tree or (is_leaf is not None and is_leaf(node))
+
+    children, spec = tree_flatten(tree, is_leaf=is_child)
+    if spec.is_leaf():
+        return [()]
+    try:
+        keys = [path for path, _ in tree_flatten_with_path(tree, is_leaf=is_child)[0]]
+    except ValueError:
+        keys = [(SequenceKey(i),) for i in range(len(children))]
+    pairs = zip(keys, children, strict=True)
+    return [(*key, *rest) for key, child in pairs for rest in leaf_paths(child, is_leaf)]
 
 
 def join_path(path: Sequence[Any]) -> str:

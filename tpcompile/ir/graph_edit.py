@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -26,8 +27,11 @@ def fake_mode(graph: Graph) -> FakeTensorMode:
 def value_of(target: Callable[..., Any], args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
     """What a call would give, computed on fake tensors."""
     real_args, real_kwargs = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    # That sizes of the example happen to be equal (a part of a weight on this rank, and the batch) is nothing
+    # that the program may rely on: it would fix a symbol. What a call demands of sizes, capture has noted.
+    free = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
     # Without the python dispatcher some kernels would read symbolic sizes as the example's numbers.
-    with mode, torch.no_grad(), enable_python_dispatcher():
+    with mode, torch.no_grad(), enable_python_dispatcher(), free:
         return target(*real_args, **real_kwargs)
 
 

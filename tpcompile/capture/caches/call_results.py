@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import TreeSpec, tree_flatten
 
-from tpcompile.ir.calls import join_path, leaf_names
+from tpcompile.ir.calls import join_path, leaf_names, leaf_paths
 
 from .form import Facts
 from .layers import make_layer, put_layer, take_layer
@@ -95,10 +95,9 @@ def take_results(call: Mapping[str, Any], result: Any) -> Results:
 
     flat, out_spec = tree_flatten(result, is_leaf=is_given)
     values = [by_id.get(id(value), value) for value in flat]
-    paths = [path for path, _ in tree_flatten_with_path(result, is_leaf=is_given)[0]]
     states = tuple(state for name, cache in given.items() for state in states_of(name, cache))
     tensors, _ = tree_flatten(given)
-    names = [_name(path) for path in paths] + leaf_names(given)
+    names = [_name(path) for path in leaf_paths(result, is_given)] + leaf_names(given)
     return Results(names, values + tensors, out_spec, states)
 
 

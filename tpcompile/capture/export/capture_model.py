@@ -140,21 +140,17 @@ def _export(
 ) -> Captured:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # Fresh fakes for every attempt: a failed export leaves marks on its example tensors.
-    fakes = tuple(
-        fake_input(mode, leaf, device, shape)
-        for leaf, shape in zip(leaves, attempt.shapes, strict=True)
-        if shape is not None
-    )
+    fakes = tuple(fake_input(mode, leaf, device) for leaf in leaves if isinstance(leaf, torch.Tensor))
     shapes = tuple(
         dims for leaf, dims in zip(leaves, attempt.dynamic, strict=True) if isinstance(leaf, torch.Tensor)
     )
     flat = FlatModel(model, leaves, structure, attempt)
     with lend_fake_weights(model, device), _quiet(), no_fused_encoder(), kept_functions() as functions:
         with watched_calls():
-            program = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
-        _inline(program)
-        guards = read_guards(program)
-        program = decompose(program)
+            exported = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
+        _inline(exported)
+        program = decompose(exported)
+        guards = read_guards(exported)  # with those of what was taken apart
     taken = flat.seen.taken
     assert taken is not None
     gm, inputs, outputs, constants = flatten_program(program, model, names, leaves, flat.seen.results)

@@ -15,9 +15,9 @@ from tpcompile.capture.caches.state_layers import is_state
 
 Dims = Mapping[int, bool]
 Place = tuple[int, int]
-# Made-up sizes for open dimensions that are 1 in the example: export takes 1 for a constant. They are odd
-# and unlikely in a model, so that a program that depends on them is seen to refuse the true example.
-_MADE_UP_BATCH, _MADE_UP_OTHER = 3, 11
+_SMALLEST_OPEN = 2
+"""Export decides comparisons of an open size with 0 and 1, which python code and operators take for cases of
+their own (``if x.shape[0] == 1``, ``squeeze``, broadcasting): a call with such a size has its own program."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,12 @@ class Attempt:
 
     Attributes:
         name: what it leaves open, for messages.
-        shapes: the example size of every leaf; None for a leaf that is no tensor.
         dynamic: torch.export's ``dynamic_shapes`` for the leaves.
         ties: (leaf, dim) pairs that are taken to be one size; see ``_ties``.
         sums: triples of (leaf, dim), the first of which is as long as the other two together.
     """
 
     name: str
-    shapes: tuple[tuple[int, ...] | None, ...]
     dynamic: tuple[dict[int, Any] | None, ...]
     ties: tuple[tuple[Place, ...], ...] = ()
     sums: tuple[tuple[Place, Place, Place], ...] = ()
@@ -47,25 +45,22 @@ def attempts(
     ``Dim.DYNAMIC`` must stay dynamic, ``Dim.AUTO`` may be specialised by the model; some models are
     dynamic in the batch only.
     """
-    true_shapes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in leaves)
+    shapes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in leaves)
     if dynamic is not False:
         wanted = _wanted(names, leaves, cached, dynamic)
-        shapes = _enlarge(true_shapes, wanted)
         batch_only = [[dim for dim in dims if dim == 0] for dims in wanted]
         guessing = not isinstance(dynamic, Mapping)
-        ties = _ties(names, true_shapes, wanted, cached) if guessing else ()
-        sums = _sums(names, true_shapes, wanted, cached) if guessing else ()
-        shapes = _add_up(shapes, sums)
+        ties = _ties(names, shapes, wanted, cached) if guessing else ()
+        sums = _sums(names, shapes, wanted, cached) if guessing else ()
         if any(wanted):
             for name, hint in (
                 ("batch and sequence open", Dim.DYNAMIC),
                 ("what the model allows open", Dim.AUTO),
             ):
-                yield Attempt(name, shapes, _spec(true_shapes, wanted, hint), ties, sums)
+                yield Attempt(name, _spec(shapes, wanted, hint), ties, sums)
         if any(batch_only) and batch_only != wanted:
-            shapes = _enlarge(true_shapes, batch_only)
-            yield Attempt("only the first dimension open", shapes, _spec(true_shapes, batch_only, Dim.AUTO))
-    yield Attempt("all sizes fixed", true_shapes, tuple(None for _ in leaves))
+            yield Attempt("only the first dimension open", _spec(shapes, batch_only, Dim.AUTO))
+    yield Attempt("all sizes fixed", tuple(None for _ in leaves))
 
 
 def _spec(shapes: Sequence[Any], wanted: Sequence[Sequence[int]], hint: Any) -> tuple[Any, ...]:
@@ -78,9 +73,6 @@ def _spec(shapes: Sequence[Any], wanted: Sequence[Sequence[int]], hint: Any) -> 
 def _wanted(
     names: Sequence[str], leaves: Sequence[Any], cached: Sequence[bool], dynamic: bool | Mapping[str, Dims]
 ) -> list[list[int]]:
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.numel()]
-    batch = max((leaf.shape[0] for leaf in tensors), default=1)
-    decoding = any(c and isinstance(leaf, torch.Tensor) for c, leaf in zip(cached, leaves, strict=True))
     wanted: list[list[int]] = []
     for name, leaf, in_cache in zip(names, leaves, cached, strict=True):
         if not isinstance(leaf, torch.Tensor):
@@ -89,7 +81,8 @@ def _wanted(
             chosen = dynamic.get(name, dynamic.get(_root(name), {}))
             wanted.append(sorted(dim % leaf.ndim for dim, is_open in chosen.items() if is_open))
         else:
-            wanted.append(_open_dims(name, leaf, in_cache, batch, decoding=decoding))
+            wanted.append(_open_dims(name, leaf, in_cache))
+        wanted[-1] = [dim for dim in wanted[-1] if leaf.shape[dim] >= _SMALLEST_OPEN]
     return wanted
 
 
@@ -175,7 +168,7 @@ def _sums(
     prefix = "decoder_" if "decoder_input_ids" in places else ""
     mask = places.get(f"{prefix}attention_mask")
     new = places.get(f"{prefix}input_ids", places.get(f"{prefix}inputs_embeds"))
-    if mask is None or new is None or wanted[mask] != [0, 1]:
+    if mask is None or new is None or 1 not in wanted[mask]:
         return ()
     total, added = shapes[mask][1], shapes[new][1]  # type: ignore[index]
     for index, (shape, in_cache) in enumerate(zip(shapes, cached, strict=True)):
@@ -190,52 +183,20 @@ def _sums(
     return ()
 
 
-def _add_up(
-    shapes: Sequence[tuple[int, ...] | None], sums: Sequence[tuple[Place, Place, Place]]
-) -> tuple[tuple[int, ...] | None, ...]:
-    """Let sums hold for the made-up sizes as well."""
-    sizes = [None if shape is None else list(shape) for shape in shapes]
-    for (total, total_dim), (a, a_dim), (b, b_dim) in sums:
-        sizes[total][total_dim] = sizes[a][a_dim] + sizes[b][b_dim]  # type: ignore[index]
-    return tuple(None if size is None else tuple(size) for size in sizes)
-
-
 def _root(name: str) -> str:
     return name.split("[")[0].split(".")[0]
 
 
-def _open_dims(name: str, leaf: torch.Tensor, in_cache: bool, batch: int, *, decoding: bool) -> list[int]:
+def _open_dims(name: str, leaf: torch.Tensor, in_cache: bool) -> list[int]:
     if leaf.ndim == 0:
         return []
     whole_numbers = not leaf.dtype.is_floating_point and not leaf.dtype.is_complex
     if is_count(name):
         return [0]
     if in_cache:
-        dims = [0, 2] if leaf.ndim == 4 and not is_state(name) else [0]
-    elif leaf.ndim == 4 and "mask" in name:
-        dims = [0, 2, 3]
-    elif (whole_numbers and leaf.ndim >= 2) or (leaf.dtype.is_floating_point and leaf.ndim == 3):
-        dims = [0, 1]
-    else:
-        dims = [0]
-    # Size 1 beside a larger batch means "broadcast me"; a single new token beside a cache is a decode
-    # step, which models treat as a case of its own.
-    if leaf.shape[0] == 1 and (batch > 1 or (decoding and leaf.ndim == 1)):
-        dims = [dim for dim in dims if dim != 0]
-    if decoding and not in_cache:
-        dims = [dim for dim in dims if dim == 0 or leaf.shape[dim] != 1]
-    return [dim for dim in dims if leaf.shape[dim] != 0]
-
-
-def _enlarge(shapes: Sequence[tuple[int, ...] | None], wanted: Sequence[Sequence[int]]) -> tuple[Any, ...]:
-    enlarged: list[tuple[int, ...] | None] = []
-    for shape, dims in zip(shapes, wanted, strict=True):
-        if shape is None:
-            enlarged.append(None)
-            continue
-        sizes = list(shape)
-        for dim in dims:
-            if sizes[dim] == 1:
-                sizes[dim] = _MADE_UP_BATCH if dim == 0 else _MADE_UP_OTHER
-        enlarged.append(tuple(sizes))
-    return tuple(enlarged)
+        return [0, 2] if leaf.ndim == 4 and not is_state(name) else [0]
+    if leaf.ndim == 4 and "mask" in name:
+        return [0, 2, 3]
+    if (whole_numbers and leaf.ndim >= 2) or (leaf.dtype.is_floating_point and leaf.ndim == 3):
+        return [0, 1]
+    return [0]

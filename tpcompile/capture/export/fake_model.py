@@ -23,12 +23,10 @@ def capture_device(model: nn.Module, leaves: list[Any]) -> torch.device:
     return next((t.device for t in tensors if t.device.type != "meta"), torch.device("cpu"))
 
 
-def fake_input(
-    mode: FakeTensorMode, like: torch.Tensor, device: torch.device, shape: tuple[int, ...]
-) -> torch.Tensor:
-    """Return a valueless contiguous tensor of the given shape, otherwise like ``like``, on ``device``."""
+def fake_input(mode: FakeTensorMode, like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a valueless contiguous tensor, otherwise like ``like``, on ``device``."""
     with mode, torch.no_grad():
-        fake = torch.empty(shape, dtype=like.dtype, device=device)
+        fake = torch.empty(like.shape, dtype=like.dtype, device=device)
     return fake.requires_grad_(like.requires_grad)
 
 

@@ -85,7 +85,7 @@ class FlatModel(nn.Module):
 
         equal = all(size(group[0]) == size(other) for group in self._attempt.ties for other in group[1:])
         if not equal or not all(size(t) == size(a) + size(b) for t, a, b in self._attempt.sums):
-            raise AssertionError("made-up example sizes do not fit together")
+            raise AssertionError("sizes that were taken to belong together do not")
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from tpcompile.ir.sizes import simplify_size
 def read_ranges(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
     """Return the inclusive bounds of every symbol.
 
-    Size 0 is left out. Size 1 is let in although export assumes sizes of at least 2: the operators
-    broadcast at run time, and a model's own ``if size == 1`` took the general branch.
+    Those of sizes begin at 2, as export assumes (see ``dynamic_dims``).
     """
     ranges = {}
     for symbol, bounds in program.range_constraints.items():
@@ -24,7 +23,7 @@ def read_ranges(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
             continue  # such as s3 + 1, which follows from s3
         high = None if bounds.upper >= int_oo else int(bounds.upper)
         low = 1 if bounds.lower <= 1 else int(bounds.lower)  # a number read from a tensor has no bounds
-        ranges[str(symbol)] = (1 if low <= 2 else low, high)
+        ranges[str(symbol)] = (low, high)
     return ranges
 
 

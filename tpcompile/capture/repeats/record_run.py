@@ -170,10 +170,7 @@ def record_run(
     with ExitStack() as stack:
         stack.enter_context(restore_after(model))
         alive = _lend_weights(model, mode, device, names, known)
-        flat = [
-            fake_input(mode, leaf, device, tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else leaf
-            for leaf in leaves
-        ]
+        flat = [fake_input(mode, leaf, device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         for i, leaf in enumerate(flat):
             if isinstance(leaf, torch.Tensor):
                 known[id(leaf)] = Input(i, f"{tuple(leaf.shape)} {leaf.stride()} {leaf.dtype}")

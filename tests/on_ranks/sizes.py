@@ -1,0 +1,125 @@
+"""Models whose result depends on a size in a way that no general size shows, and calls of many sizes."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import tpcompile
+from tests.on_ranks.models import mesh
+
+
+class Core(nn.Module):
+    """Two layers, of which one is divided by rows and one by columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def core(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.relu(self.up(x)))
+        return y
+
+
+class BatchBranch(Core):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.core(x)
+        return y if x.shape[0] == 1 else y - y.mean(0, keepdim=True)
+
+
+class LengthBranch(Core):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.core(x) * (10.0 if x.size(1) < 2 else 1.0)
+
+
+class Squeezed(Core):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.core(x).squeeze(0)
+
+
+class LastTwo(Core):
+    """A slice that is as long as what it is taken from, if that is short."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.core(x)[:, -2:]
+
+
+class Empty(Core):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.core(x) if x.numel() else x + 1
+
+
+class Attends(nn.Module):
+    """Cross attention, whose packed key-value projection has as many parts as there are sentences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x[:, :1] + x, x, need_weights=False)[0]
+        return y
+
+
+MODELS = (BatchBranch, LengthBranch, Squeezed, LastTwo, Empty, Attends)
+SIZES = ((2, 6), (1, 6), (2, 1), (1, 1), (3, 5), (2, 2))
+
+
+def sizes() -> dict[str, tuple[float, int]]:
+    """Per model, the worst error over calls of all sizes, and the number of programs."""
+    found = {}
+    for kind in MODELS:
+        whole = kind()
+        sharded = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (torch.zeros(2, 6, 16),))
+        every = [*SIZES, (0, 6)] if kind is Empty else SIZES
+        errors = [_error(sharded, whole, torch.randn(*shape, 16)) for shape in every]
+        found[kind.__name__] = max(errors), len(sharded.programs)
+    return found
+
+
+def _error(sharded: nn.Module, whole: nn.Module, *args: Any) -> float:
+    with torch.no_grad():
+        mine, theirs = sharded(*args), whole(*args)
+    assert mine.shape == theirs.shape
+    return float((mine - theirs).abs().max()) if mine.numel() else 0.0
+
+
+@dataclass
+class Sample:
+    """A result whose type is registered with pytree, without keys."""
+
+    sample: Tensor
+    more: dict[str, Tensor]
+
+
+pytree.register_pytree_node(
+    Sample,
+    lambda s: ([s.sample, s.more], None),
+    lambda values, _: Sample(*values),
+    serialized_type_name="tests.Sample",
+)
+
+
+class Sampled(Core):
+    """Takes and returns such a type."""
+
+    def forward(self, given: Sample) -> Sample:
+        return Sample(self.core(given.sample), {"twice": self.core(given.more["x"]) * 2})
+
+
+def without_keys() -> float:
+    """The error of a model whose argument and result are of a type without keys."""
+    whole, x = Sampled(), torch.randn(3, 16)
+    given = Sample(x, {"x": x + 1})
+    sharded = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (given,))
+    mine, theirs = sharded(given), whole(given)
+    assert type(mine) is Sample
+    pairs = ((mine.sample, theirs.sample), (mine.more["twice"], theirs.more["twice"]))
+    return max(float((a - b).abs().max()) for a, b in pairs)

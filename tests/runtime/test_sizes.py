@@ -1,0 +1,18 @@
+"""Calls of every size, and values that change from call to call, beside the unsharded model."""
+
+from __future__ import annotations
+
+from tests.helpers.run_ranks import run_spmd
+from tests.on_ranks import sizes
+
+
+def test_sizes_of_one_get_programs_of_their_own() -> None:
+    for found in run_spmd(sizes.sizes, 2):
+        for name, (error, programs) in found.items():
+            assert error < 1e-5, name
+            # Open, one sentence, one token, both; what follows from other sizes is another one.
+            assert programs <= {"LastTwo": 6, "Empty": 5}.get(name, 4), (name, programs)
+
+
+def test_types_without_keys() -> None:
+    assert max(run_spmd(sizes.without_keys, 2)) < 1e-5
