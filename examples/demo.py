@@ -74,7 +74,9 @@ def rank_sentences() -> None:
     expected_scores = embed(expected[1], query) @ embed(expected[0], sentences).T
     scores = embed(hidden[1], query) @ embed(hidden[0], sentences).T
     check("similarities", scores, expected_scores)
-    require(len(encoder.programs) == 2, "two captured programs: for batches of any size, and for a single text")
+    require(
+        len(encoder.programs) == 2, "two captured programs: for batches of any size, and for a single text"
+    )
     say(f"\n  {QUERY}")
     for score, sentence in sorted(zip(scores[0].tolist(), SENTENCES, strict=True), reverse=True):
         say(f"  {score:6.3f}  {sentence}")

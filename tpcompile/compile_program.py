@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from tpcompile.ir.calls import flatten_call
 
 from .capture.held_caches import Held, mark_caches
+from .capture.open_numbers import capture_numbers
 from .capture.repeats.capture_repeated import capture_repeated, unroll_captured
 from .disk_cache import own_sources
 from .errors import TpCompileError
@@ -322,8 +323,11 @@ class Compiler:
         # A program captured with gradients also serves calls without them.
         with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
             with custom.captured(model):
+                dynamic = self.options.dynamic
                 captured = mark_caches(
-                    capture_repeated(model, bound, dynamic=self.options.dynamic, device=device)
+                    capture_numbers(
+                        lambda call: capture_repeated(model, call, dynamic=dynamic, device=device), bound
+                    )
                 )
         uneven = uneven_layers(captured, self._wishes, layout, caches)
         if uneven is not None:

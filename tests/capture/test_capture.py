@@ -13,7 +13,7 @@ from tpcompile.capture.export.capture_model import capture
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.switch_experts import choose_experts_implementation
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.calls import bind_call, call_key, flatten_call
+from tpcompile.ir.calls import bind_call, flatten_call
 
 transformers = pytest.importorskip("transformers")
 
@@ -216,25 +216,6 @@ def test_arguments_of_every_kind() -> None:
 def test_calls_that_do_not_fit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     with pytest.raises(TpCompileError, match="does not fit"):
         bind_call(TwoInputs(), args, kwargs)
-
-
-def test_call_key_tells_what_a_program_depends_on() -> None:
-    model, a, b = TwoInputs(), torch.randn(2, 4), torch.randn(2, 5)
-
-    def key(**kwargs: Any) -> Any:
-        leaves, spec = flatten_call(bind_call(model, (a,), {"b": b, **kwargs}))
-        return call_key(leaves, spec, model)
-
-    plain = key()
-    assert plain == key(b=torch.randn(7, 5)) and hash(plain) == hash(key())
-    assert plain not in (key(b=b.double()), key(b=b[0]), key(flag=False), key(z=1), key(z=True))
-    assert key(z=1) != key(z=True)
-    with torch.no_grad():
-        assert key() != plain
-    with torch.autocast("cpu", torch.bfloat16):
-        assert key() != plain
-    model.eval()
-    assert key() != plain
 
 
 def test_explicit_dims() -> None:

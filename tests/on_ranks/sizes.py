@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,44 @@ def _error(sharded: nn.Module, whole: nn.Module, *args: Any) -> float:
         mine, theirs = sharded(*args), whole(*args)
     assert mine.shape == theirs.shape
     return float((mine - theirs).abs().max()) if mine.numel() else 0.0
+
+
+class Positioned(Core):
+    """Counts positions, as a cache that the model keeps by itself does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(64, 16))
+
+    def forward(self, x: Tensor, position: int) -> Tensor:
+        return self.core(x + self.table[position : position + x.shape[1]])
+
+
+class Kept(Core):
+    """Asks whether a number is one, which a symbol is not."""
+
+    def forward(self, x: Tensor, keep: int) -> Tensor:
+        chosen = slice(-keep, None) if isinstance(keep, int) else keep
+        return self.core(x)[:, chosen]
+
+
+class Scaled(Core):
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        return self.core(x) * scale
+
+
+def numbers() -> dict[str, tuple[float, int, int]]:
+    """Per model, the worst error over calls with many numbers; how many programs there are, and warnings."""
+    found = {}
+    for kind, step in ((Positioned, 1), (Kept, 1), (Scaled, 0.5)):
+        whole = kind()
+        sharded = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (torch.zeros(2, 12, 16), 0 * step))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            errors = [_error(sharded, whole, torch.randn(2, 12, 16), n * step) for n in range(11)]
+        told = [w for w in said if "values" in str(w.message)]
+        found[kind.__name__] = max(errors), len(sharded.programs), len(told)
+    return found
 
 
 @dataclass

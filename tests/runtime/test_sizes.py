@@ -16,3 +16,13 @@ def test_sizes_of_one_get_programs_of_their_own() -> None:
 
 def test_types_without_keys() -> None:
     assert max(run_spmd(sizes.without_keys, 2)) < 1e-5
+
+
+def test_numbers_that_change_are_few_programs() -> None:
+    """0, 1, and a symbol; where a symbol would do something else, or is none, the last few, and it is told."""
+    for rank, found in enumerate(run_spmd(sizes.numbers, 2)):
+        assert max(error for error, _, _ in found.values()) < 1e-5, found
+        assert found["Positioned"][1:] == (3, 0)
+        for name in ("Kept", "Scaled"):
+            assert found[name][1] <= 9, found
+            assert (found[name][2] > 0) == (rank == 0), found

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils._pytree import SequenceKey, TreeSpec, tree_flatten, tree_flatten_with_path
 
 from tpcompile.errors import TpCompileError
 
 _STAR = "*"
+
+
+class OpenNumber(int):
+    """A number among the arguments of a call that is to travel as a symbol: it has had other values."""
 
 
 @dataclass(frozen=True)
@@ -163,27 +166,3 @@ def join_path(path: Sequence[Any]) -> str:
     root = getattr(path[0], "key", None) if path else None
     rest = path[1:] if isinstance(root, str) else path
     return (root.lstrip(_STAR) if isinstance(root, str) else "") + "".join(map(str, rest))
-
-
-def call_key(leaves: Sequence[Any], spec: TreeSpec, model: nn.Module) -> Hashable:
-    """Return what a captured program is specialised on, sizes apart (those are ``Captured.accepts``'s).
-
-    The structure goes in as text, because contexts of tree nodes need not be hashable.
-    """
-    facts: list[Hashable] = [repr(spec), model.training, torch.is_grad_enabled()]
-    devices = {"cpu"}
-    for leaf in leaves:
-        if isinstance(leaf, torch.Tensor):
-            devices.add(leaf.device.type)
-            facts.append((leaf.dtype, leaf.device.type, leaf.ndim, leaf.requires_grad))
-        else:
-            # The type stands beside the value because 1 == 1.0 == True.
-            facts.append((type(leaf).__name__, _hashable(leaf)))
-    for device in sorted(devices - {"meta"}):
-        if torch.is_autocast_enabled(device):
-            facts.append((device, torch.get_autocast_dtype(device)))
-    return tuple(facts)
-
-
-def _hashable(leaf: Any) -> Hashable:
-    return leaf if isinstance(leaf, Hashable) else id(leaf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -55,9 +56,18 @@ def make_program(
         mutated=_mutated(model, compiled),
         check=size_check(captured),
         entry=path,
+        numbers=_numbers(leaves, captured),
         outlined=outlined,
         settings=settings,
         differentiable=compiled.differentiable,
+    )
+
+
+def _numbers(leaves: Sequence[Any], captured: Captured) -> frozenset[int]:
+    """Which leaves are numbers that travel as sizes."""
+    specs = enumerate(zip(leaves, captured.user_inputs, strict=True))
+    return frozenset(
+        i for i, (leaf, spec) in specs if spec.extents is not None and not isinstance(leaf, Tensor)
     )
 
 

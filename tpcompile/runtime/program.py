@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.size_check import Check
 from tpcompile.compile_program import Compiled
@@ -35,6 +36,7 @@ class Program:
         feeds: where each placeholder's value comes from; a number stands for a leaf of the call.
         mutated: per buffer that the program changes, where it is.
         entry: the submodule that is called, "" for the model itself.
+        numbers: which leaves are numbers that travel as sizes.
         check: whether the sizes of a call's leaves are ones that it runs on.
         outlined: the graph with repeated layers as calls of a submodule, for ``torch.compile``, and where its
             inputs come from; None if no layers repeat often enough.
@@ -56,6 +58,7 @@ class Program:
     mutated: tuple[Feed, ...]
     check: Check
     entry: str = ""
+    numbers: frozenset[int] = frozenset()
     outlined: tuple[GraphModule, tuple[Feed | int, ...]] | None = None
     steps: dict[str, Step] = field(default_factory=dict)
     settings: int = 0
@@ -82,7 +85,11 @@ class Program:
             return False
         if autocast_of(leaves) != self.autocast:
             return False
-        for given, mine in zip(leaves, self.example, strict=True):
+        for at, (given, mine) in enumerate(zip(leaves, self.example, strict=True)):
+            if at in self.numbers:
+                if type(given) is not int or given < 0:
+                    return False
+                continue
             if isinstance(mine, Tensor) != isinstance(given, Tensor):
                 return False
             if isinstance(mine, Tensor):
@@ -90,7 +97,9 @@ class Program:
                     return False
             elif type(given) is not type(mine) or given != mine:
                 return False
-        return self.check(leaves) and (self.differentiable or not self._is_differentiated(leaves))
+        return self.check(with_counts(leaves, self.numbers)) and (
+            self.differentiable or not self._is_differentiated(leaves)
+        )
 
     def _is_differentiated(self, leaves: Sequence[Any]) -> bool:
         """Whether gradients of a call will be asked for."""
@@ -109,6 +118,7 @@ class Program:
             bound: the call.
             options: torch.compile's, if the graph is to run under it.
         """
+        leaves = with_counts(leaves, self.numbers)
         given = [x.contiguous() if isinstance(x, Tensor) else None for x in leaves]
         if options is None or torch.compiler.is_compiling():
             return self.captured.unflatten(self.step(given), bound)
@@ -135,10 +145,12 @@ class Program:
 
     def __str__(self) -> str:
         arguments = ", ".join(
-            f"{spec.name}: {'x'.join(map(str, spec.extents))}"
-            if spec.extents is not None
-            else f"{spec.name}={spec.value}"
-            for spec in self.captured.user_inputs
+            f"{spec.name}={spec.value}"
+            if spec.extents is None
+            else f"{spec.name}={spec.extents[0]}"
+            if at in self.numbers
+            else f"{spec.name}: {'x'.join(map(str, spec.extents))}"
+            for at, spec in enumerate(self.captured.user_inputs)
         )
         return f"{self.entry}({arguments}) {'train' if self.training else 'eval'}"
 

@@ -42,6 +42,7 @@ from .guards import (
 )
 from .make_program import hand_out, make_program
 from .program import Program, autocast_of, device_of
+from .python_values import forget_values, open_numbers
 from .settings import Settings
 
 
@@ -233,6 +234,8 @@ class Runtime:
             self._compare(model, bound, path, leaves, "capture")
         if self.compiler.options.dynamic is False:
             self._refuse_new_shapes(bound, path)
+        else:
+            bound = open_numbers(self.programs, bound, path)
         if self.layout is None:
             tensors = {name: local_tensor(t) for name, t in whole_tensors(model).items()}
             compare_weights(self.compiler.group, tensors)
@@ -258,6 +261,8 @@ class Runtime:
         if self.foreign:
             program.bind(False)
         self.programs.append(program)
+        if (note := forget_values(self.programs, bound)) and self.compiler.rank == 0:
+            warnings.warn(note, stacklevel=2)
         return program
 
     def _keep_whole(self, model: nn.Module) -> None:

@@ -7,6 +7,7 @@ as a symbol and not as a constant that would go stale.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +59,11 @@ def put_layer(layer: Any, parts: Parts, context: tuple[str, Facts]) -> None:
 def as_count(number: Any, like: Tensor | None = None) -> Tensor:
     """A number as the size of a tensor without elements, made like a tensor of the layer that it is about."""
     return torch.empty((number, 0)) if like is None else like.new_empty((number, 0), dtype=torch.float32)
+
+
+def with_counts(leaves: Sequence[Any], numbers: Collection[int]) -> list[Any]:
+    """The leaves of a call, with the numbers at these places as sizes of tensors without elements."""
+    return [as_count(leaf) if i in numbers else leaf for i, leaf in enumerate(leaves)]
 
 
 def is_count(name: str) -> bool:

@@ -15,9 +15,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
+from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.caches.register import register_cache_support
 from tpcompile.errors import OnlyInParts, TpCompileError
-from tpcompile.ir.calls import flatten_call, leaf_names
+from tpcompile.ir.calls import OpenNumber, flatten_call, leaf_names
 
 from .autograd_functions import kept_functions
 from .captured import Captured
@@ -64,9 +65,10 @@ def capture(
     target = torch.device(device) if device is not None else capture_device(model, every)
     twins = twins or {}
     kept = [i for i in range(len(every)) if i not in twins]
-    leaves, names = [every[i] for i in kept], [every_name[i] for i in kept]
+    numbers = frozenset(i for i in range(len(every)) if isinstance(every[i], OpenNumber))
+    leaves, names = [with_counts(every, numbers)[i] for i in kept], [every_name[i] for i in kept]
     cached = _cached(bound, names)
-    structure = Structure(in_spec, tuple(kept.index(twins.get(i, i)) for i in range(len(every))))
+    structure = Structure(in_spec, tuple(kept.index(twins.get(i, i)) for i in range(len(every))), numbers)
     tried: list[str] = []
     first_error: Exception | None = None
     with exportable_experts(model, target), torch.inference_mode(False):

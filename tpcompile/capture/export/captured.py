@@ -108,7 +108,7 @@ class Captured:
     def accepts(self, leaves: Sequence[Any]) -> str | None:
         """Return None if this program may run on ``leaves``, else a sentence that says why not.
 
-        Only shapes are compared: structure, dtypes and python values are ``call_key``'s business.
+        Only shapes are compared: structure, dtypes and python values are ``Program.fits``'s business.
         """
         users = self.user_inputs
         if len(leaves) != len(users):

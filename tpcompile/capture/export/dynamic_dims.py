@@ -77,7 +77,7 @@ def _wanted(
     for name, leaf, in_cache in zip(names, leaves, cached, strict=True):
         if not isinstance(leaf, torch.Tensor):
             wanted.append([])
-        elif isinstance(dynamic, Mapping):
+        elif isinstance(dynamic, Mapping) and not _is_number(leaf.shape):
             chosen = dynamic.get(name, dynamic.get(_root(name), {}))
             wanted.append(sorted(dim % leaf.ndim for dim, is_open in chosen.items() if is_open))
         else:
@@ -147,7 +147,7 @@ def _kind(
         role = name.rpartition("['")[2]
         return "cache" if role.startswith((SEEN, CAPACITY)) else role
     if dim == 0:
-        return "batch"
+        return None if _is_number(shape) else "batch"
     if in_cache:
         return "encoded" if is_cross(name) else "cache"
     if "mask" in name and len(shape) == 4:
@@ -181,6 +181,11 @@ def _sums(
         ):
             return (((mask, 1), (index, 2), (new, 1)),)
     return ()
+
+
+def _is_number(shape: Sequence[int]) -> bool:
+    """Whether a leaf of this shape is a number that travels as a size."""
+    return tuple(shape[1:]) == (0,)
 
 
 def _root(name: str) -> str:

@@ -31,13 +31,21 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Structure:
-    """How a call is made of the captured leaves: which of them stands at each place of the structure."""
+    """How a call is made of the captured leaves: which of them stands at each place of the structure.
+
+    Attributes:
+        in_spec: the structure.
+        places: per place the leaf.
+        numbers: the places of numbers that travel as sizes.
+    """
 
     in_spec: TreeSpec
     places: tuple[int, ...]
+    numbers: frozenset[int]
 
     def bound(self, leaves: Sequence[Any]) -> Any:
-        return tree_unflatten([leaves[i] for i in self.places], self.in_spec)
+        flat = [leaves[at].shape[0] if i in self.numbers else leaves[at] for i, at in enumerate(self.places)]
+        return tree_unflatten(flat, self.in_spec)
 
 
 class FlatModel(nn.Module):

@@ -1,0 +1,71 @@
+"""Python values in calls: each is a program of its own, unless a symbol can stand for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tpcompile.ir.calls import OpenNumber, leaf_names
+
+from .program import Program
+
+MOST_VALUES = 8
+"""So many programs are kept of calls that differ in nothing but python values."""
+
+
+def open_numbers(programs: Sequence[Program], bound: dict[str, Any], path: str) -> dict[str, Any]:
+    """The call, with those numbers marked that had another value in an earlier one.
+
+    Args:
+        programs: the model's.
+        bound: the call.
+        path: the module that is called.
+    """
+    names = leaf_names(bound)
+    earlier = [p for p in programs if p.entry == path and p.names == tuple(bound)]
+
+    def changes(name: str) -> bool:
+        others = (p.example[names.index(name)] for p in earlier if len(p.example) == len(names))
+        return any(type(other) is int and other != bound[name] for other in others)
+
+    # A size of 0 or 1 would be a program of its own, too.
+    numbers = [name for name, value in bound.items() if type(value) is int and value > 1 and changes(name)]
+    return {**bound, **{name: OpenNumber(bound[name]) for name in numbers}}
+
+
+def forget_values(programs: list[Program], bound: dict[str, Any]) -> str | None:
+    """Drops the oldest of the programs that differ from the last one in python values only, if they are many.
+
+    The first program of all stays: it has decided where the weights are.
+
+    Args:
+        programs: the model's; the last one is new.
+        bound: the call that it was captured for.
+
+    Returns:
+        What the user should know, if any were dropped.
+    """
+    kin = [p for p in programs if _kind(p) == _kind(programs[-1])]
+    values = list(dict.fromkeys(map(_values, kin)))
+    if len(values) <= MOST_VALUES:
+        return None
+    programs[1:] = [p for p in programs[1:] if _kind(p) != _kind(programs[-1]) or _values(p) != values[0]]
+    names = leaf_names(bound)
+    differ = [names[i] for i, each in enumerate(zip(*values, strict=True)) if len(set(each)) > 1]
+    return (
+        f"{', '.join(differ)} had more than {MOST_VALUES} values. Each of them is a program of its own, which "
+        "is captured and compiled when it first comes; the oldest are dropped. Give what changes from call to "
+        "call as a tensor: torch.tensor(value)"
+    )
+
+
+def _kind(program: Program) -> Any:
+    forms = tuple((x.dtype, x.ndim) if isinstance(x, Tensor) else type(x) for x in program.example)
+    same = (program.entry, program.names, program.training, program.autocast, program.settings)
+    return (*same, program.numbers, forms, repr(program.captured.in_spec))
+
+
+def _values(program: Program) -> tuple[Any, ...]:
+    return tuple(None if isinstance(x, Tensor) else x for x in program.example)
