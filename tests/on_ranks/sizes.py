@@ -125,6 +125,9 @@ def numbers() -> dict[str, tuple[float, int, int]]:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             errors = [_error(sharded, whole, torch.randn(2, 12, 16), n * step) for n in range(11)]
+            count = len(sharded.programs)
+            errors.append(_error(sharded, whole, torch.randn(2, 12, 16), 10 * step))
+            assert len(sharded.programs) == count  # what was captured last is found again
         told = [w for w in said if "values" in str(w.message)]
         found[kind.__name__] = max(errors), len(sharded.programs), len(told)
     return found

@@ -19,7 +19,7 @@ def test_types_without_keys() -> None:
 
 
 def test_numbers_that_change_are_few_programs() -> None:
-    """0, 1, and a symbol; where a symbol would do something else, or is none, the last few, and it is told."""
+    """0, 1, and a symbol; where a symbol would do something else, or is none, the last few."""
     for rank, found in enumerate(run_spmd(sizes.numbers, 2)):
         assert max(error for error, _, _ in found.values()) < 1e-5, found
         assert found["Positioned"][1:] == (3, 0)

@@ -14,7 +14,7 @@ from tpcompile.capture.export.size_check import size_check
 from tpcompile.capture.held_caches import Held, held_outputs
 from tpcompile.capture.repeats.capture_repeated import whole_outputs
 from tpcompile.compile_program import Compiled
-from tpcompile.ir.calls import flatten_call
+from tpcompile.ir.calls import OpenNumber, flatten_call
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import tensors_by_name
 from tpcompile.lowering.local_shapes import LocalShapes
@@ -38,7 +38,7 @@ def make_program(
         rank: this rank.
         settings: the number of the model's present settings.
     """
-    leaves, _ = flatten_call(bound)
+    leaves = [int(x) if isinstance(x, OpenNumber) else x for x in flatten_call(bound)[0]]
     captured = local_extents(compiled, rank)
     outlined: tuple[GraphModule, tuple[Feed | int, ...]] | None = None
     if compiled.outlined is not None:

@@ -47,16 +47,16 @@ def forget_values(programs: list[Program], bound: dict[str, Any]) -> str | None:
     Returns:
         What the user should know, if any were dropped.
     """
-    kin = [p for p in programs if _kind(p) == _kind(programs[-1])]
-    values = list(dict.fromkeys(map(_values, kin)))
+    kind = _kind(programs[-1])
+    values = list(dict.fromkeys(_values(p) for p in programs[1:] if _kind(p) == kind))
     if len(values) <= MOST_VALUES:
         return None
-    programs[1:] = [p for p in programs[1:] if _kind(p) != _kind(programs[-1]) or _values(p) != values[0]]
+    programs[1:] = [p for p in programs[1:] if _kind(p) != kind or _values(p) != values[0]]
     names = leaf_names(bound)
     differ = [names[i] for i, each in enumerate(zip(*values, strict=True)) if len(set(each)) > 1]
     return (
-        f"{', '.join(differ)} had more than {MOST_VALUES} values. Each of them is a program of its own, which "
-        "is captured and compiled when it first comes; the oldest are dropped. Give what changes from call to "
+        f"{', '.join(differ)} had more than {MOST_VALUES} values. Each of them is a program of its own, "
+        "captured and compiled when it first comes; the oldest are dropped. Give what changes from call to "
         "call as a tensor: torch.tensor(value)"
     )
 
