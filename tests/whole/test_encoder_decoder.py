@@ -10,11 +10,11 @@ from tests.on_ranks import encoder_decoder as spmd_encoder_decoder
 
 
 def test_encoder_decoder_generates() -> None:
-    """The encoder is called alone; prefill and decode have a program each, whatever the length."""
+    """The encoder is called alone; prefill, the step after a single token, and the others have a program each."""
     for found in run_spmd(spmd_encoder_decoder.tokens, 2, "t5", 1, timeout=400):
         assert found["same"]
         entries = [entry for entry, _ in found["programs"]]
-        assert entries == ["", "encoder", "", ""], found["programs"]
+        assert entries == ["", "encoder", "", "", ""], found["programs"]
         # Of 8 heads each rank holds 4, in both halves of the cache.
         assert found["shapes"] == [(3, 4, 8, 12)] * 4 + [(3, 4, 9, 12)] * 4
 
