@@ -10,7 +10,7 @@ from tests.on_ranks import encoder_decoder as spmd_encoder_decoder
 
 
 def test_encoder_decoder_generates() -> None:
-    """The encoder is called alone; prefill, the step after a single token, and the others have a program each."""
+    """The encoder is called alone; prefill, the first step, and the other steps have a program each."""
     for found in run_spmd(spmd_encoder_decoder.tokens, 2, "t5", 1, timeout=400):
         assert found["same"]
         entries = [entry for entry, _ in found["programs"]]
