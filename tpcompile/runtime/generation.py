@@ -18,12 +18,15 @@ from torch import Tensor
 
 from tpcompile.capture.caches.register import is_cache
 from tpcompile.errors import TpCompileError
-from tpcompile.ranks.agree import compare, from_first
+from tpcompile.ranks.agree import alike, compare, from_first, share_failure
 from tpcompile.ranks.describe import describe_value
+from tpcompile.ranks.exchange import exchange
 
 from .module import ShardedModule
 from .runtime import Runtime
+from .steering import Streamer, steer_criteria, steer_processors
 
+_TODO = "see that the ranks have equal hardware, libraries and settings, or report this"
 _REFUSED = ("offloaded", "quantized", "paged")
 
 
@@ -34,19 +37,50 @@ class ShardedGeneration(ShardedModule):
         """Generates as the model's own ``generate``, with its arguments, on all ranks of the mesh together.
 
         Every rank must make the same call. Where tokens are drawn at random, rank 0's random state is
-        everybody's, before and after; set its seed for reproducible tokens.
+        everybody's, before and after; set its seed for reproducible tokens. When to stop (``max_time``,
+        ``stop_strings``, stopping criteria of your own) is said by rank 0. Ranks may have streamers of their
+        own, or none.
 
         Raises:
-            TpCompileError: on all ranks, if the calls differ, or ask for a cache that cannot be divided.
+            TpCompileError: on all ranks, if the calls differ, or ask for a cache that cannot be divided; or a
+                function of the user's fails on one of them, or says something else there.
         """
         group = self._tp.compiler.group
         original: Callable[..., Any] = super().generate  # type: ignore[misc]
         call = _arguments(original, args, kwargs)
-        compare(group, "calls of generate", _describe(call))
-        self._refuse(call)
-        if self._may_sample(call):
-            share_random_state(group, self._device())
-        return original(*args, **kwargs)
+        own = call.pop("streamer", None)
+        with alike(group, "generate", [*_describe(call), *_describe(_defaults(self))]):
+            self._refuse(call)
+            streamer = _shared_streamer(group, own)
+            if self._may_sample(call):
+                share_random_state(group, self._device())
+            before, self._tp.steering = self._tp.steering, (streamer, call.get("logits_processor") or ())
+            try:
+                result = original(**call, **({} if streamer is None else {"streamer": streamer}))
+            finally:
+                self._tp.steering = before
+            if streamer is not None:
+                share_failure(group, "stream tokens", streamer.failure)
+            tokens = describe_value(getattr(result, "sequences", result), floats=False)
+            compare(group, "generated tokens", [tokens], _TODO)
+            return result
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own, without what ``generate`` passes on although it is not for the model."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        for name in ("tokenizer", "assistant_tokenizer"):
+            inputs.pop(name, None)
+        return inputs
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
+        criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
+        group, (streamer, _) = self._tp.compiler.group, self._tp.steering
+        return criteria if group is None else steer_criteria(group, criteria, streamer)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
+        group, (_, given) = self._tp.compiler.group, self._tp.steering
+        return processors if group is None else steer_processors(group, processors, given)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching has a paged cache of its own.
@@ -129,6 +163,18 @@ def share_random_state(group: dist.ProcessGroup | None, device: torch.device) ->
     torch.set_rng_state(states[0])
     if module is not None:
         module.set_rng_state(states[1], device)
+
+
+def _shared_streamer(group: dist.ProcessGroup | None, own: Any) -> Any:
+    """A streamer for every rank, if any has one."""
+    if group is None or group.size() == 1:
+        return own
+    return Streamer(own) if any(exchange(group, "tell of streamers", own is not None)) else None
+
+
+def _defaults(model: Any) -> dict[str, Any]:
+    """What steers a generation beside the arguments of the call."""
+    return {"the model's generation_config": model.generation_config}
 
 
 def _arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,7 @@ class Runtime:
         hooks: hooks on submodules that no program has in it.
         custom: the modules of custom strategies.
         foreign: whether another library (FSDP) has made something else of the parameters.
+        steering: the streamer and the user's logits processors of the generation that runs.
         running: how many calls are being worked on: what the model's own code changes is no new setting.
     """
 
@@ -81,6 +82,7 @@ class Runtime:
     compile_options: dict[str, Any] | None = None
     compare_calls: bool = False
     hooks: list[Hook] = field(default_factory=list)
+    steering: tuple[Any, Sequence[Any]] = (None, ())
     running: int = 0
     custom: CustomModules = field(default_factory=CustomModules)
     foreign: bool = False
