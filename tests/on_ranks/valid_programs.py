@@ -190,3 +190,26 @@ def later_calls() -> dict[str, list[str]]:
             agree(model, whole, noise(2, 5, 6), way)
             found[way] = [note for note in model.plan.notes if "gathered" in note]
     return found
+
+
+class Quantised(nn.Module):
+    """A layer with its weight in a buffer, as eight-bit integers, or stacked for a lookup."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", (noise(8, 6) * 30).to(torch.int8))
+        self.register_buffer("table", noise(5, 6))
+        self.register_buffer("scale", noise(8))
+        self.first = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x + F.embedding(torch.zeros(4, dtype=torch.long), self.table))
+        return F.linear(x, self.weight.to(x.dtype)) * self.scale
+
+
+def weights_in_buffers() -> tuple[str, ...]:
+    """What the plan says of weights that are buffers."""
+    model, whole = sharded(Quantised(), noise(4, 6), dynamic=False)
+    agree(model, whole, noise(4, 6))
+    notes: tuple[str, ...] = model.plan.notes
+    return notes

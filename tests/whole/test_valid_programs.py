@@ -29,3 +29,9 @@ def test_later_calls_that_cannot_use_the_layout() -> None:
         gathered = {way for way, said in notes.items() if said}
         assert gathered == {"sorted", "on its own", "in one piece", "cut elsewhere", "its values"}
         assert all("is gathered for this call" in note for said in notes.values() for note in said)
+
+
+def test_weights_in_buffers_are_reported() -> None:
+    for notes in run_spmd(valid_programs.weights_in_buffers, 2):
+        told = [note for note in notes if "is a buffer, and whole on every rank" in note]
+        assert sorted(note.partition(" ")[0] for note in told) == ["table", "weight"]

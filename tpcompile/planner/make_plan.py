@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch.fx import Node
 
 from tpcompile.ir.layout.weight_layout import WeightLayout
@@ -10,7 +12,8 @@ from tpcompile.ir.names import starred
 from tpcompile.ir.nodes import is_tensor, operands, tensor_of
 from tpcompile.ir.sizes import bytes_of
 from tpcompile.planner.search.cost import CostModel
-from tpcompile.planner.search.must_divide import GATHERED, GATHERS, weight_root
+from tpcompile.planner.search.must_divide import GATHERED, GATHERS, matrix, weight_root
+from tpcompile.rules.rule import Rule
 from tpcompile.work import Work
 
 from .collective import collectives_of, sequence_seconds
@@ -37,7 +40,7 @@ def make_plan(
         fingerprint=fingerprint,
         collectives=collectives_of(rewritten),
         fallbacks=fallbacks_of(work),
-        notes=(*rewritten.captured.notes, *dict.fromkeys(gathered.values())),
+        notes=(*rewritten.captured.notes, *dict.fromkeys([*gathered.values(), *_whole_buffers(work)])),
         cost=cost,
         seconds=seconds + sequence_seconds(rewritten, cost),
         sequence=sequence,
@@ -56,6 +59,17 @@ def _gathered_weights(work: Work) -> dict[Node, str]:
             name = starred(params[root])
             found[node] = f"{name} is gathered for this call, which uses it otherwise than it was divided for"
     return found
+
+
+def _whole_buffers(work: Work) -> Iterator[str]:
+    """Buffers that are used as weights, such as those of a quantised layer: only parameters are divided."""
+    assert work.planned_factors is not None
+    names = {n: s.spec.name for n, s in work.sources.items() if s.spec.kind == "buffer" and matrix(n)}
+    for node, rule in work.planned_factors.rules.items():
+        if work.ranks > 1 and isinstance(rule, Rule) and rule.contraction:
+            for root in filter(None, (weight_root(o, set(names)) for o in operands(node))):
+                size = bytes_of(tensor_of(root))
+                yield f"{starred(names[root])} is a buffer, and whole on every rank ({size:.0f} bytes)"
 
 
 def fallbacks_of(work: Work) -> tuple[str, ...]:
