@@ -256,6 +256,15 @@ def state_dicts() -> dict[str, Any]:
         sharded[1].load_state_dict(whole[1].state_dict())
         sharded[0].load_state_dict(whole[0].state_dict(), assign=True)
         found["parts"] = error(sharded(x), whole(x))
+        saved = io.BytesIO()
+        torch.save(sharded.state_dict(), saved)
+        sharded.load_state_dict(whole.state_dict())
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, saved.getvalue())
+        read = [torch.load(io.BytesIO(each)) for each in everyone]
+        assert "saved by rank" in refusal(lambda: sharded.load_state_dict(read[0]))  # on rank 0 as well
+        sharded.load_state_dict(read[dist.get_rank()])
+        found["own parts"] = error(sharded(x), whole(x))
         state = whole.state_dict()
         bad = {
             "lacks": {k: v for k, v in state.items() if k != "1.down.bias"},

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tpcompile.errors import TpCompileError
-from tpcompile.weights.load_state import check_state
+from tpcompile.ranks.agree import together
+from tpcompile.weights.load_state import check_state, own_parts
 from tpcompile.weights.sharded_parameter import ShardedParameter
+from tpcompile.weights.stored_part import StoredPart
 
 from .settings import is_setting
 
@@ -91,7 +94,13 @@ class WatchedModule(nn.Module):
             TpCompileError: a key is missing or unexpected, or has another shape. Nothing is loaded then.
         """
         if (place := self._place()) is not None:
-            check_state(self, place[1], state_dict, strict)
+            own = nn.Module.state_dict(self, keep_vars=True)
+            if any(isinstance(part, StoredPart) for part in state_dict.values()):
+                group = place[0].compiler.group
+                parts = together(group, "load the state dict", lambda: own_parts(own, state_dict))
+                state_dict = copy.copy(state_dict)  # with its metadata, the versions of modules
+                state_dict.update(parts)
+            check_state(own, place[1] or type(self).__name__, state_dict, strict)
         return super().load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tpcompile.errors import TpCompileError
 
+from .sharded_parameter import ShardedParameter
+from .stored_part import StoredPart
 
-def check_state(module: nn.Module, path: str, state: Mapping[str, Any], strict: bool) -> None:
+
+def check_state(own: Mapping[str, Any], where: str, state: Mapping[str, Any], strict: bool) -> None:
     """Whether a state dict is one of whole tensors for a sharded model, or for a part of one.
 
     Args:
-        module: the model or the part.
-        path: the module's path in the model.
+        own: its own state.
+        where: what it is called.
         state: tensors by name.
         strict: whether exactly the module's own keys must be there.
 
     Raises:
         TpCompileError: a key is missing or unexpected, or has another shape; nothing was changed.
     """
-    own = nn.Module.state_dict(module, keep_vars=True)
     if strict:
         _check_keys(own, state)
     wrong = [
@@ -35,9 +37,35 @@ def check_state(module: nn.Module, path: str, state: Mapping[str, Any], strict: 
     if wrong:
         raise TpCompileError(
             f"tensors of another model, or parts of tensors: {'; '.join(wrong[:3])}" + _more(wrong),
-            where=path or type(module).__name__,
+            where=where,
             todo="give whole tensors; every rank takes its part. Nothing was loaded",
         )
+
+
+def own_parts(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The stored parts in a state dict as sharded parameters, by name.
+
+    Args:
+        own: the module's own state.
+        state: the one to load.
+
+    Raises:
+        TpCompileError: a part is another rank's, or of another layout.
+    """
+    found: dict[str, Tensor] = {}
+    for name, part in state.items():
+        if isinstance(part, StoredPart):
+            mine = own.get(name)
+            placing = mine.placing if isinstance(mine, ShardedParameter) else None
+            if placing is None or (part.rank, part.layout) != (placing.rank, placing.text()):
+                raise TpCompileError(
+                    f"the state dict was saved by rank {part.rank}, and has its parts, as they were then",
+                    where=name,
+                    todo="save full_state_dict(), or sharded_state_dict() with torch.distributed.checkpoint; "
+                    "nothing was loaded",
+                )
+            found[name] = ShardedParameter(part.local.to(placing.axis.device_type), placing)
+    return found
 
 
 def _check_keys(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from tpcompile.errors import TpCompileError
 
 from .checkpoint_boxes import chunks, region_at, write_items
 from .dispatch import dispatch
+from .stored_part import stored_part
 from .tensor_layout import Gathered, TensorLayout
 
 _TENSOR: Any = Tensor
@@ -230,8 +231,8 @@ class ShardedParameter(DTensor):
             new._local_tensor.grad = None if gradient is None else gradient.clone()
         return memo[id(self)]
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        self._refuse("be pickled: other ranks, and other numbers of them, could not use it")
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return stored_part, (self._local_tensor.detach(), self.placing.rank, self.placing.text())
 
     def untyped_storage(self) -> NoReturn:
         """Refused: what reads memory would take the part for the whole."""

@@ -74,6 +74,10 @@ class TensorLayout:
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorLayout:
         return self
 
+    def text(self) -> str:
+        """The layout, to compare with that of a file."""
+        return repr(self._key[:-1])
+
     @property
     def group(self) -> dist.ProcessGroup:
         """The ranks that share the tensor."""
