@@ -1,0 +1,221 @@
+"""What the rows of the table in ``docs/sharded_modules.md`` say, done on ranks.
+
+A situation that works checks its numbers itself; one that is refused must end in a ``TpCompileError``.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import tpcompile
+from tests.helpers.toys import Mlp
+from tests.on_ranks.models import mesh
+from tests.on_ranks.module_life import pair
+
+Situation = Callable[[], None]
+CASES: dict[str, Situation] = {}
+"""By the text of the table's first column."""
+
+
+def situation(text: str) -> Callable[[Situation], Situation]:
+    """Registers what a row of the table says."""
+
+    def register(do: Situation) -> Situation:
+        CASES[text] = do
+        return do
+
+    return register
+
+
+def verdicts() -> dict[str, str]:
+    """What becomes of every situation on this rank: works, refused, or what is wrong."""
+    return {text: _verdict(do) for text, do in CASES.items()}
+
+
+def _verdict(do: Situation) -> str:
+    try:
+        do()
+    except tpcompile.TpCompileError as error:
+        return "refused" if error.todo else f"refused without a way out: {error}"
+    except Exception as error:  # anything else is what the table does not say
+        return f"{type(error).__name__}: {error}"
+    return "works"
+
+
+def _twins() -> tuple[Any, Any, Tensor]:
+    return pair(Mlp)
+
+
+def _train(model: Any, x: Tensor, make: Callable[[Any], Any], clip: bool = False) -> None:
+    optimizer = make(model.parameters())
+    for _ in range(2):
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value: Tensor = model(x).square().mean()
+            value.backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            return value
+
+        optimizer.step(loss)
+
+
+def _same_training(make: Callable[[Any], Any], clip: bool = False) -> None:
+    whole, sharded, x = _twins()
+    for model in (whole, sharded):
+        _train(model, x, make, clip)
+    torch.testing.assert_close(sharded.full_state_dict(), whole.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+@situation("`AdamW`, `SGD` and their like, in every implementation (`foreach`, `fused`)")
+def _optimizers() -> None:
+    _same_training(lambda p: torch.optim.AdamW(p, 0.01, fused=True))
+    _same_training(lambda p: torch.optim.AdamW(p, 0.01, foreach=True))
+    _same_training(lambda p: torch.optim.SGD(p, 0.01, momentum=0.9))
+
+
+@situation("`torch.nn.utils.clip_grad_norm_`")
+def _clipping() -> None:
+    _same_training(lambda p: torch.optim.SGD(p, 0.1), clip=True)
+
+
+@situation("`LBFGS` and other optimizers that look at whole parameters")
+def _lbfgs() -> None:
+    _same_training(lambda p: torch.optim.LBFGS(p, 0.1, max_iter=3))
+
+
+@situation("`copy.deepcopy`, `AveragedModel`")
+def _copies() -> None:
+    _, sharded, x = _twins()
+    for other in (copy.deepcopy(sharded), torch.optim.swa_utils.AveragedModel(sharded)):
+        torch.testing.assert_close(other(x), sharded(x))
+
+
+@situation("python that computes with a parameter: `F.linear(x, model.up.weight)`")
+def _outside() -> None:
+    whole, sharded, x = _twins()
+    torch.testing.assert_close(F.linear(x, sharded.up.weight), F.linear(x, whole.up.weight))
+    assert torch.allclose(sharded.down.weight.norm(), whole.down.weight.norm())
+
+
+@situation("`load_state_dict` of whole tensors")
+def _loading() -> None:
+    whole, sharded, x = _twins()
+    torch.manual_seed(7)
+    new = {name: torch.randn_like(value) for name, value in whole.state_dict().items()}
+    whole.load_state_dict(new)
+    sharded.load_state_dict(new)
+    torch.testing.assert_close(sharded(x), whole(x), rtol=1e-4, atol=1e-5)
+
+
+@situation("hooks on a part, registered after `parallelize`")
+def _hooks() -> None:
+    whole, sharded, x = _twins()
+    for model in (whole, sharded):
+        model.up.register_forward_hook(lambda module, args, output: output * 2)
+    torch.testing.assert_close(sharded(x), whole(x), rtol=1e-4, atol=1e-5)
+
+
+@situation("`model.to(torch.bfloat16)`, `model.double()`")
+def _types() -> None:
+    whole, sharded, x = _twins()
+    torch.testing.assert_close(sharded.double()(x.double()), whole.double()(x.double()))
+
+
+@situation("`DistributedDataParallel` over the ranks that share the model")
+def _ddp() -> None:
+    DistributedDataParallel(_twins()[1])
+
+
+@situation("`fully_shard`, `FullyShardedDataParallel` over the ranks that share the model")
+def _fsdp() -> None:
+    sharded = _twins()[1]
+    try:
+        FullyShardedDataParallel(sharded, device_id=torch.device("cpu"))
+    except tpcompile.TpCompileError:
+        fully_shard(_twins()[1], mesh=mesh())
+
+
+@situation("`ZeroRedundancyOptimizer` over the ranks that share the model")
+def _zero() -> None:
+    _, sharded, x = _twins()
+    _train(sharded, x, lambda p: ZeroRedundancyOptimizer(p, torch.optim.AdamW, lr=0.01))
+
+
+@situation("`torch.save` of the model or of its `state_dict()`, pickle")
+def _pickles() -> None:
+    sharded = _twins()[1]
+    try:
+        pickle.dumps(sharded)
+    except tpcompile.TpCompileError:
+        torch.save(sharded.state_dict(), io.BytesIO())
+
+
+@situation("`load_state_dict` of a rank's parts, of other keys or shapes")
+def _other_parts() -> None:
+    sharded = _twins()[1]
+    sharded.load_state_dict({name: p.to_local().clone() for name, p in sharded.named_parameters()})
+
+
+@situation("a parameter of another shape; layers added, removed or replaced")
+def _structure() -> None:
+    sharded = _twins()[1]
+    try:
+        sharded.up = nn.Linear(12, 24)
+    except tpcompile.TpCompileError:
+        sharded.extra = nn.Linear(12, 12)
+
+
+@situation("random numbers into a parameter: `p.normal_()`")
+def _random() -> None:
+    with torch.no_grad():
+        _twins()[1].up.weight.normal_()
+
+
+@situation("second derivatives, `torch.func.grad`, `vmap`")
+def _second() -> None:
+    _, sharded, x = _twins()
+    try:
+        torch.func.grad(lambda y: sharded(y).sum())(x)
+    except tpcompile.TpCompileError:
+        x.requires_grad_()
+        (first,) = torch.autograd.grad(sharded(x).square().sum(), x, create_graph=True)
+        first.square().sum().backward()
+
+
+@situation("`torch.export` of a sharded model")
+def _export() -> None:
+    _, sharded, x = _twins()
+    torch.export.export(sharded, (x,), strict=False)
+
+
+@situation("`parallelize` of a model that is sharded already")
+def _twice() -> None:
+    tpcompile.parallelize(_twins()[1], mesh())
+
+
+@situation("ranks that bring different weights")
+def _different_weights() -> None:
+    model = Mlp()
+    with torch.no_grad():
+        model.up.weight[3, 5] += dist.get_rank()
+    tpcompile.parallelize(model, mesh(), (torch.zeros(3, 5, 12),))
+
+
+@situation("ranks that bring different batches to a program's first call")
+def _different_batches() -> None:
+    _, sharded, _ = _twins()
+    sharded(torch.zeros(3 + dist.get_rank(), 5, 12))
