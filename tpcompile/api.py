@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from .capture.export.default_example import default_example
+from .capture.export.dynamic_dims import check_dynamic
 from .compile_program import Compiler, Options
-from .errors import TpCompileError
+from .errors import TpCompileError, refusing
 from .ir.calls import bind_call, signature_of
+from .ir.check import Must, check_arguments, checked, short, well_called
 from .passes.pipeline import Pass
 from .planner.plan import Plan
 from .planner.search.cost import CostModel, preset
@@ -23,20 +25,25 @@ from .ranks.agree import compare, together
 from .ranks.mesh import check_mesh, default_mesh
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
+from .runtime.check_model import check_device, check_model, device_of
 from .runtime.generation import ShardedGeneration
 from .runtime.guards import Hook, backward_hooks, guard_submodules
 from .runtime.module import ShardedModule
 from .runtime.runtime import Runtime
 from .runtime.settings import Settings
-from .runtime.watched_module import WatchedModule
 from .strategies.custom.custom_strategy import split_plan
 from .strategies.hf_plan import hf_plan
 from .strategies.read_rules import Pin, Rules, read_rules
 from .weights.shard import sharded_class
 
 PlanLike = str | Plan | Mapping[str, Pin]
+Dynamic = bool | Mapping[str, Mapping[int, bool]]
+Bytes = Annotated[float, Must("a positive number of bytes", lambda size: 0 < size < math.inf)]
+Passes = Sequence[Annotated[Pass, Must("a Pass with a name", lambda one: isinstance(one.name, str))]]
+Ranks = Annotated[int, Must("a number of ranks, from 1 to 4096", lambda ranks: 0 < ranks <= 4096)]
 
 
+@well_called
 def parallelize(
     model: nn.Module,
     mesh: DeviceMesh | None = None,
@@ -45,11 +52,11 @@ def parallelize(
     *,
     plan: PlanLike = "auto",
     axis: str | None = None,
-    dynamic: bool | Mapping[str, Any] = True,
+    dynamic: Dynamic = True,
     compile: bool | Mapping[str, Any] = False,
     cost_model: CostModel | str | None = None,
-    memory: float | None = None,
-    passes: Sequence[Pass] = (),
+    memory: Bytes | None = None,
+    passes: Passes = (),
     compose: bool | None = None,
     compare_calls: bool = False,
     sequence_parallel: bool = False,
@@ -90,19 +97,11 @@ def parallelize(
     Raises:
         TpCompileError: on all ranks: the request is refused; the model is unchanged.
     """
-    mesh = mesh if mesh is not None else default_mesh(model)
-    ranks = check_mesh(mesh, axis)
-
-    def read() -> tuple[Options, dict[str, Any] | None, list[Hook]]:
-        _check_device(model, mesh)
-        options = _options(
-            model, plan, cost_model, mesh.device_type, dynamic, memory, passes, compose, sequence_parallel
-        )
-        return options, _example(model, example_args, example_kwargs), backward_hooks(model)
-
-    seconds = seconds_of(timeout)
+    arguments = locals().copy()
+    mesh = mesh if mesh is not None else default_mesh(device_of(model))
+    ranks, seconds = check_mesh(mesh, axis), seconds_of(timeout)
     group = MeshAxis.of(mesh, axis, seconds).group
-    options, example, hooks = together(group, "read the request", read)
+    options, example, hooks = together(group, "read the request", lambda: _read(mesh, arguments))
     asked = [*options.lines(), f"compare_calls: {compare_calls}", f"timeout: {seconds}"]
     compare(group, "requests", asked, "make the same request on every rank")
     signature, original, settings = signature_of(model), type(model), Settings(model)
@@ -124,17 +123,18 @@ def parallelize(
     return model
 
 
+@checked
 def plan(
     model: nn.Module,
-    mesh_or_sizes: DeviceMesh | int,
+    mesh_or_sizes: DeviceMesh | Ranks,
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     plan: PlanLike = "auto",
     axis: str | None = None,
-    dynamic: bool | Mapping[str, Any] = True,
+    dynamic: Dynamic = True,
     cost_model: CostModel | str | None = None,
-    memory: float | None = None,
+    memory: Bytes | None = None,
     sequence_parallel: bool = False,
 ) -> Plan:
     """Plans a model without a process group, without weights (``meta`` will do), without a GPU.
@@ -148,43 +148,60 @@ def plan(
     Raises:
         TpCompileError: the model cannot be captured, or the request cannot be met.
     """
-    ranks = check_mesh(mesh_or_sizes, axis) if isinstance(mesh_or_sizes, DeviceMesh) else mesh_or_sizes
-    if not isinstance(ranks, int) or ranks < 1:
-        raise TpCompileError(f"{ranks!r} is no number of ranks", todo="give a mesh or a positive number")
-    device = mesh_or_sizes.device_type if isinstance(mesh_or_sizes, DeviceMesh) else "h100"
+    if isinstance(mesh_or_sizes, DeviceMesh):
+        ranks, device = check_mesh(mesh_or_sizes, axis, connected=False), mesh_or_sizes.device_type
+    elif axis is not None:
+        raise TpCompileError(
+            f"a number of ranks has no axis {axis!r}", where="axis", todo="leave it out, or give a mesh"
+        )
+    else:
+        ranks, device = mesh_or_sizes, "h100"
     options = _options(
         model, plan, cost_model, device, dynamic, memory, (), sequence_parallel=sequence_parallel
     )
-    example = example_call(model, example_args, example_kwargs)
+    example = example_call(model, example_args, example_kwargs, dynamic)
     return Compiler(options, ranks).compile(model, example, None).plan
 
 
 def example_call(
-    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic: Dynamic = True,
 ) -> dict[str, Any]:
     """The call to plan a model for: the one that is given, or the default one of a transformers model.
 
     Raises:
-        TpCompileError: none is given, and there is no default.
+        TpCompileError: none is given, and there is no default; or ``dynamic`` does not fit it.
     """
-    example = _example(model, args, kwargs, planning=True)
+    example = _example(model, args, kwargs, dynamic, planning=True)
     if example is None:
         raise TpCompileError(
-            "an example call is needed to capture this model", todo="give example_args or example_kwargs"
+            "an example call is needed to capture this model",
+            where=type(model).__name__,
+            todo="give example_args or example_kwargs",
         )
     return example
 
 
-def _check_device(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Refuses weights that the program, made for the mesh's device, could not use."""
-    for name, param in model.named_parameters():
-        if param.device.type not in (mesh.device_type, "meta"):
-            raise TpCompileError(
-                f"the mesh is for {mesh.device_type}, the model is on {param.device}",
-                where=name,
-                todo=f"move the model to {mesh.device_type} (or to meta, for a model without weights) first, "
-                "or make a mesh for the model's device",
-            )
+def _read(mesh: DeviceMesh, asked: Mapping[str, Any]) -> tuple[Options, dict[str, Any] | None, list[Hook]]:
+    """The arguments of ``parallelize``, checked and read."""
+    check_arguments(parallelize, asked)
+    model = asked["model"]
+    check_device(model, mesh)
+    names = ("plan", "cost_model", "dynamic", "memory", "passes", "compose", "sequence_parallel")
+    options = _options(model, device=mesh.device_type, **{name: asked[name] for name in names})
+    _check_compile(asked["compile"])
+    example = _example(model, asked["example_args"], asked["example_kwargs"], asked["dynamic"])
+    return options, example, backward_hooks(model)
+
+
+def _check_compile(options: bool | Mapping[str, Any]) -> None:
+    todo = "give True, or keyword arguments of torch.compile"
+    with refusing("torch.compile refuses the options", where=f"compile={short(options)}", todo=todo):
+        if not isinstance(options, bool):
+            check_arguments(torch.compile, options)
+            torch.compile(nn.Identity(), **options)
 
 
 def _options(
@@ -198,17 +215,11 @@ def _options(
     compose: bool | None = False,
     sequence_parallel: bool = False,
 ) -> Options:
-    sharded = next((name for name, part in model.named_modules() if isinstance(part, WatchedModule)), None)
-    if sharded is not None:
-        raise TpCompileError(
-            "this model is parallelised already", where=sharded, todo="use a fresh model, as a whole"
-        )
-    if any(isinstance(p, DTensor) for p in model.parameters()):
-        raise TpCompileError(
-            "the model's parameters are DTensors", todo="parallelize first, then apply FSDP or the like"
-        )
+    check_model(model)
     rules, custom = _rules(model, plan)
-    cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model or device)
+    if cost_model is None:
+        cost_model = "cpu" if device == "cpu" else "h100"
+    cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model)
     given = plan if isinstance(plan, Plan) else None
     sequence = sequence_parallel or rules.sequence
     if compose is None and not hasattr(model, "main_input_name"):  # transformers' models say what theirs is
@@ -228,16 +239,27 @@ def _rules(model: nn.Module, plan: PlanLike) -> tuple[Rules, dict[str, str]]:
         plan.layout.check_model(model)
     elif plan != "auto":
         raise TpCompileError(
-            f"unknown plan {plan!r}", todo='give "auto", "hf", "hf-ep", a Plan, or a dict of rules'
+            f"unknown plan {plan!r}",
+            where="plan",
+            todo='give "auto", "hf", "hf-ep", a Plan, or a dict of rules',
         )
     return Rules(), {}
 
 
 def _example(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, planning: bool = False
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    dynamic: Dynamic = True,
+    *,
+    planning: bool = False,
 ) -> dict[str, Any] | None:
-    if args or kwargs:
-        return bind_call(model, args, kwargs)
+    example = bind_call(model, args, kwargs) if args or kwargs else _default(model, planning)
+    check_dynamic(model, dynamic, example)
+    return example
+
+
+def _default(model: nn.Module, planning: bool) -> dict[str, Any] | None:
     default = default_example(model)
     if default is None:
         return None

@@ -350,7 +350,9 @@ class Compiler:
         given = self.options.plan
         if given is not None and given.ranks != self.ranks:
             raise TpCompileError(
-                f"the plan is for {given.ranks} ranks, the mesh axis has {self.ranks}", todo="plan again"
+                f"the plan is for {given.ranks} ranks, the mesh axis has {self.ranks}",
+                where="plan",
+                todo="plan again",
             )
         if given is not None and given.fingerprint == fingerprint and not base.refused:
             return list(given.layout.split_groups), given.decisions
@@ -378,6 +380,7 @@ class Compiler:
             raise TpCompileError(
                 f"the fullest rank would hold {size_text(held)} of parameters, more than the "
                 f"{size_text(limit)} allowed, with everything divided that can be",
+                where="memory",
                 todo="use more ranks, or allow more memory",
             )
         return tighter

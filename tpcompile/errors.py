@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class TpCompileError(RuntimeError):
     """A request that tpcompile refuses, raised before anything is changed or sent.
@@ -13,14 +16,12 @@ class TpCompileError(RuntimeError):
     """
 
     def __init__(self, what: str, *, where: str = "", todo: str = "") -> None:
-        self.what = what
-        self.where = where
-        self.todo = todo
-        lines = [what]
-        if where:
-            lines.append(f"  where: {where}")
-        if todo:
-            lines.append(f"  what to do: {todo}")
+        self.what, self.where, self.todo = str(what), str(where), str(todo)
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.todo:
+            lines.append(f"  what to do: {self.todo}")
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -38,6 +39,27 @@ class OnlyInParts(CannotCapture):
 
 class RanksApart(TpCompileError):
     """Ranks do different things, or one of them is gone: they cannot go on together."""
+
+
+@contextmanager
+def refusing(what: str, *, where: str, todo: str) -> Iterator[None]:
+    """Turns any error inside of it into a refusal: for what reads a user's input with code that is not ours.
+
+    Args:
+        what: what cannot be done, without an end: the error's own text follows.
+        where: as for ``TpCompileError``.
+        todo: likewise.
+
+    Raises:
+        TpCompileError: for the first error; those of this type pass as they are.
+    """
+    try:
+        yield
+    except TpCompileError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise TpCompileError(f"{what}: {type(error).__name__}: {text}", where=where, todo=todo) from error
 
 
 def _rebuild(kind: type[TpCompileError], what: str, where: str, todo: str) -> TpCompileError:

@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from os import PathLike, fspath
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from .api import PlanLike, parallelize
+from .api import Bytes, Dynamic, Passes, PlanLike, parallelize
 from .capture.export.default_example import default_example
 from .errors import TpCompileError
-from .passes.pipeline import Pass
+from .ir.check import Must, check_arguments, well_called
 from .planner.search.cost import CostModel
 from .ranks.agree import compare, together
 from .ranks.mesh import check_mesh, default_mesh, local_device
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.runtime import Runtime
+from .weights.loading.find_files import Variant
 
 
+@well_called
 def from_pretrained(
-    name_or_path: str | PathLike[str],
+    name_or_path: Annotated[str, Must("a folder, or a name on the hub", bool)] | PathLike[str],
     mesh: DeviceMesh | None = None,
     *,
     dtype: torch.dtype | str | None = None,
@@ -33,20 +35,20 @@ def from_pretrained(
     axis: str | None = None,
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
-    dynamic: bool | Mapping[str, Any] = True,
+    dynamic: Dynamic = True,
     compile: bool | Mapping[str, Any] = False,
     cost_model: CostModel | str | None = None,
-    memory: float | None = None,
-    passes: Sequence[Pass] = (),
+    memory: Bytes | None = None,
+    passes: Passes = (),
     compose: bool | None = None,
     compare_calls: bool = False,
     sequence_parallel: bool = False,
     timeout: float | timedelta = TIMEOUT,
-    attn_implementation: str | None = None,
+    attn_implementation: str | Mapping[str, str] | None = None,
     generation_config: Any = None,
     key_mapping: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
-    variant: str | None = None,
+    variant: Variant | None = None,
     subfolder: str = "",
     **others: Any,
 ) -> Any:
@@ -91,27 +93,32 @@ def from_pretrained(
     # transformers takes seconds to import, and tpcompile can be used without it.
     from .weights.loading.load_slices import load_slices
     from .weights.loading.match_keys import warn_unexpected
-    from .weights.loading.request import Request
+    from .weights.loading.request import Opened, Request
 
+    arguments = locals().copy()
     mesh = mesh if mesh is not None else default_mesh()
     check_mesh(mesh, axis)
     group = MeshAxis.of(mesh, axis, seconds_of(timeout)).group
     device = local_device(mesh.device_type)
-    dtype = others.pop("torch_dtype", None) if dtype is None else dtype
-    request = Request(
-        fspath(name_or_path),
-        dtype,
-        config,
-        model_class,
-        attn_implementation,
-        generation_config,
-        key_mapping,
-        trust_remote_code,
-        variant,
-        subfolder,
-        others,
-    )
-    opened = together(group, "open the checkpoint", request.open)
+
+    def read() -> tuple[Request, Opened]:
+        check_arguments(from_pretrained, arguments)
+        request = Request(
+            fspath(name_or_path),
+            others.pop("torch_dtype", None) if dtype is None else dtype,
+            config,
+            model_class,
+            attn_implementation,
+            generation_config,
+            key_mapping,
+            trust_remote_code,
+            variant,
+            subfolder,
+            others,
+        )
+        return request, request.open()
+
+    request, opened = together(group, "open the checkpoint", read)
     compare(group, "checkpoints", opened.lines())
     built = together(group, "match the checkpoint with the model", lambda: request.build(opened, device))
     first = mesh.get_local_rank(axis) == 0

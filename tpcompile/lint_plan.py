@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from .api import example_call
+from .api import Ranks, example_call
 from .compile_program import Compiler, Options
 from .errors import TpCompileError
+from .ir.check import checked
 from .ir.module_tensors import whole_tensors
 from .ir.names import starred
 from .ir.nodes import module_path, operands
@@ -24,6 +25,7 @@ from .planner.search.cost import CostModel, preset
 from .planner.search.must_divide import weight_root
 from .planner.search.quantities import Quantities
 from .rules.rule import Rule
+from .runtime.check_model import check_model
 from .strategies.hf_plan import hf_plan, model_of
 from .strategies.match_rules import names_of
 from .strategies.parallel_interface import STRATEGIES
@@ -101,10 +103,11 @@ class PlanReport:
         return f'plan="auto" saves {", ".join(parts)}' if parts else 'plan="auto" saves nothing'
 
 
+@checked
 def lint_plan(
     model_or_config: Any,
     tp_plan: Mapping[str, str] | str,
-    ranks: int,
+    ranks: Ranks,
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
@@ -128,8 +131,11 @@ def lint_plan(
         TpCompileError: the model cannot be captured, or has no plan of its own.
     """
     model = model_or_config if isinstance(model_or_config, nn.Module) else model_of(model_or_config)
+    check_model(model)
     if isinstance(tp_plan, str) and tp_plan != "hf":
-        raise TpCompileError(f"unknown plan {tp_plan!r}", todo='give a dict of rules, or "hf"')
+        raise TpCompileError(
+            f"unknown plan {tp_plan!r}", where="tp_plan", todo='give a dict of rules, or "hf"'
+        )
     plan = dict(hf_plan(model) if isinstance(tp_plan, str) else tp_plan)
     names = names_of(model)
     unknown = {glob: style for glob, style in plan.items() if style not in STRATEGIES}

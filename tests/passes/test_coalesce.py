@@ -136,7 +136,7 @@ def test_sums_on_other_sub_axes_join() -> None:
 def test_other_sub_axes_join_where_it_pays() -> None:
     """Two reductions of 16 bytes in one save a latency, and send 56 bytes for 44."""
     recipe: Recipe = [("reduce", 0, 0), ("both", 0, 0)]
-    free = CostModel("", flops=1.0, memory=math.inf, latency=0.5, bandwidth=1.0, launch=0.0)
+    free = CostModel("", flops=1.0, memory=1e30, latency=0.5, bandwidth=1.0, launch=0.0)
     assert _text(recipe, replace(free, latency=12.5)) == ["all_reduce_coalesced(0, 1)"]
     assert _text(recipe, replace(free, latency=11.5)) == ["all_reduce(0,)", "all_reduce(0, 1)"]
     assert len(_text(recipe, replace(free, latency=12.5, launch=1.0))) == 2  # the zeros take a call

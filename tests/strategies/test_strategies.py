@@ -22,7 +22,7 @@ except ImportError:  # transformers 5.17
 import tpcompile
 from tests.helpers import programs, simulate
 from tests.whole.test_families_simulated import CAPTURED, assert_equal_to_whole, captured, inputs, sharded
-from tpcompile import ParallelInterface, Strategy, TpCompileError
+from tpcompile import ParallelInterface, Strategy, TensorParallelLayer, TpCompileError
 from tpcompile.pipeline import rewrite
 from tpcompile.planner.pins import make_pins
 from tpcompile.strategies.parallel_interface import STRATEGIES
@@ -140,7 +140,7 @@ def test_every_name_of_transformers_is_known() -> None:
 
 
 def test_the_mapping() -> None:
-    class Custom:
+    class Custom(TensorParallelLayer):
         pass
 
     before = len(STRATEGIES)

@@ -10,10 +10,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Annotated, TypeVar
 
 from tpcompile.errors import TpCompileError
 
+from .check import Must, check_arguments, well_called
 
+REDUCTIONS = ("sum", "max", "min")
+Reduction = Annotated[str, Must('"sum", "max" or "min"', lambda op: op in REDUCTIONS)]
+T = TypeVar("T")
+
+
+def _well_made(kind: type[T]) -> type[T]:
+    """Refuses instances that are made with too many or too few arguments."""
+    kind.__init__ = well_called(kind.__init__)  # type: ignore[method-assign]
+    return kind
+
+
+@_well_made
 @dataclass(frozen=True, order=True)
 class Replicate:
     """Every rank holds the whole value."""
@@ -22,6 +36,7 @@ class Replicate:
         return "R"
 
 
+@_well_made
 @dataclass(frozen=True, order=True)
 class Shard:
     """Each rank holds a part of one factor of one dimension.
@@ -32,17 +47,26 @@ class Shard:
     """
 
     dim: int
-    factor: int = 0
+    factor: Annotated[int, Must("the number of a factor", lambda number: number >= 0)] = 0
+
+    def __post_init__(self) -> None:
+        if type(self.dim) is not int or type(self.factor) is not int or self.factor < 0:  # many are made
+            check_arguments(Shard, vars(self))
 
     def __str__(self) -> str:
         return f"S({self.dim})" if self.factor == 0 else f"S({self.dim}/{self.factor})"
 
 
+@_well_made
 @dataclass(frozen=True, order=True)
 class Partial:
     """The value is the reduction (``sum``, ``max``, ``min``) of what the ranks hold."""
 
-    op: str = "sum"
+    op: Reduction = "sum"
+
+    def __post_init__(self) -> None:
+        if self.op not in REDUCTIONS:
+            check_arguments(Partial, vars(self))
 
     def __str__(self) -> str:
         return f"P({self.op})"

@@ -42,6 +42,7 @@ def explain_module(work: Work, cost: CostModel, pins: Pins, name: str) -> str:
     if not mine:
         raise TpCompileError(
             f"{name!r} has no parameters in this program",
+            where="the plan",
             todo="name a module or parameter that the plan lists",
         )
     factors = work.planned_factors

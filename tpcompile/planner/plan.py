@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import TpCompileError, refusing
+from tpcompile.ir.check import checked, short
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.units import time_text
 from tpcompile.planner.search.cost import CostModel
@@ -19,7 +23,7 @@ from .decide import Pins
 from .explain import explain_module
 from .print_plan import collective_lines, layout_lines
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -69,6 +73,7 @@ class Plan:
         """Bytes of all parameters and buffers."""
         return sum(p.bytes for p in self.layout.params.values())
 
+    @checked
     def explain(self, name: str) -> str:
         """Why a module's parameters lie as they do: alternatives with their cost, and refusals.
 
@@ -86,38 +91,36 @@ class Plan:
             )
         return explain_module(self.work, self.cost, self.pins, name)
 
-    def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON; the file appears whole or not at all."""
-        target = Path(path)
-        part = target.with_name(target.name + ".part")
-        part.write_text(json.dumps(self.to_json(), indent=1))
-        part.replace(target)
+    @checked
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the plan as JSON; the file appears whole or not at all.
+
+        Raises:
+            TpCompileError: it cannot be written.
+        """
+        with refusing("the plan cannot be written", where=f"path: {path}", todo="give a file"):
+            target = Path(path)
+            part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
+            try:
+                part.write_text(json.dumps(self.to_json(), indent=1))
+                part.replace(target)
+            finally:
+                part.unlink(missing_ok=True)
 
     @staticmethod
-    def load(path: str | Path) -> Plan:
+    @checked
+    def load(path: str | PathLike[str]) -> Plan:
         """Reads a saved plan.
 
         Raises:
-            TpCompileError: the file is no plan, or of another version.
+            TpCompileError: the file is no plan, of another version, or was changed.
         """
-        try:
-            data = json.loads(Path(path).read_text())
-            version = data["version"]
-            if version != VERSION:
-                raise TpCompileError(
-                    f"plan of version {version}, this is version {VERSION}",
-                    where=str(path),
-                    todo="plan again",
-                )
-            return Plan.from_json(data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TpCompileError(
-                f"not a plan: {error!r}", where=str(path), todo="save one with plan.save"
-            ) from error
+        with refusing("not a plan", where=str(path), todo="save one with plan.save"):
+            return _read(json.loads(Path(path).read_text()), str(path))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
+        """Plain data, with a digest of it."""
+        data = {
             "version": VERSION,
             "layout": self.layout.to_json(),
             "decisions": self.decisions,
@@ -129,22 +132,19 @@ class Plan:
             "seconds": self.seconds,
             "sequence": self.sequence if isinstance(self.sequence, bool) else sorted(self.sequence),
         }
+        return data | {"digest": _digest(data)}
 
     @staticmethod
+    @checked
     def from_json(data: Mapping[str, Any]) -> Plan:
-        """What ``to_json`` gave."""
-        sequence = data.get("sequence", False)
-        return Plan(
-            WeightLayout.from_json(data["layout"]),
-            list(data["decisions"]),
-            data["graph"],
-            tuple(Collective(**c) for c in data["collectives"]),
-            tuple(data["fallbacks"]),
-            tuple(data["notes"]),
-            CostModel(**data["cost"]),
-            data["seconds"],
-            sequence if isinstance(sequence, bool) else frozenset(sequence),
-        )
+        """What ``to_json`` gave.
+
+        Raises:
+            TpCompileError: it is something else, of another version, or was changed: nobody could see from
+                a plan alone that it is right.
+        """
+        with refusing("not a plan", where="Plan.from_json", todo="give what to_json gave"):
+            return _read(data, "Plan.from_json")
 
     def __str__(self) -> str:
         lines = [
@@ -157,6 +157,34 @@ class Plan:
         lines += [f"fallback: {line}" for line in self.fallbacks]
         lines += [f"note: {line}" for line in self.notes]
         return "\n".join(lines)
+
+
+def _read(data: Any, where: str) -> Plan:
+    if data["version"] != VERSION:
+        what = f"plan of version {short(data['version'])}, this is version {VERSION}"
+        raise TpCompileError(what, where=where, todo="plan again")
+    if data["digest"] != _digest({key: value for key, value in data.items() if key != "digest"}):
+        raise TpCompileError(
+            "the plan was changed since it was made",
+            where=where,
+            todo="plan again, with a dict of rules for what you want otherwise",
+        )
+    sequence = data["sequence"]
+    return Plan(
+        WeightLayout.from_json(data["layout"]),
+        list(data["decisions"]),
+        data["graph"],
+        tuple(Collective(**c) for c in data["collectives"]),
+        tuple(data["fallbacks"]),
+        tuple(data["notes"]),
+        CostModel(**data["cost"]),
+        data["seconds"],
+        sequence if isinstance(sequence, bool) else frozenset(sequence),
+    )
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def sequence_text(sequence: bool | frozenset[str]) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.check import checked
 
 from .export_styles import LOST, ExportedStyles
 from .plan import Plan
 
 
+@checked
 def to_hf_plan(plan: Plan) -> dict[str, str]:
     """A plan as rules of transformers: module or parameter, ``*`` for numbers -> style.
 
@@ -24,7 +26,9 @@ def to_hf_plan(plan: Plan) -> dict[str, str]:
     """
     if plan.work is None:
         raise TpCompileError(
-            "a plan from disk does not say how its weights are used", todo="make it again with tpcompile.plan"
+            "a plan from disk does not say how its weights are used",
+            where="plan",
+            todo="make it again with tpcompile.plan",
         )
     found = ExportedStyles(plan.work, plan.ranks).rules()
     lost = [key for key, style in found.items() if style == LOST]

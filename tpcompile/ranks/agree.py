@@ -53,7 +53,8 @@ def share_failure(
         first = next((r for r, error in enumerate(everyone) if error is not None), None)
         if failure is None and first is not None:
             rank = name_of(group, first)
-            raise TpCompileError(f"{rank} failed to {what}: {everyone[first]}", todo=f"see {rank}'s error")
+            what = f"{rank} failed to {what}: {everyone[first]}"
+            raise TpCompileError(what, where=rank, todo=f"see {rank}'s error")
     if failure is not None:
         raise failure
 
@@ -80,7 +81,7 @@ def from_first(group: dist.ProcessGroup | None, make: Callable[[], T], what: str
         raise failure
     if told is not None:
         rank = name_of(group, 0)
-        raise TpCompileError(f"{rank} could not {what}: {told}", todo=f"see {rank}'s error")
+        raise TpCompileError(f"{rank} could not {what}: {told}", where=rank, todo=f"see {rank}'s error")
     return cast(T, result[0])
 
 

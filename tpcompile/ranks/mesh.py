@@ -3,88 +3,92 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import TpCompileError, refusing
+from tpcompile.ir.check import short
 
 
-def default_mesh(model: nn.Module | None = None) -> DeviceMesh:
-    """One axis over all processes.
+def default_mesh(device: str | None = None) -> DeviceMesh:
+    """One axis over all processes, which are connected first if torchrun started them.
 
     Args:
-        model: the mesh is for its device. Without one it is for accelerators where there are any, else for
-            CPUs, and processes that torchrun started are connected first.
+        device: the type of device that the model is on; None: accelerators, if there are any that the process
+            group can use, else CPUs.
 
     Raises:
-        TpCompileError: there is no process group.
+        TpCompileError: there is no process group and no torchrun.
     """
-    if model is not None:
-        if not dist.is_initialized():
-            raise TpCompileError(
-                "there is no process group",
-                todo="call torch.distributed.init_process_group, or give a mesh",
-            )
-        on_cuda = next((p.device.type for p in model.parameters()), "cpu") == "cuda"
-        return init_device_mesh("cuda" if on_cuda else "cpu", (dist.get_world_size(),))
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        usable = not dist.is_initialized() or "gloo" not in dist.get_backend()
+        device = accelerator.type if accelerator is not None and usable else "cpu"
     if not dist.is_initialized():
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise TpCompileError(
                 "there is no process group",
+                where="mesh",
                 todo="start the program with torchrun, or call torch.distributed.init_process_group",
             )
-        if accelerator is not None:
+        if device != "cpu":
             torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(
-            "gloo" if accelerator is None else dist.get_default_backend_for_device(accelerator)
-        )
-    device = "cpu"
-    if accelerator is not None and "gloo" not in dist.get_backend():
-        device = accelerator.type
+        dist.init_process_group(dist.get_default_backend_for_device(device))
     return init_device_mesh(device, (dist.get_world_size(),))
 
 
-def check_mesh(mesh: DeviceMesh, axis: str | None) -> int:
+def check_mesh(mesh: Any, axis: Any, *, connected: bool = True) -> int:
     """The size of the axis to divide over.
 
     Args:
         mesh: the mesh that the user gave.
         axis: the name of one of its axes; needed if it has several.
+        connected: whether this rank is to talk to the others, not only to know how many they are.
 
     Raises:
-        TpCompileError: it is no mesh, has no such axis, or this rank is not in it.
+        TpCompileError: it is no mesh, has no such axis, or this rank cannot talk over it.
     """
     if not isinstance(mesh, DeviceMesh):
         raise TpCompileError(
-            f"{mesh!r} is no DeviceMesh", todo="use torch.distributed.device_mesh.init_device_mesh"
+            f"{short(mesh)} is no DeviceMesh", where="mesh", todo="use torch's init_device_mesh"
         )
     names = mesh.mesh_dim_names or ()
+    where = f"axes {names}"
     if axis is not None and axis not in names:
-        raise TpCompileError(
-            f"the mesh has no axis {axis!r}", where=f"axes {names}", todo="name one of its axes"
-        )
+        raise TpCompileError(f"the mesh has no axis {short(axis)}", where=where, todo="name one of its axes")
     if axis is None and mesh.ndim != 1:
         raise TpCompileError(
-            f"the mesh has {mesh.ndim} axes",
-            where=f"axes {names}",
-            todo="give axis=, or one axis of it: mesh['tp']",
+            f"the mesh has {mesh.ndim} axes", where=where, todo="give axis=, or one axis of it: mesh['tp']"
         )
-    if dist.is_initialized() and int(mesh.mesh.max()) >= dist.get_world_size():
+    if connected:
+        _check_connected(mesh, axis)
+    return mesh.size() if axis is None else mesh.size(names.index(axis))
+
+
+def _check_connected(mesh: DeviceMesh, axis: str | None) -> None:
+    ranks = f"ranks {mesh.mesh.flatten().tolist()}"
+    if not dist.is_initialized():
+        raise TpCompileError(
+            "there is no process group", where="mesh", todo="call torch.distributed.init_process_group first"
+        )
+    if int(mesh.mesh.max()) >= dist.get_world_size():
         raise TpCompileError(
             f"the mesh names rank {int(mesh.mesh.max())}, the world has {dist.get_world_size()} processes",
+            where=ranks,
             todo="start more processes, or make a smaller mesh",
         )
     if mesh.get_coordinate() is None:
         raise TpCompileError(
             f"rank {dist.get_rank()} is no part of the mesh",
-            where=f"ranks {mesh.mesh.flatten().tolist()}",
+            where=ranks,
             todo="call this on the ranks of the mesh only",
         )
-    return mesh.size() if axis is None else mesh.size(names.index(axis))
+    todo = "make it with init_device_mesh, after init_process_group"
+    with refusing("the mesh has no process groups, or not any more", where=ranks, todo=todo):
+        dist.get_world_size(mesh.get_group(axis))
 
 
 def local_device(device_type: str) -> torch.device:

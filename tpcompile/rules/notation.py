@@ -19,6 +19,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NoReturn
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.sizes import Size
@@ -26,6 +27,8 @@ from tpcompile.ir.sizes import Size
 from .rule import Dim, Labels, Rule
 
 _OPTIONS = ("whole", "reduce", "linear", "once", "fixed", "contraction", "localize")
+LOCALISERS = ("attention", "group_norm", "grouped_matmul", "groups", "lookup", "mean", "sizes", "split")
+_TODO = "see the notation in tpcompile/rules/notation.py"
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,12 @@ def parse_row(text: str) -> Row:
     """
     equation, *options = [part.strip() for part in text.split(";")]
     if equation.count("->") != 1:
-        raise TpCompileError("a rule needs one '->'", where=text, todo="see tpcompile/rules/notation.py")
+        _refuse("a rule needs one '->'", text)
     left, right = (side.split(",") for side in equation.split("->"))
     fields = _options(options, text)
     missing = ["?" in term for term in left]
     if missing != sorted(missing):
-        raise TpCompileError("an operand that may be missing stands before one that may not", where=text)
+        _refuse("an operand that may be missing stands before one that may not", text)
     row = Row(
         inputs=tuple(_letters(term.replace("?", ""), text) for term in left),
         optional=sum(missing),
@@ -80,35 +83,41 @@ def _options(options: list[str], text: str) -> dict[str, str]:
     for option in options:
         key, _, rest = option.partition(" ")
         if key not in _OPTIONS:
-            raise TpCompileError(
-                f"unknown option {key!r} in a rule", where=text, todo=f"options are {', '.join(_OPTIONS)}"
-            )
-        fields[key] = rest
+            _refuse(f"unknown option {key!r} in a rule", text, f"options are {', '.join(_OPTIONS)}")
+        if key in fields:
+            _refuse(f"the option {key!r} stands twice", text)
+        if bool(rest.strip()) == (key == "contraction"):
+            _refuse(f"{key!r} is followed by {rest!r}", text)
+        fields[key] = rest.strip()
     return fields
+
+
+def _refuse(what: str, where: str, todo: str = _TODO) -> NoReturn:
+    raise TpCompileError(what, where=f"the rule {where!r}", todo=todo)
 
 
 def _letters(term: str, text: str) -> tuple[str, ...]:
     names = tuple(term.split())
     for name in names:
         if not re.fullmatch(r"[A-Za-z]\w*|1|\.\.\.", name):
-            raise TpCompileError(f"{name!r} is no letter, '1' or '...'", where=text)
+            _refuse(f"{name!r} is no letter, '1' or '...'", text)
     letters = [n for n in names if n != "1"]
     if len(set(letters)) != len(letters):
-        raise TpCompileError(f"a letter stands twice in '{term.strip()}'", where=text)
+        _refuse(f"a letter stands twice in '{term.strip()}'", text)
     return names
 
 
 def _numbers(text: str, where: str) -> frozenset[int]:
     words = re.split(r"[,\s]+", text.strip())
     if not all(w.isdecimal() for w in words if w):
-        raise TpCompileError(f"'{text}' are no numbers of operands or results", where=where)
+        _refuse(f"'{text}' are no numbers of operands or results", where)
     return frozenset(int(w) for w in words if w)
 
 
 def _reductions(text: str, where: str) -> tuple[tuple[str, str], ...]:
     pairs = [tuple(item.partition(":")[::2]) for item in text.split()]
     if any(how not in ("sum", "max", "min") for _, how in pairs):
-        raise TpCompileError("a letter is reduced by sum, max or min, as in 'reduce k:max'", where=where)
+        _refuse("a letter is reduced by sum, max or min, as in 'reduce k:max'", where)
     return tuple((letter, how) for letter, how in pairs)
 
 
@@ -117,10 +126,12 @@ def _check(row: Row, text: str) -> None:
     known = {name for term in row.inputs + row.outputs for name in term}
     for letter in (*row.whole, *(letter for letter, _ in row.reduce)):
         if letter not in known:
-            raise TpCompileError(f"no operand or result has the letter {letter!r}", where=text)
+            _refuse(f"no operand or result has the letter {letter!r}", text)
     named = frozenset().union(*row.linear, row.once)
     if any(i >= len(row.inputs) for i in named) or any(i >= len(row.outputs) for i in row.fixed):
-        raise TpCompileError("an option names an operand or result that is not there", where=text)
+        _refuse("an option names an operand or result that is not there", text)
+    if row.localize and row.localize not in LOCALISERS:
+        _refuse(f"there is no rewrite {row.localize!r}", text, f"those are {', '.join(LOCALISERS)}")
 
 
 def _bind(pattern: Sequence[str], shape: Sequence[Size], sizes: dict[str, Size]) -> Labels | str:

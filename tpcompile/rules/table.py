@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.fx import Node
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import TpCompileError, refusing
+from tpcompile.ir.check import checked, short
 from tpcompile.ir.nodes import operands, results, shape
 from tpcompile.ir.sizes import sizes_of
 
@@ -171,7 +173,10 @@ ROWS: dict[str, Row] = {**MATMULS, **REARRANGEMENTS, **PARTS, **REDUCTIONS, **PO
 _USER: dict[str, Row] = {}
 
 
-def register_rule(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket | str, rule: Row) -> None:
+@checked
+def register_rule(
+    op: torch._ops.OpOverload | torch._ops.OpOverloadPacket | str, rule: str | Callable[..., Any]
+) -> None:
     """Adds or replaces the rule of an operator.
 
     Args:
@@ -180,8 +185,19 @@ def register_rule(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket | str,
             to a ``Rule``, or to a string that says why there is none for these shapes.
 
     Raises:
-        TpCompileError: the line does not follow the notation.
+        TpCompileError: there is no such operator; the line does not follow the notation.
     """
+    if isinstance(op, str):
+        library, _, rest = op.partition(".")
+        found: Any = getattr(torch.ops, library, None) if rest else None
+        for name in rest.split("."):
+            found = getattr(found, name, None)
+        if not isinstance(found, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            raise TpCompileError(
+                f"there is no operator {op!r}",
+                where="register_rule",
+                todo='define it first; names are as in "mylib.scan" or "mylib.scan.default"',
+            )
     if isinstance(rule, str):
         parse_row(rule)
     _USER[op if isinstance(op, str) else str(op)] = rule
@@ -204,9 +220,13 @@ def rule_of(node: Node) -> Rule | str:
     row = _look_up(node.target, names)
     if row is None:
         return f"no rule for {names[0]}"
-    rule = row(node) if not isinstance(row, str) else _instantiate(row, node)
+    where, todo = names[0], "correct the rule (tpcompile.register_rule)"
+    with refusing("the rule of an operator failed", where=where, todo=todo):
+        rule = row(node) if not isinstance(row, str) else _instantiate(row, node)
     if isinstance(rule, str):
         return rule
+    if not isinstance(rule, Rule):
+        raise TpCompileError(f"the rule of an operator returned {short(rule)}", where=where, todo=todo)
     _check(rule, node)
     return _without_useless(rule, node)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.check import Must, checked, well_called
 from tpcompile.ir.print_graph import graph_text
 from tpcompile.planner.plan import Plan
 from tpcompile.ranks.agree import alike
@@ -19,6 +20,9 @@ from .copy_model import copy_model
 from .program import Program
 from .runtime import Runtime
 from .watched_module import WatchedModule
+
+Norm = Annotated[float, Must("a number that is not negative", lambda norm: norm >= 0)]
+NormType = Annotated[float, Must("a positive number, or inf", lambda norm: norm > 0)]
 
 
 class ShardedModule(WatchedModule):
@@ -57,6 +61,7 @@ class ShardedModule(WatchedModule):
         """Prints the last program: global shapes, placements, collectives."""
         print(graph_text(self._last().compiled.rewritten.graph))
 
+    @checked
     def full_state_dict(self) -> dict[str, Tensor]:
         """The ordinary state dict, unsharded, with the original names, on every rank.
 
@@ -67,6 +72,7 @@ class ShardedModule(WatchedModule):
         with alike(self._tp.compiler.group, "full_state_dict", lines):
             return full_state_dict(self)
 
+    @checked
     def sharded_state_dict(self, *, tied: bool = True) -> dict[str, Any]:
         """The state dict for ``torch.distributed.checkpoint``: slices that know the whole they belong to.
 
@@ -79,6 +85,7 @@ class ShardedModule(WatchedModule):
         """
         return sharded_state_dict(self, tied)
 
+    @well_called
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -118,11 +125,12 @@ class ShardedModule(WatchedModule):
 
         refused = {"state_dict": state_dict, "push_to_hub": push_to_hub}
         refused |= {"distributed_checkpoint": distributed_checkpoint, **kwargs}
-        wishes = Wishes(is_main_process, max_shard_size, variant, save_original_format, refused)
-        save_pretrained(self, self._tp.compiler.axis, self._tp.original, save_directory, wishes)
+        wishes = (save_directory, is_main_process, max_shard_size, variant, save_original_format, refused)
+        save_pretrained(self, self._tp.compiler.axis, self._tp.original, Wishes(*wishes))
 
+    @checked
     def clip_grad_norm_(
-        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+        self, max_norm: Norm, norm_type: NormType = 2.0, error_if_nonfinite: bool = False
     ) -> Tensor:
         """``torch.nn.utils.clip_grad_norm_`` of all parameters. All ranks must call it.
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import TpCompileError, refusing
+from tpcompile.ir.check import checked, short
 
 
+@checked
 def hf_plan(model_or_config: Any, *, experts: bool = False) -> dict[str, str]:
     """A model's own tensor-parallel plan, as transformers puts it together.
 
@@ -49,15 +51,15 @@ def model_of(config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM, PretrainedConfig
 
     if not isinstance(config, PretrainedConfig):
-        raise TpCompileError(f"{config!r} is no model and no config", todo="give a model or its config")
-    try:
+        raise TpCompileError(
+            f"{short(config)} is no model and no config",
+            where="model_or_config",
+            todo="give a model or its config",
+        )
+    todo = "give the model itself, made under torch.device('meta')"
+    with refusing("no causal language model can be made", where=type(config).__name__, todo=todo):
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise TpCompileError(
-            f"no causal language model for {type(config).__name__}: {error}",
-            todo="give the model itself, made under torch.device('meta')",
-        ) from error
     return model
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.check import Must, checked, short
+
+from .custom.tensor_parallel_layer import METHODS
 from .strategy import Strategy
+
+Name = Annotated[str, Must("a name", bool)]
 
 
 class ParallelInterface(MutableMapping[str, Any]):
@@ -22,20 +28,27 @@ class ParallelInterface(MutableMapping[str, Any]):
         self._local_mapping: dict[str, Any] = {}
 
     @classmethod
-    def register(cls, name: str, strategy: Any) -> None:
-        """Makes a strategy known under a name, in every plan from now on."""
-        cls._global_mapping[name] = strategy
+    @checked
+    def register(cls, name: Name, strategy: Any) -> None:
+        """Makes a strategy known under a name, in every plan from now on.
+
+        Raises:
+            TpCompileError: it is neither a ``Strategy`` nor a custom one, or the name is none.
+        """
+        cls._global_mapping[name] = _checked(name, strategy)
 
     @classmethod
-    def register_strategy(cls, name: str, strategy: Any) -> None:
+    @checked
+    def register_strategy(cls, name: Name, strategy: Any) -> None:
         """``register``, under the name that transformers' document uses."""
         cls.register(name, strategy)
 
     def __getitem__(self, name: str) -> Any:
         return self._local_mapping[name] if name in self._local_mapping else self._global_mapping[name]
 
-    def __setitem__(self, name: str, strategy: Any) -> None:
-        self._local_mapping[name] = strategy
+    @checked
+    def __setitem__(self, name: Name, strategy: Any) -> None:
+        self._local_mapping[name] = _checked(name, strategy)
 
     def __delitem__(self, name: str) -> None:
         del self._local_mapping[name]
@@ -45,6 +58,16 @@ class ParallelInterface(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return len({**self._global_mapping, **self._local_mapping})
+
+
+def _checked(name: str, strategy: Any) -> Any:
+    if not isinstance(strategy, Strategy) and not any(hasattr(strategy, method) for method in METHODS):
+        raise TpCompileError(
+            f"{short(strategy)} is no strategy",
+            where=f"strategy {name!r}",
+            todo="give a tpcompile.Strategy, or a class that inherits from tpcompile.TensorParallelLayer",
+        )
+    return strategy
 
 
 _OURS = {

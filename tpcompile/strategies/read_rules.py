@@ -126,7 +126,7 @@ def _strategy(glob: str, pin: Pin, strategies: Mapping[str, Any]) -> Strategy | 
         )
     if isinstance(pin, Replicate | dtensor.Replicate):
         return Strategy("whole")
-    if isinstance(pin, Shard | dtensor.Shard):
+    if isinstance(pin, Shard | dtensor.Shard) and not getattr(pin, "factor", 0):
         return pin.dim
     if isinstance(pin, Strategy):
         return pin

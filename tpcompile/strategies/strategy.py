@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tpcompile.ir.check import checked_fields
+
 Division = Literal["out", "in", "rows", "columns", "experts", "whole", "any"]
 """Which dimension of a parameter is divided.
 
@@ -14,6 +16,7 @@ first and the last dimension of an embedding's table; ``experts``: the dimension
 """
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Strategy:
     """A way to hold the parameters of a module.

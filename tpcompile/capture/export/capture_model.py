@@ -98,6 +98,7 @@ def _refuse_bad_leaves(names: Sequence[str], leaves: Sequence[Any]) -> None:
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise OnlyInParts(
             f"the call has no tensors{': ' + ', '.join(names) if names else ''}",
+            where="the call",
             todo="give the model's inputs as tensors",
         )
     for name, leaf in zip(names, leaves, strict=True):
@@ -106,6 +107,7 @@ def _refuse_bad_leaves(names: Sequence[str], leaves: Sequence[Any]) -> None:
             advice = "pass tensors and python values, or register the type with torch.utils._pytree"
             raise TpCompileError(
                 f"the argument {name} is a {type(leaf).__name__}, which capture cannot take apart",
+                where="the call",
                 todo="give a DynamicCache or a StaticCache, or pass use_cache=False" if cache else advice,
             )
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import Dim
 
 from tpcompile.capture.caches.layers import CAPACITY, SEEN, is_count
 from tpcompile.capture.caches.paired import is_cross
 from tpcompile.capture.caches.state_layers import is_state
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.calls import leaf_names, signature_of
 
 Dims = Mapping[int, bool]
 Place = tuple[int, int]
@@ -63,6 +66,45 @@ def attempts(
     yield Attempt("all sizes fixed", tuple(None for _ in leaves))
 
 
+def check_dynamic(model: nn.Module, dynamic: bool | Mapping[str, Dims], call: dict[str, Any] | None) -> None:
+    """Refuses names in ``dynamic`` that no argument has.
+
+    Args:
+        model: what is called.
+        dynamic: as the user gave it.
+        call: a normalised call, if there is one; its leaves may be named as well.
+
+    Raises:
+        TpCompileError: with the first such name.
+    """
+    signature = signature_of(model)
+    known = {*signature.positional, *signature.keyword_only, signature.var_positional, *(call or ())}
+    known |= set(leaf_names(call)) if call else set()
+    for name in dynamic if isinstance(dynamic, Mapping) else ():
+        if name not in known and not (signature.var_keyword and call is None):
+            raise TpCompileError(
+                f"the model has no argument {name!r}",
+                where="dynamic",
+                todo=f"name one of {', '.join(sorted(known))}",
+            )
+
+
+def _chosen(name: str, leaf: torch.Tensor, dims: Dims) -> list[int]:
+    """The dimensions of a leaf that the user leaves open.
+
+    Raises:
+        TpCompileError: it has not so many.
+    """
+    for dim in dims:
+        if not -leaf.ndim <= dim < leaf.ndim:
+            raise TpCompileError(
+                f"{name} has {leaf.ndim} dimensions, and none with the number {dim}",
+                where="dynamic",
+                todo=f"name dimensions from 0 to {leaf.ndim - 1}",
+            )
+    return sorted({dim % leaf.ndim for dim, is_open in dims.items() if is_open})
+
+
 def _spec(shapes: Sequence[Any], wanted: Sequence[Sequence[int]], hint: Any) -> tuple[Any, ...]:
     return tuple(
         None if shape is None else {dim: hint if dim in dims else Dim.STATIC for dim in range(len(shape))}
@@ -78,8 +120,7 @@ def _wanted(
         if not isinstance(leaf, torch.Tensor):
             wanted.append([])
         elif isinstance(dynamic, Mapping) and not _is_number(leaf.shape):
-            chosen = dynamic.get(name, dynamic.get(_root(name), {}))
-            wanted.append(sorted(dim % leaf.ndim for dim, is_open in chosen.items() if is_open))
+            wanted.append(_chosen(name, leaf, dynamic.get(name, dynamic.get(_root(name), {}))))
         else:
             wanted.append(_open_dims(name, leaf, in_cache))
         wanted[-1] = [dim for dim in wanted[-1] if leaf.shape[dim] >= _SMALLEST_OPEN]

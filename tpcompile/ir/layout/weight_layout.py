@@ -188,7 +188,9 @@ class WeightLayout:
         ]
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise TpCompileError(f"the plan is for another model: {wrong[0]}{more}", todo="plan again")
+            raise TpCompileError(
+                f"the plan is for another model: {wrong[0]}{more}", where="plan", todo="plan again"
+            )
 
     def held(self, rank: int) -> float:
         """Bytes of parameters and buffers that a rank holds."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from tpcompile.errors import TpCompileError
+from tpcompile.ir.check import well_called
 from tpcompile.ranks.mesh import check_mesh, local_device
 
 from .cost import CostModel
@@ -44,6 +44,7 @@ _CPU = _Sizes(torch.float32, (256, 1024, 1024), 1 << 26, (1 << 10, 1 << 20, 1 <<
 _ACCELERATOR = _Sizes(torch.bfloat16, (4096, 4096, 4096), 1 << 28, (1 << 10, 1 << 23, 1 << 26), 10)
 
 
+@well_called
 def calibrate(mesh: DeviceMesh, axis: str | None = None) -> CostModel:
     """Measures a mesh, in a few seconds, and returns a cost model for ``parallelize`` and ``plan``.
 
@@ -58,10 +59,6 @@ def calibrate(mesh: DeviceMesh, axis: str | None = None) -> CostModel:
         TpCompileError: there is no process group, this rank is not in the mesh, or it has no such axis.
     """
     check_mesh(mesh, axis)
-    if not dist.is_initialized():
-        raise TpCompileError(
-            "there is no process group to measure", todo="call torch.distributed.init_process_group"
-        )
     group, kind = mesh.get_group(axis), mesh.device_type
     device = local_device(kind)
     meter = _Meter(device, _CPU if kind == "cpu" else _ACCELERATOR, group)

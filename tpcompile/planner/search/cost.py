@@ -10,9 +10,11 @@ import math
 from dataclasses import dataclass
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.check import NotNegative, Positive, checked_fields
 from tpcompile.ir.placements import Owned, Partial, Placement, Replicate, Shard
 
 
+@checked_fields
 @dataclass(frozen=True)
 class CostModel:
     """What one rank and its links can do.
@@ -27,11 +29,11 @@ class CostModel:
     """
 
     name: str
-    flops: float
-    memory: float
-    latency: float
-    bandwidth: float
-    launch: float = 2e-6
+    flops: Positive
+    memory: Positive
+    latency: NotNegative
+    bandwidth: Positive
+    launch: NotNegative = 2e-6
 
     def all_reduce(self, size: float, ranks: int) -> float:
         """Seconds to reduce ``size`` bytes to every rank."""
@@ -94,12 +96,13 @@ PRESETS = {
 
 
 def preset(name: str) -> CostModel:
-    """A cost model by name (``h100``, ``a100``, ``cpu``); a device type gets the preset for it.
+    """A cost model by name (``h100``, ``a100``, ``cpu``).
 
     Raises:
         TpCompileError: there is no such preset.
     """
-    key = "h100" if name == "cuda" else name
-    if key not in PRESETS:
-        raise TpCompileError(f"no cost model named {name!r}", todo=f"use one of {', '.join(PRESETS)}")
-    return PRESETS[key]
+    if name not in PRESETS:
+        raise TpCompileError(
+            f"no cost model named {name!r}", where="cost_model", todo=f"use one of {', '.join(PRESETS)}"
+        )
+    return PRESETS[name]

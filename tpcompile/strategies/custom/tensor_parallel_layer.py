@@ -10,15 +10,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.check import Must, checked
 
 METHODS = ("partition_tensor", "_prepare_input_fn", "_prepare_output_fn")
+
+
+Blocks = Annotated[int, Must("a positive whole number", lambda number: number > 0)]
 
 
 class TensorParallelLayer:
@@ -85,6 +89,7 @@ class TensorParallelLayer:
         raise NotImplementedError
 
 
+@checked
 def get_tensor_shard(
     param: Tensor, empty_param: Tensor, device_mesh: DeviceMesh, rank: int, dim: int
 ) -> Tensor:
@@ -103,13 +108,14 @@ def get_tensor_shard(
     return _rank_part(param, empty_param, device_mesh, rank, dim, [empty_param.shape[_dim(empty_param, dim)]])
 
 
+@checked
 def get_packed_weights(
     param: Tensor,
     empty_param: Tensor,
     device_mesh: DeviceMesh,
     rank: int,
     dim: int,
-    blocks: int | Sequence[int] = 2,
+    blocks: Blocks | Sequence[Blocks] = 2,
 ) -> Tensor:
     """A rank's part of every block of a packed dimension, such as ``[gate | up]``, one behind the other.
 
@@ -128,7 +134,9 @@ def get_packed_weights(
     sizes = [size // blocks] * blocks if isinstance(blocks, int) else list(blocks)
     if sum(sizes) != size:
         raise TpCompileError(
-            f"blocks {blocks} do not make up a dimension of {size}", todo="give the sizes of the blocks"
+            f"blocks {blocks} do not make up a dimension of {size}",
+            where="blocks",
+            todo="give the sizes of the blocks",
         )
     return _rank_part(param, empty_param, device_mesh, rank, dim, sizes)
 
@@ -138,7 +146,12 @@ def _rank_part(
 ) -> Tensor:
     ranks = device_mesh.size()
     if not 0 <= rank < ranks:
-        raise TpCompileError(f"there is no rank {rank} on a mesh of {ranks}")
+        raise TpCompileError(
+            f"there is no rank {rank} on a mesh of {ranks}", where="rank", todo=f"give 0 to {ranks - 1}"
+        )
+    if param.shape != empty_param.shape:
+        shapes = f"{list(param.shape)} and {list(empty_param.shape)}"
+        raise TpCompileError(f"the shapes are {shapes}", where="empty_param", todo="give a tensor like param")
     axis = _dim(empty_param, dim)
     parts = []
     for start, size in zip(itertools.accumulate(blocks, initial=0), blocks, strict=False):
@@ -150,5 +163,9 @@ def _rank_part(
 
 def _dim(empty_param: Tensor, dim: int) -> int:
     if not -empty_param.ndim <= dim < empty_param.ndim:
-        raise TpCompileError(f"there is no dimension {dim} in a parameter of {empty_param.ndim} dimensions")
+        raise TpCompileError(
+            f"there is no dimension {dim} in a parameter of {empty_param.ndim} dimensions",
+            where="dim",
+            todo="name one that it has",
+        )
     return dim % empty_param.ndim

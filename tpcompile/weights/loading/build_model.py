@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ import transformers
 from torch import nn
 from transformers import initialization
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import TpCompileError, refusing
+from tpcompile.ir.check import short
 
 from .read_headers import Stored
 
@@ -46,7 +49,7 @@ def refuse_arguments(arguments: Mapping[str, Any]) -> None:
         TpCompileError: one of them is given.
     """
     for name, todo in _REFUSED.items():
-        if arguments.get(name) not in (None, False):
+        if arguments.get(name) is not None and arguments[name] is not False:
             raise TpCompileError(
                 f"from_pretrained of tpcompile does not take {name}", where="arguments", todo=todo
             )
@@ -65,20 +68,19 @@ def find_config(name_or_path: str, config: Any, subfolder: str, hub: Mapping[str
     Raises:
         TpCompileError: there is none, or it has no such field.
     """
+    if config is not None and not isinstance(config, transformers.PretrainedConfig | str | PathLike):
+        raise TpCompileError(
+            f"config is {short(config)}", where="from_pretrained", todo="give a configuration, or its folder"
+        )
     if isinstance(config, transformers.PretrainedConfig):
         found, unknown = copy.deepcopy(config), dict(fields)
     else:
         where = str(config) if config is not None else name_or_path
-        try:
+        todo = "give the folder of a checkpoint with a config.json, or a name on the hub, or config"
+        with refusing("there is no configuration to load", where=where, todo=todo):
             found, unknown = transformers.AutoConfig.from_pretrained(
                 where, return_unused_kwargs=True, subfolder=subfolder, **hub, **fields
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise TpCompileError(
-                f"there is no configuration to load: {' '.join(str(error).split())}",
-                where=where,
-                todo="give the folder of a checkpoint with a config.json, or a name on the hub, or config",
-            ) from error
     unknown = {key: value for key, value in unknown.items() if key not in hub}
     if unknown:
         raise TpCompileError(
@@ -187,7 +189,7 @@ def find_dtype(dtype: Any, config: Any, stored: Mapping[str, Stored]) -> torch.d
 
 
 def build_model(
-    model_class: Any, config: Any, dtype: torch.dtype, attention: str | None
+    model_class: Any, config: Any, dtype: torch.dtype, attention: str | Mapping[str, str] | None
 ) -> transformers.PreTrainedModel:
     """The model in evaluation mode, on ``meta``.
 
@@ -211,17 +213,10 @@ def build_model(
     config = copy.deepcopy(config)
     extra = {"attn_implementation": attention} if attention is not None else {}
     safe = getattr(initialization, "meta_device_safe_creation_ops", contextlib.nullcontext)
-    try:
+    todo = "check the configuration; transformers' from_config with it fails likewise"
+    with refusing("the model cannot be made", where=model_class.__name__, todo=todo):
         with torch.device("meta"), safe():
             model = model_class._from_config(config, dtype=dtype, **extra)
-    except TpCompileError:
-        raise
-    except Exception as error:
-        raise TpCompileError(
-            f"the model cannot be made: {type(error).__name__}: {error}",
-            where=model_class.__name__,
-            todo="check the configuration; transformers' from_config with it fails likewise",
-        ) from error
     found: transformers.PreTrainedModel = model.eval()
     return found
 
@@ -229,7 +224,15 @@ def build_model(
 def find_generation_config(
     model: Any, given: Any, name_or_path: str, subfolder: str, hub: Mapping[str, Any]
 ) -> None:
-    """Gives a model that can generate its ``generation_config``: the one given, or the checkpoint's."""
+    """Gives a model that can generate its ``generation_config``: the one given, or the checkpoint's.
+
+    Raises:
+        TpCompileError: what is given, or the checkpoint's file, is none.
+    """
+    if given is not None and not isinstance(given, transformers.GenerationConfig):
+        raise TpCompileError(
+            f"generation_config is {short(given)}", where="from_pretrained", todo="give a GenerationConfig"
+        )
     if not model.can_generate():
         return
     if given is not None:
@@ -237,8 +240,10 @@ def find_generation_config(
         return
     where = {"subfolder": subfolder, **hub}
     # Old checkpoints have no file of its own, but fields of it in the model's configuration.
-    for extra in ({}, {"config_file_name": "config.json", "_from_model_config": True}):
-        with contextlib.suppress(OSError):
+    older: dict[str, Any] = {"config_file_name": "config.json", "_from_model_config": True}
+    for extra in ({}, older):
+        file = Path(name_or_path, subfolder, extra.get("config_file_name", "generation_config.json"))
+        with contextlib.nullcontext() if file.is_file() else contextlib.suppress(OSError):
             model.generation_config = transformers.GenerationConfig.from_pretrained(
                 name_or_path, **where, **extra
             )

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import TpCompileError, refusing
+from tpcompile.ir.check import Must
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 POINTER = "transformers_weights"
 """The field of a configuration that names the file of its weights, or their index."""
+
+Variant = Annotated[
+    str, Must("letters, digits, dots and dashes", lambda name: re.fullmatch(r"[\w.-]+", name) is not None)
+]
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FOREIGN = {".gguf": "GGUF", ".h5": "Keras", ".msgpack": "Flax", ".onnx": "ONNX"}
@@ -108,14 +114,9 @@ def _inside(name: Any, where: str) -> str:
 
 
 def _of_index(path: str, resolve: Callable[[str], str]) -> Files:
-    try:
-        with open(path) as handle:
-            weight_map = dict(json.load(handle)["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise TpCompileError(
-            f"the checkpoint's index cannot be read: {type(error).__name__}: {error}", where=path, todo=_TODO
-        ) from error
-    inside = {key: _inside(name, path) for key, name in weight_map.items()}
+    with refusing("the checkpoint's index cannot be read", where=path, todo=_TODO), open(path) as handle:
+        weight_map = json.load(handle)["weight_map"].items()
+    inside = {key: _inside(name, path) for key, name in weight_map}
     paths = {name: resolve(name) for name in sorted(set(inside.values()))}
     return Files(tuple(paths.values()), {key: paths[name] for key, name in inside.items()})
 

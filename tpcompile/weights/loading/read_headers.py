@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import TpCompileError, refusing
+from tpcompile.ir.check import short
 
 from .expressions import Leaf
 
@@ -39,6 +40,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+_LARGEST = 1 << 63  # torch's sizes are of this type
 _LARGEST_HEADER = 100_000_000  # as in safetensors
 
 
@@ -90,22 +92,17 @@ def read_header(file: str) -> dict[str, Stored]:
     Raises:
         TpCompileError: it is missing, truncated, or no safetensors file.
     """
-    try:
-        with open(file, "rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-                _refuse(f"the file is no safetensors file, or truncated ({size} bytes)", file)
-            text = handle.read(length)
-    except OSError as error:
-        raise TpCompileError(
-            f"a file of the checkpoint cannot be read: {error.strerror}", where=file, todo=_TODO
-        ) from error
-    try:
-        header = json.loads(text)
-        entries = {key: value for key, value in header.items() if key != "__metadata__"}
-    except (ValueError, AttributeError) as error:
-        raise TpCompileError("the file's header is no JSON object", where=file, todo=_TODO) from error
+    with (
+        refusing("a file of the checkpoint cannot be read", where=file, todo=_TODO),
+        open(file, "rb") as handle,
+    ):
+        size = os.fstat(handle.fileno()).st_size
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            _refuse(f"the file is no safetensors file, or truncated ({size} bytes)", file)
+        text = handle.read(length)
+    with refusing("the file's header is no JSON object", where=file, todo=_TODO):
+        entries = {key: value for key, value in json.loads(text).items() if key != "__metadata__"}
     found = {key: _entry(file, key, value, 8 + length) for key, value in entries.items()}
     _check_extent(file, found, 8 + length, size)
     return found
@@ -119,10 +116,14 @@ def _refuse(what: str, where: str) -> NoReturn:
 
 
 def _entry(file: str, key: str, value: Any, base: int) -> Stored:
-    try:
-        dtype, shape, (start, stop) = value["dtype"], tuple(map(int, value["shape"])), value["data_offsets"]
-    except (TypeError, KeyError, ValueError):
-        _refuse(f"the file's header has no dtype, shape and offsets for {key}", file)
+    with refusing(f"the file's header has no dtype, shape and offsets for {key}", where=file, todo=_TODO):
+        dtype, shape, (start, stop) = str(value["dtype"]), tuple(value["shape"]), value["data_offsets"]
+        numbers = [*shape, start, stop]
+        if (
+            not all(type(n) is int and 0 <= n < _LARGEST for n in numbers)
+            or math.prod(filter(None, shape)) >= _LARGEST
+        ):
+            raise ValueError(f"shape {short(value['shape'])}, offsets {short(value['data_offsets'])}")
     if dtype not in DTYPES:
         raise TpCompileError(
             f"{key} has the type {dtype}, which cannot be loaded",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from os import PathLike
+from typing import Any, TypedDict
 
 import torch
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import TpCompileError, refusing
+from tpcompile.ir.check import check_arguments
 
 from .build_model import (
     build_model,
@@ -25,9 +28,19 @@ from .initialise_rest import initialise_rest
 from .match_keys import match_keys
 from .read_headers import Stored, read_headers
 
-HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-"""Arguments that find a checkpoint on the hub."""
 
+class Hub(TypedDict, total=False):
+    """Arguments that find a checkpoint on the hub."""
+
+    cache_dir: str | PathLike[str] | None
+    force_download: bool
+    local_files_only: bool
+    proxies: Mapping[str, str] | None
+    revision: str | None
+    token: str | bool | None
+
+
+HUB = tuple(Hub.__annotations__)
 _MEANINGLESS = ("low_cpu_mem_usage", "use_safetensors", "weights_only", "disable_mmap")
 
 
@@ -85,7 +98,7 @@ class Request:
     dtype: Any = None
     config: Any = None
     model_class: Any = None
-    attention: str | None = None
+    attention: str | Mapping[str, str] | None = None
     generation_config: Any = None
     key_mapping: Mapping[str, str] | None = None
     trust_remote_code: bool = False
@@ -104,6 +117,10 @@ class Request:
             TpCompileError: it is not there, not complete, or of a kind that cannot be loaded.
         """
         refuse_arguments(self.others)
+        check_arguments(Hub, self.others, "from_pretrained")
+        with refusing("key_mapping has a pattern that is none", where="key_mapping", todo="correct it"):
+            for pattern in self.key_mapping or ():
+                re.compile(pattern)
         fields = {k: v for k, v in self.others.items() if k not in HUB and k not in _MEANINGLESS}
         find = functools.partial(
             find_files, self.name, variant=self.variant, subfolder=self.subfolder, hub=self._hub
@@ -123,11 +140,12 @@ class Request:
         Raises:
             TpCompileError: the model cannot be made, or is not the checkpoint's.
         """
-        config = opened.config
-        dtype = find_dtype(self.dtype, config, opened.stored)
-        model_class = find_class(config, self.model_class, self.trust_remote_code, self._hub)
-        model = build_model(model_class, config, dtype, self.attention)
-        expressions, _, unexpected = match_keys(model, opened.stored, dtype, self.key_mapping)
-        initialise_rest(model, expressions, device)
-        find_generation_config(model, self.generation_config, self.name, self.subfolder, self._hub)
+        config, todo = opened.config, "check the configuration and the checkpoint; nothing was loaded"
+        with refusing("no model can be made of the checkpoint", where=self.name, todo=todo):
+            dtype = find_dtype(self.dtype, config, opened.stored)
+            model_class = find_class(config, self.model_class, self.trust_remote_code, self._hub)
+            model = build_model(model_class, config, dtype, self.attention)
+            expressions, _, unexpected = match_keys(model, opened.stored, dtype, self.key_mapping)
+            initialise_rest(model, expressions, device)
+            find_generation_config(model, self.generation_config, self.name, self.subfolder, self._hub)
         return Built(model, expressions, frozenset(unexpected))

@@ -71,12 +71,13 @@ def size_in_bytes(size: int | str) -> int:
     Raises:
         TpCompileError: it is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([a-zA-Z]*)\s*", str(size))
+    found = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match is not None else 0
+    if found < 1:
         raise TpCompileError(
             f"{size!r} is no size of a file", where="max_shard_size", todo='give "5GB", or bytes'
         )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return found
 
 
 def plan_files(tensors: Mapping[str, Expression], largest: int, variant: str | None) -> list[File]:

@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import TpCompileError, refusing
+from tpcompile.ir.check import check_arguments
 from tpcompile.ranks.agree import together
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.weights.loading.expressions import Expression, Leaf, leaves
 from tpcompile.weights.loading.fill_tensor import Filler
-from tpcompile.weights.loading.find_files import INDEX, variant_of
+from tpcompile.weights.loading.find_files import INDEX, Variant, variant_of
 from tpcompile.weights.loading.lazy_tensor import LazyTensor
 from tpcompile.weights.shard import unsharded
 
@@ -36,6 +37,7 @@ class Wishes:
     """Arguments of transformers' ``save_pretrained``; see there.
 
     Attributes:
+        save_directory: where to; what it holds beside a checkpoint stays.
         is_main_process: whether this rank may write.
         max_shard_size: the size of a file.
         variant: of the weights.
@@ -43,9 +45,10 @@ class Wishes:
         refused: arguments that mean nothing for a sharded model, as given.
     """
 
+    save_directory: str | os.PathLike[str]
     is_main_process: bool = True
     max_shard_size: int | str = "50GB"
-    variant: str | None = None
+    variant: Variant | None = None
     save_original_format: bool = True
     refused: Mapping[str, Any] | None = None
 
@@ -57,9 +60,7 @@ _REFUSED = {
 }
 
 
-def save_pretrained(
-    model: Any, axis: MeshAxis | None, original: type, folder: str | os.PathLike[str], wishes: Wishes
-) -> None:
+def save_pretrained(model: Any, axis: MeshAxis | None, original: type, wishes: Wishes) -> None:
     """Writes a checkpoint that transformers, and ``tpcompile.from_pretrained`` at any size, can load.
 
     One rank writes; it holds one whole parameter (or one converted tensor's parameters) at a time. The
@@ -69,37 +70,38 @@ def save_pretrained(
         model: a sharded model of transformers.
         axis: the mesh axis; None if the model is on one rank.
         original: the model's class before it was sharded.
-        folder: where to; what it holds beside a checkpoint stays.
         wishes: arguments.
 
     Raises:
         TpCompileError: on every rank; what was there before is still there.
     """
     group, every = _group(axis), _all_ranks(axis)
-    prepared = together(
-        group, "prepare the checkpoint", lambda: _prepare(model, axis, original, folder, wishes)
-    )
+    prepared = together(group, "prepare the checkpoint", lambda: _prepare(model, axis, original, wishes))
     together(every, "save the model", lambda: _save(model, axis, *prepared, wishes))
 
 
 def _prepare(
-    model: Any, axis: MeshAxis | None, original: type, folder: str | os.PathLike[str], wishes: Wishes
+    model: Any, axis: MeshAxis | None, original: type, wishes: Wishes
 ) -> tuple[Path, list[File], dict[str, bytes]]:
     """Checks what can be checked; gives the folder, the files of weights, the contents of all others."""
     if not isinstance(model, PreTrainedModel):
         raise TpCompileError(
             f"{type(model).__name__} is no model of transformers",
+            where="save_pretrained",
             todo="write full_state_dict(), or use torch.distributed.checkpoint with sharded_state_dict()",
         )
+    check_arguments(Wishes, vars(wishes), "save_pretrained")
     for name, value in (wishes.refused or {}).items():
-        if value not in (None, False):
+        if value is not None and value is not False:
             todo = _REFUSED.get(name, "leave it out")
             raise TpCompileError(f"a sharded model is not saved with {name}", where="arguments", todo=todo)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise TpCompileError(
-            "the model has adapters", todo="save them from the model before it was sharded, or merge them"
+            "the model has adapters",
+            where="save_pretrained",
+            todo="save them from the model before it was sharded, or merge them",
         )
-    target = _folder(folder)
+    target = _folder(wishes.save_directory)
     Collector(model, 0 if axis is None else axis.rank, 0).check()
     tensors, parameters = _tensors(model, original, wishes.save_original_format)
     files = plan_files(tensors, size_in_bytes(wishes.max_shard_size), wishes.variant)
@@ -110,14 +112,13 @@ def _prepare(
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
-    try:
-        folder = Path(os.path.realpath(path)) if os.fspath(path) else None
-        usable = folder is not None and (folder.is_dir() or not folder.exists())
-    except (OSError, ValueError) as error:
-        raise TpCompileError(f"no folder can be at {path!r}: {error}", todo="give another one") from error
-    if folder is None or not usable:
-        what = "there is a file of this name" if folder else "the name of the folder is empty"
-        raise TpCompileError(what, where=f"save_directory: {path!r}", todo="give a folder")
+    where = f"save_directory: {path!r}"
+    if not os.fspath(path):
+        raise TpCompileError("the name of the folder is empty", where=where, todo="give a folder")
+    with refusing("no folder can be there", where=where, todo="give another one"):
+        folder = Path(os.path.realpath(path))
+        if folder.exists() and not folder.is_dir():
+            raise TpCompileError("there is a file of this name", where=where, todo="give a folder")
     return folder
 
 
@@ -230,19 +231,17 @@ def _configs(model: Any) -> dict[str, bytes]:
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            if model.is_remote_code():
-                from transformers.dynamic_module_utils import custom_object_save
+    todo = "correct model.config or model.generation_config"
+    where = type(model).__name__
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        refusing("its files cannot be made", where=where, todo=todo),
+    ):
+        if model.is_remote_code():
+            from transformers.dynamic_module_utils import custom_object_save
 
-                custom_object_save(model, folder, config=config)
-            config.save_pretrained(folder)
-            if model.can_generate():
-                model.generation_config.save_pretrained(folder)
-        except Exception as error:
-            raise TpCompileError(
-                f"the configuration cannot be written: {error}",
-                where=type(model).__name__,
-                todo="correct model.config or model.generation_config",
-            ) from error
+            custom_object_save(model, folder, config=config)
+        config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}

@@ -1,0 +1,72 @@
+"""Checks of a model that is to be sharded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from tpcompile.errors import TpCompileError
+
+from .watched_module import WatchedModule
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuses modules that are not a model, or not one any more.
+
+    Raises:
+        TpCompileError: it is sharded already, wrapped, scripted, or has no forward.
+    """
+    where = type(model).__name__
+    sharded = next((name for name, part in model.named_modules() if isinstance(part, WatchedModule)), None)
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, OptimizedModule, torch.jit.ScriptModule)
+    if sharded is not None:
+        raise TpCompileError(
+            "this model is parallelised already", where=sharded or where, todo="use a fresh model, as a whole"
+        )
+    if isinstance(model, wrappers):
+        raise TpCompileError(
+            f"a {where} wraps, or has compiled, a model",
+            where="model",
+            todo="parallelize the model itself first",
+        )
+    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+        raise TpCompileError(
+            f"a {where} has no forward", where="model", todo="give a model that can be called"
+        )
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise TpCompileError(
+            "the model's parameters are DTensors",
+            where=where,
+            todo="parallelize first, then apply FSDP or the like",
+        )
+    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+        raise TpCompileError(
+            "a lazy layer does not know its shape yet", where=where, todo="call the model once before"
+        )
+
+
+def check_device(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Refuses weights that the program, made for the mesh's device, could not use.
+
+    Raises:
+        TpCompileError: with the first such weight.
+    """
+    for name, param in model.named_parameters():
+        if param.device.type not in (mesh.device_type, "meta"):
+            raise TpCompileError(
+                f"the mesh is for {mesh.device_type}, the model is on {param.device}",
+                where=name,
+                todo=f"move the model to {mesh.device_type} (or to meta, for a model without weights) first, "
+                "or make a mesh for the model's device",
+            )
+
+
+def device_of(model: Any) -> str | None:
+    """The type of device that a model is on; None for one without values, or what is no model."""
+    params = model.parameters() if isinstance(model, nn.Module) else ()
+    return next((p.device.type for p in params if p.device.type != "meta"), None)
