@@ -91,6 +91,7 @@ def from_pretrained(
             there, damaged, quantised, a pickle, or another model's; or ``parallelize`` refuses the request.
     """
     # transformers takes seconds to import, and tpcompile can be used without it.
+    from .weights.loading.compare_files import compare_files
     from .weights.loading.load_slices import load_slices
     from .weights.loading.match_keys import warn_unexpected
     from .weights.loading.request import Opened, Request
@@ -120,6 +121,7 @@ def from_pretrained(
 
     request, opened = together(group, "open the checkpoint", read)
     compare(group, "checkpoints", opened.lines())
+    compare_files(group, opened.stored)
     built = together(group, "match the checkpoint with the model", lambda: request.build(opened, device))
     first = mesh.get_local_rank(axis) == 0
     unexpected = built.unexpected if first else ()

@@ -154,3 +154,23 @@ def _twice(low: Any, node: Any) -> Any:
 def sends(programs: list[list[Sent]]) -> str:
     """What is said of programs of which this rank has one."""
     return refusal(lambda: compare_sent(dist.group.WORLD, programs[dist.get_rank()]))
+
+
+def reads_other_files(folder: str) -> list[str]:
+    """What is said where ranks load other copies, with other arguments, or save and load differently."""
+    rank = dist.get_rank()
+    where = f"{folder}/{rank}"
+    model = tpcompile.from_pretrained(f"{folder}/0", mesh())
+    state = model.full_state_dict()
+    other = {name: value + rank if name == "lm_head.weight" else value for name, value in state.items()}
+    messages = [
+        refusal(lambda: tpcompile.from_pretrained(where, mesh())),
+        refusal(lambda: tpcompile.from_pretrained(f"{folder}/0", mesh(), rms_norm_eps=1e-6 * (1 + rank))),
+        refusal(lambda: model.save_pretrained(f"{folder}/new", max_shard_size="1KB" if rank else "1GB")),
+        refusal(lambda: model.save_pretrained(f"{folder}/new", variant="b" if rank else None)),
+        refusal(lambda: model.load_state_dict(other)),
+        refusal(lambda: model.load_state_dict(state, strict=bool(rank))),
+    ]
+    assert all(map(torch.equal, model.full_state_dict().values(), state.values()))
+    model.load_state_dict(state)
+    return messages

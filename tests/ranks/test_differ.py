@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from tests.helpers import families
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import differ
 from tpcompile.ranks.compare_sent import Sent
@@ -60,6 +63,26 @@ def test_collectives_that_differ() -> None:
     ):
         for message in run_spmd(differ.sends, 4, wrong):
             assert what in message
+
+
+def test_ranks_that_read_or_write_other_files(tmp_path: Path) -> None:
+    """One element of a stale copy is enough."""
+    model = families.build("llama", num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "0")  # type: ignore[operator]
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] += 1  # type: ignore[union-attr, index, operator]
+    model.save_pretrained(tmp_path / "1")  # type: ignore[operator]
+    expected = [
+        "rank 0 and rank 1 have other values in lm_head.weight",
+        "rank 0 has 'configuration, rms_norm_eps: 1e-06'",
+        "rank 0 has \"max_shard_size: '1GB'\"",
+        "rank 1 has \"variant: 'b'\"",
+        "rank 0 has 'lm_head.weight: ",
+        "rank 0 has 'strict: False",
+    ]
+    for messages in run_spmd(differ.reads_other_files, 2, str(tmp_path)):
+        for message, part in zip(messages, expected, strict=True):
+            assert part in message
 
 
 @pytest.mark.parametrize(

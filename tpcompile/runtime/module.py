@@ -13,6 +13,7 @@ from tpcompile.ir.check import Must, checked, well_called
 from tpcompile.ir.print_graph import graph_text
 from tpcompile.planner.plan import Plan
 from tpcompile.ranks.agree import alike
+from tpcompile.ranks.describe import describe_value
 from tpcompile.weights.dcp import sharded_state_dict
 from tpcompile.weights.gather import full_state_dict
 
@@ -125,8 +126,16 @@ class ShardedModule(WatchedModule):
 
         refused = {"state_dict": state_dict, "push_to_hub": push_to_hub}
         refused |= {"distributed_checkpoint": distributed_checkpoint, **kwargs}
-        wishes = (save_directory, is_main_process, max_shard_size, variant, save_original_format, refused)
-        save_pretrained(self, self._tp.compiler.axis, self._tp.original, Wishes(*wishes))
+        wishes = Wishes(
+            save_directory, is_main_process, max_shard_size, variant, save_original_format, refused
+        )
+        lines = [
+            f"{n}: {describe_value(os.fspath(v) if isinstance(v, os.PathLike) else v)}"
+            for n, v in vars(wishes).items()
+            if n != "is_main_process"
+        ]
+        with alike(self._tp.compiler.group, "save_pretrained", lines):
+            save_pretrained(self, self._tp.compiler.axis, self._tp.original, wishes)
 
     @checked
     def clip_grad_norm_(

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ranks.agree import together
-from tpcompile.weights.load_state import check_state, own_parts
+from tpcompile.ranks.agree import compare, together
+from tpcompile.weights.load_state import check_state, own_parts, state_lines
 from tpcompile.weights.sharded_parameter import ShardedParameter
-from tpcompile.weights.stored_part import StoredPart
 
 from .settings import is_setting
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 ENTRY = "_tp_entry"
 """The attribute by which a submodule of a sharded model knows its place in it."""
 
+_SAME_STATE = "load the same tensors on every rank; nothing was loaded"
 _TABLES = ("_parameters", "_buffers")
 
 
@@ -88,19 +88,23 @@ class WatchedModule(nn.Module):
         return self._note_hook("_backward_pre_hooks", handle)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As in ``nn.Module``: whole tensors, of which every rank takes its part.
+        """As in ``nn.Module``: whole tensors, of which every rank takes its part. All ranks call it.
 
         Raises:
-            TpCompileError: a key is missing or unexpected, or has another shape. Nothing is loaded then.
+            TpCompileError: on all ranks: a key is missing or unexpected, has another shape, or other values
+                on another rank. Nothing is loaded then.
         """
         if (place := self._place()) is not None:
-            own = nn.Module.state_dict(self, keep_vars=True)
-            if any(isinstance(part, StoredPart) for part in state_dict.values()):
-                group = place[0].compiler.group
-                parts = together(group, "load the state dict", lambda: own_parts(own, state_dict))
-                state_dict = copy.copy(state_dict)  # with its metadata, the versions of modules
-                state_dict.update(parts)
-            check_state(own, place[1] or type(self).__name__, state_dict, strict)
+            group, own = place[0].compiler.group, nn.Module.state_dict(self, keep_vars=True)
+            given = copy.copy(state_dict)  # with its metadata, the versions of modules
+
+            def check() -> None:
+                given.update(own_parts(own, state_dict))
+                check_state(own, place[1] or type(self).__name__, given, strict)
+
+            together(group, "check the state dict", check)
+            compare(group, "calls of load_state_dict", state_lines(given, strict, assign), _SAME_STATE)
+            state_dict = given
         return super().load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

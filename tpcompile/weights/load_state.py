@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ranks.describe import describe_value
 
 from .sharded_parameter import ShardedParameter
 from .stored_part import StoredPart
@@ -66,6 +67,16 @@ def own_parts(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Ten
                 )
             found[name] = ShardedParameter(part.local.to(placing.axis.device_type), placing)
     return found
+
+
+def state_lines(state: Mapping[str, Any], strict: bool, assign: bool) -> list[str]:
+    """What ranks that load a state dict must have in common: of sharded parameters they hold their parts."""
+    plain = (Tensor, nn.Parameter)
+    lines = [
+        f"{key}: {describe_value(value if type(value) in plain else type(value))}"
+        for key, value in sorted(state.items())
+    ]
+    return [f"strict: {bool(strict)}, assign: {bool(assign)}", *lines]
 
 
 def _check_keys(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:

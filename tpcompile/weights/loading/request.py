@@ -13,6 +13,7 @@ import torch
 
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import check_arguments
+from tpcompile.ranks.describe import describe_value
 
 from .build_model import (
     build_model,
@@ -58,7 +59,9 @@ class Opened:
 
     def lines(self) -> list[str]:
         """What ranks must agree about."""
-        return [f"{key}: {s.dtype} {list(s.shape)}" for key, s in sorted(self.stored.items())]
+        tensors = [f"{key}: {s.dtype} {list(s.shape)}" for key, s in sorted(self.stored.items())]
+        fields = sorted((name, v) for name, v in vars(self.config).items() if not name.startswith("_"))
+        return [*tensors, *(f"configuration, {name}: {describe_value(value)}" for name, value in fields)]
 
 
 @dataclass(frozen=True)
