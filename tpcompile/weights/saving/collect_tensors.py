@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.module_tensors import tensors_by_name
 from tpcompile.weights.loading.expressions import Leaf
-from tpcompile.weights.sharded_parameter import ShardedParameter
+from tpcompile.weights.sharded_parameter import ShardedParameter, local_tensor
 from tpcompile.weights.tensor_layout import TensorLayout
 
 
@@ -59,6 +59,12 @@ class Collector:
                 and (selection := tensor.placing.param.selection) is not None
             ):
                 selection.held(name, self.rank)
+            if isinstance(tensor, DTensor) and not isinstance(tensor, ShardedParameter):
+                raise TpCompileError(
+                    "FSDP has divided the weight further: ranks would wait for each other",
+                    where=name,
+                    todo="save with torch.distributed.checkpoint, or write model.full_state_dict()",
+                )
             if tensor.is_meta:
                 raise TpCompileError(
                     "the weight has no values", where=name, todo="load the model's weights first"
@@ -75,9 +81,7 @@ class Collector:
     def _one(self, tensor: Tensor) -> Tensor | None:
         if isinstance(tensor, ShardedParameter) and not tensor.placing.whole:
             return collect(tensor._local_tensor.detach(), tensor.placing, self.to)
-        if isinstance(tensor, DTensor):  # on all ranks: FSDP may have divided it
-            tensor = tensor.full_tensor()
-        return tensor.detach().cpu() if self.rank == self.to else None
+        return local_tensor(tensor).detach().cpu() if self.rank == self.to else None
 
 
 def collect(local: Tensor, where: TensorLayout, to: int) -> Tensor | None:

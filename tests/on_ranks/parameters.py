@@ -1,0 +1,139 @@
+"""What the ranks do in ``test_sharded_parameter``: everyday uses, beside the unsharded model's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+import tpcompile
+from tests.helpers.toys import Mlp
+from tests.on_ranks.models import error
+from tests.on_ranks.module_life import pair, refusal
+
+F64 = torch.float64
+
+
+def _whole(value: Any) -> Tensor:
+    full: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return full.detach()
+
+
+READS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda w: w.sum(),
+    "norm": lambda w: w.norm(),
+    "product": lambda w: w @ w.T,
+    "row": lambda w: w[0],
+    "linear": lambda w: F.linear(torch.ones(3, w.shape[1], dtype=w.dtype), w),
+    "view": lambda w: w.view(-1)[3:9] * 2,
+    "elementwise": lambda w: (w * 2 + 1).sum(),
+    "joined": lambda w: torch.cat([w, w]),
+    "largest": lambda w: w.max(),
+}
+
+
+def reads() -> dict[str, float]:
+    """Errors of what python computes with a weight, and of the gradients that come of it."""
+    whole, sharded, x = pair(lambda: Mlp(inner=21).double())
+    x, found = x.double(), {}
+    for name, read in READS.items():
+        mine, theirs = read(sharded.up.weight), read(whole.up.weight)
+        found[name] = error(_whole(mine), _whole(theirs))
+    for model in (whole, sharded):
+        (
+            model(x).square().sum() + F.linear(x, model.up.weight).square().sum() + model.down.weight.norm()
+        ).backward()
+    pairs = zip(sharded.parameters(), whole.parameters(), strict=True)
+    found["gradients"] = max(error(_whole(p.grad), q.grad) for p, q in pairs)
+    slopes = [
+        torch.autograd.grad(m(x).sum() + m.up.weight.square().sum(), list(m.parameters()))
+        for m in (sharded, whole)
+    ]
+    found["autograd.grad"] = max(error(_whole(a), b) for a, b in zip(*slopes, strict=True))
+    with torch.no_grad():
+        for model in (whole, sharded):
+            model.up.weight[0] = 3.0
+    found["written"] = error(_whole(sharded.up.weight), whole.up.weight.detach())
+    return found
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, 0.01, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, 0.01, fused=True),
+    "SGD foreach": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, foreach=True),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, 0.01),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, 0.1, max_iter=3),
+}
+
+
+def optimizers() -> dict[str, float]:
+    """Errors of the weights after two steps of each."""
+    found = {}
+    for name, make in OPTIMIZERS.items():
+        whole, sharded, x = pair(lambda: Mlp(inner=21).double())
+        x = x.double()
+        for model in (whole, sharded):
+            optimizer = make(model.parameters())
+
+            def closure(model: Any = model, optimizer: Any = optimizer, x: Tensor = x) -> Tensor:
+                optimizer.zero_grad()
+                loss: Tensor = model(x).square().sum()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                return loss
+
+            for _ in range(2):
+                optimizer.step(closure)
+        found[name] = error(sharded.full_state_dict(), whole.state_dict())
+    return found
+
+
+def refusals() -> list[str]:
+    """What is said against uses that cannot be right."""
+    _, model, _ = pair(lambda: Mlp(inner=20))
+    weight = model.up.weight
+    return [
+        refusal(lambda: DistributedDataParallel(model)),
+        refusal(lambda: fully_shard(model)),
+        refusal(lambda: FullyShardedDataParallel(model)),
+        refusal(lambda: ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)),
+        refusal(lambda: nn.init.normal_(weight)),
+        refusal(lambda: dist.all_reduce(weight.data)),
+        refusal(lambda: weight.detach().numpy()),
+    ]
+
+
+def around(kind: str) -> dict[str, float]:
+    """Data parallelism over the other axis of a mesh: gradients, and weights gathered after a step."""
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    torch.manual_seed(0)
+    whole = nn.Sequential(Mlp(inner=20), Mlp(inner=16)).double()
+    batches = torch.randn(2, 3, 5, 12, dtype=F64)
+    sharded: Any = tpcompile.parallelize(copy.deepcopy(whole), both, (batches[0],), axis="tensor")
+    wrapped: Any = sharded
+    if kind == "ddp":
+        wrapped = DistributedDataParallel(sharded, process_group=both.get_group("data"))
+    elif kind == "layers":
+        for layer in sharded:
+            fully_shard(layer, mesh=both["data"])
+    if kind != "ddp":
+        fully_shard(sharded, mesh=both["data"])
+    run: Any = [torch.optim.SGD(each.parameters(), 0.1) for each in (wrapped, whole)]
+    wrapped(batches[both.get_local_rank("data")]).square().sum().backward()
+    (sum(whole(b).square().sum() for b in batches) / 2).backward()
+    named = dict(sharded.named_parameters())
+    found = {"gradients": max(error(_whole(named[n].grad), p.grad) for n, p in whole.named_parameters())}
+    for optimizer in run:
+        optimizer.step()
+    found["weights"] = error(sharded.full_state_dict(), whole.state_dict())
+    return found

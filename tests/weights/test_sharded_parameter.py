@@ -1,0 +1,38 @@
+"""Parameters of a sharded model in everyday use: right for the whole, or refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.run_ranks import run_spmd
+from tests.on_ranks import parameters as spmd
+
+CLOSE = 1e-10
+
+
+def test_python_reads_whole_weights() -> None:
+    for found in run_spmd(spmd.reads, 2):
+        assert max(found.values()) <= CLOSE, found
+
+
+def test_optimizers_see_whole_parameters() -> None:
+    for found in run_spmd(spmd.optimizers, 2):
+        assert max(found.values()) <= CLOSE, found
+
+
+def test_what_cannot_be_right_is_refused() -> None:
+    expected = ["which share the model"] * 2 + [
+        "flattens",
+        "broadcasts",
+        "draw numbers",
+        "as if it were all of it",
+    ]
+    for messages in run_spmd(spmd.refusals, 2):
+        for message, part in zip(messages, [*expected, "read as memory"], strict=True):
+            assert part in message
+
+
+@pytest.mark.parametrize("kind", ["ddp", "whole", "layers"])
+def test_data_parallelism_over_another_axis(kind: str) -> None:
+    for found in run_spmd(spmd.around, 4, kind):
+        assert max(found.values()) <= CLOSE, found
