@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -113,9 +113,17 @@ def refusals() -> list[str]:
     ]
 
 
-def around(kind: str) -> dict[str, float]:
-    """Data parallelism over the other axis of a mesh: gradients, and weights gathered after a step."""
+def around() -> dict[str, dict[str, float]]:
+    """Data parallelism of each kind over the other axis of a mesh.
+
+    All over one mesh: torch keeps what it has found out for an equal one, with its groups, which are gone then.
+    """
     both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    return {kind: _around(kind, both) for kind in ("ddp", "whole", "layers")}
+
+
+def _around(kind: str, both: DeviceMesh) -> dict[str, float]:
+    """The errors of gradients, and of weights that are gathered after a step."""
     torch.manual_seed(0)
     whole = nn.Sequential(Mlp(inner=20), Mlp(inner=16)).double()
     batches = torch.randn(2, 3, 5, 12, dtype=F64)
