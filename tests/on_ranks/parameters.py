@@ -116,7 +116,7 @@ def refusals() -> list[str]:
 def around() -> dict[str, dict[str, float]]:
     """Data parallelism of each kind over the other axis of a mesh.
 
-    All over one mesh: torch keeps what it has found out for an equal one, with its groups, which are gone then.
+    All over one mesh: what torch finds out for a mesh it keeps for equal ones, whose groups may be gone.
     """
     both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     return {kind: _around(kind, both) for kind in ("ddp", "whole", "layers")}
