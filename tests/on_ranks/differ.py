@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from tpcompile.ir import markers
 from tpcompile.lowering import lower_markers
 from tpcompile.passes.pipeline import Pass
 from tpcompile.ranks.compare_sent import Sent, compare_sent
+from tpcompile.ranks.turns import begin_turn
 from tpcompile.rules import table
 from tpcompile.work import Work
 
@@ -174,3 +176,18 @@ def reads_other_files(folder: str) -> list[str]:
     assert all(map(torch.equal, model.full_state_dict().values(), state.values()))
     model.load_state_dict(state)
     return messages
+
+
+def threads() -> tuple[str, bool]:
+    """What a thread is told that calls while another is in a call, and whether it may call afterwards."""
+    model, told = made().eval(), []
+    turn = begin_turn(model._tp.group_name)
+    other = threading.Thread(target=lambda: told.append(refusal(lambda: model(X))))
+    other.start()
+    other.join()
+    nested = torch.isfinite(model(X)).all()
+    turn.release()
+    after = threading.Thread(target=lambda: told.append(refusal(lambda: model(X))))
+    after.start()
+    after.join()
+    return told[0], bool(nested) and told[1] == "accepted"

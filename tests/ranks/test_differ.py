@@ -65,6 +65,12 @@ def test_collectives_that_differ() -> None:
             assert what in message
 
 
+def test_calls_of_several_threads() -> None:
+    """Refused while another is in one; a thread may call again in its own call, and others after it."""
+    for told, fine in run_spmd(differ.threads, 2):
+        assert "another thread is in a call" in told and fine
+
+
 def test_ranks_that_read_or_write_other_files(tmp_path: Path) -> None:
     """One element of a stale copy is enough."""
     model = families.build("llama", num_hidden_layers=1)

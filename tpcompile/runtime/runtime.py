@@ -24,6 +24,7 @@ from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import tensors_by_name, whole_tensors
 from tpcompile.ranks.compare_calls import can_compare, compare_call, compare_weights
 from tpcompile.ranks.lost_ranks import is_loss, lost
+from tpcompile.ranks.turns import begin_turn
 from tpcompile.strategies.custom.custom_modules import CustomModules
 from tpcompile.weights.shard import shard_weights, unsharded
 from tpcompile.weights.sharded_parameter import ShardedParameter, local_tensor
@@ -90,7 +91,22 @@ class Runtime:
     def call(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
     ) -> Any:
-        """Runs a call of the model, or of a submodule, on its program, captured if there is none."""
+        """Runs a call of the model, or of a submodule, on its program, captured if there is none.
+
+        Raises:
+            TpCompileError: the call cannot be captured, or another thread is in one.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return self._call(model, args, kwargs, entry)
+        turn = begin_turn(self.group_name)
+        try:
+            return self._call(model, args, kwargs, entry)
+        finally:
+            turn.release()
+
+    def _call(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None
+    ) -> Any:
         bound = self.bind(args, kwargs, entry)
         path = entry.path if entry is not None else ""
         leaves, spec = flatten_call(bound)
@@ -118,6 +134,11 @@ class Runtime:
             return self.run(program, leaves, bound)
         with torch.autocast(device_of(leaves), enabled=False):
             return self.run(program, leaves, bound)
+
+    @property
+    def group_name(self) -> str:
+        """What tells the ranks of this model from others."""
+        return "" if self.compiler.axis is None else self.compiler.axis.group_name
 
     def run(self, program: Program, leaves: Sequence[Any], bound: dict[str, Any]) -> Any:
         """Runs a program.

@@ -1,0 +1,28 @@
+"""One call at a time over a group: ranks could take those of several threads in different orders."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+
+from tpcompile.errors import TpCompileError
+
+_TURNS: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
+
+
+def begin_turn(group_name: str) -> threading.RLock:
+    """Begins a call over a group, or one inside of it; to be released at its end.
+
+    Raises:
+        TpCompileError: another thread is in a call. Nothing says that the other ranks take the two in the
+            same order, and one that does not would compute with what belongs to the other call.
+    """
+    turn = _TURNS[group_name]
+    if not turn.acquire(blocking=False):
+        raise TpCompileError(
+            "another thread is in a call over the same ranks",
+            where=threading.current_thread().name,
+            todo="make all calls from one thread, or one after the other in the same order on every rank (a "
+            "lock alone does not see to that)",
+        )
+    return turn
