@@ -111,6 +111,19 @@ def _outside() -> None:
     assert torch.allclose(sharded.down.weight.norm(), whole.down.weight.norm())
 
 
+@situation("`torch.save(model.state_dict())` and `load_state_dict` on the rank that saved it")
+def _own_parts() -> None:
+    _, sharded, x = _twins()
+    before, file = sharded(x), io.BytesIO()
+    torch.save(sharded.state_dict(), file)
+    with torch.no_grad():
+        for parameter in sharded.parameters():
+            parameter.zero_()
+    file.seek(0)
+    sharded.load_state_dict(torch.load(file, weights_only=False))
+    torch.testing.assert_close(sharded(x), before)
+
+
 @situation("`load_state_dict` of whole tensors")
 def _loading() -> None:
     whole, sharded, x = _twins()
@@ -155,13 +168,13 @@ def _zero() -> None:
     _train(sharded, x, lambda p: ZeroRedundancyOptimizer(p, torch.optim.AdamW, lr=0.01))
 
 
-@situation("`torch.save` of the model or of its `state_dict()`, pickle")
+@situation("`torch.save` of the model, pickle")
 def _pickles() -> None:
     sharded = _twins()[1]
     try:
         pickle.dumps(sharded)
     except tpcompile.TpCompileError:
-        torch.save(sharded.state_dict(), io.BytesIO())
+        torch.save(sharded, io.BytesIO())
 
 
 @situation("`load_state_dict` of a rank's parts, of other keys or shapes")

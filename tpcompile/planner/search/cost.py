@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.check import NotNegative, Positive, checked_fields
+from tpcompile.ir.check import Must, NotNegative, checked_fields
 from tpcompile.ir.placements import Owned, Partial, Placement, Replicate, Shard
+
+Rate = Annotated[float, Must("a positive number", lambda x: x > 0)]
+"""Something per second; ``inf`` where it costs nothing."""
 
 
 @checked_fields
@@ -29,10 +33,10 @@ class CostModel:
     """
 
     name: str
-    flops: Positive
-    memory: Positive
+    flops: Rate
+    memory: Rate
     latency: NotNegative
-    bandwidth: Positive
+    bandwidth: Rate
     launch: NotNegative = 2e-6
 
     def all_reduce(self, size: float, ranks: int) -> float:
