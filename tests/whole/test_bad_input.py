@@ -51,6 +51,10 @@ def whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def a_rate(value: Any) -> bool:
+    return positive(value) or value == math.inf
+
+
 def positive(value: Any) -> bool:
     return number(value) and value > 0
 
@@ -101,10 +105,10 @@ LINT: dict[str, tuple[Callable[[Any], Any], Accepts]] = {
 }
 COST: dict[str, tuple[Callable[[Any], Any], Accepts]] = {
     "name": (lambda v: CostModel(v, 1.0, 1.0, 1.0, 1.0), lambda v: isinstance(v, str)),
-    "flops": (lambda v: CostModel("", v, 1.0, 1.0, 1.0), positive),
-    "memory": (lambda v: CostModel("", 1.0, v, 1.0, 1.0), positive),
+    "flops": (lambda v: CostModel("", v, 1.0, 1.0, 1.0), a_rate),
+    "memory": (lambda v: CostModel("", 1.0, v, 1.0, 1.0), a_rate),
     "latency": (lambda v: CostModel("", 1.0, 1.0, v, 1.0), not_negative),
-    "bandwidth": (lambda v: CostModel("", 1.0, 1.0, 1.0, v), positive),
+    "bandwidth": (lambda v: CostModel("", 1.0, 1.0, 1.0, v), a_rate),
     "launch": (lambda v: CostModel("", 1.0, 1.0, 1.0, 1.0, v), not_negative),
 }
 SHARDS: dict[str, tuple[Callable[[Any], Any], Accepts]] = {
