@@ -16,11 +16,11 @@ def test_ranks_out_of_step() -> None:
     collective = "complete the all-reduce of a program"
     assert missed + collective in first[0] and "the program (x: " in first[0]
     assert missed + collective in first[1]
-    assert f"this rank was to capture the model, rank 1 was to {collective}" in first[2]
-    assert f"this rank was to {collective}, rank 0 was to capture the model" in second[2]
+    assert f"this rank was to compare calls, rank 1 was to {collective}" in first[2]
+    assert f"this rank was to {collective}, rank 0 was to compare calls" in second[2]
     for each in (first, second):
         assert f"the ranks did not all come within 2 s to {collective}" in each[3]
-        assert "rank 0 is to compare calls of full_state_dict, rank 1 is to capture the model" in each[4]
+        assert "rank 0 is to compare calls of full_state_dict, rank 1 is to compare calls" in each[4]
     assert "rank 1 did not come to share a model within 0.4 s" in first[5]
     assert second[:2] == ["accepted"] * 2
 
@@ -29,7 +29,7 @@ def test_ranks_out_of_step() -> None:
 def test_a_rank_that_ends(how: str, when: str) -> None:
     """Noticed at once, not after the time limit of a minute."""
     told = "rank 1 left, or its connection was lost, while this rank was to"
-    with pytest.raises(SpmdError, match=rf"RanksApart: {told} (complete|capture|run)"):
+    with pytest.raises(SpmdError, match=rf"RanksApart: {told} (complete|compare calls|run)"):
         run_spmd(apart.ends, 2, how, when, timeout=110)
 
 

@@ -52,7 +52,7 @@ def whole(value: Any) -> bool:
 
 
 def a_rate(value: Any) -> bool:
-    return positive(value) or value == math.inf
+    return positive(value) or (isinstance(value, float) and value == math.inf)
 
 
 def positive(value: Any) -> bool:
