@@ -50,7 +50,7 @@ def is_elementwise(run: Run, name: str, inputs: Sequence[Tensor]) -> bool:
                 f"the backward of {name} cannot be looked at: {error}",
                 todo="write it without branches on tensor values, and with torch's operators only",
             ) from error
-        shapes = {tuple(x.shape) for x in inputs if x.ndim}
+        shapes = {tuple(map(_expression, x.shape)) for x in inputs if x.ndim}
         if len(shapes) != 1 or not all(_may_be_elementwise(func) for func, *_ in events):
             return False
         unknown = ShapeEnv()
