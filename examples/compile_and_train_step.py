@@ -46,7 +46,7 @@ def main() -> None:
     model = build()
     whole = sum(p.numel() for p in model.parameters())
     sharded = tpcompile.parallelize(model, example_args=(words,))
-    held = sum(p.numel() for p in sharded.parameters())
+    held = sum(p.to_local().numel() for p in sharded.parameters())
     say(f"this rank holds {held} of {whole} parameters")
 
     compiled = torch.compile(sharded, fullgraph=True)  # no graph breaks: collectives are in the graph

@@ -41,7 +41,7 @@ def main() -> None:
 
 def held(model: torch.nn.Module) -> int:
     """Bytes of this rank's slices."""
-    return sum(parameter.nbytes for parameter in model.parameters())
+    return sum(parameter.to_local().nbytes for parameter in model.parameters())
 
 
 if __name__ == "__main__":

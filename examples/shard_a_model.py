@@ -63,7 +63,7 @@ def main() -> None:
         say(f"another batch and length, same program: {list(tags.shape)}")
     assert len(sharded.programs) == 1
     weight = sharded.get_parameter("up.weight")
-    say(f"up.weight is [{4 * WIDTH}, {WIDTH}], of which this rank holds {list(weight.shape)}")
+    say(f"up.weight is [{4 * WIDTH}, {WIDTH}], of which this rank holds {list(weight.to_local().shape)}")
 
 
 if __name__ == "__main__":
