@@ -112,6 +112,7 @@ def parallelize(
     generates = hasattr(original, "generate") and hasattr(original, "_sample")
     model.__class__ = sharded_class(original, ShardedGeneration if generates else ShardedModule)
     guard_submodules(model)
+    runtime.rebind()  # the modules' tables are others now
     if failed is not None and example is not None:
         runtime.compose(model, "", tuple(example), failed)
         usual = _example(model, (), None)  # perhaps one without pictures: more of it is planned at once

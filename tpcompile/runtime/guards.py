@@ -22,7 +22,7 @@ from tpcompile.ir.calls import CallSignature, signature_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.weights.shard import local_weights
 
-from .watched_module import ENTRY, WatchedModule, refuse_old_hooks
+from .watched_module import ENTRY, WatchedModule, fix_tables, refuse_old_hooks
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -111,8 +111,11 @@ def original_call(
 
 def guard_submodules(root: nn.Module) -> None:
     """Guards every submodule; the runtime says which of them have divided weights in them."""
-    for path, module in root.named_modules():
-        if path and not isinstance(module, torch.jit.ScriptModule):
+    for path, module in list(root.named_modules()):
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        fix_tables(module)
+        if path:
             entry = Entry(path, signature_of(module), type(module))
             module.__dict__[ENTRY] = _Guard(entry, root, module.__dict__.pop("forward", None))
             kind: Any = type(module)

@@ -66,15 +66,15 @@ class Program:
     seen: bool = False
 
     def __post_init__(self) -> None:
-        self.fetch = make_fetch(self.feeds)
         self.bind(True)
 
     def bind(self, bound: bool) -> None:
-        """Makes what fetches the inputs of compiled code; again when weights become other tensors.
+        """Makes what fetches inputs; again when weights become other tensors, or modules' tables others.
 
         Args:
             bound: whether the weights are sharded parameters, the leaves of which stay the same.
         """
+        self.fetch = make_fetch(self.feeds)
         self.graph_compiled, feeds = self.outlined or (self.graph_module, self.feeds)
         self.fetch_compiled = make_fetch(feeds, bound=bound)
         self.fetch_mutated = make_fetch(self.mutated, bound=bound)

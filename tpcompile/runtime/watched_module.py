@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.check import check_arguments
 from tpcompile.ranks.agree import compare, together
 from tpcompile.weights.load_state import check_state, own_parts, state_lines
 from tpcompile.weights.sharded_parameter import ShardedParameter
@@ -23,6 +25,58 @@ ENTRY = "_tp_entry"
 
 _SAME_STATE = "load the same tensors on every rank; nothing was loaded"
 _TABLES = ("_parameters", "_buffers")
+
+
+class FixedTable(dict[str, Any]):
+    """One of a module's tables: its parts, parameters or buffers. Weights can take each other's place.
+
+    Much of torch writes to them (``ModuleList.insert``, pruning, ``weight_norm``), some of it before it calls
+    a method of the module that could refuse.
+
+    Args:
+        module: the module, of a sharded model.
+        table: what it has.
+    """
+
+    def __init__(self, module: nn.Module, table: dict[str, Any]) -> None:
+        super().__init__(table)
+        self._module = weakref.ref(module)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        old = self.get(name)
+        if value is not old and not (isinstance(value, Tensor) and isinstance(old, Tensor)):
+            self._change(name)
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        self._change(name)
+        super().__delitem__(name)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """As of a dict, if it may change."""
+        self._change(name)
+        return super().pop(name, *default)
+
+    def clear(self) -> None:
+        """As of a dict, if it may change."""
+        self._change("all")
+        super().clear()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is that of another module
+        return dict, (dict(self),)
+
+    def _change(self, name: str) -> None:
+        """Refuses changes, but for what the code of the model does while it is captured or runs as python."""
+        module = self._module()
+        place = module._place() if isinstance(module, WatchedModule) else None
+        if isinstance(module, WatchedModule) and place is not None and not place[0].running:
+            module._refuse_change(name)
+
+
+def fix_tables(module: nn.Module) -> None:
+    """Lets a module keep its parts and weights."""
+    for name in ("_modules", *_TABLES):
+        module.__dict__[name] = FixedTable(module, module.__dict__[name])
 
 
 class WatchedModule(nn.Module):
@@ -43,22 +97,6 @@ class WatchedModule(nn.Module):
             if name in own and is_setting(name, own[name], value):
                 self._report(name, own[name], value)
         super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        tables = (self._modules, self._parameters, self._buffers)
-        if any(name in table for table in tables) and self._place() is not None:
-            self._refuse_change(name)
-        super().__delattr__(name)
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Refused.
-
-        Raises:
-            TpCompileError: always, but for a new container, as slices of lists of layers are.
-        """
-        if self._place() is not None:
-            self._refuse_change(name)
-        super().add_module(name, module)
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """As in ``nn.Module``; all calls that lead to the hook run as python from here on."""
@@ -99,6 +137,10 @@ class WatchedModule(nn.Module):
             given = copy.copy(state_dict)  # with its metadata, the versions of modules
 
             def check() -> None:
+                asked = {"state_dict": state_dict, "strict": strict, "assign": assign}
+                check_arguments(nn.Module.load_state_dict, asked, "load_state_dict")
+                if assign and any(self._is_tied(tensor) for tensor in own.values()):
+                    _refuse_untying(type(self).__name__)
                 given.update(own_parts(own, state_dict))
                 check_state(own, place[1] or type(self).__name__, given, strict)
 
@@ -157,13 +199,23 @@ class WatchedModule(nn.Module):
         old = self._parameters.get(name, self._buffers.get(name))
         place = self._place()
         assert place is not None
-        if isinstance(old, Tensor) and isinstance(value, Tensor):
-            if old.shape != value.shape:
+        if isinstance(old, Tensor) and isinstance(value, Tensor) and value is not old:
+            where = f"{type(self).__name__}.{name}"
+            if old.shape != value.shape or (value.is_meta and not old.is_meta):
                 raise TpCompileError(
-                    f"a weight of shape {tuple(old.shape)} is replaced by one of {tuple(value.shape)}",
-                    where=f"{type(self).__name__}.{name}",
+                    f"a weight of shape {tuple(old.shape)} is replaced by one of {tuple(value.shape)} on "
+                    f"{value.device}",
+                    where=where,
                     todo="give a whole tensor of the same shape, or change the model before parallelize",
                 )
+            if isinstance(value, ShardedParameter) and _layout(value) != _layout(old):
+                raise TpCompileError(
+                    "a weight is replaced by one that is divided otherwise",
+                    where=where,
+                    todo="give its values (full_tensor()), or tie weights before parallelize",
+                )
+            if (isinstance(value, ShardedParameter) or not isinstance(value, DTensor)) and self._is_tied(old):
+                _refuse_untying(where)
             if isinstance(old, ShardedParameter) and not isinstance(value, DTensor):
                 part = old.part_of(value)
                 value = (
@@ -174,6 +226,24 @@ class WatchedModule(nn.Module):
         super().__setattr__(name, value)
         if isinstance(old, DTensor):
             place[0].rebind(foreign=not isinstance(value, ShardedParameter))
+
+    def _is_tied(self, tensor: Any) -> bool:
+        """Whether a tensor is in several places of the whole model."""
+        root = self if "_tp" in self.__dict__ else self.__dict__[ENTRY].root
+        tables = (table for module in root.modules() for table in (module._parameters, module._buffers))
+        return sum(other is tensor for table in tables for other in table.values()) > 1
+
+
+def _refuse_untying(where: str) -> NoReturn:
+    raise TpCompileError(
+        "a weight that is tied to another one is replaced in one place, which programs would not notice",
+        where=where,
+        todo="copy into it, or change the model before parallelize",
+    )
+
+
+def _layout(tensor: Tensor) -> str:
+    return tensor.placing.text() if isinstance(tensor, ShardedParameter) else ""
 
 
 def _leaves(module: nn.Module) -> list[int]:

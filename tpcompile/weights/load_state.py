@@ -29,11 +29,9 @@ def check_state(own: Mapping[str, Any], where: str, state: Mapping[str, Any], st
     if strict:
         _check_keys(own, state)
     wrong = [
-        f"{key}: {tuple(value.shape)} where the model has {tuple(mine.shape)}"
+        f"{key}: {unfit}"
         for key, value in state.items()
-        if isinstance(value, Tensor)
-        and isinstance(mine := own.get(key), Tensor)
-        and value.shape != mine.shape
+        if isinstance(mine := own.get(key), Tensor) and (unfit := _unfit(value, mine))
     ]
     if wrong:
         raise TpCompileError(
@@ -41,6 +39,21 @@ def check_state(own: Mapping[str, Any], where: str, state: Mapping[str, Any], st
             where=where,
             todo="give whole tensors; every rank takes its part. Nothing was loaded",
         )
+
+
+def _unfit(value: Any, mine: Tensor) -> str:
+    """Why a value cannot be loaded into a tensor, or nothing."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__} where the model has a tensor"
+    if value.shape != mine.shape:
+        return f"{tuple(value.shape)} where the model has {tuple(mine.shape)}"
+    if value.is_meta and not mine.is_meta:
+        return "a tensor without values"
+    return (
+        "complex numbers where the model has real ones"
+        if value.is_complex() and not mine.is_complex()
+        else ""
+    )
 
 
 def own_parts(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -87,6 +100,7 @@ def _check_keys(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         if keys:
             raise TpCompileError(
                 f"the state dict {what} {', '.join(keys[:3])}{_more(keys)}",
+                where="load_state_dict",
                 todo="give a state dict of this model, or strict=False; nothing was loaded",
             )
 
