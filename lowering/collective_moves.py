@@ -71,7 +71,11 @@ def all_to_all(
     """Shards of `src_dim` become shards of `dst_dim`."""
     src, dst = _normal(src_dim, x), _normal(dst_dim, x)
     if src == dst:
-        raise TpCompileError("all_to_all needs two dimensions.", where=f"src_dim = dst_dim = {src}")
+        raise TpCompileError(
+            "all_to_all needs two dimensions.",
+            todo="report this program: it is a mistake of tpcompile",
+            where=f"src_dim = dst_dim = {src}",
+        )
     _check_size("all_to_all", x, src, src_sizes[index])
     _check_size("all_to_all", x, dst, sum(dst_sizes))
     own_src, own_dst = src_sizes[index], dst_sizes[index]
@@ -114,7 +118,11 @@ def _pad(x: Tensor, dim: int, before: int, after: int) -> Tensor:
 
 def _normal(dim: int, x: Tensor) -> int:
     if not -x.dim() <= dim < x.dim():
-        raise TpCompileError(f"There is no dimension {dim} in a tensor of {x.dim()} dimensions.")
+        raise TpCompileError(
+            f"There is no dimension {dim} in a tensor of {x.dim()} dimensions.",
+            where="collective",
+            todo="report this program: it is a mistake of tpcompile",
+        )
     return dim % x.dim()
 
 
@@ -123,6 +131,7 @@ def _check_op(op: str, x: Tensor) -> None:
     if op not in ("sum", "max", "min") or (op == "sum" and x.dtype == torch.bool):
         raise TpCompileError(
             f"The ranks' tensors can't be reduced by {op!r} in {x.dtype}.",
+            where="collective",
             todo="Use 'sum', 'max' or 'min'; for bool, all_reduce by 'max' only.",
         )
 

@@ -52,6 +52,7 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         raise TpCompileError(
             "second derivatives do not go through the collectives of a sharded model",
+            where="backward",
             todo="use first derivatives (create_graph=False), or keep this model whole",
         )
 

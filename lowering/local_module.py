@@ -83,7 +83,9 @@ def local_module(inputs: list[Tensor], weights: list[Tensor], handle: str, sizes
     found = _LOCAL.get(handle)
     if found is None:
         raise TpCompileError(
-            "a custom strategy's module is gone", todo="keep the model whose graph this is, or shard it again"
+            "a custom strategy's module is gone",
+            where="custom strategy",
+            todo="keep the model whose graph this is, or shard it again",
         )
     result = found.run(inputs, weights, sizes)
     # A fresh tensor: the operator's result may be none of its operands.

@@ -34,7 +34,9 @@ def lower_marker(low: Lowering, node: Node) -> Any:
     """
     if node.target not in _LOWER:
         raise TpCompileError(
-            f"{node.name} was not turned into a collective", todo="keep the pass choose-collectives"
+            f"{node.name} was not turned into a collective",
+            where="lowering",
+            todo="keep the pass choose-collectives",
         )
     return (lower_positions if moves_positions(node) else _LOWER[node.target])(low, node)
 

@@ -45,5 +45,9 @@ def _whole_value(work: Work, name: str) -> Node:
     """The value of that name, which says each row's expert and must be whole."""
     found = next(n for n in work.graph.nodes if n.name == name)
     if any(p != R for p in found.meta.get("placement", ())):
-        raise TpCompileError(f"{name} is divided, but says whose rows are whose", todo="report this plan")
+        raise TpCompileError(
+            f"{name} is divided, but says whose rows are whose",
+            where="choose-collectives",
+            todo="report this plan",
+        )
     return found

@@ -58,7 +58,11 @@ def run_passes(work: Work, passes: Sequence[Pass]) -> None:
         if changed:
             verify_graph(work, " -> ".join(done))
         elif after != before:
-            raise TpCompileError(f"the pass {one.name} says that it changed nothing", todo="return True")
+            raise TpCompileError(
+                f"the pass {one.name} says that it changed nothing",
+                where=f"pass {one.name}",
+                todo="return True",
+            )
         log.info("%-28s %+5d calls  %.3f s", one.name, after - before, time.perf_counter() - start)
         if changed:
             _dump(work, f"{work.serial():02d}-{one.name}", after - before)

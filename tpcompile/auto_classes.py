@@ -29,7 +29,11 @@ class ShardingAutoModel:
     model_class: ClassVar[Any]
 
     def __init__(self) -> None:
-        raise TpCompileError(f"{type(self).__name__} has no instances", todo="call its from_pretrained")
+        raise TpCompileError(
+            f"{type(self).__name__} has no instances",
+            where="tpcompile.AutoModel...",
+            todo="call its from_pretrained",
+        )
 
     @classmethod
     @checked

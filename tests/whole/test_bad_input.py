@@ -6,6 +6,7 @@ function does not take. Whatever it is, the answer is a ``TpCompileError`` with 
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import math
@@ -31,6 +32,7 @@ from tpcompile import CostModel, ParallelInterface, Partial, Plan, Shard, Strate
 from tpcompile.lowering.localise import LOCALISERS
 from tpcompile.rules import notation, table
 
+ERRORS = ("TpCompileError", "CannotCapture", "OnlyInParts", "RanksApart")
 Accepts = Callable[[Any], bool]
 
 
@@ -359,3 +361,17 @@ def test_torchruns_environment_is_enough(monkeypatch: pytest.MonkeyPatch) -> Non
         assert model.plan.ranks == 1 and dist.get_backend() == "gloo"
     finally:
         dist.destroy_process_group()
+
+
+def test_every_error_says_where_and_what_to_do() -> None:
+    """Of all that is raised in the package; an error that passes another one on takes both from it."""
+    package = Path(tpcompile.__file__).parent
+    lacking = []
+    for folder in (package, package.parent / "passes", package.parent / "lowering"):
+        for path in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ERRORS and node.args:
+                    said = {keyword.arg for keyword in node.keywords}
+                    if not said >= {"where", "todo"} and None not in said:
+                        lacking.append(f"{path}:{node.lineno}")
+    assert not lacking

@@ -43,6 +43,7 @@ class Held:
         if local.ndim != len(self.atoms):
             raise TpCompileError(
                 f"a cache tensor has {local.ndim} dimensions, {len(self.atoms)} were handed out",
+                where="past_key_values",
                 todo="give the cache back as the model returned it",
             )
         shape = [math.prod(self.atoms[d]) if d in self.divided else s for d, s in enumerate(local.shape)]
@@ -77,6 +78,7 @@ class Held:
         if list(part.shape) != local:
             raise TpCompileError(
                 f"a cache tensor has the shape {list(given.shape)}, {local} was handed out to this rank",
+                where="past_key_values",
                 todo=f"give the cache back as the model returned it, or whole: {list(whole.shape)}",
             )
         return part.contiguous()

@@ -123,7 +123,9 @@ def parse_placement(text: str) -> Placement:
     match = _TEXT.fullmatch(text)
     if match is None:
         raise TpCompileError(
-            f"{text!r} is no placement", todo="write R, S(dim), S(dim/factor), S(dim+) or P(sum)"
+            f"{text!r} is no placement",
+            where="placement",
+            todo="write R, S(dim), S(dim/factor), S(dim+) or P(sum)",
         )
     if text == "R":
         return R

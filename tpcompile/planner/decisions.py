@@ -65,5 +65,6 @@ def decisions_from_data(work: Work, data: list[dict[str, Any]]) -> None:
     except (KeyError, IndexError) as error:
         raise TpCompileError(
             f"the plan is about another graph ({error} is not in this one)",
+            where="plan",
             todo="plan for this model and these inputs",
         ) from error

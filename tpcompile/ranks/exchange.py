@@ -69,6 +69,7 @@ def _exchange(group: dist.ProcessGroup, what: str, value: Any, patience: float |
         here = [f"{name_of(group, r)} is to {n.decode(errors='replace')}" for r, n in enumerate(names)]
         raise RanksApart(
             f"the ranks do different things: {', '.join(here)}",
+            where="calls of tpcompile",
             todo="make the same calls in the same order on every rank",
         )
     sizes = [int.from_bytes(each[:_SIZE], "little") for each in heads]

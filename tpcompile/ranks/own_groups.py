@@ -124,6 +124,7 @@ def make_group(
         leave_note(topic, "")
         raise RanksApart(
             f"{named(missing)} did not come to share a model within {limit:g} s",
+            where=f"mesh over ranks {ranks}",
             todo="call tpcompile on every rank of the mesh, in the same order",
         )
     torch_groups: Any = dist.distributed_c10d

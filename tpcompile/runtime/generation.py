@@ -96,7 +96,9 @@ class ShardedGeneration(ShardedModule):
             TpCompileError: always.
         """
         raise TpCompileError(
-            "a sharded model cannot do continuous batching", todo="use generate with a batch of prompts"
+            "a sharded model cannot do continuous batching",
+            where="generate_batch",
+            todo="use generate with a batch of prompts",
         )
 
     def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:

@@ -164,6 +164,7 @@ class ShardedModule(WatchedModule):
         if not own:
             raise TpCompileError(
                 "nothing was captured yet",
+                where="programs",
                 todo="call the model, or model.capture(...), or give example_args to parallelize",
             )
         return own[-1]

@@ -201,6 +201,7 @@ class Runtime:
                     continue
                 raise TpCompileError(
                     f"the mesh is for {axis.device_type}, {name} is on {leaf.device}",
+                    where="the call",
                     todo=f"move it to {axis.device_type}",
                 )
 
@@ -396,6 +397,7 @@ class Runtime:
             if same and program.entry == path and (why := program.captured.accepts(leaves)) is not None:
                 raise TpCompileError(
                     f"the call has other shapes than the program was captured for: {why}",
+                    where="the call",
                     todo="parallelize with dynamic=True, or keep to the captured shapes",
                 )
 
@@ -405,12 +407,14 @@ def _refuse_transforms() -> None:
     if nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks:
         raise TpCompileError(
             "there are backward hooks on all modules, which the parts inside of a program would not run",
+            where="the call",
             todo="register them on the modules that they are for",
         )
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if transformed or forward_ad._current_level >= 0:
         raise TpCompileError(
             "torch.func and forward-mode derivatives do not see through the collectives of a sharded model",
+            where="the call",
             todo="use backward, or torch.autograd.grad",
         )
 

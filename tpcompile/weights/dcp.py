@@ -71,7 +71,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     inner: nn.Module = getattr(model, "_orig_mod", model)
     if not any(isinstance(p, DTensor) for p in inner.parameters()):
         raise TpCompileError(
-            f"{type(model).__name__} is not sharded", todo="give the model that parallelize returned"
+            f"{type(model).__name__} is not sharded",
+            where="checkpoint",
+            todo="give the model that parallelize returned",
         )
     return inner
 
@@ -166,5 +168,7 @@ def check(state: Mapping[str, Any], metadata: Metadata) -> None:
 def _refuse(what: str, keys: list[str]) -> NoReturn:
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     raise TpCompileError(
-        f"{what} {', '.join(keys[:3])}{more}", todo="load a checkpoint of this model; nothing was loaded"
+        f"{what} {', '.join(keys[:3])}{more}",
+        where="checkpoint",
+        todo="load a checkpoint of this model; nothing was loaded",
     )

@@ -32,6 +32,7 @@ class UnsayableSpec(DTensorSpec):
         """
         raise TpCompileError(
             "FSDP cannot divide a parameter whose parts are uneven, packed, or shared by some of the ranks",
+            where="fully_shard",
             todo="use DistributedDataParallel over the other axis of the mesh",
         )
 

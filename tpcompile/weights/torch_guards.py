@@ -78,6 +78,7 @@ def _refuse_own_axis(what: str, tensor: ShardedParameter, theirs: Iterable[int])
     if len(shared) > 1:
         raise TpCompileError(
             f"{what} over ranks {shared}, which share the model: each holds other parts of its weights",
+            where="the model's mesh axis",
             todo=f"make a mesh of two axes, {_OTHER_AXIS}, and give {what} the other one: "
             "DistributedDataParallel(model, process_group=mesh.get_group('data')) or "
             "fully_shard(model, mesh=mesh['data']); with one axis, train without it, on the same batches",

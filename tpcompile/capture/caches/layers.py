@@ -36,7 +36,9 @@ def take_layer(layer: Any) -> tuple[Parts, tuple[str, Facts]]:
     """
     name = type(layer).__name__
     if name not in LAYER_FORMS:
-        raise TpCompileError(f"a cache with a {name} cannot be captured", todo="pass use_cache=False")
+        raise TpCompileError(
+            f"a cache with a {name} cannot be captured", where="past_key_values", todo="pass use_cache=False"
+        )
     parts, facts = LAYER_FORMS[name].take(layer)
     return parts, (name, facts)
 

@@ -57,7 +57,11 @@ def _register(kind: Any) -> None:
 
 def _flatten(cache: Any) -> tuple[list[Parts], _Context]:
     if cache.offloading:
-        raise TpCompileError("a cache that is offloaded cannot be captured", todo="do not offload the cache")
+        raise TpCompileError(
+            "a cache that is offloaded cannot be captured",
+            where="past_key_values",
+            todo="do not offload the cache",
+        )
     taken = [take_layer(layer) for layer in cache.layers]
     return [parts for parts, _ in taken], tuple(context for _, context in taken)
 

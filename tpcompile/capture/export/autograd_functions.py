@@ -87,7 +87,9 @@ def autograd_function(inputs: list[Tensor], sizes: list[int], key: str, elementw
     """A user's function: forward and backward are its own."""
     call = _CALLS.get(key)
     if call is None:
-        raise TpCompileError(f"{key} is gone", todo="keep the model whose graph this is, or shard it again")
+        raise TpCompileError(
+            f"{key} is gone", where="forward", todo="keep the model whose graph this is, or shard it again"
+        )
     return call.run(inputs, sizes)
 
 
@@ -158,6 +160,7 @@ def _find(
     if any(isinstance(leaf, torch.SymFloat | torch.SymBool) for leaf in marked):
         raise CannotCapture(
             f"{name} is given a number that depends on open sizes",
+            where="forward",
             todo="give it a tensor, or capture with dynamic=False",
         )
     device = next((t.device.type for t in tensors), "cpu")

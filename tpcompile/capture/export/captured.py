@@ -167,7 +167,11 @@ class Captured:
         """
         count = self.out_spec.num_leaves
         if len(flat_outputs) < count:
-            raise TpCompileError(f"{len(flat_outputs)} outputs given, the program has {count}")
+            raise TpCompileError(
+                f"{len(flat_outputs)} outputs given, the program has {count}",
+                where="the result of forward",
+                todo="report this program: it is a mistake of tpcompile",
+            )
         at = count
         for state in self.states:
             state.put(bound[state.argument], flat_outputs[at : at + state.count])

@@ -48,6 +48,7 @@ def is_elementwise(run: Run, name: str, inputs: Sequence[Tensor]) -> bool:
         except Exception as error:
             raise CannotCapture(
                 f"the backward of {name} cannot be looked at: {error}",
+                where="forward",
                 todo="write it without branches on tensor values, and with torch's operators only",
             ) from error
         shapes = {tuple(map(_expression, x.shape)) for x in inputs if x.ndim}
@@ -91,6 +92,7 @@ def _record(
         if before != [x._version for x in given]:
             raise CannotCapture(
                 f"the autograd function {name} writes into a tensor that it is given",
+                where="forward",
                 todo="let it make a new one",
             )
     return recorder.events
@@ -107,6 +109,7 @@ class _Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise CannotCapture(
                 f"the autograd function {self.name} draws random numbers ({func}), another on every rank",
+                where="forward",
                 todo="draw them before, and give them to it",
             )
         for x in given:
@@ -114,6 +117,7 @@ class _Recorder(TorchDispatchMode):
             if foreign or isinstance(x, nn.Parameter):
                 raise CannotCapture(
                     f"the autograd function {self.name} uses a tensor that it is not given ({func})",
+                    where="forward",
                     todo="give weights and values as arguments of apply",
                 )
         result = func(*args, **(kwargs or {}))

@@ -156,5 +156,6 @@ def _result(name: str, value: Any, is_state: bool) -> UserResult:
         return UserResult(name or "output", is_traced=False, value=value)
     raise TpCompileError(
         f"the model returns a {type(value).__name__} as {name or 'its result'}, which cannot be taken apart",
+        where="the result of forward",
         todo="return tensors, or register the type with torch.utils._pytree; caches: pass use_cache=False",
     )

@@ -90,7 +90,11 @@ def _keyed_placeholders(
     keyed: dict[tuple[str, str], Node] = {}
     for spec in program.graph_signature.input_specs:
         if spec.kind not in _KINDS:
-            raise TpCompileError(f"the program has an input of kind {spec.kind.name}, which is not supported")
+            raise TpCompileError(
+                f"the program has an input of kind {spec.kind.name}, which is not supported",
+                where="forward",
+                todo="report this program: it is a mistake of tpcompile",
+            )
         kind = _KINDS[spec.kind]
         node = nodes[spec.arg.name]
         name = next(users) if kind == "user" else strip_prefix(str(spec.target))
@@ -121,6 +125,7 @@ def _order_placeholders(
     if missing:
         raise TpCompileError(
             f"the captured program uses tensors that the model does not name: {missing[:3]}",
+            where="forward",
             todo="tensor subclasses as parameters (quantised weights, DTensor) are not supported",
         )
     inputs = [InputSpec(kind, name) for kind, name in order]  # type: ignore[arg-type]
@@ -174,6 +179,7 @@ def _order_outputs(
                     continue
             raise TpCompileError(
                 f"the model's forward changes {name} in place ({spec.kind.name})",
+                where="forward",
                 todo="clone the tensor before changing it",
             )
     traced = iter(user)

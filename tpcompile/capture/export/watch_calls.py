@@ -54,7 +54,9 @@ class _Watch(TorchFunctionMode):
 
 
 def _refuse(what: str, todo: str) -> None:
-    raise CannotCapture(f"the model's forward {what}, which a captured program would not do", todo=todo)
+    raise CannotCapture(
+        f"the model's forward {what}, which a captured program would not do", where="forward", todo=todo
+    )
 
 
 @contextmanager

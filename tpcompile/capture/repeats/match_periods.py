@@ -273,6 +273,7 @@ class _Matcher:
         stack = list((node.meta.get("nn_module_stack") or {}).values()) if node is not None else []
         return TpCompileError(
             f"periods {self.earlier.period} and {self.later.period} of repeated layers differ: {what}",
+            todo="report this program: it is a mistake of tpcompile",
             where=str(stack[-1][0]) if stack else str(node or ""),
         )
 

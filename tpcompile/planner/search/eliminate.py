@@ -64,7 +64,7 @@ def solve(problem: Problem) -> tuple[dict[Hashable, int], float]:
     buckets = _Buckets(problem)
     done = list(buckets.eliminate())
     if not np.isfinite(buckets.constant):
-        raise TpCompileError("no placement satisfies all constraints", todo="remove a pin")
+        raise TpCompileError("no placement satisfies all constraints", where="plan", todo="remove a pin")
     return _read_back(done), buckets.constant
 
 

@@ -86,7 +86,9 @@ def opaque_module(
     """The module as it was before it was divided: the meaning of the operator at global shapes."""
     module = _CAPTURED.get(key)
     if module is None:
-        raise TpCompileError(f"the module of {key!r} is not being captured", todo="report this")
+        raise TpCompileError(
+            f"the module of {key!r} is not being captured", where="custom strategy", todo="report this"
+        )
     names = [name for name, _ in every_name(module)]
     versions = [w._version for w in weights]
     with lent(module, dict(zip(names, weights, strict=True))), _NoRandomness(key):

@@ -52,6 +52,7 @@ class LazyTensor(Tensor):
         if func._schema.is_mutable:
             raise TpCompileError(
                 f"a weight conversion changes a tensor in place ({func})",
+                where="transformers' conversion of weights",
                 todo="write the conversion with operators that return a new tensor",
             )
         rule = _RULES.get(func)
@@ -65,6 +66,7 @@ def _apply(func: Any, args: Any, kwargs: Any) -> Any:
     if _LOOKS & set(func.tags):
         raise TpCompileError(
             f"a weight conversion looks at values ({func})",
+            where="transformers' conversion of weights",
             todo="write the conversion without decisions that depend on weights",
         )
 
