@@ -69,6 +69,9 @@ def _varying(work: Work, node: Node, choice: Choice | None) -> set[int]:
     return {i for i in range(arity) if divided and isinstance(choice.inputs[i], Replicate)}
 
 
+_DIFFERENTIABLE = ("param", "attribute", "user")
+
+
 def differentiable_values(work: Work) -> set[Node]:
     """Values through which a gradient may flow to a parameter or to an input."""
     found: set[Node] = set()
@@ -76,7 +79,7 @@ def differentiable_values(work: Work) -> set[Node]:
         if not is_tensor(node) and node.op != "call_function":
             continue
         if node.op == "placeholder":
-            if _carries_gradient(node) and work.sources[node].spec.kind in ("param", "user"):
+            if _carries_gradient(node) and work.sources[node].spec.kind in _DIFFERENTIABLE:
                 found.add(node)
         elif node.op == "call_function" and node.target is not torch.ops.aten.detach.default:
             if any(i in found for i in node.all_input_nodes) and _carries_gradient(node):

@@ -30,7 +30,6 @@ from .runtime.generation import ShardedGeneration
 from .runtime.guards import Hook, backward_hooks, guard_submodules
 from .runtime.module import ShardedModule
 from .runtime.runtime import Runtime
-from .runtime.settings import Settings
 from .strategies.custom.custom_strategy import split_plan
 from .strategies.hf_plan import hf_plan
 from .strategies.read_rules import Pin, Rules, read_rules
@@ -104,10 +103,11 @@ def parallelize(
     options, example, hooks = together(group, "read the request", lambda: _read(mesh, arguments))
     asked = [*options.lines(), f"compare_calls: {compare_calls}", f"timeout: {seconds}"]
     compare(group, "requests", asked, "make the same request on every rank")
-    signature, original, settings = signature_of(model), type(model), Settings(model)
+    signature, original, lifted = signature_of(model), type(model), model.__dict__.get("forward")
     compiler = Compiler(options, ranks, mesh, axis, seconds)
-    runtime = Runtime(compiler, signature, original, settings, hooks=hooks, compare_calls=compare_calls)
+    runtime = Runtime(compiler, signature, original, lifted=lifted, hooks=hooks, compare_calls=compare_calls)
     failed = runtime.try_first(model, example) if example is not None else None
+    model.__dict__.pop("forward", None)
     model._tp = runtime  # type: ignore[assignment]
     generates = hasattr(original, "generate") and hasattr(original, "_sample")
     model.__class__ = sharded_class(original, ShardedGeneration if generates else ShardedModule)

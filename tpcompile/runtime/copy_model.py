@@ -35,12 +35,18 @@ def copy_model(model: nn.Module, runtime: Runtime, memo: dict[int, Any]) -> nn.M
         caches=dict(runtime.caches),
         composed=set(runtime.composed),
         hooks=list(runtime.hooks),
-        settings=Settings(copied, runtime.settings.number()),
+        settings=Settings(runtime.settings.types),
+        lifted=copied.__dict__.pop("forward", None),
     )
     copied._tp = own  # type: ignore[assignment]
     copied.__class__ = kind
     guard_submodules(copied)
-    own.programs = [bind_program(program, copied, own.compiler.rank) for program in runtime.programs]
+    own.programs = [
+        bind_program(program, copied, own.compiler.rank, own.original_of(copied))
+        for program in runtime.programs
+        if program.reads.hold(runtime.settings.state)
+    ]
+    own.settings.read |= runtime.settings.read
     return copied
 
 
@@ -50,8 +56,14 @@ def _as_original(model: nn.Module, runtime: Runtime) -> Iterator[None]:
     kind: Any = type(model)
     del model.__dict__["_tp"]
     model.__class__ = runtime.original
+    outer = model.__dict__.pop("forward", None)
+    if runtime.lifted is not None:
+        model.__dict__["forward"] = runtime.lifted
     try:
         yield
     finally:
         model.__class__ = kind
         model.__dict__["_tp"] = runtime
+        model.__dict__.pop("forward", None)
+        if outer is not None:
+            model.__dict__["forward"] = outer

@@ -22,13 +22,17 @@ from tpcompile.ir.calls import CallSignature, signature_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.weights.shard import local_weights
 
-from .watched_module import ENTRY, WatchedModule, fix_tables, refuse_old_hooks
+from .settings import LIFTED
+from .watched_module import ENTRY, WatchedModule, fix_tables, lift_forward, refuse_old_hooks
 
 if TYPE_CHECKING:
     from .runtime import Runtime
 
 Hook = tuple[str, str, int]
 """Where a hook on a part is: the part's path, the table of hooks, its key there."""
+
+_INSIDE = "_tp_inside"
+"""The attribute of a module whose replaced forward runs as python."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -55,12 +59,10 @@ class _Guard:
     Attributes:
         entry: itself.
         root: the model that it belongs to.
-        lifted: a forward that was set on the instance, which would come before the class's.
     """
 
     entry: Entry
     root: nn.Module
-    lifted: Any = None
 
 
 class GuardedModule(WatchedModule):
@@ -80,8 +82,12 @@ def guarded_class(original: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        guard: _Guard = self.__dict__[ENTRY]
+        guard: _Guard | None = self.__dict__.get(ENTRY)
+        if guard is None:  # captured, by a forward that was set on the instance and calls what it replaces
+            return original.forward(self, *args, **kwargs)
         runtime: Runtime = guard.root._tp  # type: ignore[assignment]
+        if _INSIDE in self.__dict__:
+            return _replaced(self, guard, runtime)(*args, **kwargs)
         if guard.entry.path in runtime.divided or guard.entry.path in runtime.pieces:
             return runtime.call(guard.root, args, kwargs, guard.entry)
         with local_weights(self):
@@ -94,18 +100,40 @@ def guarded_class(original: type[nn.Module]) -> type[nn.Module]:
 
 def _original(module: nn.Module, guard: _Guard) -> Callable[..., Any]:
     """A guarded module's own forward."""
-    return guard.lifted or functools.partial(guard.entry.original.forward, module)
+    lifted = module.__dict__.get(LIFTED)
+    if lifted is None:
+        return functools.partial(guard.entry.original.forward, module)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        module.__dict__[_INSIDE] = True
+        try:
+            return lifted(*args, **kwargs)
+        finally:
+            del module.__dict__[_INSIDE]
+
+    return run
+
+
+def _replaced(module: nn.Module, guard: _Guard, runtime: Runtime) -> Callable[..., Any]:
+    """What a forward that was set on a part calls as the one that it replaces."""
+    if guard.entry.path in runtime.divided:
+        raise TpCompileError(
+            "this part runs as python, and its replaced forward calls the one before, which needs a program",
+            where=guard.entry.path,
+            todo="replace it before parallelize",
+        )
+    return functools.partial(guard.entry.original.forward, module)
 
 
 def original_call(
-    root: nn.Module, original: type[nn.Module], path: str, signature: CallSignature, bound: dict[str, Any]
+    root: nn.Module, forward: Callable[..., Any], path: str, signature: CallSignature, bound: dict[str, Any]
 ) -> Any:
-    """Runs the python code of a module; its parts run programs of their own."""
+    """Runs the python code of a module (``forward`` is the model's); its parts run programs of their own."""
     args, kwargs = signature.unbind(bound)
     module = root.get_submodule(path)
     with local_weights(module):
         if not path:
-            return original.forward(root, *args, **kwargs)
+            return forward(*args, **kwargs)
         return _original(module, module.__dict__[ENTRY])(*args, **kwargs)
 
 
@@ -117,7 +145,8 @@ def guard_submodules(root: nn.Module) -> None:
         fix_tables(module)
         if path:
             entry = Entry(path, signature_of(module), type(module))
-            module.__dict__[ENTRY] = _Guard(entry, root, module.__dict__.pop("forward", None))
+            module.__dict__[ENTRY] = _Guard(entry, root)
+            lift_forward(module)
             kind: Any = type(module)
             module.__class__ = guarded_class(kind)
 
@@ -159,28 +188,36 @@ def without_guards(root: nn.Module) -> Iterator[None]:
     """Gives submodules their own classes back, so that the model can be captured."""
     guards = [(m, type(m), m.__dict__[ENTRY]) for m in root.modules() if ENTRY in m.__dict__]
     for module, _, guard in guards:
+        lift_forward(module)
         del module.__dict__[ENTRY]
         module.__class__ = guard.entry.original
-        if guard.lifted is not None:
-            module.__dict__["forward"] = guard.lifted
+        if LIFTED in module.__dict__:
+            module.__dict__["forward"] = module.__dict__.pop(LIFTED)
     try:
         yield
     finally:
         for module, kind, guard in guards:
-            module.__dict__.pop("forward", None)
             module.__dict__[ENTRY] = guard
             module.__class__ = kind
+            lift_forward(module)
 
 
 @contextmanager
-def entered(root: nn.Module, path: str) -> Iterator[None]:
+def entered(root: nn.Module, path: str, lifted: Any = None) -> Iterator[None]:
     """Lets a call of the model be a call of one of its submodules, without the hooks of either.
+
+    Args:
+        root: the model. A forward that was set on it after it was sharded is no part of its programs.
+        path: the submodule that is called.
+        lifted: a forward that was set on the model before.
 
     A module's hooks run around the program, where the caller sees them; traced, they would run again inside.
     """
     module = root.get_submodule(path)
     hooks = [(m.__dict__, {name: m.__dict__[name] for name in _HOOKS}) for m in {root, module}]
-    own_class = type(root)
+    own_class, outer = type(root), root.__dict__.pop("forward", None)
+    if lifted is not None and not path:
+        root.__dict__["forward"] = lifted
     for own, tables in hooks:
         own.update({name: OrderedDict() for name in tables})
     if path:
@@ -189,6 +226,9 @@ def entered(root: nn.Module, path: str) -> Iterator[None]:
         yield
     finally:
         root.__class__ = own_class
+        root.__dict__.pop("forward", None)
+        if outer is not None:
+            root.__dict__["forward"] = outer
         for own, tables in hooks:
             own.update(tables)
 

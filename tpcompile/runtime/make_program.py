@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -23,10 +23,17 @@ from tpcompile.work import Source, Work
 
 from .fetch_inputs import Feed
 from .program import Program, autocast_of
+from .settings import Reads, Settings
 
 
 def make_program(
-    model: nn.Module, compiled: Compiled, bound: dict[str, Any], path: str, rank: int, settings: int
+    model: nn.Module,
+    compiled: Compiled,
+    bound: dict[str, Any],
+    path: str,
+    rank: int,
+    settings: Settings,
+    original: Callable[[str], type[nn.Module]],
 ) -> Program:
     """The program of a rank.
 
@@ -36,7 +43,8 @@ def make_program(
         bound: the call.
         path: the submodule that is called, "" for the model itself.
         rank: this rank.
-        settings: the number of the model's present settings.
+        settings: the model's.
+        original: gives the original class of a module, by its path.
     """
     leaves = [int(x) if isinstance(x, OpenNumber) else x for x in flatten_call(bound)[0]]
     captured = local_extents(compiled, rank)
@@ -58,7 +66,10 @@ def make_program(
         entry=path,
         numbers=_numbers(leaves, captured),
         outlined=outlined,
-        settings=settings,
+        types=settings.types,
+        state=settings.state,
+        reads=Reads(model, compiled.planned.captured, original),
+        root=model,
         differentiable=compiled.differentiable,
     )
 
@@ -71,13 +82,16 @@ def _numbers(leaves: Sequence[Any], captured: Captured) -> frozenset[int]:
     )
 
 
-def bind_program(program: Program, model: nn.Module, rank: int) -> Program:
+def bind_program(
+    program: Program, model: nn.Module, rank: int, original: Callable[[str], type[nn.Module]]
+) -> Program:
     """The same program over the weights of another model, a copy of its own one.
 
     Args:
         program: a rank's program.
         model: the copy.
         rank: the rank.
+        original: gives the original class of a module, by its path.
     """
     compiled, outlined = program.compiled, program.outlined
     if outlined is not None:
@@ -88,6 +102,8 @@ def bind_program(program: Program, model: nn.Module, rank: int) -> Program:
         mutated=_mutated(model, compiled),
         outlined=outlined,
         steps={},
+        reads=Reads(model, compiled.planned.captured, original),
+        root=model,
     )
 
 
@@ -113,6 +129,9 @@ def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: i
         name = source.spec.name
         if source.spec.kind == "user":
             return leaves[name]
+        if source.spec.kind == "attribute":
+            path, _, attribute = name.rpartition(".")
+            return Feed(model.get_submodule(path), attribute)
         if source.spec.kind == "constant":
             return Feed(None, name, work.captured.constants[name])
         if source.order < 0:

@@ -7,17 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.size_check import Check
 from tpcompile.compile_program import Compiled
+from tpcompile.errors import TpCompileError
 from tpcompile.planner.plan import Plan
 
 from .compile_step import Step, compile_step, mark_open_sizes
 from .fetch_inputs import Feed, make_fetch
+from .settings import Reads
 
 
 @dataclass
@@ -41,7 +43,10 @@ class Program:
         outlined: the graph with repeated layers as calls of a submodule, for ``torch.compile``, and where its
             inputs come from; None if no layers repeat often enough.
         steps: its compiled steps, by torch.compile's options.
-        settings: the number of the model's settings that it was captured under.
+        types: the number of the weights' types that it was captured for.
+        reads: what its trace has read.
+        state: a number for the attributes that had been read before.
+        root: the model.
         differentiable: whether gradients through it come out right.
         seen: whether ranks have compared the arguments of a call of it.
     """
@@ -57,11 +62,14 @@ class Program:
     feeds: tuple[Feed | int, ...]
     mutated: tuple[Feed, ...]
     check: Check
+    types: int
+    state: int
+    reads: Reads
+    root: nn.Module
     entry: str = ""
     numbers: frozenset[int] = frozenset()
     outlined: tuple[GraphModule, tuple[Feed | int, ...]] | None = None
     steps: dict[str, Step] = field(default_factory=dict)
-    settings: int = 0
     differentiable: bool = True
     seen: bool = False
 
@@ -78,6 +86,13 @@ class Program:
         self.graph_compiled, feeds = self.outlined or (self.graph_module, self.feeds)
         self.fetch_compiled = make_fetch(feeds, bound=bound)
         self.fetch_mutated = make_fetch(self.mutated, bound=bound)
+
+    @property
+    def counted(self) -> str:
+        """What its python changes at a call and depends on, perhaps without an end; ``""``: nothing."""
+        captured = self.captured
+        found = (w.name for w in captured.writes if w.may_differ and w.is_read(captured.reads))
+        return next(found, "")
 
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
         """Whether a call is one of this program's, by its structure apart; dynamo can trace it."""
@@ -121,12 +136,23 @@ class Program:
         leaves = with_counts(leaves, self.numbers)
         given = [x.contiguous() if isinstance(x, Tensor) else None for x in leaves]
         if options is None or torch.compiler.is_compiling():
-            return self.captured.unflatten(self.step(given), bound)
+            return self._rebuild(self.step(given), bound)
         key = repr(sorted(options.items()))
         if key not in self.steps:
             mark_open_sizes(self.captured, given)
             self.steps[key] = compile_step(self.step, f"step_{id(self)}", options)
-        return self.captured.unflatten(self.steps[key](given), bound)
+        return self._rebuild(self.steps[key](given), bound)
+
+    def _rebuild(self, flat: Sequence[Any], bound: Mapping[str, Any]) -> Any:
+        """The model's result; what its python leaves behind is left behind."""
+        for write in self.captured.writes:
+            if torch.compiler.is_dynamo_compiling() and write.is_read(self.captured.reads):
+                raise TpCompileError(
+                    f"forward changes {write.name}, which it reads: compiled code would not notice",
+                    todo="use parallelize(compile=True) instead of torch.compile around the model",
+                )
+            write.write(self.root, flat)
+        return self.captured.unflatten(flat, bound)
 
     def step(self, given: Sequence[Any]) -> Sequence[Any]:
         """Runs this rank's graph on the tensors of a call; the flat results."""

@@ -53,6 +53,7 @@ def forget_values(programs: list[Program], bound: dict[str, Any]) -> str | None:
         return None
     programs[1:] = [p for p in programs[1:] if _kind(p) != kind or _values(p) != values[0]]
     names = leaf_names(bound)
+    names.append("attributes that forward reads")
     differ = [names[i] for i, each in enumerate(zip(*values, strict=True)) if len(set(each)) > 1]
     return (
         f"{', '.join(differ)} had more than {MOST_VALUES} values. Each of them is a program of its own, "
@@ -63,9 +64,10 @@ def forget_values(programs: list[Program], bound: dict[str, Any]) -> str | None:
 
 def _kind(program: Program) -> Any:
     forms = tuple((x.dtype, x.ndim) if isinstance(x, Tensor) else type(x) for x in program.example)
-    same = (program.entry, program.names, program.training, program.autocast, program.settings)
+    same = (program.entry, program.names, program.training, program.autocast, program.types)
     return (*same, program.numbers, forms, repr(program.captured.in_spec))
 
 
 def _values(program: Program) -> tuple[Any, ...]:
-    return tuple(None if isinstance(x, Tensor) else x for x in program.example)
+    """The python values of a program's call, and a number for those of the model."""
+    return (*(None if isinstance(x, Tensor) else x for x in program.example), program.state)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +46,9 @@ from .make_program import hand_out, make_program
 from .program import Program, autocast_of, device_of
 from .python_values import forget_values, open_numbers
 from .settings import Settings
+from .watched_module import ENTRY
+
+_MOST_STATES = 4
 
 
 @dataclass
@@ -63,6 +67,7 @@ class Runtime:
         pieces: the paths of modules that get programs under them although nothing of them is divided yet.
         compile_options: torch.compile's for every program, or None to run them as they are.
         compare_calls: compare every call over the ranks, not only a program's first one.
+        lifted: a forward that was set on the model before it was sharded.
         hooks: hooks on submodules that no program has in it.
         custom: the modules of custom strategies.
         foreign: whether another library (FSDP) has made something else of the parameters.
@@ -73,7 +78,7 @@ class Runtime:
     compiler: Compiler
     signature: CallSignature
     original: type[nn.Module]
-    settings: Settings
+    settings: Settings = field(default_factory=Settings)
     layout: WeightLayout | None = None
     programs: list[Program] = field(default_factory=list)
     caches: dict[str, Held] = field(default_factory=dict)
@@ -82,6 +87,7 @@ class Runtime:
     pieces: frozenset[str] = frozenset()
     compile_options: dict[str, Any] | None = None
     compare_calls: bool = False
+    lifted: Any = None
     hooks: list[Hook] = field(default_factory=list)
     steering: tuple[Any, Sequence[Any]] = (None, ())
     running: int = 0
@@ -164,10 +170,10 @@ class Runtime:
         self, names: tuple[str, ...], leaves: Sequence[Any], spec: TreeSpec, training: bool, path: str = ""
     ) -> Program | None:
         """The program of a call, of the model or of the submodule at ``path``, if it was captured."""
-        settings = self.settings.number()
         for program in self.programs:
-            if program.entry == path and program.settings == settings:
-                if program.fits(names, leaves, training) and program.captured.in_spec == spec:
+            if program.entry == path and program.types == self.settings.types:
+                fits = program.fits(names, leaves, training) and program.captured.in_spec == spec
+                if fits and program.reads.hold(self.settings.state):
                     return program
         return None
 
@@ -175,7 +181,8 @@ class Runtime:
         """Runs the python code of a module; what its parts do to themselves changes no settings."""
         self.running += 1
         try:
-            return original_call(model, self.original, path, (entry or self).signature, bound)
+            forward = self.lifted or functools.partial(self.original.forward, model)
+            return original_call(model, forward, path, (entry or self).signature, bound)
         finally:
             self.running -= 1
 
@@ -260,6 +267,7 @@ class Runtime:
             self._refuse_new_shapes(bound, path)
         else:
             bound = open_numbers(self.programs, bound, path)
+        self._refuse_counting(tuple(bound), path)
         if self.layout is None:
             tensors = {name: local_tensor(t) for name, t in whole_tensors(model).items()}
             compare_weights(self.compiler.group, tensors)
@@ -269,7 +277,7 @@ class Runtime:
             unsharded(model, self.original),
             without_guards(model),
             without_hooks(model, self.hooks),
-            entered(model, path),
+            entered(model, path, self.lifted),
             saved_tensors_hooks(_itself, _itself),  # activation checkpointing would count what is traced
         ):
             compiled = self.compiler.compile(
@@ -280,10 +288,12 @@ class Runtime:
             self.layout = self._divide(model, compiled)
         self.divided = divided_paths(model, self.layout)
         self._note_composed(model)
-        settings = self.settings.number()
-        program = make_program(model, compiled, bound, path, self.compiler.rank, settings)
+        program = make_program(
+            model, compiled, bound, path, self.compiler.rank, self.settings, self.original_of(model)
+        )
         if self.foreign:
             program.bind(False)
+        self.settings.read |= program.captured.reads
         self.programs.append(program)
         if (note := forget_values(self.programs, bound)) and self.compiler.rank == 0:
             warnings.warn(note, stacklevel=2)
@@ -325,6 +335,16 @@ class Runtime:
             self.foreign = foreign
             for program in self.programs:
                 program.bind(not foreign)
+
+    def original_of(self, model: nn.Module) -> Callable[[str], type[nn.Module]]:
+        """What gives the original class of a module of the model, by its path."""
+
+        def original(path: str) -> type[nn.Module]:
+            module = model.get_submodule(path)
+            guard = module.__dict__.get(ENTRY)
+            return guard.entry.original if guard is not None else self.original if not path else type(module)
+
+        return original
 
     def try_first(
         self, model: nn.Module, bound: dict[str, Any], *, optional: bool = False
@@ -389,6 +409,17 @@ class Runtime:
             if name in params and params[name].dtype != tensor.dtype:
                 params[name] = replace(params[name], dtype=tensor.dtype)
         self.layout = replace(self.layout, params=params)
+
+    def _refuse_counting(self, names: tuple[str, ...], path: str) -> None:
+        """Refuses a call that leaves another python state each time, so that each wants its own program."""
+        found = [p.counted for p in self.programs if (p.entry, p.names) == (path, names) and p.counted]
+        if len(found) >= _MOST_STATES:
+            raise TpCompileError(
+                f"forward changes {found[-1]} at every call, and depends on it: {len(found)} of its values "
+                "have programs already",
+                where=path or self.original.__name__,
+                todo="let it be a buffer, a tensor that forward changes in place; or keep it out of forward",
+            )
 
     def _refuse_new_shapes(self, bound: dict[str, Any], path: str) -> None:
         leaves, _ = flatten_call(bound)

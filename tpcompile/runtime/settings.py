@@ -1,36 +1,41 @@
-"""What a program depends on beyond its call: attributes of modules, configurations, the types of weights.
+"""What selects a program beyond its call: all that python has read while it was captured, and weights' types.
 
-All of it is baked into a captured graph. When it changes, the program no longer is what the model's python
-code says, and another one is captured; when it changes back, the first one serves again.
+A trace of the model's python has baked in what it has read. So a program serves as long as all of that is as
+it was: attributes of modules, whatever their names, with the containers and objects in them, and what their
+classes say. When something changes, another program is captured; when it changes back, the first one serves.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tpcompile.capture.export.configurations import configurations
+from tpcompile.capture.export.captured import Captured
+from tpcompile.capture.export.outer_state import outer_places
+from tpcompile.capture.export.python_state import MISSING, PLAIN, Shot, content, same, shot
 
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-_NO_SETTINGS = frozenset({"forward", "generate", "generation_config"})
-_MISSING = object()
+LIFTED = "_tp_forward"
+"""The attribute under which a guarded module keeps a forward that was set on the instance."""
 
 
 class Settings:
-    """The present state of a model's settings, as one number; equal states have equal numbers.
+    """What the modules of a sharded model report.
 
-    Args:
-        model: the model. Its configurations are looked at; changes of attributes are to be reported.
-        state: the number to begin with.
+    Attributes:
+        types: a number for the types of all weights; equal types have equal numbers.
+        state: the same for attributes that programs have read. Compiled code is guarded by it, instead of by
+            hundreds of values.
+        read: the paths and names of these attributes.
     """
 
-    def __init__(self, model: nn.Module, state: int = 0) -> None:
-        self.state = state
+    def __init__(self, types: int = 0) -> None:
+        self.types = types
+        self.state = 0
+        self.read: set[tuple[str, str]] = set()
         self._objects: list[Any] = []  # kept alive, so that no other object gets its id
-        self._configs = [(config, _plain_values(config)) for config in configurations(model)]
 
     def report(self, path: str, name: str, old: Any, new: Any) -> None:
         """Notes that an attribute of the module at ``path`` has changed.
@@ -38,46 +43,98 @@ class Settings:
         The number is a sum (exclusive or) of what all attributes contribute, so that it costs the same for
         any number of them.
         """
-        if old is not new:
+        if (path, name) in self.read and old is not new:
             self.state ^= hash((path, name, self._token(old))) ^ hash((path, name, self._token(new)))
 
-    def number(self) -> int:
-        """The number of the present state."""
-        if not torch.compiler.is_dynamo_compiling():  # whatever is read there is guarded: hundreds of values
-            self._look_at_configs()
-        return self.state
-
-    def _look_at_configs(self) -> None:
-        """Notes changes of configurations, which nobody reports."""
-        for at, (config, seen) in enumerate(self._configs):
-            values = vars(config)
-            if any(values.get(k, _MISSING) is not v and values.get(k) != v for k, v in seen.items()):
-                now = _plain_values(config)
-                for key in sorted(seen.keys() | now.keys()):
-                    old, new = (repr(each.get(key, _MISSING)) for each in (seen, now))
-                    self.report(f"config {at}", key, old, new if new != old else old)
-                self._configs[at] = (config, now)
+    def report_types(self, path: str, old: Any, new: Any) -> None:
+        """Notes that the weights of the module at ``path`` have other types."""
+        self.types ^= hash((path, old)) ^ hash((path, new))
 
     def _token(self, value: Any) -> Any:
-        if isinstance(value, _PLAIN):
+        if isinstance(value, PLAIN) and value.__hash__ is not None:
             return type(value).__name__, value  # the type because 1 == 1.0 == True
-        if isinstance(value, tuple | list):
-            return type(value).__name__, *map(self._token, value)
         self._objects.append(value)
         return id(value)
 
 
-def is_setting(name: str, old: Any, new: Any) -> bool:
-    """Whether code may have been captured under an attribute's old value."""
-    if name.startswith("_") or name in _NO_SETTINGS:
-        return False
-    return not isinstance(old, torch.Tensor | nn.Module) and not isinstance(new, torch.Tensor | nn.Module)
+class Reads:
+    """What the trace of a program has read of a model's modules, and whether it is as it was.
+
+    Args:
+        model: the model, in the state in which the program was captured.
+        captured: the program.
+        original: gives the original class of a module, by its path.
+    """
+
+    def __init__(
+        self, model: nn.Module, captured: Captured, original: Callable[[str], type[nn.Module]]
+    ) -> None:
+        fed = {spec.name for spec in captured.inputs if spec.kind == "attribute"}
+        self._plain: list[tuple[dict[str, Any], str, Any]] = []
+        self._deep: list[tuple[dict[str, Any], str, Shot]] = []
+        self._shots: dict[int, tuple[Any, Shot]] = {}
+        classes: dict[tuple[type, str], Any] = {}
+        for path, name in sorted(captured.reads):
+            module = model.get_submodule(path)
+            own: dict[str, Any] = module.__dict__
+            if any(name in own[table] for table in ("_parameters", "_buffers", "_modules")):
+                continue
+            if name == "forward" and path:
+                self._plain.append((own, LIFTED, own.get(LIFTED, MISSING)))
+            if name != "forward" or path:
+                self._note(own, name, f"{path}.{name}".lstrip(".") in fed)
+            kind = original(path)
+            if name not in own and _is_models(kind, name):
+                classes[kind, name] = getattr(kind, name)
+        self._classes = [(kind, name, value) for (kind, name), value in classes.items()]
+        kinds = {path: original(path) for path, _ in model.named_modules()}
+        self._outer = [(place, shot(place.look())) for place in outer_places(model, kinds)]
+
+    def _note(self, own: dict[str, Any], name: str, fed: bool) -> None:
+        value = own.get(name, MISSING)
+        if isinstance(value, Tensor) or content(value) is not None:
+            if id(value) not in self._shots:
+                self._shots[id(value)] = value, _form(value) if fed else shot(value)
+            self._deep.append((own, name, self._shots[id(value)][1]))
+        else:
+            self._plain.append((own, name, value))
+
+    def hold(self, state: int) -> bool:
+        """Whether all is as it was; while dynamo traces, it is found out once for each ``Settings.state``."""
+        return self._hold_now(state) if torch.compiler.is_dynamo_compiling() else self._hold()
+
+    @torch._dynamo.assume_constant_result
+    def _hold_now(self, state: int) -> bool:
+        return self._hold()
+
+    def _hold(self) -> bool:
+        for table, name, value in self._plain:
+            now = table.get(name, MISSING)
+            if now is not value and not same(now, value):
+                return False
+        looked: set[tuple[int, int]] = set()  # a configuration is an attribute of many modules
+        for table, name, unchanged in self._deep:
+            now = table.get(name, MISSING)
+            if (id(now), id(unchanged)) not in looked:
+                looked.add((id(now), id(unchanged)))
+                if not unchanged(now):
+                    return False
+        if not all(getattr(kind, name, MISSING) == value for kind, name, value in self._classes):
+            return False
+        return all(unchanged(place.look()) for place, unchanged in self._outer)
 
 
-def _plain_values(config: Any) -> dict[str, Any]:
-    """A configuration's values that can be compared, containers copied."""
-    return {
-        key: copy.deepcopy(value) if isinstance(value, dict | list) else value
-        for key, value in vars(config).items()
-        if isinstance(value, (*_PLAIN, dict, list, tuple))
-    }
+def _is_models(kind: type, name: str) -> bool:
+    """Whether a class's attribute is the model's own code or data, or any forward."""
+    owner = next((c for c in kind.__mro__ if name in c.__dict__), None)
+    return owner is not None and (name == "forward" or owner.__module__.partition(".")[0] != "torch")
+
+
+def _form(tensor: Tensor) -> Shot:
+    """For a tensor whose value a program fetches anew: its form is all that was baked in."""
+
+    def form(t: Tensor) -> tuple[Any, ...]:
+        return type(t), t.shape, t.dtype, t.device, t.requires_grad
+
+    expected = form(tensor)
+    return lambda now: isinstance(now, Tensor) and form(now) == expected

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tpcompile.capture.export.python_state import MISSING
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.check import check_arguments
 from tpcompile.ranks.agree import compare, together
 from tpcompile.weights.load_state import check_state, own_parts, state_lines
 from tpcompile.weights.sharded_parameter import ShardedParameter
 
-from .settings import is_setting
+from .settings import LIFTED
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -87,16 +88,25 @@ class WatchedModule(nn.Module):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = self.__dict__
-        if self._place() is not None:
+        own, place = self.__dict__, self._place()
+        if place is not None:
             if isinstance(value, nn.Module) and value is not self._modules.get(name):
                 self._refuse_change(name)
             if any(name in own[table] for table in _TABLES):
                 self._set_weight(name, value)
                 return
-            if name in own and is_setting(name, own[name], value):
-                self._report(name, own[name], value)
+            if name == "forward" and place[1]:
+                self._replace_forward(value)
+                return
+            self._report(name, own.get(name, MISSING), value)
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "forward" and LIFTED in self.__dict__:
+            self._replace_forward(MISSING)
+            return
+        self._report(name, self.__dict__.get(name, MISSING), MISSING)
+        super().__delattr__(name)
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """As in ``nn.Module``; all calls that lead to the hook run as python from here on."""
@@ -152,9 +162,10 @@ class WatchedModule(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before, leaves = _types(self), _leaves(self)
         result = super()._apply(fn, recurse)
-        self._report("types of weights", before, _types(self))
-        if (place := self._place()) is not None and leaves != _leaves(self):
-            place[0].rebind()
+        if (place := self._place()) is not None:
+            place[0].settings.report_types(place[1], before, _types(self))
+            if leaves != _leaves(self):
+                place[0].rebind()
         return result
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -179,6 +190,16 @@ class WatchedModule(nn.Module):
         place = self._place()
         if place is not None and not place[0].running:
             place[0].settings.report(place[1], name, old, new)
+
+    def _replace_forward(self, value: Any) -> None:
+        """Has a part run another forward; the next call captures it."""
+        own = self.__dict__
+        self._report("forward", own.get(LIFTED, MISSING), value)
+        if value is MISSING or getattr(value, "__func__", None) is type(self).forward:
+            own.pop(LIFTED, None)
+            return
+        own["forward"] = value
+        lift_forward(self)
 
     def _note_hook(self, table: str, handle: Any) -> Any:
         place = self._place()
@@ -249,6 +270,24 @@ def _layout(tensor: Tensor) -> str:
 def _leaves(module: nn.Module) -> list[int]:
     """The identities of what programs read of a module's own parameters."""
     return [id(getattr(t, "_local_tensor", t)) for t in module._parameters.values()]
+
+
+def lift_forward(module: nn.Module) -> None:
+    """Takes a forward that was set on the instance out of the way of the class's, which runs programs.
+
+    Raises:
+        TpCompileError: there is one already; whether the new one is to call it, nobody knows.
+    """
+    own = module.__dict__
+    if "forward" in own:
+        forward = own.pop("forward")
+        if LIFTED in own:
+            raise TpCompileError(
+                "the forward of a part of a sharded model is replaced again",
+                where=type(module).__name__,
+                todo="replace it once, or before parallelize",
+            )
+        own[LIFTED] = forward
 
 
 def refuse_old_hooks(where: str) -> NoReturn:

@@ -150,14 +150,14 @@ def _export(
     )
     flat = FlatModel(model, leaves, structure, attempt)
     with lend_fake_weights(model, device), _quiet(), no_fused_encoder(), kept_functions() as functions:
-        with watched_calls():
+        with watched_calls() as peeked:
             exported = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
         _inline(exported)
         program = decompose(exported)
         guards = read_guards(exported)  # with those of what was taken apart
     taken = flat.seen.taken
     assert taken is not None
-    gm, inputs, outputs, constants = flatten_program(program, model, names, leaves, flat.seen.results)
+    gm, inputs, outputs, constants = flatten_program(program, model, names, leaves, flat.seen.results, peeked)
     return Captured(
         gm,
         tuple(inputs),
@@ -170,6 +170,8 @@ def _export(
         states=taken.states,
         notes=_say_lost(flat.seen.lost),
         functions=functions,
+        reads=frozenset(flat.seen.reads),
+        writes=tuple(flat.seen.writes),
     )
 
 

@@ -16,9 +16,10 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ranks.describe import describe_value
 
 from .autograd_functions import FunctionCall
+from .state_writes import StateWrite
 
-InputKind = Literal["param", "buffer", "constant", "user"]
-OutputKind = Literal["user", "state", "buffer_mutation"]
+InputKind = Literal["param", "buffer", "constant", "attribute", "user"]
+OutputKind = Literal["user", "state", "attribute", "buffer_mutation"]
 Extent = int | str
 """The size of one dimension: a number, or an expression over the program's symbols such as ``s3 + 1``."""
 
@@ -29,7 +30,8 @@ class InputSpec:
 
     Attributes:
         kind: where its value comes from.
-        name: original fully qualified name (param, buffer), a made-up name (constant), or the
+        name: original fully qualified name (param, buffer, a tensor that is a plain attribute of a module
+            and is fetched anew for every call), a made-up name (constant), or the
             pytree key path of the argument, such as ``input_ids`` or ``inputs[0]`` (user).
         value: the python value that was baked into the graph, for a user input that is no tensor.
         extents: the sizes that a user tensor must have; None if the input is no tensor.
@@ -46,8 +48,8 @@ class OutputSpec:
     """One element of the graph's flat output tuple.
 
     Attributes:
-        kind: a result for the user, the state that the call leaves in a cache that it was given, or the new
-            value of a mutated buffer.
+        kind: a result for the user, the state that the call leaves in a cache that it was given, what it
+            leaves in an attribute, or the new value of a mutated buffer.
         name: the mutated buffer's fully qualified name, or the pytree key path of the result, or of the
             cache's tensor in the arguments.
         value: the python value, for a result that is no tensor (its graph output is that constant), or a
@@ -81,6 +83,8 @@ class Captured:
         guards: python expressions over the symbols that must hold, beyond ``ranges``.
         states: how the state outputs belong to the caches that the call was given.
         notes: what the user should know about this capture, such as dimensions that had to stay fixed.
+        reads: the attributes of modules that python has read: path and name.
+        writes: what the call leaves in python state; its tensors are the results of kind "attribute".
         functions: the user's autograd functions that the graph calls, by their keys there.
     """
 
@@ -94,6 +98,8 @@ class Captured:
     guards: tuple[str, ...] = ()
     states: tuple[CacheState, ...] = ()
     notes: tuple[str, ...] = ()
+    reads: frozenset[tuple[str, str]] = frozenset()
+    writes: tuple[StateWrite, ...] = ()
     functions: dict[str, FunctionCall] = field(default_factory=dict)
 
     @property

@@ -12,9 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tpcompile.ir.module_tensors import replace_tensors, whole_tensors
 
-from .configurations import configurations
-
-_COPIED = (dict, list, set)
+from .python_state import PythonState
 
 
 def capture_device(model: nn.Module, leaves: list[Any]) -> torch.device:
@@ -65,40 +63,13 @@ def no_fused_encoder() -> Iterator[None]:
 
 @contextmanager
 def restore_after(model: nn.Module) -> Iterator[None]:
-    """Put every attribute of modules and configurations back after the block, however it ends.
+    """Put the model's python state back after the block, however it ends.
 
     Tracing runs the model's python code, which may store traced (fake) tensors or symbolic sizes in
-    attributes, lists or dicts; a model left like that is broken. And not every rank traces: what one finds
-    out while it does (``config.problem_type``, from labels) the others would not know.
+    attributes, lists or dicts; a model left like that is broken.
     """
-    saved = [(each, _snapshot(each.__dict__)) for each in (*model.modules(), *configurations(model))]
+    state = PythonState(model)
     try:
         yield
     finally:
-        for each, (attributes, containers) in saved:
-            for key in [key for key in each.__dict__ if key not in attributes]:
-                del each.__dict__[key]
-            for key, value in attributes.items():
-                if each.__dict__.get(key) is not value or key not in each.__dict__:
-                    each.__dict__[key] = value
-            for value, copy in containers:
-                _refill(value, copy)
-
-
-def _snapshot(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
-    containers = [(value, value.copy()) for value in attributes.values() if isinstance(value, _COPIED)]
-    return dict(attributes), containers
-
-
-def _refill(container: Any, copy: Any) -> None:
-    same = len(container) == len(copy) and all(
-        a is b for a, b in zip(_items(container), _items(copy), strict=True)
-    )
-    if same:
-        return
-    container.clear()
-    container.extend(copy) if isinstance(container, list) else container.update(copy)
-
-
-def _items(container: Any) -> list[Any]:
-    return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
+        state.restore()

@@ -14,8 +14,13 @@ from tpcompile.capture.caches.call_results import GivenCache, Results, take_resu
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import call_model
 
+from .captured import OutputKind
 from .dynamic_dims import Attempt, Place
 from .flatten_program import PREFIX, UserResult
+from .outer_state import unchanged_outside
+from .python_state import PythonState, recorded_reads
+from .state_writes import TRACED, StateWrite, collect_writes
+from .switch_experts import install_output_hooks
 
 PYTHON_VALUES = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 
@@ -27,6 +32,8 @@ class _Seen:
     results: list[UserResult] = field(default_factory=list)
     taken: Results | None = None
     lost: list[str] = field(default_factory=list)
+    reads: set[tuple[str, str]] = field(default_factory=set)
+    writes: list[StateWrite] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,16 +81,23 @@ class FlatModel(nn.Module):
             for name, old in module._buffers.items()
             if old is not None
         ]
-        taken = take_results(call, call_model(model, call))
+        install_output_hooks(model)
+        state = PythonState(model)
+        with unchanged_outside(model), recorded_reads(model) as self.seen.reads:
+            taken = take_results(call, call_model(model, call))
         self.seen.lost = [buffer.path for buffer in before if buffer.has_other_form()]
         taken.values[:] = _write_assigned(before, taken.values)
         returned = taken.out_spec.num_leaves
+        self.seen.writes, left = collect_writes(state, len(taken.values))
+        state.restore()
         results = [
-            _result(name, value, i >= returned)
+            _result(name, value, "user" if i < returned else "state")
             for i, (name, value) in enumerate(zip(taken.names, taken.values, strict=True))
         ]
+        results += [_result(name, value, "attribute") for name, value in left]
+        values = [*taken.values, *(value for _, value in left)]
         self.seen.results, self.seen.taken = results, taken
-        return tuple(v for v, r in zip(taken.values, results, strict=True) if r.is_traced)
+        return tuple(v for v, r in zip(values, results, strict=True) if r.is_traced)
 
     def _tie(self, flat: Sequence[Any]) -> None:
         """Compare sizes that belong together: the comparison makes the tracer take them for one symbol."""
@@ -149,9 +163,9 @@ def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(torch._C._is_alias_of(one, other))  # type: ignore[attr-defined]
 
 
-def _result(name: str, value: Any, is_state: bool) -> UserResult:
-    if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return UserResult(name or "output", is_traced=True, is_state=is_state)
+def _result(name: str, value: Any, kind: OutputKind) -> UserResult:
+    if isinstance(value, TRACED):
+        return UserResult(name or "output", is_traced=True, kind=kind)
     if isinstance(value, (*PYTHON_VALUES, GivenCache)):
         return UserResult(name or "output", is_traced=False, value=value)
     raise TpCompileError(

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import OutputKind as Export
 from torch.fx import Graph, GraphModule, Node
 
 from tpcompile.capture.caches.call_results import GivenCache
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import CannotCapture, TpCompileError
 from tpcompile.ir.module_tensors import first_names
 
-from .captured import InputSpec, OutputSpec
+from .captured import InputSpec, OutputKind, OutputSpec
 from .read_guards import to_python
 
 PREFIX = "model"
@@ -46,7 +48,7 @@ class UserResult:
     name: str
     is_traced: bool
     value: Any = None
-    is_state: bool = False
+    kind: OutputKind = "user"
 
 
 def strip_prefix(name: str) -> str:
@@ -60,6 +62,7 @@ def flatten_program(
     leaf_names: Sequence[str],
     leaves: Sequence[Any],
     results: Sequence[UserResult],
+    peeked: Mapping[int, torch.Tensor],
 ) -> tuple[GraphModule, list[InputSpec], list[OutputSpec], dict[str, torch.Tensor]]:
     """Return the graph with placeholders and outputs in ``Captured``'s order, their specs, and constants."""
     graph = program.graph_module.graph
@@ -77,7 +80,8 @@ def flatten_program(
         for spec, node in zip(inputs, graph.find_nodes(op="placeholder"), strict=True)
         if spec.kind == "constant"
     }
-    return gm, inputs, outputs, constants
+    inputs = [_attribute(spec, model, constants, peeked) for spec in inputs]
+    return gm, inputs, outputs, {name: value.detach() for name, value in constants.items()}
 
 
 def _keyed_placeholders(
@@ -159,20 +163,20 @@ def _order_outputs(
     results: Sequence[UserResult],
     traced_names: Sequence[str],
 ) -> list[OutputSpec]:
-    states = {result.name for result in results if result.is_state}
+    states = {result.name for result in results if result.kind == "state"}
     written, canonical = set(), first_names(model)
     output = graph.output_node()
     user: list[Any] = []
     mutations: list[tuple[OutputSpec, Any]] = []
     for spec, value in zip(program.graph_signature.output_specs, output.args[0], strict=True):  # type: ignore[arg-type]
-        if spec.kind is OutputKind.USER_OUTPUT:
+        if spec.kind is Export.USER_OUTPUT:
             user.append(value)
-        elif spec.kind is OutputKind.BUFFER_MUTATION:
+        elif spec.kind is Export.BUFFER_MUTATION:
             name = strip_prefix(str(spec.target))
             mutations.append((OutputSpec("buffer_mutation", canonical.get(name, name)), value))
         else:
             name = strip_prefix(str(spec.target))
-            if spec.kind is OutputKind.USER_INPUT_MUTATION:
+            if spec.kind is Export.USER_INPUT_MUTATION:
                 name = traced_names[list(program.graph_signature.user_inputs).index(str(spec.target))]
                 if name in states:  # which is a result by itself
                     written.add(name)
@@ -185,9 +189,12 @@ def _order_outputs(
     traced = iter(user)
     flat = [next(traced) if result.is_traced else _constant_result(result.value) for result in results]
     specs = [
-        OutputSpec("state", r.name, in_place=r.name in written)
-        if r.is_state
-        else OutputSpec("user", r.name, None if r.is_traced else r.value)
+        OutputSpec(
+            r.kind,
+            r.name,
+            None if r.is_traced else r.value,
+            in_place=r.kind == "state" and r.name in written,
+        )
         for r in results
     ]
     output.args = ((*flat, *(value for _, value in mutations)),)
@@ -222,11 +229,35 @@ def _rename_stack(node: Node) -> None:
 
 
 def _constant(program: ExportedProgram, name: str, node: Node) -> torch.Tensor:
+    """The value of a tensor that is neither a parameter, nor a buffer, nor given.
+
+    Raises:
+        CannotCapture: it has none, or not that of the tensor that the model's python sees.
+    """
     value = program.constants.get(f"{PREFIX}.{name}", program.constants.get(name))
-    if not isinstance(value, torch.Tensor) or value.device.type == "meta":
-        raise TpCompileError(
-            f"the tensor {name} is baked into the program, but it has no value on the meta device",
+    if not isinstance(value, torch.Tensor) or value.device.type == "meta" or isinstance(value, FakeTensor):
+        raise CannotCapture(
+            f"the tensor {name} is baked into the program, but it has no value",
             where=str(node.meta.get("stack_trace", "")).strip(),
             todo="register it as a buffer, or capture the model with real weights",
         )
-    return value.detach()
+    return value
+
+
+def _attribute(
+    spec: InputSpec,
+    model: nn.Module,
+    constants: Mapping[str, torch.Tensor],
+    peeked: Mapping[int, torch.Tensor],
+) -> InputSpec:
+    """The spec of a constant; that of an attribute of a module, if no other attribute is the same tensor.
+
+    What python has looked into (``item``) has left its value in the graph: it is a constant.
+    """
+    value = constants.get(spec.name)
+    if value is None or id(value) in peeked:
+        return spec
+    path, _, name = spec.name.rpartition(".")
+    holders = [m for m in model.modules() for held in m.__dict__.values() if held is value]
+    alone = len(holders) == 1 and vars(model.get_submodule(path)).get(name) is value
+    return replace(spec, kind="attribute") if alone else spec

@@ -1,4 +1,4 @@
-"""Switches transformers' mixture-of-experts layers to an implementation that can be exported."""
+"""Makes transformers' models ready for export: experts, and hooks that record results of layers."""
 
 from __future__ import annotations
 
@@ -58,3 +58,15 @@ def exportable_experts(model: nn.Module, device: torch.device) -> Iterator[None]
     finally:
         for config, old in zip(configs, before, strict=True):
             setattr(config, _FIELD, old)
+
+
+def install_output_hooks(model: nn.Module) -> None:
+    """Does what transformers' models do in the first call that asks for hidden states or attentions.
+
+    They leave hooks on their layers, which later calls find; a captured program has them in it.
+    """
+    for module in model.modules():
+        if "_can_record_outputs" in dir(type(module)):
+            from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+            maybe_install_capturing_hooks(module)

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
@@ -29,14 +30,31 @@ _REFUSED: dict[Any, tuple[str, str]] = {
 }
 _GRAD_FN = _TENSOR.grad_fn.__get__
 _DATA = _TENSOR.data.__get__
+_PEEKS = {
+    *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__),
+    *(
+        Tensor.__index__,
+        Tensor.__complex__,
+        Tensor.__contains__,
+        torch.equal,
+        torch.allclose,
+        torch.is_nonzero,
+    ),
+}
 _NEEDS_GRAD = (Tensor.requires_grad_, _TENSOR.requires_grad.__set__)
 
 
 class _Watch(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.peeked: dict[int, Tensor] = {}
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if get_proxy_mode() is None:  # torch's own, below what is traced
             return func(*args, **kwargs)
+        if func in _PEEKS and not isinstance(args[0], FakeTensor):
+            self.peeked[id(args[0])] = args[0]
         if func == _DATA:
             return args[0].detach()  # which the graph knows; `data` would leave it a tensor without values
         if func is Tensor.detach_ and not args[0].requires_grad:
@@ -60,8 +78,11 @@ def _refuse(what: str, todo: str) -> None:
 
 
 @contextmanager
-def watched_calls() -> Iterator[None]:
+def watched_calls() -> Iterator[dict[int, Tensor]]:
     """Watches what a model calls inside of the block.
+
+    Yields:
+        The constant tensors whose values its python has asked for, by identity.
 
     Raises:
         CannotCapture: it changes or takes gradients in a way that no operator of a graph says.
@@ -73,5 +94,5 @@ def watched_calls() -> Iterator[None]:
             _refuse("changes what autograd saves (saved_tensors_hooks)", _PARTS)
         return enter(self)
 
-    with patch.object(saved_tensors_hooks, "__enter__", only_torchs), _Watch():
-        yield
+    with patch.object(saved_tensors_hooks, "__enter__", only_torchs), _Watch() as watch:
+        yield watch.peeked

@@ -101,10 +101,13 @@ def _capture_short(
     twins = {leaf: twin for leaf, (twin, _) in evidence.twins.items()}
     with truncated(model, repeats):
         captured = capture(model, bound, dynamic=dynamic, device=device, twins=twins)
+    if any(not write.is_plain for write in captured.writes):
+        raise NotRepeated(f"forward leaves a value in {captured.writes[0].name}")
     names = leaf_names(bound)
     owned = {names[i]: Block(*place) for i, place in evidence.leaves.owner.items() if i not in twins}
     graph = captured.graph_module.graph
     tag_nodes(graph, captured.inputs, repeats, owned)
+    captured.inputs = tuple(_of_all_layers(spec, repeats) for spec in captured.inputs)
     _share_constants(captured)
     _share_sizes(graph)
     _arrange_results(captured, repeats, evidence)
@@ -121,7 +124,14 @@ def _capture_short(
         blocks.match(graph, number, repeat.kept - 1)
     own = {f.name: getattr(captured, f.name) for f in fields(Captured)}
     whole = {"out_spec": evidence.out_spec, "states": evidence.states}
+    whole |= {"reads": evidence.reads, "writes": evidence.writes}
     return ShortCapture(**{**own, **whole}, blocks=blocks)
+
+
+def _of_all_layers(spec: InputSpec, repeats: Sequence[Repeat]) -> InputSpec:
+    """The spec of an input; a layer's attribute becomes a constant, as it stands for others' too."""
+    in_layers = any(repeat.period_of(spec.name) is not None for repeat in repeats)
+    return replace(spec, kind="constant") if spec.kind == "attribute" and in_layers else spec
 
 
 def _user_leaves(

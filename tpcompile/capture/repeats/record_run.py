@@ -20,6 +20,9 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from tpcompile.capture.caches.call_results import CacheState, take_results
 from tpcompile.capture.export.autograd_functions import kept_functions
 from tpcompile.capture.export.fake_model import fake_input, no_fused_encoder, restore_after
+from tpcompile.capture.export.python_state import PythonState, recorded_reads
+from tpcompile.capture.export.state_writes import StateWrite, collect_writes
+from tpcompile.capture.export.switch_experts import install_output_hooks
 from tpcompile.ir.calls import call_model
 
 from .find_repeats import Repeat
@@ -70,6 +73,9 @@ class Run:
         values: themselves, where they are no tensors.
         out_spec: the structure of the result.
         states: how the leaves behind those of the result belong to caches that were given.
+        reads: see ``Captured``, as for what follows.
+        writes: what the call leaves in python state.
+        left: where that is a tensor.
     """
 
     events: list[tuple[Any, ...]] = field(default_factory=list)
@@ -79,6 +85,9 @@ class Run:
     values: tuple[Any, ...] = ()
     out_spec: TreeSpec | None = None
     states: tuple[CacheState, ...] = ()
+    reads: set[tuple[str, str]] = field(default_factory=set)
+    writes: tuple[StateWrite, ...] = ()
+    left: tuple[str, ...] = ()
 
 
 class _Recorder(TorchDispatchMode):
@@ -182,7 +191,12 @@ def record_run(
         recorder = stack.enter_context(_Recorder(run, known))
         stack.enter_context(kept_functions(recorder.note))
         call = tree_unflatten(given, in_spec)
+        install_output_hooks(model)
+        state = PythonState(model)
+        run.reads = stack.enter_context(recorded_reads(model))
         taken = take_results(call, call_model(model, call))
+        writes, left = collect_writes(state, 0)
+        run.writes, run.left = tuple(writes), tuple(name for name, _ in left)
         run.out_spec, run.states = taken.out_spec, taken.states
         run.results = tuple(recorder.token(value) for value in taken.values)
         run.values = tuple(None if isinstance(value, torch.Tensor) else value for value in taken.values)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec
 
 from tpcompile.capture.caches.call_results import CacheState
+from tpcompile.capture.export.state_writes import StateWrite
 from tpcompile.ir.calls import leaf_names
 
 from .assign_leaves import Leaves, assign_leaves
@@ -38,6 +39,8 @@ class Evidence:
         recipe: how the results of the whole model follow from those of the truncated one.
         out_spec: the structure of the whole model's result.
         states: the layers of the caches that the call was given, after it.
+        reads: what python reads of the whole model's modules.
+        writes: what it leaves there.
         short_names: the key paths of the truncated model's results.
         short_spec: the structure of the truncated model's result.
     """
@@ -47,6 +50,8 @@ class Evidence:
     recipe: Recipe
     out_spec: TreeSpec
     states: tuple[CacheState, ...]
+    reads: frozenset[tuple[str, str]]
+    writes: tuple[StateWrite, ...]
     short_names: tuple[str, ...]
     short_spec: TreeSpec
 
@@ -64,7 +69,10 @@ def compare_layers(
         NotRepeated: it is not its truncated self with the last kept period repeated.
     """
     names = first_names(model)
-    full = Regions(repeats, record_run(model, repeats, leaves, in_spec, device, names))
+    whole = record_run(model, repeats, leaves, in_spec, device, names)
+    if whole.left:
+        raise NotRepeated(f"forward leaves a tensor in {whole.left[0]}")
+    full = Regions(repeats, whole)
     owned = _assign(full, leaves, in_spec)
     twins = owned.twins(repeats)
     given = {leaf: twin for leaf, (twin, _) in twins.items()}
@@ -74,7 +82,8 @@ def compare_layers(
     comparison.check()
     recipe = match_results(repeats, comparison.results(comparison.short), comparison.results(full))
     assert full.run.out_spec is not None and run.out_spec is not None
-    return Evidence(owned, twins, recipe, full.run.out_spec, full.run.states, run.names, run.out_spec)
+    seen = frozenset(whole.reads), whole.writes
+    return Evidence(owned, twins, recipe, full.run.out_spec, full.run.states, *seen, run.names, run.out_spec)
 
 
 def _assign(full: Regions, leaves: Sequence[Any], in_spec: TreeSpec) -> Leaves:
