@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -163,3 +165,184 @@ def twice() -> list[str]:
         return [*said, refusal(lambda: sharded(x))]
     finally:
         handle.remove()
+
+
+GAIN = 2.0
+
+
+class Reading(nn.Module):
+    """Reads state of every kind."""
+
+    size = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp()
+        self._gain, self.scales, self.options = 2.0, {"a": [1.0, 2.0]}, SimpleNamespace(shift=0.5)
+        self.heat, self.peeked, self.act = torch.tensor(2.0), torch.tensor(3.0), torch.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.mlp(x)) * self._gain * self.scales["a"][1] * GAIN * self.size
+        return y / self.heat + self.options.shift * self.peeked.item() * getattr(self, "late", 1.0)
+
+
+def _set_gain(model: Any) -> None:
+    global GAIN
+    GAIN = 3.0
+
+
+CHANGES: list[Callable[[Any], Any]] = [
+    lambda m: setattr(m, "_gain", 5.0),
+    lambda m: m.scales["a"].__setitem__(1, 7.0),
+    lambda m: setattr(m.options, "shift", 0.25),
+    lambda m: setattr(m, "heat", torch.tensor(4.0)),
+    lambda m: m.heat.fill_(0.5),
+    lambda m: setattr(m, "heat", torch.rand(12) + 1),
+    lambda m: m.peeked.fill_(1.0),
+    lambda m: setattr(m, "act", torch.tanh),
+    lambda m: setattr(m, "late", 3.0),
+    lambda m: m.__dict__.update(_gain=6.0),
+    lambda m: setattr(Reading, "size", 2.0),
+    _set_gain,
+]
+
+
+def read_state() -> tuple[list[float], int]:
+    """Errors after changes of what forward reads; programs after a change that it does not read."""
+    whole, sharded, x = pair(Reading)
+    errors = []
+    with torch.no_grad():
+        for change in CHANGES:
+            for each in (whole, sharded):
+                torch.manual_seed(1)
+                change(each)
+            errors.append(error(sharded(x), whole(x)))
+        before = len(sharded.programs)
+        for i in range(3):
+            sharded.step = i
+            sharded(x)
+    return errors, len(sharded.programs) - before
+
+
+class Leaving(nn.Module):
+    """Leaves values behind, of every kind that can be kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.state, self.ready, self.seen, self.lists = Mlp(), None, False, {}, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mlp.up(x) * (1 if self.ready else 2)
+        self.state = h.tanh() if self.state is None else (h + self.state.detach()).tanh()
+        self.ready, self.losses, self.rows = True, {"aux": [h.pow(2).mean()], "n": 3}, x.shape[0]
+        self.seen["last"] = self.state.mean()
+        self.lists.clear()
+        self.lists.append(h.sum())
+        return self.mlp.down(self.state)
+
+
+def left_state() -> tuple[float, int, list[str]]:
+    """The worst error of results, of what is left behind, and of gradients through both; refusals."""
+    torch.manual_seed(0)
+    whole = Leaving()
+    sharded = tpcompile.parallelize(copy.deepcopy(whole), mesh())
+    worst = 0.0
+    for _ in range(4):
+        x = torch.randn(X)
+        found = []
+        for each in (sharded, whole):
+            y = each(x)
+            left = (each.losses["aux"][0], each.seen["last"], each.lists[0])
+            (y.pow(3).sum() + sum(left)).backward()
+            found.append(
+                (y, each.state, *left, torch.tensor([each.ready, each.rows, each.losses["n"]]).float())
+            )
+        worst = max(worst, error(*map(tuple, found)))
+    return max(worst, _gradient_error(whole, sharded)), len(sharded.programs), _refused_state()
+
+
+COUNTED = {"calls": 0}
+
+
+class Saying(nn.Module):
+    """Does something before it computes."""
+
+    def __init__(self, act: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.mlp, self.act, self.count = Mlp(), act, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.act(self)
+        return self.mlp(x) * (1 + self.count)
+
+
+def _count(model: Any) -> None:
+    model.count += 1
+
+
+def _default(model: Any, seen: list[int] = []) -> None:  # noqa: B006
+    seen.append(1)
+
+
+def _refused_state() -> list[str]:
+    x, calls = torch.randn(X), 0
+
+    def enclosed(model: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    acts: list[Callable[[Any], Any]] = [
+        lambda m: COUNTED.update(calls=COUNTED["calls"] + 1),
+        _default,
+        enclosed,
+        lambda m: m.register_buffer("made", torch.zeros(3)),
+        lambda m: m.mlp.register_forward_hook(lambda *_: None),
+        lambda m: setattr(m, "made", SimpleNamespace(x=x)),
+    ]
+    said = [refusal(lambda act=act: tpcompile.plan(Saying(act), 2, (x,))) for act in acts]
+    counting = tpcompile.parallelize(Saying(_count), mesh())
+    return [*said, refusal(lambda: [counting(x) for _ in range(6)]), f"{COUNTED['calls']} {calls}"]
+
+
+def replaced_forwards() -> tuple[float, list[str]]:
+    """The worst error with forwards that were set on instances and classes, before and after; refusals."""
+
+    class Own(Mlp):
+        pass
+
+    def lifted() -> nn.Module:
+        model = nn.Sequential(Own(), Own())
+        before, part = model.forward, model[0].up.forward
+        model.forward = lambda x: before(x) * 2
+        model[0].up.forward = lambda x: part(x) * 3
+        return model
+
+    def wrap(model: Any, part: Any) -> None:
+        before = part.forward
+        part.forward = lambda x: before(x) * 0.5
+
+    def own(part: Any, x: Tensor) -> Tensor:
+        return x @ part.weight.t()
+
+    changes: list[Callable[[Any], Any]] = [
+        lambda m: None,
+        lambda m: wrap(m, m[0].down),
+        lambda m: setattr(m[1].up, "forward", MethodType(own, m[1].up)),
+        lambda m: m[1].down.__dict__.update(forward=MethodType(own, m[1].down)),
+        lambda m: setattr(Own, "forward", lambda self, x: self.down(self.up(x))),
+        lambda m: wrap(m, m),
+        lambda m: delattr(m[1].up, "forward"),
+    ]
+    torch.manual_seed(0)
+    whole, x = lifted(), torch.randn(X)
+    torch.manual_seed(0)  # a deep copy would call the other's parts
+    sharded, worst = tpcompile.parallelize(lifted(), mesh(), (x,)), 0.0
+    for change in changes:
+        for each in (whole, sharded):
+            each.zero_grad()
+            change(each)
+            each(x).pow(3).sum().backward()
+        worst = max(worst, error(sharded(x), whole(x)), _gradient_error(whole, sharded))
+    said = [refusal(lambda: wrap(sharded, sharded[0].down))]
+    said.append(refusal(lambda: setattr(sharded, "late", nn.Parameter(x))))
+    return worst, said

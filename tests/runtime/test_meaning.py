@@ -40,6 +40,29 @@ def test_second_derivatives_and_other_hooks_are_refused() -> None:
         assert "hooks on all modules" in said[4]
 
 
+def test_what_forward_reads_selects_the_program() -> None:
+    for errors, more in run_spmd(meaning.read_state, 2, timeout=300):
+        assert max(errors) <= F32, errors
+        assert more == 0
+
+
+def test_what_forward_leaves_is_left_behind() -> None:
+    for worst, programs, said in run_spmd(meaning.left_state, 2, timeout=300):
+        assert worst <= F32
+        assert programs == 2  # before there was a state, and after
+        expected = ["COUNTED", "a default of", "calls, a variable around", "made", "a hook behind"]
+        for each, part in zip(said, [*expected, "leaves a SimpleNamespace", "changes count"], strict=False):
+            assert part in each
+        assert said[-1] == "0 0"
+
+
+def test_forwards_that_are_replaced() -> None:
+    for worst, said in run_spmd(meaning.replaced_forwards, 2, timeout=300):
+        assert worst <= F32
+        assert "replaced again" in said[0]
+        assert "added" in said[1]
+
+
 def _function(forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
     body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type("Function", (torch.autograd.Function,), body)

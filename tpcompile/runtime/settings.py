@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.outer_state import outer_places
-from tpcompile.capture.export.python_state import MISSING, PLAIN, Shot, content, same, shot
+from tpcompile.capture.export.python_state import (
+    MISSING,
+    PLAIN,
+    Shot,
+    content,
+    form_shot,
+    same,
+    shot,
+    storage,
+)
 
 LIFTED = "_tp_forward"
 """The attribute under which a guarded module keeps a forward that was set on the instance."""
@@ -69,6 +78,7 @@ class Reads:
     def __init__(
         self, model: nn.Module, captured: Captured, original: Callable[[str], type[nn.Module]]
     ) -> None:
+        baked = None if captured.baked is None else frozenset(map(storage, captured.baked))
         fed = {spec.name for spec in captured.inputs if spec.kind == "attribute"}
         self._plain: list[tuple[dict[str, Any], str, Any]] = []
         self._deep: list[tuple[dict[str, Any], str, Shot]] = []
@@ -82,7 +92,7 @@ class Reads:
             if name == "forward" and path:
                 self._plain.append((own, LIFTED, own.get(LIFTED, MISSING)))
             if name != "forward" or path:
-                self._note(own, name, f"{path}.{name}".lstrip(".") in fed)
+                self._note(own, name, f"{path}.{name}".lstrip(".") in fed, baked)
             kind = original(path)
             if name not in own and _is_models(kind, name):
                 classes[kind, name] = getattr(kind, name)
@@ -90,11 +100,11 @@ class Reads:
         kinds = {path: original(path) for path, _ in model.named_modules()}
         self._outer = [(place, shot(place.look())) for place in outer_places(model, kinds)]
 
-    def _note(self, own: dict[str, Any], name: str, fed: bool) -> None:
+    def _note(self, own: dict[str, Any], name: str, fed: bool, baked: frozenset[int] | None) -> None:
         value = own.get(name, MISSING)
         if isinstance(value, Tensor) or content(value) is not None:
             if id(value) not in self._shots:
-                self._shots[id(value)] = value, _form(value) if fed else shot(value)
+                self._shots[id(value)] = value, form_shot(value) if fed else shot(value, baked)
             self._deep.append((own, name, self._shots[id(value)][1]))
         else:
             self._plain.append((own, name, value))
@@ -128,13 +138,3 @@ def _is_models(kind: type, name: str) -> bool:
     """Whether a class's attribute is the model's own code or data, or any forward."""
     owner = next((c for c in kind.__mro__ if name in c.__dict__), None)
     return owner is not None and (name == "forward" or owner.__module__.partition(".")[0] != "torch")
-
-
-def _form(tensor: Tensor) -> Shot:
-    """For a tensor whose value a program fetches anew: its form is all that was baked in."""
-
-    def form(t: Tensor) -> tuple[Any, ...]:
-        return type(t), t.shape, t.dtype, t.device, t.requires_grad
-
-    expected = form(tensor)
-    return lambda now: isinstance(now, Tensor) and form(now) == expected

@@ -84,6 +84,7 @@ class Captured:
         states: how the state outputs belong to the caches that the call was given.
         notes: what the user should know about this capture, such as dimensions that had to stay fixed.
         reads: the attributes of modules that python has read: path and name.
+        baked: tensors of python state whose values are in the graph; None: any may be.
         writes: what the call leaves in python state; its tensors are the results of kind "attribute".
         functions: the user's autograd functions that the graph calls, by their keys there.
     """
@@ -99,6 +100,7 @@ class Captured:
     states: tuple[CacheState, ...] = ()
     notes: tuple[str, ...] = ()
     reads: frozenset[tuple[str, str]] = frozenset()
+    baked: tuple[torch.Tensor, ...] | None = None
     writes: tuple[StateWrite, ...] = ()
     functions: dict[str, FunctionCall] = field(default_factory=dict)
 

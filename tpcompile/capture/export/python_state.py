@@ -56,10 +56,19 @@ def same(one: Any, other: Any) -> bool:
     return one is other or (isinstance(one, PLAIN) and type(one) is type(other) and bool(one == other))
 
 
-def shot(value: Any, depth: int = 0) -> Shot:
-    """A function that tells whether a value is the same, by content where it is a container or an object."""
+def shot(value: Any, baked: frozenset[int] | None = None, depth: int = 0) -> Shot:
+    """A function that tells whether a value is the same, by content where it is a container or an object.
+
+    Args:
+        value: the value.
+        baked: the storages of tensors whose values matter (``storage``), of others only the form does;
+            None: all matter.
+        depth: how deep it is in others.
+    """
     inside = content(value)
     if isinstance(value, Tensor):
+        if baked is not None and storage(value) not in baked:
+            return form_shot(value)
         version = _version(value)
         return lambda now: now is value and _version(now) == version
     if inside is None or depth > _DEEPEST:
@@ -67,13 +76,28 @@ def shot(value: Any, depth: int = 0) -> Shot:
     kind = type(value)
     if isinstance(inside, dict):
         plain = {k: v for k, v in inside.items() if isinstance(v, PLAIN)}
-        deep = [(k, shot(v, depth + 1)) for k, v in inside.items() if not isinstance(v, PLAIN)]
+        deep = [(k, shot(v, baked, depth + 1)) for k, v in inside.items() if not isinstance(v, PLAIN)]
         return lambda now: type(now) is kind and _same_dict(content(now), plain, deep)
     if isinstance(inside, set):
         items = frozenset(inside)
         return lambda now: type(now) is kind and now == items
-    shots = [shot(v, depth + 1) for v in inside]
+    shots = [shot(v, baked, depth + 1) for v in inside]
     return lambda now: type(now) is kind and len(now) == len(shots) and all(map(_call, shots, now))
+
+
+def form_shot(tensor: Tensor) -> Shot:
+    """For a tensor whose value a program does not have in it: whether another has the same form."""
+
+    def form(t: Tensor) -> tuple[Any, ...]:
+        return type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad
+
+    expected = form(tensor)
+    return lambda now: isinstance(now, Tensor) and form(now) == expected
+
+
+def storage(tensor: Tensor) -> int:
+    """What tells a tensor's memory from that of others, as long as it lives."""
+    return tensor.untyped_storage()._cdata
 
 
 def _same_dict(now: dict[Any, Any], plain: dict[Any, Any], deep: list[tuple[Any, Shot]]) -> bool:
