@@ -48,10 +48,32 @@ def shard_weights(model: nn.Module, weights: ShardedWeights, names: Container[st
         elif isinstance(tensor, nn.Parameter):
             new = ShardedParameter.parameter(where.cut(tensor.detach()), where, tensor.requires_grad)
             new.grad = tensor.grad
+            _carry_hooks(tensor, new)
             replace_tensors(model, {id(tensor): new})
         elif not where.whole:
             replace_tensors(model, {id(tensor): ShardedParameter(where.cut(tensor), where)})
         del tensor
+
+
+def _carry_hooks(old: Tensor, new: ShardedParameter) -> None:
+    """Lets hooks of a parameter run for its sharded self; their handles remove them as before."""
+    hooks: Any = old._backward_hooks
+    after: Any = old._post_accumulate_grad_hooks
+
+    def run(grad: Tensor) -> Tensor:
+        for hook in list(hooks.values()):
+            changed = hook(grad)
+            grad = grad if changed is None else changed
+        return grad
+
+    def run_after(parameter: Tensor) -> None:
+        for hook in list(after.values()):
+            hook(parameter)
+
+    if hooks:
+        new.register_hook(run)
+    if after:
+        new.register_post_accumulate_grad_hook(run_after)
 
 
 def _refuse_divided(name: str, where: TensorLayout) -> None:
