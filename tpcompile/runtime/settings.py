@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from tpcompile.capture.export.captured import Captured
-from tpcompile.capture.export.outer_state import outer_places
 from tpcompile.capture.export.python_state import (
     MISSING,
     PLAIN,
@@ -97,8 +96,7 @@ class Reads:
             if name not in own and _is_models(kind, name):
                 classes[kind, name] = getattr(kind, name)
         self._classes = [(kind, name, value) for (kind, name), value in classes.items()]
-        kinds = {path: original(path) for path, _ in model.named_modules()}
-        self._outer = [(place, shot(place.look())) for place in outer_places(model, kinds)]
+        self._outer = [(place, shot(place.look())) for place in captured.outer]
 
     def _note(self, own: dict[str, Any], name: str, fed: bool, baked: frozenset[int] | None) -> None:
         value = own.get(name, MISSING)

@@ -171,6 +171,7 @@ def _export(
         notes=_say_lost(flat.seen.lost),
         functions=functions,
         reads=frozenset(flat.seen.reads),
+        outer=tuple(flat.seen.outer),
         baked=(*constants.values(), *peeked.values()),
         writes=tuple(flat.seen.writes),
     )

@@ -16,6 +16,7 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ranks.describe import describe_value
 
 from .autograd_functions import FunctionCall
+from .outer_state import Outer
 from .state_writes import StateWrite
 
 InputKind = Literal["param", "buffer", "constant", "attribute", "user"]
@@ -84,6 +85,7 @@ class Captured:
         states: how the state outputs belong to the caches that the call was given.
         notes: what the user should know about this capture, such as dimensions that had to stay fixed.
         reads: the attributes of modules that python has read: path and name.
+        outer: what its functions name outside of modules.
         baked: tensors of python state whose values are in the graph; None: any may be.
         writes: what the call leaves in python state; its tensors are the results of kind "attribute".
         functions: the user's autograd functions that the graph calls, by their keys there.
@@ -100,6 +102,7 @@ class Captured:
     states: tuple[CacheState, ...] = ()
     notes: tuple[str, ...] = ()
     reads: frozenset[tuple[str, str]] = frozenset()
+    outer: tuple[Outer, ...] = ()
     baked: tuple[torch.Tensor, ...] | None = None
     writes: tuple[StateWrite, ...] = ()
     functions: dict[str, FunctionCall] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from tpcompile.ir.calls import call_model
 from .captured import OutputKind
 from .dynamic_dims import Attempt, Place
 from .flatten_program import PREFIX, UserResult
-from .outer_state import unchanged_outside
+from .outer_state import Outer, unchanged_outside
 from .python_state import PythonState, recorded_reads
 from .state_writes import TRACED, StateWrite, collect_writes
 from .switch_experts import install_output_hooks
@@ -33,6 +33,7 @@ class _Seen:
     taken: Results | None = None
     lost: list[str] = field(default_factory=list)
     reads: set[tuple[str, str]] = field(default_factory=set)
+    outer: list[Outer] = field(default_factory=list)
     writes: list[StateWrite] = field(default_factory=list)
 
 
@@ -83,7 +84,7 @@ class FlatModel(nn.Module):
         ]
         install_output_hooks(model)
         state = PythonState(model)
-        with unchanged_outside(model), recorded_reads(model) as self.seen.reads:
+        with unchanged_outside(model) as self.seen.outer, recorded_reads(model) as self.seen.reads:
             taken = take_results(call, call_model(model, call))
         self.seen.lost = [buffer.path for buffer in before if buffer.has_other_form()]
         taken.values[:] = _write_assigned(before, taken.values)

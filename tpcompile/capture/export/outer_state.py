@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -47,17 +47,12 @@ class Outer(NamedTuple):
             setattr(self.owner, self.key, value)
 
 
-def outer_places(model: nn.Module, kinds: Mapping[str, type] | None = None) -> list[Outer]:
-    """All that the functions of a model name, and the functions that these name, but for libraries'.
-
-    Args:
-        model: the model.
-        kinds: the classes of modules by their paths, where they are not what the modules have now.
-    """
+def outer_places(model: nn.Module) -> list[Outer]:
+    """All that the functions of a model name, and the functions that these name, but for libraries'."""
     functions: list[types.FunctionType] = []
     methods: list[tuple[type, str]] = []
-    for path, module in model.named_modules():
-        methods.append(((kinds or {}).get(path, type(module)), "forward"))
+    for module in model.modules():
+        methods.append((type(module), "forward"))
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         functions += filter(None, map(_function, (*hooks, *module.__dict__.values())))
     found: dict[tuple[int, str], Outer] = {}
@@ -85,20 +80,23 @@ def outer_places(model: nn.Module, kinds: Mapping[str, type] | None = None) -> l
 
 
 @contextmanager
-def unchanged_outside(model: nn.Module) -> Iterator[None]:
+def unchanged_outside(model: nn.Module) -> Iterator[list[Outer]]:
     """Puts back what the block changes outside of the model's modules.
+
+    Yields:
+        The places that its functions name.
 
     Raises:
         CannotCapture: there is such a change.
     """
-    before = []
-    for place in outer_places(model):
+    before, places = [], outer_places(model)
+    for place in places:
         value = place.look()
         copied = type(value)(value) if type(value) in _REFILLED else None
         before.append((place, value, copied, shot(value)))
     changed = []
     try:
-        yield
+        yield places
     finally:
         for place, value, copied, unchanged in before:
             if not unchanged(place.look()):

@@ -124,7 +124,7 @@ def _capture_short(
         blocks.match(graph, number, repeat.kept - 1)
     own = {f.name: getattr(captured, f.name) for f in fields(Captured)}
     whole = {"out_spec": evidence.out_spec, "states": evidence.states}
-    whole |= {"reads": evidence.reads, "writes": evidence.writes, "baked": None}
+    whole |= {"reads": evidence.reads, "outer": evidence.outer, "writes": evidence.writes, "baked": None}
     return ShortCapture(**{**own, **whole}, blocks=blocks)
 
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from tpcompile.capture.caches.call_results import CacheState, take_results
 from tpcompile.capture.export.autograd_functions import kept_functions
 from tpcompile.capture.export.fake_model import fake_input, no_fused_encoder, restore_after
+from tpcompile.capture.export.outer_state import Outer, outer_places
 from tpcompile.capture.export.python_state import PythonState, recorded_reads
 from tpcompile.capture.export.state_writes import StateWrite, collect_writes
 from tpcompile.capture.export.switch_experts import install_output_hooks
@@ -86,6 +87,7 @@ class Run:
     out_spec: TreeSpec | None = None
     states: tuple[CacheState, ...] = ()
     reads: set[tuple[str, str]] = field(default_factory=set)
+    outer: tuple[Outer, ...] = ()
     writes: tuple[StateWrite, ...] = ()
     left: tuple[str, ...] = ()
 
@@ -192,7 +194,7 @@ def record_run(
         stack.enter_context(kept_functions(recorder.note))
         call = tree_unflatten(given, in_spec)
         install_output_hooks(model)
-        state = PythonState(model)
+        state, run.outer = PythonState(model), tuple(outer_places(model))
         run.reads = stack.enter_context(recorded_reads(model))
         taken = take_results(call, call_model(model, call))
         writes, left = collect_writes(state, 0)

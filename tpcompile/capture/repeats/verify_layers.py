@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec
 
 from tpcompile.capture.caches.call_results import CacheState
+from tpcompile.capture.export.outer_state import Outer
 from tpcompile.capture.export.state_writes import StateWrite
 from tpcompile.ir.calls import leaf_names
 
@@ -40,7 +41,8 @@ class Evidence:
         out_spec: the structure of the whole model's result.
         states: the layers of the caches that the call was given, after it.
         reads: what python reads of the whole model's modules.
-        writes: what it leaves there.
+        outer: what its functions name outside of modules.
+        writes: what it leaves behind.
         short_names: the key paths of the truncated model's results.
         short_spec: the structure of the truncated model's result.
     """
@@ -51,6 +53,7 @@ class Evidence:
     out_spec: TreeSpec
     states: tuple[CacheState, ...]
     reads: frozenset[tuple[str, str]]
+    outer: tuple[Outer, ...]
     writes: tuple[StateWrite, ...]
     short_names: tuple[str, ...]
     short_spec: TreeSpec
@@ -82,7 +85,7 @@ def compare_layers(
     comparison.check()
     recipe = match_results(repeats, comparison.results(comparison.short), comparison.results(full))
     assert full.run.out_spec is not None and run.out_spec is not None
-    seen = frozenset(whole.reads), whole.writes
+    seen = frozenset(whole.reads), whole.outer, whole.writes
     return Evidence(owned, twins, recipe, full.run.out_spec, full.run.states, *seen, run.names, run.out_spec)
 
 
