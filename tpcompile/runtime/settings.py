@@ -7,6 +7,7 @@ classes say. When something changes, another program is captured; when it change
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +80,7 @@ class Reads:
     ) -> None:
         baked = None if captured.baked is None else frozenset(map(storage, captured.baked))
         fed = {spec.name for spec in captured.inputs if spec.kind == "attribute"}
-        self._plain: list[tuple[dict[str, Any], str, Any]] = []
+        plain: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         self._deep: list[tuple[dict[str, Any], str, Shot]] = []
         self._shots: dict[int, tuple[Any, Shot]] = {}
         classes: dict[tuple[type, str], Any] = {}
@@ -88,24 +89,28 @@ class Reads:
             own: dict[str, Any] = module.__dict__
             if any(name in own[table] for table in ("_parameters", "_buffers", "_modules")):
                 continue
+            values = plain.setdefault(id(own), (own, {}))[1]
             if name == "forward" and path:
-                self._plain.append((own, LIFTED, own.get(LIFTED, MISSING)))
+                values[LIFTED] = own.get(LIFTED, MISSING)
             if name != "forward" or path:
-                self._note(own, name, f"{path}.{name}".lstrip(".") in fed, baked)
+                self._note(own, name, values, f"{path}.{name}".lstrip(".") in fed, baked)
             kind = original(path)
             if name not in own and _is_models(kind, name):
                 classes[kind, name] = getattr(kind, name)
+        self._plain = [_Values(own, values) for own, values in plain.values() if values]
         self._classes = [(kind, name, value) for (kind, name), value in classes.items()]
         self._outer = [(place, shot(place.look())) for place in captured.outer]
 
-    def _note(self, own: dict[str, Any], name: str, fed: bool, baked: frozenset[int] | None) -> None:
+    def _note(
+        self, own: dict[str, Any], name: str, values: dict[str, Any], fed: bool, baked: frozenset[int] | None
+    ) -> None:
         value = own.get(name, MISSING)
         if isinstance(value, Tensor) or content(value) is not None:
             if id(value) not in self._shots:
                 self._shots[id(value)] = value, form_shot(value) if fed else shot(value, baked)
             self._deep.append((own, name, self._shots[id(value)][1]))
         else:
-            self._plain.append((own, name, value))
+            values[name] = value
 
     def hold(self, state: int) -> bool:
         """Whether all is as it was; while dynamo traces, it is found out once for each ``Settings.state``."""
@@ -116,10 +121,8 @@ class Reads:
         return self._hold()
 
     def _hold(self) -> bool:
-        for table, name, value in self._plain:
-            now = table.get(name, MISSING)
-            if now is not value and not same(now, value):
-                return False
+        if not all(values.hold() for values in self._plain):
+            return False
         looked: set[tuple[int, int]] = set()  # a configuration is an attribute of many modules
         for table, name, unchanged in self._deep:
             now = table.get(name, MISSING)
@@ -130,6 +133,25 @@ class Reads:
         if not all(getattr(kind, name, MISSING) == value for kind, name, value in self._classes):
             return False
         return all(unchanged(place.look()) for place, unchanged in self._outer)
+
+
+class _Values:
+    """Values of one table that are compared as they are; fast where they are the same objects."""
+
+    def __init__(self, table: dict[str, Any], values: dict[str, Any]) -> None:
+        self._table = table
+        self._absent = frozenset(name for name, value in values.items() if value is MISSING)
+        present = {name: value for name, value in values.items() if value is not MISSING}
+        self._get = operator.itemgetter(*present, *present) if present else lambda _: ()
+        self._values = (*present.values(), *present.values())  # twice, as of a single name no tuple comes
+
+    def hold(self) -> bool:
+        try:
+            found = self._get(self._table)
+        except KeyError:
+            return False
+        same_ones = all(map(operator.is_, found, self._values)) or all(map(same, found, self._values))
+        return same_ones and self._table.keys().isdisjoint(self._absent)
 
 
 def _is_models(kind: type, name: str) -> bool:

@@ -16,7 +16,7 @@ from tpcompile.errors import CannotCapture
 from .python_state import MISSING, shot
 
 _LIBRARIES = {"torch", "numpy", "typing", "collections", "functools", "logging", "warnings", "os", "sys"}
-_LIBRARIES |= {"math", "builtins"}
+_LIBRARIES |= {"math", "builtins", "tpcompile"}
 _REFILLED = (list, dict, set, deque)
 
 

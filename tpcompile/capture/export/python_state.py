@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import types
 import weakref
 from collections import deque
@@ -103,10 +104,9 @@ def storage(tensor: Tensor) -> int:
 def _same_dict(now: dict[Any, Any], plain: dict[Any, Any], deep: list[tuple[Any, Shot]]) -> bool:
     if len(now) != len(plain) + len(deep):
         return False
-    for key, value in plain.items():
-        found = dict.get(now, key, MISSING)
-        if found is not value and not same(found, value):
-            return False
+    found = [dict.get(now, key, MISSING) for key in plain]
+    if not all(map(operator.is_, found, plain.values())) and not all(map(same, found, plain.values())):
+        return False
     return all(shot(dict.get(now, key, MISSING)) for key, shot in deep)
 
 

@@ -66,7 +66,7 @@ def install_output_hooks(model: nn.Module) -> None:
     They leave hooks on their layers, which later calls find; a captured program has them in it.
     """
     for module in model.modules():
-        if "_can_record_outputs" in dir(type(module)):
+        if getattr(type(module), "_can_record_outputs", None):
             from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
             maybe_install_capturing_hooks(module)

@@ -186,6 +186,7 @@ def record_run(
             if isinstance(leaf, torch.Tensor):
                 known[id(leaf)] = Input(i, f"{tuple(leaf.shape)} {leaf.stride()} {leaf.dtype}")
         given = [flat[(twins or {}).get(i, i)] for i in range(len(flat))]
+        run.outer = tuple(outer_places(model))  # without our own hooks
         stack.enter_context(_marking(model, repeats, run))
         stack.enter_context(no_fused_encoder())
         stack.enter_context(_trace._compiling_state_context())  # type: ignore[attr-defined]
@@ -194,7 +195,7 @@ def record_run(
         stack.enter_context(kept_functions(recorder.note))
         call = tree_unflatten(given, in_spec)
         install_output_hooks(model)
-        state, run.outer = PythonState(model), tuple(outer_places(model))
+        state = PythonState(model)
         run.reads = stack.enter_context(recorded_reads(model))
         taken = take_results(call, call_model(model, call))
         writes, left = collect_writes(state, 0)
