@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 _EXPORTABLE = ("batched_mm", "grouped_mm")
+_INSTALLED = "_output_capturing_hooks_installed"
 _FIELD = "_experts_implementation_internal"
 
 
@@ -66,7 +67,17 @@ def install_output_hooks(model: nn.Module) -> None:
     They leave hooks on their layers, which later calls find; a captured program has them in it.
     """
     for module in model.modules():
-        if getattr(type(module), "_can_record_outputs", None):
+        if _records_outputs(type(module)) and not any(hasattr(m, _INSTALLED) for m in module.modules()):
             from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
             maybe_install_capturing_hooks(module)
+
+
+def _records_outputs(kind: type[nn.Module]) -> bool:
+    """Whether a class's forward is one that transformers' ``capture_outputs`` has decorated."""
+    forward: Any = kind.forward
+    while forward is not None:
+        if getattr(forward, "__globals__", {}).get("__name__") == "transformers.utils.output_capturing":
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
