@@ -22,8 +22,8 @@ from tpcompile.ir.calls import CallSignature, signature_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.weights.shard import local_weights
 
-from .settings import LIFTED
-from .watched_module import ENTRY, WatchedModule, fix_tables, lift_forward, refuse_old_hooks
+from .replaced_forward import LIFTED, lift_forward
+from .watched_module import ENTRY, WatchedModule, fix_tables, refuse_old_hooks
 
 if TYPE_CHECKING:
     from .runtime import Runtime

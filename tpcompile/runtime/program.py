@@ -149,6 +149,7 @@ class Program:
             if torch.compiler.is_dynamo_compiling() and write.is_read(self.captured.reads):
                 raise TpCompileError(
                     f"forward changes {write.name}, which it reads: compiled code would not notice",
+                    where=write.name,
                     todo="use parallelize(compile=True) instead of torch.compile around the model",
                 )
             write.write(self.root, flat)

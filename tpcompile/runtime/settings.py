@@ -26,8 +26,7 @@ from tpcompile.capture.export.python_state import (
     storage,
 )
 
-LIFTED = "_tp_forward"
-"""The attribute under which a guarded module keeps a forward that was set on the instance."""
+from .replaced_forward import LIFTED
 
 
 class Settings:

@@ -16,7 +16,7 @@ from tpcompile.ranks.agree import compare, together
 from tpcompile.weights.load_state import check_state, own_parts, state_lines
 from tpcompile.weights.sharded_parameter import ShardedParameter
 
-from .settings import LIFTED
+from .replaced_forward import LIFTED, lift_forward
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -270,24 +270,6 @@ def _layout(tensor: Tensor) -> str:
 def _leaves(module: nn.Module) -> list[int]:
     """The identities of what programs read of a module's own parameters."""
     return [id(getattr(t, "_local_tensor", t)) for t in module._parameters.values()]
-
-
-def lift_forward(module: nn.Module) -> None:
-    """Takes a forward that was set on the instance out of the way of the class's, which runs programs.
-
-    Raises:
-        TpCompileError: there is one already; whether the new one is to call it, nobody knows.
-    """
-    own = module.__dict__
-    if "forward" in own:
-        forward = own.pop("forward")
-        if LIFTED in own:
-            raise TpCompileError(
-                "the forward of a part of a sharded model is replaced again",
-                where=type(module).__name__,
-                todo="replace it once, or before parallelize",
-            )
-        own[LIFTED] = forward
 
 
 def refuse_old_hooks(where: str) -> NoReturn:

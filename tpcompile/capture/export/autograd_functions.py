@@ -26,6 +26,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from tpcompile.errors import CannotCapture, TpCompileError
 
 from .examine_function import is_elementwise
+from .explain_failure import here
 
 _LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
 _APPLY: Callable[..., Any] = Function.__dict__["apply"].__func__
@@ -88,7 +89,7 @@ def autograd_function(inputs: list[Tensor], sizes: list[int], key: str, elementw
     call = _CALLS.get(key)
     if call is None:
         raise TpCompileError(
-            f"{key} is gone", where="forward", todo="keep the model whose graph this is, or shard it again"
+            f"{key} is gone", where=here(), todo="keep the model whose graph this is, or shard it again"
         )
     return call.run(inputs, sizes)
 
@@ -160,7 +161,7 @@ def _find(
     if any(isinstance(leaf, torch.SymFloat | torch.SymBool) for leaf in marked):
         raise CannotCapture(
             f"{name} is given a number that depends on open sizes",
-            where="forward",
+            where=here(),
             todo="give it a tensor, or capture with dynamic=False",
         )
     device = next((t.device.type for t in tensors), "cpu")

@@ -24,7 +24,7 @@ from .autograd_functions import kept_functions
 from .captured import Captured
 from .decompose import decompose
 from .dynamic_dims import Attempt, Dims, attempts
-from .explain_failure import explain_failure, is_data_dependent, placed
+from .explain_failure import explain_failure, is_data_dependent
 from .fake_model import capture_device, fake_input, lend_fake_weights, no_fused_encoder
 from .flat_model import PYTHON_VALUES, FlatModel, Structure
 from .flatten_program import flatten_program
@@ -79,8 +79,8 @@ def capture(
             tried.append(attempt.name)
             try:
                 captured = _export(model, names, leaves, structure, attempt, target)
-            except TpCompileError as error:
-                raise placed(error, model) from error
+            except TpCompileError:
+                raise
             except Exception as error:
                 log.info("capture with %s failed: %s", attempt.name, error)
                 first_error = error

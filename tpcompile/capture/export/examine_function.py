@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from tpcompile.errors import CannotCapture
 
+from .explain_failure import here
+
 Run = Callable[[list[Tensor], list[int]], list[Tensor]]
 
 # Elementwise, although torch does not tag them so; what has sizes in its arguments has nothing else there.
@@ -48,7 +50,7 @@ def is_elementwise(run: Run, name: str, inputs: Sequence[Tensor]) -> bool:
         except Exception as error:
             raise CannotCapture(
                 f"the backward of {name} cannot be looked at: {error}",
-                where="forward",
+                where=here(),
                 todo="write it without branches on tensor values, and with torch's operators only",
             ) from error
         shapes = {tuple(map(_expression, x.shape)) for x in inputs if x.ndim}
@@ -92,7 +94,7 @@ def _record(
         if before != [x._version for x in given]:
             raise CannotCapture(
                 f"the autograd function {name} writes into a tensor that it is given",
-                where="forward",
+                where=here(),
                 todo="let it make a new one",
             )
     return recorder.events
@@ -109,7 +111,7 @@ class _Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise CannotCapture(
                 f"the autograd function {self.name} draws random numbers ({func}), another on every rank",
-                where="forward",
+                where=here(),
                 todo="draw them before, and give them to it",
             )
         for x in given:
@@ -117,7 +119,7 @@ class _Recorder(TorchDispatchMode):
             if foreign or isinstance(x, nn.Parameter):
                 raise CannotCapture(
                     f"the autograd function {self.name} uses a tensor that it is not given ({func})",
-                    where="forward",
+                    where=here(),
                     todo="give weights and values as arguments of apply",
                 )
         result = func(*args, **(kwargs or {}))

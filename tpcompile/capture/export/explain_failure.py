@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 import torch
 from torch import nn
 
-from tpcompile.errors import CannotCapture, OnlyInParts, TpCompileError
+from tpcompile.errors import CannotCapture, OnlyInParts
 
 _OUTSIDE = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
 _DATA_DEPENDENT = (
@@ -57,9 +57,13 @@ def explain_failure(
     return kind(what, where=_place(error, model), todo=f"{advice}; or parallelize(compose=True)")
 
 
-def placed(error: TpCompileError, model: nn.Module) -> TpCompileError:
-    """The same error; if it says no place, with that of the model's code that has led to it."""
-    return error if error.where else type(error)(error.what, where=_place(error, model), todo=error.todo)
+def here() -> str:
+    """``file:line in function: source`` of the model's code that runs now."""
+    for frame, line in traceback.walk_stack(None):
+        file = frame.f_code.co_filename
+        if not file.startswith((*_OUTSIDE, "<")):
+            return f"{file}:{line} in {frame.f_code.co_name}: {linecache.getline(file, line).strip()}"
+    return "forward"
 
 
 def _chain(error: BaseException) -> list[BaseException]:

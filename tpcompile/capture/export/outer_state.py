@@ -109,6 +109,7 @@ def unchanged_outside(model: nn.Module) -> Iterator[list[Outer]]:
     if changed:
         raise CannotCapture(
             f"the model's forward changes {changed[0]}",
+            where=changed[0],
             todo="keep what forward changes in attributes of the model, best in buffers",
         )
 

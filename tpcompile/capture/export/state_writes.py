@@ -102,7 +102,9 @@ def collect_writes(state: PythonState, first: int) -> tuple[list[StateWrite], li
             return value
         if isinstance(value, set | frozenset) and all(isinstance(v, PLAIN) for v in value):
             return frozenset(value)
-        raise CannotCapture(f"the model's forward leaves a {type(value).__name__} in {name}", todo=_TODO)
+        raise CannotCapture(
+            f"the model's forward leaves a {type(value).__name__} in {name}", where=name, todo=_TODO
+        )
 
     for change in state.changes():
         name = str(change)
@@ -121,10 +123,12 @@ def _refuse_bookkeeping(change: Change, name: str) -> None:
     if table in ("_parameters", "_modules") or added:
         raise CannotCapture(
             f"the model's forward adds, replaces or removes {name}: a parameter, buffer or part",
+            where=name,
             todo="have it there from the beginning, and write values with copy_",
         )
     if table in _HOOKS:
         raise CannotCapture(
             f"the model's forward leaves a hook behind ({name})",
+            where=name,
             todo="remove it again in forward, or register it before parallelize",
         )

@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from tpcompile.errors import CannotCapture
 
+from .explain_failure import here
+
 _TENSOR: Any = Tensor
 _PARTS = "parallelize(compose=True) lets this module run as the python that it is"
 _FUNCTION = f"change the gradient with a torch.autograd.Function; or {_PARTS}"
@@ -73,7 +75,7 @@ class _Watch(TorchFunctionMode):
 
 def _refuse(what: str, todo: str) -> None:
     raise CannotCapture(
-        f"the model's forward {what}, which a captured program would not do", where="forward", todo=todo
+        f"the model's forward {what}, which a captured program would not do", where=here(), todo=todo
     )
 
 

@@ -122,7 +122,7 @@ def truncated(model: nn.Module, repeats: Sequence[Repeat]) -> Iterator[None]:
     try:
         for module, repeat, table in zip(lists, repeats, before, strict=True):
             gone = {str(index) for index in repeat.dropped}
-            module.__dict__["_modules"] = type(table)((k, v) for k, v in table.items() if k not in gone)
+            module.__dict__["_modules"] = {k: v for k, v in table.items() if k not in gone}
         yield
     finally:
         for module, table in zip(lists, before, strict=True):
