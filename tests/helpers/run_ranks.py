@@ -204,10 +204,18 @@ def _answer(job: bytes) -> bytes:
 
 
 def _destroy_groups() -> None:
-    """Ends the groups that the last function made, now that all ranks are done: their threads poll."""
+    """Ends the groups that the last function made, now that all ranks are done: their threads poll.
+
+    What DTensor keeps of its operators names meshes, and meshes that are equal find each other's there: none
+    may be found whose groups have ended.
+    """
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
 
 
 def _portable(error: BaseException) -> BaseException | None:
