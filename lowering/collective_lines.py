@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _resolve_process_group
 from torch.fx import Graph, Node
 
+from tpcompile.ir.torch_internals import OpOverload, resolve_process_group
 from tpcompile.ranks.compare_sent import Sent
 
 _DIVIDED = ("dim", "src_dim")
@@ -19,11 +18,11 @@ def sent_by(graph: Graph) -> list[Sent]:
     """The collectives of a lowered graph, in their order."""
     found = []
     for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "tpcompile":
+        if isinstance(node.target, OpOverload) and node.target.namespace == "tpcompile":
             names = (argument.name for argument in node.target._schema.arguments)
             given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
             if "group" in given:
-                group: Any = _resolve_process_group(given["group"])
+                group: Any = resolve_process_group(given["group"])
                 members = tuple(dist.get_process_group_ranks(group))
                 found.append(Sent(f"{node.target._opname} over {len(members)} ranks", members, _facts(given)))
     return found

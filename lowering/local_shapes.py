@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
-from torch.utils._sympy.functions import CeilDiv
 
 from tpcompile.ir.markers import Axes, Placements, origin
 from tpcompile.ir.placements import Filled, Placement, Shard, split_evenly
 from tpcompile.ir.sizes import Size
+from tpcompile.ir.torch_internals import CeilDiv
 from tpcompile.rules.factors import Factors
 
 

@@ -10,10 +10,9 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives  # registers the meta kernels of _c10d_functional
 from torch import Tensor
-from torch._C._distributed_c10d import _resolve_process_group
 
+from tpcompile.ir.torch_internals import resolve_process_group
 from tpcompile.ranks.lost_ranks import is_loss, lost
 
 _C10D = torch.ops._c10d_functional
@@ -46,7 +45,7 @@ def _send(x: Tensor, group: str, what: str, send: Callable[[Tensor], Tensor]) ->
 
 
 def _group(name: str) -> dist.ProcessGroup:
-    group: dist.ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+    group: dist.ProcessGroup = resolve_process_group(name)  # type: ignore[arg-type]
     return group
 
 

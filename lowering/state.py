@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from tpcompile.ir.graph_edit import KEPT_META, fake_mode, value_of
 from tpcompile.ir.markers import Axes
+from tpcompile.ir.torch_internals import ConstantSource, FakeTensorMode
 from tpcompile.work import Work
 
 from .local_module import LocalModule

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tpcompile.capture.export.captured import OutputSpec
+from tpcompile.ir.torch_internals import OpOverload
 
 aten = torch.ops.aten
 
@@ -56,12 +57,12 @@ def _write(graph: Graph, old: Node, new: Node) -> bool:
     return True
 
 
-def _writing_form(node: Node) -> torch._ops.OpOverload | None:
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
+def _writing_form(node: Node) -> OpOverload | None:
+    if not isinstance(node.target, OpOverload) or node.target.namespace != "aten":
         return None
     packet = getattr(aten, f"{node.target.overloadpacket.__name__}_", None)
     found = getattr(packet, node.target._overloadname, None)
-    return found if isinstance(found, torch._ops.OpOverload) else None
+    return found if isinstance(found, OpOverload) else None
 
 
 def _needed_later(old: Node, new: Node) -> bool:

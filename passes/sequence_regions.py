@@ -18,6 +18,7 @@ from tpcompile.ir.markers import all_gather, all_reduce, keep_first, origin
 from tpcompile.ir.nodes import is_tensor, operands, producer, results, shape, tensor_of
 from tpcompile.ir.placements import Replicate, Shard
 from tpcompile.ir.sizes import bytes_of, hint
+from tpcompile.ir.torch_internals import OpOverload
 from tpcompile.rules.choices import Choice
 from tpcompile.rules.factors import OpFactor
 from tpcompile.rules.rule import UNARY, Rule
@@ -259,4 +260,4 @@ def _reads_sizes(node: Node, rule: Rule) -> bool:
 
 
 def _is_pointwise(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.torch_internals import FakeTensor
 from tpcompile.work import Work
 
 
@@ -29,5 +30,5 @@ def verify_graph(work: Work, after: str) -> None:
                 f"input {node.name} has no source", where=f"after {after}", todo="report this"
             )
         val = node.meta.get("val")
-        if isinstance(val, torch.Tensor) and not isinstance(val, torch._subclasses.FakeTensor):
+        if isinstance(val, torch.Tensor) and not isinstance(val, FakeTensor):
             raise TpCompileError(f"{node.name} holds real data", where=f"after {after}", todo="report this")

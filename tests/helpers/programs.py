@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -130,7 +131,9 @@ def _values(
     tensors = tensors_of(model)
     for source in work.sources.values():
         kind, name = source.spec.kind, source.spec.name
-        if kind not in ("user", "constant"):
+        if kind == "attribute":
+            found[kind, name] = attrgetter(name)(model)
+        elif kind not in ("user", "constant"):
             found[kind, name] = layout.shard(name, tensors[name].detach(), rank)
     return found
 

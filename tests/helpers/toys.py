@@ -131,12 +131,11 @@ class Rearranged(nn.Module):
         super().__init__()
         self.drop = nn.Dropout(0.3)
         self.linear = nn.Linear(12, 18)
-        self.last = torch.tensor([-1])
 
     def forward(self, x: Tensor) -> Tensor:
         a, b, c = self.drop(self.linear(x)).split([4, 8, 6], dim=-1)
         b = b.reshape(x.shape[0], -1, 2, 4).view(x.shape[0], -1, 8)[:, :, 0:8]
-        mask = x.new_zeros(1, 4) + a[:, self.last]
+        mask = x.new_zeros(1, 4) + a[:, [-1]]
         return torch.cat([b, mask + a, c.contiguous()], dim=-1)
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_unflatten
 
 from tpcompile.capture.caches.call_results import given_caches, states_of
 from tpcompile.ir.calls import flatten_call, leaf_names
 from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.ir.torch_internals import tree_unflatten
 
 from .held_caches import Held
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec
 
 from tpcompile.capture.export.captured import OutputSpec
 from tpcompile.capture.repeats.capture_repeated import ShortCapture, whole_outputs
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.placements import Placement, R, Shard, split_evenly
 from tpcompile.ir.sizes import Size
+from tpcompile.ir.torch_internals import TreeSpec
 from tpcompile.rules.factors import Factors
 
 from .export.captured import Captured

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils._pytree import tree_map_only
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import OpenNumber, flatten_call
 from tpcompile.ir.print_graph import target_text
+from tpcompile.ir.torch_internals import tree_map_only
 
 from .export.captured import Captured
 

@@ -9,9 +9,9 @@ from functools import lru_cache
 from typing import Any
 
 from torch import nn
-from torch.utils._pytree import SequenceKey, TreeSpec, tree_flatten, tree_flatten_with_path
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.torch_internals import SequenceKey, TreeSpec, tree_flatten, tree_flatten_with_path
 
 _STAR = "*"
 

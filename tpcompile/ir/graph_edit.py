@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
+
+from tpcompile.ir.torch_internals import FakeTensor, FakeTensorMode, enable_python_dispatcher
 
 from .nodes import is_tensor
 

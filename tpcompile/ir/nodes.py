@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from tpcompile.ir.torch_internals import OpOverload
+
 from .sizes import Size, sizes_of
 
 
@@ -76,7 +78,7 @@ def option(node: Node, name: str, default: Any = None) -> Any:
     """
     if name in node.kwargs:
         return node.kwargs[name]
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         for i, declared in enumerate(node.target._schema.arguments):
             if declared.name == name:
                 given = i < len(node.args) and not declared.kwarg_only
@@ -88,7 +90,7 @@ def option(node: Node, name: str, default: Any = None) -> Any:
 def op_name(node: Node) -> str:
     """``add`` for ``aten.add.Tensor``."""
     target = node.target
-    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else str(target)
+    return target._schema.name.split("::")[1] if isinstance(target, OpOverload) else str(target)
 
 
 def module_path(node: Node) -> str:

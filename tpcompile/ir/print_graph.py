@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from tpcompile.ir.torch_internals import OpOverload
+
 
 def graph_text(graph: Graph) -> str:
     """A line per node: ``name: f32[2, s, 64] S(2) = aten.linear(x, w)``."""
@@ -28,7 +30,7 @@ def node_text(node: Node) -> str:
 
 def target_text(node: Node) -> str:
     """The operator's short name: ``aten.linear`` for the default overload, ``aten.add.Tensor`` else."""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return str(node.target).removesuffix(".default")
     if node.target is operator.getitem:
         return "getitem"

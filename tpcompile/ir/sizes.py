@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv, Mod
+
+from tpcompile.ir.torch_internals import FloorDiv, Mod
 
 Size: TypeAlias = int | sympy.Expr
 

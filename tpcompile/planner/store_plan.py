@@ -18,6 +18,7 @@ from tpcompile.capture.repeats.match_periods import BLOCK, describe_value
 from tpcompile.disk_cache import cache_folder, entry_name, own_sources, read_entry, write_entry
 from tpcompile.ir.nodes import module_path
 from tpcompile.ir.print_graph import target_text
+from tpcompile.ir.torch_internals import OpOverload
 from tpcompile.planner.search.cost import CostModel
 from tpcompile.planner.search.quantities import symbol_hints
 from tpcompile.rules.table import user_rows
@@ -70,7 +71,7 @@ def describe_work(base: Work) -> list[Any]:
     """All that the planner can see of a program: more than its text, which neither says the example's sizes
     nor what a weight is called nor how many layers one stands for."""
     nodes = [_describe_node(n) for n in base.graph.nodes]
-    operators = {n.target for n in base.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    operators = {n.target for n in base.graph.nodes if isinstance(n.target, OpOverload)}
     # What has no rule is pointwise if torch's tags say so.
     schemas = sorted((str(op._schema), sorted(map(str, op.tags))) for op in operators)
     hints = sorted((str(symbol), size) for symbol, size in symbol_hints(base.graph).items())

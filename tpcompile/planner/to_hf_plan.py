@@ -46,10 +46,8 @@ def _as_installed(rules: dict[str, str]) -> dict[str, str]:
     5.17 knows no ``embedding_colwise``, for which the vocabulary can be divided, and no ``replicate``, which
     it needs not: there a given plan takes the place of the model's own.
     """
-    try:
-        from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES as known
-    except ImportError:
-        from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES as known
+    from tpcompile.ir.hf_internals import ALL_PARALLEL_STYLES as known
+
     if "embedding_colwise" not in known:
         rules = {k: "embedding_rowwise" if s == "embedding_colwise" else s for k, s in rules.items()}
     return {key: style for key, style in rules.items() if style in known}

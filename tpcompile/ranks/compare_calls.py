@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from tpcompile.ir.torch_internals import detect_fake_mode, get_tracing_state, peek_interpreter_stack
 
 from .agree import compare
 from .describe import describe_value
@@ -63,7 +64,7 @@ def compare_call(
 
 def can_compare(leaves: Sequence[Any]) -> bool:
     """Whether a call has values that can be sent: not while it is traced, exported or transformed."""
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    traced = torch.compiler.is_compiling() or get_tracing_state() is not None
+    transformed = peek_interpreter_stack() is not None
     recorded = get_proxy_mode() is not None or detect_fake_mode(list(leaves)) is not None
     return not (traced or transformed or recorded)

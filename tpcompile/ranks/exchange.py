@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import BroadcastOptions, GatherOptions
 
 from tpcompile.errors import RanksApart
+from tpcompile.ir.torch_internals import BroadcastOptions, GatherOptions
 
 from .lost_ranks import telling
 from .own_groups import backend_of, limit_of, own_group

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.torch_internals import resolve_process_group
 
 from .own_groups import TIMEOUT, backend_of, own_group
 
@@ -74,7 +74,7 @@ class MeshAxis:
     @property
     def group(self) -> dist.ProcessGroup:
         """The ranks of the axis; asked for each time, for the reason above."""
-        return _resolve_process_group(self.group_name)  # type: ignore[arg-type]
+        return resolve_process_group(self.group_name)  # type: ignore[arg-type]
 
 
 def _without_groups(mesh: DeviceMesh) -> DeviceMesh:

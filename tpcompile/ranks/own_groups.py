@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _resolve_process_group
 
 from tpcompile.errors import RanksApart, TpCompileError
+from tpcompile.ir.torch_internals import resolve_process_group
 
 from .notes import leave_note, named, read_notes
 
@@ -91,7 +91,7 @@ def _backend(group: dist.ProcessGroup, device_type: str | None = None) -> Any:
 def _found(name: str) -> dist.ProcessGroup | None:
     """The group of this name, if it was not destroyed since it was made."""
     try:
-        group: dist.ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+        group: dist.ProcessGroup = resolve_process_group(name)  # type: ignore[arg-type]
     except RuntimeError:
         return None
     return group if group.group_desc == _DESCRIPTION else None

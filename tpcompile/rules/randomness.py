@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.nodes import module_path, option
+from tpcompile.ir.torch_internals import OpOverload
 
 # Options that turn an operator's randomness on, each with the value at which it is off.
 _SWITCHES = (("train", False), ("training", False), ("p", 0.0), ("dropout_p", 0.0), ("dropout", 0.0))
@@ -24,7 +25,7 @@ def random_nodes(graph: Graph) -> list[Node]:
 
 def is_random(node: Node) -> bool:
     """Whether a call draws random numbers (a dropout outside of training does not)."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return False
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False

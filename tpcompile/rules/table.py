@@ -18,6 +18,7 @@ from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import checked, short
 from tpcompile.ir.nodes import operands, results, shape
 from tpcompile.ir.sizes import sizes_of
+from tpcompile.ir.torch_internals import OpOverload, OpOverloadPacket
 
 from . import contractions, indexing, opaque, parts, pointwise, reductions, views
 from .notation import instantiate, parse_row
@@ -174,9 +175,7 @@ _USER: dict[str, Row] = {}
 
 
 @checked
-def register_rule(
-    op: torch._ops.OpOverload | torch._ops.OpOverloadPacket | str, rule: str | Callable[..., Any]
-) -> None:
+def register_rule(op: OpOverload | OpOverloadPacket | str, rule: str | Callable[..., Any]) -> None:
     """Adds or replaces the rule of an operator.
 
     Args:
@@ -192,7 +191,7 @@ def register_rule(
         found: Any = getattr(torch.ops, library, None) if rest else None
         for name in rest.split("."):
             found = getattr(found, name, None)
-        if not isinstance(found, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        if not isinstance(found, OpOverload | OpOverloadPacket):
             raise TpCompileError(
                 f"there is no operator {op!r}",
                 where="register_rule",
@@ -231,13 +230,13 @@ def rule_of(node: Node) -> Rule | str:
     return _without_useless(rule, node)
 
 
-def has_rule(op: torch._ops.OpOverload) -> bool:
+def has_rule(op: OpOverload) -> bool:
     """Whether the table says something of an operator, if only why it has no rule."""
     return _look_up(op, _names(op)) is not None
 
 
 def _names(op: object) -> list[str]:
-    if not isinstance(op, torch._ops.OpOverload):
+    if not isinstance(op, OpOverload):
         return [f"{getattr(op, '__module__', '')}.{getattr(op, '__name__', op)}"]
     full = str(op)
     return [full, full.rpartition(".")[0]]
@@ -248,7 +247,7 @@ def _look_up(op: object, names: Iterable[str]) -> Row | None:
         for name in names:
             if name in table:
                 return table[name]
-    if isinstance(op, torch._ops.OpOverload) and torch.Tag.pointwise in op.tags:
+    if isinstance(op, OpOverload) and torch.Tag.pointwise in op.tags:
         return pointwise.broadcast
     return None
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.torch_internals import OptimizedModule
 
 from .watched_module import WatchedModule
 

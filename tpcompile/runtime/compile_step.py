@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tpcompile.capture.caches.layers import is_count
 from tpcompile.capture.export.captured import Captured
+from tpcompile.ir.torch_internals import maybe_mark_dynamic
 
 Step = Callable[..., Any]
 
@@ -49,4 +50,4 @@ def mark_open_sizes(captured: Captured, given: Sequence[Any]) -> None:
         if isinstance(tensor, Tensor) and (not static or is_count(spec.name)):
             for dim, extent in enumerate(spec.extents or ()):
                 if isinstance(extent, str):
-                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+                    maybe_mark_dynamic(tensor, dim)

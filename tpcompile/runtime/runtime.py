@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as nn_module
-from torch.utils._pytree import TreeSpec
 
 from tpcompile.capture.caches.layers import is_count
 from tpcompile.capture.divide_caches import divide_caches, whole_caches
@@ -23,6 +22,7 @@ from tpcompile.errors import CannotCapture, OnlyInParts, RanksApart, TpCompileEr
 from tpcompile.ir.calls import CallSignature, flatten_call, leaf_names
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import tensors_by_name, whole_tensors
+from tpcompile.ir.torch_internals import TreeSpec, peek_interpreter_stack
 from tpcompile.ranks.compare_calls import can_compare, compare_call, compare_weights
 from tpcompile.ranks.lost_ranks import is_loss, lost
 from tpcompile.ranks.turns import begin_turn
@@ -441,7 +441,7 @@ def _refuse_transforms() -> None:
             where="the call",
             todo="register them on the modules that they are for",
         )
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    transformed = peek_interpreter_stack() is not None
     if transformed or forward_ad._current_level >= 0:
         raise TpCompileError(
             "torch.func and forward-mode derivatives do not see through the collectives of a sharded model",

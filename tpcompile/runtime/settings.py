@@ -115,7 +115,7 @@ class Reads:
         """Whether all is as it was; while dynamo traces, it is found out once for each ``Settings.state``."""
         return self._hold_now(state) if torch.compiler.is_dynamo_compiling() else self._hold()
 
-    @torch._dynamo.assume_constant_result
+    @torch.compiler.assume_constant_result
     def _hold_now(self, state: int) -> bool:
         return self._hold()
 

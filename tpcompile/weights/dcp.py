@@ -18,8 +18,6 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
-from torch.distributed.checkpoint._storage_utils import _storage_setup
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -28,6 +26,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.torch_internals import flatten_state_dict, storage_setup
 from tpcompile.ranks.agree import together
 
 
@@ -120,7 +119,7 @@ def load(
 
 def _reader(reader: StorageReader | None, checkpoint_id: str | os.PathLike[str] | None) -> Any:
     try:
-        return _storage_setup(reader, checkpoint_id, reader=True)
+        return storage_setup(reader, checkpoint_id, reader=True)
     except RuntimeError as error:
         raise TpCompileError(
             f"no checkpoint to load: {error}", where=str(checkpoint_id), todo="give checkpoint_id"

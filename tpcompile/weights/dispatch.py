@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.torch_internals import tree_leaves, tree_map
 
 from .elementwise import by_list, new, pointwise
 from .gathered_view import gathered, local

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.torch_internals import tree_map
 
 from .gathered_view import gathered, local, written
 from .tensor_layout import TensorLayout

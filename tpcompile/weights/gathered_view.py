@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.torch_internals import disabled_torch_function_impl, tree_leaves, tree_map
 
 from .tensor_layout import TensorLayout
 
@@ -73,7 +73,7 @@ class GatheredView(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.viewed)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

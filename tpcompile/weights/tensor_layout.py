@@ -9,13 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.layout.index_ranges import copied_along
 from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout
+from tpcompile.ir.torch_internals import DTensorSpec, FakeTensor, TensorMeta
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.strategies.custom.custom_modules import CustomModules
 

@@ -15,13 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp._fully_shard import _fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import optimizer
-from torch.utils import _foreach_utils
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.torch_internals import foreach_utils, fully_shard
 
 from .sharded_parameter import ShardedParameter, local_tensor
 from .tensor_layout import UnsayableSpec
@@ -35,12 +34,12 @@ _OTHER_AXIS = (
 @functools.cache
 def guard_torch() -> None:
     """Tells torch's data parallelism, optimizers and autograd of sharded parameters."""
-    for supported in (optimizer._foreach_supported_types, _foreach_utils._foreach_supported_types):
+    for supported in (optimizer._foreach_supported_types, foreach_utils._foreach_supported_types):
         supported.append(ShardedParameter)
     _around(DistributedDataParallel, _construct_ddp)
     _around(FullyShardedDataParallel, _construct_fsdp)
     _around(ZeroRedundancyOptimizer, _construct_zero)
-    fsdp: Any = _fully_shard
+    fsdp: Any = fully_shard
     fsdp._get_modules_and_states = functools.partial(_fully_shard_states, fsdp._get_modules_and_states)
     autograd: Any = torch.autograd
     autograd._engine_run_backward = functools.partial(_run_backward, autograd._engine_run_backward)

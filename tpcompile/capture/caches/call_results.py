@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils._pytree import TreeSpec, tree_flatten
-
 from tpcompile.ir.calls import join_path, leaf_names, leaf_paths
+from tpcompile.ir.torch_internals import TreeSpec, tree_flatten
 
 from .form import Facts
 from .layers import make_layer, put_layer, take_layer

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.torch_internals import mark_static_address
 
 from .form import Facts, LayerForm, Parts
 from .state_layers import state_forms
@@ -148,7 +149,7 @@ def _put_static(layer: Any, parts: Parts, facts: Facts) -> None:
     layer.v_head_dim = layer.values.shape[-1]
     if not torch.compiler.is_compiling():
         for tensor in (layer.keys, layer.values, layer.cumulative_length):
-            torch._dynamo.mark_static_address(tensor)
+            mark_static_address(tensor)
 
 
 def _refill(old: Tensor, new: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.utils import _pytree as pytree
+from tpcompile.ir.torch_internals import pytree
 
 PAIR = ("self_attention_cache", "cross_attention_cache")
 FLAGS = "is_updated"

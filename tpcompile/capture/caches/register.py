@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from torch.utils import _pytree as pytree
-
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.torch_internals import pytree
 
 from .form import Facts, Parts
 from .layers import make_layer, take_layer

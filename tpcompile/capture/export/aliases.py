@@ -6,8 +6,9 @@ import operator
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Node
+
+from tpcompile.ir.torch_internals import DispatchKey, OpOverload, dispatch_has_kernel_for_dispatch_key
 
 # Composite, without a word about aliases in their schemas, and new whatever they are given.
 _NEW = ("aten.linear", "aten.matmul")
@@ -15,9 +16,7 @@ _NEW = ("aten.linear", "aten.matmul")
 
 def is_composite(op: OpOverload) -> bool:
     """Whether torch composes an operator of others."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        op.name(), torch._C.DispatchKey.CompositeImplicitAutograd
-    )
+    return dispatch_has_kernel_for_dispatch_key(op.name(), DispatchKey.CompositeImplicitAutograd)
 
 
 def alias_depends(op: OpOverload) -> bool:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
 from tpcompile.errors import CannotCapture, TpCompileError
+from tpcompile.ir.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 
 from .examine_function import is_elementwise
 from .explain_failure import here

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.caches.register import register_cache_support
 from tpcompile.errors import OnlyInParts, TpCompileError
 from tpcompile.ir.calls import OpenNumber, flatten_call, leaf_names
+from tpcompile.ir.torch_internals import FakeTensorMode
 
 from .autograd_functions import kept_functions
 from .captured import Captured

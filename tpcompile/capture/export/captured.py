@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule
-from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from tpcompile.capture.caches.call_results import CacheState, GivenCache
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.torch_internals import TreeSpec, tree_unflatten
 from tpcompile.ranks.describe import describe_value
 
 from .autograd_functions import FunctionCall

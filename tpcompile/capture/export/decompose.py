@@ -9,16 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, OutputSpec, TensorArgument
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import extract_val
 from torch.fx.node import map_arg
-from torch.utils._sympy.functions import Max, Min
 
 from tpcompile.ir.graph_edit import fake_mode, value_of
+from tpcompile.ir.torch_internals import FakeTensorMode, Max, Min, OpOverload, is_any_autocast_enabled
 from tpcompile.rules.table import has_rule
 
 from .aliases import alias_depends, is_composite
@@ -36,7 +34,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     nothing in place and have few calls to take apart, which is then done one by one.
     """
     # Tracing inside of an autocast region writes its casts into the graph.
-    if not torch._C._is_any_autocast_enabled():
+    if not is_any_autocast_enabled():
         try:
             _make_functional(program)
             return program

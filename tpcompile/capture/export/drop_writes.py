@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
 from tpcompile.ir.graph_edit import call
+from tpcompile.ir.torch_internals import FakeTensorMode, OpOverload
 
 from .aliases import may_alias
 

@@ -7,14 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tpcompile.errors import CannotCapture
+from tpcompile.ir.torch_internals import (
+    ConstantSource,
+    DisableTorchFunction,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    tree_leaves,
+    unset_fake_temporarily,
+)
 
 from .explain_failure import here
 
@@ -41,7 +46,7 @@ def is_elementwise(run: Run, name: str, inputs: Sequence[Tensor]) -> bool:
         CannotCapture: it does what ranks could not do alike: draws random numbers, writes into its
             operands, or uses a weight that it is not given.
     """
-    clean = torch._C.DisableTorchFunction()
+    clean = DisableTorchFunction()
     with clean, unset_fake_temporarily(), disable_proxy_modes_tracing():
         try:
             events = _record(run, name, inputs, [tuple(map(_hint, x.shape)) for x in inputs])

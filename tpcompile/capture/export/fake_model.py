@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tpcompile.ir.module_tensors import replace_tensors, whole_tensors
+from tpcompile.ir.torch_internals import FakeTensorMode
 
 from .python_state import PythonState
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from tpcompile.capture.caches.call_results import GivenCache, Results, take_results
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import call_model
+from tpcompile.ir.torch_internals import TreeSpec, is_alias_of, tree_unflatten
 
 from .captured import OutputKind
 from .dynamic_dims import Attempt, Place
@@ -161,7 +161,7 @@ def _write_assigned(before: Sequence[_Buffer], results: Sequence[Any]) -> list[A
 
 def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors lie in the same memory."""
-    return bool(torch._C._is_alias_of(one, other))  # type: ignore[attr-defined]
+    return bool(is_alias_of(one, other))
 
 
 def _result(name: str, value: Any, kind: OutputKind) -> UserResult:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.export.graph_signature import OutputKind as Export
@@ -17,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from tpcompile.capture.caches.call_results import GivenCache
 from tpcompile.errors import CannotCapture, TpCompileError
 from tpcompile.ir.module_tensors import first_names
+from tpcompile.ir.torch_internals import FakeTensor
 
 from .captured import InputSpec, OutputKind, OutputSpec
 from .read_guards import to_python

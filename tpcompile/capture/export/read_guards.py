@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.export import ExportedProgram
-from torch.utils._sympy.numbers import int_oo
-from torch.utils._sympy.printers import PythonPrinter
 
 from tpcompile.ir.sizes import simplify_size
+from tpcompile.ir.torch_internals import FakeTensor, PythonPrinter, int_oo
 
 
 def read_ranges(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
@@ -61,6 +59,6 @@ def to_python(expression: Any) -> str:
 def _shape_env(program: ExportedProgram) -> Any:
     for node in program.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
-        if isinstance(value, torch._subclasses.FakeTensor):
+        if isinstance(value, FakeTensor):
             return value.fake_mode.shape_env
     return None

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tpcompile.errors import CannotCapture
+from tpcompile.ir.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 
 from .python_state import BOOKKEEPING, MISSING, PLAIN, Change, PythonState, Step, table_at
 

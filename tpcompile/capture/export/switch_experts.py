@@ -68,7 +68,7 @@ def install_output_hooks(model: nn.Module) -> None:
     """
     for module in model.modules():
         if _records_outputs(type(module)) and not any(hasattr(m, _INSTALLED) for m in module.modules()):
-            from transformers.utils.output_capturing import maybe_install_capturing_hooks
+            from tpcompile.ir.hf_internals import maybe_install_capturing_hooks
 
             maybe_install_capturing_hooks(module)
 

@@ -12,18 +12,20 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node, Proxy
 from torch.fx.experimental.proxy_tensor import extract_val
 from torch.fx.node import map_arg
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from tpcompile.ir.graph_edit import KEPT_META, behind
+from tpcompile.ir.torch_internals import (
+    FakeTensorMode,
+    OpOverload,
+    PythonReferenceAnalysis,
+    TorchDispatchMode,
+    enable_python_dispatcher,
+    sympy_interp,
+    tree_map_only,
+)
 
 
 class CannotTakeApart(Exception):

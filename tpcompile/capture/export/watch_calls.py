@@ -9,12 +9,12 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
 from tpcompile.errors import CannotCapture
+from tpcompile.ir.torch_internals import FakeTensor
 
 from .explain_failure import here
 

@@ -10,12 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.export import _trace
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from tpcompile.capture.caches.call_results import CacheState, take_results
 from tpcompile.capture.export.autograd_functions import kept_functions
@@ -25,6 +20,15 @@ from tpcompile.capture.export.python_state import PythonState, recorded_reads
 from tpcompile.capture.export.state_writes import StateWrite, collect_writes
 from tpcompile.capture.export.switch_experts import install_output_hooks
 from tpcompile.ir.calls import call_model
+from tpcompile.ir.torch_internals import (
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    TreeSpec,
+    no_dispatch,
+    tree_unflatten,
+)
+from tpcompile.ir.torch_internals import export_trace as _trace
 
 from .find_repeats import Repeat
 

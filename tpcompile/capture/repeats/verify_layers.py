@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec
 
 from tpcompile.capture.caches.call_results import CacheState
 from tpcompile.capture.export.outer_state import Outer
 from tpcompile.capture.export.state_writes import StateWrite
 from tpcompile.ir.calls import leaf_names
+from tpcompile.ir.torch_internals import TreeSpec, tree_unflatten
 
 from .assign_leaves import Leaves, assign_leaves
 from .cut_run import NotRepeated, Place, Regions
@@ -99,7 +99,7 @@ def _assign(full: Regions, leaves: Sequence[Any], in_spec: TreeSpec) -> Leaves:
     results = Results(full, {}, lambda token: token, lambda token, place: token, {})
     forms = zip(full.run.names, results.forms, strict=True)
     made = {name: form.period for name, form in forms if form.alone}
-    names = leaf_names(torch.utils._pytree.tree_unflatten(list(leaves), in_spec))
+    names = leaf_names(tree_unflatten(list(leaves), in_spec))
     idle = {i: place for i, name in enumerate(names) if i in facts and (place := made.get(name)) is not None}
     return assign_leaves(full, facts, idle)
 

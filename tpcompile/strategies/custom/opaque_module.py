@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.module_tensors import every_name, lent, named_tensor
 from tpcompile.ir.placements import Placement, Shard
+from tpcompile.ir.torch_internals import TorchDispatchMode
 
 _LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
 # The modules whose calls are captured now, by key; only those who run the graph at global shapes look here.

@@ -16,6 +16,7 @@ from transformers import initialization
 
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import short
+from tpcompile.ir.hf_internals import get_class_from_dynamic_module
 
 from .read_headers import Stored
 
@@ -148,8 +149,6 @@ def _class_of(config: Any, auto: Any, mapping: Any, trust_remote_code: bool, hub
                 where=remote[name],
                 todo="read it, then give trust_remote_code=True; or give model_class",
             )
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
         return get_class_from_dynamic_module(remote[name], config.name_or_path, **hub)
     candidates = mapping[type(config)] if mapping is not None and type(config) in mapping else ()
     candidates = candidates if isinstance(candidates, list | tuple) else (candidates,)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+
+from tpcompile.ir.torch_internals import tree_leaves
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from tpcompile.ir.torch_internals import tree_map_only
 
 from .expressions import AddDim, Apply, Cast, Cut, DropDim, Expression, Join, Leaf, Permute
 

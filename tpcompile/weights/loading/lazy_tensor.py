@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.torch_internals import disabled_torch_function_impl, tree_map_only
 
 from .expressions import AddDim, Apply, Cast, Cut, DropDim, Expression, Join, Permute
 
@@ -41,7 +41,7 @@ class LazyTensor(Tensor):
     def __deepcopy__(self, memo: Any) -> LazyTensor:
         return self
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

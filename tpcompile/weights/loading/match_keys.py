@@ -11,11 +11,15 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import convert_and_load_state_dict_in_model, rename_source_key
-from transformers.modeling_utils import LoadStateDictConfig, get_model_conversion_mapping
 from transformers.utils import logging
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.hf_internals import (
+    LoadStateDictConfig,
+    convert_and_load_state_dict_in_model,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
 from tpcompile.ir.module_tensors import every_name, whole_tensors
 
 from .expressions import Expression, leaves

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import check_arguments
+from tpcompile.ir.hf_internals import custom_object_save, revert_weight_conversion
 from tpcompile.ranks.agree import together
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.weights.loading.expressions import Expression, Leaf, leaves
@@ -238,8 +238,6 @@ def _configs(model: Any) -> dict[str, bytes]:
         refusing("its files cannot be made", where=where, todo=todo),
     ):
         if model.is_remote_code():
-            from transformers.dynamic_module_utils import custom_object_save
-
             custom_object_save(model, folder, config=config)
         config.save_pretrained(folder)
         if model.can_generate():

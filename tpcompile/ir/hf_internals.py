@@ -1,0 +1,51 @@
+"""All that tpcompile takes from transformers although it is not documented; see ``torch_internals``.
+
+To import this imports transformers, which takes seconds: do so where a model of transformers is at hand.
+"""
+
+from __future__ import annotations
+
+from transformers.core_model_loading import (
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
+from transformers.modeling_utils import LoadStateDictConfig, get_model_conversion_mapping
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+try:
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+except ImportError:  # 5.17
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+__all__ = [
+    "ALL_PARALLEL_STYLES",
+    "LoadStateDictConfig",
+    "convert_and_load_state_dict_in_model",
+    "custom_object_save",
+    "get_class_from_dynamic_module",
+    "get_model_conversion_mapping",
+    "maybe_install_capturing_hooks",
+    "rename_source_key",
+    "revert_weight_conversion",
+]
+
+PRIVATE_ATTRIBUTES = {
+    "transformers:GenerationMixin": ("_sample",),
+    "transformers:PreTrainedConfig": ("_attn_implementation", "_experts_implementation_internal"),
+    "transformers:PreTrainedModel": (
+        "_adjust_missing_and_unexpected_keys",
+        "_from_config",
+        "_get_dtype_plan",
+        "_keys_to_ignore_on_save",
+        "_tp_plan",
+    ),
+    "transformers.generation:PrefixConstrainedLogitsProcessor": ("_prefix_allowed_tokens_fn",),
+    "transformers.initialization": ("_is_hf_initialized",),
+    "transformers.integrations.moe": ("_is_expert_parallel",),
+    "transformers.integrations.peft": ("_hf_peft_config_loaded",),
+    "transformers.models.auto.auto_factory:_BaseAutoModelClass": ("_model_mapping",),
+    "transformers.utils.output_capturing": ("_output_capturing_hooks_installed",),
+}
+"""Attributes that are read from transformers' objects, by their owner: a module, or a class of one."""

@@ -1,0 +1,141 @@
+"""All that tpcompile takes from torch although it is not public: another version may do without.
+
+``tests/ir/test_internals.py`` looks every name up, says which modules need one that is gone, and holds that
+private names of torch come from here alone.
+"""
+
+from __future__ import annotations
+
+from torch._C import DisableTorchFunction, DispatchKey
+from torch._C import _disabled_torch_function_impl as disabled_torch_function_impl
+from torch._C import _dispatch_has_kernel_for_dispatch_key as dispatch_has_kernel_for_dispatch_key
+from torch._C import _get_tracing_state as get_tracing_state
+from torch._C import _is_alias_of as is_alias_of  # type: ignore[attr-defined]
+from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
+from torch._C._distributed_c10d import BroadcastOptions, GatherOptions
+from torch._C._distributed_c10d import _resolve_process_group as resolve_process_group
+from torch._C._functorch import peek_interpreter_stack
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import mark_static_address, maybe_mark_dynamic
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.source import ConstantSource
+from torch._guards import detect_fake_mode
+from torch._ops import OpOverload, OpOverloadPacket
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._storage_utils import _storage_setup as storage_setup
+from torch.distributed.fsdp._fully_shard import _fully_shard as fully_shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.export import _trace as export_trace
+from torch.utils import _foreach_utils as foreach_utils
+from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import (
+    SequenceKey,
+    TreeSpec,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
+from torch.utils._sympy.functions import CeilDiv, FloorDiv, Max, Min, Mod
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.printers import PythonPrinter
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+__all__ = [
+    "BroadcastOptions",
+    "CeilDiv",
+    "ConstantSource",
+    "DTensorSpec",
+    "DisableTorchFunction",
+    "DispatchKey",
+    "FakeTensor",
+    "FakeTensorMode",
+    "FloorDiv",
+    "GatherOptions",
+    "Max",
+    "Min",
+    "Mod",
+    "OpOverload",
+    "OpOverloadPacket",
+    "OptimizedModule",
+    "PythonPrinter",
+    "PythonReferenceAnalysis",
+    "SequenceKey",
+    "TensorMeta",
+    "TorchDispatchMode",
+    "TreeSpec",
+    "detect_fake_mode",
+    "disabled_torch_function_impl",
+    "dispatch_has_kernel_for_dispatch_key",
+    "enable_python_dispatcher",
+    "export_trace",
+    "flatten_state_dict",
+    "foreach_utils",
+    "fully_shard",
+    "get_tracing_state",
+    "int_oo",
+    "is_alias_of",
+    "is_any_autocast_enabled",
+    "mark_static_address",
+    "maybe_mark_dynamic",
+    "no_dispatch",
+    "peek_interpreter_stack",
+    "pytree",
+    "resolve_process_group",
+    "storage_setup",
+    "sympy_interp",
+    "tree_flatten",
+    "tree_flatten_with_path",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
+    "unset_fake_temporarily",
+]
+
+PRIVATE_ATTRIBUTES = {
+    "torch.Tensor": (
+        "_backward_hooks",
+        "_dtensor__new__",
+        "_make_wrapper_subclass",
+        "_post_accumulate_grad_hooks",
+        "_use_count",
+    ),
+    "torch.UntypedStorage": ("_cdata",),
+    "torch._dynamo.eval_frame:OptimizedModule": ("_orig_mod",),
+    "torch._ops:OpOverload": ("_opname", "_overloadname", "_schema"),
+    "torch.autograd": ("_engine_run_backward",),
+    "torch.autograd.forward_ad": ("_current_level",),
+    "torch.distributed.DeviceMesh": ("_flatten_mapping", "_get_root_mesh", "_pg_registry", "_root_mesh"),
+    "torch._C._distributed_c10d:Backend.Options": ("_timeout",),
+    "torch.distributed.ProcessGroup": ("_device_types", "_get_backend"),
+    "torch.distributed.distributed_c10d": ("_get_default_store", "_new_process_group_helper", "_world"),
+    "torch.distributed.fsdp._fully_shard._fully_shard": ("_get_modules_and_states",),
+    "torch.distributed.tensor:DTensor": ("_local_tensor",),
+    "torch.export._trace": ("_compiling_state_context",),
+    "torch.fx.Graph": ("_graph_namespace",),
+    "torch.fx.graph:_Namespace": ("_used_names",),
+    "torch.fx.experimental.symbolic_shapes:ShapeEnv": ("_maybe_evaluate_static",),
+    "torch.nn.Module": (
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_buffers",
+        "_compiled_call_impl",
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_is_full_backward_hook",
+        "_modules",
+        "_parameters",
+    ),
+    "torch.nn.modules.module": ("_global_backward_hooks", "_global_backward_pre_hooks"),
+    "torch.optim.optimizer": ("_foreach_supported_types",),
+    "torch.utils._foreach_utils": ("_foreach_supported_types",),
+    "torch.utils._pytree": ("_deregister_pytree_node",),
+}
+"""Attributes that are read from torch's modules and objects, by their owner: a module, or a class of one."""
