@@ -12,9 +12,7 @@ from tpcompile.ir.conversions import steps
 from tpcompile.ir.graph_edit import call_before, replace
 from tpcompile.ir.nodes import arguments
 from tpcompile.ir.placements import R
-from tpcompile.work import Work
-
-from .pipeline import Pass
+from tpcompile.work import Pass, Work
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,9 @@ from tpcompile.ir.nodes import is_tensor, operands
 from tpcompile.ir.placements import Filled, R, Replicate
 from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
-from tpcompile.work import Work
+from tpcompile.work import Pass, Work
 
 from .insert_gradient_copies import differentiable_values
-from .pipeline import Pass
 from .sequence_regions import Positions, Region, is_whole
 from .wanted_regions import missed, wanted
 

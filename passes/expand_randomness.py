@@ -14,9 +14,7 @@ from tpcompile.ir import random_numbers
 from tpcompile.ir.graph_edit import call_before, replace
 from tpcompile.ir.nodes import arguments, operands, option, shape
 from tpcompile.rules.randomness import is_random
-from tpcompile.work import Work
-
-from .pipeline import Pass
+from tpcompile.work import Pass, Work
 
 aten = torch.ops.aten
 uniform = torch.ops.tpcompile.uniform.default

@@ -13,9 +13,7 @@ from tpcompile.ir.nodes import is_tensor, operands
 from tpcompile.ir.placements import Owned, Partial, Replicate
 from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
-from tpcompile.work import Work
-
-from .pipeline import Pass
+from tpcompile.work import Pass, Work
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from torch.fx import Node
 from tpcompile.ir.graph_edit import call
 from tpcompile.ir.layout.segment import Box, Segment
 from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout
-from tpcompile.work import Work
+from tpcompile.work import Pass, Work
 
-from .pipeline import Pass
 from .split_packed_matmul import segment_placeholder
 
 aten = torch.ops.aten

@@ -12,9 +12,7 @@ from tpcompile.ir.nodes import module_path, operands
 from tpcompile.planner.search.must_divide import weight_root
 from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import rule_of
-from tpcompile.work import Work
-
-from .pipeline import Pass
+from tpcompile.work import Pass, Work
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ from tpcompile.ir.nodes import operands, shape
 from tpcompile.ir.placements import P, R
 from tpcompile.rules.choices import Choice, whole
 from tpcompile.rules.rule import Rule
-from tpcompile.work import Work
-
-from .pipeline import Pass
+from tpcompile.work import Pass, Work
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}

@@ -1,37 +1,19 @@
-"""What a pass is, and the runner that applies a list of them."""
+"""The runner that applies a list of passes."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from tpcompile.errors import TpCompileError
-from tpcompile.work import Work
+from tpcompile.work import Pass, Work
 
 from .verify_graph import verify_graph
 
 log = logging.getLogger("tpcompile.passes")
-
-
-@dataclass(frozen=True)
-class Pass(ABC):
-    """A rewrite of the captured graph at global shapes. Options are the fields of the dataclass.
-
-    The file, the class and ``name`` are the same words: ``split_packed_matmul.py``,
-    ``SplitPackedMatmul``, ``split-packed-matmul``.
-    """
-
-    name: ClassVar[str]
-
-    @abstractmethod
-    def apply(self, work: Work) -> bool:
-        """Rewrites the graph in place; says whether anything changed."""
 
 
 def run_passes(work: Work, passes: Sequence[Pass]) -> None:

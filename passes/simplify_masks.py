@@ -10,11 +10,10 @@ from torch.fx import Node
 
 from tpcompile.ir.graph_edit import drop_unused
 from tpcompile.ir.nodes import argument, shape
-from tpcompile.work import Work
+from tpcompile.work import Pass, Work
 
 from .evaluate_indices import IndexValues
 from .index_values import Affine, Truth
-from .pipeline import Pass
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 

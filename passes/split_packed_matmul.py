@@ -17,9 +17,7 @@ from tpcompile.ir.names import starred
 from tpcompile.ir.nodes import argument, module_path, operands, producer, results, shape
 from tpcompile.rules.factors import Factors
 from tpcompile.rules.rule import Rule
-from tpcompile.work import Source, Work
-
-from .pipeline import Pass
+from tpcompile.work import Pass, Source, Work
 
 aten = torch.ops.aten
 

@@ -14,11 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .capture.export.default_example import default_example
 from .capture.export.dynamic_dims import check_dynamic
-from .compile_program import Compiler, Options
+from .compile_program import Compiler
 from .errors import TpCompileError, refusing
 from .ir.calls import bind_call, signature_of
 from .ir.check import Must, check_arguments, checked, short, well_called
-from .passes.pipeline import Pass
+from .planner.options import Options
 from .planner.plan import Plan
 from .planner.search.cost import CostModel, preset
 from .ranks.agree import compare, together
@@ -34,6 +34,7 @@ from .strategies.custom.custom_strategy import split_plan
 from .strategies.hf_plan import hf_plan
 from .strategies.read_rules import Pin, Rules, read_rules
 from .weights.shard import sharded_class
+from .work import Pass
 
 PlanLike = str | Plan | Mapping[str, Pin]
 Dynamic = bool | Mapping[str, Mapping[int, bool]]

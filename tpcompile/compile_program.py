@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -17,100 +17,40 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule
 
-from tpcompile.ir.calls import flatten_call
-
 from .capture.held_caches import Held, mark_caches
 from .capture.open_numbers import capture_numbers
 from .capture.repeats.capture_repeated import capture_repeated, unroll_captured
-from .disk_cache import own_sources
 from .errors import TpCompileError
+from .ir.calls import flatten_call
 from .ir.layout.weight_layout import WeightLayout
 from .ir.module_tensors import whole_tensors
 from .ir.print_graph import graph_text
-from .ir.units import size_text
+from .ir.uncollected import uncollected
 from .lowering.cannot_lower import CannotLower
 from .lowering.collective_lines import sent_by
 from .lowering.lower_graph import lower_program
-from .passes.pipeline import Pass
-from .pipeline import canonical, plan_program, rewrite, split_copy
+from .pipeline import canonical, find_decisions, follow, rewrite
 from .planner.compare_plans import outcome_of, worse
-from .planner.decisions import decisions_from_data, decisions_to_data
 from .planner.make_plan import make_plan
 from .planner.must_unroll import uneven_layers
+from .planner.options import Options
 from .planner.pins import Wishes, make_pins, unmet
 from .planner.plan import Plan, sequence_text
 from .planner.plan_layout import extended, layout_of, pins_from_layout
-from .planner.search.cost import CostModel
-from .planner.store_plan import Decisions, plan_cached
 from .ranks.agree import compare, from_first, together
 from .ranks.compare_sent import compare_sent
-from .ranks.describe import describe_code, describe_value
 from .ranks.exchange import exchange
 from .ranks.groups import AxisGroups
 from .ranks.mesh import local_device
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT
 from .rules.randomness import refuse_randomness
-from .rules.table import user_rows
 from .strategies.custom.custom_modules import CustomModules, partition_modules
 from .strategies.read_rules import Rules, Wish
 from .work import Alike, Work
 
 MOST_TRIES = 8
 """How often a program is planned whose calls turn out not to run on parts."""
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without python's search for reference cycles, which takes a tenth of the time of a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for.
-
-    Attributes:
-        cost: the cost model.
-        rules: what the user's plan asks of single parameters.
-        dynamic: which dimensions of the inputs may change (see ``capture``).
-        memory: bytes of weights that a rank may hold, or None.
-        passes: passes that run after ours.
-        plan: a plan to follow instead of making one.
-        custom: custom strategies by glob of a module.
-        compose: whether what cannot be captured runs as python over its parts; None: only if that is the
-            model's fault, not perhaps the call's.
-        sequence: whether the sequence is divided between the blocks, or at which modules.
-    """
-
-    cost: CostModel
-    rules: Rules = field(default_factory=Rules)
-    dynamic: bool | Mapping[str, Any] = True
-    memory: float | None = None
-    passes: Sequence[Pass] = ()
-    plan: Plan | None = None
-    custom: Mapping[str, str] = field(default_factory=dict)
-    compose: bool | None = False
-    sequence: bool | frozenset[str] = False
-
-    def lines(self) -> list[str]:
-        """What all ranks must have asked for, as text; the cost model may differ: rank 0's counts."""
-        plan = None if self.plan is None else (self.plan.fingerprint, self.plan.layout.to_json())
-        passes = [f"{describe_code(type(each))}: {describe_value(each)}" for each in self.passes]
-        own = sorted(user_rows().items())
-        rows = [f"{op}: {row if isinstance(row, str) else describe_code(row)}" for op, row in own]
-        versions = [own_sources(), torch.__version__]
-        asked: dict[str, Any] = {"rules": self.rules.wishes, "custom": dict(self.custom), "plan": plan}
-        asked |= {"passes": passes, "dynamic": self.dynamic, "memory": self.memory, "compose": self.compose}
-        asked |= {"rows": rows, "versions": versions}
-        asked["sequence"] = self.sequence if isinstance(self.sequence, bool) else sorted(self.sequence)
-        return [f"{name}: {value!r}" for name, value in asked.items()]
 
 
 @dataclass
@@ -177,7 +117,7 @@ class Compiler:
         """The ranks of the axis."""
         return None if self.axis is None else self.axis.group
 
-    @_uncollected()
+    @uncollected()
     def compile(
         self,
         model: nn.Module,
@@ -237,15 +177,17 @@ class Compiler:
     ) -> Compiled | dict[Alike, str]:
         """A plan, carried out; or the calls that lowering cannot divide as planned, on any rank, and why."""
         began = time.perf_counter()
-        data = from_first(self.group, lambda: self._decide(base, layout, fingerprint, tensors))
+        data = from_first(
+            self.group, lambda: find_decisions(base, self.options, self._wishes, fingerprint, tensors, layout)
+        )
         compare(self.group, "plans", [repr(data), f"sequence_parallel: {sequence_text(self.sequence)}"])
         seconds = time.perf_counter() - began
-        planned = together(self.group, "follow the plan", lambda: _follow(base, data, layout))
+        planned = together(self.group, "follow the plan", lambda: follow(base, data, layout))
         self._make_groups(planned.axes)
 
         def finish() -> Compiled | CannotLower:
             placed = layout_of(planned, tensors) if layout is None else extended(layout, planned, tensors)
-            rewritten = _follow(base, data, layout)
+            rewritten = follow(base, data, layout)
             passes, cost = self.options.passes, self.options.cost
             rewrite(rewritten, training, passes, cost, sequence=self.sequence)
             pins = make_pins(self._wishes) if layout is None else pins_from_layout(layout)
@@ -291,8 +233,8 @@ class Compiler:
 
     def plan_captured(self, base: Work, tensors: Mapping[str, Tensor], *, coalesce: bool = True) -> Plan:
         """A plan for a program that this rank has captured; other ranks are not asked."""
-        data = self._decide(base, None, "", tensors)
-        planned, rewritten = _follow(base, data), _follow(base, data)
+        data = find_decisions(base, self.options, self._wishes, "", tensors)
+        planned, rewritten = follow(base, data), follow(base, data)
         cost, sequence = self.options.cost, self.sequence
         rewrite(rewritten, training=False, cost=cost, coalesce=coalesce, sequence=sequence)
         pins = make_pins(self.options.rules.wishes)
@@ -323,12 +265,8 @@ class Compiler:
         # A program captured with gradients also serves calls without them.
         with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
             with custom.captured(model):
-                dynamic = self.options.dynamic
-                captured = mark_caches(
-                    capture_numbers(
-                        lambda call: capture_repeated(model, call, dynamic=dynamic, device=device), bound
-                    )
-                )
+                one = partial(capture_repeated, model, dynamic=self.options.dynamic, device=device)
+                captured = mark_caches(capture_numbers(one, bound))
         uneven = uneven_layers(captured, self._wishes, layout, caches)
         if uneven is not None:
             captured = unroll_captured(captured)
@@ -344,47 +282,6 @@ class Compiler:
         kind = self.axis.device_type
         return next((p.device for p in model.parameters() if p.device.type == kind), local_device(kind))
 
-    def _decide(
-        self, base: Work, layout: WeightLayout | None, fingerprint: str, tensors: Mapping[str, Tensor]
-    ) -> Decisions:
-        given = self.options.plan
-        if given is not None and given.ranks != self.ranks:
-            raise TpCompileError(
-                f"the plan is for {given.ranks} ranks, the mesh axis has {self.ranks}",
-                where="plan",
-                todo="plan again",
-            )
-        if given is not None and given.fingerprint == fingerprint and not base.refused:
-            return list(given.layout.split_groups), given.decisions
-        if given is not None:
-            layout = given.layout
-        o = self.options
-        wishes = {"cost": o.cost, "pins": self._wishes, "memory": o.memory, "layout": layout}
-        return plan_cached(lambda: self._plan(base, layout, tensors), base, wishes)
-
-    def _plan(self, base: Work, layout: WeightLayout | None, tensors: Mapping[str, Tensor]) -> Decisions:
-        if layout is not None:
-            planned = plan_program(base, self.options.cost, pins_from_layout(layout), layout)
-        else:
-            planned = self._within_memory(base, tensors)
-        return sorted(planned.split_groups), decisions_to_data(planned)
-
-    def _within_memory(self, base: Work, tensors: Mapping[str, Tensor]) -> Work:
-        pins, limit = make_pins(self._wishes), self.options.memory
-        planned = plan_program(base, self.options.cost, pins)
-        if limit is None or layout_of(planned, tensors).fullest <= limit:
-            return planned
-        tighter = plan_program(base, self.options.cost, pins, divide_small=True)
-        held = layout_of(tighter, tensors).fullest
-        if held > limit:
-            raise TpCompileError(
-                f"the fullest rank would hold {size_text(held)} of parameters, more than the "
-                f"{size_text(limit)} allowed, with everything divided that can be",
-                where="memory",
-                todo="use more ranks, or allow more memory",
-            )
-        return tighter
-
     def _make_groups(self, axes: tuple[int, ...]) -> None:
         """Process groups of sub-axes are made by all ranks at the same point: it is a collective."""
         if self.axis is not None and axes not in self._groups:
@@ -395,14 +292,6 @@ class Compiler:
             return GraphModule(nn.Module(), rewritten.graph), None
         axes = rewritten.axes
         return lower_program(rewritten, WeightLayout(axes, {}).coordinates(self.rank), self._groups[axes])
-
-
-def _follow(base: Work, data: Decisions, layout: WeightLayout | None = None) -> Work:
-    """A copy of a canonical program with decisions that were made for it, given where the weights lie."""
-    groups, decisions = data
-    copy = split_copy(base, frozenset(groups), layout)
-    decisions_from_data(copy, decisions)
-    return copy
 
 
 def _wants_gradient(bound: dict[str, Any]) -> bool:

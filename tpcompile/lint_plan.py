@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .api import Ranks, example_call
-from .compile_program import Compiler, Options
+from .compile_program import Compiler
 from .errors import TpCompileError
 from .ir.check import checked
 from .ir.module_tensors import whole_tensors
@@ -19,6 +19,7 @@ from .ir.units import size_text, time_text
 from .passes.keep_whole import KeepWhole
 from .passes.pipeline import run_passes
 from .planner.compare_plans import Outcome, outcome_of
+from .planner.options import Options
 from .planner.pins import unmet
 from .planner.plan import Plan
 from .planner.search.cost import CostModel, preset

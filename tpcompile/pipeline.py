@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from .capture.export.captured import Captured
+from .errors import TpCompileError
 from .ir.layout.weight_layout import WeightLayout
+from .ir.units import size_text
 from .passes.annotate_placements import AnnotatePlacements
 from .passes.canonicalise import Canonicalise
 from .passes.choose_collectives import ChooseCollectives
@@ -18,13 +22,18 @@ from .passes.insert_reshards import InsertReshards
 from .passes.join_segments import JoinSegments
 from .passes.lift_reductions import LiftReductions
 from .passes.merge_matmuls import MergeMatmuls
-from .passes.pipeline import Pass, run_passes
+from .passes.pipeline import run_passes
 from .passes.simplify_masks import SimplifyMasks
 from .passes.split_packed_matmul import SplitPackedMatmul, packed_groups
 from .passes.verify_placements import verify_placements
 from .planner.decide import Pins, decide, plan_on_axes, split_what_pays
+from .planner.decisions import decisions_from_data, decisions_to_data
+from .planner.options import Options
+from .planner.pins import Wishes, make_pins
+from .planner.plan_layout import layout_of, pins_from_layout
 from .planner.search.cost import PRESETS, CostModel
-from .work import Work
+from .planner.store_plan import Decisions, plan_cached
+from .work import Pass, Work
 
 
 def before_planning() -> list[Pass]:
@@ -117,3 +126,73 @@ def rewrite(
     for passes in ([*after_planning(training, cost, coalesce, sequence)], *([one] for one in extra)):
         run_passes(work, passes)
         verify_placements(work, training=training, after=passes[-1].name)
+
+
+def find_decisions(
+    base: Work,
+    options: Options,
+    wishes: Wishes,
+    fingerprint: str,
+    tensors: Mapping[str, Tensor],
+    layout: WeightLayout | None = None,
+) -> Decisions:
+    """What is decided for a program: by the plan that was given, by one that was kept, or anew.
+
+    Args:
+        base: the canonical program.
+        options: what the user asked for.
+        wishes: what is asked of single parameters.
+        fingerprint: the captured graph's: a plan that was made for it is followed to the letter.
+        tensors: the model's whole parameters and buffers; their values do not matter.
+        layout: where the weights already lie.
+
+    Raises:
+        TpCompileError: the plan is for another number of ranks, or more memory is needed than allowed.
+    """
+    given = options.plan
+    if given is not None and given.ranks != base.ranks:
+        raise TpCompileError(
+            f"the plan is for {given.ranks} ranks, the mesh axis has {base.ranks}",
+            where="plan",
+            todo="plan again",
+        )
+    if given is not None and given.fingerprint == fingerprint and not base.refused:
+        return list(given.layout.split_groups), given.decisions
+    if given is not None:
+        layout = given.layout
+
+    def plan() -> Decisions:
+        if layout is not None:
+            planned = plan_program(base, options.cost, pins_from_layout(layout), layout)
+        else:
+            planned = _within_memory(base, options.cost, make_pins(wishes), options.memory, tensors)
+        return sorted(planned.split_groups), decisions_to_data(planned)
+
+    asked = {"cost": options.cost, "pins": wishes, "memory": options.memory, "layout": layout}
+    return plan_cached(plan, base, asked)
+
+
+def _within_memory(
+    base: Work, cost: CostModel, pins: Pins, limit: float | None, tensors: Mapping[str, Tensor]
+) -> Work:
+    planned = plan_program(base, cost, pins)
+    if limit is None or layout_of(planned, tensors).fullest <= limit:
+        return planned
+    tighter = plan_program(base, cost, pins, divide_small=True)
+    held = layout_of(tighter, tensors).fullest
+    if held > limit:
+        raise TpCompileError(
+            f"the fullest rank would hold {size_text(held)} of parameters, more than the "
+            f"{size_text(limit)} allowed, with everything divided that can be",
+            where="memory",
+            todo="use more ranks, or allow more memory",
+        )
+    return tighter
+
+
+def follow(base: Work, data: Decisions, layout: WeightLayout | None = None) -> Work:
+    """A copy of a canonical program with decisions that were made for it, given where the weights lie."""
+    groups, decisions = data
+    copy = split_copy(base, frozenset(groups), layout)
+    decisions_from_data(copy, decisions)
+    return copy

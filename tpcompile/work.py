@@ -1,9 +1,11 @@
-"""The state that passes work on: the graph, where its inputs come from, and what was decided."""
+"""What passes work on (the graph, where its inputs come from, what was decided), and what a pass is."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch.fx import Graph, Node
@@ -201,3 +203,18 @@ class Work:
         from .ir.print_graph import graph_text
 
         return graph_text(self.graph)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A rewrite of the captured graph at global shapes. Options are the fields of the dataclass.
+
+    The file, the class and ``name`` are the same words: ``split_packed_matmul.py``,
+    ``SplitPackedMatmul``, ``split-packed-matmul``.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def apply(self, work: Work) -> bool:
+        """Rewrites the graph in place; says whether anything changed."""

@@ -14,9 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 import tpcompile
 from tests.helpers import families
 from tests.on_ranks.models import CAPTURED, build, call, mesh
-from tpcompile.compile_program import Compiler, Options
+from tpcompile.compile_program import Compiler
 from tpcompile.ir.calls import signature_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.planner.options import Options
 from tpcompile.planner.search.cost import preset
 from tpcompile.runtime.module import ShardedModule
 from tpcompile.runtime.runtime import Runtime

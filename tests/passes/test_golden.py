@@ -24,12 +24,12 @@ from tpcompile.passes.insert_reshards import InsertReshards
 from tpcompile.passes.keep_whole import KeepWhole
 from tpcompile.passes.lift_reductions import LiftReductions
 from tpcompile.passes.merge_matmuls import MergeMatmuls
-from tpcompile.passes.pipeline import Pass, run_passes
+from tpcompile.passes.pipeline import run_passes
 from tpcompile.passes.simplify_masks import SimplifyMasks
 from tpcompile.passes.split_packed_matmul import SplitPackedMatmul, group_of, packed_values
 from tpcompile.pipeline import after_planning, rewrite
 from tpcompile.planner.plan_layout import layout_of
-from tpcompile.work import Work
+from tpcompile.work import Pass, Work
 
 ANNOTATE, RESHARD, COPY, CHOOSE = (
     AnnotatePlacements(),

@@ -13,10 +13,10 @@ from torch.fx import Node
 from tests.helpers import programs, toys
 from tpcompile.errors import TpCompileError
 from tpcompile.passes.canonicalise import Canonicalise
-from tpcompile.passes.pipeline import Pass, run_passes
+from tpcompile.passes.pipeline import run_passes
 from tpcompile.passes.verify_graph import verify_graph
 from tpcompile.pipeline import after_planning
-from tpcompile.work import Work
+from tpcompile.work import Pass, Work
 
 PROGRAM = programs.captured(toys.Mlp(), torch.randn(3, 7, 12))
 

@@ -20,8 +20,9 @@ from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import from_pretrained as spmd_from_pretrained
 from tests.on_ranks.models import build
 from tests.weights.test_checkpoint import fewer, planned
-from tpcompile.compile_program import Compiler, Options
+from tpcompile.compile_program import Compiler
 from tpcompile.ir.calls import signature_of
+from tpcompile.planner.options import Options
 from tpcompile.planner.search.cost import preset
 from tpcompile.runtime.module import ShardedModule
 from tpcompile.runtime.runtime import Runtime

@@ -15,7 +15,6 @@ from torch.fx import Node
 
 from tpcompile.capture.held_caches import Held
 from tpcompile.capture.repeats.match_periods import BLOCK, describe_value
-from tpcompile.disk_cache import cache_folder, entry_name, own_sources, read_entry, write_entry
 from tpcompile.ir.nodes import module_path
 from tpcompile.ir.print_graph import target_text
 from tpcompile.ir.torch_internals import OpOverload
@@ -23,6 +22,8 @@ from tpcompile.planner.search.cost import CostModel
 from tpcompile.planner.search.quantities import symbol_hints
 from tpcompile.rules.table import user_rows
 from tpcompile.work import Work
+
+from .disk_cache import cache_folder, entry_name, own_sources, read_entry, write_entry
 
 log = logging.getLogger(__name__)
 

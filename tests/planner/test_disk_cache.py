@@ -11,8 +11,8 @@ from unittest.mock import patch
 import pytest
 
 from tests.helpers.run_ranks import run_spmd
-from tpcompile import disk_cache
-from tpcompile.disk_cache import read_entry, write_entry
+from tpcompile.planner import disk_cache
+from tpcompile.planner.disk_cache import read_entry, write_entry
 
 NAME, OTHER = "test-" + 64 * "0", "test-" + 64 * "1"
 

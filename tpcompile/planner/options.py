@@ -1,0 +1,59 @@
+"""What the user of the compiler asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tpcompile.ranks.describe import describe_code, describe_value
+from tpcompile.rules.table import user_rows
+from tpcompile.strategies.read_rules import Rules
+from tpcompile.work import Pass
+
+from .disk_cache import own_sources
+from .plan import Plan
+from .search.cost import CostModel
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Attributes:
+        cost: the cost model.
+        rules: what the user's plan asks of single parameters.
+        dynamic: which dimensions of the inputs may change (see ``capture``).
+        memory: bytes of weights that a rank may hold, or None.
+        passes: passes that run after ours.
+        plan: a plan to follow instead of making one.
+        custom: custom strategies by glob of a module.
+        compose: whether what cannot be captured runs as python over its parts; None: only if that is the
+            model's fault, not perhaps the call's.
+        sequence: whether the sequence is divided between the blocks, or at which modules.
+    """
+
+    cost: CostModel
+    rules: Rules = field(default_factory=Rules)
+    dynamic: bool | Mapping[str, Any] = True
+    memory: float | None = None
+    passes: Sequence[Pass] = ()
+    plan: Plan | None = None
+    custom: Mapping[str, str] = field(default_factory=dict)
+    compose: bool | None = False
+    sequence: bool | frozenset[str] = False
+
+    def lines(self) -> list[str]:
+        """What all ranks must have asked for, as text; the cost model may differ: rank 0's counts."""
+        plan = None if self.plan is None else (self.plan.fingerprint, self.plan.layout.to_json())
+        passes = [f"{describe_code(type(each))}: {describe_value(each)}" for each in self.passes]
+        own = sorted(user_rows().items())
+        rows = [f"{op}: {row if isinstance(row, str) else describe_code(row)}" for op, row in own]
+        versions = [own_sources(), torch.__version__]
+        asked: dict[str, Any] = {"rules": self.rules.wishes, "custom": dict(self.custom), "plan": plan}
+        asked |= {"passes": passes, "dynamic": self.dynamic, "memory": self.memory, "compose": self.compose}
+        asked |= {"rows": rows, "versions": versions}
+        asked["sequence"] = self.sequence if isinstance(self.sequence, bool) else sorted(self.sequence)
+        return [f"{name}: {value!r}" for name, value in asked.items()]
