@@ -32,7 +32,7 @@ from transformers.models.auto import modeling_auto
 
 from benchmarks.report_zoo import line, report
 from benchmarks.tiny_models import default_problem, tiny_model
-from tests.helpers import programs, simulate
+from tests.helpers import programs
 from tpcompile.capture.caches.register import register_cache_support
 from tpcompile.capture.export.capture_model import capture
 from tpcompile.errors import TpCompileError
@@ -40,6 +40,7 @@ from tpcompile.ir.calls import bind_call
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import whole_tensors
 from tpcompile.ir.names import starred
+from tpcompile.lowering import simulate
 from tpcompile.pipeline import canonical, plan_program, rewrite, split_copy
 from tpcompile.planner.collective import collectives_of
 from tpcompile.planner.decisions import decisions_from_data, decisions_to_data

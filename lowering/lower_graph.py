@@ -30,7 +30,7 @@ from .lower_opaque import lower_opaque
 from .lower_randomness import UNIFORM, lower_uniform, seed_graph
 from .outline_layers import outline
 from .owned_rows import begins_rows, lower_rows
-from .state import SOURCE, Groups, Lowering, lenient
+from .state import SOURCE, STANDS_FOR, Groups, Lowering, lenient
 from .update_in_place import update_in_place
 
 
@@ -61,7 +61,7 @@ def lower_program(
     local = _walk(Lowering(work, shapes, groups))
     outlined = None
     if work.blocks is not None:
-        lists = unroll(local.graph, work.blocks, _copy_placeholder)
+        lists = unroll(local.graph, work.blocks, copy_placeholder)
         if _may_outline(work, local.graph):
             outlined = outline(local.graph, lists)
         drop_unused(local.graph)  # of the last layer, what only the others return
@@ -104,6 +104,8 @@ def _placeholder(low: Lowering, node: Node) -> Node:
         new.meta["val"] = value_of(torch.Tensor.new_empty, (node.meta["val"], shape), {}, low.mode)
     elif is_tensor(node) and any(str(p) != "R" for p in node.meta["placement"]):
         new.meta["val"] = low.part(node)
+    if is_tensor(node) and "placement" in node.meta:
+        new.meta[STANDS_FOR] = ((node.name, node.meta["placement"]),)
     return new
 
 
@@ -136,7 +138,9 @@ def _check(low: Lowering, node: Node) -> None:
         return
     expected = low.shapes.shape(node, node.meta["placement"])
     got = list(sizes_of(low.local[node].meta["val"]))
-    low.local[node].meta["placement"] = node.meta["placement"]
+    meta = low.local[node].meta
+    meta["placement"] = node.meta["placement"]
+    meta[STANDS_FOR] = (*meta.get(STANDS_FOR, ()), (node.name, node.meta["placement"]))
     if any(isinstance(e, int) and e != g for e, g in zip(expected, got, strict=True)):
         raise TpCompileError(
             f"{node.target} gives {got} on this rank where {expected} was planned",
@@ -191,7 +195,7 @@ def _given(graph: Graph) -> dict[str, Node]:
     return {source.spec.name: node for node, source in sources.items() if source.spec.kind == "user"}
 
 
-def _copy_placeholder(template: Node, rename: Callable[[str], str]) -> Node:
+def copy_placeholder(template: Node, rename: Callable[[str], str]) -> Node:
     """The placeholder of another layer's parameter."""
     graph = template.graph
     source: Source = template.meta[SOURCE]

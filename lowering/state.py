@@ -22,6 +22,9 @@ SOURCE = "source"
 """The key of a local placeholder's meta data that says where its value comes from."""
 
 
+STANDS_FOR = "stands_for"
+"""The key of a local value's meta data with the global values that it is a rank's part of, and as what."""
+
 _EXAMPLE = 23
 
 

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir import markers
-from tpcompile.ir.nodes import is_tensor, module_path, operands, producer, results, shape
+from tpcompile.ir.nodes import is_tensor, module_path, operands, producer, results, shape, source_line
 from tpcompile.ir.placements import Filled, Owned, Partial, Placement, R, Shard
 from tpcompile.rules.choices import Choice, choices
 from tpcompile.rules.factors import Factors, Known, Place
@@ -213,7 +213,7 @@ class _Checker:
         at = [
             name,
             module_path(node),
-            _line(node),
+            source_line(node),
             f"rule {rule}" if isinstance(rule, Rule) else "",
             self.after,
         ]
@@ -291,9 +291,3 @@ def _is_real(value: Any) -> bool:
 
 def _text(types: Sequence[object]) -> str:
     return " x ".join(map(str, types)) or "R"
-
-
-def _line(node: Node) -> str:
-    """The line of the model's source that a node was traced from."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    return lines[-2] if len(lines) > 1 else ""

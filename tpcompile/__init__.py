@@ -20,6 +20,8 @@ from .planner.search.calibrate import calibrate
 from .planner.search.cost import CostModel
 from .planner.to_hf_plan import to_hf_plan
 from .rules.table import register_rule
+from .runtime.verify.one_process import verify
+from .runtime.verify.report import Report
 from .strategies.custom.tensor_parallel_layer import TensorParallelLayer, get_packed_weights, get_tensor_shard
 from .strategies.hf_plan import hf_plan
 from .strategies.parallel_interface import ParallelInterface
@@ -32,6 +34,7 @@ __all__ = [
     "Plan",
     "PlanReport",
     "Replicate",
+    "Report",
     "Shard",
     "Strategy",
     "TensorParallelLayer",
@@ -46,6 +49,7 @@ __all__ = [
     "plan",
     "register_rule",
     "to_hf_plan",
+    "verify",
 ]
 
 

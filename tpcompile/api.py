@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .capture.export.default_example import default_example
-from .capture.export.dynamic_dims import check_dynamic
 from .compile_program import Compiler
 from .errors import TpCompileError, refusing
-from .ir.calls import bind_call, signature_of
-from .ir.check import Must, check_arguments, checked, short, well_called
+from .ir.calls import signature_of
+from .ir.check import check_arguments, checked, short, well_called
 from .planner.options import Options
 from .planner.plan import Plan
-from .planner.search.cost import CostModel, preset
+from .planner.search.cost import CostModel
 from .ranks.agree import compare, together
 from .ranks.mesh import check_mesh, default_mesh
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
-from .runtime.check_model import check_device, check_model, device_of
+from .runtime.check_model import check_device, device_of
 from .runtime.generation import ShardedGeneration
 from .runtime.guards import Hook, backward_hooks, guard_submodules
 from .runtime.module import ShardedModule
+from .runtime.read_request import (
+    Bytes,
+    Dynamic,
+    Passes,
+    PlanLike,
+    Ranks,
+    example_call,
+    example_or_default,
+    read_options,
+)
 from .runtime.runtime import Runtime
-from .strategies.custom.custom_strategy import split_plan
-from .strategies.hf_plan import hf_plan
-from .strategies.read_rules import Pin, Rules, read_rules
 from .weights.shard import sharded_class
-from .work import Pass
-
-PlanLike = str | Plan | Mapping[str, Pin]
-Dynamic = bool | Mapping[str, Mapping[int, bool]]
-Bytes = Annotated[float, Must("a positive number of bytes", lambda size: 0 < size < math.inf)]
-Passes = Sequence[Annotated[Pass, Must("a Pass with a name", lambda one: isinstance(one.name, str))]]
-Ranks = Annotated[int, Must("a number of ranks, from 1 to 4096", lambda ranks: 0 < ranks <= 4096)]
 
 
 @well_called
@@ -116,7 +112,8 @@ def parallelize(
     runtime.rebind()  # the modules' tables are others now
     if failed is not None and example is not None:
         runtime.compose(model, "", tuple(example), failed)
-        usual = _example(model, (), None)  # perhaps one without pictures: more of it is planned at once
+        # Perhaps a call without pictures: more of the model is planned at once.
+        usual = example_or_default(model, (), None)
         if runtime.layout is None and usual is not None and usual.keys() != example.keys():
             runtime.try_first(model, usual, optional=True)
     runtime.mark_weights(model)
@@ -158,32 +155,11 @@ def plan(
         )
     else:
         ranks, device = mesh_or_sizes, "h100"
-    options = _options(
+    options = read_options(
         model, plan, cost_model, device, dynamic, memory, (), sequence_parallel=sequence_parallel
     )
     example = example_call(model, example_args, example_kwargs, dynamic)
     return Compiler(options, ranks).compile(model, example, None).plan
-
-
-def example_call(
-    model: nn.Module,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    dynamic: Dynamic = True,
-) -> dict[str, Any]:
-    """The call to plan a model for: the one that is given, or the default one of a transformers model.
-
-    Raises:
-        TpCompileError: none is given, and there is no default; or ``dynamic`` does not fit it.
-    """
-    example = _example(model, args, kwargs, dynamic, planning=True)
-    if example is None:
-        raise TpCompileError(
-            "an example call is needed to capture this model",
-            where=type(model).__name__,
-            todo="give example_args or example_kwargs",
-        )
-    return example
 
 
 def _read(mesh: DeviceMesh, asked: Mapping[str, Any]) -> tuple[Options, dict[str, Any] | None, list[Hook]]:
@@ -192,9 +168,9 @@ def _read(mesh: DeviceMesh, asked: Mapping[str, Any]) -> tuple[Options, dict[str
     model = asked["model"]
     check_device(model, mesh)
     names = ("plan", "cost_model", "dynamic", "memory", "passes", "compose", "sequence_parallel")
-    options = _options(model, device=mesh.device_type, **{name: asked[name] for name in names})
+    options = read_options(model, device=mesh.device_type, **{name: asked[name] for name in names})
     _check_compile(asked["compile"])
-    example = _example(model, asked["example_args"], asked["example_kwargs"], asked["dynamic"])
+    example = example_or_default(model, asked["example_args"], asked["example_kwargs"], asked["dynamic"])
     return options, example, backward_hooks(model)
 
 
@@ -204,69 +180,3 @@ def _check_compile(options: bool | Mapping[str, Any]) -> None:
         if not isinstance(options, bool):
             check_arguments(torch.compile, options)
             torch.compile(nn.Identity(), **options)
-
-
-def _options(
-    model: nn.Module,
-    plan: PlanLike,
-    cost_model: CostModel | str | None,
-    device: str,
-    dynamic: bool | Mapping[str, Any],
-    memory: float | None,
-    passes: Sequence[Pass],
-    compose: bool | None = False,
-    sequence_parallel: bool = False,
-) -> Options:
-    check_model(model)
-    rules, custom = _rules(model, plan)
-    if cost_model is None:
-        cost_model = "cpu" if device == "cpu" else "h100"
-    cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model)
-    given = plan if isinstance(plan, Plan) else None
-    sequence = sequence_parallel or rules.sequence
-    if compose is None and not hasattr(model, "main_input_name"):  # transformers' models say what theirs is
-        compose = False
-    return Options(cost, rules, dynamic, memory, tuple(passes), given, custom, compose, sequence)
-
-
-def _rules(model: nn.Module, plan: PlanLike) -> tuple[Rules, dict[str, str]]:
-    """What a plan asks of the model's parameters, and its custom strategies by glob."""
-    if isinstance(plan, Mapping):
-        pins, custom = split_plan(plan)
-        return read_rules(model, pins), custom
-    if plan in ("hf", "hf-ep"):
-        pins, custom = split_plan(hf_plan(model, experts=plan == "hf-ep"))
-        return read_rules(model, pins, own=True), custom
-    if isinstance(plan, Plan):
-        plan.layout.check_model(model)
-    elif plan != "auto":
-        raise TpCompileError(
-            f"unknown plan {plan!r}",
-            where="plan",
-            todo='give "auto", "hf", "hf-ep", a Plan, or a dict of rules',
-        )
-    return Rules(), {}
-
-
-def _example(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    dynamic: Dynamic = True,
-    *,
-    planning: bool = False,
-) -> dict[str, Any] | None:
-    example = bind_call(model, args, kwargs) if args or kwargs else _default(model, planning)
-    check_dynamic(model, dynamic, example)
-    return example
-
-
-def _default(model: nn.Module, planning: bool) -> dict[str, Any] | None:
-    default = default_example(model)
-    if default is None:
-        return None
-    if planning and "use_cache" in inspect.signature(model.forward).parameters:
-        default["use_cache"] = False  # caches come layer by layer, and keep repeated layers from being shared
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in default.items()}
-    return bind_call(model, (), moved)

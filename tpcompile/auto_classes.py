@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .api import PlanLike
 from .errors import TpCompileError
 from .from_pretrained import from_pretrained
 from .ir.check import checked
 from .ranks.mesh import check_mesh
+from .runtime.read_request import PlanLike
 
 _PREFIX = "AutoModel"
 

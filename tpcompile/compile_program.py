@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule
 
+from .capture.export.captured import Captured
 from .capture.held_caches import Held, mark_caches
 from .capture.open_numbers import capture_numbers
 from .capture.repeats.capture_repeated import capture_repeated, unroll_captured
@@ -259,21 +259,23 @@ class Compiler:
         caches: Mapping[str, Held] = MappingProxyType({}),
     ) -> Work:
         """The canonical program of one call signature."""
-        custom = self._custom_modules(model)
-        differentiable = any(p.requires_grad for p in model.parameters())
-        device = self._device(model)
-        # A program captured with gradients also serves calls without them.
-        with torch.inference_mode(False), torch.enable_grad() if differentiable else contextlib.nullcontext():
-            with custom.captured(model):
-                one = partial(capture_repeated, model, dynamic=self.options.dynamic, device=device)
-                captured = mark_caches(capture_numbers(one, bound))
+        captured = self.capture_call(model, bound)
         uneven = uneven_layers(captured, self._wishes, layout, caches)
         if uneven is not None:
             captured = unroll_captured(captured)
             captured.notes += (f"repeated layers are planned one by one: {uneven}",)
-        base = replace(canonical(captured, self.ranks), custom=custom, caches=caches)
+        base = replace(canonical(captured, self.ranks), custom=self._custom_modules(model), caches=caches)
         refuse_randomness(base.graph)
         return base
+
+    def capture_call(self, model: nn.Module, bound: dict[str, Any]) -> Captured:
+        """One call as it is captured, before any pass; repeated layers may be left out."""
+        one = partial(capture_repeated, model, dynamic=self.options.dynamic, device=self._device(model))
+        # A program captured with gradients also serves calls without them.
+        learns = torch.is_grad_enabled() or any(p.requires_grad for p in model.parameters())
+        custom = self._custom_modules(model).captured(model)
+        with torch.inference_mode(False), torch.set_grad_enabled(learns), custom:
+            return mark_caches(capture_numbers(one, bound))
 
     def _device(self, model: nn.Module) -> torch.device | None:
         """The device to capture for: where this rank's weights are, or will be."""

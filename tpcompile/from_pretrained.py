@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from .api import Bytes, Dynamic, Passes, PlanLike, parallelize
+from .api import parallelize
 from .capture.export.default_example import default_example
 from .errors import TpCompileError
 from .ir.check import Must, check_arguments, well_called
@@ -19,6 +19,7 @@ from .ranks.agree import compare, together
 from .ranks.mesh import check_mesh, default_mesh, local_device
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
+from .runtime.read_request import Bytes, Dynamic, Passes, PlanLike
 from .runtime.runtime import Runtime
 from .weights.loading.find_files import Variant
 

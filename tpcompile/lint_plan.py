@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from .api import Ranks, example_call
 from .compile_program import Compiler
 from .errors import TpCompileError
 from .ir.check import checked
@@ -27,6 +26,7 @@ from .planner.search.must_divide import weight_root
 from .planner.search.quantities import Quantities
 from .rules.rule import Rule
 from .runtime.check_model import check_model
+from .runtime.read_request import Ranks, example_call
 from .strategies.hf_plan import hf_plan, model_of
 from .strategies.match_rules import names_of
 from .strategies.parallel_interface import STRATEGIES

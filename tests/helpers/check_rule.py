@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tests.helpers import simulate
 from tpcompile.capture.export.captured import Captured, InputSpec, OutputSpec
 from tpcompile.ir.graph_edit import call
 from tpcompile.ir.markers import all_reduce
 from tpcompile.ir.placements import Partial, Placement, Replicate, Shard, split_evenly
+from tpcompile.lowering import simulate
 from tpcompile.passes.annotate_placements import AnnotatePlacements
 from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
 from tpcompile.rules.assignment import Assignment

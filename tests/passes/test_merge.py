@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import programs, simulate, toys
+from tests.helpers import programs, toys
+from tpcompile.lowering import simulate
 from tpcompile.lowering.state import SOURCE
 from tpcompile.passes.merge_matmuls import MergeMatmuls
 from tpcompile.passes.pipeline import run_passes

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.helpers import programs, simulate
+from tests.helpers import programs
 from tpcompile.errors import TpCompileError
 from tpcompile.ir import markers
 from tpcompile.ir.conversions import steps
 from tpcompile.ir.graph_edit import call
 from tpcompile.ir.markers import Placements
 from tpcompile.ir.placements import P, Partial, Placement, R, Shard, split_evenly
+from tpcompile.lowering import simulate
 from tpcompile.passes.choose_collectives import ChooseCollectives
 from tpcompile.passes.pipeline import run_passes
 from tpcompile.rules.assignment import Assignment

@@ -20,9 +20,10 @@ except ImportError:  # transformers 5.17
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 import tpcompile
-from tests.helpers import programs, simulate
+from tests.helpers import programs
 from tests.whole.test_families_simulated import CAPTURED, assert_equal_to_whole, captured, inputs, sharded
 from tpcompile import ParallelInterface, Strategy, TensorParallelLayer, TpCompileError
+from tpcompile.lowering import simulate
 from tpcompile.pipeline import rewrite
 from tpcompile.planner.pins import make_pins
 from tpcompile.strategies.parallel_interface import STRATEGIES

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tpcompile
-from tests.helpers import families, programs, simulate
+from tests.helpers import families, programs
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import strategies as spmd_strategies
 from tests.whole.test_families_simulated import (
@@ -24,6 +24,7 @@ from tests.whole.test_families_simulated import (
     sharded,
 )
 from tpcompile.ir.placements import Owned, Partial, R, parse_placement
+from tpcompile.lowering import simulate
 from tpcompile.pipeline import rewrite
 from tpcompile.planner.pins import make_pins
 from tpcompile.strategies.read_rules import read_rules

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers import families, programs, simulate
+from tests.helpers import families, programs
 from tpcompile.capture.export.capture_model import capture
 from tpcompile.capture.export.fake_model import no_fused_encoder
 from tpcompile.errors import TpCompileError
@@ -25,6 +25,7 @@ from tpcompile.ir import markers
 from tpcompile.ir.calls import bind_call
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import whole_tensors
+from tpcompile.lowering import simulate
 from tpcompile.pipeline import canonical, plan_program, rewrite, split_copy
 from tpcompile.planner.decisions import decisions_from_data, decisions_to_data
 from tpcompile.planner.make_plan import fallbacks_of

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from tests.helpers import simulate
 from tests.helpers.golden_text import stable_text
 from tests.helpers.programs import canonicalised, captured, gradients_agree, planned, run_ranks, run_whole
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import randomness as spmd_randomness
+from tpcompile.lowering import simulate
 from tpcompile.passes.expand_randomness import ExpandRandomness
 from tpcompile.passes.pipeline import run_passes
 from tpcompile.pipeline import rewrite

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_flatten
 import tpcompile
 from tests.helpers import programs
 from tests.helpers.run_ranks import run_spmd
-from tests.helpers.simulate import SimulatedGroups
 from tests.helpers.toys import Mlp
 from tests.on_ranks import repeated as spmd_repeated
 from tpcompile.capture.export.capture_model import capture
@@ -36,6 +35,7 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import bind_call, flatten_call, leaf_names
 from tpcompile.ir.graph_edit import call
 from tpcompile.lowering.lower_graph import lower_program
+from tpcompile.lowering.simulate import SimulatedGroups
 from tpcompile.lowering.state import SOURCE
 from tpcompile.pipeline import canonical, rewrite
 from tpcompile.planner.search.cost import CostModel

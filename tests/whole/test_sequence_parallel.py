@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tpcompile
-from tests.helpers import families, programs, simulate, toys
+from tests.helpers import families, programs, toys
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import sequence as spmd_sequence
 from tests.whole.test_families_simulated import assert_equal_to_whole
@@ -21,6 +21,7 @@ from tpcompile.capture.export.capture_model import capture
 from tpcompile.ir import markers
 from tpcompile.ir.calls import bind_call
 from tpcompile.ir.placements import Filled, parse_placement
+from tpcompile.lowering import simulate
 from tpcompile.pipeline import canonical, plan_program, rewrite
 from tpcompile.planner.search.cost import preset
 from tpcompile.work import Work

@@ -98,3 +98,9 @@ def module_path(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] for entry in stack.values()]
     return str(paths[-1]) if paths else ""
+
+
+def source_line(node: Node) -> str:
+    """The line of the model's source that a node was traced from."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    return lines[-2] if len(lines) > 1 else ""

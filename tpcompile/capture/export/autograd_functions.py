@@ -13,8 +13,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -29,7 +29,12 @@ from .examine_function import is_elementwise
 from .explain_failure import here
 
 _LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
-_APPLY: Callable[..., Any] = Function.__dict__["apply"].__func__
+_HOOKED: Any = Function.__dict__["apply"].__func__
+_APPLY = FunctionType(
+    _HOOKED.__code__, _HOOKED.__globals__, "apply", _HOOKED.__defaults__, _HOOKED.__closure__
+)
+"""torch's own ``Function.apply``, whatever that name runs while something is traced."""
+_INSTEAD: list[Callable[..., Any]] = []
 _CALLS: weakref.WeakValueDictionary[str, FunctionCall] = weakref.WeakValueDictionary()
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 _TENSOR, _SIZE = object(), object()
@@ -130,8 +135,29 @@ def kept_functions(note: Note | None = None) -> Iterator[dict[str, FunctionCall]
         elementwise = not sizes and is_elementwise(call.run, call.function.__qualname__, tensors)
         return call.rebuild(FUNCTION(tensors, sizes, call.key, elementwise))
 
-    with patch.object(Function, "apply", classmethod(apply)):
+    with _instead_of_apply(apply):
         yield found
+
+
+@contextmanager
+def _instead_of_apply(apply: Callable[..., Any]) -> Iterator[None]:
+    """Runs another function for ``Function.apply``, also where somebody has kept it: ``f = F.apply``."""
+    __class__ = None
+
+    def code(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        __class__  # noqa: B018  # torch's code has this variable of an outer scope, so ours must
+        from tpcompile.capture.export.autograd_functions import _INSTEAD
+
+        return _INSTEAD[-1](cls, *args, **kwargs)
+
+    before = _HOOKED.__code__
+    _INSTEAD.append(apply)
+    _HOOKED.__code__ = code.__code__
+    try:
+        yield
+    finally:
+        _HOOKED.__code__ = before
+        _INSTEAD.pop()
 
 
 def _run_again(run: Callable[..., Any], preserve_random_state: bool, *args: Any) -> Any:

@@ -1,23 +1,14 @@
-"""Runs the programs of all ranks in one process, node by node in lockstep, collectives by hand.
-
-No process group and no threads: what a rank would receive is computed from the other ranks' values.
-The oracle for rules, passes and lowering; real processes are tested elsewhere.
-"""
+"""One collective of all simulated ranks as one function of their values, with its gradient."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
 
-from tpcompile.ir.markers import Axes
-from tpcompile.lowering.collectives import attained
-from tpcompile.lowering.lower_graph import lower_graph
-from tpcompile.work import Work
+from .collectives import attained
 
 ops = torch.ops.tpcompile
 # Nothing is sent in forward; backward needs all ranks.
@@ -33,83 +24,8 @@ _POSITIONS = (
     ops.take_positions.default,
     ops.exchange_positions.default,
 )
-
-
-@dataclass
-class SimulatedGroups:
-    """Groups of one simulated rank; a group's name lists its axes."""
-
-    axes: tuple[int, ...]
-    coordinates: tuple[int, ...]
-
-    def name(self, axes: Axes) -> str:
-        return ",".join(map(str, axes))
-
-    def index(self, axes: Axes) -> int:
-        at = 0
-        for a in axes:
-            at = at * self.axes[a] + self.coordinates[a]
-        return at
-
-
-def coordinates(axes: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """All ranks' coordinates, in rank order."""
-    found = []
-    for rank in range(math.prod(axes)):
-        at = []
-        for size in reversed(axes):
-            rank, x = divmod(rank, size)
-            at.append(x)
-        found.append(tuple(reversed(at)))
-    return found
-
-
-def lower_all(work: Work) -> list[GraphModule]:
-    """The programs of all ranks."""
-    return [lower_graph(work, at, SimulatedGroups(work.axes, at)) for at in coordinates(work.axes)]
-
-
-def run(
-    work: Work, inputs: list[list[Any]], lowered: list[GraphModule] | None = None
-) -> list[tuple[Any, ...]]:
-    """Runs all ranks on their own inputs (placeholders in order); returns their results."""
-    everyone = coordinates(work.axes)
-    graphs = [list(p.graph.nodes) for p in lowered or lower_all(work)]
-    values: list[dict[Node, Any]] = [dict() for _ in everyone]
-    cursors = [0] * len(everyone)
-    feeds = [iter(i) for i in inputs]
-    while True:
-        at_collective = []
-        for r, nodes in enumerate(graphs):
-            while cursors[r] < len(nodes):
-                node = nodes[cursors[r]]
-                if node.op == "placeholder":
-                    values[r][node] = next(feeds[r])
-                elif node.op == "output":
-                    break
-                elif _communicates(node):
-                    at_collective.append(node)
-                    break
-                else:
-                    args, kwargs = _load(node, values[r])
-                    values[r][node] = node.target(*args, **kwargs)
-                cursors[r] += 1
-        if not at_collective:
-            break
-        assert len(at_collective) == len(everyone), "some ranks wait for a collective that others never reach"
-        assert len({n.target for n in at_collective}) == 1, "ranks issue different collectives"
-        for r, node in enumerate(at_collective):
-            members = _members(str(node.args[1]), everyone, r)
-            if members[0] == r:  # once per group
-                loaded = [_load(at_collective[m], values[m])[0] for m in members]
-                for m, result in zip(members, _joint(node.target, loaded), strict=True):
-                    values[m][at_collective[m]] = result
-            cursors[r] += 1
-    return [_load(nodes[-1], values[r])[0][0] for r, nodes in enumerate(graphs)]
-
-
-def _communicates(node: Node) -> bool:
-    return node.target in (
+COLLECTIVES = frozenset(
+    (
         ops.all_reduce.default,
         ops.extreme.default,
         ops.all_gather.default,
@@ -118,23 +34,13 @@ def _communicates(node: Node) -> bool:
         *_POSITIONS,
         *_GRADIENT_COMMUNICATES,
     )
+)
+"""The calls that need all ranks, forward or backward."""
 
 
-def _load(node: Node, values: dict[Node, Any]) -> Any:
-    return torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-
-
-def _members(group: str, everyone: list[tuple[int, ...]], rank: int) -> list[int]:
-    axes = [int(a) for a in group.split(",")]
-    mine = everyone[rank]
-    return [
-        r for r, at in enumerate(everyone) if all(at[a] == mine[a] for a in range(len(mine)) if a not in axes)
-    ]
-
-
-def _joint(target: Any, loaded: list[Any]) -> list[Tensor]:
+def joint(target: Any, loaded: list[Any]) -> list[Tensor]:
     """One collective of all members of a group: what each of them gets, with gradients."""
-    return list(_Joint.apply(target, [args[1:] for args in loaded], *(args[0] for args in loaded)))  # type: ignore[no-untyped-call]
+    return list(_Joint.apply(target, [args[1:] for args in loaded], *(args[0] for args in loaded)))
 
 
 class _Joint(torch.autograd.Function):
@@ -232,7 +138,9 @@ def _zero_parts(whole: Tensor, dim: int, ranks: int) -> list[Tensor]:
 
 def _reduce(xs: list[Tensor], op: str) -> Tensor:
     stacked = torch.stack(xs)
-    return {"sum": stacked.sum, "max": stacked.amax, "min": stacked.amin}[op](0).to(xs[0].dtype)
+    how: dict[str, Any] = {"sum": stacked.sum, "max": stacked.amax, "min": stacked.amin}
+    reduced: Tensor = how[op](0).to(xs[0].dtype)
+    return reduced
 
 
 def _own(x: Tensor, dim: int, sizes: list[int], index: int) -> Tensor:

@@ -1,0 +1,243 @@
+"""``tpcompile.verify``: what is right is found right, and of what is wrong, where it begins."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import tpcompile
+from tests.helpers import toys
+from tpcompile.compile_program import Compiler
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.calls import bind_call
+from tpcompile.ir.layout.segment import Segment
+from tpcompile.lowering.simulate import lower_all
+from tpcompile.rules import table
+from tpcompile.runtime.read_request import read_options
+from tpcompile.runtime.verify.one_process import examine
+from tpcompile.runtime.verify.report import Report
+from tpcompile.work import Pass, Work
+
+X = (2, 4, 12)
+
+
+class Doubled(torch.autograd.Function):
+    """The identity, with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+class Counted(nn.Module):
+    """An MLP with a buffer that it writes, a hook on one of its parts, and a backward of its own."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.last, self.function = toys.Mlp(), nn.Linear(12, 12), Doubled.apply
+        self.register_buffer("seen", torch.zeros(()))
+        self.last.register_forward_hook(lambda module, args, result: 3 * result)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen += 1
+        y = self.function(self.mlp(x))
+        return self.last(y), y
+
+
+def test_what_is_right() -> None:
+    """Results, buffers and gradients, with dynamic sizes; the model stays as it is."""
+    torch.manual_seed(0)
+    model = Counted().double()
+    report = tpcompile.verify(model, 3, (torch.randn(X, dtype=torch.float64),))
+    assert report.ok
+    assert {f.sort for f in report.findings} == {"result", "buffer", "gradient"}
+    assert len(report.findings) == 2 + 1 + 7
+    assert "the same as the unsharded model" in str(report)
+    assert model.seen == 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+# Capture.
+
+
+def _capture_of_another(monkeypatch: pytest.MonkeyPatch, lose: Callable[[nn.Module], None]) -> None:
+    """Capture is given another model than the one that runs: something is lost."""
+    right = Compiler.capture_call
+
+    def capture(self: Compiler, model: nn.Module, bound: dict[str, Any]) -> Any:
+        other = copy.deepcopy(model)
+        with monkeypatch.context():
+            lose(other)
+            return right(self, other, bound)
+
+    monkeypatch.setattr(Compiler, "capture_call", capture)
+
+
+def _counted() -> Report:
+    return tpcompile.verify(Counted().double(), 2, (torch.randn(X, dtype=torch.float64),))
+
+
+def test_capture_that_loses_a_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    _capture_of_another(monkeypatch, lambda model: model.last._forward_hooks.clear())  # type: ignore[union-attr]
+    report = _counted()
+    assert (report.ok, report.kind) == (False, "capture")
+    assert report.first_difference is not None
+    assert report.first_difference.module == "last"
+    assert not report.first_difference.backward
+
+
+def test_capture_that_loses_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    _capture_of_another(monkeypatch, lambda model: model.__setattr__("function", torch.clone))
+    report = _counted()
+    assert report.kind == "capture"
+    assert {f.sort for f in report.wrong} == {"gradient"}
+    assert report.first_difference is not None
+    assert report.first_difference.backward
+    assert report.first_difference.module == "mlp"
+
+
+# The plan and what follows.
+
+
+def test_a_rule_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A softmax whose rows are said to be free; its first half is another number than it should be."""
+    monkeypatch.setattr(table, "_USER", {"aten._softmax": "... d -> ... d", "aten.softmax": "... d -> ... d"})
+    model = nn.Sequential(nn.Linear(12, 20), nn.Softmax(-1), nn.Linear(20, 12)).double()
+    report = tpcompile.verify(model, 2, (torch.randn(X, dtype=torch.float64),), gradients=False)
+    assert report.kind == "rewrite"
+    assert report.first_difference is not None
+    assert "softmax" in report.first_difference.text
+    assert report.first_difference.rule
+    assert report.first_difference.module == "1"
+    assert "1 of 2" not in str(report)
+    assert "softmax" in str(report)
+
+
+class SwapAddends(Pass):
+    """A pass of a user's that proves, and computes something else."""
+
+    name = "swap-addends"
+
+    def apply(self, work: Work) -> bool:
+        found = work.graph.find_nodes(op="call_function", target=torch.ops.aten.sub.Tensor)
+        for node in found:
+            node.args = (node.args[1], node.args[0])
+        return bool(found)
+
+
+class Minus(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = toys.Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.mlp(x)
+
+
+def test_a_pass_that_changes_what_is_computed() -> None:
+    report = tpcompile.verify(
+        Minus().double(), 2, (torch.randn(X, dtype=torch.float64),), passes=[SwapAddends()]
+    )
+    first = report.first_difference
+    assert (report.ok, report.kind) == (False, "rewrite")
+    assert first is not None
+    assert "aten.sub" in first.text
+    assert "in forward" in first.line
+    assert len(first.agreed) == 2
+
+
+def _examined(model: nn.Module, ranks: int, lower: Callable[[Work], list[GraphModule]]) -> Report:
+    options = read_options(model, "auto", None, "cpu", True, None, ())
+    bound = bind_call(model, (torch.randn(X, dtype=torch.float64),), {})
+    return examine(model, bound, options, ranks, lower=lower)
+
+
+def test_one_ranks_graph() -> None:
+    """A rank that computes another function than all others, in the second of its calls."""
+
+    def lower(work: Work) -> list[GraphModule]:
+        programs = lower_all(work)
+        for node in programs[1].graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
+            node.target = torch.ops.aten.silu.default
+        return programs
+
+    report = _examined(toys.Mlp().double(), 3, lower)
+    assert report.kind == "rewrite"
+    assert report.first_difference is not None
+    assert "relu" in report.first_difference.text
+    assert report.first_difference.placement == "S(2)"
+    assert any("S(2)" in operand for operand in report.first_difference.agreed)
+
+
+def test_a_gradient_that_no_rank_sums_up() -> None:
+    """Forward is right; the first gradient that is wrong is the one that was not summed up."""
+
+    def lower(work: Work) -> list[GraphModule]:
+        programs = lower_all(work)
+        for program in programs:
+            copies = torch.ops.tpcompile.copy_to_ranks.default
+            for node in program.graph.find_nodes(op="call_function", target=copies):
+                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        return programs
+
+    report = _examined(toys.Mlp().double(), 2, lower)
+    assert report.kind == "rewrite"
+    assert {f.name for f in report.wrong} == {"x"}
+    assert report.first_difference is not None
+    assert report.first_difference.backward
+    assert report.first_difference.text.startswith("copy_to_ranks")
+
+
+def test_slices_that_are_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Segment.take
+
+    def take(self: Segment, full: Tensor, box: Any) -> Tensor:
+        found = right(self, full, box)
+        return found.roll(1, 0) if found.shape != full.shape and full.ndim == 2 else found
+
+    monkeypatch.setattr(Segment, "take", take)
+    report = tpcompile.verify(toys.Mlp().double(), 2, (torch.randn(X, dtype=torch.float64),), gradients=False)
+    assert report.kind == "rewrite"
+    assert report.first_difference is not None
+    assert report.first_difference.node in ("up.weight", "down.weight")
+
+
+class Amplifies(nn.Module):
+    """Makes large differences of small ones: little of what comes out is right in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = toys.Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(1e4 * self.mlp(x))
+
+
+def test_rounding_is_told_from_faults() -> None:
+    torch.manual_seed(0)
+    report = tpcompile.verify(Amplifies(), 2, (torch.randn(X),))
+    assert (report.ok, report.kind) == (True, "numerics")
+    assert report.wrong
+
+
+def test_what_is_refused() -> None:
+    x = torch.randn(X)
+    with torch.device("meta"), pytest.raises(TpCompileError, match="no weights"):
+        tpcompile.verify(toys.Mlp(), 2, (x,))
+    with pytest.raises(TpCompileError, match="random numbers"):
+        tpcompile.verify(nn.Sequential(toys.Mlp(), nn.Dropout()), 2, (x,))
+    for wrong in ({"ranks": 0}, {"ranks": 2, "gradients": "yes"}, {"ranks": 2, "plan": "none"}):
+        with pytest.raises(TpCompileError):
+            tpcompile.verify(toys.Mlp(), example_args=(x,), **wrong)

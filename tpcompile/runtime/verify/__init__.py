@@ -1,0 +1,1 @@
+"""Runs a sharded model beside the model as the python that it is, and says where they part."""

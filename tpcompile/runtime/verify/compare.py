@@ -1,0 +1,68 @@
+"""When two values count as equal: the difference is measured against the largest value, by the type."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIMITS = {
+    torch.float64: 1e-10,
+    torch.float32: 2e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 6e-2,
+}
+"""The largest difference, relative to the largest value, that rounding explains in a deep program."""
+
+_MASKED = 1e30
+"""What is larger stands for infinity, in a mask; it is no value that others are measured against."""
+
+
+def limit_of(values: Iterable[Any]) -> float:
+    """The limit for a program with these values: that of the least precise type among them."""
+    kinds = {v.dtype for v in values if isinstance(v, Tensor) and v.dtype.is_floating_point}
+    return max((LIMITS.get(kind, 0.1) for kind in kinds), default=0.0)
+
+
+def largest(values: Iterable[Any]) -> float:
+    """The largest number among values."""
+    real = (v for v in values if isinstance(v, Tensor) and v.numel() and v.dtype.is_floating_point)
+    return max((float(v.detach().abs().max()) for v in real), default=0.0)
+
+
+def difference(got: Any, want: Any, floor: float = 0.0) -> float:
+    """How far apart two values are, relative to the largest number in ``want``.
+
+    Args:
+        got: a value.
+        want: what it should be.
+        floor: a scale that the numbers' own is not to be smaller than: what cancels out, as the gradient of
+            a bias before a softmax does, leaves rounding behind, which has no scale of its own.
+
+    Returns:
+        Infinity if they are of other shapes or types, or not numbers in other places.
+    """
+    if not isinstance(want, Tensor) or not isinstance(got, Tensor):
+        return 0.0 if type(got) is type(want) and (got is want or bool(got == want)) else math.inf
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return math.inf
+    if not (want.dtype.is_floating_point or want.dtype.is_complex):
+        return 0.0 if torch.equal(got, want) else math.inf
+    got, want = (x.detach().to(torch.complex128 if x.is_complex() else torch.float64) for x in (got, want))
+    unlike = ~((got == want) | (got.isnan() & want.isnan()))
+    if not unlike.any():
+        return 0.0
+    numbers = want[want.isfinite() & (want.abs() < _MASKED)]
+    scale = max(floor, float(numbers.abs().max()) if numbers.numel() else 0.0)
+    apart = float((got - want)[unlike].abs().max())
+    if math.isnan(apart) or not math.isfinite(apart):
+        return math.inf
+    return apart / scale if scale else math.inf if apart > 1e-30 else 0.0
+
+
+def agree(got: Any, want: Any, limit: float, floor: float = 0.0) -> bool:
+    """Whether two values are equal within a limit."""
+    return difference(got, want, floor) <= limit

@@ -1,0 +1,141 @@
+"""``tpcompile.verify``: all ranks in one process, against the model as the python that it is."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from tpcompile.compile_program import Compiler
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.check import checked
+from tpcompile.lowering.simulate import lower_all
+from tpcompile.planner.options import Options
+from tpcompile.planner.search.cost import CostModel
+from tpcompile.runtime.read_request import Bytes, Dynamic, Passes, PlanLike, Ranks, example_call, read_options
+
+from .locate import locate
+from .report import Report
+from .trial import Lower, Trial
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@checked
+def verify(
+    model: nn.Module,
+    ranks: Ranks,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    gradients: bool = True,
+    plan: PlanLike = "auto",
+    dynamic: Dynamic = True,
+    cost_model: CostModel | str | None = None,
+    memory: Bytes | None = None,
+    passes: Passes = (),
+    sequence_parallel: bool = False,
+) -> Report:
+    """Runs a model as it would run on some ranks, all in this process, and compares with the model itself.
+
+    What is compared: results, buffers and attributes that the call changes, caches, and gradients. Where
+    something differs, values of the captured and of the sharded graph are compared one by one, and the
+    first that differs is reported.
+
+    Args:
+        model: any module with weights, in eval mode if it draws random numbers; it stays as it is.
+        ranks: how many ranks.
+        example_args: see ``parallelize``, as for all that are not named here.
+        example_kwargs: keyword arguments of that call.
+        gradients: compare gradients as well, if parameters or arguments want some.
+        passes: passes to run after the compiler's own.
+
+    Raises:
+        TpCompileError: the model cannot be compiled for these ranks, or not run in this way.
+    """
+    if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
+        raise TpCompileError(
+            "the model has no weights: they are on the meta device",
+            where=type(model).__name__,
+            todo="make it on a real device, if need be with fewer layers; random weights will do",
+        )
+    asked = (plan, cost_model, "cpu", dynamic, memory, passes)
+    options = read_options(model, *asked, sequence_parallel=sequence_parallel)
+    if options.custom:
+        raise TpCompileError(
+            "modules with custom strategies run on processes only",
+            where=", ".join(options.custom),
+            todo="parallelize the model, and call its verify()",
+        )
+    bound = example_call(model, example_args, example_kwargs, dynamic)
+    return examine(model, bound, options, ranks, gradients=gradients)
+
+
+def examine(
+    model: nn.Module,
+    bound: dict[str, Any],
+    options: Options,
+    ranks: int,
+    *,
+    gradients: bool = True,
+    lower: Lower = lower_all,
+) -> Report:
+    """See ``verify``.
+
+    Args:
+        model: a model with weights.
+        bound: a call.
+        options: what it is compiled with.
+        ranks: how many ranks.
+        gradients: compare gradients as well.
+        lower: makes the ranks' programs; the bench of faults has its own.
+    """
+    began = time.perf_counter()
+    report = _examined(model, bound, options, ranks, gradients, lower)
+    rough = any(p.dtype in _HALF for p in model.parameters())
+    if rough or report.wrong:
+        exact = _in_double(model, bound, options, ranks, gradients, lower)
+        if exact is not None and exact.ok and report.wrong:
+            report = replace(report, kind="numerics", first_difference=None)
+        elif exact is not None and not exact.ok:
+            report = exact
+    return replace(report, seconds=time.perf_counter() - began)
+
+
+def _examined(
+    model: nn.Module, bound: dict[str, Any], options: Options, ranks: int, gradients: bool, lower: Lower
+) -> Report:
+    """The report for a model in its own precision."""
+    trial = Trial(copy.deepcopy(model), bound, Compiler(options, ranks), gradients, lower)
+    want = trial.python()
+    findings = tuple(trial.compare_ranks(want, trial.on_ranks()))
+    kinds = {t.dtype for t in (*model.parameters(), *want.values()) if isinstance(t, Tensor)}
+    precision = ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds if k.is_floating_point))
+    report = Report(ranks, precision, findings, trial.limit, "")
+    if report.wrong:
+        kind, first = locate(trial, want)
+        report = replace(report, kind=kind, first_difference=first)
+    return report
+
+
+def _in_double(
+    model: nn.Module, bound: dict[str, Any], options: Options, ranks: int, gradients: bool, lower: Lower
+) -> Report | None:
+    """The report in float64; None if the model is in float64, or cannot be run in it."""
+    if all(p.dtype == torch.float64 for p in model.parameters() if p.is_floating_point()):
+        return None
+
+    def widened(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    wide = copy.deepcopy(model).double()
+    try:
+        return _examined(wide, tree_map(widened, bound), options, ranks, gradients, lower)
+    except (TpCompileError, RuntimeError):  # its python wants the type that it was made in
+        return None

@@ -1,0 +1,141 @@
+"""What a call leaves behind, however it was run: results, buffers, attributes, and gradients."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from tpcompile.capture.caches.call_results import GivenCache, given_caches, take_results
+from tpcompile.capture.caches.register import register_cache_support
+from tpcompile.capture.export.captured import OutputSpec
+from tpcompile.ir.calls import call_model, flatten_call, leaf_names
+from tpcompile.ir.module_tensors import tensors_by_name
+
+from .compare import difference, largest
+
+Key = tuple[str, str]
+"""What sort of value, and its name: ``("result", "logits")``, ``("gradient", "lm_head.weight")``."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One value compared.
+
+    Attributes:
+        sort: "result", "buffer", "attribute", "gradient" or "token".
+        name: its name.
+        error: how far it is from the model's, relative to the largest value.
+        ranks: on how many ranks it is too far; 0 if the program of no rank is meant.
+    """
+
+    sort: str
+    name: str
+    error: float
+    ranks: int = 0
+
+
+def results_of(
+    specs: Sequence[OutputSpec], flat: Sequence[Any], whole: Callable[[OutputSpec, Any], Any] | None = None
+) -> dict[Key, Any]:
+    """A program's flat results by what they are."""
+    sorts = {"user": "result", "state": "result", "buffer_mutation": "buffer", "attribute": "attribute"}
+    found = {}
+    for spec, value in zip(specs, flat, strict=True):
+        if not isinstance(spec.value, GivenCache):
+            found[sorts[spec.kind], spec.name] = whole(spec, value) if whole is not None else value
+    return found
+
+
+def copied_call(bound: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with tensors of its own: models write into the caches that they are given."""
+
+    def mine(leaf: Any) -> Any:
+        return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+    register_cache_support()
+    return tree_map(mine, dict(bound))
+
+
+def learning_leaves(bound: Mapping[str, Any]) -> frozenset[str]:
+    """The leaves of a call that get gradients: not those of caches, which are written to."""
+    caches = given_caches(bound)
+    named = {name: value for name, value in bound.items() if name not in caches}
+    leaves = zip(leaf_names(named), flatten_call(named)[0], strict=True)
+    return frozenset(n for n, leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+
+
+def run_python(model: nn.Module, bound: Mapping[str, Any], losses: frozenset[str] | None) -> dict[Key, Any]:
+    """Runs a model as the python that it is.
+
+    Args:
+        model: a model that is written to.
+        bound: the call.
+        losses: the results that backward starts from; None: without gradients.
+    """
+    call = copied_call(bound)
+    leaves = dict(zip(leaf_names(call), flatten_call(call)[0], strict=True))
+    if losses is not None:
+        for name in learning_leaves(bound):
+            leaves[name].requires_grad_()
+    with torch.set_grad_enabled(losses is not None):
+        results = take_results(call, call_model(model, call))
+    named = zip(results.names, results.values, strict=True)
+    found: dict[Key, Any] = {
+        ("result", name or "output"): v for name, v in named if not isinstance(v, GivenCache)
+    }
+    for name, (module, attribute) in tensors_by_name(model).items():
+        if attribute in module._buffers:
+            found["buffer", name] = getattr(module, attribute)
+    if losses is not None:
+        backward([found], losses)
+        places = tensors_by_name(model)
+        params = {name: getattr(*place) for name, place in places.items()}
+        for name, value in (params | {n: leaves[n] for n in learning_leaves(bound)}).items():
+            if value.requires_grad:
+                found["gradient", name] = value.grad
+    return found
+
+
+def backward(outcomes: Sequence[Mapping[Key, Any]], losses: frozenset[str]) -> None:
+    """Runs backward from a sum of results, weighted at random, always alike: of all ranks at once.
+
+    Every rank computes the loss from results of its own, as it does when a sharded model is trained.
+    """
+    named = [(name, value) for one in outcomes for (sort, name), value in one.items() if sort == "result"]
+    chosen = [(n, v) for n, v in named if n in losses and isinstance(v, Tensor) and v.requires_grad]
+    if chosen:
+        torch.stack([_weighted(n, v) for n, v in chosen]).sum().backward()
+
+
+def _weighted(name: str, value: Tensor) -> Tensor:
+    flat = torch.view_as_real(value) if value.is_complex() else value
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    weights = torch.randn(flat.shape, generator=generator, dtype=torch.float64)
+    return (flat * weights.to(flat)).sum().to(torch.float64)
+
+
+def compared(got: Mapping[Key, Any], want: Mapping[Key, Any]) -> list[Finding]:
+    """The values of one outcome that another has as well, compared."""
+    gradients = [value for (sort, _), value in want.items() if sort == "gradient"]
+    floor = 1e-2 * largest(gradients)
+    found = []
+    for (sort, name), value in want.items():
+        if (sort, name) not in got and sort in ("buffer", "attribute"):
+            continue
+        mine = got.get((sort, name))
+        if sort == "gradient":
+            mine, value = _filled(mine, value), _filled(value, mine)
+        error = difference(mine, value, floor if sort == "gradient" else 0.0)
+        found.append(Finding(sort, name, error))
+    return found
+
+
+def _filled(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """A gradient that did not come is zero."""
+    return torch.zeros_like(like) if gradient is None and like is not None else gradient

@@ -1,0 +1,181 @@
+"""A call of a model in one precision: as python, as a graph at global shapes, and on all simulated ranks."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from tpcompile.capture.export.autograd_functions import FUNCTION
+from tpcompile.capture.export.captured import Captured
+from tpcompile.capture.held_caches import Held
+from tpcompile.capture.repeats.capture_repeated import whole_outputs
+from tpcompile.capture.repeats.unroll_layers import unroll
+from tpcompile.compile_program import Compiler
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.calls import flatten_call
+from tpcompile.ir.nodes import module_path
+from tpcompile.ir.placements import R, Shard
+from tpcompile.lowering.lower_graph import copy_placeholder
+from tpcompile.lowering.lower_randomness import UNIFORM
+from tpcompile.lowering.simulate import Watch, lower_all, run
+from tpcompile.lowering.state import SOURCE, STANDS_FOR
+from tpcompile.runtime.make_program import hand_out
+from tpcompile.work import Work
+
+from .assemble import RanksDiffer, Unknown, put_together, sizes_at
+from .compare import difference, limit_of
+from .inputs import Inputs, undivided
+from .outcome import Finding, Key, backward, compared, learning_leaves, results_of, run_python
+
+Lower = Callable[[Work], Sequence[GraphModule]]
+
+
+class Trial:
+    """One call, ready to run in three ways.
+
+    Attributes:
+        model: with whole weights, as it is captured.
+        bound: the call.
+        compiler: compiles it for some ranks.
+        compiled: the program.
+        programs: those of all ranks.
+        learning: gradients are compared as well.
+        limit: the largest error that rounding explains.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bound: dict[str, Any],
+        compiler: Compiler,
+        gradients: bool,
+        lower: Lower = lower_all,
+    ) -> None:
+        self.model, self.bound, self.compiler = model, bound, compiler
+        self.compiled = compiler.compile(model, bound, None)
+        self.work, self.layout = self.compiled.rewritten, self.compiled.plan.layout
+        _refuse_randomness(self.work)
+        self.programs = lower(self.work)
+        self.learning = gradients and self.compiled.differentiable
+        specs = self.specs = whole_outputs(self.work.captured)
+        self.losses = frozenset(s.name for s in specs if s.kind == "user" and not s.divided)
+        self.limit = limit_of(node.meta.get("val") for node in self.work.graph.nodes)
+
+    def python(self) -> dict[Key, Any]:
+        """What the model leaves behind as python."""
+        model = copy.deepcopy(self.model)
+        found = run_python(model, self.bound, self.losses if self.learning else None)
+        for spec in (s for s in self.specs if s.kind == "attribute"):
+            path, _, name = spec.name.rpartition(".")
+            found["attribute", spec.name] = getattr(model.get_submodule(path), name, None)
+        return found
+
+    def captured(self) -> Captured:
+        """The call as it was captured, before any pass."""
+        return self.compiler.capture_call(self.model, self.bound)
+
+    def whole(self, work: Work, watch: Watch | None = None) -> dict[Key, Any]:
+        """What a graph at global shapes leaves behind on one rank, where markers are identities."""
+        program = whole_program(work)
+        inputs = self._inputs(work, 0, divided=False)
+        with torch.set_grad_enabled(self.learning):
+            (flat,) = run(work, [inputs.of(program.graph)], [program], watch)
+        found = results_of(whole_outputs(work.captured), flat)
+        if self.learning:
+            backward([found], self.losses)
+            found |= self._gradients(inputs)
+        return found
+
+    def on_ranks(self, watch: Watch | None = None) -> list[dict[Key, Any]]:
+        """What all ranks' programs leave behind, in lockstep."""
+        ranks = [self._inputs(self.work, r, divided=True) for r in range(self.layout.ranks)]
+        feeds = [mine.of(program.graph) for mine, program in zip(ranks, self.programs, strict=True)]
+        with torch.set_grad_enabled(self.learning):
+            flat = run(self.work, feeds, self.programs, watch)
+        found = [results_of(self.specs, one) for one in flat]
+        if self.learning:
+            backward(found, self.losses)
+            found = [one | self._gradients(mine) for one, mine in zip(found, ranks, strict=True)]
+        return found
+
+    def _inputs(self, work: Work, rank: int, divided: bool) -> Inputs:
+        leaves, learned = flatten_call(self.bound)[0], learning_leaves(self.bound)
+        layout = self.layout if divided else undivided(work, self.model)
+        return Inputs(self.model, work.captured, leaves, layout, rank, self.learning, learned)
+
+    @staticmethod
+    def _gradients(inputs: Inputs) -> dict[Key, Any]:
+        learned = {name for (_, name), v in inputs.given.items() if getattr(v, "requires_grad", False)}
+        grads = {name: grad for (_, name), grad in inputs.gradients().items()}
+        return {("gradient", name): grads.get(name) for name in sorted(learned)}
+
+    def compare_ranks(self, want: Mapping[Key, Any], ranks: Sequence[Mapping[Key, Any]]) -> list[Finding]:
+        """What all ranks leave behind, compared with what the whole model does."""
+        carried = {("result", spec.name) for spec in self.specs if spec.divided}
+        held, found = hand_out(self.compiled.planned), []
+        for key, value in want.items():
+            if key in carried and isinstance(value, Tensor) and key[1] in held:
+                found.append(self._cache(key[1], value, [mine[key] for mine in ranks], held[key[1]]))
+        plain = {key: value for key, value in want.items() if key not in carried}
+        columns = [
+            compared(mine, {key: self.part(key, value, rank) for key, value in plain.items()})
+            for rank, mine in enumerate(ranks)
+        ]
+        for column in zip(*columns, strict=True):
+            worst = max(column, key=lambda one: one.error)
+            found.append(replace(worst, ranks=sum(not one.error <= self.limit for one in column)))
+        return found
+
+    def compare(self, want: Mapping[Key, Any], got: Mapping[Key, Any]) -> list[Finding]:
+        """What a graph at global shapes leaves behind, compared with what the model does."""
+        return compared(got, want)
+
+    def part(self, key: Key, whole: Any, rank: int) -> Any:
+        """What a rank should have of a value."""
+        sort, name = key
+        if sort in ("buffer", "gradient") and name in self.layout.params and isinstance(whole, Tensor):
+            return self.layout.shard(name, whole, rank)
+        return whole
+
+    def _cache(self, name: str, whole: Tensor, parts: Sequence[Tensor], held: Held) -> Finding:
+        """A tensor of a cache, put together from what the ranks hand out."""
+        placements = [R if place is None else Shard(*place) for place in held.places]
+        try:
+            sizes = sizes_at(whole, held.atoms)
+            error = difference(put_together(parts, sizes, self.layout.axes, placements, self.limit), whole)
+        except (RanksDiffer, Unknown):
+            error = math.inf
+        return Finding("result", name, error, 0 if error <= self.limit else len(parts))
+
+
+def whole_program(work: Work) -> GraphModule:
+    """A graph at global shapes with all layers, which says where its inputs come from."""
+    graph, moved = Graph(), dict[Node, Node]()
+    graph.output(graph.graph_copy(work.graph, moved))
+    for old, new in moved.items():
+        new.meta[STANDS_FOR] = ((old.name, old.meta.get("placement")),)
+        if old in work.sources:
+            new.meta[SOURCE] = work.sources[old]
+        if new.target is FUNCTION:
+            key = new.args[2]
+            new.args = (*new.args[:2], work.captured.functions[key].handle, *new.args[3:])  # type: ignore[index]
+    if work.blocks is not None:
+        unroll(graph, work.blocks, copy_placeholder)
+    return GraphModule(nn.Module(), graph)
+
+
+def _refuse_randomness(work: Work) -> None:
+    draws = work.graph.find_nodes(op="call_function", target=UNIFORM)
+    if draws:
+        raise TpCompileError(
+            "the model draws random numbers, and those of a sharded model are not torch's own",
+            where=module_path(draws[0]) or draws[0].name,
+            todo="verify it in model.eval()",
+        )
