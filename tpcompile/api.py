@@ -25,6 +25,7 @@ from .runtime.check_model import check_device, device_of
 from .runtime.generation import ShardedGeneration
 from .runtime.guards import Hook, backward_hooks, guard_submodules
 from .runtime.module import ShardedModule
+from .runtime.parts import compose_call, try_first
 from .runtime.read_request import (
     Bytes,
     Dynamic,
@@ -103,7 +104,7 @@ def parallelize(
     signature, original, lifted = signature_of(model), type(model), model.__dict__.get("forward")
     compiler = Compiler(options, ranks, mesh, axis, seconds)
     runtime = Runtime(compiler, signature, original, lifted=lifted, hooks=hooks, compare_calls=compare_calls)
-    failed = runtime.try_first(model, example) if example is not None else None
+    failed = try_first(runtime, model, example) if example is not None else None
     model.__dict__.pop("forward", None)
     model._tp = runtime  # type: ignore[assignment]
     generates = hasattr(original, "generate") and hasattr(original, "_sample")
@@ -111,11 +112,11 @@ def parallelize(
     guard_submodules(model)
     runtime.rebind()  # the modules' tables are others now
     if failed is not None and example is not None:
-        runtime.compose(model, "", tuple(example), failed)
+        compose_call(runtime, model, "", tuple(example), failed)
         # Perhaps a call without pictures: more of the model is planned at once.
         usual = example_or_default(model, (), None)
         if runtime.layout is None and usual is not None and usual.keys() != example.keys():
-            runtime.try_first(model, usual, optional=True)
+            try_first(runtime, model, usual, optional=True)
     runtime.mark_weights(model)
     if compile is not False:
         runtime.compile_options = {} if compile is True else dict(compile)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from os import PathLike, fspath
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .api import parallelize
@@ -22,6 +25,9 @@ from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.read_request import Bytes, Dynamic, Passes, PlanLike
 from .runtime.runtime import Runtime
 from .weights.loading.find_files import Variant
+
+if TYPE_CHECKING:
+    from .weights.loading.request import Built
 
 
 @well_called
@@ -91,71 +97,54 @@ def from_pretrained(
         TpCompileError: on every rank, before weights are read where that can be: the checkpoint is not
             there, damaged, quantised, a pickle, or another model's; or ``parallelize`` refuses the request.
     """
-    # transformers takes seconds to import, and tpcompile can be used without it.
-    from .weights.loading.compare_files import compare_files
-    from .weights.loading.load_slices import load_slices
-    from .weights.loading.match_keys import warn_unexpected
-    from .weights.loading.request import Opened, Request
-
     arguments = locals().copy()
     mesh = mesh if mesh is not None else default_mesh()
     check_mesh(mesh, axis)
     group = MeshAxis.of(mesh, axis, seconds_of(timeout)).group
-    device = local_device(mesh.device_type)
+    device, first = local_device(mesh.device_type), mesh.get_local_rank(axis) == 0
+    built = _build(group, arguments, device, first)
+    if not example_args and not example_kwargs:
+        _check_example(built.model)
+    asked = inspect.signature(parallelize).parameters.keys() - {"model", "mesh"}
+    model = parallelize(built.model, mesh, **{name: arguments[name] for name in asked})
+    _load(group, model, built, device, first)
+    return model
+
+
+def _build(group: dist.ProcessGroup, asked: Mapping[str, Any], device: torch.device, show: bool) -> Built:
+    """Opens a checkpoint, and matches it with a model that has no weights yet."""
+    # transformers takes seconds to import, and tpcompile can be used without it.
+    from .weights.loading.compare_files import compare_files
+    from .weights.loading.match_keys import warn_unexpected
+    from .weights.loading.request import Opened, Request
 
     def read() -> tuple[Request, Opened]:
-        check_arguments(from_pretrained, arguments)
-        request = Request(
-            fspath(name_or_path),
-            others.pop("torch_dtype", None) if dtype is None else dtype,
-            config,
-            model_class,
-            attn_implementation,
-            generation_config,
-            key_mapping,
-            trust_remote_code,
-            variant,
-            subfolder,
-            others,
-        )
+        check_arguments(from_pretrained, asked)
+        given = {name: asked[name] for name in inspect.signature(Request).parameters.keys() & asked.keys()}
+        older = asked["others"].pop("torch_dtype", None)
+        given["dtype"] = older if asked["dtype"] is None else asked["dtype"]
+        request = Request(fspath(asked["name_or_path"]), **given)
         return request, request.open()
 
     request, opened = together(group, "open the checkpoint", read)
     compare(group, "checkpoints", opened.lines())
     compare_files(group, opened.stored)
     built = together(group, "match the checkpoint with the model", lambda: request.build(opened, device))
-    first = mesh.get_local_rank(axis) == 0
-    unexpected = built.unexpected if first else ()
+    unexpected = built.unexpected if show else ()
     together(group, "warn of unexpected keys", lambda: warn_unexpected(unexpected, request.name))
-    model = built.model
-    if not example_args and not example_kwargs:
-        _check_example(model)
-    parallelize(
-        model,
-        mesh,
-        example_args,
-        example_kwargs,
-        plan=plan,
-        axis=axis,
-        dynamic=dynamic,
-        compile=compile,
-        cost_model=cost_model,
-        memory=memory,
-        passes=passes,
-        compose=compose,
-        compare_calls=compare_calls,
-        sequence_parallel=sequence_parallel,
-        timeout=timeout,
-    )
+    return built
+
+
+def _load(group: dist.ProcessGroup, model: Any, built: Built, device: torch.device, show: bool) -> None:
+    """Reads this rank's slices of the weights."""
+    from .weights.loading.load_slices import load_slices
+
     runtime: Runtime = model._tp
+    weights = runtime.weights()
     with torch.inference_mode(False):  # weights that could not be trained, even outside of the mode
-        together(
-            group,
-            "load the weights",
-            lambda: load_slices(model, built.expressions, runtime.weights(), device, show=first),
-        )
+        load = functools.partial(load_slices, model, built.expressions, weights, device, show=show)
+        together(group, "load the weights", load)
     runtime.rebind()
-    return model
 
 
 def _check_example(model: Any) -> None:

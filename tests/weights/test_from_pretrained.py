@@ -377,8 +377,8 @@ def test_bad_checkpoints_are_refused_on_every_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
-        ({"attention": "flash_attention_2"}, "flash_attention_2' cannot be captured"),
-        ({"attention": "flex_attention"}, "flex_attention' cannot be captured"),
+        ({"attn_implementation": "flash_attention_2"}, "flash_attention_2' cannot be captured"),
+        ({"attn_implementation": "flex_attention"}, "flex_attention' cannot be captured"),
         ({"dtype": torch.int8}, "no type that a model can have"),
         ({"model_class": torch.nn.Linear}, "no model of transformers"),
         ({"others": {"device_map": "auto"}}, "does not take device_map"),

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,11 +22,9 @@ from tpcompile.ir.calls import CallSignature, signature_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.weights.shard import local_weights
 
+from .place import Root
 from .replaced_forward import LIFTED, lift_forward
 from .watched_module import ENTRY, WatchedModule, fix_tables, refuse_old_hooks
-
-if TYPE_CHECKING:
-    from .runtime import Runtime
 
 Hook = tuple[str, str, int]
 """Where a hook on a part is: the part's path, the table of hooks, its key there."""
@@ -85,7 +83,7 @@ def guarded_class(original: type[nn.Module]) -> type[nn.Module]:
         guard: _Guard | None = self.__dict__.get(ENTRY)
         if guard is None:  # captured, by a forward that was set on the instance and calls what it replaces
             return original.forward(self, *args, **kwargs)
-        runtime: Runtime = guard.root._tp  # type: ignore[assignment]
+        runtime: Root = guard.root._tp  # type: ignore[assignment]
         if _INSIDE in self.__dict__:
             return _replaced(self, guard, runtime)(*args, **kwargs)
         if guard.entry.path in runtime.divided or guard.entry.path in runtime.pieces:
@@ -114,7 +112,7 @@ def _original(module: nn.Module, guard: _Guard) -> Callable[..., Any]:
     return run
 
 
-def _replaced(module: nn.Module, guard: _Guard, runtime: Runtime) -> Callable[..., Any]:
+def _replaced(module: nn.Module, guard: _Guard, runtime: Root) -> Callable[..., Any]:
     """What a forward that was set on a part calls as the one that it replaces."""
     if guard.entry.path in runtime.divided:
         raise TpCompileError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -16,10 +16,8 @@ from tpcompile.ranks.agree import compare, together
 from tpcompile.weights.load_state import check_state, own_parts, state_lines
 from tpcompile.weights.sharded_parameter import ShardedParameter
 
+from .place import Root
 from .replaced_forward import LIFTED, lift_forward
-
-if TYPE_CHECKING:
-    from .runtime import Runtime
 
 ENTRY = "_tp_entry"
 """The attribute by which a submodule of a sharded model knows its place in it."""
@@ -176,7 +174,7 @@ class WatchedModule(nn.Module):
             "torch.distributed.checkpoint; or copy the whole model with copy.deepcopy",
         )
 
-    def _place(self) -> tuple[Runtime, str] | None:
+    def _place(self) -> tuple[Root, str] | None:
         """The runtime that the module belongs to, and its path in the model.
 
         A new instance, which code of the model makes of a sharded class, has none.

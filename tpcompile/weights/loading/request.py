@@ -88,7 +88,7 @@ class Request:
         dtype: the type of the model.
         config: a configuration, where to find it, or None.
         model_class: the model's class, an ``AutoModel...``, or None.
-        attention: the attention implementation, or None.
+        attn_implementation: the attention implementation, or None.
         generation_config: in the place of the checkpoint's.
         key_mapping: patterns of keys to rename.
         trust_remote_code: whether code that comes with the checkpoint may run.
@@ -101,7 +101,7 @@ class Request:
     dtype: Any = None
     config: Any = None
     model_class: Any = None
-    attention: str | Mapping[str, str] | None = None
+    attn_implementation: str | Mapping[str, str] | None = None
     generation_config: Any = None
     key_mapping: Mapping[str, str] | None = None
     trust_remote_code: bool = False
@@ -147,7 +147,7 @@ class Request:
         with refusing("no model can be made of the checkpoint", where=self.name, todo=todo):
             dtype = find_dtype(self.dtype, config, opened.stored)
             model_class = find_class(config, self.model_class, self.trust_remote_code, self._hub)
-            model = build_model(model_class, config, dtype, self.attention)
+            model = build_model(model_class, config, dtype, self.attn_implementation)
             expressions, _, unexpected = match_keys(model, opened.stored, dtype, self.key_mapping)
             initialise_rest(model, expressions, device)
             find_generation_config(model, self.generation_config, self.name, self.subfolder, self._hub)

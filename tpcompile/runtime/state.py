@@ -1,0 +1,149 @@
+"""What a sharded model knows: how it was made, where its weights lie, its programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpcompile.capture.held_caches import Held
+from tpcompile.compile_program import Compiler
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.calls import CallSignature, leaf_names
+from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.ir.torch_internals import TreeSpec
+from tpcompile.ranks.compare_calls import compare_call
+from tpcompile.strategies.custom.custom_modules import CustomModules
+from tpcompile.weights.shard import shard_weights
+from tpcompile.weights.sharded_weights import ShardedWeights
+
+from .guards import Entry, Hook, open_paths
+from .program import Program, autocast_of
+from .settings import Settings
+from .watched_module import ENTRY
+
+
+@dataclass
+class State:
+    """What a sharded module knows beyond the original one.
+
+    Attributes:
+        compiler: makes programs for this model on this mesh.
+        signature: the original forward's.
+        original: the original class of the module.
+        layout: where the weights lie; None until the first program decides it.
+        programs: one per call signature.
+        caches: how tensors lie that programs handed out to be given back, by name.
+        divided: the paths of modules with divided weights in them.
+        composed: the modules, with the arguments given, that run as python over their parts.
+        pieces: the paths of modules that get programs under them although nothing of them is divided yet.
+        compile_options: torch.compile's for every program, or None to run them as they are.
+        compare_calls: compare every call over the ranks, not only a program's first one.
+        lifted: a forward that was set on the model before it was sharded.
+        hooks: hooks on submodules that no program has in it.
+        custom: the modules of custom strategies.
+        foreign: whether another library (FSDP) has made something else of the parameters.
+        steering: the streamer and the user's logits processors of the generation that runs.
+        running: how many calls are being worked on: what the model's own code changes is no new setting.
+    """
+
+    compiler: Compiler
+    signature: CallSignature
+    original: type[nn.Module]
+    settings: Settings = field(default_factory=Settings)
+    layout: WeightLayout | None = None
+    programs: list[Program] = field(default_factory=list)
+    caches: dict[str, Held] = field(default_factory=dict)
+    divided: frozenset[str] = frozenset()
+    composed: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
+    pieces: frozenset[str] = frozenset()
+    compile_options: dict[str, Any] | None = None
+    compare_calls: bool = False
+    lifted: Any = None
+    hooks: list[Hook] = field(default_factory=list)
+    steering: tuple[Any, Sequence[Any]] = (None, ())
+    running: int = 0
+    custom: CustomModules = field(default_factory=CustomModules)
+    foreign: bool = False
+
+    @property
+    def group_name(self) -> str:
+        """What tells the ranks of this model from others."""
+        return "" if self.compiler.axis is None else self.compiler.axis.group_name
+
+    def find(
+        self, names: tuple[str, ...], leaves: Sequence[Any], spec: TreeSpec, training: bool, path: str = ""
+    ) -> Program | None:
+        """The program of a call, of the model or of the submodule at ``path``, if it was captured."""
+        for program in self.programs:
+            if program.entry == path and program.types == self.settings.types:
+                fits = program.fits(names, leaves, training) and program.captured.in_spec == spec
+                if fits and program.reads.hold(self.settings.state):
+                    return program
+        return None
+
+    def bind(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
+    ) -> dict[str, Any]:
+        """The call as keyword arguments in the order of the signature."""
+        try:
+            return (entry or self).signature.bind(args, kwargs)
+        except ValueError as error:
+            raise TpCompileError(
+                f"the call does not fit the model's forward, which {error}",
+                where=f"{(entry or self).original.__name__}.forward",
+                todo="give the arguments as you would call the model",
+            ) from None
+
+    def compare(
+        self,
+        model: nn.Module,
+        bound: dict[str, Any],
+        path: str,
+        leaves: Sequence[Any],
+        act: str = "run",
+    ) -> None:
+        """Compares a call that ranks are to run or to capture; the parts of caches differ."""
+        mode = "train" if model.get_submodule(path).training else "eval"
+        modes = f"gradients {torch.is_grad_enabled()}, autocast {autocast_of(leaves)}"
+        what = f"{path or type(model).__name__} in {mode} mode, {modes}"
+        named = [(n, x) for n, x in zip(leaf_names(bound), leaves, strict=True) if n not in self.caches]
+        names, values = [n for n, _ in named], [x for _, x in named]
+        compare_call(self.compiler.group, act, what, names, values)
+
+    def weights(self, layout: WeightLayout | None = None) -> ShardedWeights:
+        """What gathers, loads and saves the weights needs to know."""
+        layout = layout or self.layout
+        assert self.compiler.axis is not None and layout is not None, (
+            "a sharded model has a mesh and a layout"
+        )
+        return ShardedWeights(layout, self.compiler.axis, self.custom)
+
+    def mark_weights(self, model: nn.Module) -> None:
+        """Makes parameters of which nothing is decided yet what they will be: optimizers may be made now."""
+        if self.layout is None and self.compiler.axis is not None:
+            shard_weights(model, ShardedWeights.undecided(model, self.compiler.axis))
+
+    def rebind(self, foreign: bool = False) -> None:
+        """Takes note that weights are other tensors than before, or no sharded parameters any more."""
+        if not self.foreign:
+            self.foreign = foreign
+            for program in self.programs:
+                program.bind(not foreign)
+
+    def note_composed(self, model: nn.Module) -> None:
+        """Notes what follows from what runs as python: which modules get programs, what stays whole."""
+        self.pieces = open_paths(model, self.layout) if self.composed else frozenset()
+
+    def original_of(self, model: nn.Module) -> Callable[[str], type[nn.Module]]:
+        """What gives the original class of a module of the model, by its path."""
+
+        def original(path: str) -> type[nn.Module]:
+            module = model.get_submodule(path)
+            guard = module.__dict__.get(ENTRY)
+            return guard.entry.original if guard is not None else self.original if not path else type(module)
+
+        return original
