@@ -67,35 +67,113 @@ def reads() -> dict[str, float]:
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "AdamW": lambda p: torch.optim.AdamW(p, 0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01, amsgrad=True),
     "AdamW foreach": lambda p: torch.optim.AdamW(p, 0.01, foreach=True),
     "AdamW fused": lambda p: torch.optim.AdamW(p, 0.01, fused=True),
-    "SGD foreach": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, foreach=True),
+    "SGD": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, nesterov=True),
+    "SGD foreach": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, nesterov=True, foreach=True),
+    "SGD fused": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, fused=True),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, 0.01, foreach=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 0.01),
+    "Adamax": lambda p: torch.optim.Adamax(p, 0.01, foreach=True),
+    "ASGD": lambda p: torch.optim.ASGD(p, 0.01, foreach=True),
+    "NAdam": lambda p: torch.optim.NAdam(p, 0.01),
+    "RAdam": lambda p: torch.optim.RAdam(p, 0.01, foreach=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9),
+    "Rprop": lambda p: torch.optim.Rprop(p, 0.01, foreach=True),
     "Adafactor": lambda p: torch.optim.Adafactor(p, 0.01),
     "LBFGS": lambda p: torch.optim.LBFGS(p, 0.1, max_iter=3),
 }
 
 
 def optimizers() -> dict[str, float]:
-    """Errors of the weights after two steps of each."""
-    found = {}
+    """Errors of the weights, and of the optimizer's states, after steps of each."""
+    twins = pair(lambda: Mlp(inner=21).double())
+    found, x = {}, twins[2].double()
     for name, make in OPTIMIZERS.items():
-        whole, sharded, x = pair(lambda: Mlp(inner=21).double())
-        x = x.double()
+        whole, sharded = copy.deepcopy(twins[0]), copy.deepcopy(twins[1])
+        states = []
         for model in (whole, sharded):
             optimizer = make(model.parameters())
-
-            def closure(model: Any = model, optimizer: Any = optimizer, x: Tensor = x) -> Tensor:
-                optimizer.zero_grad()
-                loss: Tensor = model(x).square().sum()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                return loss
-
-            for _ in range(2):
-                optimizer.step(closure)
+            for step in range(3):
+                optimizer.step(lambda model=model, optimizer=optimizer: _loss(model, optimizer, x))
+                if step == 1:  # as from a checkpoint
+                    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            states.append({str(at): dict(s) for at, s in optimizer.state_dict()["state"].items()})
         found[name] = error(sharded.full_state_dict(), whole.state_dict())
+        if name != "LBFGS":  # which keeps lists of flat tensors
+            found[f"{name}, states"] = max(_state_error(*(s[at] for s in states)) for at in states[0])
     return found
+
+
+def _loss(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
+    optimizer.zero_grad()
+    loss: Tensor = model(x).square().sum()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return loss
+
+
+def _state_error(whole: dict[str, Any], sharded: dict[str, Any]) -> float:
+    assert whole.keys() == sharded.keys()
+    mine, theirs = ({n: _whole(v) for n, v in s.items() if isinstance(v, Tensor)} for s in (sharded, whole))
+    return max((float((mine[n] - theirs[n]).abs().max()) for n in mine), default=0.0)
+
+
+def by_hand() -> list[Any]:
+    """Lists of tensors, as optimizers of others update them; what must not go unnoticed beside them."""
+    whole, sharded, x = pair(lambda: Mlp(inner=21).double())
+    x = x.double()
+    for model in (whole, sharded):
+        params = list(model.parameters())
+        momenta: list[Tensor] = [torch.zeros_like(p) for p in params]
+        for _ in range(2):
+            model.zero_grad()
+            model(x).square().sum().backward()
+            grads: Any = [p.grad for p in params]
+            with torch.no_grad():
+                signs = torch._foreach_sign(torch._foreach_add(momenta, grads, alpha=0.1))
+                torch._foreach_add_(params, signs, alpha=-0.01)
+                torch._foreach_lerp_(momenta, grads, 0.5)
+    found = error(sharded.full_state_dict(), whole.state_dict())
+    params = list(sharded.parameters())
+    lost = [torch.zeros(p.shape, dtype=F64) for p in params]
+    steps = [torch.zeros(()) for _ in params]
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "weight_decay": 0.0, "eps": 1e-8}
+    fused = refusal(
+        lambda: torch._fused_adam_(
+            params, lost, lost, lost, [], steps, **options, amsgrad=False, maximize=False
+        )
+    )
+    saved = sharded.up.weight.square().sum()
+    for p in params:
+        p.grad = torch.ones(p.shape, dtype=F64)
+    torch.optim.SGD(params, 0.1, foreach=True).step()
+    try:
+        saved.backward()
+        stale = "accepted"
+    except RuntimeError as reason:
+        stale = str(reason)
+    return [found, fused, stale]
+
+
+def clipped_differently() -> list[str]:
+    """What is said of norms that are not the same on all ranks, and whether gradients have stayed."""
+    _, model, x = pair()
+    model(x).sum().backward()
+    before = [p.grad.to_local().clone() for p in model.parameters()]
+    rank, params = dist.get_rank(), list(model.parameters())
+    first = model.first.up
+    said = [
+        refusal(lambda: nn.utils.clip_grad_norm_(params, 0.1 + rank)),
+        refusal(lambda: nn.utils.clip_grad_norm_(params, 0.1, 2.0 + rank)),
+        refusal(lambda: nn.utils.clip_grad_norm_(params, 0.1, error_if_nonfinite=rank == 1)),
+        refusal(lambda: nn.utils.clip_grad_norm_(params[rank:], 0.1)),
+        refusal(lambda: (first.weight if rank else first.bias).norm()),
+    ]
+    if all(torch.equal(a, p.grad.to_local()) for a, p in zip(before, params, strict=True)):
+        said.append("as they were")
+    return said
 
 
 def refusals() -> list[str]:

@@ -18,6 +18,20 @@ def test_optimizers_see_whole_parameters() -> None:
         assert max(found.values()) <= CLOSE, found
 
 
+def test_lists_of_tensors() -> None:
+    """A state that is no part would be written in vain; a step outdates what autograd has saved."""
+    for found, fused, stale in run_spmd(spmd.by_hand, 2):
+        assert found <= CLOSE
+        assert "laid out otherwise" in fused
+        assert "modified by an inplace operation" in stale
+
+
+def test_clipping_is_alike_on_all_ranks() -> None:
+    for *messages, gradients in run_spmd(spmd.clipped_differently, 2):
+        assert all("different parameters, or clip them differently" in message for message in messages)
+        assert gradients == "as they were"
+
+
 def test_what_cannot_be_right_is_refused() -> None:
     expected = ["which share the model"] * 2 + [
         "flattens",

@@ -133,6 +133,7 @@ PRIVATE_ATTRIBUTES = {
         "_modules",
         "_parameters",
     ),
+    "torch.nn.utils.clip_grad": ("_clip_grads_with_norm_", "_get_total_norm"),
     "torch.nn.modules.module": ("_global_backward_hooks", "_global_backward_pre_hooks"),
     "torch.optim.optimizer": ("_foreach_supported_types",),
     "torch.utils._foreach_utils": ("_foreach_supported_types",),

@@ -74,25 +74,32 @@ def by_list(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Lists of tensors, of which those at one position belong together."""
     lists = [a for a in (*args, *kwargs.values()) if _is_list(a)]
     count = max(map(len, lists))
-    in_place = bool(written(func))
-    leading = lists[:1] if in_place else lists
-    wheres = [
-        next((a[i].placing for a in leading if len(a) == count and isinstance(a[i], kind)), None)
-        for i in range(count)
-    ]
+    changed: list[Any] = [kwargs.get(at) if isinstance(at, str) else args[at] for at in written(func)]
+    wheres: list[TensorLayout | None] = [None] * count
+    for given in lists[:1] if changed else lists:
+        if len(given) == count:
+            wheres = [
+                t.placing if where is None and isinstance(t, kind) else where
+                for t, where in zip(given, wheres, strict=True)
+            ]
 
     def parts(given: Any) -> Any:
         if not _is_list(given) or len(given) != count:
             return given
-        return [_part(kind, t, where) for t, where in zip(given, wheres, strict=True)]
+        found = [
+            t._local_tensor if type(t) is kind and t.placing is where else _part(kind, t, where)
+            for t, where in zip(given, wheres, strict=True)
+        ]
+        if any(given is each for each in changed):
+            _refuse_lost(kind, given, found)
+        return found
 
     with torch.no_grad():
         out = func(*map(parts, args), **{name: parts(value) for name, value in kwargs.items()})
-    if in_place:
-        for at in written(func):
-            value: Any = kwargs.get(at) if isinstance(at, str) else args[at] if at < len(args) else None
-            if _is_list(value):
-                increment_version([t._local_tensor for t in value if isinstance(t, kind)])
+    for value in changed:
+        if _is_list(value):
+            increment_version([t._local_tensor for t in value if isinstance(t, kind)])
+    if changed:
         return out
     return [o if where is None else kind(o, where) for o, where in zip(out, wheres, strict=True)]
 
@@ -101,10 +108,20 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Tensor)
 
 
+def _refuse_lost(kind: Any, given: Any, parts: list[Tensor]) -> None:
+    """Refuses to write into what is only a copy of a tensor."""
+    for tensor, part in zip(given, parts, strict=True):
+        if part is not tensor and (type(tensor) is not kind or part is not tensor._local_tensor):
+            raise TpCompileError(
+                f"of a list that is to be written, a tensor of shape {tuple(tensor.shape)} is laid out "
+                "otherwise than the others at its place",
+                where=getattr(getattr(tensor, "placing", None), "name", "a plain tensor"),
+                todo="make it from the parameter: torch.zeros_like(parameter)",
+            )
+
+
 def _part(kind: Any, t: Any, where: TensorLayout | None) -> Tensor:
     """One tensor of a list, beside others of which the first is laid out like this."""
-    if isinstance(t, kind) and t.placing is where:
-        return t._local_tensor
     if where is None:
         return t.placing.gather(t._local_tensor.detach()) if isinstance(t, kind) else t
     part = _operand(kind, t, where)

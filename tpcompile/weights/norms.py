@@ -2,15 +2,77 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tpcompile.errors import RanksApart, TpCompileError
+from tpcompile.ranks.lost_ranks import telling
+
 from .tensor_layout import TensorLayout
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """What this rank holds of tensors.
+
+    Attributes:
+        norms: of each piece, in float64.
+        holders: how many ranks hold the same piece.
+        owners: the positions of the tensors that the pieces belong to.
+        names: of all tensors.
+        shared: a layout whose ranks hold different parts; None if every rank holds everything.
+    """
+
+    norms: Tensor
+    holders: Tensor
+    owners: list[int]
+    names: list[str]
+    shared: TensorLayout | None
+
+
+def _pieces(tensors: Sequence[Any], order: float) -> _Pieces:
+    """What this rank holds of tensors; plain ones are whole on every rank.
+
+    Raises:
+        TpCompileError: they belong to models over different ranks.
+    """
+    wheres: list[TensorLayout | None] = [getattr(t, "placing", None) for t in tensors]
+    groups = {w.axis.group_name: w for w in wheres if w is not None and not w.whole}
+    if len(groups) > 1:
+        raise TpCompileError(
+            "one norm of parameters of several models, which are sharded over different ranks",
+            where=", ".join(w.name for w in groups.values()),
+            todo="take the norm of each model's parameters, then that of the norms",
+        )
+    shared = next(iter(groups.values()), None)
+    everyone = [1 if shared is None else shared.layout.ranks]
+    pieces: list[Tensor] = []
+    holders: list[int] = []
+    owners: list[int] = []
+    for i, (tensor, where) in enumerate(zip(tensors, wheres, strict=True)):
+        parts, copies = [tensor if where is None else tensor._local_tensor], everyone
+        if where is not None and not where.whole:
+            parts, copies = where.segments(parts[0]), where.copies
+        for part, count in zip(parts, copies, strict=True):
+            if part.numel():
+                pieces.append(part)
+                holders.append(count)
+                owners.append(i)
+    device = tensors[0].device
+    norms = torch.zeros(0, dtype=torch.float64, device=device)
+    if pieces:
+        wide = torch.promote_types(pieces[0].dtype, torch.float32)
+        norms = torch.stack(torch._foreach_norm(pieces, order, dtype=wide)).double()
+    counts = torch.tensor(holders, dtype=torch.float64, device=device)
+    return _Pieces(norms, counts, owners, ["" if w is None else w.name for w in wheres], shared)
 
 
 def norms(tensors: Sequence[Any], order: float, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -21,43 +83,38 @@ def norms(tensors: Sequence[Any], order: float, dtype: torch.dtype | None = None
         order: of the norm, positive.
         dtype: of the results; by default that of each tensor.
     """
-    wheres: list[TensorLayout | None] = [getattr(t, "placing", None) for t in tensors]
-    shared = next((w for w in wheres if w is not None and not w.whole), None)
-    everyone = 1 if shared is None else shared.layout.ranks
-    pieces: list[Tensor] = []
-    holders: list[float] = []
-    owners: list[int] = []
-    for i, (tensor, where) in enumerate(zip(tensors, wheres, strict=True)):
-        if where is None or where.whole:
-            parts = [(tensor if where is None else tensor._local_tensor, everyone)]
-        else:
-            parts = where.segments(tensor._local_tensor)
-        for part, copies in parts:
-            if part.numel():
-                pieces.append(part.detach())
-                holders.append(copies)
-                owners.append(i)
-    device = tensors[0].device
-    found = torch.zeros(len(tensors), dtype=torch.float64, device=device)
-    if pieces:
-        wide = torch.promote_types(pieces[0].dtype, torch.float32)
-        each = torch.stack(torch._foreach_norm(pieces, order, dtype=wide)).double()
-        index = torch.tensor(owners, device=device)
-        if math.isinf(order):
-            found.scatter_reduce_(0, index, each, "amax")
-        else:
-            found.index_add_(
-                0, index, each.pow(order) / torch.tensor(holders, dtype=torch.float64, device=device)
-            )
-    if shared is not None:
-        op = dist.ReduceOp.MAX if math.isinf(order) else dist.ReduceOp.SUM
-        dist.all_reduce(found, op, group=shared.group)
-    if not math.isinf(order):
-        found = found.pow(1 / order)
+    held = _pieces(tensors, order)
+    found = torch.zeros(len(tensors), dtype=torch.float64, device=held.norms.device)
+    index = torch.tensor(held.owners, dtype=torch.int64, device=found.device)
+    if math.isinf(order):
+        found.scatter_reduce_(0, index, held.norms, "amax")
+    else:
+        found.index_add_(0, index, held.norms.pow(order) / held.holders)
+    found = _over_ranks(found, order, held.shared, held.names)
     kinds = {dtype or t.dtype for t in tensors}
     if len(kinds) == 1:
         return list(found.to(kinds.pop()).unbind())
     return [value.to(dtype or t.dtype) for value, t in zip(found, tensors, strict=True)]
+
+
+def total_norm(tensors: Sequence[Any], order: float, asked: str) -> Tensor:
+    """The norm of the norms of tensors, with one message.
+
+    Args:
+        tensors: as for ``norms``.
+        order: of both norms, positive.
+        asked: what else must be the same on all ranks.
+
+    Raises:
+        RanksApart: ranks ask for different things; nothing is changed.
+    """
+    held = _pieces(tensors, order)
+    if math.isinf(order):
+        found = torch.cat([held.norms, held.norms.new_zeros(1)]).amax(0, keepdim=True)
+    else:
+        found = (held.norms.pow(order) / held.holders).sum(0, keepdim=True)
+    found = _over_ranks(found, order, held.shared, [asked, *held.names]).squeeze()
+    return found.to(functools.reduce(torch.promote_types, {t.dtype for t in tensors}))
 
 
 def total(tensor: Any) -> Tensor:
@@ -65,7 +122,40 @@ def total(tensor: Any) -> Tensor:
     where, local = tensor.placing, tensor._local_tensor.detach()
     if where.whole or not local.is_floating_point():
         return where.gather(local).sum()
-    parts = [part.sum(dtype=torch.float64) / copies for part, copies in where.segments(local)]
-    found = torch.stack(parts).sum()
-    dist.all_reduce(found, group=where.group)
-    return found.to(local.dtype)
+    parts = [part.sum(dtype=torch.float64) for part in where.segments(local)]
+    found = torch.stack([part / count for part, count in zip(parts, where.copies, strict=True)])
+    return _over_ranks(found.sum(0, keepdim=True), 1.0, where, [where.name]).squeeze().to(local.dtype)
+
+
+def _over_ranks(found: Tensor, order: float, shared: TensorLayout | None, asked: list[str]) -> Tensor:
+    """What all ranks have found together, with a checksum of what they were asked in the same message.
+
+    Args:
+        found: sums of powers; for infinite orders norms.
+        order: of the norms.
+        shared: says which ranks; None if there are no others.
+        asked: equal on all ranks.
+
+    Raises:
+        RanksApart: it is not.
+    """
+    largest = math.isinf(order)
+    if shared is None:
+        return found if largest else found.pow(1 / order)
+    mark = zlib.crc32(repr((order, asked)).encode())
+    if largest:  # a NaN need not be the largest number on the way
+        sent = torch.cat([found.nan_to_num(0.0, math.inf), found.isnan(), found.new_tensor([mark, -mark])])
+    else:
+        sent = torch.cat([found, found.new_tensor([mark])])
+    with telling(shared.group, f"add up {asked[0]}"):
+        dist.all_reduce(sent, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=shared.group)
+    same = [mark, -mark] if largest else [mark * shared.layout.ranks]
+    if sent[-len(same) :].tolist() != same:
+        raise RanksApart(
+            "the ranks take norms of different parameters, or clip them differently",
+            where=asked[0],
+            todo="call it with the same parameters and arguments on every rank",
+        )
+    if largest:
+        return sent[: len(found)].masked_fill(sent[len(found) : 2 * len(found)] > 0, math.nan)
+    return sent[: len(found)].pow(1 / order)

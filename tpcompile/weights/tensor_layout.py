@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -108,8 +109,8 @@ class TensorLayout:
             )
         return gather(self.layout, self.name, local, self.rank, self.group)
 
-    def segments(self, local: Tensor) -> list[tuple[Tensor, int]]:
-        """The parts of a local tensor, each with the number of ranks that hold the same.
+    def segments(self, local: Tensor) -> list[Tensor]:
+        """The parts of a local tensor of which ``copies`` says how many ranks hold the same.
 
         Raises:
             TpCompileError: a custom strategy divides the tensor, perhaps so that ranks share some of it.
@@ -120,9 +121,13 @@ class TensorLayout:
                 where=self.name,
                 todo="clip the gradients by yourself, from full_tensor()",
             )
+        return self.layout.segments_of(self.name, local, self.rank)
+
+    @functools.cached_property
+    def copies(self) -> list[int]:
+        """How many ranks hold the same of each segment."""
         axes = self.layout.axes
-        copies = [math.prod(axes[i] for i in copied_along(s, axes)) for s in self.param.segments]
-        return list(zip(self.layout.segments_of(self.name, local, self.rank), copies, strict=True))
+        return [math.prod(axes[i] for i in copied_along(s, axes)) for s in self.param.segments]
 
     def spec(self, dtype: torch.dtype) -> DTensorSpec:
         """The layout as ``DTensor`` would have it; where it cannot, one that must not be divided further."""

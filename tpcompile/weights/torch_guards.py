@@ -22,6 +22,8 @@ from torch.optim import optimizer
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import foreach_utils, fully_shard
 
+from .clipping import tell_clipping
+from .optimizer_updates import tell_optimizers
 from .sharded_parameter import ShardedParameter, local_tensor
 from .tensor_layout import UnsayableSpec
 
@@ -36,6 +38,8 @@ def guard_torch() -> None:
     """Tells torch's data parallelism, optimizers and autograd of sharded parameters."""
     for supported in (optimizer._foreach_supported_types, foreach_utils._foreach_supported_types):
         supported.append(ShardedParameter)
+    tell_optimizers()
+    tell_clipping()
     _around(DistributedDataParallel, _construct_ddp)
     _around(FullyShardedDataParallel, _construct_fsdp)
     _around(ZeroRedundancyOptimizer, _construct_zero)
