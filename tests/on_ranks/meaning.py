@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
+import os
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint
 
 import tpcompile
@@ -134,7 +140,7 @@ def hooks_before() -> float:
     x = torch.randn(X)
     sharded = tpcompile.parallelize(_hooked().train(), mesh(), (x,))
     sharded.load_state_dict(whole.state_dict())
-    worst = 0.0
+    worst = _forward_hooks()
     for _ in range(2):
         for each in (whole, sharded):
             (each(x) ** 3).sum().backward()
@@ -144,6 +150,38 @@ def hooks_before() -> float:
             for handle in each.handles:
                 handle.remove()
     return worst
+
+
+def _forward_hooks() -> float:
+    """The worst error with forward hooks that are removed, or are on all modules, before and after."""
+    handles = []
+
+    def hooked() -> nn.Module:
+        model = nn.Sequential(Mlp(), Mlp())
+        handles.append(model[0].register_forward_hook(lambda part, given, out: 2 * out))
+        handles.append(model[1].up.register_forward_pre_hook(lambda part, given: (given[0] + 1,)))
+        return model
+
+    def tripled(part: nn.Module, *values: Any) -> Tensor | None:
+        return 3 * values[-1] if isinstance(part, nn.Linear) else None
+
+    def shifted(part: nn.Module, given: Any) -> Tensor | None:
+        return given[0] + 1 if isinstance(part, Mlp) else None
+
+    before = register_module_forward_hook(tripled)
+    torch.manual_seed(0)
+    whole = hooked()
+    torch.manual_seed(0)
+    sharded, x = tpcompile.parallelize(hooked(), mesh(), (torch.randn(X),)), torch.randn(X)
+    worst = error(sharded(x), whole(x))
+    before.remove()
+    worst = max(worst, error(sharded(x), whole(x)))
+    after = register_module_forward_pre_hook(shifted)
+    worst = max(worst, error(sharded(x), whole(x)))
+    after.remove()
+    for handle in handles:
+        handle.remove()
+    return max(worst, error(sharded(x), whole(x)))
 
 
 def twice() -> list[str]:
@@ -168,6 +206,25 @@ def twice() -> list[str]:
 
 
 GAIN = 2.0
+LEVEL = ContextVar("LEVEL", default=1.0)
+NUMBERS = itertools.count()
+
+
+@dataclass(slots=True)
+class Slotted:
+    """What an object with slots can hold."""
+
+    value: float = 2.0
+    last: Any = None
+
+    def times(self, x: Tensor) -> Tensor:
+        """Is an attribute of a module, itself."""
+        return x * self.value
+
+
+@functools.lru_cache
+def _table(size: int) -> Tensor:
+    return torch.arange(float(size)) * GAIN
 
 
 class Reading(nn.Module):
@@ -180,15 +237,20 @@ class Reading(nn.Module):
         self.mlp = Mlp()
         self._gain, self.scales, self.options = 2.0, {"a": [1.0, 2.0]}, SimpleNamespace(shift=0.5)
         self.heat, self.peeked, self.act = torch.tensor(2.0), torch.tensor(3.0), torch.relu
+        self.slotted, self.times = Slotted(), Slotted().times
+        self.power, self.hidden = functools.partial(lambda by, x: x * by[0], [1.0]), 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.act(self.mlp(x)) * self._gain * self.scales["a"][1] * GAIN * self.size
+        y = self.power(self.times(y)) * self.slotted.value * vars(self)["hidden"] + _table(x.shape[-1])
+        y = y * LEVEL.get() * float(os.environ.get("TEST_MEANING", "1"))
         return y / self.heat + self.options.shift * self.peeked.item() * getattr(self, "late", 1.0)
 
 
 def _set_gain(model: Any) -> None:
     global GAIN
     GAIN = 3.0
+    _table.cache_clear()
 
 
 CHANGES: list[Callable[[Any], Any]] = [
@@ -204,6 +266,12 @@ CHANGES: list[Callable[[Any], Any]] = [
     lambda m: m.__dict__.update(_gain=6.0),
     lambda m: setattr(Reading, "size", 2.0),
     _set_gain,
+    lambda m: setattr(m.slotted, "value", 3.0),
+    lambda m: setattr(m.times.__self__, "value", 3.0),
+    lambda m: m.power.args[0].__setitem__(0, 2.0),
+    lambda m: setattr(m, "hidden", 2.0),
+    lambda m: LEVEL.set(2.0),
+    lambda m: os.environ.update(TEST_MEANING="2"),
 ]
 
 
@@ -230,6 +298,7 @@ class Leaving(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.mlp, self.state, self.ready, self.seen, self.lists = Mlp(), None, False, {}, []
+        self.slotted = Slotted()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mlp.up(x) * (1 if self.ready else 2)
@@ -238,6 +307,7 @@ class Leaving(nn.Module):
         self.seen["last"] = self.state.mean()
         self.lists.clear()
         self.lists.append(h.sum())
+        self.slotted.last = h.mean()
         return self.mlp.down(self.state)
 
 
@@ -252,7 +322,7 @@ def left_state() -> tuple[float, int, list[str]]:
         found = []
         for each in (sharded, whole):
             y = each(x)
-            left = (each.losses["aux"][0], each.seen["last"], each.lists[0])
+            left = (each.losses["aux"][0], each.seen["last"], each.lists[0], each.slotted.last)
             (y.pow(3).sum() + sum(left)).backward()
             found.append(
                 (y, each.state, *left, torch.tensor([each.ready, each.rows, each.losses["n"]]).float())
@@ -284,6 +354,10 @@ def _default(model: Any, seen: list[int] = []) -> None:  # noqa: B006
     seen.append(1)
 
 
+def _iterate(model: Any, steps: Any) -> None:
+    next(steps)
+
+
 def _refused_state() -> list[str]:
     x, calls = torch.randn(X), 0
 
@@ -298,6 +372,8 @@ def _refused_state() -> list[str]:
         lambda m: m.register_buffer("made", torch.zeros(3)),
         lambda m: m.mlp.register_forward_hook(lambda *_: None),
         lambda m: setattr(m, "made", SimpleNamespace(x=x)),
+        lambda m: next(NUMBERS),
+        functools.partial(_iterate, steps=iter(range(9))),
     ]
     said = [refusal(lambda act=act: tpcompile.plan(Saying(act), 2, (x,))) for act in acts]
     counting = tpcompile.parallelize(Saying(_count), mesh())

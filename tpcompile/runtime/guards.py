@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules import module as nn_module
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import CallSignature, signature_of
@@ -249,8 +250,18 @@ def backward_hooks(root: nn.Module) -> list[Hook]:
     ]
 
 
+def _on_all_modules() -> Iterator[tuple[dict[int, Any], int]]:
+    """The forward hooks that somebody has registered for all modules: their tables and keys there."""
+    for table in (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks):
+        for key, hook in table.items():
+            if not getattr(hook, "__module__", "").startswith("torch."):  # a FLOP counter only looks
+                yield table, key
+
+
 def hooks_below(root: nn.Module, path: str, hooks: list[Hook]) -> bool:
     """Whether hooks are there on modules inside of the one at ``path``."""
+    if any(_on_all_modules()) and any(root.get_submodule(path).children()):
+        return True
     return any(
         (not path or place.startswith(path + ".")) and key in root.get_submodule(place).__dict__[table]
         for place, table, key in hooks
@@ -260,16 +271,17 @@ def hooks_below(root: nn.Module, path: str, hooks: list[Hook]) -> bool:
 @contextmanager
 def without_hooks(root: nn.Module, hooks: list[Hook]) -> Iterator[None]:
     """Takes away hooks: they run where the caller sees them, and are no part of what is captured."""
-    tables = {(path, table): root.get_submodule(path).__dict__[table] for path, table, _ in hooks}
-    before = {place: list(table.items()) for place, table in tables.items()}
-    for path, table, key in hooks:
-        tables[path, table].pop(key, None)
+    places = [(root.get_submodule(path).__dict__[table], key) for path, table, key in hooks]
+    places += _on_all_modules()
+    before = [(table, list(table.items())) for table, _ in places]
+    for table, key in places:
+        table.pop(key, None)
     try:
         yield
     finally:
-        for place, items in before.items():
-            tables[place].clear()
-            tables[place].update(items)
+        for table, items in before:
+            table.clear()
+            table.update(items)
 
 
 def _entered_class(root: type[nn.Module], entry: type[nn.Module], path: str) -> type[nn.Module]:

@@ -56,7 +56,7 @@ class Runtime(State):
         self._check_devices(bound, leaves)
         if self.compare_calls and not self.running and can_compare(leaves):
             self.compare(model, bound, path, leaves)
-        if self.hooks and hooks_below(model, path, self.hooks):
+        if hooks_below(model, path, self.hooks):
             if self.layout is None:
                 self.capture(model, bound, path)  # so that all parts are planned together
             return run_parts(self, model, bound, path, entry)

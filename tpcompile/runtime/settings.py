@@ -15,16 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tpcompile.capture.export.captured import Captured
-from tpcompile.capture.export.python_state import (
-    MISSING,
-    PLAIN,
-    Shot,
-    content,
-    form_shot,
-    same,
-    shot,
-    storage,
-)
+from tpcompile.capture.export.look_inside import PLAIN, content, same
+from tpcompile.capture.export.python_state import MISSING, Shot, form_shot, shot, storage
 
 from .replaced_forward import LIFTED
 

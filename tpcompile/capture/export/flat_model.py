@@ -18,7 +18,7 @@ from .captured import OutputKind
 from .dynamic_dims import Attempt, Place
 from .flatten_program import PREFIX, UserResult
 from .outer_state import Outer, unchanged_outside
-from .python_state import PythonState, recorded_reads
+from .python_state import PythonState, hooked, recorded_reads
 from .state_writes import TRACED, StateWrite, collect_writes
 from .switch_experts import install_output_hooks
 
@@ -86,6 +86,8 @@ class FlatModel(nn.Module):
         state = PythonState(model)
         with unchanged_outside(model) as self.seen.outer, recorded_reads(model) as self.seen.reads:
             taken = take_results(call, call_model(model, call))
+        state.refuse_iterators(self.seen.reads)
+        self.seen.reads |= hooked(model)
         self.seen.lost = [buffer.path for buffer in before if buffer.has_other_form()]
         taken.values[:] = _write_assigned(before, taken.values)
         returned = taken.out_spec.num_leaves

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
+import os
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from tpcompile.errors import CannotCapture
 
-from .python_state import MISSING, shot
+from .python_state import MISSING, is_iterator, refuse_iterator, shot
 
 _LIBRARIES = {"torch", "numpy", "typing", "collections", "functools", "logging", "warnings", "os", "sys"}
 _LIBRARIES |= {"math", "builtins", "tpcompile"}
 _REFILLED = (list, dict, set, deque)
+_CACHED = functools._lru_cache_wrapper
 
 
 class Outer(NamedTuple):
@@ -25,7 +28,8 @@ class Outer(NamedTuple):
 
     Attributes:
         name: what to call it.
-        owner: a table of globals, the cell of a closure, a class, or a function with defaults.
+        owner: a table of globals, the cell of a closure, a class, a function with defaults, a context
+            variable, or the environment.
         key: the value's key or attribute there.
     """
 
@@ -35,13 +39,17 @@ class Outer(NamedTuple):
 
     def look(self) -> Any:
         """Its value, or ``MISSING``."""
-        if isinstance(self.owner, dict):
+        if isinstance(self.owner, ContextVar):
+            return self.owner.get(MISSING)
+        if isinstance(self.owner, dict) or self.owner is os.environ:
             return self.owner.get(self.key, MISSING)
         return getattr(self.owner, self.key, MISSING)
 
     def put(self, value: Any) -> None:
         """Sets its value."""
-        if isinstance(self.owner, dict):
+        if isinstance(self.owner, ContextVar):
+            self.owner.set(value)
+        elif isinstance(self.owner, dict) or self.owner is os.environ:
             self.owner[self.key] = value
         else:
             setattr(self.owner, self.key, value)
@@ -63,6 +71,8 @@ def outer_places(model: nn.Module) -> list[Outer]:
             kind, name = method
             value = getattr(kind, name, None)
             function = _function(value)
+            if isinstance(value, _CACHED):
+                found.setdefault((id(kind), name), Outer(f"{kind.__qualname__}.{name}", kind, name))
             if function is not None and not _is_librarys(function):
                 functions.append(function)
                 methods += [
@@ -80,6 +90,18 @@ def outer_places(model: nn.Module) -> list[Outer]:
 
 
 @contextmanager
+def without_traced_results(places: Iterable[Outer]) -> Iterator[None]:
+    """Empties the caches of functions (``functools.lru_cache``) that the block, a trace, has filled."""
+    caches = [(value, value.cache_info().misses) for p in places if isinstance(value := p.look(), _CACHED)]
+    try:
+        yield
+    finally:
+        for cache, misses in caches:
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
+
+
+@contextmanager
 def unchanged_outside(model: nn.Module) -> Iterator[list[Outer]]:
     """Puts back what the block changes outside of the model's modules.
 
@@ -87,16 +109,19 @@ def unchanged_outside(model: nn.Module) -> Iterator[list[Outer]]:
         The places that its functions name.
 
     Raises:
-        CannotCapture: there is such a change.
+        CannotCapture: there is such a change, or an iterator.
     """
     before, places = [], outer_places(model)
     for place in places:
         value = place.look()
+        if is_iterator(value):
+            refuse_iterator(place.name)
         copied = type(value)(value) if type(value) in _REFILLED else None
         before.append((place, value, copied, shot(value)))
     changed = []
     try:
-        yield places
+        with without_traced_results(places):
+            yield places
     finally:
         for place, value, copied, unchanged in before:
             if not unchanged(place.look()):
@@ -115,34 +140,49 @@ def unchanged_outside(model: nn.Module) -> Iterator[list[Outer]]:
 
 
 def _function(value: Any) -> types.FunctionType | None:
-    """The python function in a method, a property, or a partial call."""
-    while isinstance(value, types.MethodType | staticmethod | classmethod | property | functools.partial):
-        value = next(
-            v for n in ("__func__", "fget", "func") if (v := getattr(value, n, MISSING)) is not MISSING
-        )
+    """The python function in a method, a property, a partial call, or one that keeps its results."""
+    wrapped = (types.MethodType, staticmethod, classmethod, property, functools.partial, _CACHED)
+    while isinstance(value, wrapped):
+        names = ("__func__", "fget", "func", "__wrapped__")
+        value = next(v for n in names if (v := getattr(value, n, MISSING)) is not MISSING)
     return value if isinstance(value, types.FunctionType) else None
 
 
 def _names(function: types.FunctionType) -> set[str]:
     """The names in a function, in those inside of it, and in that which it wraps."""
-    names: set[str] = set()
+    return {name for code in _codes(function) for name in code.co_names}
+
+
+def _codes(function: types.FunctionType) -> Iterator[types.CodeType]:
     codes: list[Any] = [function.__code__]
     wrapped = function.__dict__.get("__wrapped__")
     if isinstance(wrapped, types.FunctionType):
         codes.append(wrapped.__code__)
     while codes:
         code = codes.pop()
-        names.update(code.co_names)
+        yield code
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return names
+
+
+def _variables(function: types.FunctionType) -> Iterator[str]:
+    """Names that can be those of environment variables, in a function that reads the environment."""
+    names = _names(function)
+    if {"environ", "getenv"} & names:
+        texts = [c for code in _codes(function) for c in code.co_consts]
+        texts += [function.__globals__.get(name) for name in names]
+        yield from (text for text in texts if isinstance(text, str) and text.isidentifier())
 
 
 def _named(function: types.FunctionType) -> Iterator[Outer]:
-    """What one function names: globals, cells, defaults."""
+    """What one function names: globals, context and environment variables, cells, defaults."""
     table = function.__globals__
     for name in sorted(_names(function) & table.keys()):
-        if _matters(table[name]):
+        if _matters(value := table[name]):
             yield Outer(f"the global {table.get('__name__')}.{name}", table, name)
+        if isinstance(value, ContextVar):
+            yield Outer(f"the context variable {value.name}", value, "")
+    for name in _variables(function):
+        yield Outer(f"the environment variable {name}", os.environ, name)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         place = Outer(f"{name}, a variable around {function.__qualname__}", cell, "cell_contents")
         if cell != types.CellType() and _matters(place.look()):
@@ -155,9 +195,8 @@ def _named(function: types.FunctionType) -> Iterator[Outer]:
 def _matters(value: Any) -> bool:
     """Whether a value can change what a program computes."""
     kinds = (types.ModuleType, type, nn.Module, types.BuiltinFunctionType)
-    return (
-        not isinstance(value, kinds) and not _is_librarys(value) and not _is_librarys(type(value), "builtins")
-    )
+    of_kind = _is_librarys(type(value), "builtins", "functools")
+    return not isinstance(value, kinds) and not _is_librarys(value) and not of_kind
 
 
 def _is_librarys(value: Any, *but: str) -> bool:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import functools
+import io
 import operator
+import sys
 import types
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
-import torch
 from torch import Tensor, nn
+
+from tpcompile.errors import CannotCapture
+
+from .look_inside import PLAIN, Attributes, content, is_librarys, same
 
 MISSING: Any = object()
 BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}
@@ -24,13 +26,6 @@ BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}
 Step = tuple[str, Any]
 """From a value into it: ``("attribute", name)`` or ``("item", key)``."""
 
-PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, range, slice, torch.dtype, torch.device)
-_CONTAINERS = (dict, list, tuple, set, deque)
-_CLOSED = (
-    *(nn.Module, Tensor, type, Enum, functools.partial, weakref.ReferenceType, types.ModuleType),
-    *(types.FunctionType, types.MethodType, types.BuiltinFunctionType),
-)
-_LIBRARIES = frozenset({"torch", "numpy", "builtins", "logging", "threading", "typing"})
 _DEEPEST, _LARGEST = 5, 10_000
 
 Shot = Callable[[Any], bool]
@@ -40,21 +35,6 @@ Shot = Callable[[Any], bool]
 def is_ours(name: str) -> bool:
     """Whether an attribute of a module is torch's or ours, not its own."""
     return name in BOOKKEEPING or name.startswith("_tp") or name == "_compiled_call_impl"
-
-
-def content(value: Any) -> Any:
-    """The container of what is in a value: itself, or an object's attributes; None: it is not looked into."""
-    if isinstance(value, _CONTAINERS):
-        return value
-    if isinstance(value, _CLOSED) or type(value).__module__.partition(".")[0] in _LIBRARIES:
-        return None
-    own = getattr(value, "__dict__", None)
-    return own if type(own) is dict else None
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two values are one, or plain and equal; the type counts because 1 == 1.0 == True."""
-    return one is other or (isinstance(one, PLAIN) and type(one) is type(other) and bool(one == other))
 
 
 def shot(value: Any, baked: frozenset[int] | None = None, depth: int = 0) -> Shot:
@@ -75,7 +55,10 @@ def shot(value: Any, baked: frozenset[int] | None = None, depth: int = 0) -> Sho
     if inside is None or depth > _DEEPEST:
         return lambda now: same(now, value)
     kind = type(value)
-    if isinstance(inside, dict):
+    if isinstance(value, types.MethodType):
+        function, owner = value.__func__, shot(value.__self__, baked, depth + 1)
+        return lambda now: type(now) is kind and now.__func__ is function and owner(now.__self__)
+    if isinstance(inside, dict | Attributes):
         plain = {k: v for k, v in inside.items() if isinstance(v, PLAIN)}
         deep = [(k, shot(v, baked, depth + 1)) for k, v in inside.items() if not isinstance(v, PLAIN)]
         return lambda now: type(now) is kind and _same_dict(content(now), plain, deep)
@@ -83,7 +66,14 @@ def shot(value: Any, baked: frozenset[int] | None = None, depth: int = 0) -> Sho
         items = frozenset(inside)
         return lambda now: type(now) is kind and now == items
     shots = [shot(v, baked, depth + 1) for v in inside]
-    return lambda now: type(now) is kind and len(now) == len(shots) and all(map(_call, shots, now))
+
+    def unchanged(now: Any) -> bool:
+        if type(now) is not kind:
+            return False
+        items = content(now)
+        return len(items) == len(shots) and all(map(_call, shots, items))
+
+    return unchanged
 
 
 def form_shot(tensor: Tensor) -> Shot:
@@ -101,7 +91,10 @@ def storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _same_dict(now: dict[Any, Any], plain: dict[Any, Any], deep: list[tuple[Any, Shot]]) -> bool:
+def _same_dict(
+    live: dict[Any, Any] | Attributes, plain: dict[Any, Any], deep: list[tuple[Any, Shot]]
+) -> bool:
+    now = _now(live)
     if len(now) != len(plain) + len(deep):
         return False
     found = [dict.get(now, key, MISSING) for key in plain]
@@ -156,17 +149,25 @@ class PythonState:
     def __init__(self, model: nn.Module) -> None:
         self._tables: list[_Table] = []
         self._known: dict[int, Any] = {}  # kept alive, so that no other object gets its id
+        self._seen: set[int] = set()
+        self._iterators: dict[tuple[str, str], str] = {}
         for path, module in model.named_modules():
             self._add(path, (), module.__dict__)
 
     def _add(self, path: str, steps: tuple[Step, ...], live: Any, kind: str = "attribute") -> None:
-        if id(live) in self._known or len(live) > _LARGEST:
+        owner = live.owner if isinstance(live, Attributes) else live
+        if id(owner) in self._seen or len(live) > _LARGEST:
             return
-        self._known[id(live)] = live
-        items = dict(live) if isinstance(live, dict) else set(live) if isinstance(live, set) else list(live)
+        self._seen.add(id(owner))
+        self._known[id(owner)] = owner
+        now = _now(live)
+        items = dict(now) if isinstance(now, dict) else set(now) if isinstance(now, set) else list(now)
         self._tables.append(_Table(path, steps, live, items))
         for key, value in items.items() if isinstance(items, dict) else enumerate(items):
             inside = content(value)
+            if is_iterator(value):
+                place = steps[0][1] if steps else str(key)
+                self._iterators[path, place] = str(Change(path, steps, key, value))
             if inside is not value:
                 self._known.setdefault(id(value), value)
             if inside is not None and len(steps) < _DEEPEST:
@@ -176,13 +177,23 @@ class PythonState:
         """Whether a value was somewhere in the state."""
         return self._known.get(id(value)) is value
 
+    def refuse_iterators(self, reads: set[tuple[str, str]]) -> None:
+        """Refuses iterators in attributes that forward reads.
+
+        Raises:
+            CannotCapture: there is one.
+        """
+        for place, name in self._iterators.items():
+            if place in reads:
+                refuse_iterator(name)
+
     def restore(self) -> None:
         """Puts everything back."""
         for table in self._tables:
             live, before = table.live, table.before
-            if isinstance(live, tuple) or _same_items(live, before):
+            if isinstance(live, tuple) or _same_items(_now(live), before):
                 continue
-            if isinstance(live, dict) and before.keys() <= live.keys():
+            if isinstance(live, dict | Attributes) and before.keys() <= live.keys():
                 for key in live.keys() - before.keys():
                     del live[key]
                 live.update(before)
@@ -193,7 +204,7 @@ class PythonState:
     def changes(self) -> Iterator[Change]:
         """What has changed since; parameters, buffers, modules and hooks under their tables' names."""
         for table in self._tables:
-            live, before = table.live, table.before
+            live, before = _now(table.live), table.before
             if isinstance(live, tuple) or _same_items(live, before):
                 continue
             if isinstance(live, dict):
@@ -209,6 +220,25 @@ class PythonState:
                 yield Change(table.path, table.steps, kept, list(live)[kept:])
             else:
                 yield Change(table.path, table.steps, None, live)
+
+
+def _now(live: Any) -> Any:
+    """A container as it is now: the one that it is, or a copy of an object's attributes."""
+    return dict(live) if isinstance(live, Attributes) else live
+
+
+def is_iterator(value: Any) -> bool:
+    """Whether a value is used up as it is read, and does not show how far it is."""
+    return isinstance(value, Iterator) and not isinstance(value, io.IOBase | nn.Module)
+
+
+def refuse_iterator(name: str) -> NoReturn:
+    """Refuses an iterator that forward reads."""
+    raise CannotCapture(
+        f"the model's forward reads {name}, an iterator, which does not show where it is",
+        where=name,
+        todo="use a number or a list that is an attribute of a module",
+    )
 
 
 def _same_items(one: Any, other: Any) -> bool:
@@ -241,9 +271,17 @@ def recorded_reads(model: nn.Module) -> Iterator[set[tuple[str, str]]]:
     reads: set[tuple[str, str]] = set()
 
     def look_up(module: nn.Module, name: str) -> Any:
+        if name == "__dict__" and not is_librarys(sys._getframe(1).f_globals["__name__"], "tpcompile"):
+            found.update((id(module), key) for key in object.__getattribute__(module, name))
         found.add((id(module), name))
         return object.__getattribute__(module, name)
 
     with patch.object(nn.Module, "__getattribute__", look_up, create=True):
         yield reads
     reads |= {(paths[key], name) for key, name in found if key in paths and not is_ours(name)}
+
+
+def hooked(model: nn.Module) -> set[tuple[str, str]]:
+    """The tables of hooks that a trace runs: without these hooks, or with others, it is another program."""
+    tables = ("_forward_hooks", "_forward_pre_hooks")
+    return {(path, t) for path, module in model.named_modules() for t in tables if module.__dict__[t]}

@@ -13,7 +13,8 @@ from torch import nn
 from tpcompile.errors import CannotCapture
 from tpcompile.ir.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 
-from .python_state import BOOKKEEPING, MISSING, PLAIN, Change, PythonState, Step, table_at
+from .look_inside import PLAIN, Attributes
+from .python_state import BOOKKEEPING, MISSING, Change, PythonState, Step, table_at
 
 TRACED = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 _HOOKS = tuple(name for name in BOOKKEEPING if "hooks" in name)
@@ -69,7 +70,7 @@ class StateWrite:
             return
         leaves = [results[leaf.index] if isinstance(leaf, Result) else leaf for leaf in self.leaves]
         value = tree_unflatten(leaves, self.spec)
-        if isinstance(table, dict):
+        if isinstance(table, dict | Attributes):
             table[self.key] = value
         elif isinstance(table, set):
             table.clear()

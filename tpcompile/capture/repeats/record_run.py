@@ -15,8 +15,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from tpcompile.capture.caches.call_results import CacheState, take_results
 from tpcompile.capture.export.autograd_functions import kept_functions
 from tpcompile.capture.export.fake_model import fake_input, no_fused_encoder, restore_after
-from tpcompile.capture.export.outer_state import Outer, outer_places
-from tpcompile.capture.export.python_state import PythonState, recorded_reads
+from tpcompile.capture.export.outer_state import Outer, outer_places, without_traced_results
+from tpcompile.capture.export.python_state import PythonState, hooked, recorded_reads
 from tpcompile.capture.export.state_writes import StateWrite, collect_writes
 from tpcompile.capture.export.switch_experts import install_output_hooks
 from tpcompile.ir.calls import call_model
@@ -190,7 +190,8 @@ def record_run(
             if isinstance(leaf, torch.Tensor):
                 known[id(leaf)] = Input(i, f"{tuple(leaf.shape)} {leaf.stride()} {leaf.dtype}")
         given = [flat[(twins or {}).get(i, i)] for i in range(len(flat))]
-        run.outer = tuple(outer_places(model))  # without our own hooks
+        run.outer, hooks = tuple(outer_places(model)), hooked(model)  # without our own hooks
+        stack.enter_context(without_traced_results(run.outer))
         stack.enter_context(_marking(model, repeats, run))
         stack.enter_context(no_fused_encoder())
         stack.enter_context(_trace._compiling_state_context())  # type: ignore[attr-defined]
@@ -209,6 +210,7 @@ def record_run(
         run.values = tuple(None if isinstance(value, torch.Tensor) else value for value in taken.values)
         run.names = tuple(name or "output" for name in taken.names)
         del alive
+    run.reads |= hooks
     return run
 
 

@@ -1,0 +1,86 @@
+"""Looks into python values: containers, objects, methods and partial calls."""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections import deque
+from collections.abc import Iterator, MutableMapping
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, range, slice, torch.dtype, torch.device)
+_CONTAINERS = (dict, list, tuple, set, deque)
+_CLOSED = (
+    *(nn.Module, Tensor, type, Enum, weakref.ReferenceType, types.ModuleType),
+    *(types.FunctionType, types.BuiltinFunctionType),
+)
+_LIBRARIES = frozenset({"torch", "numpy", "builtins", "logging", "threading", "typing"})
+
+
+class Attributes(MutableMapping[str, Any]):
+    """The attributes of an object that has slots, as a live table."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return object.__getattribute__(self.owner, name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        object.__setattr__(self.owner, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        object.__delattr__(self.owner, name)
+
+    def __iter__(self) -> Iterator[str]:
+        kind: Any = type(self.owner)
+        names = (*_slots(kind), *getattr(self.owner, "__dict__", ()))
+        return (name for name in names if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@functools.lru_cache(1000)
+def _slots(kind: type) -> tuple[str, ...]:
+    tables = [vars(c) for c in kind.__mro__ if "__slots__" in vars(c)]
+    return tuple(n for table in tables for n, v in table.items() if isinstance(v, types.MemberDescriptorType))
+
+
+def is_librarys(module: str, *more: str) -> bool:
+    """Whether a python module, by its name, is part of a library that is not looked into, or of others."""
+    return module.partition(".")[0] in {*_LIBRARIES, *more}
+
+
+def content(value: Any) -> Any:
+    """The container of what is in a value: itself, or the attributes of an object or of a method's object.
+
+    Returns:
+        A list, tuple, set or table; None: the value is not looked into.
+    """
+    if isinstance(value, _CONTAINERS):
+        return value
+    if isinstance(value, types.MethodType):
+        return content(value.__self__)
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, _CLOSED) or is_librarys(type(value).__module__):
+        return None
+    kind: Any = type(value)
+    if _slots(kind):
+        return Attributes(value)
+    own = getattr(value, "__dict__", None)
+    return own if type(own) is dict else None
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are one, or plain and equal; the type counts because 1 == 1.0 == True."""
+    return one is other or (isinstance(one, PLAIN) and type(one) is type(other) and bool(one == other))
