@@ -1,4 +1,7 @@
-"""The examples run, by themselves and under torchrun, and say so when they fail."""
+"""The examples run, by themselves and under torchrun, and say so when they fail.
+
+What starts processes is the same for all examples: most run in processes that are there already.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
+from tests.helpers.run_ranks import SpmdError, run_spmd
+from tests.on_ranks import examples
+
+EXAMPLES = examples.EXAMPLES
+ROOT = EXAMPLES.parent
 TIMEOUT = 600  # a loaded machine; else each takes 10 to 60 s
 
 # What each must print.
@@ -31,6 +37,9 @@ EXPECTED = {
 }
 
 
+UNDER_TORCHRUN = "custom_rule"
+
+
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(EXAMPLES)]),
@@ -48,9 +57,8 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _check(name: str, done: subprocess.CompletedProcess[str]) -> None:
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(EXPECTED[name], done.stdout), done.stdout
+def _check(name: str, text: str) -> None:
+    assert re.search(EXPECTED[name], text), text
 
 
 def _demo_model() -> None:
@@ -62,18 +70,26 @@ def test_every_example_is_tested() -> None:
 
 
 def test_the_demo_runs_alone() -> None:
-    """What starts the processes is the same for all examples."""
     _demo_model()
-    _check("demo", _run(str(EXAMPLES / "demo.py")))
+    done = _run(str(EXAMPLES / "demo.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    _check("demo", done.stdout)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_runs_under_torchrun(name: str) -> None:
-    if name in ("demo", "load_and_run"):
+def test_runs_under_torchrun() -> None:
+    """The one that registers a rule, which is for all that a process does after."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = _run(*torchrun, str(EXAMPLES / f"{UNDER_TORCHRUN}.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    _check(UNDER_TORCHRUN, done.stdout)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED.keys() - {"demo", UNDER_TORCHRUN}))
+def test_runs(name: str) -> None:
+    if name == "load_and_run":
         _demo_model()
-    ranks = 4 if name == "load_and_run" else 2
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
-    _check(name, _run(*torchrun, str(EXAMPLES / f"{name}.py")))
+    ranks = {"load_and_run": 4, "plan_without_gpus": 1}.get(name, 2)
+    _check(name, run_spmd(examples.main_of, ranks, name, timeout=TIMEOUT)[0])
 
 
 FAILS = """
@@ -98,15 +114,8 @@ def test_a_failing_rank_ends_the_example(tmp_path: Path) -> None:
     assert re.search(r"rank [01] of 2 failed", done.stderr)
 
 
-def test_a_failed_check_ends_the_demo(tmp_path: Path) -> None:
-    """The demo's checks can fail: with a limit below rounding errors, it does."""
+def test_a_failed_check_ends_the_demo() -> None:
+    """The demo's checks can fail: with a limit below rounding errors, one does."""
     _demo_model()
-    script = tmp_path / "strict.py"
-    script.write_text(
-        "import demo\nfrom launch import launch\ndemo.LIMIT = 1e-12\n"
-        "if __name__ == '__main__':\n    launch(demo.rank_sentences)\n"
-    )
-    done = _run(str(script))
-    assert done.returncode != 0
-    assert "the limit is 1e-12" in done.stderr
-    assert "ok: hidden states" not in done.stdout
+    with pytest.raises(SpmdError, match="the limit is 1e-12"):
+        run_spmd(examples.strict_demo, 2)
