@@ -27,7 +27,7 @@ def copy_model(model: nn.Module, runtime: Runtime, memo: dict[int, Any]) -> nn.M
         memo: ``copy.deepcopy``'s.
     """
     kind: Any = type(model)
-    with without_guards(model), _as_original(model, runtime):
+    with without_guards(model), as_original(model, runtime):
         copied: nn.Module = copy.deepcopy(model, memo)
     own = replace(
         runtime,
@@ -51,7 +51,7 @@ def copy_model(model: nn.Module, runtime: Runtime, memo: dict[int, Any]) -> nn.M
 
 
 @contextmanager
-def _as_original(model: nn.Module, runtime: Runtime) -> Iterator[None]:
+def as_original(model: nn.Module, runtime: Runtime) -> Iterator[None]:
     """Takes the runtime away from a model, and gives it its original class."""
     kind: Any = type(model)
     del model.__dict__["_tp"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.calls import flatten_call, leaf_names
 from tpcompile.ir.check import Must, checked, well_called
 from tpcompile.ir.print_graph import graph_text
 from tpcompile.planner.plan import Plan
@@ -20,9 +22,12 @@ from tpcompile.weights.gather import full_state_dict
 from .copy_model import copy_model
 from .program import Program
 from .runtime import Runtime
+from .verify.live import verify_live
+from .verify.report import Report
 from .watched_module import WatchedModule
 
 Norm = Annotated[float, Must("a number that is not negative", lambda norm: norm >= 0)]
+Steps = Annotated[int, Must("a number of tokens", lambda steps: steps >= 0)]
 NormType = Annotated[float, Must("a positive number, or inf", lambda norm: norm > 0)]
 
 
@@ -57,6 +62,36 @@ class ShardedModule(WatchedModule):
             TpCompileError: the call cannot be captured or planned; the model is unchanged.
         """
         return self._tp.capture(self, self._tp.bind(args, kwargs))
+
+    @checked
+    def verify(
+        self,
+        example_args: Sequence[Any] = (),
+        example_kwargs: Mapping[str, Any] | None = None,
+        *,
+        gradients: bool = True,
+        generate: Steps = 0,
+    ) -> Report:
+        """Runs a call here, and as the unsharded model with the weights that the ranks have, and compares.
+
+        All ranks must call it, with the same call. Each holds the whole model while it runs; what runs is a
+        copy of the sharded model, which stays as it is. See ``tpcompile.verify``.
+
+        Args:
+            example_args: positional arguments of the call.
+            example_kwargs: its keyword arguments.
+            gradients: compare gradients as well.
+            generate: how many tokens to generate greedily, and to compare.
+
+        Raises:
+            TpCompileError: on all ranks: they make different calls, or have different weights.
+        """
+        bound = self._tp.bind(example_args, example_kwargs or {})
+        names, values = leaf_names(bound), flatten_call(bound)[0]
+        lines = [f"{name}: {describe_value(value)}" for name, value in zip(names, values, strict=True)]
+        modes = [f"training {self.training}, gradients {gradients}, generate {generate}"]
+        with alike(self._tp.compiler.group, "verify", [*modes, *lines]):
+            return verify_live(self, self._tp, bound, gradients, generate)
 
     def print_graph(self) -> None:
         """Prints the last program: global shapes, placements, collectives."""

@@ -62,7 +62,7 @@ def _recorded(trial: Trial, model: nn.Module) -> Results:
 
     for path, module in model.named_modules():
         module.register_forward_hook(record(path))
-    run_python(model, trial.bound, trial.losses if trial.learning else None)
+    run_python(model, trial.bound, trial.learning)
     return results
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from tpcompile.capture.caches.call_results import GivenCache, given_caches, take_results
+from tpcompile.capture.caches.call_results import GivenCache, Results, given_caches, take_results
 from tpcompile.capture.caches.register import register_cache_support
 from tpcompile.capture.export.captured import OutputSpec
+from tpcompile.capture.held_caches import cache_leaves
 from tpcompile.ir.calls import call_model, flatten_call, leaf_names
 from tpcompile.ir.module_tensors import tensors_by_name
 
@@ -70,20 +71,20 @@ def learning_leaves(bound: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(n for n, leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 
-def run_python(model: nn.Module, bound: Mapping[str, Any], losses: frozenset[str] | None) -> dict[Key, Any]:
+def run_python(model: nn.Module, bound: Mapping[str, Any], learning: bool) -> dict[Key, Any]:
     """Runs a model as the python that it is.
 
     Args:
         model: a model that is written to.
         bound: the call.
-        losses: the results that backward starts from; None: without gradients.
+        learning: run backward as well, from all results that belong to no cache.
     """
     call = copied_call(bound)
     leaves = dict(zip(leaf_names(call), flatten_call(call)[0], strict=True))
-    if losses is not None:
+    if learning:
         for name in learning_leaves(bound):
             leaves[name].requires_grad_()
-    with torch.set_grad_enabled(losses is not None):
+    with torch.set_grad_enabled(learning):
         results = take_results(call, call_model(model, call))
     named = zip(results.names, results.values, strict=True)
     found: dict[Key, Any] = {
@@ -92,8 +93,8 @@ def run_python(model: nn.Module, bound: Mapping[str, Any], losses: frozenset[str
     for name, (module, attribute) in tensors_by_name(model).items():
         if attribute in module._buffers:
             found["buffer", name] = getattr(module, attribute)
-    if losses is not None:
-        backward([found], losses)
+    if learning:
+        backward([found], _losses(results))
         places = tensors_by_name(model)
         params = {name: getattr(*place) for name, place in places.items()}
         for name, value in (params | {n: leaves[n] for n in learning_leaves(bound)}).items():
@@ -102,7 +103,14 @@ def run_python(model: nn.Module, bound: Mapping[str, Any], losses: frozenset[str
     return found
 
 
-def backward(outcomes: Sequence[Mapping[Key, Any]], losses: frozenset[str]) -> None:
+def _losses(results: Results) -> list[str]:
+    """The results that backward starts from: of caches, ranks have parts."""
+    flags = cache_leaves(results.out_spec)
+    named = zip(results.names, flags, strict=False)  # behind the results are the caches that were given
+    return [name or "output" for name, in_cache in named if not in_cache]
+
+
+def backward(outcomes: Sequence[Mapping[Key, Any]], losses: Collection[str]) -> None:
     """Runs backward from a sum of results, weighted at random, always alike: of all ranks at once.
 
     Every rank computes the loss from results of its own, as it does when a sharded model is trained.

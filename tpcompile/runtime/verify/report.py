@@ -10,12 +10,13 @@ from tpcompile.ir.units import time_text
 
 from .outcome import Finding
 
-Kind = Literal["", "capture", "rewrite", "numerics"]
+Kind = Literal["", "capture", "rewrite", "numerics", "execution"]
 
 _KINDS = {
     "": "the same as the unsharded model",
     "numerics": "the same as the unsharded model in float64; what differs is rounding",
     "capture": "NOT the unsharded model: capture changed what it computes",
+    "execution": "NOT the unsharded model: simulated, it is: look at what runs around its programs",
     "rewrite": "NOT the unsharded model: the plan, a pass, a rule or lowering changed what it computes",
 }
 
@@ -72,7 +73,7 @@ class Report:
         limit: the largest error that rounding explains.
         kind: "" if all is right; "capture": the captured graph is another program than the model's python;
             "rewrite": the sharded program is another one than the captured; "numerics": values differ in the
-            model's own type, and agree in float64.
+            model's own type, and agree in float64; "execution": what is simulated is right, what runs is not.
         first_difference: where it begins, for "capture" and "rewrite".
         seconds: what it took.
         notes: what else is to be known, such as what could not be compared.

@@ -71,7 +71,7 @@ class Trial:
     def python(self) -> dict[Key, Any]:
         """What the model leaves behind as python."""
         model = copy.deepcopy(self.model)
-        found = run_python(model, self.bound, self.losses if self.learning else None)
+        found = run_python(model, self.bound, self.learning)
         for spec in (s for s in self.specs if s.kind == "attribute"):
             path, _, name = spec.name.rpartition(".")
             found["attribute", spec.name] = getattr(model.get_submodule(path), name, None)
