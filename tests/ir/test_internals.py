@@ -24,7 +24,7 @@ ATTRIBUTES = [
     for name in names
 ]
 # Python's, and marks of ours on objects that others read.
-NOT_TAKEN = {"_getframe", "_tp_entry", "_tp_forward", "_tp_inside"}
+NOT_TAKEN = {"_getframe", "_lru_cache_wrapper", "_tp_entry", "_tp_forward", "_tp_inside"}
 
 
 def _imports() -> Iterator[Any]:

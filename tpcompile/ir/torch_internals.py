@@ -134,7 +134,12 @@ PRIVATE_ATTRIBUTES = {
         "_parameters",
     ),
     "torch.nn.utils.clip_grad": ("_clip_grads_with_norm_", "_get_total_norm"),
-    "torch.nn.modules.module": ("_global_backward_hooks", "_global_backward_pre_hooks"),
+    "torch.nn.modules.module": (
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+    ),
     "torch.optim.optimizer": ("_foreach_supported_types",),
     "torch.utils._foreach_utils": ("_foreach_supported_types",),
     "torch.utils._pytree": ("_deregister_pytree_node",),

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from tpcompile.ir.torch_internals import tree_leaves
 
 from .compare import agree
 from .outcome import run_python

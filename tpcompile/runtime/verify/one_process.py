@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from tpcompile.compile_program import Compiler
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.check import checked
+from tpcompile.ir.torch_internals import tree_map
 from tpcompile.lowering.simulate import lower_all
 from tpcompile.planner.options import Options
 from tpcompile.planner.search.cost import CostModel

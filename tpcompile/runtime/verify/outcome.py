@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from tpcompile.capture.caches.call_results import GivenCache, Results, given_caches, take_results
 from tpcompile.capture.caches.register import register_cache_support
@@ -17,6 +16,7 @@ from tpcompile.capture.export.captured import OutputSpec
 from tpcompile.capture.held_caches import cache_leaves
 from tpcompile.ir.calls import call_model, flatten_call, leaf_names
 from tpcompile.ir.module_tensors import tensors_by_name
+from tpcompile.ir.torch_internals import tree_map
 
 from .compare import difference, largest
 
