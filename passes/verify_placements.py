@@ -9,17 +9,21 @@ types and of spmd_types (meta-pytorch); ``docs/proof.md`` says what corresponds 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir import markers
 from tpcompile.ir.nodes import is_tensor, module_path, operands, producer, results, shape, source_line
 from tpcompile.ir.placements import Filled, Owned, Partial, Placement, R, Shard
+from tpcompile.ir.proof import Proof
+from tpcompile.planner.options import rules_version
 from tpcompile.rules.choices import Choice, choices
 from tpcompile.rules.factors import Factors, Known, Place
 from tpcompile.rules.rule import Letters, Rule
@@ -27,10 +31,11 @@ from tpcompile.rules.table import rule_of
 from tpcompile.work import Work, alike
 
 from .placement_types import MOVES, NONE, SUMMAND, WHOLE, Move, Type, Types, Unproved, filled, refuse_disorder
+from .unmerge import unmerged
 
 
-def verify_placements(work: Work, *, training: bool, after: str = "") -> int:
-    """Derives the type of every value and refuses what does not follow; returns how many were derived.
+def verify_placements(work: Work, *, training: bool, after: str = "") -> Proof:
+    """Derives the type of every value and refuses what does not follow.
 
     Args:
         work: a rewritten program: planned, with collectives.
@@ -41,14 +46,26 @@ def verify_placements(work: Work, *, training: bool, after: str = "") -> int:
         TpCompileError: a value cannot be placed as the graph says. It names the node, the module, the source
             line and the rule, and says what was expected and what was found.
     """
-    return _Checker(work, training, after).check()
+    began = time.perf_counter()
+    checker = _Checker(work, training, after)
+    values, moves, rules, unruled = checker.check(), Counter[str](), Counter[str](), set[str]()
+    for node in checker.graph.nodes:
+        rule = checker.factors.rules.get(node)
+        if node.target in markers.MARKERS:
+            moves[getattr(node.target, "__name__", str(node.target))] += 1
+        elif isinstance(rule, Rule):
+            rules[str(node.target).removesuffix(".default")] += 1
+        elif rule is not None:
+            unruled.add(str(node.target).removesuffix(".default"))
+    seconds = time.perf_counter() - began
+    return Proof(values, work.axes, moves, rules, tuple(sorted(unruled)), training, rules_version(), seconds)
 
 
 class _Checker:
     def __init__(self, work: Work, training: bool, after: str) -> None:
         self.after = f"after {after}" if after else ""
         self.work, self.training, self.axes = work, training, range(len(work.axes))
-        self.graph, self.copies = _unmerged(work)
+        self.graph, self.copies = unmerged(work)
         planned = work.planned_factors
         assert planned is not None, "the program must be planned"
         inputs = work.graph.find_nodes(op="placeholder")
@@ -237,51 +254,6 @@ def _rule_of(node: Node) -> Rule | str:
     letters = Letters()
     labels = [letters.dims(shape(o)) for o in operands(node)]
     return Rule(tuple(labels), (labels[0],), letters.sizes)
-
-
-def _unmerged(work: Work) -> tuple[Graph, dict[Node, Node]]:
-    """A copy of the graph in which what travels or is multiplied together is apart, and the nodes' copies."""
-    graph, copies = Graph(), dict[Node, Node]()
-    for node in work.graph.nodes:
-        owner = node.args[0] if node.args else None
-        if node.target in (markers.matmul_merged, markers.all_reduce_coalesced):
-            _refuse_unordered(work, node)
-            continue
-        if node.target is markers.part_of or getattr(owner, "target", None) is markers.all_reduce_coalesced:
-            target, args = _part(node)
-            copy = graph.call_function(target, torch.fx.node.map_arg(args, copies.__getitem__))
-            copy.meta.update(node.meta)
-        else:
-            copy = graph.node_copy(node, copies.__getitem__)
-        copies[node] = copy
-    return graph, copies
-
-
-def _part(node: Node) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The call that gives one of several results alone."""
-    joint, index = node.args
-    assert isinstance(joint, Node) and isinstance(index, int)
-    if joint.target is markers.matmul_merged:
-        target, *args = joint.args
-        return target, tuple(a[index] if isinstance(a, list | tuple) else a for a in args)  # type: ignore[return-value]
-    values, *options = joint.args
-    return markers.all_reduce, (values[index], *options)  # type: ignore[index]
-
-
-def _refuse_unordered(work: Work, node: Node) -> None:
-    """Segments that are multiplied as one must lie in one parameter, in this order."""
-    merged = node.target is markers.matmul_merged
-    for joined in (a for a in node.args if merged and isinstance(a, list | tuple)):
-        held = [source for a in joined if isinstance(a, Node) and (source := work.sources.get(a)) is not None]
-        orders = [source.order for source in held]
-        together = len({source.spec.name for source in held}) == 1 and len(held) == len(joined)
-        if not together or orders != list(range(orders[0], orders[0] + len(orders))):
-            raise TpCompileError(
-                f"the placements of this program cannot be proved: {node.name} joins {joined}, which are not "
-                "stored one behind the other in one parameter",
-                where=module_path(node) or node.name,
-                todo="correct the pass that made it so",
-            )
 
 
 def _is_real(value: Any) -> bool:

@@ -192,7 +192,7 @@ class Compiler:
             rewrite(rewritten, training, passes, cost, sequence=self.sequence)
             pins = make_pins(self._wishes) if layout is None else pins_from_layout(layout)
             plan = make_plan(planned, rewritten, placed, cost, fingerprint, pins, self.sequence)
-            plan.timings = {"plan": seconds}
+            plan.timings["plan"] = seconds
             try:
                 return Compiled(planned, rewritten, plan, *self._lower(rewritten), differentiable=training)
             except CannotLower as error:

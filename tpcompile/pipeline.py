@@ -125,7 +125,7 @@ def rewrite(
     """
     for passes in ([*after_planning(training, cost, coalesce, sequence)], *([one] for one in extra)):
         run_passes(work, passes)
-        verify_placements(work, training=training, after=passes[-1].name)
+        work.proof = verify_placements(work, training=training, after=passes[-1].name)
 
 
 def find_decisions(

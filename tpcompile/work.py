@@ -20,6 +20,7 @@ from .ir.layout.weight_layout import WeightLayout
 from .ir.names import starred
 from .ir.nodes import module_path
 from .ir.placements import Partial, Placement, R
+from .ir.proof import Proof
 from .rules.assignment import Assignment
 from .rules.factors import Factors, Known
 from .rules.table import rule_of
@@ -69,6 +70,7 @@ class Work:
         caches: how tensors lie that callers carry from an earlier program to this one, by name.
         custom: the modules that the plan gives to custom strategies.
         refused: calls that are not to be divided, because lowering could not, with the reason.
+        proof: what was proved of the program as it is now, once it is rewritten.
     """
 
     captured: Captured
@@ -82,6 +84,7 @@ class Work:
     caches: Mapping[str, Held] = field(default_factory=dict)
     custom: CustomModules = field(default_factory=CustomModules)
     refused: Mapping[Alike, str] = field(default_factory=dict)
+    proof: Proof | None = None
     steps: int = 0
 
     def __post_init__(self) -> None:

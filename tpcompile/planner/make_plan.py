@@ -44,6 +44,8 @@ def make_plan(
         cost=cost,
         seconds=seconds + sequence_seconds(rewritten, cost),
         sequence=sequence,
+        proof=rewritten.proof,
+        timings={"proof": rewritten.proof.seconds} if rewritten.proof is not None else {},
         work=work,
         pins=pins,
     )

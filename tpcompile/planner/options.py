@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,11 +50,19 @@ class Options:
         """What all ranks must have asked for, as text; the cost model may differ: rank 0's counts."""
         plan = None if self.plan is None else (self.plan.fingerprint, self.plan.layout.to_json())
         passes = [f"{describe_code(type(each))}: {describe_value(each)}" for each in self.passes]
-        own = sorted(user_rows().items())
-        rows = [f"{op}: {row if isinstance(row, str) else describe_code(row)}" for op, row in own]
         versions = [own_sources(), torch.__version__]
         asked: dict[str, Any] = {"rules": self.rules.wishes, "custom": dict(self.custom), "plan": plan}
         asked |= {"passes": passes, "dynamic": self.dynamic, "memory": self.memory, "compose": self.compose}
-        asked |= {"rows": rows, "versions": versions}
+        asked |= {"rows": _row_lines(), "versions": versions}
         asked["sequence"] = self.sequence if isinstance(self.sequence, bool) else sorted(self.sequence)
         return [f"{name}: {value!r}" for name, value in asked.items()]
+
+
+def rules_version() -> str:
+    """A short fingerprint of all that says what operators allow: our sources, and the rows of the user's."""
+    return hashlib.sha256("\n".join([own_sources(), *_row_lines()]).encode()).hexdigest()[:8]
+
+
+def _row_lines() -> list[str]:
+    own = sorted(user_rows().items())
+    return [f"{op}: {row if isinstance(row, str) else describe_code(row)}" for op, row in own]

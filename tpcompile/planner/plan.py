@@ -14,6 +14,7 @@ from typing import Any
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import checked, short
 from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.ir.proof import Proof
 from tpcompile.ir.units import time_text
 from tpcompile.planner.search.cost import CostModel
 from tpcompile.work import Work
@@ -40,6 +41,8 @@ class Plan:
         cost: the cost model.
         seconds: the modelled time of one forward of the example.
         sequence: whether the sequence was to be divided between the blocks, or at which modules.
+        proof: that the rewritten program's placements follow from the rules; None for a plan from disk, which
+            is proved again when it is followed.
         timings: seconds that the stages took where the plan was made.
         work: the planned program, and
         pins: what its parameters were held to, for explanations; None for a plan from disk.
@@ -54,6 +57,7 @@ class Plan:
     cost: CostModel
     seconds: float
     sequence: bool | frozenset[str] = False
+    proof: Proof | None = field(default=None, repr=False, compare=False)
     timings: dict[str, float] = field(default_factory=dict, compare=False)
     work: Work | None = field(default=None, repr=False, compare=False)
     pins: Pins | None = field(default=None, repr=False, compare=False)
@@ -154,6 +158,7 @@ class Plan:
             "",
             f"modelled time of the example: {time_text(self.seconds)} ({self.cost.name})",
         ]
+        lines += [self.proof.head] if self.proof is not None else []
         lines += [f"fallback: {line}" for line in self.fallbacks]
         lines += [f"note: {line}" for line in self.notes]
         return "\n".join(lines)
