@@ -72,7 +72,7 @@ def both(
         whole = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     by_hand = Local(whole, mesh.get_group())
     ids = torch.zeros(2, 16, dtype=torch.long, device=device)
-    # The embedding as the hand-written module has it: a fake all-gather is no stand-in for a fake all-reduce.
+    # The embedding as the hand-written module has it: fake all-gathers and all-reduces take different times.
     pins = {"model.embed_tokens": tpcompile.Shard(0)}
     return by_hand, tpcompile.parallelize(whole, mesh, example_kwargs={"input_ids": ids}, plan=pins)
 

@@ -18,7 +18,7 @@ from .send import exchange_rows, gather_rows, reduce_all, reduce_scatter_rows
 def reduce(x: Tensor, group: str, op: str) -> Tensor:
     """The elementwise reduction over the ranks, whole on each.
 
-    What is no number on any rank is none in a maximum either. That is for us to see to: gloo's is what
+    What is not a number on any rank is none in a maximum either. That is for us to see to: gloo's is what
     comparisons give, which are false for NaN.
     """
     _check_op(op, x)

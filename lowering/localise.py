@@ -116,7 +116,7 @@ def mean(low: Lowering, node: Node) -> Node:
 def lookup(low: Lowering, node: Node) -> Node:
     """An embedding whose rows are divided: rows of other ranks are zeros, and the sum is the whole.
 
-    What is no row of the whole stays no row of any part, so that looking it up fails here as it does there.
+    What is not a row of the whole is not one of any part, so that looking it up fails here as it does there.
     """
     if not any(f.inputs[0] is not None and f.inputs[0][0] == 0 for _, f in low.divided(node)):
         return unchanged(low, node)

@@ -46,7 +46,7 @@ def _why_not(positions: Positions, goal: str) -> str:
     if all(shape(n)[-2] == 1 for n in sums):
         return "the call has one position"
     if not any(positions.entry_keys(n) for n in positions.entries()):
-        return f"positions are no dimension of the sums in {module_path(sums[0]) or 'the model'}"
+        return f"positions are not a dimension of the sums in {module_path(sums[0]) or 'the model'}"
     if any(positions.along_all(math.inf)) and not any(positions.along_all()):
         return "so much is needed whole that more than twice as many bytes would be sent"
     return f"no sum over the ranks leads to {goal} by way of calls that treat positions one by one"

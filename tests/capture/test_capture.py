@@ -346,7 +346,7 @@ def test_sliding_window_cache_keeps_its_position(past: int, other: int) -> None:
 
 
 def test_a_number_of_a_tensor_may_be_asserted() -> None:
-    """What is read of a tensor has no bounds, and is no size of an input."""
+    """What is read of a tensor has no bounds, and is not a size of an input."""
     model = toys.Checked()
     bound = bind_call(model, (torch.randn(3, 5), torch.tensor([2, 5, 4])), {})
     assert torch.equal(run(capture(model, bound), model, bound), bound["x"] * 2)

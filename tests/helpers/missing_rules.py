@@ -3,7 +3,7 @@
 On two ranks: at most one dimension of every operand is cut in halves, all of the same size, and any
 other operands are whole or random summands. The operator runs on the raw pieces; integer constants
 are tried as they are and halved. Where all results can be put together to the whole ones, the
-division works, and random data makes sure that this is no coincidence.
+division works, and random data makes sure that this is not a coincidence.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def answer(attempt: Any) -> str:
     """The error of an attempt."""
     try:
         attempt()
-    except BaseException as error:  # DCP's own is no Exception
+    except BaseException as error:  # DCP's own is not an Exception
         return f"{type(error).__name__}: {error}"
     return "accepted"
 

@@ -53,7 +53,7 @@ def caller_cache(name: str) -> dict[str, Any]:
                 for m, cache in zip((sharded, whole), caches, strict=True)
             )
         worst.append(error(mine, theirs))
-    caches[0].reset()  # the tensors stay, but they are no state any more
+    caches[0].reset()  # the tensors stay, but they are not state any more
     caches[1].reset()
     with torch.no_grad():
         mine, theirs = (

@@ -331,7 +331,7 @@ def changes() -> list[str]:
     new = torch.randn_like(whole.first.up.weight)
     with torch.no_grad():
         assert error(sharded(x), whole(x)) < 1e-5
-        for model in (whole, sharded):  # another whole weight is no change: every rank takes its part
+        for model in (whole, sharded):  # another whole weight is not a change: every rank takes its part
             model.first.up.weight = nn.Parameter(new.clone())
         assert error(sharded(x), whole(x)) < 1e-5
     return messages
@@ -352,7 +352,7 @@ def misfits() -> list[str]:
     larger = DeviceMesh("cpu", torch.arange(world + 1), _init_backend=False)
     smaller = DeviceMesh("cpu", torch.arange(world - 1))
     if dist.get_rank() == world - 1:
-        assert "is no part of the mesh" in refusal(lambda: tpcompile.parallelize(Block(), smaller, (x,)))
+        assert "is not part of the mesh" in refusal(lambda: tpcompile.parallelize(Block(), smaller, (x,)))
     return [
         refusal(lambda: tpcompile.parallelize(Block(), larger, (x,))),
         refusal(lambda: tpcompile.parallelize(Wider(), tp, (x,), plan=plan)),

@@ -60,7 +60,7 @@ def _error(folder: str, change: Callable[[], AbstractContextManager[object]]) ->
 
 
 class Random(nn.Module):
-    """Draws a tensor of its own that is no buffer."""
+    """Draws a tensor of its own that is not a buffer."""
 
     def __init__(self) -> None:
         super().__init__()

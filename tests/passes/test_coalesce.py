@@ -127,7 +127,7 @@ def test_sums_on_other_sub_axes_join() -> None:
     assert _text([("both", 0, 0), ("other", 0, 0)]) == [all_axes]
     assert _text([("reduce", 0, 0), ("other", 0, 0), ("reduce", 0, 0)]) == [all_axes]
     assert _text([("reduce", 0, 0), ("both", 1, 0)]) == ["all_reduce(0,)", "all_reduce(0, 1)"]
-    # What is divided on the second sub-axis is no sum there, and never becomes one for free.
+    # What is divided on the second sub-axis is not a sum there, and never becomes one for free.
     assert _text([("parted", 0, 0), ("both", 0, 0)]) == ["all_reduce(0,)", "all_reduce(0, 1)"]
     # Nor a maximum, of which zeros would not be the neutral element.
     assert _text([("max", 0, 0), ("both", 0, 0)]) == ["all_reduce(0,)", "all_reduce(0, 1)"]

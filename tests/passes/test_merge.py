@@ -25,7 +25,7 @@ F64 = torch.float64
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, list[int]]] = {
     "all segments": (lambda: toys.Attention(True), (3, 7, 20), "qkv.weight", [3]),
     "by columns": (toys.PackedColumns, (3, 7, 12), "weight", [2]),
-    # The only key head is whole on all ranks: its gradient is no summand, so its input is another one.
+    # The only key head is whole on all ranks: its gradient is not a summand, so its input is another one.
     "some segments": (lambda: toys.Attention(True, groups=1), (3, 7, 20), "qkv.weight", [1, 2]),
 }
 

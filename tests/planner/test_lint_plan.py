@@ -57,5 +57,5 @@ def test_what_cannot_be_linted() -> None:
         tpcompile.lint_plan(meta("llama"), "best", 2)
     with pytest.raises(TpCompileError, match="no tensor-parallel plan"):
         tpcompile.lint_plan(meta("gpt2"), "hf", 2)
-    with pytest.raises(TpCompileError, match="no model and no config"):
+    with pytest.raises(TpCompileError, match="neither a model nor a config"):
         tpcompile.lint_plan("llama", "hf", 2)

@@ -78,11 +78,11 @@ def test_line_does_not_fit(inputs: list[tuple[int, ...]], outputs: list[tuple[in
         ("i -> i; whole k", "has the letter 'k'"),
         ("i -> i; reduce i:mean", "sum, max or min"),
         ("i -> i; linear 1", "not there"),
-        ("i -> i; linear x", "no numbers"),
+        ("i -> i; linear x", "does not give numbers"),
         ("i -> i; fixed 1", "not there"),
         ("i?, i -> i", "stands before"),
         ("i i -> i", "stands twice"),
-        ("(h d) -> h d", "no letter"),
+        ("(h d) -> h d", "not a letter"),
     ],
 )
 def test_wrong_line(text: str, why: str) -> None:
@@ -157,7 +157,7 @@ def test_rule_of_a_user_that_does_not_fit() -> None:
     with pytest.raises(TpCompileError, match="does not fit its shapes"):
         Program(Case(aten.mm.default, (signed(4, 6), signed(6, 10))))
     register_rule("aten.relu", lambda node: Rule((("a",),), (("a",),), {"a": 5}))
-    with pytest.raises(TpCompileError, match="no factorisation of 4"):
+    with pytest.raises(TpCompileError, match="not a factorisation of 4"):
         Program(Case(aten.relu.default, (signed(4),)))
 
 

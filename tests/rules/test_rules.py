@@ -66,7 +66,7 @@ def test_two_sub_axes(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_division_is_missing(case: Case) -> None:
     found = [text for text in _missing(case, 1) if not _excused(case, text)]
-    # What is found with other random numbers again is no coincidence.
+    # What is found with other random numbers again is not a coincidence.
     assert not found or not set(found) & set(_missing(case, 2))
 
 

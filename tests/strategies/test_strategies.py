@@ -189,7 +189,7 @@ def test_which_rule_counts() -> None:
         ({"model.layers.*.mlp.dawn_proj": "rowwise"}, "did you mean model.layers.*.mlp.down_proj"),
         ({"model.layers.*.mlp": "rowwise"}, "no parameters of their own"),
         ({"lm_head": "colwize"}, "did you mean 'colwise'.*embedding_rowwise"),
-        ({"lm_head": 3}, "is no placement"),
+        ({"lm_head": 3}, "is not a placement"),
         ({"lm_head": tpcompile.Shard(5)}, "it has 2 dimensions"),
         ({"model.layers.*.norm": "rowwise"}, "which this parameter does not have"),
         ({"model.embed_tokens": "embedding_colwise", "lm_head": "colwise"}, "one weight under two names"),

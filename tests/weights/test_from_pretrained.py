@@ -340,7 +340,10 @@ def bad_checkpoints(tmp_path: Path) -> list[tuple[str, list[str]]]:
 
     return [
         (changed(good, "truncated", cut), ["truncated/model.safetensors", "the file is truncated: model."]),
-        (changed(good, "header", lambda f: (f / single).write_bytes(b"\x09" * 64)), ["no safetensors file"]),
+        (
+            changed(good, "header", lambda f: (f / single).write_bytes(b"\x09" * 64)),
+            ["not a safetensors file"],
+        ),
         (changed(tmp_path / "index", "lost", lose), ["model-00001-of-0", "cannot be read"]),
         (damaged(good, "missing", lambda s: s.pop(norm)), [f"lacks {norm}", "missing/model.safetensors"]),
         (
@@ -379,8 +382,8 @@ def test_bad_checkpoints_are_refused_on_every_rank(tmp_path: Path) -> None:
     [
         ({"attn_implementation": "flash_attention_2"}, "flash_attention_2' cannot be captured"),
         ({"attn_implementation": "flex_attention"}, "flex_attention' cannot be captured"),
-        ({"dtype": torch.int8}, "no type that a model can have"),
-        ({"model_class": torch.nn.Linear}, "no model of transformers"),
+        ({"dtype": torch.int8}, "not a type that a model can have"),
+        ({"model_class": torch.nn.Linear}, "not a model of transformers"),
         ({"others": {"device_map": "auto"}}, "does not take device_map"),
         ({"others": {"quantization_config": object()}}, "does not take quantization_config"),
         ({"others": {"tp_plan": "auto"}}, "does not take tp_plan"),

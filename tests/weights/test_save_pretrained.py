@@ -127,7 +127,7 @@ def test_one_replica_of_several_writes(tmp_path: Path) -> None:
         ({"state_dict": {}}, "not saved with state_dict"),
         ({"distributed_checkpoint": True}, "not saved with distributed_checkpoint"),
         ({"commit_message": "x"}, "not saved with commit_message"),
-        ({"max_shard_size": "many"}, "'many' is no size"),
+        ({"max_shard_size": "many"}, "'many' is not a size"),
         ({"is_main_process": False}, "no rank may write"),
     ],
 )
@@ -173,7 +173,7 @@ def test_what_cannot_be_written(
 
 
 def test_a_module_of_torch_has_no_checkpoint_of_transformers(tmp_path: Path) -> None:
-    with pytest.raises(tpcompile.TpCompileError, match="Linear is no model of transformers"):
+    with pytest.raises(tpcompile.TpCompileError, match="Linear is not a model of transformers"):
         shell(nn.Linear(3, 3)).save_pretrained(tmp_path / "new")
 
 

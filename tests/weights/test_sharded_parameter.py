@@ -19,7 +19,7 @@ def test_optimizers_see_whole_parameters() -> None:
 
 
 def test_lists_of_tensors() -> None:
-    """A state that is no part would be written in vain; a step outdates what autograd has saved."""
+    """A state that is not a part would be written in vain; a step outdates what autograd has saved."""
     for found, fused, stale in run_spmd(spmd.by_hand, 2):
         assert found <= CLOSE
         assert "laid out otherwise" in fused

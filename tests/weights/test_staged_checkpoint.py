@@ -135,7 +135,7 @@ def test_stopped_anywhere(
     assert seen == sorted(seen) and seen[-1] == 1
     assert before is None or seen[0] == 0
     assert not [name for name in entries(folder) if name.startswith(".")], "something is left"
-    # What a stopped save has left is no obstacle to the next one, which removes it.
+    # What a stopped save has left does not disturb the next one, which removes it.
     middle = sorted(stops.iterdir())[len(seen) // 4 + 1]
     new.save_pretrained(middle, **after)
     assert entries(middle) == entries(folder)

@@ -139,7 +139,7 @@ def test_gradients(name: str) -> None:
 @pytest.mark.parametrize("plan", ("auto", "hf", "hf-ep"))
 @pytest.mark.parametrize("inner", [64, 72])
 def test_experts_in_bf16(plan: str, inner: int) -> None:
-    """Half of 72 columns is no multiple of the 16 bytes that torch's kernel wants."""
+    """Half of 72 columns is not a multiple of the 16 bytes that torch's kernel wants."""
     fields = {"hidden_size": 48, "intermediate_size": inner}
     for found in on_two_ranks(half, "mixtral", plan, fields):
         assert max(found["mine"], found["compiled"]) <= 1.5 * found["theirs"], found

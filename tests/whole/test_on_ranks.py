@@ -59,11 +59,11 @@ def test_bad_requests_change_nothing() -> None:
     expected = [
         "no axis 'dp'",
         "names no module",
-        "which is no placement",
+        "which is not a placement",
         "which this parameter does not have",
         "unknown plan 'best'",
         "allowed",
-        "is no DeviceMesh",
+        "is not a DeviceMesh",
         "no cost model named 'abacus'",
         "context",
         "parallelised already",

@@ -152,7 +152,7 @@ def _fits(value: Any, hint: Any) -> bool:
     kind: Any = origin or hint
     if kind is Callable:
         return callable(value)
-    if kind in (int, float):  # a truth value is no number here
+    if kind in (int, float):  # a truth value is not a number here
         numbers = (int,) if kind is int else (int, float)
         return isinstance(value, numbers) and not isinstance(value, bool) and value == value
     if not isinstance(value, kind):

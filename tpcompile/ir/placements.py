@@ -118,12 +118,12 @@ def parse_placement(text: str) -> Placement:
     """Reads what ``str`` of a placement prints.
 
     Raises:
-        TpCompileError: the text is no placement.
+        TpCompileError: the text is not a placement.
     """
     match = _TEXT.fullmatch(text)
     if match is None:
         raise TpCompileError(
-            f"{text!r} is no placement",
+            f"{text!r} is not a placement",
             where="placement",
             todo="write R, S(dim), S(dim/factor), S(dim+) or P(sum)",
         )

@@ -114,7 +114,7 @@ def _read_own_file(path: Path) -> bytes:
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         if found.st_uid != os.geteuid():
             raise ValueError("it belongs to another user")
         if found.st_mode & 0o077:

@@ -117,7 +117,7 @@ class Plan:
         """Reads a saved plan.
 
         Raises:
-            TpCompileError: the file is no plan, of another version, or was changed.
+            TpCompileError: the file is not a plan, of another version, or was changed.
         """
         with refusing("not a plan", where=str(path), todo="save one with plan.save"):
             return _read(json.loads(Path(path).read_text()), str(path))

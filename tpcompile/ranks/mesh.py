@@ -49,11 +49,11 @@ def check_mesh(mesh: Any, axis: Any, *, connected: bool = True) -> int:
         connected: whether this rank is to talk to the others, not only to know how many they are.
 
     Raises:
-        TpCompileError: it is no mesh, has no such axis, or this rank cannot talk over it.
+        TpCompileError: it is not a mesh, has no such axis, or this rank cannot talk over it.
     """
     if not isinstance(mesh, DeviceMesh):
         raise TpCompileError(
-            f"{short(mesh)} is no DeviceMesh", where="mesh", todo="use torch's init_device_mesh"
+            f"{short(mesh)} is not a DeviceMesh", where="mesh", todo="use torch's init_device_mesh"
         )
     names = mesh.mesh_dim_names or ()
     where = f"axes {names}"
@@ -82,7 +82,7 @@ def _check_connected(mesh: DeviceMesh, axis: str | None) -> None:
         )
     if mesh.get_coordinate() is None:
         raise TpCompileError(
-            f"rank {dist.get_rank()} is no part of the mesh",
+            f"rank {dist.get_rank()} is not part of the mesh",
             where=ranks,
             todo="call this on the ranks of the mesh only",
         )

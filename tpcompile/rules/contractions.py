@@ -69,7 +69,7 @@ def attention(node: Node) -> Rule | str:
     letters = Letters()
     heads = _heads(q, k, v, letters)
     if heads is None:
-        return "query heads are no multiple of key heads"
+        return "query heads are not a multiple of key heads"
     heads_q, heads_k = heads
     length, keys, features, values = letters.dims((q[-2], k[-2], q[-1], v[-1]))
     lead = _broadcast_batch([q[:-3], k[:-3], v[:-3]], letters)

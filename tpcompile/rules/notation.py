@@ -100,7 +100,7 @@ def _letters(term: str, text: str) -> tuple[str, ...]:
     names = tuple(term.split())
     for name in names:
         if not re.fullmatch(r"[A-Za-z]\w*|1|\.\.\.", name):
-            _refuse(f"{name!r} is no letter, '1' or '...'", text)
+            _refuse(f"{name!r} is not a letter, '1' or '...'", text)
     letters = [n for n in names if n != "1"]
     if len(set(letters)) != len(letters):
         _refuse(f"a letter stands twice in '{term.strip()}'", text)
@@ -110,7 +110,7 @@ def _letters(term: str, text: str) -> tuple[str, ...]:
 def _numbers(text: str, where: str) -> frozenset[int]:
     words = re.split(r"[,\s]+", text.strip())
     if not all(w.isdecimal() for w in words if w):
-        _refuse(f"'{text}' are no numbers of operands or results", where)
+        _refuse(f"'{text}' does not give numbers of operands or results", where)
     return frozenset(int(w) for w in words if w)
 
 

@@ -114,7 +114,7 @@ def _interpolate(node: Node, ops: list[Node]) -> Linear:
 
 
 def _choose(node: Node, ops: list[Node]) -> Linear:
-    """``where(c, x, y)``: both branches, or the only one that is no zero."""
+    """``where(c, x, y)``: both branches, or the only one that is not a zero."""
     if len(ops) == 3:
         return [frozenset({1, 2})]
     scalars = [option(node, name) for name in ("self", "other")]

@@ -284,7 +284,7 @@ def _check(rule: Rule, node: Node) -> None:
             # Sizes that follow from others can be equal and look different: those are not divided anyway.
             if product != size and isinstance(product, int) and isinstance(size, int):
                 raise TpCompileError(
-                    f"in the rule of {node.target}, {dim} is no factorisation of {size}",
+                    f"in the rule of {node.target}, {dim} is not a factorisation of {size}",
                     where=str(rule),
                     todo="correct the rule (tpcompile.register_rule)",
                 )

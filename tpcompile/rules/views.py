@@ -151,7 +151,7 @@ def _repeated(source: Sequence[Size], target: Sequence[Size], rank: int, outside
     for before, after in zip(source, target, strict=True):
         times = divide(after, before)
         if times is None:
-            return "the repetition is no constant"
+            return "the repetition is not a constant"
         copies, kept = letters.dim(times), letters.dim(before)
         whole.update(copies)
         old.append(kept)
@@ -210,7 +210,7 @@ def windows(node: Node) -> Rule | str:
     picture, columns = (source, target) if unfolds else (target, source)
     count = divide(columns[-2], picture[-3])
     if count is None:
-        return "the windows are no multiple of the channels"
+        return "the windows are not a multiple of the channels"
     letters = Letters()
     lead, channels, taps = letters.dims(picture[:-3]), letters.dim(picture[-3]), letters.dim(count)
     space, places = letters.dims(picture[-2:]), letters.dim(columns[-1])

@@ -67,6 +67,6 @@ def check_device(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def device_of(model: Any) -> str | None:
-    """The type of device that a model is on; None for one without values, or what is no model."""
+    """The type of device that a model is on; None for one without values, or what is not a model."""
     params = model.parameters() if isinstance(model, nn.Module) else ()
     return next((p.device.type for p in params if p.device.type != "meta"), None)

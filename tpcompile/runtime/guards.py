@@ -206,7 +206,7 @@ def entered(root: nn.Module, path: str, lifted: Any = None) -> Iterator[None]:
     """Lets a call of the model be a call of one of its submodules, without the hooks of either.
 
     Args:
-        root: the model. A forward that was set on it after it was sharded is no part of its programs.
+        root: the model. A forward that was set on it after it was sharded is not part of its programs.
         path: the submodule that is called.
         lifted: a forward that was set on the model before.
 
@@ -270,7 +270,7 @@ def hooks_below(root: nn.Module, path: str, hooks: list[Hook]) -> bool:
 
 @contextmanager
 def without_hooks(root: nn.Module, hooks: list[Hook]) -> Iterator[None]:
-    """Takes away hooks: they run where the caller sees them, and are no part of what is captured."""
+    """Takes away hooks: they run where the caller sees them, and are not part of what is captured."""
     places = [(root.get_submodule(path).__dict__[table], key) for path, table, key in hooks]
     places += _on_all_modules()
     before = [(table, list(table.items())) for table, _ in places]

@@ -181,7 +181,7 @@ class ShardedModule(WatchedModule):
         Args:
             max_norm: the largest norm that is left as it is.
             norm_type: 2 for the Euclidean norm, ``inf`` for the largest absolute value, ...
-            error_if_nonfinite: whether an infinite norm, or one that is no number, is an error.
+            error_if_nonfinite: whether an infinite norm, or one that is not a number, is an error.
 
         Returns:
             The norm of all gradients together, before they were scaled; the same on all ranks.

@@ -47,7 +47,7 @@ class State:
         custom: the modules of custom strategies.
         foreign: whether another library (FSDP) has made something else of the parameters.
         steering: the streamer and the user's logits processors of the generation that runs.
-        running: how many calls are being worked on: what the model's own code changes is no new setting.
+        running: how many calls are being worked on: what the model's own code changes is not a new setting.
     """
 
     compiler: Compiler

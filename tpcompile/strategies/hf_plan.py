@@ -46,13 +46,13 @@ def model_of(config: Any) -> nn.Module:
     """A model without weights (on ``meta``) from a transformers config.
 
     Raises:
-        TpCompileError: it is no config that transformers knows a causal language model for.
+        TpCompileError: it is not a config that transformers knows a causal language model for.
     """
     from transformers import AutoModelForCausalLM, PretrainedConfig
 
     if not isinstance(config, PretrainedConfig):
         raise TpCompileError(
-            f"{short(config)} is no model and no config",
+            f"{short(config)} is neither a model nor a config",
             where="model_or_config",
             todo="give a model or its config",
         )

@@ -63,7 +63,7 @@ class ParallelInterface(MutableMapping[str, Any]):
 def _checked(name: str, strategy: Any) -> Any:
     if not isinstance(strategy, Strategy) and not any(hasattr(strategy, method) for method in METHODS):
         raise TpCompileError(
-            f"{short(strategy)} is no strategy",
+            f"{short(strategy)} is not a strategy",
             where=f"strategy {name!r}",
             todo="give a tpcompile.Strategy, or a class that inherits from tpcompile.TensorParallelLayer",
         )

@@ -86,7 +86,7 @@ def read_rules(
     for glob, pin in rules.items():
         if not isinstance(glob, str):
             raise TpCompileError(
-                f"the rule {glob!r} is no name", where="plan", todo="give globs of modules or parameters"
+                f"the rule {glob!r} is not a name", where="plan", todo="give globs of modules or parameters"
             )
         strategy = _strategy(glob, pin, strategies)
         targets, modules = names.targets(glob), names.modules_of(glob)
@@ -119,7 +119,7 @@ def _strategy(glob: str, pin: Pin, strategies: Mapping[str, Any]) -> Strategy | 
             return found if isinstance(found, Strategy) else Strategy("any")
         near = difflib.get_close_matches(pin, strategies, n=1)
         raise TpCompileError(
-            f"the rule {glob!r} asks for {pin!r}, which is no placement and no strategy",
+            f"the rule {glob!r} asks for {pin!r}, which is neither a placement nor a strategy",
             where="plan",
             todo=(f"did you mean {near[0]!r}? " if near else "")
             + f"use Shard(dim), Replicate() or one of {', '.join(sorted(strategies))}",
@@ -131,7 +131,7 @@ def _strategy(glob: str, pin: Pin, strategies: Mapping[str, Any]) -> Strategy | 
     if isinstance(pin, Strategy):
         return pin
     raise TpCompileError(
-        f"the pin for {glob!r} is {pin!r}, which is no placement",
+        f"the pin for {glob!r} is {pin!r}, which is not a placement",
         where="plan",
         todo=f"use Shard(dim), Replicate() or one of {', '.join(sorted(strategies))}",
     )

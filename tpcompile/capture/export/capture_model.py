@@ -55,7 +55,7 @@ def capture(
         dynamic: leave batch and sequence sizes open where the model allows it; or, per input name,
             which dimensions are to be open.
         device: the device that the graph is made for; the model's own by default.
-        twins: leaves of the call that are no inputs of the graph, each with the leaf that the model is
+        twins: leaves of the call that are not inputs of the graph, each with the leaf that the model is
             given in its place.
     """
     register_cache_support()

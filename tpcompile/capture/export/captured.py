@@ -34,8 +34,8 @@ class InputSpec:
         name: original fully qualified name (param, buffer, a tensor that is a plain attribute of a module
             and is fetched anew for every call), a made-up name (constant), or the
             pytree key path of the argument, such as ``input_ids`` or ``inputs[0]`` (user).
-        value: the python value that was baked into the graph, for a user input that is no tensor.
-        extents: the sizes that a user tensor must have; None if the input is no tensor.
+        value: the python value that was baked into the graph, for a user input that is not a tensor.
+        extents: the sizes that a user tensor must have; None if the input is not a tensor.
     """
 
     kind: InputKind
@@ -53,7 +53,7 @@ class OutputSpec:
             leaves in an attribute, or the new value of a mutated buffer.
         name: the mutated buffer's fully qualified name, or the pytree key path of the result, or of the
             cache's tensor in the arguments.
-        value: the python value, for a result that is no tensor (its graph output is that constant), or a
+        value: the python value, for a result that is not a tensor (its graph output is that constant), or a
             ``GivenCache`` where a cache of the caller's is returned (its graph output is None).
         divided: the result belongs to a cache, which stays divided: it is handed back as it lies.
         in_place: the model has written this state into the tensor that it was given.

@@ -131,7 +131,7 @@ class _Recorder(TorchDispatchMode):
 
     def _add(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
         call = self.graph.call_function(target, args, kwargs)
-        call.meta.update(self.place, val=extract_val(val))  # which is no view of another value
+        call.meta.update(self.place, val=extract_val(val))  # which is not a view of another value
         self.found[id(val)] = call
         self.alive.append(val)
         return call

@@ -10,7 +10,7 @@ from .record_run import Mark, Run
 
 
 class NotRepeated(Exception):
-    """The layers are no copies of each other, or are not called one after the other."""
+    """The layers are not copies of each other, or are not called one after the other."""
 
 
 class Place(NamedTuple):
@@ -77,7 +77,7 @@ def _periods(number: int, repeat: Repeat, marks: Sequence[Mark]) -> tuple[int, l
 
 
 def atoms(token: Any) -> Iterator[Any]:
-    """What a token is made of: everything in it that is no plain tuple."""
+    """What a token is made of: everything in it that is not a plain tuple."""
     if type(token) is tuple:
         for item in token:
             yield from atoms(item)

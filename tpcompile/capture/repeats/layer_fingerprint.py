@@ -87,7 +87,7 @@ def _describe(
 
 
 def _weight(tensor: torch.Tensor, owners: Mapping[int, frozenset[str]], path: str) -> Hashable:
-    # A weight that something else uses too is no layer's own: only layers that share the same one are equal.
+    # A weight that something else uses too is not a layer's own: only layers that share it are equal.
     names = owners.get(id(tensor), frozenset())
     shared = names if any(not name.startswith(path + ".") for name in names) else None
     return (type(tensor).__name__, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, shared)

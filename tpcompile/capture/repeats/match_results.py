@@ -19,7 +19,7 @@ class Derived(NamedTuple):
         repeat: the list of layers that it comes from, -1 if from none in particular.
         copies: how many periods later.
         name: its key path.
-        value: itself, if it is no tensor.
+        value: itself, if it is not a tensor.
     """
 
     output: int

@@ -75,7 +75,7 @@ class Run:
         marks: where layers begin and end.
         results: the leaves of the result, as operands are written down.
         names: their key paths.
-        values: themselves, where they are no tensors.
+        values: themselves, where they are not tensors.
         out_spec: the structure of the result.
         states: how the leaves behind those of the result belong to caches that were given.
         reads: see ``Captured``, as for what follows.

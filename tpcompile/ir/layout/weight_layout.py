@@ -172,7 +172,7 @@ class WeightLayout:
         return regions(param.shape, param.segments, param.packed_dim, self.axes, self.coordinates(rank))
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuses a model that this is no layout of.
+        """Refuses a model that this is not a layout of.
 
         Raises:
             TpCompileError: the model has other parameters, or in other shapes.

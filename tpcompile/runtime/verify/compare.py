@@ -18,7 +18,7 @@ LIMITS = {
 """The largest difference, relative to the largest value, that rounding explains in a deep program."""
 
 _MASKED = 1e30
-"""What is larger stands for infinity, in a mask; it is no value that others are measured against."""
+"""What is larger stands for infinity, in a mask; it is not a value that others are measured against."""
 
 
 def limit_of(values: Iterable[Any]) -> float:

@@ -110,8 +110,8 @@ def find_modules(model: nn.Module, custom: Mapping[str, str]) -> CustomModules:
         custom: glob of a module -> name of a registered custom strategy.
 
     Raises:
-        TpCompileError: a glob names no module, a strategy is no good, or a module cannot be taken apart from
-            the rest of the model.
+        TpCompileError: a glob names no module, a strategy cannot be used, or a module cannot be taken apart
+            from the rest of the model.
     """
     found = CustomModules()
     known = {name: resolve(name) for name in dict.fromkeys(custom.values())}

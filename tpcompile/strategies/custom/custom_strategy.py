@@ -71,7 +71,7 @@ class CustomStrategy:
         """The module's local result, in the declared placement.
 
         Raises:
-            TpCompileError: it is no tensor.
+            TpCompileError: it is not a tensor.
         """
         layouts = self.layer.output_layouts, getattr(self.layer, "use_local_output", True)
         result = _method(self.layer, "_prepare_output_fn")(*layouts, mod, outputs, mesh)

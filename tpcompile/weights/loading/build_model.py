@@ -120,7 +120,7 @@ def find_class(
         hub: arguments for the hub.
 
     Raises:
-        TpCompileError: there is none, or it is no transformers model.
+        TpCompileError: there is none, or it is not a transformers model.
     """
     mapping = getattr(model_class, "_model_mapping", None)
     if model_class is None or mapping is not None:
@@ -129,7 +129,7 @@ def find_class(
         found = model_class
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise TpCompileError(
-            f"{found!r} is no model of transformers",
+            f"{found!r} is not a model of transformers",
             where="model_class",
             todo="give a subclass of PreTrainedModel; or load the model yourself and parallelize it",
         )
@@ -171,7 +171,7 @@ def find_dtype(dtype: Any, config: Any, stored: Mapping[str, Stored]) -> torch.d
     """The type of the model: as given, else the configuration's, else that of the first floating tensor.
 
     Raises:
-        TpCompileError: it is no type.
+        TpCompileError: it is not a type.
     """
     if dtype in (None, "auto"):
         dtype = getattr(config, "dtype", None)
@@ -180,7 +180,7 @@ def find_dtype(dtype: Any, config: Any, stored: Mapping[str, Stored]) -> torch.d
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1:
         raise TpCompileError(
-            f"{dtype!r} is no type that a model can have",
+            f"{dtype!r} is not a type that a model can have",
             where="dtype",
             todo='give torch.bfloat16, or "auto"',
         )

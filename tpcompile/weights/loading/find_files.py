@@ -163,7 +163,7 @@ def _on_hub(
 
 
 def _refuse_foreign(names: Sequence[str], where: str) -> None:
-    """Says why files that are no safetensors are not loaded."""
+    """Says why files that are not safetensors are not loaded."""
     for name in names:
         kind = os.path.splitext(name)[1]
         if name == "adapter_model.safetensors":

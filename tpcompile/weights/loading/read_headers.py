@@ -99,9 +99,9 @@ def read_header(file: str) -> dict[str, Stored]:
         size = os.fstat(handle.fileno()).st_size
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            _refuse(f"the file is no safetensors file, or truncated ({size} bytes)", file)
+            _refuse(f"the file is not a safetensors file, or truncated ({size} bytes)", file)
         text = handle.read(length)
-    with refusing("the file's header is no JSON object", where=file, todo=_TODO):
+    with refusing("the file's header is not a JSON object", where=file, todo=_TODO):
         entries = {key: value for key, value in json.loads(text).items() if key != "__metadata__"}
     found = {key: _entry(file, key, value, 8 + length) for key, value in entries.items()}
     _check_extent(file, found, 8 + length, size)

@@ -69,13 +69,13 @@ def size_in_bytes(size: int | str) -> int:
     """A size such as ``"5GB"`` in bytes (powers of ten, as transformers has it).
 
     Raises:
-        TpCompileError: it is no size.
+        TpCompileError: it is not a size.
     """
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([a-zA-Z]*)\s*", str(size))
     found = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match is not None else 0
     if found < 1:
         raise TpCompileError(
-            f"{size!r} is no size of a file", where="max_shard_size", todo='give "5GB", or bytes'
+            f"{size!r} is not a size of a file", where="max_shard_size", todo='give "5GB", or bytes'
         )
     return found
 

@@ -86,7 +86,7 @@ def _prepare(
     """Checks what can be checked; gives the folder, the files of weights, the contents of all others."""
     if not isinstance(model, PreTrainedModel):
         raise TpCompileError(
-            f"{type(model).__name__} is no model of transformers",
+            f"{type(model).__name__} is not a model of transformers",
             where="save_pretrained",
             todo="write full_state_dict(), or use torch.distributed.checkpoint with sharded_state_dict()",
         )
