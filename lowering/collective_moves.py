@@ -68,7 +68,11 @@ def reduce_scatter(x: Tensor, group: str, dim: int, sizes: list[int], index: int
 def all_to_all(
     x: Tensor, group: str, src_dim: int, dst_dim: int, src_sizes: list[int], dst_sizes: list[int], index: int
 ) -> Tensor:
-    """Shards of `src_dim` become shards of `dst_dim`."""
+    """Shards of `src_dim` become shards of `dst_dim`.
+
+    Raises:
+        TpCompileError: both are the same dimension.
+    """
     src, dst = _normal(src_dim, x), _normal(dst_dim, x)
     if src == dst:
         raise TpCompileError(

@@ -79,7 +79,11 @@ class LocalModule:
 
 
 def local_module(inputs: list[Tensor], weights: list[Tensor], handle: str, sizes: list[int]) -> Tensor:
-    """A custom strategy's module on local tensors; autograd goes through the user's functions."""
+    """A custom strategy's module on local tensors; autograd goes through the user's functions.
+
+    Raises:
+        TpCompileError: the model that the module belongs to is gone.
+    """
     found = _LOCAL.get(handle)
     if found is None:
         raise TpCompileError(

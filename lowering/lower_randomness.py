@@ -24,7 +24,11 @@ SEED = 1 << 32
 
 
 def lower_uniform(low: Lowering, node: Node) -> Node:
-    """The local call: which elements of the whole this rank has; the seed comes in the end."""
+    """The local call: which elements of the whole this rank has; the seed comes in the end.
+
+    Raises:
+        TpCompileError: the elements cannot be numbered: a dynamic factor lies inside of a sharded one.
+    """
     like: Node = arguments(node)[0]
     placements = node.meta["placement"]
     parts: list[Any] = []

@@ -40,7 +40,11 @@ def rows_here(low: Lowering, node: Node, ids: Node, units: tuple[int, int]) -> N
 
 
 def lower_rows(low: Lowering, node: Node, choice: Choice) -> Node:
-    """A choice among this rank's experts, or a matmul of the rows that have chosen one of them."""
+    """A choice among this rank's experts, or a matmul of the rows that have chosen one of them.
+
+    Raises:
+        TpCompileError: experts are divided on one sub-axis, and within themselves on another.
+    """
     if any(s is not None and s.factor is not None and not begins_rows(s) for s in node.meta["choices"]):
         raise TpCompileError(
             "experts divided on one sub-axis and within on another are not supported",

@@ -76,7 +76,11 @@ MOVES: dict[Callable[..., Any], Callable[..., Move]] = {
 
 
 def refuse_disorder(axes: markers.Axes, now: Sequence[Placement], move: Move) -> None:
-    """Sub-axes that divide one factor do so one after the other: only the innermost may come or go."""
+    """Sub-axes that divide one factor do so one after the other: only the innermost may come or go.
+
+    Raises:
+        Unproved: they do not.
+    """
     if list(axes) != sorted(set(axes)) or not all(0 <= a < len(now) for a in axes):
         raise Unproved(f"{axes} are not sub-axes, in order, of {len(now)}")
     for place in (move.src, move.dst):

@@ -93,6 +93,31 @@ def _lines_of_code(function: ast.FunctionDef) -> int:
     return own - sum(inside)
 
 
+def test_docstrings_name_what_is_raised() -> None:
+    """Whoever calls a function reads there which errors it raises itself; private ones need no such line."""
+    unsaid = {
+        f"{path.relative_to(ROOT)}: {node.name}: {kind}"
+        for path in MODULES.values()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+        for kind in _raised_by(node)
+        if (text := ast.get_docstring(node)) and kind not in text
+    }
+    assert not unsaid
+
+
+def _raised_by(function: ast.FunctionDef) -> set[str]:
+    """The types of errors in a function's own ``raise`` statements."""
+    found, inside = set(), list(ast.iter_child_nodes(function))
+    while inside:
+        node = inside.pop()
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            found.add(ast.unparse(node.exc.func).rpartition(".")[2])
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda):
+            inside += ast.iter_child_nodes(node)
+    return {kind for kind in found - {"AssertionError"} if kind[0].isupper()}
+
+
 def test_tests_are_in_the_folder_of_their_room() -> None:
     """tests/ has a folder per room; what imports from one room alone is not in tests/whole/."""
     rooms = {_room(module) for module, path in MODULES.items() if path.name == "__init__.py"} - {"__init__"}

@@ -117,6 +117,9 @@ def bind_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] |
 
     Arguments that equal a default of None are dropped; what goes into ``*args`` is kept as one tuple
     under ``"*args"``; other keywords of ``**kwargs`` follow at the end.
+
+    Raises:
+        TpCompileError: the call does not fit the signature.
     """
     try:
         return signature_of(model).bind(args, kwargs or {})

@@ -46,6 +46,9 @@ def share_failure(
         what: they did.
         failure: this rank's error, or None.
         begun: see ``exchange``.
+
+    Raises:
+        TpCompileError: another rank has failed; this rank's own error is raised as it is.
     """
     if group is not None:
         mine = None if failure is None else f"{type(failure).__name__}: {failure}"

@@ -88,7 +88,11 @@ class State:
     def bind(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
     ) -> dict[str, Any]:
-        """The call as keyword arguments in the order of the signature."""
+        """The call as keyword arguments in the order of the signature.
+
+        Raises:
+            TpCompileError: the call does not fit the signature.
+        """
         try:
             return (entry or self).signature.bind(args, kwargs)
         except ValueError as error:

@@ -271,7 +271,11 @@ def _leaves(module: nn.Module) -> list[int]:
 
 
 def refuse_old_hooks(where: str) -> NoReturn:
-    """Refuses ``register_backward_hook``, which is about single steps of autograd."""
+    """Refuses ``register_backward_hook``, which is about single steps of autograd.
+
+    Raises:
+        TpCompileError: always.
+    """
     raise TpCompileError(
         "a hook of register_backward_hook sees steps of autograd, which are others in a sharded model",
         where=where,

@@ -33,7 +33,11 @@ class Source:
         self.whole, self.version = placing.gather(local.detach()), local._version
 
     def check(self) -> None:
-        """Refuses a tensor whose part has changed since: only all ranks together could gather it again."""
+        """Refuses a tensor whose part has changed since: only all ranks together could gather it again.
+
+        Raises:
+            TpCompileError: it has changed.
+        """
         if self.local._version != self.version:
             raise TpCompileError(
                 "a view of a sharded weight is used after the weight has changed",

@@ -90,7 +90,11 @@ class FunctionCall:
 
 
 def autograd_function(inputs: list[Tensor], sizes: list[int], key: str, elementwise: bool) -> list[Tensor]:
-    """A user's function: forward and backward are its own."""
+    """A user's function: forward and backward are its own.
+
+    Raises:
+        TpCompileError: the model that the function belongs to is gone.
+    """
     call = _CALLS.get(key)
     if call is None:
         raise TpCompileError(

@@ -175,6 +175,9 @@ class Captured:
         Args:
             flat_outputs: what the graph returned.
             bound: the call.
+
+        Raises:
+            TpCompileError: there are more or fewer outputs than the program has.
         """
         count = self.out_spec.num_leaves
         if len(flat_outputs) < count:

@@ -233,7 +233,11 @@ def is_iterator(value: Any) -> bool:
 
 
 def refuse_iterator(name: str) -> NoReturn:
-    """Refuses an iterator that forward reads."""
+    """Refuses an iterator that forward reads.
+
+    Raises:
+        CannotCapture: always.
+    """
     raise CannotCapture(
         f"the model's forward reads {name}, an iterator, which does not show where it is",
         where=name,

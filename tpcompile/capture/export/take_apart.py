@@ -121,7 +121,11 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def replacements(self, results: Any) -> list[tuple[Node, Node]]:
-        """What stands for the call's result, or for the parts of it that are used."""
+        """What stands for the call's result, or for the parts of it that are used.
+
+        Raises:
+            CannotTakeApart: the parts are used together.
+        """
         if isinstance(results, Tensor):
             return [(self.node, self._node(results))]
         parts = [user for user in self.node.users if user.target is operator.getitem]

@@ -88,7 +88,11 @@ class Selection:
         ]
 
     def refuse_regions(self, name: str) -> NoReturn:
-        """Boxes of such a parameter are not boxes of the local tensor."""
+        """Boxes of such a parameter are not boxes of the local tensor.
+
+        Raises:
+            TpCompileError: always.
+        """
         raise TpCompileError(
             f"the custom strategy {self.strategy!r} cuts the parameter in a way that checkpoints by slices "
             "(torch.distributed.checkpoint) cannot express",

@@ -98,6 +98,9 @@ class _Buckets:
         """Eliminates all variables, those with the smallest buckets first.
 
         Bucket sizes in the heap may be out of date. One that has grown goes back with its new size.
+
+        Raises:
+            OnlyInParts: the tables would be too large.
         """
         heap = [(self._width(n), i, n) for n, i in self.order.items()]
         heapq.heapify(heap)

@@ -83,7 +83,11 @@ def opaque_module(
     output_lies: str,
     summed: list[int],
 ) -> Tensor:
-    """The module as it was before it was divided: the meaning of the operator at global shapes."""
+    """The module as it was before it was divided: the meaning of the operator at global shapes.
+
+    Raises:
+        TpCompileError: the module is not being captured, does not return one tensor, or changes its buffers.
+    """
     module = _CAPTURED.get(key)
     if module is None:
         raise TpCompileError(

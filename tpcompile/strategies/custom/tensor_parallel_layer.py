@@ -71,6 +71,9 @@ class TensorParallelLayer:
             to_contiguous: whether the result is to be contiguous.
             rank: this rank's position on the mesh.
             device_mesh: the mesh, of one dimension.
+
+        Raises:
+            NotImplementedError: the strategy does not say it.
         """
         raise NotImplementedError
 
