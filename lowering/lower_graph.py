@@ -10,7 +10,6 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tpcompile.capture.export.autograd_functions import FUNCTION
-from tpcompile.capture.repeats.capture_repeated import whole_outputs
 from tpcompile.capture.repeats.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.graph_edit import drop_unused, value_of
@@ -67,7 +66,7 @@ def lower_program(
         drop_unused(local.graph)  # of the last layer, what only the others return
     seed_graph(local.graph, groups, len(work.axes))
     local.recompile()
-    update_in_place(local, whole_outputs(work.captured), _given(local.graph))
+    update_in_place(local, work.captured.whole_outputs, _given(local.graph))
     return local, outlined
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tpcompile.capture.export.captured import OutputSpec
+from tpcompile.capture.export.specs import OutputSpec
 from tpcompile.ir.torch_internals import OpOverload
 
 aten = torch.ops.aten

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
 
-from tpcompile.capture.repeats.match_periods import BLOCK, block_of
+from tpcompile.capture.repeats.blocks import BLOCK, block_of
 from tpcompile.ir.graph_edit import call_behind, with_operands
 from tpcompile.ir.markers import Placements, reshard
 from tpcompile.ir.nodes import is_tensor, operands
@@ -42,11 +41,10 @@ class InsertReshards(Pass):
         return bool(inserter.made)
 
 
-def _results_of_layers(work: Work) -> set[Node]:
+def _results_of_layers(work: Work) -> set[object]:
     """The results of the program that every layer has, such as its part of a cache."""
-    rows = work.blocks.own if work.blocks is not None else ()
-    results: Sequence[Any] = work.graph.output_node().args[0]  # type: ignore[assignment]
-    return {results[at] for _, row in rows for at in row if at >= 0}
+    shared = work.blocks.shared if work.blocks is not None else ()
+    return {work.outputs()[at] for at in shared}
 
 
 def _move_between_layers(node: Node) -> None:

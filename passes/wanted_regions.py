@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from tpcompile.capture.repeats.unroll_layers import RepeatedBlocks
+from tpcompile.capture.repeats.blocks import RepeatedBlocks
 from tpcompile.ir.markers import all_reduce
 from tpcompile.ir.names import starred
 from tpcompile.ir.nodes import is_tensor, module_path, shape

@@ -10,11 +10,10 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, Node
 
-from .capture.export.captured import Captured, InputSpec
+from .capture.export.captured import Captured
+from .capture.export.specs import InputSpec
 from .capture.held_caches import Held
-from .capture.repeats.capture_repeated import ShortCapture
-from .capture.repeats.match_periods import block_of
-from .capture.repeats.unroll_layers import RepeatedBlocks
+from .capture.repeats.blocks import RepeatedBlocks, block_of
 from .ir.layout.segment import Segment, whole_segment
 from .ir.layout.weight_layout import WeightLayout
 from .ir.names import starred
@@ -108,7 +107,7 @@ class Work:
     @property
     def blocks(self) -> RepeatedBlocks | None:
         """Which captured layers stand for others, if layers were left out."""
-        return self.captured.blocks if isinstance(self.captured, ShortCapture) else None
+        return self.captured.blocks
 
     def times(self, node: Node) -> int:
         """How many nodes of the whole program a node stands for."""

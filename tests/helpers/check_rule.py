@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tpcompile.capture.export.captured import Captured, InputSpec, OutputSpec
+from tpcompile.capture.export.captured import Captured
+from tpcompile.capture.export.specs import InputSpec, OutputSpec
 from tpcompile.ir.graph_edit import call
 from tpcompile.ir.markers import all_reduce
 from tpcompile.ir.placements import Partial, Placement, Replicate, Shard, split_evenly

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from tests.helpers import programs
-from tpcompile.capture.export.captured import OutputSpec
+from tpcompile.capture.export.specs import OutputSpec
 from tpcompile.ir.graph_edit import call
 from tpcompile.work import Work
 

@@ -22,14 +22,12 @@ from tests.on_ranks import repeated as spmd_repeated
 from tpcompile.capture.export.capture_model import capture
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.held_caches import mark_caches
+from tpcompile.capture.repeats.blocks import BLOCK, Repeat, block_of
 from tpcompile.capture.repeats.capture_repeated import (
-    ShortCapture,
     capture_repeated,
     unroll_captured,
-    whole_outputs,
 )
-from tpcompile.capture.repeats.find_repeats import Repeat, find_repeats, truncated
-from tpcompile.capture.repeats.match_periods import BLOCK, block_of
+from tpcompile.capture.repeats.find_repeats import find_repeats, truncated
 from tpcompile.capture.repeats.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import bind_call, flatten_call, leaf_names
@@ -93,8 +91,8 @@ def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(3, 100, shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def run_all(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> Any:
-    """The result of a whole captured program, in the model's own structure."""
+def run_flat(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> Any:
+    """The flat results of a whole captured program."""
     leaves, _ = flatten_call(bound)
     assert captured.accepts(leaves) is None
     tables = {
@@ -103,7 +101,12 @@ def run_all(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> Any:
         "constant": captured.constants,
     }
     weights = [tables[s.kind][s.name] for s in captured.inputs if s.kind != "user"]
-    return captured.unflatten(captured.graph_module(*weights, *leaves), bound)
+    return captured.graph_module(*weights, *leaves)
+
+
+def run_all(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> Any:
+    """The result of a whole captured program, in the model's own structure."""
+    return captured.unflatten(run_flat(captured, model, bound), bound)
 
 
 def run(captured: Captured, model: nn.Module, bound: dict[str, Any]) -> torch.Tensor:
@@ -147,7 +150,7 @@ def assert_unrolls(model: nn.Module, bound: dict[str, Any]) -> None:
     before = state_of(model)
     short = capture_repeated(model, bound, dynamic=False)
     assert state_of(model) == before
-    assert isinstance(short, ShortCapture), short.notes
+    assert short.blocks is not None, short.notes
     full, whole = capture(model, bound, dynamic=False), unroll_captured(short)
     assert whole.inputs == full.inputs
     assert whole.outputs == full.outputs
@@ -221,6 +224,8 @@ class Stack(nn.Module):
             seen.append(x)
         if self.style == "last":
             return x + seen[2]
+        if self.style in ("second", "third"):
+            return x, seen[["second", "third"].index(self.style) + 1]
         if self.style == "sums":  # each result is of two layers
             return x, *(a + b for a, b in itertools.pairwise(seen))
         return (x * scale, *seen) if self.style == "all" else x * scale
@@ -251,7 +256,7 @@ def test_a_loop_that_adds_at_open_sizes() -> None:
     model = Stack(straight)
     first, second = (bind_call(model, (torch.randn(b, 5, 8),), {}) for b in (2, 3))
     short = capture_repeated(model, first)
-    assert isinstance(short, ShortCapture), short.notes
+    assert short.blocks is not None, short.notes
     assert short.ranges and sum(s.kind == "constant" for s in short.inputs) == 1
     whole = unroll_captured(short)
     for bound in (first, second):
@@ -266,9 +271,11 @@ def test_a_loop_that_adds_at_open_sizes() -> None:
         (frozen, "", "layers.5 does not do what"),
         (late_scale, "", "layers.5 does not do what"),
         (straight, "late", "layers.7 does not do what"),
-        (straight, "length", "depend on the number of layers"),
-        (straight, "last", "depend on the number of layers"),
-        (straight, "sums", "depend on the number of layers"),
+        (straight, "length", "on the number of layers"),
+        (straight, "last", "on the number of layers"),
+        (straight, "sums", "on the number of layers"),
+        (straight, "second", "one of the layers only"),
+        (straight, "third", "one of the layers only"),
     ],
 )
 def test_falls_back(twist: Callable[[int, torch.Tensor], torch.Tensor], style: str, reason: str) -> None:
@@ -278,7 +285,7 @@ def test_falls_back(twist: Callable[[int, torch.Tensor], torch.Tensor], style: s
     before = state_of(model)
     captured = capture_repeated(model, bound, dynamic=False)
     assert state_of(model) == before
-    assert not isinstance(captured, ShortCapture)
+    assert captured.blocks is None
     assert unroll_captured(captured) is captured
     assert "captured one by one" in captured.notes[-1] and reason in captured.notes[-1]
     expected = model(**bound)
@@ -286,11 +293,54 @@ def test_falls_back(twist: Callable[[int, torch.Tensor], torch.Tensor], style: s
     torch.testing.assert_close(run(captured, model, bound), expected, rtol=0, atol=0)
 
 
+class Counting(nn.Linear):
+    """A layer that counts its calls in a tensor that it is given."""
+
+    def forward(self, x: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
+        if count is not None:
+            count.add_(1.0)
+        return torch.relu(super().forward(x))
+
+
+class Beside(nn.Module):
+    """Each layer, or the loop behind each layer, changes something that only the end of forward shows."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Counting(8, 8) for _ in range(9))
+        self.register_buffer("count", torch.ones(()))
+        self.style = style
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        decay = torch.ones(())
+        for layer in self.layers:
+            x = layer(x, self.count if self.style == "layers count" else None)
+            if self.style == "loop counts":
+                self.count.mul_(2.0)
+            if self.style == "decay":
+                decay = decay * 0.5
+        return x * decay
+
+
+@pytest.mark.parametrize("style", ["layers count", "loop counts", "decay"])
+def test_what_is_changed_beside_the_layers(style: str) -> None:
+    """As often as the model has layers, not as often as layers were captured."""
+    torch.manual_seed(0)
+    model = Beside(style)
+    bound = bind_call(model, (torch.randn(2, 8),), {})
+    captured = capture_repeated(model, bound, dynamic=False)
+    assert captured.blocks is None and "captured one by one" in captured.notes[-1]
+    mine = run_flat(captured, model, bound)
+    assert_same(mine[0], model(**bound))
+    if style != "decay":
+        assert_same(mine[1], model.count)
+
+
 # ------------------------------------------------------------- layers with inputs and results of their own
 
 
 @torch.no_grad()
-def assert_short(model: nn.Module, bound: dict[str, Any], *, dynamic: bool = False) -> ShortCapture:
+def assert_short(model: nn.Module, bound: dict[str, Any], *, dynamic: bool = False) -> Captured:
     """Layers are left out, and the unrolled program gives what the model gives, in its structure.
 
     Returned is what was captured, its graph unrolled.
@@ -299,7 +349,7 @@ def assert_short(model: nn.Module, bound: dict[str, Any], *, dynamic: bool = Fal
     before = state_of(model)
     short = capture_repeated(model, bound, dynamic=dynamic)
     assert state_of(model) == before
-    assert isinstance(short, ShortCapture), short.notes
+    assert short.blocks is not None, short.notes
     nodes = len(short.graph_module.graph.nodes)
     whole = unroll_captured(short)
     assert_same(run_all(whole, model, bound), expected)
@@ -320,7 +370,7 @@ def test_caches(kind: str, layers: int, changes: dict[str, Any]) -> None:
     short = assert_short(model, step)
     assert sum(s.kind == "user" for s in short.inputs) < len(short.user_inputs)
     assert [s.name for s in short.user_inputs] == leaf_names(step)
-    returned = {s.name for s in whole_outputs(short)} - {"logits", "past_key_values"}
+    returned = {s.name for s in short.whole_outputs} - {"logits", "past_key_values"}
     assert returned == {*leaf_names(step)} - {"input_ids"}
 
 
@@ -332,7 +382,7 @@ def test_a_cache_of_open_length() -> None:
         bind_call(model, (), {"input_ids": tokens(2, 1), "past_key_values": past}) for past in pasts
     )
     short = capture_repeated(model, first)
-    assert isinstance(short, ShortCapture), short.notes
+    assert short.blocks is not None, short.notes
     with torch.no_grad():
         expected = model(**copy.deepcopy(second))  # first: a run updates the cache that it is given
         assert_same(run_all(unroll_captured(short), model, second), expected)
@@ -342,7 +392,7 @@ def test_hidden_states() -> None:
     """All layers but the last return what they hand on; the last one's is normalised first."""
     model = tiny("llama", 6)
     short = assert_short(model, language_call(model, 2, 7) | {"output_hidden_states": True})
-    assert len(whole_outputs(short)) == 1 + 7
+    assert len(short.whole_outputs) == 1 + 7
 
 
 def test_a_loop_that_collects() -> None:
@@ -394,7 +444,7 @@ def test_a_state_of_another_layer() -> None:
     model = Stateful(wrong=6)
     bound = bind_call(model, (torch.randn(2, 5, 8), states()), {})
     captured = capture_repeated(model, bound, dynamic=False)
-    assert not isinstance(captured, ShortCapture) and "captured one by one" in captured.notes[-1]
+    assert captured.blocks is None and "captured one by one" in captured.notes[-1]
     with torch.no_grad():
         assert_same(run_all(captured, model, bound), model(**bound))
 
@@ -404,7 +454,7 @@ def test_a_state_of_another_size() -> None:
     model, given = Stateful(), states()
     given[7]["sum"] = torch.randn(2, 1, 8)
     captured = capture_repeated(model, bind_call(model, (torch.randn(2, 5, 8), given), {}), dynamic=False)
-    assert not isinstance(captured, ShortCapture)
+    assert captured.blocks is None
     assert "layers.7 takes other inputs" in captured.notes[-1]
 
 
@@ -535,7 +585,7 @@ def test_a_different_last_layer_is_kept() -> None:
 def assert_unrolls_stack(model: Stack) -> None:
     bound = bind_call(model, (torch.randn(2, 5, 8),), {})
     short = capture_repeated(model, bound, dynamic=False)
-    assert isinstance(short, ShortCapture), short.notes
+    assert short.blocks is not None, short.notes
     whole = unroll_captured(short)
     assert [s.name for s in whole.inputs if s.kind == "param"] == [n for n, _ in model.named_parameters()]
     torch.testing.assert_close(run(whole, model, bound), model(**bound), rtol=0, atol=0)
@@ -554,11 +604,11 @@ def test_truncated_restores_after_an_error() -> None:
 # ---------------------------------------------------------------------------------------------- after passes
 
 
-def linears(short: ShortCapture) -> list[Node]:
+def linears(short: Captured) -> list[Node]:
     return short.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
 
 
-def insert_identities(short: ShortCapture, *, tagged: bool, skip: int = 0) -> None:
+def insert_identities(short: Captured, *, tagged: bool, skip: int = 0) -> None:
     """Puts a multiplication by one behind every linear, as a pass would insert a collective."""
     graph = short.graph_module.graph
     for linear in linears(short)[skip:]:
@@ -571,12 +621,12 @@ def insert_identities(short: ShortCapture, *, tagged: bool, skip: int = 0) -> No
             user.replace_input_with(linear, same)
 
 
-def short_stack(depth: int) -> tuple[Stack, dict[str, Any], ShortCapture]:
+def short_stack(depth: int) -> tuple[Stack, dict[str, Any], Captured]:
     torch.manual_seed(0)
     model = Stack(straight, depth=depth)
     bound = bind_call(model, (torch.randn(2, 5, 8),), {})
     short = capture_repeated(model, bound, dynamic=False)
-    assert isinstance(short, ShortCapture), short.notes
+    assert short.blocks is not None, short.notes
     return model, bound, short
 
 

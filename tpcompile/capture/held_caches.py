@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpcompile.capture.export.captured import OutputSpec
-from tpcompile.capture.repeats.capture_repeated import ShortCapture, whole_outputs
+from tpcompile.capture.export.specs import OutputSpec
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.placements import Placement, R, Shard, split_evenly
 from tpcompile.ir.sizes import Size
@@ -132,21 +131,18 @@ def mark_caches(captured: Captured) -> Captured:
     returned = cache_leaves(captured.out_spec)
     flags = [
         spec.kind == "state" or (i < len(returned) and returned[i])
-        for i, spec in enumerate(whole_outputs(captured))
+        for i, spec in enumerate(captured.whole_outputs)
     ]
-    blocks = captured.blocks if isinstance(captured, ShortCapture) else None
+    blocks = captured.blocks
     if blocks is None:
         return replace(captured, outputs=tuple(map(_marked, captured.outputs, flags)))
-    whole = {d.output for d, flag in zip(blocks.results, flags, strict=False) if not flag}
-    short = [at not in whole and spec.kind != "buffer_mutation" for at, spec in enumerate(captured.outputs)]
-    results = tuple(
-        derived._replace(name=_given_back(derived.name)) if short[derived.output] else derived
-        for derived in blocks.results
-    )
-    return replace(  # type: ignore[call-arg]
+    whole = {derived.output for derived, flag in zip(blocks.results, flags, strict=True) if not flag}
+    short = [at not in whole for at in range(len(captured.outputs))]
+    flags = [short[derived.output] for derived in blocks.results]
+    return replace(
         captured,
         outputs=tuple(map(_marked, captured.outputs, short)),
-        blocks=replace(blocks, results=results),
+        blocks=replace(blocks, outputs=tuple(map(_marked, blocks.outputs, flags))),
     )
 
 

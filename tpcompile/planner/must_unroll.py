@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.held_caches import Held
-from tpcompile.capture.repeats.capture_repeated import ShortCapture
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.strategies.read_rules import Wish
 
@@ -25,9 +24,9 @@ def uneven_layers(
         layout: where the weights lie already, as an earlier program decided.
         caches: how tensors lie that earlier programs handed out.
     """
-    if not isinstance(captured, ShortCapture) or captured.blocks is None:
-        return None
     blocks = captured.blocks
+    if blocks is None:
+        return None
     weights = [spec.name for spec in captured.inputs if spec.kind in ("param", "buffer")]
     for kept, name in (*blocks.before(weights), *blocks.left_out(weights)):
         if _asked(wishes, kept) != _asked(wishes, name):
@@ -37,7 +36,8 @@ def uneven_layers(
             if (one.segments, one.packed_dim) != (two.segments, two.packed_dim):
                 return f"{name} lies otherwise than {kept}"
     carried = [(twin, leaf) for (twin, _), leaf in blocks.leaves.items()]
-    carried += [(captured.outputs[d.output].name, d.name) for d in blocks.results if d.copies]
+    pairs = zip(blocks.results, blocks.outputs, strict=True)
+    carried += [(captured.outputs[d.output].name, spec.name) for d, spec in pairs if d.copies]
     for kept, name in carried:
         if caches.get(kept) != caches.get(name):
             return f"{name} lies otherwise than {kept}"

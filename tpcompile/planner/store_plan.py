@@ -14,7 +14,8 @@ import torch
 from torch.fx import Node
 
 from tpcompile.capture.held_caches import Held
-from tpcompile.capture.repeats.match_periods import BLOCK, describe_value
+from tpcompile.capture.repeats.blocks import BLOCK
+from tpcompile.capture.repeats.match_periods import describe_value
 from tpcompile.ir.nodes import module_path
 from tpcompile.ir.print_graph import target_text
 from tpcompile.ir.torch_internals import OpOverload

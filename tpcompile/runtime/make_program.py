@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from tpcompile.capture.export.captured import Captured, InputSpec
+from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.size_check import size_check
+from tpcompile.capture.export.specs import InputSpec
 from tpcompile.capture.held_caches import Held, held_outputs
-from tpcompile.capture.repeats.capture_repeated import whole_outputs
 from tpcompile.compile_program import Compiled
 from tpcompile.ir.calls import OpenNumber, flatten_call
 from tpcompile.ir.layout.weight_layout import WeightLayout
@@ -152,11 +152,9 @@ def hand_out(planned: Work) -> dict[str, Held]:
     assert factors is not None, "the program must be planned"
     placements = planned.handed_out(factors)
     results = planned.outputs()
-    if planned.blocks is None:
-        every = [(spec.name, at) for at, spec in enumerate(planned.captured.outputs)]
-    else:
-        every = [(derived.name, derived.output) for derived in planned.blocks.results]
-    named = [(name, out) for name, at in every if isinstance(out := results[at], Node) and out in placements]
+    at = range(len(results)) if planned.blocks is None else [d.output for d in planned.blocks.results]
+    every = zip(planned.captured.whole_outputs, at, strict=True)
+    named = [(s.name, out) for s, i in every if isinstance(out := results[i], Node) and out in placements]
     return held_outputs(named, factors, placements)
 
 
@@ -170,11 +168,9 @@ def local_extents(compiled: Compiled, rank: int) -> Captured:
         work.sources[n].spec.name: shapes.shape(n, placements)
         for n, placements in work.given(factors).items()
     }
-    inputs, outputs = work.captured.inputs, work.captured.outputs
     if work.blocks is not None:
         local |= {leaf: local[twin] for (twin, _), leaf in work.blocks.leaves.items() if twin in local}
-        inputs = (*(spec for spec in inputs if spec.kind != "user"), *work.blocks.users)
-        outputs = whole_outputs(work.captured)
+    inputs = (*(spec for spec in work.captured.inputs if spec.kind != "user"), *work.captured.user_inputs)
 
     def adapt(spec: InputSpec) -> InputSpec:
         sizes = local.get(spec.name)
@@ -186,5 +182,5 @@ def local_extents(compiled: Compiled, rank: int) -> Captured:
         )
         return replace(spec, extents=extents)
 
-    own = {f.name: getattr(work.captured, f.name) for f in fields(Captured)}
-    return Captured(**{**own, "inputs": tuple(map(adapt, inputs)), "outputs": outputs})
+    outputs = work.captured.whole_outputs
+    return replace(work.captured, inputs=tuple(map(adapt, inputs)), outputs=outputs, blocks=None)

@@ -5,65 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from tpcompile.capture.caches.call_results import CacheState, GivenCache
+from tpcompile.capture.repeats.blocks import RepeatedBlocks
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import TreeSpec, tree_unflatten
 from tpcompile.ranks.describe import describe_value
 
 from .autograd_functions import FunctionCall
 from .outer_state import Outer
+from .specs import Extent, InputSpec, OutputSpec
 from .state_writes import StateWrite
-
-InputKind = Literal["param", "buffer", "constant", "attribute", "user"]
-OutputKind = Literal["user", "state", "attribute", "buffer_mutation"]
-Extent = int | str
-"""The size of one dimension: a number, or an expression over the program's symbols such as ``s3 + 1``."""
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """One placeholder of the graph.
-
-    Attributes:
-        kind: where its value comes from.
-        name: original fully qualified name (param, buffer, a tensor that is a plain attribute of a module
-            and is fetched anew for every call), a made-up name (constant), or the
-            pytree key path of the argument, such as ``input_ids`` or ``inputs[0]`` (user).
-        value: the python value that was baked into the graph, for a user input that is not a tensor.
-        extents: the sizes that a user tensor must have; None if the input is not a tensor.
-    """
-
-    kind: InputKind
-    name: str
-    value: Any = None
-    extents: tuple[Extent, ...] | None = None
-
-
-@dataclass(frozen=True)
-class OutputSpec:
-    """One element of the graph's flat output tuple.
-
-    Attributes:
-        kind: a result for the user, the state that the call leaves in a cache that it was given, what it
-            leaves in an attribute, or the new value of a mutated buffer.
-        name: the mutated buffer's fully qualified name, or the pytree key path of the result, or of the
-            cache's tensor in the arguments.
-        value: the python value, for a result that is not a tensor (its graph output is that constant), or a
-            ``GivenCache`` where a cache of the caller's is returned (its graph output is None).
-        divided: the result belongs to a cache, which stays divided: it is handed back as it lies.
-        in_place: the model has written this state into the tensor that it was given.
-    """
-
-    kind: OutputKind
-    name: str
-    value: Any = None
-    divided: bool = False
-    in_place: bool = False
 
 
 @dataclass
@@ -89,6 +45,8 @@ class Captured:
         baked: tensors of python state whose values are in the graph; None: any may be.
         writes: what the call leaves in python state; its tensors are the results of kind "attribute".
         functions: the user's autograd functions that the graph calls, by their keys there.
+        blocks: which layers of the graph stand for others that are left out; ``inputs`` and ``outputs`` are
+            those of the graph, the structures those of the whole call and its result.
     """
 
     graph_module: GraphModule
@@ -106,11 +64,19 @@ class Captured:
     baked: tuple[torch.Tensor, ...] | None = None
     writes: tuple[StateWrite, ...] = ()
     functions: dict[str, FunctionCall] = field(default_factory=dict)
+    blocks: RepeatedBlocks | None = None
 
     @property
     def user_inputs(self) -> tuple[InputSpec, ...]:
         """The inputs that a call brings, in the order of the flattened call."""
+        if self.blocks is not None:
+            return self.blocks.users
         return tuple(spec for spec in self.inputs if spec.kind == "user")
+
+    @property
+    def whole_outputs(self) -> tuple[OutputSpec, ...]:
+        """The results of the whole program."""
+        return self.outputs if self.blocks is None else self.blocks.outputs
 
     def constant_lines(self) -> list[str]:
         """The constants as text: each one's name and form, and a hash of its values."""

@@ -14,11 +14,11 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import call_model
 from tpcompile.ir.torch_internals import TreeSpec, is_alias_of, tree_unflatten
 
-from .captured import OutputKind
 from .dynamic_dims import Attempt, Place
 from .flatten_program import PREFIX, UserResult
 from .outer_state import Outer, unchanged_outside
 from .python_state import PythonState, hooked, recorded_reads
+from .specs import OutputKind
 from .state_writes import TRACED, StateWrite, collect_writes
 from .switch_experts import install_output_hooks
 

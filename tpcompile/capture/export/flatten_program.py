@@ -18,8 +18,8 @@ from tpcompile.errors import CannotCapture, TpCompileError
 from tpcompile.ir.module_tensors import first_names
 from tpcompile.ir.torch_internals import FakeTensor
 
-from .captured import InputSpec, OutputKind, OutputSpec
 from .read_guards import to_python
+from .specs import InputSpec, OutputKind, OutputSpec
 
 PREFIX = "model"
 """The attribute under which the captured wrapper holds the model; stripped from every name."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from .blocks import Repeat
 from .cut_run import NotRepeated, Place, Regions, atoms
-from .find_repeats import Repeat
-from .record_run import Input
+from .record_run import Input, Ref
 
 
 @dataclass
@@ -48,13 +49,15 @@ class Leaves:
         return found
 
 
-def assign_leaves(regions: Regions, facts: Mapping[int, str], idle: Mapping[int, Place]) -> Leaves:
-    """Find the leaves that a single period uses.
+def assign_leaves(regions: Regions, facts: Mapping[int, str], names: Sequence[str]) -> Leaves:
+    """Find the leaves that a single period uses; one that no operator uses goes by the result of its name.
+
+    That is a cache's way: what comes in under a name goes out, changed, under the same name.
 
     Args:
         regions: the run of the whole model.
         facts: shape and type of every tensor among the leaves.
-        idle: periods of leaves that no operator uses (only their sizes are read).
+        names: the names of all leaves.
     """
     uses: dict[int, set[Place]] = {}
     for event, (place, _) in zip(regions.run.events, regions.places, strict=True):
@@ -66,7 +69,22 @@ def assign_leaves(regions: Regions, facts: Mapping[int, str], idle: Mapping[int,
         place = next(iter(places))
         if len(places) == 1 and place.repeat >= 0:
             owned.setdefault(place, []).append(leaf)
-    for leaf, place in idle.items():
-        if leaf not in uses:
-            owned.setdefault(place, []).append(leaf)
+    leaves = Leaves(owned, dict(facts))
+    results = zip(regions.run.names, regions.run.results, strict=True)
+    made = {name: period_of(token, regions, leaves) for name, token in results}
+    for leaf in facts:
+        owner = made.get(names[leaf])
+        if leaf not in uses and owner is not None:
+            owned.setdefault(owner, []).append(leaf)
     return Leaves(owned, dict(facts))
+
+
+def period_of(token: Any, regions: Regions, leaves: Leaves) -> Place | None:
+    """The only period whose tensors are in a token, if there is one and nothing else is."""
+    places = {
+        regions.places[atom.event][0] if isinstance(atom, Ref) else leaves.owner.get(atom.leaf)
+        for atom in atoms(token)
+        if isinstance(atom, (Ref, Input))
+    }
+    place = places.pop() if len(places) == 1 else None
+    return place if place is not None and place.repeat >= 0 else None

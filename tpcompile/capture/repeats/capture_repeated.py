@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from operator import attrgetter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,49 +13,22 @@ from torch.fx import Graph, Node
 
 from tpcompile.capture.caches.register import register_cache_support
 from tpcompile.capture.export.capture_model import capture
-from tpcompile.capture.export.captured import Captured, InputSpec, OutputSpec
+from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.dynamic_dims import Dims
 from tpcompile.capture.export.fake_model import capture_device
+from tpcompile.capture.export.specs import InputSpec, OutputSpec
 from tpcompile.capture.export.switch_experts import exportable_experts
 from tpcompile.ir.calls import flatten_call, leaf_names
 from tpcompile.ir.graph_edit import drop_unused
 
+from .blocks import BLOCK, Block, Derived, Repeat, RepeatedBlocks, block_of
 from .cut_run import NotRepeated
-from .find_repeats import Repeat, find_repeats, truncated
-from .match_periods import BLOCK, Block, match_periods, tag_nodes, tag_tail
-from .unroll_layers import Rename, RepeatedBlocks, unroll
+from .find_repeats import find_repeats, truncated
+from .match_periods import match_periods, tag_nodes, tag_tail
+from .unroll_layers import Rename, unroll
 from .verify_layers import Evidence, compare_layers
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class ShortCapture(Captured):
-    """A program in which the last captured period of layers stands for all that follow.
-
-    ``inputs`` and ``outputs`` are those of its graph; the structures are those of the whole call and result.
-
-    Attributes:
-        blocks: which layers; None once they are unrolled.
-    """
-
-    blocks: RepeatedBlocks | None = None
-
-    @property
-    def user_inputs(self) -> tuple[InputSpec, ...]:
-        """The inputs that a call of the whole program brings."""
-        return self.blocks.users if self.blocks is not None else super().user_inputs
-
-
-def whole_outputs(captured: Captured) -> tuple[OutputSpec, ...]:
-    """The results of the whole program, whether or not layers are left out of the captured one."""
-    if not isinstance(captured, ShortCapture) or captured.blocks is None:
-        return captured.outputs
-    specs = [
-        replace(captured.outputs[derived.output], name=derived.name, value=derived.value)
-        for derived in captured.blocks.results
-    ]
-    return (*specs, *captured.outputs[captured.blocks.returned :])
 
 
 def capture_repeated(
@@ -68,9 +40,9 @@ def capture_repeated(
 ) -> Captured:
     """Capture ``model`` like ``capture``, but with three periods of each list of repeated layers.
 
-    The result is a ``ShortCapture``; ``unroll_captured`` makes the whole program of it. A layer may have
+    The result says so in its ``blocks``; ``unroll_captured`` makes the whole program of it. A layer may have
     tensors of the call and of the result for itself (caches, hidden states). Where the layers turn out not
-    to repeat, all of them are captured, the result is an ordinary ``Captured``, and a note says why.
+    to repeat, all of them are captured, and a note says why.
     """
     repeats = find_repeats(model)
     if not repeats:
@@ -92,7 +64,7 @@ def _capture_short(
     repeats: list[Repeat],
     dynamic: bool | Mapping[str, Dims],
     device: torch.device | str | None,
-) -> ShortCapture:
+) -> Captured:
     register_cache_support()  # it decides what the leaves are
     leaves, in_spec = flatten_call(bound)
     target = torch.device(device) if device is not None else capture_device(model, leaves)
@@ -106,26 +78,43 @@ def _capture_short(
     names = leaf_names(bound)
     owned = {names[i]: Block(*place) for i, place in evidence.leaves.owner.items() if i not in twins}
     graph = captured.graph_module.graph
-    tag_nodes(graph, captured.inputs, repeats, owned)
+    _refuse_loose(captured, tag_nodes(graph, captured.inputs, repeats, owned))
     captured.inputs = tuple(_of_all_layers(spec, repeats) for spec in captured.inputs)
     _share_constants(captured)
     _share_sizes(graph)
-    _arrange_results(captured, repeats, evidence)
+    outputs, results = _arrange_results(captured, repeats, evidence)
     captured.graph_module.recompile()
+    for number, repeat in enumerate(repeats):
+        match_periods(graph, number, repeat.kept - 1)
     blocks = RepeatedBlocks(
         tuple(repeats),
-        evidence.recipe.results,
-        evidence.recipe.own,
-        len(evidence.recipe.outputs),
         _user_leaves(captured, leaves, names, twins),
+        outputs,
+        results,
+        frozenset(evidence.recipe.shared),
         {(names[twin], copies): names[leaf] for leaf, (twin, copies) in evidence.twins.items()},
     )
-    for number, repeat in enumerate(repeats):
-        blocks.match(graph, number, repeat.kept - 1)
-    own = {f.name: getattr(captured, f.name) for f in fields(Captured)}
-    whole = {"out_spec": evidence.out_spec, "states": evidence.states}
-    whole |= {"reads": evidence.reads, "outer": evidence.outer, "writes": evidence.writes, "baked": None}
-    return ShortCapture(**{**own, **whole}, blocks=blocks)
+    run = evidence.whole
+    assert run.out_spec is not None
+    whole = replace(captured, out_spec=run.out_spec, states=run.states, blocks=blocks)
+    return replace(whole, reads=frozenset(run.reads), outer=run.outer, writes=run.writes, baked=None)
+
+
+def _refuse_loose(captured: Captured, inside: Sequence[Node]) -> None:
+    """Refuses what the loop computes beside its layers, and what they write: it would come too seldom."""
+    spans: dict[int, list[Node]] = {}
+    for node in inside:
+        spans.setdefault(node.meta[BLOCK].repeat, []).append(node)
+    for first, *_, last in spans.values():
+        node = first
+        while node is not last:
+            if BLOCK not in node.meta and isinstance(node.meta.get("val"), torch.Tensor):
+                raise NotRepeated(f"something runs between layers ({node.target}) that none of them uses")
+            node = node.next
+    results: Any = captured.graph_module.graph.output_node().args[0]
+    for spec, value in zip(captured.outputs, results, strict=True):
+        if spec.kind == "buffer_mutation" and BLOCK in value.meta:
+            raise NotRepeated(f"layers write into {spec.name}")
 
 
 def _of_all_layers(spec: InputSpec, repeats: Sequence[Repeat]) -> InputSpec:
@@ -142,36 +131,49 @@ def _user_leaves(
     return tuple(replace(specs[names[twins.get(i, i)]], name=names[i]) for i in range(len(leaves)))
 
 
-def _arrange_results(captured: Captured, repeats: Sequence[Repeat], evidence: Evidence) -> None:
-    """Makes the graph's results those that the whole program's follow from."""
+def _arrange_results(
+    captured: Captured, repeats: Sequence[Repeat], evidence: Evidence
+) -> tuple[tuple[OutputSpec, ...], tuple[Derived, ...]]:
+    """Makes the graph's results those that the whole program's follow from.
+
+    Returns:
+        The whole program's results, and how each of them follows.
+    """
     graph, recipe = captured.graph_module.graph, evidence.recipe
     output = graph.output_node()
     specs = [spec for spec in captured.outputs if spec.kind in ("user", "state")]
-    if tuple(spec.name for spec in specs) != evidence.short_names or captured.out_spec != evidence.short_spec:
+    short = evidence.short
+    if tuple(spec.name for spec in specs) != short.names or captured.out_spec != short.out_spec:
         raise NotRepeated("the exported model returns something else than the model that ran")
-    for at, place in recipe.tails:
-        tag_tail(graph, recipe.outputs[at], Block(*place))
     given: tuple[Any, ...] = output.args[0]  # type: ignore[assignment]
-    results = [given[n] for n in recipe.outputs if n >= 0]
-    output.args = ((*results, *given[len(specs) :]),)
-    kept = [specs[n if n >= 0 else ~n] for n in recipe.outputs]
-    added: dict[int, Node] = {}
-    for number, repeat in enumerate(repeats):
-        rows = [row for which, row in recipe.own if which == number]
-        new = [row for row in rows if recipe.outputs[row[-1]] < 0]
-        if new:
-            known = [row for row in rows if row not in new] + [(*row[:-1], -1) for row in new]
-            pairs = match_periods(graph, number, repeat.kept - 1, known).pairs
-            added.update({row[-1]: pairs[results[row[-2]]] for row in new})
-    results += [added[at] for at in sorted(added)]
+    for at, place in recipe.shared.items():
+        if recipe.outputs[at] >= 0:
+            tag_tail(given[recipe.outputs[at]], Block(*place))
+    results, kept = [], []
+    for at, n in enumerate(recipe.outputs):
+        value = given[n if n >= 0 else ~n]
+        if n < 0:
+            repeat, period = recipe.shared[at]
+            value = match_periods(graph, repeat, period).pairs[value]
+        block = block_of(value) if isinstance(value, Node) and at not in recipe.shared else None
+        if block is not None and block.period == repeats[block.repeat].kept - 2:
+            raise NotRepeated(f"the result {specs[n].name} comes from one of the layers only")
+        results.append(value)
+        kept.append(specs[n if n >= 0 else ~n])
+    run = evidence.whole
+    triples = list(zip(recipe.results, run.names, run.values, strict=True))
+    whole = [replace(kept[derived.output], name=name, value=value) for derived, name, value in triples]
     # A name is that of the first of the whole program's results that a captured one stands for.
-    for derived in sorted(recipe.results, key=attrgetter("copies"), reverse=True):
-        kept[derived.output] = replace(kept[derived.output], name=derived.name)
+    for derived, name, _ in sorted(triples, key=lambda triple: triple[0].copies, reverse=True):
+        kept[derived.output] = replace(kept[derived.output], name=name)
     values = (*results, *given[len(specs) :])
     output.args = (values,)
     output.meta["val"] = tuple(v.meta.get("val") if isinstance(v, Node) else v for v in values)
-    captured.outputs = (*kept, *captured.outputs[len(specs) :])
+    mutations = captured.outputs[len(specs) :]
+    captured.outputs = (*kept, *mutations)
     drop_unused(graph)
+    added = [Derived(at) for at in range(len(kept), len(captured.outputs))]
+    return (*whole, *mutations), (*recipe.results, *added)
 
 
 def _share_sizes(graph: Graph) -> None:
@@ -216,11 +218,11 @@ def _same(one: torch.Tensor, two: torch.Tensor) -> bool:
 
 
 def unroll_captured(captured: Captured) -> Captured:
-    """Return the whole program; the graph is changed in place. An ordinary ``Captured`` comes back as is.
+    """Return the whole program; the graph is changed in place. A whole one comes back as it is.
 
     The new weights stand where the model's own order has them.
     """
-    if not isinstance(captured, ShortCapture) or captured.blocks is None:
+    if captured.blocks is None:
         return captured
     graph = captured.graph_module.graph
     placeholders = graph.find_nodes(op="placeholder")
@@ -237,7 +239,6 @@ def unroll_captured(captured: Captured) -> Captured:
         specs[copy] = replace(spec, name=name)
         return copy
 
-    outputs = whole_outputs(captured)
     unroll(graph, captured.blocks, new_param)
     users = {spec.name: node for node, spec in specs.items() if spec.kind == "user"}
     body = next(node for node in graph.nodes if node.op != "placeholder")
@@ -246,7 +247,7 @@ def unroll_captured(captured: Captured) -> Captured:
     graph.lint()
     captured.graph_module.recompile()
     inputs = tuple(specs[node] for node in graph.find_nodes(op="placeholder"))
-    return replace(captured, inputs=inputs, outputs=outputs, blocks=None)
+    return replace(captured, inputs=inputs, outputs=captured.whole_outputs, blocks=None)
 
 
 def _followers(specs: list[tuple[Node, InputSpec]]) -> dict[tuple[int, str], Node]:

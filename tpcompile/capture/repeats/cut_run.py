@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .find_repeats import Repeat
+from .blocks import Repeat
 from .record_run import Mark, Run
 
 
@@ -30,7 +30,6 @@ class Regions:
         run: the run.
         spans: the events of every place, in the order of the run.
         places: per event, where it stands and at which position there.
-        end: the stretch behind the last list, in which the result is made and taken apart.
     """
 
     def __init__(self, repeats: Sequence[Repeat], run: Run) -> None:
@@ -50,8 +49,7 @@ class Regions:
                 self.spans[Place(number, period)] = range(begin, stop)
                 begin = stop
             at = begin
-        self.end = Place(-1, len(cuts))
-        self.spans[self.end] = range(at, len(run.events))
+        self.spans[Place(-1, len(cuts))] = range(at, len(run.events))
         self.places = [(place, event - span.start) for place, span in self.spans.items() for event in span]
 
     def last(self, repeat: int) -> int:

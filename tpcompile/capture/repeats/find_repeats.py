@@ -2,69 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from torch import nn
 
+from .blocks import KEPT, Repeat
 from .layer_fingerprint import fingerprints, weight_owners
 
-KEPT = 3
-"""Periods that stay: two to compare, and before them one that may see other inputs than all others do."""
 _FEWEST_DROPPED = 2
 _LONGEST_PERIOD = 16
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """A list of layers, some of which repeat: ``first`` others, ``count`` periods, and perhaps a rest.
-
-    Attributes:
-        path: the name of the ``nn.ModuleList`` or ``nn.Sequential``.
-        first: the index of the first layer of the periodic part.
-        period: layers per period (2 where two kinds alternate).
-        count: periods in the model.
-        kept: periods that are captured; the last of them stands for the rest.
-    """
-
-    path: str
-    first: int
-    period: int
-    count: int
-    kept: int = KEPT
-
-    @property
-    def copies(self) -> int:
-        """How many periods are left out."""
-        return self.count - self.kept
-
-    @property
-    def dropped(self) -> range:
-        """The indices of the layers that are left out."""
-        return range(self.first + self.kept * self.period, self.first + self.count * self.period)
-
-    def layer_of(self, name: str) -> int | None:
-        """Return the index of the layer to which a module or parameter belongs, None if to no layer here."""
-        prefix = self.path + "." if self.path else ""
-        atom = name[len(prefix) :].split(".")[0] if name.startswith(prefix) else ""
-        return int(atom) if atom.isdecimal() else None
-
-    def period_of(self, name: str) -> int | None:
-        """Return the number of the period to which a module or parameter belongs."""
-        index = self.layer_of(name)
-        if index is None or not self.first <= index < self.first + self.period * self.count:
-            return None
-        return (index - self.first) // self.period
-
-    def shifted(self, name: str, periods: int) -> str:
-        """Return the name of the same thing some periods later; names outside of the periods stay."""
-        if self.period_of(name) is None:
-            return name
-        start = len(self.path) + 1 if self.path else 0
-        moved = re.sub(r"^\d+", lambda m: str(int(m[0]) + periods * self.period), name[start:])
-        return name[:start] + moved
 
 
 def find_repeats(model: nn.Module) -> list[Repeat]:

@@ -4,34 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from tpcompile.capture.export.captured import InputSpec
+from tpcompile.capture.export.specs import InputSpec
 from tpcompile.errors import TpCompileError
 from tpcompile.ir import random_numbers as _registers_the_operator  # noqa: F401
 
-from .find_repeats import Repeat
+from .blocks import BLOCK, Block, Repeat, block_of
 
 _UNIFORM = torch.ops.tpcompile.uniform.default
-
-BLOCK = "block"
-"""The key in ``node.meta`` under which a node's ``Block`` is; nodes outside of the periods have none."""
-
-
-class Block(NamedTuple):
-    """A period of repeated layers: the number of the repeat, and of the period in it."""
-
-    repeat: int
-    period: int
-
-
-def block_of(node: Node) -> Block | None:
-    """Return the period that a node belongs to."""
-    found = node.meta.get(BLOCK)
-    return None if found is None else Block(*found)
 
 
 def tag_nodes(
@@ -39,7 +23,7 @@ def tag_nodes(
     inputs: Sequence[InputSpec],
     repeats: Sequence[Repeat],
     leaves: Mapping[str, Block] | None = None,
-) -> None:
+) -> list[Node]:
     """Write on every node which period it belongs to: by its name or its module, else by data flow.
 
     Args:
@@ -47,6 +31,9 @@ def tag_nodes(
         inputs: what its placeholders are.
         repeats: the lists of layers.
         leaves: inputs of the call that are a period's own, by name.
+
+    Returns:
+        The calls that were made inside of layers.
     """
     for node, spec in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
         if spec.kind in ("param", "buffer"):
@@ -57,7 +44,9 @@ def tag_nodes(
         if node.op not in ("placeholder", "output"):
             stack = node.meta.get("nn_module_stack") or {}
             _tag(node, [entry[0] for entry in stack.values()], repeats)
+    inside = [node for node in graph.nodes if BLOCK in node.meta and node.op != "placeholder"]
     tag_by_flow(graph, len(repeats))
+    return inside
 
 
 def _tag(node: Node, names: Sequence[str], repeats: Sequence[Repeat]) -> None:
@@ -68,19 +57,17 @@ def _tag(node: Node, names: Sequence[str], repeats: Sequence[Repeat]) -> None:
             return
 
 
-def tag_tail(graph: Graph, result: int, block: Block) -> None:
-    """Tag what only leads from a period to one of the graph's results, by the result's position.
+def tag_tail(result: Any, block: Block) -> None:
+    """Tag what only leads from a period to one of the graph's results.
 
-    A cache may be taken apart behind the last layer; what that needs of one layer belongs to it.
+    A cache is taken apart behind the last layer; what that needs of one layer belongs to it.
     """
-    output = graph.output_node()
-    value = output.args[0][result]  # type: ignore[index]
-    tagged: set[Node] = {output}
-    waiting = [value] if isinstance(value, Node) else []
+    tagged: set[Node] = set()
+    waiting = [result] if isinstance(result, Node) else []
     while waiting:
         node = waiting.pop()
         free = node.op == "call_function" and BLOCK not in node.meta
-        if free and all(user in tagged for user in node.users):
+        if free and all(user in tagged or user.op == "output" for user in node.users):
             node.meta[BLOCK] = block
             tagged.add(node)
             waiting.extend(node.all_input_nodes)
@@ -147,27 +134,24 @@ class Match:
     calls: list[Node] = field(default_factory=list)
 
 
-def match_periods(graph: Graph, number: int, period: int, own: Sequence[Sequence[int]] = ()) -> Match:
+def match_periods(graph: Graph, number: int, period: int) -> Match:
     """Match a period with the one before it.
 
     Args:
         graph: a tagged graph.
         number: which list of layers.
         period: the later of the two periods.
-        own: results of the graph that every period has: for each its position by period, -1 for none.
 
     Raises:
         TpCompileError: they compute different things, or the layers before hand results to something
             other than the next period, so that they cannot be repeated.
     """
-    return _Matcher(graph, number, period, own).match()
+    return _Matcher(graph, number, period).match()
 
 
 class _Matcher:
-    def __init__(self, graph: Graph, number: int, period: int, own: Sequence[Sequence[int]]) -> None:
+    def __init__(self, graph: Graph, number: int, period: int) -> None:
         self.earlier, self.later = Block(number, period - 1), Block(number, period)
-        self.results: tuple[Any, ...] = graph.output_node().args[0]  # type: ignore[assignment]
-        self.own = [(row[period - 1], row[period]) for row in own]
         self.members: dict[Block, list[Node]] = {}
         for node in graph.nodes:
             if (block := block_of(node)) is not None:
@@ -188,7 +172,6 @@ class _Matcher:
         if len(calls[self.earlier]) != len(calls[self.later]):
             counts = f"{len(calls[self.earlier])} and {len(calls[self.later])}"
             raise self.error(f"they have {counts} nodes", None)
-        self.compare_results()
         for one, two in zip(weights[self.earlier], weights[self.later], strict=True):
             if one not in self.result.pairs and two not in self.taken and not one.users and not two.users:
                 self.pair(one, two)
@@ -207,11 +190,6 @@ class _Matcher:
         if describe_value(one.meta.get("val")) != describe_value(two.meta.get("val")):
             raise self.error(f"{one} and {two} have different shapes or types", two)
         self.pair(one, two)
-
-    def compare_results(self) -> None:
-        for one, two in self.own:
-            if one >= 0 and two >= 0 and not self.equal(self.results[one], self.results[two]):
-                raise self.error(f"they return {self.results[one]} and {self.results[two]}", None)
 
     def pair(self, one: Node, two: Node) -> None:
         self.result.pairs[one] = two
@@ -251,23 +229,14 @@ class _Matcher:
         return one is two and one_block != self.later
 
     def refuse_leaks(self, ours: dict[Block, list[Node]]) -> None:
-        for node in ours[self.earlier]:
-            allowed = (self.earlier,) if node.op == "placeholder" else (self.earlier, self.later)
-            for user in node.users:
-                if block_of(user) not in allowed and not self.returned(node, user, 0):
-                    raise self.error(f"{node} of the earlier one is also used by {user}", node)
-        for node in ours[self.later]:
-            if node.op == "placeholder":
-                for user in node.users:
-                    if block_of(user) != self.later and not self.returned(node, user, 1):
-                        raise self.error(f"the input {node} is also used by {user}", node)
-
-    def returned(self, node: Node, user: Node, which: int) -> bool:
-        """Whether a node is used as a result that every period has."""
-        positions = {row[which] for row in self.own}
-        return user.op == "output" and all(
-            position in positions for position, value in enumerate(self.results) if value is node
-        )
+        """What goes elsewhere than to its period and the next, results of the program apart."""
+        for block, nodes in ours.items():
+            for node in nodes:
+                allowed = (block,) if node.op == "placeholder" else (self.earlier, self.later)
+                checked = node.op == "placeholder" or block == self.earlier
+                for user in node.users if checked else ():
+                    if block_of(user) not in allowed and user.op != "output":
+                        raise self.error(f"{node} is also used by {user}", node)
 
     def error(self, what: str, node: Node | None) -> TpCompileError:
         stack = list((node.meta.get("nn_module_stack") or {}).values()) if node is not None else []

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from .blocks import Derived, Repeat
 from .cut_run import NotRepeated, Place
-from .find_repeats import Repeat
-from .trace_results import Form, Results
 
 
-class Derived(NamedTuple):
-    """A result of the whole model: a result of the truncated one, some periods later.
+class Seen(NamedTuple):
+    """A result as it can be compared.
 
     Attributes:
-        output: the truncated model's result, by its position in ``Recipe.outputs``.
-        repeat: the list of layers that it comes from, -1 if from none in particular.
-        copies: how many periods later.
         name: its key path.
         value: itself, if it is not a tensor.
+        absolute: equal for equal results of two runs.
+        period: the only period that it is of, if there is one.
+        relative: equal for what corresponds in two periods.
     """
 
-    output: int
-    repeat: int
-    copies: int
     name: str
-    value: Any = None
+    value: Any
+    absolute: Any
+    period: Place | None
+    relative: Any
 
 
 @dataclass(frozen=True)
@@ -38,106 +37,67 @@ class Recipe:
             stands for others which the truncated model does not return come last, as ``~n``: what
             corresponds to result n one period later.
         results: the whole model's results.
-        own: per result that every period has, its position in ``outputs`` per kept period (-1 for none).
-        tails: positions in ``outputs`` that are computed from one period behind the last layer, with it.
+        shared: of what every period returns, the positions in ``outputs``, with the period of each.
     """
 
     outputs: tuple[int, ...]
     results: tuple[Derived, ...]
-    own: tuple[tuple[int, tuple[int, ...]], ...]
-    tails: tuple[tuple[int, Place], ...]
+    shared: dict[int, Place]
 
 
-def match_results(repeats: Sequence[Repeat], short: Results, full: Results) -> Recipe:
+def match_results(repeats: Sequence[Repeat], short: Sequence[Seen], full: Sequence[Seen]) -> Recipe:
     """Find for every result of the full run where it comes from in the truncated one.
 
+    Args:
+        repeats: the lists of layers.
+        short: the results of the truncated run.
+        full: those of the full run.
+
     Raises:
-        NotRepeated: for some there is no such place, or what runs behind the last layer differs.
+        NotRepeated: for some there is no such place.
     """
-    return _Matcher(repeats, short, full).match()
+    numbers = {(seen.period, seen.relative): n for n, seen in reversed([*enumerate(short)])}
+    found = [_inner(repeats, numbers, seen) or _outer(repeats, short, seen) for seen in full]
+    every = {
+        (d.repeat, seen.relative) for d, seen in zip(found, full, strict=True) if _between(repeats, seen)
+    }
+    shared = {n: place for (place, form), n in numbers.items() if place and (place.repeat, form) in every}
+    shared |= {d.output: Place(d.repeat, repeats[d.repeat].kept - 1) for d in found if d.output < 0}
+    # The truncated model's own come first, in their order.
+    outputs = sorted({*shared, *(d.output for d in found)}, key=lambda n: (n < 0, abs(n)))
+    at = {n: position for position, n in enumerate(outputs)}
+    results = tuple(d._replace(output=at[d.output]) for d in found)
+    return Recipe(tuple(outputs), results, {at[n]: place for n, place in shared.items()})
 
 
-class _Matcher:
-    def __init__(self, repeats: Sequence[Repeat], short: Results, full: Results) -> None:
-        self.repeats, self.short, self.full = repeats, short, full
-        self.whole: dict[int, list[int]] = {}
-        self.part: dict[tuple[Place, int], int] = {}
-        for i, form in enumerate(short.forms):
-            self.whole.setdefault(form.absolute, []).append(i)
-            if form.period is not None:
-                self.part.setdefault((form.period, form.relative), i)
-        self.own: dict[tuple[int, int], int] = {}
+def _between(repeats: Sequence[Repeat], seen: Seen) -> bool:
+    """Whether a result is of one of the periods that the last kept one stands for, the very last apart."""
+    if seen.period is None:
+        return False
+    repeat = repeats[seen.period.repeat]
+    return repeat.kept - 1 <= seen.period.period < repeat.count - 1
 
-    def match(self) -> Recipe:
-        found = [self._inner(i, form) or self._outer(i, form) for i, form in enumerate(self.full.forms)]
-        inner = [i for i, form in enumerate(self.full.forms) if self._between(form)]
-        numbers = {n for n, *_ in found}
-        kept = {n for n in numbers if n >= 0} | self._of_periods()
-        added = sorted((n for n in numbers if n < 0), reverse=True)
-        idle = [i for i in range(len(self.short.forms)) if i not in kept]
-        if self.short.rest(idle) != self.full.rest(inner):
-            raise NotRepeated("what runs behind the layers depends on their number")
-        return self._recipe(found, (*sorted(kept), *added))
 
-    def _recipe(self, found: list[tuple[int, int, int]], outputs: tuple[int, ...]) -> Recipe:
-        at = {n: position for position, n in enumerate(outputs)}
-        run = self.full.regions.run
-        results = [
-            Derived(at[n], repeat, copies, run.names[i], run.values[i])
-            for i, (n, repeat, copies) in enumerate(found)
-        ]
-        own, tails = [], []
-        for (repeat, relative), last in self.own.items():
-            periods = range(self.repeats[repeat].kept - 1)
-            numbers = [self.part.get((Place(repeat, p), relative)) for p in periods]
-            own.append(
-                (repeat, tuple([*(at.get(n, -1) if n is not None else -1 for n in numbers), at[last]]))
-            )
-            for period, n in enumerate([*numbers, last]):
-                if n is not None and n >= 0 and not self.short.forms[n].direct:
-                    tails.append((at[n], Place(repeat, period)))
-        return Recipe(outputs, tuple(results), tuple(own), tuple(tails))
+def _inner(repeats: Sequence[Repeat], numbers: Mapping[Any, int], seen: Seen) -> Derived | None:
+    place = seen.period
+    if place is None or not _between(repeats, seen):
+        return None
+    kept = repeats[place.repeat].kept
+    earlier = numbers.get((Place(place.repeat, kept - 2), seen.relative))
+    if earlier is None:
+        raise NotRepeated(f"the result {seen.name} comes from one of the layers only")
+    number = numbers.get((Place(place.repeat, kept - 1), seen.relative), ~earlier)
+    return Derived(number, place.repeat, place.period - kept + 1)
 
-    def _of_periods(self) -> set[int]:
-        """The truncated model's results that all periods have."""
-        return {n for (place, form), n in self.part.items() if (place.repeat, form) in self.own}
 
-    def _between(self, form: Form) -> bool:
-        """Whether a result comes from one period that the truncated model's last one stands for."""
-        place = form.period
-        if place is None or not 0 <= place.repeat < len(self.repeats):
-            return False
-        repeat = self.repeats[place.repeat]
-        return repeat.kept - 1 <= place.period < repeat.count - 1
-
-    def _inner(self, i: int, form: Form) -> tuple[int, int, int] | None:
-        """A result of one of the periods that the last kept one stands for, the very last apart."""
-        if not self._between(form):
-            return None
-        place = form.period
-        assert place is not None
-        kept = self.repeats[place.repeat].kept
-        number = self.part.get((Place(place.repeat, kept - 1), form.relative))
-        earlier = self.part.get((Place(place.repeat, kept - 2), form.relative))
-        if earlier is None or (number is None and not form.direct):
-            raise NotRepeated(
-                f"the result {self.full.regions.run.names[i]} comes from one of the layers only"
-            )
-        number = ~earlier if number is None else number
-        self.own[place.repeat, form.relative] = number
-        return number, place.repeat, place.period - kept + 1
-
-    def _outer(self, i: int, form: Form) -> tuple[int, int, int]:
-        """A result of the rest of the model, or of a period that is there in both."""
-        run, mine = self.full.regions.run, self.short.regions.run
-        candidates = self.whole.get(form.absolute, [])
-        named = [n for n in candidates if mine.names[n] == run.names[i]]
-        number = isinstance(run.values[i], (int, float)) and not isinstance(run.values[i], bool)
-        if not candidates or (number and not named):
-            raise NotRepeated("the results depend on the number of layers")
-        place = form.period
-        if place is None:
-            return (named or candidates)[0], -1, 0
-        repeat = self.repeats[place.repeat]
-        last = place.period == repeat.count - 1
-        return (named or candidates)[0], place.repeat, repeat.copies if last else 0
+def _outer(repeats: Sequence[Repeat], short: Sequence[Seen], seen: Seen) -> Derived:
+    """A result of the rest of the model, or of a period that is there in both."""
+    candidates = [n for n, other in enumerate(short) if other.absolute == seen.absolute]
+    named = [n for n in candidates if short[n].name == seen.name]
+    number = isinstance(seen.value, (int, float)) and not isinstance(seen.value, bool)
+    if not candidates or (number and not named):
+        raise NotRepeated("the results depend on the number of layers")
+    place = seen.period
+    last = place is not None and place.period == repeats[place.repeat].count - 1
+    copies = repeats[place.repeat].copies if place is not None and last else 0
+    return Derived((named or candidates)[0], place.repeat if place else -1, copies)

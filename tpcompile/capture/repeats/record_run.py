@@ -30,7 +30,7 @@ from tpcompile.ir.torch_internals import (
 )
 from tpcompile.ir.torch_internals import export_trace as _trace
 
-from .find_repeats import Repeat
+from .blocks import Repeat
 
 _LARGEST_CONSTANT = 1 << 20
 
@@ -57,6 +57,11 @@ class Weight(NamedTuple):
     facts: str
 
 
+class _Made(NamedTuple):
+    event: int
+    output: int
+
+
 class Mark(NamedTuple):
     """A layer's call begins or ends before the event of this number."""
 
@@ -71,9 +76,10 @@ class Run:
     """What one run of the model did; an event is an operator, its operands, and the grad mode.
 
     Attributes:
-        events: all operators that ran, those that took the result apart included.
+        events: all operators that ran.
         marks: where layers begin and end.
-        results: the leaves of the result, as operands are written down.
+        results: the leaves of the result, as operands are written down; what was made when it was taken
+            apart stands there as the operator that made it.
         names: their key paths.
         values: themselves, where they are not tensors.
         out_spec: the structure of the result.
@@ -103,6 +109,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.run, self.known = run, known
         self.alive: list[Any] = []  # an id is only a name for as long as its object lives
+        self.ended = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -116,9 +123,11 @@ class _Recorder(TorchDispatchMode):
         for number, output in enumerate(outputs):
             for tensor in output if isinstance(output, (list, tuple)) else (output,):
                 if isinstance(tensor, torch.Tensor):
-                    self.known[id(tensor)] = (len(self.run.events), number)
+                    made = _Made(len(self.run.events), number)
+                    self.known[id(tensor)] = (*event, number) if self.ended else made
                     self.alive.append(tensor)
-        self.run.events.append(event)
+        if not self.ended:
+            self.run.events.append(event)
         return result
 
     def note(self, key: str, operands: list[Any]) -> None:
@@ -132,7 +141,7 @@ class _Recorder(TorchDispatchMode):
             if known is None:
                 known = self.known[id(value)] = self._stranger(value)
                 self.alive.append(value)
-            return Ref(known[0], known[1], value.requires_grad) if type(known) is tuple else known
+            return Ref(*known, value.requires_grad) if isinstance(known, _Made) else known
         if isinstance(value, (list, tuple)):
             return tuple([self.token(item) for item in value])
         if isinstance(value, dict):
@@ -202,7 +211,9 @@ def record_run(
         install_output_hooks(model)
         state = PythonState(model)
         run.reads = stack.enter_context(recorded_reads(model))
-        taken = take_results(call, call_model(model, call))
+        result = call_model(model, call)
+        recorder.ended = True
+        taken = take_results(call, result)
         writes, left = collect_writes(state, 0)
         run.writes, run.left = tuple(writes), tuple(name for name, _ in left)
         run.out_spec, run.states = taken.out_spec, taken.states

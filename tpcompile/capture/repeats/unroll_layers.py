@@ -2,79 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Graph, Node
 
-from tpcompile.capture.export.captured import InputSpec
-
-from .find_repeats import Repeat
-from .match_periods import BLOCK, Block, Match, match_periods, tag_by_flow
-from .match_results import Derived
+from .blocks import BLOCK, Block, Derived, RepeatedBlocks
+from .match_periods import Match, match_periods, tag_by_flow
 
 Rename = Callable[[str], str]
 NewParam = Callable[[Node, Rename], Node]
-
-
-@dataclass(frozen=True)
-class RepeatedBlocks:
-    """Which layers of a captured program stand for others; ``node.meta["block"]`` says where they are.
-
-    Attributes:
-        repeats: the truncated lists of layers, numbered as in ``Block.repeat``.
-        results: the whole program's results, from those of the captured one.
-        own: per list, the captured results that every period has: their positions by period, -1 for none.
-        returned: how many results the captured program has, mutated buffers apart.
-        users: the leaves that a call of the whole program brings.
-        leaves: the leaves of layers that were left out, by the captured one that stands for them and how
-            many periods later they come.
-    """
-
-    repeats: tuple[Repeat, ...]
-    results: tuple[Derived, ...] = ()
-    own: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    returned: int = 0
-    users: tuple[InputSpec, ...] = ()
-    leaves: Mapping[tuple[str, int], str] = field(default_factory=dict)
-
-    def own_of(self, repeat: int) -> list[tuple[int, ...]]:
-        """The results that every period of a list has."""
-        return [row for number, row in self.own if number == repeat]
-
-    def renamed(self, repeat: int, name: str, copies: int) -> str:
-        """The name of the same weight or leaf some periods later."""
-        return self.leaves.get((name, copies)) or self.repeats[repeat].shifted(name, copies)
-
-    def match(self, graph: Graph, repeat: int, period: int) -> Match:
-        """A captured period matched with the one before it, see ``match_periods``."""
-        return match_periods(graph, repeat, period, self.own_of(repeat))
-
-    def left_out(self, names: Sequence[str]) -> list[tuple[str, str]]:
-        """Return (name that was captured, name that was not) for all that was left out.
-
-        Args:
-            names: the captured parameters, buffers or modules.
-        """
-        found = []
-        for repeat in self.repeats:
-            last = [name for name in names if repeat.period_of(name) == repeat.kept - 1]
-            found += [(n, repeat.shifted(n, c)) for c in range(1, repeat.copies + 1) for n in last]
-        return found
-
-    def before(self, names: Sequence[str]) -> list[tuple[str, str]]:
-        """Return (name of the last captured period, name of the one before it) for all that it has.
-
-        Args:
-            names: see ``left_out``.
-        """
-        return [
-            (name, repeat.shifted(name, -1))
-            for repeat in self.repeats
-            for name in names
-            if repeat.period_of(name) == repeat.kept - 1
-        ]
 
 
 @dataclass(frozen=True)
@@ -114,7 +52,7 @@ def unroll(graph: Graph, blocks: RepeatedBlocks, new_param: NewParam) -> list[Un
     # Export renames nodes without telling the graph's register of names; copies would take theirs again.
     graph._graph_namespace._used_names.update(node.name for node in graph.nodes)
     # All periods are compared before the first is copied, so that an error leaves the graph as it was.
-    matches = [blocks.match(graph, n, repeat.kept - 1) for n, repeat in enumerate(blocks.repeats)]
+    matches = [match_periods(graph, n, repeat.kept - 1) for n, repeat in enumerate(blocks.repeats)]
     periods = [_Unroller(graph, number, blocks, match).run(new_param) for number, match in enumerate(matches)]
     _return_all(graph, blocks, periods)
     earlier = [{two: one for one, two in match.pairs.items()} for match in matches]
@@ -134,7 +72,7 @@ def _return_all(graph: Graph, blocks: RepeatedBlocks, periods: Sequence[Sequence
         inside = isinstance(value, Node) and derived.repeat >= 0
         return periods[derived.repeat][derived.copies].get(value, value) if inside else value
 
-    values = (*map(result, blocks.results), *short[blocks.returned :])
+    values = tuple(map(result, blocks.results))
     output.args = (values,)
     if "val" in output.meta:
         output.meta["val"] = tuple(v.meta.get("val") if isinstance(v, Node) else v for v in values)

@@ -16,18 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from tpcompile.capture.caches.call_results import CacheState
-from tpcompile.capture.export.outer_state import Outer
-from tpcompile.capture.export.state_writes import StateWrite
 from tpcompile.ir.calls import leaf_names
 from tpcompile.ir.torch_internals import TreeSpec, tree_unflatten
 
-from .assign_leaves import Leaves, assign_leaves
+from .assign_leaves import Leaves, assign_leaves, period_of
+from .blocks import Repeat
 from .cut_run import NotRepeated, Place, Regions
-from .find_repeats import Repeat, truncated
-from .match_results import Recipe, match_results
-from .record_run import Input, Ref, Weight, first_names, record_run
-from .trace_results import Results
+from .find_repeats import truncated
+from .match_results import Recipe, Seen, match_results
+from .record_run import Input, Ref, Run, Weight, first_names, record_run
 
 
 @dataclass(frozen=True)
@@ -38,25 +35,15 @@ class Evidence:
         leaves: the leaves of the call that belong to single periods.
         twins: per leaf of a layer that is left out: the leaf that stands for it, and how many periods before.
         recipe: how the results of the whole model follow from those of the truncated one.
-        out_spec: the structure of the whole model's result.
-        states: the layers of the caches that the call was given, after it.
-        reads: what python reads of the whole model's modules.
-        outer: what its functions name outside of modules.
-        writes: what it leaves behind.
-        short_names: the key paths of the truncated model's results.
-        short_spec: the structure of the truncated model's result.
+        whole: the run of the whole model.
+        short: the run of the truncated one.
     """
 
     leaves: Leaves
     twins: dict[int, tuple[int, int]]
     recipe: Recipe
-    out_spec: TreeSpec
-    states: tuple[CacheState, ...]
-    reads: frozenset[tuple[str, str]]
-    outer: tuple[Outer, ...]
-    writes: tuple[StateWrite, ...]
-    short_names: tuple[str, ...]
-    short_spec: TreeSpec
+    whole: Run
+    short: Run
 
 
 def compare_layers(
@@ -76,7 +63,9 @@ def compare_layers(
     if whole.left:
         raise NotRepeated(f"forward leaves a tensor in {whole.left[0]}")
     full = Regions(repeats, whole)
-    owned = _assign(full, leaves, in_spec)
+    tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    facts = {i: f"{tuple(leaf.shape)} {leaf.dtype} {leaf.device}" for i, leaf in tensors.items()}
+    owned = assign_leaves(full, facts, leaf_names(tree_unflatten(list(leaves), in_spec)))
     twins = owned.twins(repeats)
     given = {leaf: twin for leaf, (twin, _) in twins.items()}
     with truncated(model, repeats):
@@ -84,24 +73,7 @@ def compare_layers(
     comparison = _Comparison(repeats, owned, Regions(repeats, run), full)
     comparison.check()
     recipe = match_results(repeats, comparison.results(comparison.short), comparison.results(full))
-    assert full.run.out_spec is not None and run.out_spec is not None
-    seen = frozenset(whole.reads), whole.outer, whole.writes
-    return Evidence(owned, twins, recipe, full.run.out_spec, full.run.states, *seen, run.names, run.out_spec)
-
-
-def _assign(full: Regions, leaves: Sequence[Any], in_spec: TreeSpec) -> Leaves:
-    """The leaves of single periods; one that no operator uses goes by the result of the same name.
-
-    That is a cache's way: what comes in under a name goes out, changed, under the same name.
-    """
-    tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
-    facts = {i: f"{tuple(leaf.shape)} {leaf.dtype} {leaf.device}" for i, leaf in tensors.items()}
-    results = Results(full, {}, lambda token: token, lambda token, place: token, {})
-    forms = zip(full.run.names, results.forms, strict=True)
-    made = {name: form.period for name, form in forms if form.alone}
-    names = leaf_names(tree_unflatten(list(leaves), in_spec))
-    idle = {i: place for i, name in enumerate(names) if i in facts and (place := made.get(name)) is not None}
-    return assign_leaves(full, facts, idle)
+    return Evidence(owned, twins, recipe, whole, run)
 
 
 class _Operand(NamedTuple):
@@ -128,10 +100,9 @@ class _Comparison:
 
     def __init__(self, repeats: Sequence[Repeat], leaves: Leaves, short: Regions, full: Regions) -> None:
         self.repeats, self.leaves, self.short, self.full = repeats, leaves, short, full
-        self.known: dict[Any, int] = {}
 
     def check(self) -> None:
-        """Find out whether the full run is the truncated one with periods added, up to the last layer.
+        """Find out whether the full run is the truncated one with periods added.
 
         Raises:
             NotRepeated: it is not.
@@ -144,23 +115,20 @@ class _Comparison:
                 )
             self._check_periods(number, repeat)
         for place, span in self.short.spans.items():
-            if place != self.short.end and self._absolute(self.short, place) != self._absolute(
-                self.full, place
-            ):
+            if self._absolute(self.short, place) != self._absolute(self.full, place):
                 where = "outside of the layers" if place.repeat < 0 else self.repeats[place.repeat].path
                 raise NotRepeated(
                     f"what runs {where} depends on the number of layers (after {self._last_op(span)})"
                 )
 
-    def results(self, regions: Regions) -> Results:
+    def results(self, regions: Regions) -> list[Seen]:
         """The results of one of the runs, to be compared with those of the other."""
-        return Results(
-            regions,
-            self.leaves.owner,
-            lambda token: self._token(token, regions, -1),
-            lambda token, place: self._seen_from(token, regions, place),
-            self.known,
-        )
+        run, seen = regions.run, []
+        for name, value, token in zip(run.names, run.values, run.results, strict=True):
+            place = period_of(token, regions, self.leaves)
+            relative = None if place is None else self._seen_from(token, regions, place)
+            seen.append(Seen(name, value, self._token(token, regions, -1), place, relative))
+        return seen
 
     def _check_periods(self, number: int, repeat: Repeat) -> None:
         pattern = self._relative(number, repeat.kept - 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from tpcompile.capture.repeats.match_periods import Match
+from tpcompile.capture.repeats.match_periods import Match, match_periods
 from tpcompile.errors import TpCompileError
 from tpcompile.work import Work
 
@@ -47,7 +47,7 @@ def tie_layers(work: Work) -> Ties:
     if work.blocks is None:
         return ties
     for number, repeat in enumerate(work.blocks.repeats):
-        last = work.blocks.match(work.graph, number, repeat.kept - 1)
+        last = match_periods(work.graph, number, repeat.kept - 1)
         ties.decided |= last.pairs
         for given, before in last.carried.items():
             ties.handed[given] = before
@@ -62,8 +62,7 @@ def tie_layers(work: Work) -> Ties:
 
 def _try_match(work: Work, number: int, period: int) -> Match | None:
     """The first period may see other inputs than those after it, and then is planned by itself."""
-    assert work.blocks is not None
     try:
-        return work.blocks.match(work.graph, number, period)
+        return match_periods(work.graph, number, period)
     except TpCompileError:
         return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tpcompile.capture.caches.call_results import GivenCache, Results, given_caches, take_results
 from tpcompile.capture.caches.register import register_cache_support
-from tpcompile.capture.export.captured import OutputSpec
+from tpcompile.capture.export.specs import OutputSpec
 from tpcompile.capture.held_caches import cache_leaves
 from tpcompile.ir.calls import call_model, flatten_call, leaf_names
 from tpcompile.ir.module_tensors import tensors_by_name

@@ -15,7 +15,6 @@ from torch.fx import Graph, GraphModule, Node
 from tpcompile.capture.export.autograd_functions import FUNCTION
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.held_caches import Held
-from tpcompile.capture.repeats.capture_repeated import whole_outputs
 from tpcompile.capture.repeats.unroll_layers import unroll
 from tpcompile.compile_program import Compiler
 from tpcompile.errors import TpCompileError
@@ -64,7 +63,7 @@ class Trial:
         _refuse_randomness(self.work)
         self.programs = lower(self.work)
         self.learning = gradients and self.compiled.differentiable
-        specs = self.specs = whole_outputs(self.work.captured)
+        specs = self.specs = self.work.captured.whole_outputs
         self.losses = frozenset(s.name for s in specs if s.kind == "user" and not s.divided)
         self.limit = limit_of(node.meta.get("val") for node in self.work.graph.nodes)
 
@@ -87,7 +86,7 @@ class Trial:
         inputs = self._inputs(work, 0, divided=False)
         with torch.set_grad_enabled(self.learning):
             (flat,) = run(work, [inputs.of(program.graph)], [program], watch)
-        found = results_of(whole_outputs(work.captured), flat)
+        found = results_of(work.captured.whole_outputs, flat)
         if self.learning:
             backward([found], self.losses)
             found |= self._gradients(inputs)
