@@ -221,14 +221,14 @@ class Stack(nn.Module):
             if self.style == "late" and i == 7:
                 x = x * 2
             x = x + layer(x * torch.tensor(0.5))
-            seen.append(x)
+            seen.append(torch.tanh(x) if self.style == "heads" else x)
         if self.style == "last":
             return x + seen[2]
         if self.style in ("second", "third"):
             return x, seen[["second", "third"].index(self.style) + 1]
         if self.style == "sums":  # each result is of two layers
             return x, *(a + b for a, b in itertools.pairwise(seen))
-        return (x * scale, *seen) if self.style == "all" else x * scale
+        return (x * scale, *seen) if self.style in ("all", "heads") else x * scale
 
 
 def straight(i: int, x: torch.Tensor) -> torch.Tensor:
@@ -395,9 +395,10 @@ def test_hidden_states() -> None:
     assert len(short.whole_outputs) == 1 + 7
 
 
-def test_a_loop_that_collects() -> None:
+@pytest.mark.parametrize("style", ["all", "heads"])
+def test_a_loop_that_collects(style: str) -> None:
     torch.manual_seed(0)
-    model = Stack(straight, "all")
+    model = Stack(straight, style)
     assert_short(model, bind_call(model, (torch.randn(2, 5, 8),), {}))
 
 

@@ -28,12 +28,15 @@ def fake_input(mode: FakeTensorMode, like: torch.Tensor, device: torch.device) -
     return fake.requires_grad_(like.requires_grad)
 
 
-def _fake_weight(mode: FakeTensorMode, like: torch.Tensor, device: torch.device) -> torch.Tensor:
+def fake_weight(
+    mode: FakeTensorMode, like: torch.Tensor, device: torch.device, requires_grad: bool
+) -> torch.Tensor:
+    """Return a valueless parameter or buffer, otherwise like ``like``, on ``device``."""
     with mode, torch.no_grad():
         fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
     if isinstance(like, nn.Parameter):
-        return nn.Parameter(fake, requires_grad=like.requires_grad)
-    return fake.requires_grad_(like.requires_grad)
+        return nn.Parameter(fake, requires_grad)
+    return fake.requires_grad_(requires_grad)
 
 
 @contextmanager
@@ -46,7 +49,7 @@ def lend_fake_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     real = [tensor for tensor in whole_tensors(model).values() if tensor.device != device]
     with restore_after(model):
-        replace_tensors(model, {id(tensor): _fake_weight(mode, tensor, device) for tensor in real})
+        replace_tensors(model, {id(x): fake_weight(mode, x, device, x.requires_grad) for x in real})
         yield
 
 

@@ -78,11 +78,12 @@ def _capture_short(
     names = leaf_names(bound)
     owned = {names[i]: Block(*place) for i, place in evidence.leaves.owner.items() if i not in twins}
     graph = captured.graph_module.graph
-    _refuse_loose(captured, tag_nodes(graph, captured.inputs, repeats, owned))
+    inside = tag_nodes(graph, captured.inputs, repeats, owned)
     captured.inputs = tuple(_of_all_layers(spec, repeats) for spec in captured.inputs)
     _share_constants(captured)
     _share_sizes(graph)
     outputs, results = _arrange_results(captured, repeats, evidence)
+    _refuse_loose(captured, inside)
     captured.graph_module.recompile()
     for number, repeat in enumerate(repeats):
         match_periods(graph, number, repeat.kept - 1)
@@ -100,18 +101,20 @@ def _capture_short(
     return replace(whole, reads=frozenset(run.reads), outer=run.outer, writes=run.writes, baked=None)
 
 
-def _refuse_loose(captured: Captured, inside: Sequence[Node]) -> None:
+def _refuse_loose(captured: Captured, inside: set[Node]) -> None:
     """Refuses what the loop computes beside its layers, and what they write: it would come too seldom."""
+    graph = captured.graph_module.graph
     spans: dict[int, list[Node]] = {}
-    for node in inside:
-        spans.setdefault(node.meta[BLOCK].repeat, []).append(node)
+    for node in graph.nodes:
+        if node in inside and BLOCK in node.meta:
+            spans.setdefault(node.meta[BLOCK].repeat, []).append(node)
     for first, *_, last in spans.values():
         node = first
         while node is not last:
             if BLOCK not in node.meta and isinstance(node.meta.get("val"), torch.Tensor):
                 raise NotRepeated(f"something runs between layers ({node.target}) that none of them uses")
             node = node.next
-    results: Any = captured.graph_module.graph.output_node().args[0]
+    results: Any = graph.output_node().args[0]
     for spec, value in zip(captured.outputs, results, strict=True):
         if spec.kind == "buffer_mutation" and BLOCK in value.meta:
             raise NotRepeated(f"layers write into {spec.name}")

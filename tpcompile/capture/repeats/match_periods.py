@@ -23,7 +23,7 @@ def tag_nodes(
     inputs: Sequence[InputSpec],
     repeats: Sequence[Repeat],
     leaves: Mapping[str, Block] | None = None,
-) -> list[Node]:
+) -> set[Node]:
     """Write on every node which period it belongs to: by its name or its module, else by data flow.
 
     Args:
@@ -44,7 +44,7 @@ def tag_nodes(
         if node.op not in ("placeholder", "output"):
             stack = node.meta.get("nn_module_stack") or {}
             _tag(node, [entry[0] for entry in stack.values()], repeats)
-    inside = [node for node in graph.nodes if BLOCK in node.meta and node.op != "placeholder"]
+    inside = {node for node in graph.nodes if BLOCK in node.meta and node.op != "placeholder"}
     tag_by_flow(graph, len(repeats))
     return inside
 

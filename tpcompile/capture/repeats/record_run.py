@@ -14,12 +14,13 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tpcompile.capture.caches.call_results import CacheState, take_results
 from tpcompile.capture.export.autograd_functions import kept_functions
-from tpcompile.capture.export.fake_model import fake_input, no_fused_encoder, restore_after
+from tpcompile.capture.export.fake_model import fake_input, fake_weight, no_fused_encoder, restore_after
 from tpcompile.capture.export.outer_state import Outer, outer_places, without_traced_results
 from tpcompile.capture.export.python_state import PythonState, hooked, recorded_reads
 from tpcompile.capture.export.state_writes import StateWrite, collect_writes
 from tpcompile.capture.export.switch_experts import install_output_hooks
 from tpcompile.ir.calls import call_model
+from tpcompile.ir.module_tensors import replace_tensors, whole_tensors
 from tpcompile.ir.torch_internals import (
     FakeTensor,
     FakeTensorMode,
@@ -158,15 +159,6 @@ class _Recorder(TorchDispatchMode):
         return f"constant {tuple(value.shape)} {value.dtype} {digest}"
 
 
-def first_names(model: nn.Module) -> dict[int, str]:
-    """Return the first name of every parameter and buffer, by its id."""
-    names: dict[int, str] = {}
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in every:
-        names.setdefault(id(tensor), name)
-    return names
-
-
 def record_run(
     model: nn.Module,
     repeats: Sequence[Repeat],
@@ -184,7 +176,7 @@ def record_run(
         leaves: the example call, flat.
         in_spec: its structure.
         device: the device that the fake tensors claim to be on.
-        names: what ``first_names`` said of the whole model.
+        names: the first name in the whole model of every parameter and buffer, by id.
         twins: leaves that are not given, with the leaf that is given in their place.
     """
     # Sizes that depend on data become symbols instead of errors; those of the inputs stay numbers.
@@ -193,7 +185,13 @@ def record_run(
     known: dict[int, Any] = {}
     with ExitStack() as stack:
         stack.enter_context(restore_after(model))
-        alive = _lend_weights(model, mode, device, names, known)
+        # Without gradients a run takes half as long; grad mode and detach() are recorded as they are.
+        real = list(whole_tensors(model).values())
+        fakes = {id(tensor): fake_weight(mode, tensor, device, requires_grad=False) for tensor in real}
+        for tensor in real:
+            facts = f"{tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}"
+            known[id(fakes[id(tensor)])] = Weight(names[id(tensor)], facts)
+        replace_tensors(model, fakes)
         flat = [fake_input(mode, leaf, device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         for i, leaf in enumerate(flat):
             if isinstance(leaf, torch.Tensor):
@@ -220,38 +218,8 @@ def record_run(
         run.results = tuple(recorder.token(value) for value in taken.values)
         run.values = tuple(None if isinstance(value, torch.Tensor) else value for value in taken.values)
         run.names = tuple(name or "output" for name in taken.names)
-        del alive
     run.reads |= hooks
     return run
-
-
-def _lend_weights(
-    model: nn.Module,
-    mode: FakeTensorMode,
-    device: torch.device,
-    names: Mapping[int, str],
-    known: dict[int, Any],
-) -> list[torch.Tensor]:
-    """Replaces every weight by a fake one of this mode (``restore_after`` undoes it); notes their names."""
-    memo: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for key, tensor in table.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in memo:
-                    memo[id(tensor)] = fake = _fake_weight(tensor, mode, device)
-                    facts = f"{tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}"
-                    known[id(fake)] = Weight(names[id(tensor)], facts)
-                table[key] = memo[id(tensor)]  # type: ignore[assignment]
-    return list(memo.values())
-
-
-def _fake_weight(like: torch.Tensor, mode: FakeTensorMode, device: torch.device) -> torch.Tensor:
-    with mode, torch.no_grad():
-        fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
-    # Without gradients a run takes half as long; grad mode and detach() are recorded as they are.
-    return nn.Parameter(fake, requires_grad=False) if isinstance(like, nn.Parameter) else fake
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from tpcompile.ir.calls import leaf_names
+from tpcompile.ir.module_tensors import every_name
 from tpcompile.ir.torch_internals import TreeSpec, tree_unflatten
 
 from .assign_leaves import Leaves, assign_leaves, period_of
@@ -24,7 +25,7 @@ from .blocks import Repeat
 from .cut_run import NotRepeated, Place, Regions
 from .find_repeats import truncated
 from .match_results import Recipe, Seen, match_results
-from .record_run import Input, Ref, Run, Weight, first_names, record_run
+from .record_run import Input, Ref, Run, Weight, record_run
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def compare_layers(
     Raises:
         NotRepeated: it is not its truncated self with the last kept period repeated.
     """
-    names = first_names(model)
+    names = {id(tensor): name for name, tensor in reversed(every_name(model))}
     whole = record_run(model, repeats, leaves, in_spec, device, names)
     if whole.left:
         raise NotRepeated(f"forward leaves a tensor in {whole.left[0]}")
