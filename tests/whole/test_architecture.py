@@ -31,6 +31,7 @@ LAYERS = (
     ("from_pretrained", "lint_plan"),
     ("auto_classes",),
     ("__init__",),
+    ("__main__",),
 )
 
 MOST_LINES_OF_A_FILE = 300

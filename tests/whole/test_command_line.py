@@ -1,0 +1,113 @@
+"""The commands, one as a process and the others in this one: what they print, and how they end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from tpcompile.__main__ import app
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 6,
+    "vocab_size": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return str(path)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def data_of(*arguments: str) -> dict[str, Any]:
+    done = run(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def no_module() -> int:
+    """What is not a model."""
+    return 3
+
+
+def two_layers() -> nn.Module:
+    """A module that no configuration describes."""
+    return nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
+
+
+def test_a_process_prints_one_object(config: str) -> None:
+    command = [sys.executable, "-m", "tpcompile", "plan", config, "--ranks", "2", "--layers", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    found = json.loads(done.stdout)
+    assert found["parameters"]["model.layers.0.self_attn.o_proj.weight"]["placement"] == "S(1)"
+    assert not any(name.startswith("model.layers.1.") for name in found["parameters"])
+
+
+def test_a_plan_follows_its_options(config: str, tmp_path: Path) -> None:
+    saved = tmp_path / "plan.json"
+    options = ("--ranks", "4", "--batch", "3", "--seq", "5", "--dtype", "bfloat16", "--output", str(saved))
+    found = data_of("plan", config, *options)
+    reduced = [each for each in found["collectives"] if each["kind"] == "all_reduce"]
+    assert {each["bytes"] for each in reduced} == {3 * 5 * 64 * 2}
+    assert sum(each["count"] for each in reduced) == 12
+    assert saved.is_file()
+    text = run("plan", config, "--ranks", "4").stdout
+    assert "plan for 4 ranks" in text
+    assert "proved" in text
+
+
+def test_explain(config: str) -> None:
+    text = "\n".join(data_of("explain", config, "lm_head", "--layers", "1")["explanation"])
+    assert "lm_head.weight" in text
+
+
+def test_lint_says_by_its_code_whether_a_plan_loses(config: str, tmp_path: Path) -> None:
+    assert data_of("lint", config, "--ranks", "2", "--layers", "1")["clean"]
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"model.layers.*.mlp.down_proj": "rowwise"}))
+    done = run("lint", config, "--ranks", "2", "--layers", "1", "--plan", str(plan))
+    assert done.exit_code == 1, done.output
+
+
+def test_verify(config: str) -> None:
+    found = data_of("verify", config, "--ranks", "2", "--layers", "1", "--seq", "4")
+    assert found["ok"]
+
+
+def test_env() -> None:
+    assert data_of("env")["tpcompile"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "no/such/model"), "there is no configuration"),
+        (("plan", "tests.whole.test_command_line:nothing"), "there is no"),
+        (("plan", "tests.whole.test_command_line:no_module"), "returns a int"),
+        (("plan", "tests.whole.test_command_line:two_layers"), "an example call is needed"),
+    ],
+)
+def test_what_is_refused_ends_with_two(arguments: tuple[str, ...], message: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert message in json.loads(run(*arguments, "--json").stdout)["error"]

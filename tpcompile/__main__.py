@@ -1,0 +1,273 @@
+"""The command line: how a model would be sharded, what that costs, whether it is right. It needs no GPU.
+
+python -m tpcompile plan Qwen/Qwen3-0.6B --ranks 8
+python -m tpcompile verify config.json --ranks 4 --layers 2
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+import tpcompile
+from tpcompile.capture.export.default_example import default_example
+from tpcompile.errors import TpCompileError
+from tpcompile.planner.disk_cache import cache_folder
+from tpcompile.planner.print_plan import placement_text
+
+app = typer.Typer(
+    name="tpcompile",
+    help="Shows how a model is sharded over ranks, what that costs, and whether it is right.\n\n"
+    "MODEL is a folder with a config.json, such a file, a name in the hub's cache, or "
+    "package.module:factory, a function without arguments that returns a module. No weights are read.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Folder, config.json, hub name, or package.module:factory.")]
+Ranks = Annotated[int, typer.Option(help="How many ranks share the model.", min=1, max=4096)]
+Layers = Annotated[int | None, typer.Option(help="Cut the model down to so many layers.", min=1)]
+Dtype = Annotated[str | None, typer.Option(help="Type of the weights; by default the configuration's.")]
+Device = Annotated[str, typer.Option(help="Cost model: h100, a100 or cpu.")]
+Batch = Annotated[int, typer.Option(help="Texts in the example.", min=1)]
+Seq = Annotated[int, typer.Option(help="Tokens of each text in the example.", min=1)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+
+_DEPTHS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+
+
+@app.command(epilog="Example: tpcompile plan Qwen/Qwen3-0.6B --ranks 8 --seq 2048")
+def plan(
+    model: Model,
+    ranks: Ranks = 8,
+    layers: Layers = None,
+    dtype: Dtype = None,
+    device: Device = "h100",
+    batch: Batch = 2,
+    seq: Seq = 16,
+    memory: Annotated[float | None, typer.Option(help="GiB of weights that a rank may hold.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the plan here, for parallelize(plan=...).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Where every weight goes, and what a forward communicates."""
+    with _errors(as_json):
+        found = _plan(model, ranks, layers, dtype, device, batch, seq, memory)
+        if output is not None:
+            found.save(output)
+        _show(found, _plan_data(found), as_json)
+
+
+@app.command(epilog="Example: tpcompile explain Qwen/Qwen3-0.6B model.layers.0.self_attn.o_proj --ranks 8")
+def explain(
+    model: Model,
+    module: Annotated[str, typer.Argument(help="A module or parameter by its name in the model.")],
+    ranks: Ranks = 8,
+    layers: Layers = None,
+    dtype: Dtype = None,
+    device: Device = "h100",
+    batch: Batch = 2,
+    seq: Seq = 16,
+    as_json: Json = False,
+) -> None:
+    """Why a module's weights go where they go: the alternatives and what they cost."""
+    with _errors(as_json):
+        text = _plan(model, ranks, layers, dtype, device, batch, seq).explain(module)
+        _show(text, {"module": module, "explanation": text.splitlines()}, as_json)
+
+
+@app.command(epilog="Example: tpcompile lint Qwen/Qwen3-0.6B --ranks 8")
+def lint(
+    model: Model,
+    ranks: Ranks = 8,
+    layers: Layers = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="A tp_plan as JSON; by default its own.")
+    ] = None,
+    device: Device = "h100",
+    as_json: Json = False,
+) -> None:
+    """What a tp_plan of transformers loses beside the best plan. Exits with 1 if it loses anything."""
+    with _errors(as_json):
+        rules: Any = json.loads(plan_file.read_text()) if plan_file is not None else "hf"
+        built = _model(model, layers, None, "meta")
+        report = tpcompile.lint_plan(built, rules, ranks, cost_model=device)
+        data = {"clean": report.clean, "unmet": report.unmet, "gathered": report.gathered}
+        data |= {"repeated": report.repeated, "replicated": dict(report.replicated)}
+        _show(report, data, as_json)
+    raise typer.Exit(0 if report.clean else 1)
+
+
+@app.command(epilog="Example: tpcompile verify Qwen/Qwen3-0.6B --ranks 8 --layers 2")
+def verify(
+    model: Model,
+    ranks: Ranks = 2,
+    layers: Layers = None,
+    dtype: Dtype = "float32",
+    batch: Batch = 2,
+    seq: Seq = 16,
+    gradients: Annotated[bool, typer.Option(help="Compare gradients as well.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the random weights and tokens.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Whether sharded and unsharded models agree, with random weights. Exits with 1 if not."""
+    with _errors(as_json):
+        torch.manual_seed(seed)
+        built = _model(model, layers, dtype, "cpu")
+        report = tpcompile.verify(
+            built, ranks, example_kwargs=_example(built, batch, seq), gradients=gradients
+        )
+        data = {"ok": report.ok, "kind": report.kind, "report": str(report).splitlines()}
+        _show(report, data, as_json)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Versions and places, for a bug report."""
+    packages = ("torch", "transformers", "safetensors", "numpy", "sympy", "accelerate")
+    found = {"tpcompile": tpcompile.__version__, "python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found |= {"platform": platform.platform(), "cuda devices": ", ".join(cards) or "none"}
+    found["kept plans"] = str(cache_folder())
+    _show("\n".join(f"{name}: {value}" for name, value in found.items()), found, as_json)
+
+
+def main() -> None:
+    """What the command ``tpcompile`` runs."""
+    app(prog_name="tpcompile")
+
+
+@contextmanager
+def _errors(as_json: bool) -> Iterator[None]:
+    """Shows a refusal as text, or as an object, and exits with 2."""
+    try:
+        yield
+    except TpCompileError as error:
+        if as_json:
+            print(json.dumps({"error": error.what, "where": error.where, "todo": error.todo}))
+        else:
+            print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _show(text: object, data: dict[str, Any], as_json: bool) -> None:
+    print(json.dumps(data) if as_json else text)
+
+
+def _plan(
+    spec: str,
+    ranks: int,
+    layers: int | None,
+    dtype: str | None,
+    device: str,
+    batch: int,
+    seq: int,
+    memory: float | None = None,
+) -> tpcompile.Plan:
+    built = _model(spec, layers, dtype, "meta")
+    limit = None if memory is None else memory * 2**30
+    example = _example(built, batch, seq)
+    return tpcompile.plan(built, ranks, example_kwargs=example, cost_model=device, memory=limit)
+
+
+def _plan_data(found: tpcompile.Plan) -> dict[str, Any]:
+    layout = found.layout
+    return {
+        "ranks": found.ranks,
+        "axes": found.axes,
+        "model_bytes": found.model_bytes,
+        "bytes_of_fullest_rank": layout.fullest,
+        "seconds": found.seconds,
+        "parameters": {
+            name: {
+                "shape": param.shape,
+                "dtype": str(param.dtype).removeprefix("torch."),
+                "placement": placement_text(param),
+                "local_shape": layout.local_shape(name, 0),
+            }
+            for name, param in layout.params.items()
+        },
+        "collectives": [vars(each) for each in found.collectives],
+        "fallbacks": found.fallbacks,
+        "notes": found.notes,
+    }
+
+
+def _model(spec: str, layers: int | None, dtype: str | None, device: str) -> nn.Module:
+    """The model that is meant, in evaluation mode; of a configuration with random weights, or on ``meta``."""
+    module, colon, factory = spec.partition(":")
+    if colon and not Path(spec).exists():
+        return _from_factory(module, factory)
+    from tpcompile.weights.loading.build_model import build_model, find_class, find_config, find_dtype
+
+    config = find_config(spec, None, "", {"local_files_only": True}, {})
+    if layers is not None:
+        _cut(config.get_text_config(), layers)
+    kind: Any = find_class(config, None, False, {})
+    wanted = find_dtype(dtype, config, {})
+    if device == "meta":
+        return build_model(kind, config, wanted, None)
+    model: nn.Module = kind._from_config(config, dtype=wanted)
+    return model.eval()
+
+
+def _from_factory(module: str, factory: str) -> nn.Module:
+    sys.path.insert(0, "")
+    try:
+        model = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError) as error:
+        raise TpCompileError(
+            f"there is no {module}:{factory}: {error}", where="MODEL", todo="give package.module:factory"
+        ) from None
+    if not isinstance(model, nn.Module):
+        raise TpCompileError(
+            f"{module}:{factory} returns a {type(model).__name__}", where="MODEL", todo="return a module"
+        )
+    return model.eval()
+
+
+def _cut(config: Any, layers: int) -> None:
+    """Leaves a configuration so many layers; lists with an entry per layer are cut with it."""
+    for name in _DEPTHS:
+        depth = getattr(config, name, None)
+        if isinstance(depth, int) and depth > layers:
+            for field, value in vars(config).items():
+                if isinstance(value, list) and len(value) == depth:
+                    setattr(config, field, value[:layers])
+            setattr(config, name, layers)
+
+
+def _example(model: nn.Module, batch: int, seq: int) -> dict[str, Any] | None:
+    """A call with token ids of this size; other inputs, and other models, are as ``parallelize`` has them."""
+    example = default_example(model)
+    if example is None:
+        return None
+    sizes = (batch, seq)
+    highest = int(getattr(getattr(model, "config", None), "vocab_size", 2) or 2)
+    return {
+        name: torch.randint(highest, sizes) if isinstance(x, Tensor) and x.dtype == torch.long else x
+        for name, x in example.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
