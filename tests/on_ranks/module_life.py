@@ -34,6 +34,18 @@ class Block(nn.Module):
         return y
 
 
+class Wide(nn.Module):
+    """A layer of wider numbers than those before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Mlp().double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x.double())
+        return y
+
+
 X = (3, 5, 12)
 
 
@@ -407,10 +419,10 @@ def rows_that_do_not_exist() -> list[str]:
 
 
 def norms() -> float:
-    """The worst error of gradient norms and clipped gradients: keys that ranks share, uneven parts."""
+    """The worst error of gradient norms and clipped gradients: keys that ranks share, uneven parts, types."""
     worst = 0.0
-    for norm_type in (2.0, 1.0, float("inf")):
-        whole, sharded, x = pair(lambda: nn.Sequential(Attention(True, 12), Mlp(inner=21)))
+    for norm_type, last in ((2.0, nn.Identity()), (1.0, Wide()), (float("inf"), nn.Identity())):
+        whole, sharded, x = pair(lambda last=last: nn.Sequential(Attention(True, 12), Mlp(inner=21), last))
         for model in (whole, sharded):
             model(x).square().sum().backward()
         theirs = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.3, norm_type)

@@ -28,6 +28,11 @@ def _whole(value: Any) -> Tensor:
     return full.detach()
 
 
+def _in_inference_mode(act: Callable[[], Tensor]) -> Tensor:
+    with torch.inference_mode():
+        return act()
+
+
 READS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda w: w.sum(),
     "norm": lambda w: w.norm(),
@@ -38,6 +43,13 @@ READS: dict[str, Callable[[Tensor], Tensor]] = {
     "elementwise": lambda w: (w * 2 + 1).sum(),
     "joined": lambda w: torch.cat([w, w]),
     "largest": lambda w: w.max(),
+    "largest of a list": lambda w: torch._foreach_max([w.detach()])[0],
+    "power sums of a list": lambda w: torch._foreach_powsum([w.detach()], 3)[0],
+    "products of lists": lambda w: torch._foreach_mm([w.detach()], [w.detach().T])[0],
+    "small integers": lambda w: (100 * w.detach()).to(torch.int16),
+    "small floats": lambda w: w.detach().to(torch.float8_e4m3fn).double(),
+    "row without autograd": lambda w: _in_inference_mode(lambda: w.view(-1)[3:] * 2),
+    "row of what is computed without autograd": lambda w: _in_inference_mode(lambda: (w * 2)[0]),
 }
 
 
@@ -186,6 +198,9 @@ def refusals() -> list[str]:
         refusal(lambda: FullyShardedDataParallel(model)),
         refusal(lambda: ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)),
         refusal(lambda: nn.init.normal_(weight)),
+        refusal(lambda: nn.init.normal_(weight[0])),
+        refusal(lambda: weight.detach().view(-1)[3:].uniform_()),
+        refusal(lambda: F.rrelu(weight, training=True)),
         refusal(lambda: dist.all_reduce(weight.data)),
         refusal(lambda: weight.detach().numpy()),
     ]

@@ -19,7 +19,7 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import tree_leaves, tree_map
 
 from .elementwise import by_list, new, pointwise
-from .gathered_view import gathered, local
+from .gathered_view import draws, gathered, local, refuse_random
 from .norms import norms, total
 
 aten = torch.ops.aten
@@ -27,17 +27,8 @@ aten = torch.ops.aten
 Handler = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
 """Takes the class of sharded parameters, the operator, its arguments."""
 
-_RANDOM: tuple[str, ...] = (
-    "rand",
-    "normal",
-    "uniform_",
-    "bernoulli",
-    "multinomial",
-    "poisson",
-    "native_dropout",
-    "log_normal_",
-)
-_RANDOM += ("exponential_", "random_", "cauchy_", "geometric_", "binomial")
+_BY_ELEMENT = ("_foreach_", "_fused_adam", "_fused_adagrad", "_fused_sgd")
+_NOT_BY_ELEMENT = ("_foreach_max", "_foreach_mm", "_foreach_powsum")
 _ALIKE: tuple[Any, ...] = (
     aten.clone,
     aten.detach,
@@ -75,7 +66,7 @@ def _handler(func: Any) -> Handler:
     name = func.overloadpacket.__name__
     if func.namespace in ("c10d", "_c10d_functional", "c10d_functional"):
         return _refuse_collective
-    if name.startswith(_RANDOM):
+    if draws(func):
         return _refuse_random
     if name in ("_foreach_norm", "linalg_vector_norm", "norm") and "out" not in func._overloadname:
         return _norm
@@ -85,7 +76,7 @@ def _handler(func: Any) -> Handler:
         return _unscale
     if func is aten.equal.default:
         return _equal
-    if name.startswith("_fused_") or (name.startswith("_foreach_") and name != "_foreach_max"):
+    if name.startswith(_BY_ELEMENT) and name not in _NOT_BY_ELEMENT:
         return by_list
     if func.overloadpacket in _NEW:
         return new
@@ -111,11 +102,7 @@ def _refuse_collective(kind: Any, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _refuse_random(kind: Any, func: Any, args: Any, kwargs: Any) -> Any:
-    raise TpCompileError(
-        f"{func} of a sharded weight: every rank would draw numbers of its own",
-        where=_first(kind, args, kwargs).placing.name,
-        todo="initialise before parallelize; or draw a whole tensor, equal on all ranks, and copy_ it",
-    )
+    refuse_random(func, _first(kind, args, kwargs).placing)
 
 
 # ------------------------------------------------------------------------------------------- norms and sums

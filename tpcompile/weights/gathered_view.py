@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import disabled_torch_function_impl, tree_leaves, tree_map
 
 from .tensor_layout import TensorLayout
+
+_MAY_DRAW = ("attention", "sdp", "rnn")
 
 
 class Source:
@@ -30,7 +32,7 @@ class Source:
 
     def __init__(self, local: Tensor, placing: TensorLayout) -> None:
         self.local, self.placing = local, placing
-        self.whole, self.version = placing.gather(local.detach()), local._version
+        self.whole, self.version = placing.gather(local.detach()), _version(local)
 
     def check(self) -> None:
         """Refuses a tensor whose part has changed since: only all ranks together could gather it again.
@@ -38,7 +40,7 @@ class Source:
         Raises:
             TpCompileError: it has changed.
         """
-        if self.local._version != self.version:
+        if _version(self.local) != self.version:
             raise TpCompileError(
                 "a view of a sharded weight is used after the weight has changed",
                 where=self.placing.name,
@@ -50,8 +52,9 @@ class Source:
         if not self.placing.whole:
             with torch.no_grad():
                 self.local.detach().copy_(self.placing.cut(self.whole))
-        increment_version(self.local)
-        self.version = self.local._version
+        if not self.local.is_inference():
+            increment_version(self.local)
+        self.version = _version(self.local)
 
 
 class GatheredView(Tensor):
@@ -68,9 +71,10 @@ class GatheredView(Tensor):
     @staticmethod
     def __new__(cls, viewed: Tensor, source: Source) -> GatheredView:
         """See the attributes."""
-        made = Tensor._make_wrapper_subclass(
-            cls, viewed.shape, strides=viewed.stride(), dtype=viewed.dtype, device=viewed.device
-        )
+        with torch.inference_mode(False):  # autograd takes it for a view of a parameter, which has versions
+            made = Tensor._make_wrapper_subclass(
+                cls, viewed.shape, strides=viewed.stride(), dtype=viewed.dtype, device=viewed.device
+            )
         made.viewed, made.source = viewed, source
         return made
 
@@ -86,12 +90,14 @@ class GatheredView(Tensor):
         """Computes with the viewed; what is written reaches the weight.
 
         Raises:
-            TpCompileError: the weight has changed since.
+            TpCompileError: the weight has changed since; or random numbers are drawn.
         """
         kwargs = kwargs or {}
         views = [a for a in tree_leaves((args, kwargs)) if isinstance(a, GatheredView)]
         for view in views:
             view.source.check()
+        if draws(func):
+            refuse_random(func, views[0].source.placing)
         plain = tree_map(lambda a: a.viewed if isinstance(a, GatheredView) else a, (args, kwargs))
         out = func(*plain[0], **plain[1])
         written = False
@@ -144,6 +150,30 @@ def written(func: Any) -> tuple[int | str, ...]:
         for i, a in arguments
         if a.alias_info is not None and a.alias_info.is_write
     )
+
+
+def draws(func: Any) -> bool:
+    """Whether an operator draws random numbers; attention and LSTM, only for a dropout inside."""
+    name = func.overloadpacket.__name__
+    return torch.Tag.nondeterministic_seeded in func.tags and not any(word in name for word in _MAY_DRAW)
+
+
+def refuse_random(func: Any, where: TensorLayout) -> NoReturn:
+    """Refuses to fill or to mask a weight with random numbers.
+
+    Raises:
+        TpCompileError: always.
+    """
+    raise TpCompileError(
+        f"{func} of a sharded weight: every rank would draw numbers of its own",
+        where=where.name,
+        todo="initialise before parallelize; or draw a whole tensor, equal on all ranks, and copy_ it",
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor has been written; not known of one that was made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def local(kind: Any) -> Callable[[Any], Any]:

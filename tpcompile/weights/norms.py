@@ -69,7 +69,7 @@ def _pieces(tensors: Sequence[Any], order: float) -> _Pieces:
     device = tensors[0].device
     norms = torch.zeros(0, dtype=torch.float64, device=device)
     if pieces:
-        wide = torch.promote_types(pieces[0].dtype, torch.float32)
+        wide = functools.reduce(torch.promote_types, {piece.dtype for piece in pieces}, torch.float32)
         norms = torch.stack(torch._foreach_norm(pieces, order, dtype=wide)).double()
     counts = torch.tensor(holders, dtype=torch.float64, device=device)
     return _Pieces(norms, counts, owners, ["" if w is None else w.name for w in wheres], shared)

@@ -107,7 +107,9 @@ class TensorLayout:
                 where=self.name,
                 todo="read it outside of the traced code, by full_tensor()",
             )
-        return gather(self.layout, self.name, local, self.rank, self.group)
+        whole = gather(local, self)
+        assert whole is not None, "all ranks get it"
+        return whole
 
     def segments(self, local: Tensor) -> list[Tensor]:
         """The parts of a local tensor of which ``copies`` says how many ranks hold the same.
@@ -184,15 +186,25 @@ class Gathered(torch.autograd.Function):
         return ctx.where.cut(grad), None
 
 
-def gather(
-    layout: WeightLayout, name: str, local: Tensor, rank: int, group: dist.ProcessGroup | None
-) -> Tensor:
-    """One whole parameter, on every rank. Uneven parts travel filled up to the largest."""
-    shapes = [layout.local_shape(name, r) for r in range(layout.ranks)]
-    largest = max(map(math.prod, shapes))
-    sent = local.new_zeros(largest)
-    sent[: local.numel()] = local.detach().flatten()
-    received = [torch.empty_like(sent) for _ in shapes]
-    dist.all_gather(received, sent, group=group)
-    parts = {r: received[r][: math.prod(s)].reshape(s) for r, s in enumerate(shapes)}
-    return layout.assemble(name, parts)
+def gather(local: Tensor, where: TensorLayout, to: int | None = None) -> Tensor | None:
+    """A whole tensor, as bytes on the way: uneven parts are filled up to the largest.
+
+    Args:
+        local: this rank's part.
+        where: how the whole is laid out.
+        to: the rank that gets it, in memory of the CPU; by default all of them.
+    """
+    layout, size = where.layout, local.element_size()
+    shapes = [layout.local_shape(where.name, r) for r in range(layout.ranks)]
+    sent = torch.zeros(max(map(math.prod, shapes)) * size, dtype=torch.uint8, device=local.device)
+    sent[: local.numel() * size] = local.detach().contiguous().flatten().view(torch.uint8)
+    received = [torch.empty_like(sent) for _ in shapes] if to in (None, where.rank) else None
+    if to is None:
+        dist.all_gather(received, sent, group=where.group)
+    else:
+        dist.gather(sent, received, group=where.group, group_dst=to)
+    if received is None:
+        return None
+    flat = [each.view(local.dtype) if to is None else each.view(local.dtype).cpu() for each in received]
+    parts = {r: flat[r][: math.prod(shape)].reshape(shape) for r, shape in enumerate(shapes)}
+    return layout.assemble(where.name, parts)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -14,7 +11,7 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.module_tensors import tensors_by_name
 from tpcompile.weights.loading.expressions import Leaf
 from tpcompile.weights.sharded_parameter import ShardedParameter, local_tensor
-from tpcompile.weights.tensor_layout import TensorLayout
+from tpcompile.weights.tensor_layout import gather
 
 
 def leaves_of(model: nn.Module) -> dict[str, Leaf]:
@@ -80,22 +77,5 @@ class Collector:
 
     def _one(self, tensor: Tensor) -> Tensor | None:
         if isinstance(tensor, ShardedParameter) and not tensor.placing.whole:
-            return collect(tensor._local_tensor.detach(), tensor.placing, self.to)
+            return gather(tensor._local_tensor, tensor.placing, self.to)
         return local_tensor(tensor).detach().cpu() if self.rank == self.to else None
-
-
-def collect(local: Tensor, where: TensorLayout, to: int) -> Tensor | None:
-    """A whole tensor on one rank, in memory of the CPU."""
-    layout, size = where.layout, local.element_size()
-    shapes = [layout.local_shape(where.name, r) for r in range(layout.ranks)]
-    sent = torch.zeros(max(map(math.prod, shapes)) * size, dtype=torch.uint8, device=local.device)
-    sent[: local.numel() * size] = local.contiguous().flatten().view(torch.uint8)
-    received = [torch.empty_like(sent) for _ in shapes] if where.rank == to else None
-    dist.gather(sent, received, group=where.group, group_dst=to)
-    if received is None:
-        return None
-    parts = {
-        r: received[r][: math.prod(shape) * size].view(local.dtype).reshape(shape).cpu()
-        for r, shape in enumerate(shapes)
-    }
-    return layout.assemble(where.name, parts)
