@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.torch_internals import OptimizedModule
+from tpcompile.ir.torch_internals import FakeTensor, OptimizedModule
 
 from .watched_module import WatchedModule
 
@@ -44,10 +44,26 @@ def check_model(model: nn.Module) -> None:
             where=where,
             todo="parallelize first, then apply FSDP or the like",
         )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if _is_special(tensor):
+            raise TpCompileError(
+                f"{name} is a {type(tensor).__name__}, a tensor with operations of its own",
+                where=name,
+                todo="parallelize the model before it is quantised or wrapped, with plain tensors",
+            )
     if any(nn.parameter.is_lazy(p) for p in model.parameters()):
         raise TpCompileError(
             "a lazy layer does not know its shape yet", where=where, todo="call the model once before"
         )
+
+
+def _is_special(tensor: Tensor) -> bool:
+    """Whether a tensor's class says what operations on it do: it is not what it looks like."""
+    kind: Any = type(tensor)
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    functions = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)
+    plain = kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and function in functions
+    return not plain and not isinstance(tensor, FakeTensor) and not nn.parameter.is_lazy(tensor)
 
 
 def check_device(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -25,6 +25,12 @@ from .take_apart import CannotTakeApart, Sizes, take_apart
 
 # Taken apart, these would become a loop over time steps, of as many as the example has.
 _LOOPS = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
+# These look at their results and raise an error, which is no operator of a functional graph.
+_CHECKING = (
+    *("aten.linalg_inv", "aten.inverse", "aten.linalg_solve", "aten.linalg_cholesky"),
+    *("aten.linalg_ldl_factor", "aten.linalg_lu_factor", "aten.linalg_tensorinv", "aten.linalg_tensorsolve"),
+    *("aten.linalg_matrix_power", "aten.matrix_power"),
+)
 
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
@@ -158,6 +164,7 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     ``multiply`` becomes ``mul``, ``fft_fftn`` becomes ``_fft_c2c``; ``linear`` and attention, which have
     rules, stay. A rule that a user registers keeps its operator.
     """
+    whole = (*_LOOPS, *_CHECKING)
     return {
-        op: how for op, how in _composites().items() if not has_rule(op) and not str(op).startswith(_LOOPS)
+        op: how for op, how in _composites().items() if not has_rule(op) and not str(op).startswith(whole)
     }

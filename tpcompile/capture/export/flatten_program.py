@@ -94,10 +94,12 @@ def _keyed_placeholders(
     keyed: dict[tuple[str, str], Node] = {}
     for spec in program.graph_signature.input_specs:
         if spec.kind not in _KINDS:
-            raise TpCompileError(
-                f"the program has an input of kind {spec.kind.name}, which is not supported",
-                where="forward",
-                todo="report this program: it is a mistake of tpcompile",
+            effects = [n for n in program.graph.nodes if "with_effects" in str(n.target)]
+            found = ", ".join(dict.fromkeys(str(n.args[1]) for n in effects)) or spec.kind.name
+            raise CannotCapture(
+                f"the program does something besides computing: {found}",
+                where=str(effects[0].meta.get("stack_trace", "")).strip() if effects else "forward",
+                todo="leave it out of forward",
             )
         kind = _KINDS[spec.kind]
         node = nodes[spec.arg.name]
