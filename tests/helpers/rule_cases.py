@@ -45,6 +45,8 @@ MATMULS = [
     _case(aten.linear.default, signed(4, 3, 10), signed(14, 10), signed(14)),
     _case(aten.linear.default, signed(6, 10), signed(14, 10)),
     _case(aten.linear.default, signed(10), signed(14, 10), signed(14)),
+    _case(aten.bilinear.default, signed(4, 10), signed(4, 6), signed(14, 10, 6), signed(14)),
+    _case(aten.bilinear.default, signed(4, 3, 10), signed(4, 3, 6), signed(14, 10, 6)),
     _case(aten.mm.default, signed(6, 10), signed(10, 14)),
     _case(aten.mv.default, signed(6, 10), signed(10)),
     _case(aten.bmm.default, signed(4, 6, 10), signed(4, 10, 14)),
@@ -98,6 +100,26 @@ MATMULS = [
     _case(aten.scaled_dot_product_attention.default, signed(4, 6, 10), signed(4, 14, 10), signed(4, 14, 22)),
     _case(aten.embedding.default, signed(14, 10), ints(14, 4, 6)),
     _case(aten.embedding.default, signed(14, 10), ints(14, 6), 9),
+    _values(
+        aten._embedding_bag_forward_only.default,
+        signed(14, 10),
+        ints(14, 12),
+        Operand((2,), lambda _: torch.tensor([0, 5])),
+    ),
+    _case(
+        aten._embedding_bag.default,
+        signed(14, 10),
+        ints(14, 12),
+        Operand((3,), lambda _: torch.tensor([0, 3, 7])),
+    ),
+    _case(
+        aten._embedding_bag.default,
+        signed(14, 10),
+        ints(14, 12),
+        Operand((2,), lambda _: torch.tensor([0, 5])),
+        False,
+        1,
+    ),
     _case(
         aten.convolution.default, signed(4, 6, 10), signed(14, 6, 3), signed(14), [2], [1], [1], False, [0], 1
     ),
@@ -509,6 +531,8 @@ _LOST = "the values of this operand are not used"
 EXCUSED = [
     ("aten.linear.*", "(R, P(sum)*", _WEIGHT),
     ("aten.embedding.*", "(P(sum), R)", _WEIGHT),
+    ("aten.bilinear.*", "(R, R, P(sum)*", _WEIGHT),
+    ("aten._embedding_bag*", "(P(sum), R, R)*", _WEIGHT),
     ("transformers.grouped_mm*", "(R, P(sum)*", _WEIGHT),
     ("aten.conv*", "(R, P(sum)*", _WEIGHT),
     ("aten.*_norm*", "(R, P(sum)*", _WEIGHT),

@@ -193,24 +193,31 @@ def later_calls() -> dict[str, list[str]]:
     return found
 
 
-class Quantised(nn.Module):
-    """A layer with its weight in a buffer, as eight-bit integers, or stacked for a lookup."""
+class Weights(nn.Module):
+    """Weights in buffers (of eight bits, packed, looked up), in an attribute, and such as are mixed first."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("weight", (noise(8, 6) * 30).to(torch.int8))
+        self.register_buffer("packed", torch.randint(0, 255, (6, 4), dtype=torch.uint8))
         self.register_buffer("table", noise(5, 6))
         self.register_buffer("scale", noise(8))
-        self.first = nn.Linear(6, 6)
+        self.one, self.other = nn.Parameter(noise(3, 6)), nn.Parameter(noise(3, 6))
+        self.first, self.plain = nn.Linear(6, 6), noise(6, 6)
+        self.bilinear, self.bag = nn.Bilinear(6, 6, 6), nn.EmbeddingBag(9, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x + F.embedding(torch.zeros(4, dtype=torch.long), self.table))
-        return F.linear(x, self.weight.to(x.dtype)) * self.scale
+        x = F.linear(x, torch.cat([self.one, self.other]))
+        x = self.first(x + F.embedding(torch.zeros(4, dtype=torch.long), self.table)) @ self.plain
+        x = self.bilinear(x, x) + self.bag(torch.tensor([[1, 5]] * 4))
+        x = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        halves = torch.stack([self.packed & 15, self.packed >> 4], -1).flatten(1)
+        return F.linear(x, halves.to(x.dtype))
 
 
-def weights_in_buffers() -> tuple[str, ...]:
-    """What the plan says of weights that are buffers."""
-    model, whole = sharded(Quantised(), noise(4, 6), dynamic=False)
+def whole_weights() -> tuple[list[str], list[str]]:
+    """What the plan says of weights that are not divided; which parameters are."""
+    model, whole = sharded(Weights(), noise(4, 6), dynamic=False)
     agree(model, whole, noise(4, 6))
-    notes: tuple[str, ...] = model.plan.notes
-    return notes
+    divided = [name for name, held in model.plan.layout.params.items() if not held.is_whole]
+    return list(model.plan.notes), divided

@@ -31,7 +31,8 @@ def test_later_calls_that_cannot_use_the_layout() -> None:
         assert all("is gathered for this call" in note for said in notes.values() for note in said)
 
 
-def test_weights_in_buffers_are_reported() -> None:
-    for notes in run_spmd(valid_programs.weights_in_buffers, 2):
-        told = [note for note in notes if "is a buffer, and whole on every rank" in note]
-        assert sorted(note.partition(" ")[0] for note in told) == ["table", "weight"]
+def test_weights_that_are_not_divided_are_reported() -> None:
+    for notes, divided in run_spmd(valid_programs.whole_weights, 2):
+        told = [note.partition(" ")[0] for note in notes if "whole on every rank" in note]
+        assert sorted(told) == ["one", "other", "packed", "plain", "table", "weight"]
+        assert {"bilinear.weight", "bag.weight", "first.weight"} <= set(divided)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch.fx import Node
 
 from tpcompile.ir.layout.weight_layout import WeightLayout
@@ -20,6 +21,14 @@ from .collective import collectives_of, sequence_seconds
 from .decide import Pins
 from .decisions import decisions_to_data
 from .plan import Plan
+
+_KINDS = {
+    "buffer": "a buffer",
+    "attribute": "an attribute",
+    "constant": "a constant",
+    "param": "mixed with others before it is used",
+}
+_ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default,)  # its mask is no weight
 
 
 def make_plan(
@@ -40,7 +49,10 @@ def make_plan(
         fingerprint=fingerprint,
         collectives=collectives_of(rewritten),
         fallbacks=fallbacks_of(work),
-        notes=(*rewritten.captured.notes, *dict.fromkeys([*gathered.values(), *_whole_buffers(work)])),
+        notes=(
+            *rewritten.captured.notes,
+            *dict.fromkeys([*gathered.values(), *_whole_weights(work, layout)]),
+        ),
         cost=cost,
         seconds=seconds + sequence_seconds(rewritten, cost),
         sequence=sequence,
@@ -63,15 +75,39 @@ def _gathered_weights(work: Work) -> dict[Node, str]:
     return found
 
 
-def _whole_buffers(work: Work) -> Iterator[str]:
-    """Buffers that are used as weights, such as those of a quantised layer: only parameters are divided."""
+def _whole_weights(work: Work, layout: WeightLayout) -> Iterator[str]:
+    """Matrices that are used as weights, and stay whole on every rank, such as those of a quantised layer.
+
+    Only parameters are divided, and only those that are weights as they are, not mixed with others first.
+    """
     assert work.planned_factors is not None
-    names = {n: s.spec.name for n, s in work.sources.items() if s.spec.kind == "buffer" and matrix(n)}
+    specs = {n: s.spec for n, s in work.sources.items() if s.spec.kind in _KINDS and matrix(n)}
+    params = {n for n in specs if specs[n].kind == "param"}
+    made_of = _made_of(work, {n for n in specs if n not in params or layout.params[specs[n].name].is_whole})
     for node, rule in work.planned_factors.rules.items():
-        if work.ranks > 1 and isinstance(rule, Rule) and rule.contraction:
-            for root in filter(None, (weight_root(o, set(names)) for o in operands(node))):
-                size = bytes_of(tensor_of(root))
-                yield f"{starred(names[root])} is a buffer, and whole on every rank ({size:.0f} bytes)"
+        if work.ranks == 1 or not (isinstance(rule, Rule) and rule.contraction) or node.target in _ATTENTION:
+            continue
+        for operand in operands(node):
+            if tensor_of(operand).is_floating_point() and not weight_root(operand, params):
+                for root in made_of[operand] or ():
+                    size = float(bytes_of(tensor_of(root)))
+                    name, kind = starred(specs[root].name), _KINDS[specs[root].kind]
+                    yield f"{name} is {kind}, and whole on every rank ({size:.0f} bytes)"
+
+
+def _made_of(work: Work, weights: set[Node]) -> dict[Node, dict[Node, None] | None]:
+    """Of which of some weights each value is made; None for one that depends on the call's tensors."""
+    found: dict[Node, dict[Node, None] | None] = {}
+    for node in work.graph.nodes:
+        parts = [found[o] for o in node.all_input_nodes]
+        if node in work.sources:
+            given = work.sources[node].spec.kind == "user"
+            found[node] = None if given else {node: None} if node in weights else {}
+        elif isinstance(node.meta.get("val"), torch.SymInt):
+            found[node] = {}
+        else:
+            found[node] = None if None in parts else {root: None for part in parts for root in part or ()}
+    return found
 
 
 def fallbacks_of(work: Work) -> tuple[str, ...]:

@@ -153,6 +153,23 @@ def embedding(node: Node) -> Rule:
     )
 
 
+def embedding_bag(node: Node) -> Rule | str:
+    """Sums or means of looked up rows: columns may be divided; what else it returns is about the bags."""
+    if option(node, "mode", 0) == 2:
+        return "a maximum over the rows of a bag"
+    letters = Letters()
+    (vocabulary, features), *others = (letters.dims(shape(o)) for o in operands(node))
+    result, *about = (letters.dims(sizes_of(r)) for r in results(node))
+    return Rule(
+        ((vocabulary, features), *others),
+        ((result[0], features), *about),
+        letters.sizes,
+        whole=frozenset(letters.sizes) - frozenset(features),
+        fixed=frozenset(range(1, 1 + len(about))),
+        contraction=True,
+    )
+
+
 def spatial(node: Node) -> Rule | str:
     """Pooling and resampling: batch and channels pass, everything after them is whole."""
     source, target = shape(operands(node)[0]), shape(node)

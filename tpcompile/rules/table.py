@@ -44,6 +44,7 @@ _GROUPED = "t k, e k n, e? -> t n; whole t e; linear 0; contraction; localize gr
 
 MATMULS: dict[str, Row] = {
     "aten.linear": "... k, n k, n? -> ... n; once 2; linear 0,2; contraction",
+    "aten.bilinear": "... i, ... j, n i j, n? -> ... n; once 3; linear 0,3|1,3; contraction",
     "aten.mm": "i k, k n -> i n; linear 0|1; contraction",
     "aten.mv": "i k, k -> i; linear 0|1; contraction",
     "aten.bmm": "b i k, b k n -> b i n; linear 0|1; contraction",
@@ -56,6 +57,7 @@ MATMULS: dict[str, Row] = {
     "aten._grouped_mm": _GROUPED,
     "transformers.grouped_mm_fallback": _GROUPED,
     "aten.embedding": contractions.embedding,
+    **_rows(contractions.embedding_bag, "_embedding_bag _embedding_bag_forward_only"),
     "aten._cdist_forward": "... i d, ... j d -> ... i j; whole d; contraction",
     **_rows(
         contractions.convolution,

@@ -20,7 +20,7 @@ from tpcompile.errors import CannotCapture
 from .look_inside import PLAIN, Attributes, content, is_librarys, same
 
 MISSING: Any = object()
-BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}
+BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"} | {"_flat_weights", "_flat_weight_refs"}
 """What every module has and torch looks after; train and eval mode are the user's."""
 
 Step = tuple[str, Any]
