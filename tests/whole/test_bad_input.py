@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import tpcompile
@@ -212,6 +212,29 @@ def test_calls_that_do_not_fit_the_signature(name: str) -> None:
 # ------------------------------------------------------------------------------------- what types do not say
 
 
+class Quantised(Tensor):
+    """Is not what it looks like: operations on it do something of their own."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class Wrapped(Tensor):
+    """The same, one level below."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return torch.zeros(())
+
+
+def special(kind: type[Tensor]) -> nn.Module:
+    """A model with a weight of another kind of tensor."""
+    model = Two()
+    model.register_buffer("table", torch.zeros(3).as_subclass(kind))
+    return model
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -231,6 +254,8 @@ def test_calls_that_do_not_fit_the_signature(name: str) -> None:
         (lambda: tpcompile.plan(nn.DataParallel(Two()), 2, (X,)), "wraps, or has compiled"),
         (lambda: tpcompile.plan(torch.jit.script(nn.Linear(16, 2)), 2, (X,)), "wraps, or has compiled"),
         (lambda: tpcompile.plan(nn.LazyLinear(4), 2, (X,)), "lazy layer"),
+        (lambda: tpcompile.plan(special(Quantised), 2, (X,)), "table is a Quantised"),
+        (lambda: tpcompile.plan(special(Wrapped), 2, (X,)), "table is a Wrapped"),
         (lambda: tpcompile.plan(nn.ModuleList([Two()]), 2, (X,)), "has no forward"),
         (lambda: tpcompile.plan(meta(), lone_mesh(), (X,), axis="dp"), "no axis 'dp'"),
         (lambda: tpcompile.parallelize(Two(), lone_mesh(), (X,)), "no process group"),

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tpcompile
 from tests.helpers.run_ranks import run_spmd
+from tests.helpers.toys import Mlp
 from tests.on_ranks import valid_programs
 
 
@@ -35,4 +43,26 @@ def test_weights_that_are_not_divided_are_reported() -> None:
     for notes, divided in run_spmd(valid_programs.whole_weights, 2):
         told = [note.partition(" ")[0] for note in notes if "whole on every rank" in note]
         assert sorted(told) == ["one", "other", "packed", "plain", "table", "weight"]
-        assert {"bilinear.weight", "bag.weight", "first.weight"} <= set(divided)
+        assert {"bilinear.weight", "bag.weight"} <= set(divided)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_are_whole_and_reported(kind: type[nn.Module]) -> None:
+    (told,) = tpcompile.plan(kind(6, 8), 2, (torch.randn(3, 4, 6),)).fallbacks
+    assert told.startswith(f"aten.{kind.__name__.lower()}.input: replicated")
+
+
+class _Checked(nn.Module):
+    def __init__(self, op: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mlp, self.op = Mlp(), op
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mlp(x)
+        return self.op(h @ h.transpose(-1, -2))
+
+
+@pytest.mark.parametrize("op", [torch.linalg.inv, torch.linalg.cholesky])
+def test_operators_that_check_what_they_compute(op: Callable[[Tensor], Tensor]) -> None:
+    plan = tpcompile.plan(_Checked(op), 2, (torch.randn(3, 5, 12),))
+    assert any(f"aten.{op.__name__}" in line for line in plan.fallbacks)

@@ -59,10 +59,9 @@ def check_model(model: nn.Module) -> None:
 
 def _is_special(tensor: Tensor) -> bool:
     """Whether a tensor's class says what operations on it do: it is not what it looks like."""
-    kind: Any = type(tensor)
-    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
-    functions = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)
-    plain = kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and function in functions
+    kinds: list[Any] = [type(tensor), Tensor, nn.Parameter]
+    functions = [getattr(kind.__torch_function__, "__func__", kind.__torch_function__) for kind in kinds]
+    plain = kinds[0].__torch_dispatch__ is Tensor.__torch_dispatch__ and functions[0] in functions[1:]
     return not plain and not isinstance(tensor, FakeTensor) and not nn.parameter.is_lazy(tensor)
 
 
