@@ -20,6 +20,7 @@ from .planner.search.calibrate import calibrate
 from .planner.search.cost import CostModel
 from .planner.to_hf_plan import to_hf_plan
 from .rules.table import register_rule
+from .runtime.verify.check_rule import RuleReport, check_rule
 from .runtime.verify.one_process import verify
 from .runtime.verify.report import Report
 from .strategies.custom.tensor_parallel_layer import TensorParallelLayer, get_packed_weights, get_tensor_shard
@@ -35,11 +36,13 @@ __all__ = [
     "PlanReport",
     "Replicate",
     "Report",
+    "RuleReport",
     "Shard",
     "Strategy",
     "TensorParallelLayer",
     "TpCompileError",
     "calibrate",
+    "check_rule",
     "from_pretrained",
     "get_packed_weights",
     "get_tensor_shard",

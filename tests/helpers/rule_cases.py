@@ -9,9 +9,7 @@ from __future__ import annotations
 import torch
 import transformers.integrations.moe  # noqa: F401 (registers transformers.grouped_mm_fallback)
 
-from tests.helpers.check_rule import (  # fmt: skip
-    Case,
-    Operand,
+from tests.helpers.check_rule import (
     ascending,
     boolean,
     complex_,
@@ -23,6 +21,7 @@ from tests.helpers.check_rule import (  # fmt: skip
     tied,
     unknown,
 )
+from tpcompile.runtime.verify.rule_program import Case, Operand
 
 aten = torch.ops.aten
 

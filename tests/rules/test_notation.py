@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import programs
-from tests.helpers.check_rule import Case, Program, compare, signed
+from tests.helpers.check_rule import signed
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.placements import Shard
 from tpcompile.pipeline import rewrite
@@ -18,6 +18,7 @@ from tpcompile.rules.notation import instantiate, parse_row
 from tpcompile.rules.randomness import random_nodes
 from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import register_rule
+from tpcompile.runtime.verify.rule_program import Case, Program, compare
 
 aten = torch.ops.aten
 

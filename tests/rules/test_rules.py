@@ -9,12 +9,13 @@ from functools import cache
 
 import pytest
 
-from tests.helpers.check_rule import Case, Program, blame, compare, compare_gradients
+from tests.helpers.check_rule import blame
 from tests.helpers.missing_rules import missing
 from tests.helpers.rule_cases import CASES, EXCUSED, PAIRED, REFUSED, SAMPLED, WITHOUT_CASE
 from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import ROWS
+from tpcompile.runtime.verify.rule_program import Case, Program, compare, compare_gradients
 
 Chosen = tuple[Choice, ...]
 

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.check_rule import Case, Program, compare, signed
+from tests.helpers.check_rule import signed
 from tpcompile.ir.sizes import Size
 from tpcompile.rules.rule import Labels, Letters, letters_of
 from tpcompile.rules.views import align
+from tpcompile.runtime.verify.rule_program import Case, Program, compare
 
 SIZES = st.sampled_from([1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 12])
 FACTORS = st.lists(SIZES, max_size=5)

@@ -188,20 +188,28 @@ def register_rule(op: OpOverload | OpOverloadPacket | str, rule: str | Callable[
     Raises:
         TpCompileError: there is no such operator; the line does not follow the notation.
     """
-    if isinstance(op, str):
-        library, _, rest = op.partition(".")
-        found: Any = getattr(torch.ops, library, None) if rest else None
-        for name in rest.split("."):
-            found = getattr(found, name, None)
-        if not isinstance(found, OpOverload | OpOverloadPacket):
-            raise TpCompileError(
-                f"there is no operator {op!r}",
-                where="register_rule",
-                todo='define it first; names are as in "mylib.scan" or "mylib.scan.default"',
-            )
+    operator_of(op, "register_rule")
     if isinstance(rule, str):
         parse_row(rule)
     _USER[op if isinstance(op, str) else str(op)] = rule
+
+
+def operator_of(op: OpOverload | OpOverloadPacket | str, where: str) -> OpOverload | OpOverloadPacket:
+    """The operator that is meant.
+
+    Raises:
+        TpCompileError: there is none of this name.
+    """
+    found: Any = op
+    if isinstance(op, str):
+        library, _, rest = op.partition(".")
+        found = getattr(torch.ops, library, None) if rest else None
+        for name in rest.split("."):
+            found = getattr(found, name, None)
+    if not isinstance(found, OpOverload | OpOverloadPacket):
+        todo = 'define it first; names are as in "mylib.scan" or "mylib.scan.default"'
+        raise TpCompileError(f"there is no operator {op!r}", where=where, todo=todo)
+    return found
 
 
 def user_rows() -> dict[str, Row]:
