@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tpcompile
 from tests.helpers import toys
+from tpcompile.capture.held_caches import Held
 from tpcompile.compile_program import Compiler
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import bind_call
@@ -20,7 +22,7 @@ from tpcompile.ir.layout.segment import Segment
 from tpcompile.lowering.simulate import lower_all
 from tpcompile.rules import table
 from tpcompile.runtime.read_request import read_options
-from tpcompile.runtime.verify.one_process import examine
+from tpcompile.runtime.verify.one_process import Request, _tokens, examine
 from tpcompile.runtime.verify.report import Report
 from tpcompile.work import Pass, Work
 
@@ -68,6 +70,37 @@ def test_what_is_right() -> None:
     assert "the same as the unsharded model" in str(report)
     assert model.seen == 0
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_that_generates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt and steps, over whole caches that are cut for the ranks; a step that goes wrong is seen."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=30, num_hidden_layers=1, **sizes)).double().eval()
+    call = {"input_ids": torch.randint(30, (2, 5)), "attention_mask": torch.ones(2, 5).long()}
+    report = tpcompile.verify(model, 2, example_kwargs=call, gradients=False, generate=3)
+    assert report.ok, report
+    assert {f.sort for f in report.findings} == {"result", "buffer", "token"}
+    right = Held.part
+    monkeypatch.setattr(Held, "part", lambda *args: right(*args) * 1e3)
+    options = read_options(model, "auto", None, "cpu", True, None, ())
+    assert _tokens(model, Request(call, options, 2, generate=3)).error > 0
+
+
+class Forgets(Counted):
+    """Writes its buffer where no capture sees it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        result = super().forward(x)
+        if not torch.compiler.is_exporting():
+            self.seen += 1
+        return result
+
+
+def test_a_buffer_that_only_python_writes() -> None:
+    report = tpcompile.verify(Forgets().double(), 2, (torch.randn(X, dtype=torch.float64),), gradients=False)
+    assert report.kind == "capture"
+    assert [(f.sort, f.name) for f in report.wrong] == [("buffer", "seen")]
 
 
 # Capture.
@@ -162,7 +195,7 @@ def test_a_pass_that_changes_what_is_computed() -> None:
 def _examined(model: nn.Module, ranks: int, lower: Callable[[Work], list[GraphModule]]) -> Report:
     options = read_options(model, "auto", None, "cpu", True, None, ())
     bound = bind_call(model, (torch.randn(X, dtype=torch.float64),), {})
-    return examine(model, bound, options, ranks, lower=lower)
+    return examine(model, Request(bound, options, ranks, lower=lower))
 
 
 def test_one_ranks_graph() -> None:

@@ -64,7 +64,7 @@ def make_program(
         mutated=_mutated(model, compiled),
         check=size_check(captured),
         entry=path,
-        numbers=_numbers(leaves, captured),
+        numbers=open_leaves(leaves, captured),
         outlined=outlined,
         types=settings.types,
         state=settings.state,
@@ -74,7 +74,7 @@ def make_program(
     )
 
 
-def _numbers(leaves: Sequence[Any], captured: Captured) -> frozenset[int]:
+def open_leaves(leaves: Sequence[Any], captured: Captured) -> frozenset[int]:
     """Which leaves are numbers that travel as sizes."""
     specs = enumerate(zip(leaves, captured.user_inputs, strict=True))
     return frozenset(
@@ -168,9 +168,9 @@ def local_extents(compiled: Compiled, rank: int) -> Captured:
         work.sources[n].spec.name: shapes.shape(n, placements)
         for n, placements in work.given(factors).items()
     }
+    whole = whole_captured(work)
     if work.blocks is not None:
         local |= {leaf: local[twin] for (twin, _), leaf in work.blocks.leaves.items() if twin in local}
-    inputs = (*(spec for spec in work.captured.inputs if spec.kind != "user"), *work.captured.user_inputs)
 
     def adapt(spec: InputSpec) -> InputSpec:
         sizes = local.get(spec.name)
@@ -182,5 +182,10 @@ def local_extents(compiled: Compiled, rank: int) -> Captured:
         )
         return replace(spec, extents=extents)
 
-    outputs = work.captured.whole_outputs
-    return replace(work.captured, inputs=tuple(map(adapt, inputs)), outputs=outputs, blocks=None)
+    return replace(whole, inputs=tuple(map(adapt, whole.inputs)))
+
+
+def whole_captured(work: Work) -> Captured:
+    """The captured program with the inputs and outputs of the whole call, of all layers."""
+    inputs = (*(spec for spec in work.captured.inputs if spec.kind != "user"), *work.captured.user_inputs)
+    return replace(work.captured, inputs=inputs, outputs=work.captured.whole_outputs, blocks=None)

@@ -24,10 +24,10 @@ from .program import Program
 from .runtime import Runtime
 from .verify.live import verify_live
 from .verify.report import Report
+from .verify.tokens import Steps
 from .watched_module import WatchedModule
 
 Norm = Annotated[float, Must("a number that is not negative", lambda norm: norm >= 0)]
-Steps = Annotated[int, Must("a number of tokens", lambda steps: steps >= 0)]
 NormType = Annotated[float, Must("a positive number, or inf", lambda norm: norm > 0)]
 
 

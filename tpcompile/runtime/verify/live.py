@@ -20,7 +20,7 @@ from tpcompile.runtime.copy_model import as_original
 from tpcompile.runtime.guards import without_guards
 
 from .compare import limit_of
-from .one_process import examine
+from .one_process import Request, examine
 from .outcome import Finding, Key, compared, run_python
 from .report import Report
 from .tokens import greedy
@@ -100,7 +100,7 @@ def _explained(
     """What is to blame: the same is simulated on every rank, from the same weights."""
     compiler = runtime.compiler
     try:
-        simulated = examine(whole, bound, compiler.options, compiler.ranks, gradients=learning)
+        simulated = examine(whole, Request(bound, compiler.options, compiler.ranks, learning))
     except TpCompileError as error:
         note = f"it cannot be said where the difference begins: {error.what}"
         return replace(report, kind="execution", notes=(note,))

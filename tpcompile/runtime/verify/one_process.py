@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +21,12 @@ from tpcompile.planner.options import Options
 from tpcompile.planner.search.cost import CostModel
 from tpcompile.runtime.read_request import Bytes, Dynamic, Passes, PlanLike, Ranks, example_call, read_options
 
+from .assemble import RanksDiffer
 from .locate import locate
+from .outcome import Finding
 from .report import Report
+from .simulated_calls import simulated
+from .tokens import Steps, greedy
 from .trial import Lower, Trial
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -35,6 +40,7 @@ def verify(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     gradients: bool = True,
+    generate: Steps = 0,
     plan: PlanLike = "auto",
     dynamic: Dynamic = True,
     cost_model: CostModel | str | None = None,
@@ -54,6 +60,7 @@ def verify(
         example_args: see ``parallelize``, as for all that are not named here.
         example_kwargs: keyword arguments of that call.
         gradients: compare gradients as well, if parameters or arguments want some.
+        generate: how many tokens to generate greedily behind the example, and to compare.
         passes: passes to run after the compiler's own.
 
     Raises:
@@ -74,33 +81,37 @@ def verify(
             todo="parallelize the model, and call its verify()",
         )
     bound = example_call(model, example_args, example_kwargs, dynamic)
-    return examine(model, bound, options, ranks, gradients=gradients)
+    return examine(model, Request(bound, options, ranks, gradients, generate))
 
 
-def examine(
-    model: nn.Module,
-    bound: dict[str, Any],
-    options: Options,
-    ranks: int,
-    *,
-    gradients: bool = True,
-    lower: Lower = lower_all,
-) -> Report:
-    """See ``verify``.
+@dataclass(frozen=True)
+class Request:
+    """What to examine.
 
-    Args:
-        model: a model with weights.
+    Attributes:
         bound: a call.
         options: what it is compiled with.
         ranks: how many ranks.
         gradients: compare gradients as well.
+        generate: how many tokens to generate.
         lower: makes the ranks' programs; the bench of faults has its own.
     """
+
+    bound: dict[str, Any]
+    options: Options
+    ranks: int
+    gradients: bool = True
+    generate: int = 0
+    lower: Lower = lower_all
+
+
+def examine(model: nn.Module, request: Request) -> Report:
+    """See ``verify``; the model has weights."""
     began = time.perf_counter()
-    report = _examined(model, bound, options, ranks, gradients, lower)
+    report = _examined(model, request)
     rough = any(p.dtype in _HALF for p in model.parameters())
     if rough or report.wrong:
-        exact = _in_double(model, bound, options, ranks, gradients, lower)
+        exact = _in_double(model, request)
         if exact is not None and exact.ok and report.wrong:
             report = replace(report, kind="numerics", first_difference=None)
         elif exact is not None and not exact.ok:
@@ -108,25 +119,35 @@ def examine(
     return replace(report, seconds=time.perf_counter() - began)
 
 
-def _examined(
-    model: nn.Module, bound: dict[str, Any], options: Options, ranks: int, gradients: bool, lower: Lower
-) -> Report:
+def _examined(model: nn.Module, request: Request) -> Report:
     """The report for a model in its own precision."""
-    trial = Trial(copy.deepcopy(model), bound, Compiler(options, ranks), gradients, lower)
+    compiler = Compiler(request.options, request.ranks)
+    trial = Trial(copy.deepcopy(model), request.bound, compiler, request.gradients, request.lower)
     want = trial.python()
-    findings = tuple(trial.compare_ranks(want, trial.on_ranks()))
+    findings = trial.compare_ranks(want, trial.on_ranks())
+    if request.generate:
+        findings.append(_tokens(model, request))
     kinds = {t.dtype for t in (*model.parameters(), *want.values()) if isinstance(t, Tensor)}
     precision = ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds if k.is_floating_point))
-    report = Report(ranks, precision, findings, trial.limit, "")
+    report = Report(request.ranks, precision, tuple(findings), trial.limit, "")
     if report.wrong:
         kind, first = locate(trial, want)
         report = replace(report, kind=kind, first_difference=first)
     return report
 
 
-def _in_double(
-    model: nn.Module, bound: dict[str, Any], options: Options, ranks: int, gradients: bool, lower: Lower
-) -> Report | None:
+def _tokens(model: nn.Module, request: Request) -> Finding:
+    """Whether all ranks together generate the tokens that the model does."""
+    wanted = greedy(copy.deepcopy(model), request.bound, request.generate)
+    try:
+        with simulated(model, Compiler(request.options, request.ranks)) as copied:
+            same = greedy(copied, request.bound, request.generate) == wanted
+    except RanksDiffer:
+        same = False
+    return Finding("token", f"{request.generate} tokens", 0.0 if same else math.inf)
+
+
+def _in_double(model: nn.Module, request: Request) -> Report | None:
     """The report in float64; None if the model is in float64, or cannot be run in it."""
     if all(p.dtype == torch.float64 for p in model.parameters() if p.is_floating_point()):
         return None
@@ -136,6 +157,6 @@ def _in_double(
 
     wide = copy.deepcopy(model).double()
     try:
-        return _examined(wide, tree_map(widened, bound), options, ranks, gradients, lower)
+        return _examined(wide, replace(request, bound=tree_map(widened, request.bound)))
     except (TpCompileError, RuntimeError):  # its python wants the type that it was made in
         return None

@@ -134,7 +134,7 @@ def compared(got: Mapping[Key, Any], want: Mapping[Key, Any]) -> list[Finding]:
     floor = 1e-2 * largest(gradients)
     found = []
     for (sort, name), value in want.items():
-        if (sort, name) not in got and sort in ("buffer", "attribute"):
+        if (sort, name) not in got and sort == "attribute":
             continue
         mine = got.get((sort, name))
         if sort == "gradient":

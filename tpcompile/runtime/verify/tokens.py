@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.check import Must
 
+Steps = Annotated[int, Must("a number of tokens", lambda steps: steps >= 0)]
 _NOT_GIVEN = ("labels", "use_cache", "past_key_values", "logits_to_keep", "cache_position")
 
 

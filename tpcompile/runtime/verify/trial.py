@@ -19,6 +19,7 @@ from tpcompile.capture.repeats.unroll_layers import unroll
 from tpcompile.compile_program import Compiler
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import flatten_call
+from tpcompile.ir.module_tensors import tensors_by_name
 from tpcompile.ir.nodes import module_path
 from tpcompile.ir.placements import R, Shard
 from tpcompile.lowering.lower_graph import copy_placeholder
@@ -86,7 +87,7 @@ class Trial:
         inputs = self._inputs(work, 0, divided=False)
         with torch.set_grad_enabled(self.learning):
             (flat,) = run(work, [inputs.of(program.graph)], [program], watch)
-        found = results_of(work.captured.whole_outputs, flat)
+        found = self._buffers(inputs) | results_of(work.captured.whole_outputs, flat)
         if self.learning:
             backward([found], self.losses)
             found |= self._gradients(inputs)
@@ -98,7 +99,9 @@ class Trial:
         feeds = [mine.of(program.graph) for mine, program in zip(ranks, self.programs, strict=True)]
         with torch.set_grad_enabled(self.learning):
             flat = run(self.work, feeds, self.programs, watch)
-        found = [results_of(self.specs, one) for one in flat]
+        found = [
+            self._buffers(mine) | results_of(self.specs, one) for mine, one in zip(ranks, flat, strict=True)
+        ]
         if self.learning:
             backward(found, self.losses)
             found = [one | self._gradients(mine) for one, mine in zip(found, ranks, strict=True)]
@@ -108,6 +111,14 @@ class Trial:
         leaves, learned = flatten_call(self.bound)[0], learning_leaves(self.bound)
         layout = self.layout if divided else undivided(work, self.model)
         return Inputs(self.model, work.captured, leaves, layout, rank, self.learning, learned)
+
+    def _buffers(self, inputs: Inputs) -> dict[Key, Any]:
+        """Every buffer as it was: what the program leaves alone stays so."""
+        places = tensors_by_name(self.model).items()
+        named = {name: getattr(*place) for name, place in places if place[1] in place[0]._buffers}
+        return {
+            ("buffer", name): inputs.layout.shard(name, value, inputs.rank) for name, value in named.items()
+        }
 
     @staticmethod
     def _gradients(inputs: Inputs) -> dict[Key, Any]:
