@@ -63,3 +63,7 @@ def __getattr__(name: str) -> Any:
     from .auto_classes import auto_class
 
     return auto_class(name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

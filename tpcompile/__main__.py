@@ -6,7 +6,6 @@ python -m tpcompile verify config.json --ranks 4 --layers 2
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import json
 import platform
@@ -18,13 +17,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor, nn
 
 import tpcompile
-from tpcompile.capture.export.default_example import default_example
 from tpcompile.errors import TpCompileError
 from tpcompile.planner.disk_cache import cache_folder
 from tpcompile.planner.print_plan import placement_text
+from tpcompile.runtime.find_model import check_memory, example_of, find_model
 
 app = typer.Typer(
     name="tpcompile",
@@ -43,9 +41,10 @@ Dtype = Annotated[str | None, typer.Option(help="Type of the weights; by default
 Device = Annotated[str, typer.Option(help="Cost model: h100, a100 or cpu.")]
 Batch = Annotated[int, typer.Option(help="Texts in the example.", min=1)]
 Seq = Annotated[int, typer.Option(help="Tokens of each text in the example.", min=1)]
+Fields = Annotated[
+    list[str] | None, typer.Option("--set", help="Another value of a field, as in --set vocab_size=1024.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
-
-_DEPTHS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 
 
 @app.command(epilog="Example: tpcompile plan Qwen/Qwen3-0.6B --ranks 8 --seq 2048")
@@ -103,7 +102,7 @@ def lint(
     """What a tp_plan of transformers loses beside the best plan. Exits with 1 if it loses anything."""
     with _errors(as_json):
         rules: Any = json.loads(plan_file.read_text()) if plan_file is not None else "hf"
-        built = _model(model, layers, None, "meta")
+        built = find_model(model, layers, None, "meta")
         report = tpcompile.lint_plan(built, rules, ranks, cost_model=device)
         data = {"clean": report.clean, "unmet": report.unmet, "gathered": report.gathered}
         data |= {"repeated": report.repeated, "replicated": dict(report.replicated)}
@@ -121,14 +120,16 @@ def verify(
     seq: Seq = 16,
     gradients: Annotated[bool, typer.Option(help="Compare gradients as well.")] = True,
     seed: Annotated[int, typer.Option(help="Of the random weights and tokens.")] = 0,
+    fields: Fields = None,
     as_json: Json = False,
 ) -> None:
     """Whether sharded and unsharded models agree, with random weights. Exits with 1 if not."""
     with _errors(as_json):
         torch.manual_seed(seed)
-        built = _model(model, layers, dtype, "cpu")
+        check_memory(find_model(model, layers, dtype, "meta", fields))
+        built = find_model(model, layers, dtype, "cpu", fields)
         report = tpcompile.verify(
-            built, ranks, example_kwargs=_example(built, batch, seq), gradients=gradients
+            built, ranks, example_kwargs=example_of(built, batch, seq), gradients=gradients
         )
         data = {"ok": report.ok, "kind": report.kind, "report": str(report).splitlines()}
         _show(report, data, as_json)
@@ -183,9 +184,9 @@ def _plan(
     seq: int,
     memory: float | None = None,
 ) -> tpcompile.Plan:
-    built = _model(spec, layers, dtype, "meta")
+    built = find_model(spec, layers, dtype, "meta")
     limit = None if memory is None else memory * 2**30
-    example = _example(built, batch, seq)
+    example = example_of(built, batch, seq)
     return tpcompile.plan(built, ranks, example_kwargs=example, cost_model=device, memory=limit)
 
 
@@ -209,63 +210,6 @@ def _plan_data(found: tpcompile.Plan) -> dict[str, Any]:
         "collectives": [vars(each) for each in found.collectives],
         "fallbacks": found.fallbacks,
         "notes": found.notes,
-    }
-
-
-def _model(spec: str, layers: int | None, dtype: str | None, device: str) -> nn.Module:
-    """The model that is meant, in evaluation mode; of a configuration with random weights, or on ``meta``."""
-    module, colon, factory = spec.partition(":")
-    if colon and not Path(spec).exists():
-        return _from_factory(module, factory)
-    from tpcompile.weights.loading.build_model import build_model, find_class, find_config, find_dtype
-
-    config = find_config(spec, None, "", {"local_files_only": True}, {})
-    if layers is not None:
-        _cut(config.get_text_config(), layers)
-    kind: Any = find_class(config, None, False, {})
-    wanted = find_dtype(dtype, config, {})
-    if device == "meta":
-        return build_model(kind, config, wanted, None)
-    model: nn.Module = kind._from_config(config, dtype=wanted)
-    return model.eval()
-
-
-def _from_factory(module: str, factory: str) -> nn.Module:
-    sys.path.insert(0, "")
-    try:
-        model = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError) as error:
-        raise TpCompileError(
-            f"there is no {module}:{factory}: {error}", where="MODEL", todo="give package.module:factory"
-        ) from None
-    if not isinstance(model, nn.Module):
-        raise TpCompileError(
-            f"{module}:{factory} returns a {type(model).__name__}", where="MODEL", todo="return a module"
-        )
-    return model.eval()
-
-
-def _cut(config: Any, layers: int) -> None:
-    """Leaves a configuration so many layers; lists with an entry per layer are cut with it."""
-    for name in _DEPTHS:
-        depth = getattr(config, name, None)
-        if isinstance(depth, int) and depth > layers:
-            for field, value in vars(config).items():
-                if isinstance(value, list) and len(value) == depth:
-                    setattr(config, field, value[:layers])
-            setattr(config, name, layers)
-
-
-def _example(model: nn.Module, batch: int, seq: int) -> dict[str, Any] | None:
-    """A call with token ids of this size; other inputs, and other models, are as ``parallelize`` has them."""
-    example = default_example(model)
-    if example is None:
-        return None
-    sizes = (batch, seq)
-    highest = int(getattr(getattr(model, "config", None), "vocab_size", 2) or 2)
-    return {
-        name: torch.randint(highest, sizes) if isinstance(x, Tensor) and x.dtype == torch.long else x
-        for name, x in example.items()
     }
 
 

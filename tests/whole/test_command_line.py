@@ -89,8 +89,17 @@ def test_lint_says_by_its_code_whether_a_plan_loses(config: str, tmp_path: Path)
 
 
 def test_verify(config: str) -> None:
-    found = data_of("verify", config, "--ranks", "2", "--layers", "1", "--seq", "4")
-    assert found["ok"]
+    options = ("--ranks", "2", "--layers", "1", "--seq", "4", "--set", "vocab_size=96")
+    assert data_of("verify", config, *options)["ok"]
+    done = run("verify", config, "--set", "vocab_size")
+    assert done.exit_code == 2
+    assert "is not name=value" in done.stderr
+
+
+def test_what_would_not_fit_is_refused_before_it_is_made(config: str) -> None:
+    done = run("verify", config, "--layers", "1", "--set", "vocab_size=2000000000")
+    assert done.exit_code == 2
+    assert "of this machine" in done.stderr
 
 
 def test_env() -> None:

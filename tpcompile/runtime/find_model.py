@@ -1,0 +1,124 @@
+"""The model that is meant on the command line: a configuration, by a name or a folder, or a function."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpcompile.capture.export.default_example import default_example
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.units import size_text
+
+_COPIES = 6
+"""How many copies of the weights there are: the model, a copy that runs, what ranks hold, and gradients."""
+
+_DEPTHS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+
+
+def find_model(
+    spec: str, layers: int | None, dtype: str | None, device: str, fields: Sequence[str] | None = None
+) -> nn.Module:
+    """The model that is meant, in evaluation mode: of a configuration on ``meta``, or with random weights.
+
+    Args:
+        spec: a folder with a ``config.json``, such a file, a name in the hub's cache, or ``module:factory``.
+        layers: cut it down to so many layers.
+        dtype: the type of its weights.
+        device: ``meta`` or ``cpu``.
+        fields: other values of the configuration, as ``name=value``.
+
+    Raises:
+        TpCompileError: there is no such model.
+    """
+    module, colon, factory = spec.partition(":")
+    if colon and not Path(spec).exists():
+        return _from_factory(module, factory)
+    from tpcompile.weights.loading.build_model import build_model, find_class, find_config, find_dtype
+
+    config = find_config(spec, None, "", {"local_files_only": True}, _read_fields(fields or ()))
+    if layers is not None:
+        _cut(config.get_text_config(), layers)
+    kind: Any = find_class(config, None, False, {})
+    wanted = find_dtype(dtype, config, {})
+    if device == "meta":
+        return build_model(kind, config, wanted, None)
+    model: nn.Module = kind._from_config(config, dtype=wanted)
+    return model.eval()
+
+
+def _read_fields(fields: Sequence[str]) -> dict[str, Any]:
+    """``vocab_size=1024`` as a field and its value; a value that is not JSON is text."""
+    found: dict[str, Any] = {}
+    for each in fields:
+        name, equals, text = each.partition("=")
+        if not equals:
+            raise TpCompileError(f"{each!r} is not name=value", where="--set", todo="give --set name=value")
+        try:
+            found[name] = json.loads(text)
+        except json.JSONDecodeError:
+            found[name] = text
+    return found
+
+
+def check_memory(model: nn.Module) -> None:
+    """Refuses to verify what would not fit: the system would end this process, or another one.
+
+    Raises:
+        TpCompileError: it would not.
+    """
+    held = sum(p.nbytes for p in model.parameters())
+    needed, there = _COPIES * held, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise TpCompileError(
+            f"to verify {size_text(held)} of weights takes about {size_text(needed)}, more than the "
+            f"{size_text(there)} of this machine",
+            where="MODEL",
+            todo="cut it down: --layers 1, --set vocab_size=1024, --set hidden_size=...",
+        )
+
+
+def _from_factory(module: str, factory: str) -> nn.Module:
+    sys.path.insert(0, "")
+    try:
+        model = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError) as error:
+        raise TpCompileError(
+            f"there is no {module}:{factory}: {error}", where="MODEL", todo="give package.module:factory"
+        ) from None
+    if not isinstance(model, nn.Module):
+        raise TpCompileError(
+            f"{module}:{factory} returns a {type(model).__name__}", where="MODEL", todo="return a module"
+        )
+    return model.eval()
+
+
+def _cut(config: Any, layers: int) -> None:
+    """Leaves a configuration so many layers; lists with an entry per layer are cut with it."""
+    for name in _DEPTHS:
+        depth = getattr(config, name, None)
+        if isinstance(depth, int) and depth > layers:
+            for field, value in vars(config).items():
+                if isinstance(value, list) and len(value) == depth:
+                    setattr(config, field, value[:layers])
+            setattr(config, name, layers)
+
+
+def example_of(model: nn.Module, batch: int, seq: int) -> dict[str, Any] | None:
+    """A call with token ids of this size; other inputs, and other models, are as ``parallelize`` has them."""
+    example = default_example(model)
+    if example is None:
+        return None
+    sizes = (batch, seq)
+    highest = int(getattr(getattr(model, "config", None), "vocab_size", 2) or 2)
+    return {
+        name: torch.randint(highest, sizes) if isinstance(x, Tensor) and x.dtype == torch.long else x
+        for name, x in example.items()
+    }
