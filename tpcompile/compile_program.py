@@ -249,7 +249,7 @@ class Compiler:
         if self._custom is None:
             where = (self.ranks, self._mesh, self.group, self.rank)
             self._custom = partition_modules(model, self.options.custom, *where)
-        return self._custom
+        return self._custom.with_names(model)
 
     def capture(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -90,6 +91,39 @@ def halved() -> tuple[float, str]:
     except tpcompile.TpCompileError as refusal:
         return wrong, str(refusal)
     return wrong, "accepted"
+
+
+class Scaled(nn.Linear):
+    """A module with python state: a number, a tensor, or a function."""
+
+    state: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (self.state() if callable(self.state) else self.state)
+
+
+def own_state() -> dict[str, float]:
+    """Errors where modules in repeated layers have other python state than their like, or come to have it."""
+    custom_layers.register()
+    wrong = {}
+    states: dict[str, Callable[[int], Any]] = {
+        "tensor": lambda layer: torch.tensor(1.0 + layer),
+        "function": lambda layer: lambda: 1.0 + layer,
+        "later": lambda layer: 2.0,
+    }
+    for name, state in states.items():
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Sequential(Scaled(8, 16), nn.Linear(16, 8)) for _ in range(6)))
+        for layer, block in enumerate(model.double()):
+            block[0].state = state(layer)
+        whole, x = copy.deepcopy(model), torch.randn(3, 8).double()
+        sharded = tpcompile.parallelize(model, mesh(), (x,), plan={"*.0": "colwise_custom"})
+        wrong[name] = error(sharded(x), whole(x))
+        if name == "later":
+            for changed in (4, 0):
+                sharded[changed][0].state = whole[changed][0].state = 5.0 + changed
+                wrong[f"{name} {changed}"] = error(sharded(x), whole(x))
+    return wrong
 
 
 def loaded(folder: str, other: str) -> tuple[float, bool]:

@@ -53,6 +53,12 @@ def test_a_partition_that_computes() -> None:
         assert "not cut out of the parameter" in message
 
 
+def test_modules_in_repeated_layers_have_state_of_their_own() -> None:
+    for wrong in run_spmd(spmd_custom.own_state, 2):
+        assert set(wrong) == {"tensor", "function", "later", "later 4", "later 0"}
+        assert max(wrong.values()) <= F64
+
+
 def test_bad_strategies_change_nothing() -> None:
     expected = [
         "does not implement partition_tensor",

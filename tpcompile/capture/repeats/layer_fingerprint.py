@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -40,8 +38,8 @@ def fingerprints(layers: Sequence[nn.Module], owners: Mapping[int, frozenset[str
 
 
 def fingerprint(layer: nn.Module, owners: Mapping[int, frozenset[str]], path: str) -> Facts:
-    """Return the description of one layer by itself, numbers as they are."""
-    facts, ints = _describe(layer, owners, path)
+    """Return the description of one layer by itself: numbers as they are, objects by their identity."""
+    facts, ints = _describe(layer, owners, path, exact=True)
     return facts | {key: ("int", n) for key, n in ints.items()}
 
 
@@ -69,17 +67,17 @@ def _even_growth(numbers: Sequence[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _describe(
-    layer: nn.Module, owners: Mapping[int, frozenset[str]], path: str
+    layer: nn.Module, owners: Mapping[int, frozenset[str]], path: str, exact: bool = False
 ) -> tuple[Facts, dict[str, int]]:
     facts: Facts = {}
     ints: dict[str, int] = {}
     for name, module in layer.named_modules():
         facts[f"{name}:class"] = _qualified(type(module))
         for key in _HOOKS:
-            facts[f"{name}:{key}"] = tuple(_function(hook) for hook in getattr(module, key).values())
+            facts[f"{name}:{key}"] = tuple(_simple(hook, exact) for hook in getattr(module, key).values())
         for key, value in module.__dict__.items():
             if key not in _BOOKKEEPING:
-                _add(f"{name}:{key}", value, facts, ints)
+                _add(f"{name}:{key}", value, facts, ints, exact)
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
                 facts[f"{name}.{key}"] = None if tensor is None else _weight(tensor, owners, path)
@@ -93,7 +91,7 @@ def _weight(tensor: torch.Tensor, owners: Mapping[int, frozenset[str]], path: st
     return (type(tensor).__name__, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, shared)
 
 
-def _add(key: str, value: Any, facts: Facts, ints: dict[str, int], depth: int = 0) -> None:
+def _add(key: str, value: Any, facts: Facts, ints: dict[str, int], exact: bool, depth: int = 0) -> None:
     """Adds what is to be said of one attribute; containers are taken apart."""
     if isinstance(value, int) and type(value) is int:
         ints[key] = value
@@ -101,29 +99,21 @@ def _add(key: str, value: Any, facts: Facts, ints: dict[str, int], depth: int = 
         items = value.items() if isinstance(value, dict) else enumerate(value)
         facts[key] = (type(value).__name__, len(value))
         for name, item in items:
-            _add(f"{key}[{name!r}]", item, facts, ints, depth + 1)
+            _add(f"{key}[{name!r}]", item, facts, ints, exact, depth + 1)
     else:
-        facts[key] = _simple(value)
+        facts[key] = _simple(value, exact)
 
 
-def _simple(value: Any) -> Hashable:
+def _simple(value: Any, exact: bool) -> Hashable:
     if value is None or isinstance(value, (bool, float, complex, str, bytes, torch.dtype, torch.device)):
         return (type(value).__name__, repr(value))
-    if isinstance(value, torch.Tensor):
-        return ("tensor", tuple(value.shape), value.dtype)
     if isinstance(value, (set, frozenset)):
         return (type(value).__name__, tuple(sorted(map(repr, value))))
-    if callable(value) and not isinstance(value, nn.Module):
-        return _function(value)
-    return _qualified(type(value))
-
-
-def _function(value: Any) -> Hashable:
-    if isinstance(value, functools.partial):
-        return ("partial", _function(value.func), repr(value.args), repr(value.keywords))
-    if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)):
-        return _qualified(value)
-    return _qualified(type(value))
+    if exact:
+        return id(value)
+    if isinstance(value, torch.Tensor):
+        return ("tensor", tuple(value.shape), value.dtype)
+    return _qualified(value if hasattr(value, "__qualname__") else type(value))
 
 
 def _qualified(value: Any) -> str:

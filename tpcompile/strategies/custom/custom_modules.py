@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -63,6 +63,23 @@ class CustomModules:
         assert self.mesh is not None, "there is no mesh"
         part = strategy.partition(whole.detach(), own.rpartition(".")[2], rank, self.mesh)
         return local_of(part).clone(memory_format=torch.contiguous_format)
+
+    def with_names(self, model: nn.Module) -> CustomModules:
+        """The same, with one name for modules of repeated layers that are equal now: layers look equal."""
+        owners = weight_owners(model)
+        keys: dict[str, str] = {}
+        templates: dict[str, tuple[str, nn.Module]] = {}
+        kinds: dict[str, list[object]] = {}
+        for path, strategy in self.strategies.items():
+            module, name = model.get_submodule(path), f"{strategy.name}: {starred(path)}"
+            facts = fingerprint(module, owners, path)
+            seen = kinds.setdefault(name, [])
+            if facts not in seen:
+                seen.append(facts)
+            number = seen.index(facts)
+            keys[path] = name + (f" ({number + 1})" if number else "")
+            templates.setdefault(keys[path], (path, module))
+        return replace(self, keys=keys, templates=templates)
 
     def captured(self, model: nn.Module) -> AbstractContextManager[None]:
         """Inside, the modules appear as operators in whatever is captured."""
@@ -130,7 +147,6 @@ def find_modules(model: nn.Module, custom: Mapping[str, str]) -> CustomModules:
     owners = weight_owners(model)
     for path in found.strategies:
         _check_apart(model, path, found.strategies, owners)
-    _name_equal_modules(model, found, owners)
     return found
 
 
@@ -156,21 +172,6 @@ def _check_apart(
                 where=path,
                 todo="a custom strategy can have weights only that nothing else uses: untie them",
             )
-
-
-def _name_equal_modules(model: nn.Module, found: CustomModules, owners: Mapping[int, frozenset[str]]) -> None:
-    """Gives equal modules of repeated layers one name, so that the layers look equal."""
-    kinds: dict[str, list[object]] = {}
-    for path, strategy in found.strategies.items():
-        module = model.get_submodule(path)
-        facts = fingerprint(module, owners, path)
-        seen = kinds.setdefault(f"{strategy.name}: {starred(path)}", [])
-        if facts not in seen:
-            seen.append(facts)
-        number = seen.index(facts)
-        key = f"{strategy.name}: {starred(path)}" + (f" ({number + 1})" if number else "")
-        found.keys[path] = key
-        found.templates.setdefault(key, (path, module))
 
 
 def partition_modules(
