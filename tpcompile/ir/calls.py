@@ -33,6 +33,7 @@ class CallSignature:
         defaults: the defaults of ``positional``'s optional names.
         var_positional: the name behind ``*``, or "".
         var_keyword: whether any other keyword is taken.
+        renamed: older names of keywords, and what they are called now.
     """
 
     positional: tuple[str, ...]
@@ -43,6 +44,7 @@ class CallSignature:
     defaults: dict[str, Any]
     var_positional: str
     var_keyword: bool
+    renamed: dict[str, str]
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return argument name -> value in the signature's order; raise ValueError if it does not fit."""
@@ -51,7 +53,8 @@ class CallSignature:
         given = dict(zip(self.positional, args, strict=False))
         keyword_names = (*self.positional[self.positional_only :], *self.keyword_only)
         extra = {}
-        for name, value in kwargs.items():
+        for keyword, value in kwargs.items():
+            name = self.renamed.get(keyword, keyword)
             if name in given:
                 raise ValueError(f"argument {name!r} was given twice")
             if name in keyword_names:
@@ -109,7 +112,25 @@ def _signature(forward: Callable[..., Any], is_method: bool) -> CallSignature:
         defaults={p.name: p.default for p in positional if p.default is not kinds.empty},
         var_positional=next((p.name for p in parameters if p.kind is kinds.VAR_POSITIONAL), ""),
         var_keyword=any(p.kind is kinds.VAR_KEYWORD for p in parameters),
+        renamed=_renamed(forward),
     )
+
+
+def _renamed(forward: Callable[..., Any] | None) -> dict[str, str]:
+    """Keywords that decorators of transformers (``deprecate_kwarg``) give their new names.
+
+    The two names of one argument must not look like two: what a cache holds is known by its name.
+    """
+    found: dict[str, str] = {}
+    while forward is not None:
+        code = getattr(forward, "__code__", None)
+        if code is not None and {"old_name", "new_name"} <= {*code.co_freevars}:
+            cells = dict(zip(code.co_freevars, forward.__closure__ or (), strict=True))
+            old, new = cells["old_name"].cell_contents, cells["new_name"].cell_contents
+            if new is not None:
+                found[old] = new
+        forward = getattr(forward, "__wrapped__", None)
+    return found
 
 
 def bind_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
