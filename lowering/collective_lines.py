@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -14,16 +15,26 @@ _DIVIDED = ("dim", "src_dim")
 """Arguments that name a dimension in which ranks hold different sizes."""
 
 
-def sent_by(graph: Graph) -> list[Sent]:
-    """The collectives of a lowered graph, in their order."""
+def members_of(group: Any) -> tuple[int, ...]:
+    """The ranks of a process group, by its name."""
+    found: Any = resolve_process_group(group)
+    return tuple(dist.get_process_group_ranks(found))
+
+
+def sent_by(graph: Graph, members_of: Callable[[str], tuple[int, ...]] = members_of) -> list[Sent]:
+    """The collectives of a lowered graph, in their order.
+
+    Args:
+        graph: a rank's graph.
+        members_of: the ranks of a group, by the name that the graph has for it.
+    """
     found = []
     for node in graph.nodes:
         if isinstance(node.target, OpOverload) and node.target.namespace == "tpcompile":
             names = (argument.name for argument in node.target._schema.arguments)
             given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
             if "group" in given:
-                group: Any = resolve_process_group(given["group"])
-                members = tuple(dist.get_process_group_ranks(group))
+                members = members_of(given["group"])
                 found.append(Sent(f"{node.target._opname} over {len(members)} ranks", members, _facts(given)))
     return found
 

@@ -15,8 +15,10 @@ from torch.fx import GraphModule, Node
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.markers import Axes
+from tpcompile.ranks.compare_sent import Sent
 from tpcompile.work import Work
 
+from .collective_lines import sent_by
 from .joint import COLLECTIVES, joint
 from .lower_graph import lower_graph
 
@@ -56,6 +58,15 @@ def coordinates(axes: tuple[int, ...]) -> list[tuple[int, ...]]:
 def lower_all(work: Work) -> list[GraphModule]:
     """The programs of all ranks."""
     return [lower_graph(work, at, SimulatedGroups(work.axes, at)) for at in coordinates(work.axes)]
+
+
+def sent(axes: tuple[int, ...], lowered: Sequence[GraphModule]) -> list[list[Sent]]:
+    """What the programs of all ranks send, for comparison."""
+    everyone = coordinates(axes)
+    return [
+        sent_by(program.graph, lambda group, r=r: tuple(_members(group, everyone, r)))  # type: ignore[misc]
+        for r, program in enumerate(lowered)
+    ]
 
 
 def run(

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -138,9 +137,7 @@ class Compiler:
         """
         began = time.perf_counter()
         self._custom_modules(model)  # of all ranks together
-        base = together(
-            self.group, "capture the model", lambda: self.capture(model, bound, layout, caches or {})
-        )
+        base = together(self.group, "capture the model", lambda: self.capture(model, bound, layout, caches))
         captured = time.perf_counter()
         fingerprint = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
         if constants := base.captured.constant_lines():
@@ -194,7 +191,7 @@ class Compiler:
             plan = make_plan(planned, rewritten, placed, cost, fingerprint, pins, self.sequence)
             plan.timings["plan"] = seconds
             try:
-                return Compiled(planned, rewritten, plan, *self._lower(rewritten), differentiable=training)
+                return Compiled(planned, rewritten, plan, *self.lower(rewritten), differentiable=training)
             except CannotLower as error:
                 return error
 
@@ -256,15 +253,17 @@ class Compiler:
         model: nn.Module,
         bound: dict[str, Any],
         layout: WeightLayout | None = None,
-        caches: Mapping[str, Held] = MappingProxyType({}),
+        caches: Mapping[str, Held] | None = None,
     ) -> Work:
         """The canonical program of one call signature."""
         captured = self.capture_call(model, bound)
-        uneven = uneven_layers(captured, self._wishes, layout, caches)
+        uneven = uneven_layers(captured, self._wishes, layout, caches or {})
         if uneven is not None:
             captured = unroll_captured(captured)
             captured.notes += (f"repeated layers are planned one by one: {uneven}",)
-        base = replace(canonical(captured, self.ranks), custom=self._custom_modules(model), caches=caches)
+        base = replace(
+            canonical(captured, self.ranks), custom=self._custom_modules(model), caches=caches or {}
+        )
         refuse_randomness(base.graph)
         return base
 
@@ -272,9 +271,9 @@ class Compiler:
         """One call as it is captured, before any pass; repeated layers may be left out."""
         one = partial(capture_repeated, model, dynamic=self.options.dynamic, device=self._device(model))
         # A program captured with gradients also serves calls without them.
-        learns = torch.is_grad_enabled() or any(p.requires_grad for p in model.parameters())
-        custom = self._custom_modules(model).captured(model)
-        with torch.inference_mode(False), torch.set_grad_enabled(learns), custom:
+        on = torch.is_grad_enabled() or any(p.requires_grad for p in model.parameters())
+        apart = self._custom_modules(model).captured(model)
+        with torch.inference_mode(False), torch.set_grad_enabled(on), apart:
             return mark_caches(capture_numbers(one, bound))
 
     def _device(self, model: nn.Module) -> torch.device | None:
@@ -289,11 +288,12 @@ class Compiler:
         if self.axis is not None and axes not in self._groups:
             self._groups[axes] = AxisGroups(self.axis, axes)
 
-    def _lower(self, rewritten: Work) -> tuple[GraphModule, GraphModule | None]:
+    def lower(self, rewritten: Work) -> tuple[GraphModule, GraphModule | None]:
+        """This rank's graph; without a mesh the one at global shapes."""
         if self.axis is None:
             return GraphModule(nn.Module(), rewritten.graph), None
-        axes = rewritten.axes
-        return lower_program(rewritten, WeightLayout(axes, {}).coordinates(self.rank), self._groups[axes])
+        at = WeightLayout(rewritten.axes, {}).coordinates(self.rank)
+        return lower_program(rewritten, at, self._groups[rewritten.axes])
 
 
 def _wants_gradient(bound: dict[str, Any]) -> bool:

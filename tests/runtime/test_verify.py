@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tpcompile
 from tests.helpers import toys
+from tests.on_ranks import valid_programs
 from tpcompile.capture.held_caches import Held
 from tpcompile.compile_program import Compiler
 from tpcompile.errors import TpCompileError
@@ -275,3 +276,24 @@ def test_what_is_refused() -> None:
     for wrong in ({"ranks": 0}, {"ranks": 2, "gradients": "yes"}, {"ranks": 2, "plan": "none"}):
         with pytest.raises(TpCompileError):
             tpcompile.verify(toys.Mlp(), example_args=(x,), **wrong)
+
+
+def test_what_does_not_run_on_parts_is_planned_again() -> None:
+    """As on a mesh: an operator that refuses one rank's part is computed whole, and all is right."""
+    picky = valid_programs.register_picky("verified", lambda x: x.shape[-1] != 3)
+    model = valid_programs.Between(picky, 7).double()
+    report = tpcompile.verify(model, 2, (torch.randn(4, 6, dtype=torch.float64),))
+    assert report.ok, report
+
+
+def test_ranks_that_send_different_things() -> None:
+    def lower(work: Work) -> list[GraphModule]:
+        programs = lower_all(work)
+        reduces = torch.ops.tpcompile.all_reduce.default
+        (node,) = programs[1].graph.find_nodes(op="call_function", target=reduces)
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        programs[1].graph.erase_node(node)
+        return programs
+
+    with pytest.raises(TpCompileError, match="rank 1 nothing more"):
+        _examined(toys.Mlp().double(), 2, lower)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -39,6 +39,19 @@ def compare_sent(group: dist.ProcessGroup | None, sent: Sequence[Sent]) -> None:
     if group is None or group.size() == 1:
         return
     everyone = exchange(group, "compare what programs send", list(sent))
+    refuse_unlike(everyone, lambda place: name_of(group, place))
+
+
+def refuse_unlike(everyone: Sequence[Sequence[Sent]], name: Callable[[int], str] = "rank {}".format) -> None:
+    """Refuses programs that would not send the same.
+
+    Args:
+        everyone: what every rank's program sends.
+        name: what a rank is called.
+
+    Raises:
+        TpCompileError: with the first collective that differs.
+    """
     nothing = Sent("nothing more", (), "")
     first: dict[tuple[int, ...], tuple[int, Sent]] = {}
     for i in range(max(map(len, everyone))):
@@ -47,14 +60,14 @@ def compare_sent(group: dist.ProcessGroup | None, sent: Sequence[Sent]) -> None:
             mine = theirs[i] if i < len(theirs) else nothing
             other, reference = first.setdefault(mine.members, (place, mine))
             if mine != reference:
-                _refuse(i, (other, reference), (place, mine), group)
+                _refuse(i, (other, reference), (place, mine), name)
             other, reference = next(iter(first.values()))
             if mine.kind != reference.kind:
-                _refuse(i, (other, reference), (place, mine), group)
+                _refuse(i, (other, reference), (place, mine), name)
 
 
-def _refuse(i: int, one: tuple[int, Sent], two: tuple[int, Sent], group: dist.ProcessGroup) -> NoReturn:
-    told = [f"{name_of(group, place)} {sent.kind} {sent.facts}".rstrip() for place, sent in (one, two)]
+def _refuse(i: int, one: tuple[int, Sent], two: tuple[int, Sent], name: Callable[[int], str]) -> NoReturn:
+    told = [f"{name(place)} {sent.kind} {sent.facts}".rstrip() for place, sent in (one, two)]
     raise TpCompileError(
         f"the ranks' programs send different things: {told[0]}, {told[1]}",
         where=f"collective {i + 1} of the program",

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpcompile.compile_program import Compiler
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.check import checked
 from tpcompile.ir.torch_internals import tree_map
@@ -27,7 +26,7 @@ from .outcome import Finding
 from .report import Report
 from .simulated_calls import simulated
 from .tokens import Steps, greedy
-from .trial import Lower, Trial
+from .trial import Lower, SimulatedCompiler, Trial
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -121,8 +120,8 @@ def examine(model: nn.Module, request: Request) -> Report:
 
 def _examined(model: nn.Module, request: Request) -> Report:
     """The report for a model in its own precision."""
-    compiler = Compiler(request.options, request.ranks)
-    trial = Trial(copy.deepcopy(model), request.bound, compiler, request.gradients, request.lower)
+    compiler = SimulatedCompiler(request.options, request.ranks, request.lower)
+    trial = Trial(copy.deepcopy(model), request.bound, compiler, request.gradients)
     want = trial.python()
     findings = trial.compare_ranks(want, trial.on_ranks())
     if request.generate:
@@ -140,7 +139,7 @@ def _tokens(model: nn.Module, request: Request) -> Finding:
     """Whether all ranks together generate the tokens that the model does."""
     wanted = greedy(copy.deepcopy(model), request.bound, request.generate)
     try:
-        with simulated(model, Compiler(request.options, request.ranks)) as copied:
+        with simulated(model, SimulatedCompiler(request.options, request.ranks)) as copied:
             same = greedy(copied, request.bound, request.generate) == wanted
     except RanksDiffer:
         same = False

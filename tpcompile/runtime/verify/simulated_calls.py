@@ -18,17 +18,18 @@ from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.specs import OutputSpec
 from tpcompile.capture.held_caches import Held
-from tpcompile.compile_program import Compiled, Compiler
+from tpcompile.compile_program import Compiled
 from tpcompile.ir.calls import flatten_call, signature_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import named_tensor
 from tpcompile.ir.placements import R, Shard
-from tpcompile.lowering.simulate import lower_all, run
+from tpcompile.lowering.simulate import run
 from tpcompile.runtime.make_program import hand_out, open_leaves, whole_captured
 
 from .assemble import RanksDiffer, put_together, sizes_at
 from .compare import agree, limit_of
 from .inputs import Inputs
+from .trial import SimulatedCompiler
 
 
 @dataclass
@@ -72,7 +73,7 @@ class SimulatedCalls:
         compiler: compiles its calls for some ranks.
     """
 
-    def __init__(self, model: nn.Module, compiler: Compiler) -> None:
+    def __init__(self, model: nn.Module, compiler: SimulatedCompiler) -> None:
         self.model, self.compiler = model, compiler
         self.layout: WeightLayout | None = None
         self.caches: dict[str, Held] = {}
@@ -96,7 +97,7 @@ class SimulatedCalls:
         compiled = self.compiler.compile(self.model, bound, self.layout, self.caches)
         self.layout = compiled.plan.layout
         self.caches = {**hand_out(compiled.planned), **self.caches}
-        ranks, captured = lower_all(compiled.rewritten), whole_captured(compiled.planned)
+        ranks, captured = self.compiler.programs, whole_captured(compiled.planned)
         example = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in leaves)
         self.programs.append(_Program(compiled, ranks, captured, tuple(bound), example))
         return self.programs[-1]
@@ -137,7 +138,7 @@ def _sizes(part: Tensor, held: Held) -> list[list[int]]:
 
 
 @contextmanager
-def simulated(model: nn.Module, compiler: Compiler) -> Iterator[nn.Module]:
+def simulated(model: nn.Module, compiler: SimulatedCompiler) -> Iterator[nn.Module]:
     """A copy of a model whose calls are run by all simulated ranks."""
     copied = copy.deepcopy(model)
     signature, original = signature_of(copied), copied.forward

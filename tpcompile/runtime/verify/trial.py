@@ -24,8 +24,10 @@ from tpcompile.ir.nodes import module_path
 from tpcompile.ir.placements import R, Shard
 from tpcompile.lowering.lower_graph import copy_placeholder
 from tpcompile.lowering.lower_randomness import UNIFORM
-from tpcompile.lowering.simulate import Watch, lower_all, run
+from tpcompile.lowering.simulate import Watch, lower_all, run, sent
 from tpcompile.lowering.state import SOURCE, STANDS_FOR
+from tpcompile.planner.options import Options
+from tpcompile.ranks.compare_sent import refuse_unlike
 from tpcompile.runtime.make_program import hand_out
 from tpcompile.work import Work
 
@@ -35,6 +37,29 @@ from .inputs import Inputs, undivided
 from .outcome import Finding, Key, backward, compared, learning_leaves, results_of, run_python
 
 Lower = Callable[[Work], Sequence[GraphModule]]
+
+
+class SimulatedCompiler(Compiler):
+    """Compiles for all ranks in this process.
+
+    Args:
+        options: what the user asked for.
+        ranks: how many ranks.
+        lower: makes the programs of all ranks.
+
+    Attributes:
+        programs: the programs that were made last.
+    """
+
+    def __init__(self, options: Options, ranks: int, lower: Lower = lower_all) -> None:
+        super().__init__(options, ranks)
+        self._lower_all, self.programs = lower, list[GraphModule]()
+
+    def lower(self, rewritten: Work) -> tuple[GraphModule, GraphModule | None]:
+        """Lowers for every rank: what does not run on some rank's part is planned again."""
+        self.programs = list(self._lower_all(rewritten))
+        refuse_unlike(sent(rewritten.axes, self.programs))
+        return super().lower(rewritten)
 
 
 class Trial:
@@ -51,18 +76,13 @@ class Trial:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        bound: dict[str, Any],
-        compiler: Compiler,
-        gradients: bool,
-        lower: Lower = lower_all,
+        self, model: nn.Module, bound: dict[str, Any], compiler: SimulatedCompiler, gradients: bool
     ) -> None:
         self.model, self.bound, self.compiler = model, bound, compiler
         self.compiled = compiler.compile(model, bound, None)
         self.work, self.layout = self.compiled.rewritten, self.compiled.plan.layout
         _refuse_randomness(self.work)
-        self.programs = lower(self.work)
+        self.programs = compiler.programs
         self.learning = gradients and self.compiled.differentiable
         specs = self.specs = self.work.captured.whole_outputs
         self.losses = frozenset(s.name for s in specs if s.kind == "user" and not s.divided)
