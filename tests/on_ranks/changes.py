@@ -61,6 +61,7 @@ REFUSED: dict[str, Change] = {
     "a layer popped": lambda m: m.model.layers.pop(0),
     "a layer deleted": lambda m: m.model.layers.__delitem__(0),
     "a table cleared": lambda m: m._modules.clear(),
+    "a table updated": lambda m: m.model._modules.update(norm=nn.Identity()),
     "another activation": lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.ReLU()),
     "a smaller weight": lambda m: setattr(m.model.norm, "weight", new(3)),
     "a weight without values": lambda m: setattr(m.model.norm, "weight", new(16, device="meta")),

@@ -346,6 +346,11 @@ def changes() -> list[str]:
         for model in (whole, sharded):  # another whole weight is not a change: every rank takes its part
             model.first.up.weight = nn.Parameter(new.clone())
         assert error(sharded(x), whole(x)) < 1e-5
+        for _ in range(2):  # past what would notice it, so that the next call does, before it changes others
+            vars(sharded.second.down)["forward"] = lambda x: x
+            messages.append(refusal(lambda: sharded(2 * x[0])))
+        del sharded.second.down.forward
+        assert error(sharded(x), whole(x)) < 1e-5
     return messages
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import Partial
 from torch.nn.parallel import DistributedDataParallel
 
 import tpcompile
 from tests.helpers.toys import Mlp
-from tests.on_ranks.models import error
+from tests.on_ranks.models import error, mesh
 from tests.on_ranks.module_life import pair, refusal
 
 F64 = torch.float64
@@ -109,13 +111,79 @@ def optimizers() -> dict[str, float]:
             optimizer = make(model.parameters())
             for step in range(3):
                 optimizer.step(lambda model=model, optimizer=optimizer: _loss(model, optimizer, x))
-                if step == 1:  # as from a checkpoint
-                    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                if step == 1:
+                    optimizer.load_state_dict(torch.load(_saved(optimizer)))
             states.append({str(at): dict(s) for at, s in optimizer.state_dict()["state"].items()})
         found[name] = error(sharded.full_state_dict(), whole.state_dict())
         if name != "LBFGS":  # which keeps lists of flat tensors
             found[f"{name}, states"] = max(_state_error(*(s[at] for s in states)) for at in states[0])
     return found
+
+
+def _saved(optimizer: torch.optim.Optimizer) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    return io.BytesIO(file.getvalue())
+
+
+class Typed(nn.Module):
+    """Results of the types of a weight and of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mlp = nn.Embedding(16, 12), Mlp()
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.mlp(self.embed(ids)).float()
+        return y.to(self.embed.weight.dtype), y.to(self.scale.dtype) * self.scale
+
+
+def retyped() -> list[Any]:
+    """Results while weights have other types, which were assigned; then how many programs there are."""
+    torch.manual_seed(0)
+    whole, ids = Typed().eval(), torch.arange(16).view(2, 8)
+    sharded = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (ids,))
+    found = []
+
+    def compare() -> None:
+        with torch.no_grad():
+            for mine, theirs in zip(sharded(ids), whole(ids), strict=True):
+                found.append((str(mine.dtype), str(theirs.dtype), error(mine, theirs)))
+
+    for kind in (torch.bfloat16, torch.float32):
+        for model in (whole, sharded):
+            model.scale = model.scale.to(kind)
+        compare()
+    for kind in (torch.float64, torch.float32):
+        for model in (whole, sharded):
+            for p in model.parameters():
+                p.data = p.data.to(kind)
+        compare()
+    return [found, len(sharded.programs)]
+
+
+class Branches(nn.Module):
+    """Layers that not every call uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = Mlp(), Mlp(), Mlp()
+
+    def forward(self, x: Tensor, more: bool = False) -> Tensor:
+        y: Tensor = self.third(self.second(self.first(x))) if more else self.first(x)
+        return y
+
+
+def divided_by_another() -> list[Any]:
+    """What is said of a call that would divide what FSDP has; whether all else is whole, and works."""
+    torch.manual_seed(0)
+    both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    whole, x = Branches().eval(), torch.randn(3, 5, 12)
+    sharded: Any = tpcompile.parallelize(copy.deepcopy(whole), both, (x,), axis="tensor")
+    fully_shard(sharded.third, mesh=both["data"])
+    said = refusal(lambda: sharded.capture(x, more=True))
+    return [said, all(p.placing.whole for p in sharded.second.parameters()), error(sharded(x), whole(x))]
 
 
 def _loss(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
@@ -203,7 +271,27 @@ def refusals() -> list[str]:
         refusal(lambda: F.rrelu(weight, training=True)),
         refusal(lambda: dist.all_reduce(weight.data)),
         refusal(lambda: weight.detach().numpy()),
+        refusal(lambda: weight.full_tensor(grad_placements=[Partial()])),
+        refusal(lambda: weight.to_local(grad_placements=[Partial()])),
+        refusal(lambda: _load_from_another_rank(model)),
+        refusal(lambda: _read_under_a_hook(weight)),
+        refusal(lambda: ZeroRedundancyOptimizer(nn.Linear(2, 2).parameters(), torch.optim.SGD, lr=0.1)),
     ]
+
+
+def _load_from_another_rank(model: Any) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for p in model.parameters():
+        p.grad = torch.ones(p.shape)
+    optimizer.step()
+    saved: list[Any] = [None, None]
+    dist.all_gather_object(saved, _saved(optimizer).getvalue())
+    optimizer.load_state_dict(torch.load(io.BytesIO(saved[1 - dist.get_rank()])))
+
+
+def _read_under_a_hook(weight: Tensor) -> None:
+    weight.register_post_accumulate_grad_hook(lambda p: None)
+    weight.square().sum().backward()
 
 
 def around() -> dict[str, dict[str, float]]:

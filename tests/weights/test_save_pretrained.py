@@ -146,6 +146,10 @@ def fill_disk(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("shutil.disk_usage", lambda path: usage)
 
 
+def have_state(patch: pytest.MonkeyPatch, model: Any) -> None:
+    patch.setattr(type(model.model.norm), "get_extra_state", lambda self: torch.ones(2))
+
+
 def lose_slice(model: Any) -> None:
     model.lm_head.weight = nn.Parameter(torch.empty(3, 3, device="meta"))
 
@@ -157,6 +161,7 @@ def lose_slice(model: Any) -> None:
         (lambda patch, path, model: path.write_text("a file"), "a file of this name"),
         (lambda patch, path, model: path.parent.joinpath("under").write_text(""), "cannot be written"),
         (lambda patch, path, model: lose_slice(model), "the weight has no values"),
+        (lambda patch, path, model: have_state(patch, model), "neither a parameter nor a buffer"),
     ],
 )
 def test_what_cannot_be_written(

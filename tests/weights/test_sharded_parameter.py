@@ -39,10 +39,26 @@ def test_what_cannot_be_right_is_refused() -> None:
         *["draw numbers"] * 4,
         "as if it were all of it",
         "read as memory",
+        *["in other placements"] * 2,
+        "saved by rank",
+        "data parallelism, or a hook, is to see",
+        "accepted",  # what is not sharded is none of our business
     ]
     for messages in run_spmd(spmd.refusals, 2):
         for message, part in zip(messages, expected, strict=True):
             assert part in message
+
+
+def test_types_that_are_assigned_select_the_program() -> None:
+    for found, programs in run_spmd(spmd.retyped, 2):
+        assert all(mine == theirs and worst <= 1e-2 for mine, theirs, worst in found), found
+        assert programs == 3
+
+
+def test_a_call_that_is_refused_divides_nothing() -> None:
+    for said, whole, worst in run_spmd(spmd.divided_by_another, 2):
+        assert "FSDP has divided already" in said
+        assert whole and worst <= 1e-5
 
 
 def test_data_parallelism_over_another_axis() -> None:

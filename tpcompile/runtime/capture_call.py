@@ -51,6 +51,7 @@ def capture_call(runtime: State, model: nn.Module, bound: dict[str, Any], path: 
     if runtime.layout is None:
         tensors = {name: local_tensor(t) for name, t in whole_tensors(model).items()}
         compare_weights(runtime.compiler.group, tensors)
+    runtime.note_types(model)
     _follow_types(runtime, model)
     _keep_whole(runtime, model)
     with (
@@ -63,9 +64,9 @@ def capture_call(runtime: State, model: nn.Module, bound: dict[str, Any], path: 
         compiled = runtime.compiler.compile(
             model, whole_caches(bound, runtime.caches), runtime.layout, runtime.caches
         )
-    runtime.caches = {**hand_out(compiled.planned), **runtime.caches}
     with torch.inference_mode(False):  # slices that could not be trained, even outside of the mode
         runtime.layout = _divide(runtime, model, compiled)
+    runtime.caches = {**hand_out(compiled.planned), **runtime.caches}
     runtime.divided = divided_paths(model, runtime.layout)
     runtime.note_composed(model)
     program = make_program(
@@ -94,8 +95,9 @@ def _divide(runtime: State, model: nn.Module, compiled: Compiled) -> WeightLayou
     """Cuts the parameters of which a program has decided how they lie; how they lie from now on."""
     layout = compiled.plan.layout
     decided = None if runtime.layout is None else set(runtime.layout.undecided) - set(layout.undecided)
-    runtime.custom = compiled.planned.custom
-    shard_weights(model, runtime.weights(layout), decided)
+    weights = replace(runtime.weights(layout), custom=compiled.planned.custom)
+    shard_weights(model, weights, decided)
+    runtime.custom = weights.custom
     return layout
 
 

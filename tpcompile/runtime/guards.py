@@ -186,8 +186,9 @@ def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:
 def without_guards(root: nn.Module) -> Iterator[None]:
     """Gives submodules their own classes back, so that the model can be captured."""
     guards = [(m, type(m), m.__dict__[ENTRY]) for m in root.modules() if ENTRY in m.__dict__]
-    for module, _, guard in guards:
+    for module, _, _ in guards:  # before anything is changed: it may be refused
         lift_forward(module)
+    for module, _, guard in guards:
         del module.__dict__[ENTRY]
         module.__class__ = guard.entry.original
         if LIFTED in module.__dict__:

@@ -53,6 +53,7 @@ class Runtime(State):
         leaves, spec = flatten_call(bound)
         if not torch.compiler.is_dynamo_compiling():
             _refuse_transforms()
+            self.note_types(model)
         self._check_devices(bound, leaves)
         if self.compare_calls and not self.running and can_compare(leaves):
             self.compare(model, bound, path, leaves)

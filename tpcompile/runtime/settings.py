@@ -46,6 +46,12 @@ class Settings:
         if (path, name) in self.read and old is not new:
             self.state ^= hash((path, name, self._token(old))) ^ hash((path, name, self._token(new)))
 
+    def find_types(self, model: nn.Module) -> None:
+        """Finds out the types of all weights."""
+        self.types = 0
+        for path, module in model.named_modules():
+            self.types ^= hash((path, types_of(module)))
+
     def report_types(self, path: str, old: Any, new: Any) -> None:
         """Notes that the weights of the module at ``path`` have other types."""
         self.types ^= hash((path, old)) ^ hash((path, new))
@@ -143,6 +149,12 @@ class _Values:
             return False
         same_ones = all(map(operator.is_, found, self._values)) or all(map(same, found, self._values))
         return same_ones and self._table.keys().isdisjoint(self._absent)
+
+
+def types_of(module: nn.Module) -> tuple[Any, ...]:
+    """The types and devices of a module's own weights."""
+    own = [*module._parameters.values(), *module._buffers.values()]
+    return tuple(None if t is None else (t.dtype, t.device) for t in own)
 
 
 def _is_models(kind: type, name: str) -> bool:

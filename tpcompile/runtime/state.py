@@ -18,6 +18,7 @@ from tpcompile.ir.torch_internals import TreeSpec
 from tpcompile.ranks.compare_calls import compare_call
 from tpcompile.strategies.custom.custom_modules import CustomModules
 from tpcompile.weights.shard import shard_weights
+from tpcompile.weights.sharded_parameter import ShardedParameter
 from tpcompile.weights.sharded_weights import ShardedWeights
 
 from .guards import Entry, Hook, open_paths
@@ -47,6 +48,7 @@ class State:
         custom: the modules of custom strategies.
         foreign: whether another library (FSDP) has made something else of the parameters.
         steering: the streamer and the user's logits processors of the generation that runs.
+        retyped: the ``ShardedParameter.retyped`` that the settings take into account.
         running: how many calls are being worked on: what the model's own code changes is not a new setting.
     """
 
@@ -65,6 +67,7 @@ class State:
     lifted: Any = None
     hooks: list[Hook] = field(default_factory=list)
     steering: tuple[Any, Sequence[Any]] = (None, ())
+    retyped: int = -1
     running: int = 0
     custom: CustomModules = field(default_factory=CustomModules)
     foreign: bool = False
@@ -137,6 +140,12 @@ class State:
             self.foreign = foreign
             for program in self.programs:
                 program.bind(not foreign)
+
+    def note_types(self, model: nn.Module) -> None:
+        """Finds out whether weights have other types, if some parameter got one through its ``data``."""
+        if self.retyped != ShardedParameter.retyped:
+            self.retyped = ShardedParameter.retyped
+            self.settings.find_types(model)
 
     def note_composed(self, model: nn.Module) -> None:
         """Notes what follows from what runs as python: which modules get programs, what stays whole."""

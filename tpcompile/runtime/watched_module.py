@@ -18,6 +18,7 @@ from tpcompile.weights.sharded_parameter import ShardedParameter
 
 from .place import Root
 from .replaced_forward import LIFTED, lift_forward
+from .settings import types_of
 
 ENTRY = "_tp_entry"
 """The attribute by which a submodule of a sharded model knows its place in it."""
@@ -60,6 +61,11 @@ class FixedTable(dict[str, Any]):
         """As of a dict, if it may change."""
         self._change("all")
         super().clear()
+
+    def update(self, *others: Any, **more: Any) -> None:
+        """As of a dict, if it may change."""
+        for name, value in dict(*others, **more).items():
+            self[name] = value
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is that of another module
         return dict, (dict(self),)
@@ -158,10 +164,10 @@ class WatchedModule(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before, leaves = _types(self), _leaves(self)
+        before, leaves = types_of(self), _leaves(self)
         result = super()._apply(fn, recurse)
         if (place := self._place()) is not None:
-            place[0].settings.report_types(place[1], before, _types(self))
+            place[0].settings.report_types(place[1], before, types_of(self))
             if leaves != _leaves(self):
                 place[0].rebind()
         return result
@@ -242,7 +248,9 @@ class WatchedModule(nn.Module):
                     if isinstance(value, nn.Parameter)
                     else ShardedParameter(part, old.placing)
                 )
+        before = types_of(self)
         super().__setattr__(name, value)
+        place[0].settings.report_types(place[1], before, types_of(self))
         if isinstance(old, DTensor):
             place[0].rebind(foreign=not isinstance(value, ShardedParameter))
 
@@ -281,9 +289,3 @@ def refuse_old_hooks(where: str) -> NoReturn:
         where=where,
         todo="use register_full_backward_hook",
     )
-
-
-def _types(module: nn.Module) -> tuple[Any, ...]:
-    """The types and devices of a module's own weights."""
-    own = [*module._parameters.values(), *module._buffers.values()]
-    return tuple(None if t is None else (t.dtype, t.device) for t in own)

@@ -33,24 +33,24 @@ def shard_weights(model: nn.Module, weights: ShardedWeights, names: Container[st
         names: those to look at; by default all.
 
     Raises:
-        TpCompileError: FSDP has divided a parameter that is to be divided otherwise.
+        TpCompileError: FSDP has divided a parameter that is to be divided otherwise; nothing was changed.
     """
     guard_torch()
-    for name, (module, attribute) in tensors_by_name(model).items():
-        if name not in (weights.layout.params if names is None else names):
-            continue
+    wanted = weights.layout.params if names is None else names
+    places = {name: place for name, place in tensors_by_name(model).items() if name in wanted}
+    for name, place in places.items():
+        _refuse_divided(getattr(*place), weights.of(name))
+    for name, (module, attribute) in places.items():
         tensor, where = getattr(module, attribute), weights.of(name)
         if isinstance(tensor, ShardedParameter):
             if not where.whole:
                 tensor.lay_out(where)
-        elif isinstance(tensor, DTensor):
-            _refuse_divided(name, where)
-        elif isinstance(tensor, nn.Parameter):
+        elif isinstance(tensor, nn.Parameter) and not isinstance(tensor, DTensor):
             new = ShardedParameter.parameter(where.cut(tensor.detach()), where, tensor.requires_grad)
             new.grad = tensor.grad
             _carry_hooks(tensor, new)
             replace_tensors(model, {id(tensor): new})
-        elif not where.whole:
+        elif not where.whole:  # a buffer
             replace_tensors(model, {id(tensor): ShardedParameter(where.cut(tensor), where)})
         del tensor
 
@@ -76,11 +76,11 @@ def _carry_hooks(old: Tensor, new: ShardedParameter) -> None:
         new.register_post_accumulate_grad_hook(run_after)
 
 
-def _refuse_divided(name: str, where: TensorLayout) -> None:
-    if not where.whole:
+def _refuse_divided(tensor: Tensor, where: TensorLayout) -> None:
+    if isinstance(tensor, DTensor) and not isinstance(tensor, ShardedParameter) and not where.whole:
         raise TpCompileError(
             "a call divides a weight that no call before has used, and that FSDP has divided already",
-            where=name,
+            where=where.name,
             todo="capture this call, with model.capture(...), before fully_shard",
         )
 

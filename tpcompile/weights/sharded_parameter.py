@@ -35,11 +35,13 @@ class ShardedParameter(DTensor):
         placing: how the whole is laid out.
         read: whether python that runs as it is has computed with the parameter: then it stays whole.
         averaged: whether data parallelism averages the gradients of the leaf (``DistributedDataParallel``).
+        retyped: how many of all models' parameters have got another type or device through ``data``.
     """
 
     placing: TensorLayout
     read = False
     averaged = False
+    retyped = 0
 
     @staticmethod
     def __new__(cls, local: Tensor, where: TensorLayout, requires_grad: bool = False) -> ShardedParameter:
@@ -132,6 +134,7 @@ class ShardedParameter(DTensor):
             _TENSOR.data.__set__(self, ShardedParameter(local, self.placing))
             self._spec = self.placing.spec(local.dtype)
             self.__dict__.pop("_gradient", None)
+            ShardedParameter.retyped += 1
         self._local_tensor.data = local
 
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
@@ -193,15 +196,17 @@ class ShardedParameter(DTensor):
         self.placing, self._spec = where, where.spec(self.dtype)
         self.__dict__.pop("_gradient", None)
 
-    def to_local(self, *args: Any, **kwargs: Any) -> Tensor:
+    def to_local(self, *, grad_placements: Any = None) -> Tensor:
         """This rank's part, a plain tensor; of a parameter, the leaf that gets the gradients."""
+        if grad_placements is not None:
+            self._refuse("get gradients in other placements (grad_placements)")
         if self.grad_fn is None:
             return self._local_tensor
         return _ToLocal.apply(self)
 
-    def full_tensor(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The whole tensor, on every rank; all ranks must call it."""
-        return Gathered.apply(self.to_local(), self.placing)
+    def full_tensor(self, *, grad_placements: Any = None) -> Tensor:
+        """The whole tensor, on every rank; all ranks must call it, and compute the same with it."""
+        return Gathered.apply(self.to_local(grad_placements=grad_placements), self.placing)
 
     def redistribute(self, device_mesh: Any = None, placements: Any = None, **kwargs: Any) -> DTensor:
         """To the whole tensor on every rank, or as it is.
@@ -212,11 +217,7 @@ class ShardedParameter(DTensor):
         if placements is None or tuple(placements) == tuple(self._spec.placements):
             return self
         if any(not isinstance(p, Replicate) for p in placements):
-            raise TpCompileError(
-                f"a sharded weight cannot be laid out as {tuple(placements)}",
-                where=self.placing.name,
-                todo=_TODO,
-            )
+            self._refuse(f"be laid out as {tuple(placements)}")
         return DTensor.from_local(self.full_tensor(), self.device_mesh, placements, run_check=False)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
@@ -234,15 +235,11 @@ class ShardedParameter(DTensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return stored_part, (self._local_tensor.detach(), self.placing.rank, self.placing.text())
 
-    def untyped_storage(self) -> NoReturn:
+    def numpy(self, *, force: bool = False) -> NoReturn:
         """Refused: what reads memory would take the part for the whole."""
         self._refuse("be read as memory, or traced (torch.export)")
 
-    def numpy(self, *, force: bool = False) -> NoReturn:
-        """Refused, see ``untyped_storage``."""
-        self._refuse("be read as memory, or traced (torch.export)")
-
-    storage = __dlpack__ = tolist = numpy  # type: ignore[assignment]
+    storage = untyped_storage = __dlpack__ = tolist = numpy  # type: ignore[assignment]
 
     def _refuse(self, what: str) -> NoReturn:
         raise TpCompileError(f"a rank's part of a weight cannot {what}", where=self.placing.name, todo=_TODO)
@@ -269,7 +266,7 @@ def _move_gradient(parameter: Tensor) -> None:
     gradient = _TENSOR.grad.__get__(parameter)
     _TENSOR.grad.__set__(parameter, None)
     leaf = parameter._local_tensor
-    if parameter.averaged or leaf._backward_hooks:
+    if parameter.averaged or leaf._backward_hooks or leaf._post_accumulate_grad_hooks:
         raise TpCompileError(
             "python has read a weight whose gradients data parallelism, or a hook, is to see",
             where=parameter.placing.name,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import foreach_utils, fully_shard
 
 from .clipping import tell_clipping
+from .load_state import own_parts
 from .optimizer_updates import tell_optimizers
 from .sharded_parameter import ShardedParameter, local_tensor
 from .tensor_layout import UnsayableSpec
@@ -32,6 +34,8 @@ _OTHER_AXIS = (
     "parallelize(model, mesh, axis='tensor')"
 )
 
+_OPTIMIZER: Any = optimizer.Optimizer
+
 
 @functools.cache
 def guard_torch() -> None:
@@ -40,6 +44,7 @@ def guard_torch() -> None:
         supported.append(ShardedParameter)
     tell_optimizers()
     tell_clipping()
+    _OPTIMIZER.load_state_dict = _loads_parts(_OPTIMIZER.load_state_dict)
     _around(DistributedDataParallel, _construct_ddp)
     _around(FullyShardedDataParallel, _construct_fsdp)
     _around(ZeroRedundancyOptimizer, _construct_zero)
@@ -61,7 +66,7 @@ def _around(wrapper: Any, construct: Construct) -> None:
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         call = signature.bind(self, *args, **kwargs)
-        construct(lambda: original(*call.args, **call.kwargs), dict(call.arguments))
+        construct(lambda: original(*call.args, **call.kwargs), call.arguments)
 
     wrapper.__init__ = init
 
@@ -121,6 +126,24 @@ def _construct_zero(construct: Callable[[], None], call: dict[str, Any]) -> None
             _refuse("ZeroRedundancyOptimizer broadcasts", tensor, todo)
     call["params"] = groups
     construct()
+
+
+def _loads_parts(original: Callable[..., None]) -> Callable[..., None]:
+    """``load_state_dict`` of optimizers, which takes what ``torch.save`` has written of their states."""
+
+    @functools.wraps(original)
+    def load(self: Any, state_dict: Any) -> None:
+        saved = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        params = dict(zip(saved, (p for g in self.param_groups for p in g["params"]), strict=False))
+        state = {
+            at: {**values, **own_parts(dict.fromkeys(values, params.get(at)), values)}
+            if isinstance(values, Mapping)
+            else values
+            for at, values in state_dict["state"].items()
+        }
+        original(self, {**state_dict, "state": state})
+
+    return load
 
 
 def _refuse(what: str, tensor: ShardedParameter, todo: str) -> None:

@@ -15,7 +15,11 @@ from tpcompile.weights.tensor_layout import gather
 
 
 def leaves_of(model: nn.Module) -> dict[str, Leaf]:
-    """The entries of a model's state dict as whole tensors that are yet to be collected, tied ones once."""
+    """The entries of a model's state dict as whole tensors that are yet to be collected, tied ones once.
+
+    Raises:
+        TpCompileError: one is neither a parameter nor a buffer.
+    """
     names = {id(getattr(*place)): name for name, place in tensors_by_name(model).items()}
     tied = getattr(model, "all_tied_weights_keys", {})
     state = nn.Module.state_dict(model, keep_vars=True)
@@ -24,7 +28,13 @@ def leaves_of(model: nn.Module) -> dict[str, Leaf]:
     # Of a tied tensor's names the one that transformers keeps comes first.
     for key in sorted(state, key=lambda k: k in tied):
         tensor = state[key]
-        if isinstance(tensor, Tensor) and id(tensor) in names and id(tensor) not in seen:
+        if id(tensor) not in names:
+            raise TpCompileError(
+                "the state dict has something that is neither a parameter nor a buffer, which would be lost",
+                where=key,
+                todo="make it a buffer, or write model.full_state_dict()",
+            )
+        if id(tensor) not in seen:
             seen.add(id(tensor))
             found[key] = Leaf(tuple(tensor.shape), tensor.dtype, names[id(tensor)])
     return {key: found[key] for key in state if key in found}
