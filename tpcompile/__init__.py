@@ -27,6 +27,7 @@ from .strategies.custom.tensor_parallel_layer import TensorParallelLayer, get_pa
 from .strategies.hf_plan import hf_plan
 from .strategies.parallel_interface import ParallelInterface
 from .strategies.strategy import Strategy
+from .weights import dcp as checkpoint
 
 __all__ = [
     "CostModel",
@@ -43,6 +44,7 @@ __all__ = [
     "TpCompileError",
     "calibrate",
     "check_rule",
+    "checkpoint",
     "from_pretrained",
     "get_packed_weights",
     "get_tensor_shard",

@@ -261,6 +261,13 @@ def special(kind: type[Tensor]) -> nn.Module:
         (lambda: tpcompile.parallelize(Two(), lone_mesh(), (X,)), "no process group"),
         (lambda: tpcompile.parallelize(Two(), None, (X,)), "no process group"),
         (lambda: tpcompile.get_packed_weights(X, X, lone_mesh(), 0, 0, [5, -1]), "blocks"),
+        (lambda: tpcompile.get_packed_weights(X, X, lone_mesh(), 0, 0, 10**9), "do not make up"),
+        (lambda: tpcompile.plan(nn.Linear(2, 2), 2, (X,)), "cannot be captured"),
+        (lambda: tpcompile.Plan.load(""), "not a plan"),
+        (lambda: tpcompile.checkpoint.load({}, checkpoint_id="\0"), "no checkpoint"),
+        (lambda: tpcompile.checkpoint.load({}, checkpoint_id=3), "checkpoint_id is 3"),  # type: ignore[arg-type]
+        (lambda: tpcompile.checkpoint.sharded_state_dict(X), "model is"),  # type: ignore[arg-type]
+        (lambda: tpcompile.checkpoint.sharded_optimizer_state_dict(Two(), 1), "optimizer is 1"),  # type: ignore[arg-type]
         (lambda: tpcompile.get_tensor_shard(X, X[0], lone_mesh(), 0, 0), "shapes are"),
         (lambda: tpcompile.register_rule("aten.no_such_operator", "a -> a"), "no operator"),
         (lambda: tpcompile.register_rule("nowhere", "a -> a"), "no operator"),

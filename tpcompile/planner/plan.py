@@ -119,7 +119,7 @@ class Plan:
         Raises:
             TpCompileError: the file is not a plan, of another version, or was changed.
         """
-        with refusing("not a plan", where=str(path), todo="save one with plan.save"):
+        with refusing("not a plan", where=repr(path), todo="save one with plan.save"):
             return _read(json.loads(Path(path).read_text()), str(path))
 
     def to_json(self) -> dict[str, Any]:

@@ -25,11 +25,13 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import TpCompileError, refusing
+from tpcompile.ir.check import checked
 from tpcompile.ir.torch_internals import flatten_state_dict, storage_setup
 from tpcompile.ranks.agree import together
 
 
+@checked
 def sharded_state_dict(model: nn.Module, tied: bool = True) -> dict[str, Any]:
     """The entries of ``model.state_dict()``, for DCP.
 
@@ -46,6 +48,7 @@ def sharded_state_dict(model: nn.Module, tied: bool = True) -> dict[str, Any]:
     return found
 
 
+@checked
 def sharded_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's state by names of parameters, as ``get_optimizer_state_dict`` of torch gives it.
 
@@ -57,6 +60,7 @@ def sharded_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimi
     return state
 
 
+@checked
 def load_sharded_optimizer_state_dict(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> None:
@@ -91,6 +95,7 @@ def _without_gradients(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             param.grad = grad
 
 
+@checked
 def load(
     state_dict: dict[str, Any],
     *,
@@ -118,12 +123,8 @@ def load(
 
 
 def _reader(reader: StorageReader | None, checkpoint_id: str | os.PathLike[str] | None) -> Any:
-    try:
+    with refusing("no checkpoint to load", where=repr(checkpoint_id), todo="give checkpoint_id"):
         return storage_setup(reader, checkpoint_id, reader=True)
-    except RuntimeError as error:
-        raise TpCompileError(
-            f"no checkpoint to load: {error}", where=str(checkpoint_id), todo="give checkpoint_id"
-        ) from error
 
 
 def _metadata(reader: Any, checkpoint_id: str | os.PathLike[str] | None) -> Metadata:
@@ -132,7 +133,7 @@ def _metadata(reader: Any, checkpoint_id: str | os.PathLike[str] | None) -> Meta
     except Exception as error:
         raise TpCompileError(
             f"the checkpoint cannot be read: {error}",
-            where=str(checkpoint_id),
+            where=repr(checkpoint_id),
             todo="give the folder that torch.distributed.checkpoint.save was given",
         ) from error
     return metadata

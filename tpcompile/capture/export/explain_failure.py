@@ -87,20 +87,24 @@ def _first_lines(text: str) -> str:
 
 
 def _place(error: BaseException, model: nn.Module) -> str:
-    """Return ``module.path (Class), file:line in function: source`` for the innermost user frame."""
+    """Return ``module.path (Class), file:line in function: source`` for the innermost user frame.
+
+    Without the line, if there is nothing but modules of torch.
+    """
     paths = {id(module): name for name, module in model.named_modules()}
-    best = ""
+    best = innermost = ""
     for link in reversed(_chain(error)):
         owner = ""
         for frame, line in _frames(link.__traceback__):
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module) and id(module) in paths:
-                owner = f"{paths[id(module)] or 'the model'} ({type(module).__name__}), "
+                innermost = f"{paths[id(module)] or 'the model'} ({type(module).__name__})"
+                owner = f"{innermost}, "
             file = frame.f_code.co_filename
             if owner and not file.startswith(_OUTSIDE) and not file.startswith("<"):
                 source = linecache.getline(file, line).strip()
                 best = f"{owner}{file}:{line} in {frame.f_code.co_name}: {source}"
-    return best
+    return best or innermost or type(model).__name__
 
 
 def _frames(trace: TracebackType | None) -> list[tuple[FrameType, int]]:

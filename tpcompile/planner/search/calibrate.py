@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from tpcompile.ir.check import well_called
+from tpcompile.ir.check import checked
 from tpcompile.ranks.mesh import check_mesh, local_device
 
 from .cost import CostModel
@@ -44,7 +44,7 @@ _CPU = _Sizes(torch.float32, (256, 1024, 1024), 1 << 26, (1 << 10, 1 << 20, 1 <<
 _ACCELERATOR = _Sizes(torch.bfloat16, (4096, 4096, 4096), 1 << 28, (1 << 10, 1 << 23, 1 << 26), 10)
 
 
-@well_called
+@checked
 def calibrate(mesh: DeviceMesh, axis: str | None = None) -> CostModel:
     """Measures a mesh, in a few seconds, and returns a cost model for ``parallelize`` and ``plan``.
 

@@ -134,7 +134,7 @@ def get_packed_weights(
         TpCompileError: there is no such dimension or rank, or the blocks do not make up the dimension.
     """
     size = empty_param.shape[_dim(empty_param, dim)]
-    sizes = [size // blocks] * blocks if isinstance(blocks, int) else list(blocks)
+    sizes = [size // blocks] * min(blocks, size) if isinstance(blocks, int) else list(blocks)
     if sum(sizes) != size:
         raise TpCompileError(
             f"blocks {blocks} do not make up a dimension of {size}",
