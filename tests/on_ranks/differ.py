@@ -119,6 +119,8 @@ def given_other_things() -> dict[str, str]:
 
     model = made().eval()
     cases["modes"] = lambda: model.train(not rank)(X)
+    cases["sizes_of_a_later_call"] = lambda: model.train()(X.repeat(2 + rank, 1))
+    cases["modes_of_a_later_call"] = lambda: model.train(not rank)(X.repeat(5, 1))
     cases["numbers"] = lambda: model.eval()(X, scale=2 + rank)
     cases["gradients"] = lambda: model.eval()(X.clone().requires_grad_(not rank))
 

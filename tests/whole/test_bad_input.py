@@ -197,7 +197,8 @@ def test_what_an_argument_cannot_be(name: str, value: Any) -> None:
 
 # What users are given, and need not make.
 GIVEN = {"ParallelInterface", "Plan", "PlanReport", "Report", "TensorParallelLayer", "TpCompileError"}
-FUNCTIONS = [name for name in tpcompile.__all__ if name not in GIVEN]
+RESULTS = {"ParallelInterface", "Plan", "PlanReport", "RuleReport", "TensorParallelLayer", "TpCompileError"}
+FUNCTIONS = [name for name in tpcompile.__all__ if name not in {*RESULTS, "checkpoint"}]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -228,6 +229,16 @@ class Wrapped(Tensor):
         return torch.zeros(())
 
 
+class Failing(dict[Any, Any]):
+    """Looks right, and cannot be read."""
+
+    def items(self) -> Any:
+        raise RuntimeError("no items")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+
 def special(kind: type[Tensor]) -> nn.Module:
     """A model with a weight of another kind of tensor."""
     model = Two()
@@ -246,6 +257,8 @@ def special(kind: type[Tensor]) -> nn.Module:
         (lambda: tpcompile.plan(meta(), 2, (X,), dynamic={"x": {-3: True}}), "x has 2 dimensions"),
         (lambda: tpcompile.plan(meta(), 2, (X,), dynamic={"x": {0: "yes"}}), "dynamic is"),
         (lambda: tpcompile.plan(meta(), 2, (X,), dynamic={"x": [0]}), "dynamic is"),
+        (lambda: tpcompile.plan(meta(), 2, (X,), dynamic=Failing(x=0)), "dynamic is"),
+        (lambda: tpcompile.plan(meta(), 2, (X,), plan=Failing(x=0)), "plan is"),
         (lambda: tpcompile.plan(meta(), 2, (X,), plan={"a": Shard(0, 1)}), "not a placement"),
         (lambda: tpcompile.plan(meta(), 2, (X,), plan={"a": Partial()}), "not a placement"),
         (lambda: tpcompile.plan(meta(), 2, (X,), plan={"a.weight": Shard(2)}), "a.weight"),
@@ -264,7 +277,7 @@ def special(kind: type[Tensor]) -> nn.Module:
         (lambda: tpcompile.get_packed_weights(X, X, lone_mesh(), 0, 0, 10**9), "do not make up"),
         (lambda: tpcompile.plan(nn.Linear(2, 2), 2, (X,)), "cannot be captured"),
         (lambda: tpcompile.Plan.load(""), "not a plan"),
-        (lambda: tpcompile.checkpoint.load({}, checkpoint_id="\0"), "no checkpoint"),
+        (lambda: tpcompile.checkpoint.load({}, checkpoint_id="\0"), "cannot be read"),
         (lambda: tpcompile.checkpoint.load({}, checkpoint_id=3), "checkpoint_id is 3"),  # type: ignore[arg-type]
         (lambda: tpcompile.checkpoint.sharded_state_dict(X), "model is"),  # type: ignore[arg-type]
         (lambda: tpcompile.checkpoint.sharded_optimizer_state_dict(Two(), 1), "optimizer is 1"),  # type: ignore[arg-type]

@@ -119,7 +119,7 @@ def check_arguments(
         TpCompileError: with the first that does not fit.
     """
     for name, hint in _hints(function).items():
-        if name in arguments and not _fits(arguments[name], hint):
+        if name in arguments and not _can_be(arguments[name], hint):
             what, where = f"{name} is {short(arguments[name])}", where or function.__qualname__
             raise TpCompileError(what, where=where, todo=f"give {_text(hint)}")
 
@@ -136,6 +136,13 @@ def _hints(function: Any) -> Mapping[str, Any]:
     parameters = () if isinstance(function, type) else inspect.signature(function).parameters.values()
     others = {"return", *(p.name for p in parameters if p.kind in several)}
     return {name: hint for name, hint in hints.items() if name not in others}
+
+
+def _can_be(value: Any, hint: Any) -> bool:
+    try:
+        return _fits(value, hint)
+    except Exception:  # its own methods fail: it is of no use
+        return False
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -57,7 +57,7 @@ def check_mesh(mesh: Any, axis: Any, *, connected: bool = True) -> int:
         )
     names = mesh.mesh_dim_names or ()
     where = f"axes {names}"
-    if axis is not None and axis not in names:
+    if axis is not None and not (isinstance(axis, str) and axis in names):
         raise TpCompileError(f"the mesh has no axis {short(axis)}", where=where, todo="name one of its axes")
     if axis is None and mesh.ndim != 1:
         raise TpCompileError(

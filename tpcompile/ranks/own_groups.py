@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tpcompile.errors import RanksApart, TpCompileError
+from tpcompile.ir.check import short
 from tpcompile.ir.torch_internals import resolve_process_group
 
 from .notes import leave_note, named, read_notes
@@ -78,7 +79,7 @@ def seconds_of(timeout: float | timedelta) -> float:
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < 1e9:
         raise TpCompileError(
-            f"{timeout!r} is not a time limit", where="timeout", todo="give a positive number of seconds"
+            f"{short(timeout)} is not a time limit", where="timeout", todo="give a positive number of seconds"
         )
     return float(seconds)
 

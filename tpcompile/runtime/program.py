@@ -48,7 +48,7 @@ class Program:
         state: a number for the attributes that had been read before.
         root: the model.
         differentiable: whether gradients through it come out right.
-        seen: whether ranks have compared the arguments of a call of it.
+        seen: the sizes of calls of it whose arguments ranks have compared.
     """
 
     compiled: Compiled
@@ -71,7 +71,7 @@ class Program:
     outlined: tuple[GraphModule, tuple[Feed | int, ...]] | None = None
     steps: dict[str, Step] = field(default_factory=dict)
     differentiable: bool = True
-    seen: bool = False
+    seen: set[tuple[torch.Size, ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.bind(True)
@@ -186,6 +186,11 @@ def autocast_of(leaves: Sequence[Any]) -> torch.dtype | None:
     """The autocast type that is on for a call's device, or None."""
     device = device_of(leaves)
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def sizes_of_call(leaves: Sequence[Any]) -> tuple[torch.Size, ...]:
+    """The sizes of a call's tensors."""
+    return tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def device_of(leaves: Sequence[Any]) -> str:

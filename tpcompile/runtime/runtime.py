@@ -22,8 +22,11 @@ from tpcompile.ranks.turns import begin_turn
 from .capture_call import capture_call
 from .guards import Entry, hooks_below
 from .parts import compose_call, run_parts, try_parts
-from .program import Program, device_of
+from .program import Program, device_of, sizes_of_call
 from .state import State
+
+_MOST_SIZES = 8
+"""Of how many sizes of its calls a program's first one is compared: a mistake shows soon, if at all."""
 
 
 class Runtime(State):
@@ -117,9 +120,10 @@ class Runtime(State):
     def _compare_first(
         self, program: Program, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]
     ) -> None:
-        """Compares a program's first call over the ranks, unless all calls are compared anyway."""
-        if not program.seen and can_compare(leaves):
-            program.seen = True
+        """Compares calls of the first sizes that a program sees, unless all calls are compared anyway."""
+        sizes = sizes_of_call(leaves)
+        if sizes not in program.seen and len(program.seen) < _MOST_SIZES and can_compare(leaves):
+            program.seen.add(sizes)
             if not self.compare_calls:
                 self.compare(model, bound, program.entry, leaves)
 
@@ -152,7 +156,7 @@ def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], 
     if program is None:
         try:
             program = runtime.capture(model, bound, path)
-            program.seen = True
+            program.seen.add(sizes_of_call(leaves))
         except TpCompileError as error:
             empty = not path and not any(isinstance(leaf, Tensor) for leaf in leaves)
             if empty or not compose_call(runtime, model, path, tuple(bound), error):
