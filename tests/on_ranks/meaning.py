@@ -6,12 +6,14 @@ import copy
 import functools
 import itertools
 import os
+import random
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MethodType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -373,6 +375,8 @@ def _refused_state() -> list[str]:
         lambda m: m.mlp.register_forward_hook(lambda *_: None),
         lambda m: setattr(m, "made", SimpleNamespace(x=x)),
         lambda m: next(NUMBERS),
+        lambda m: random.random(),
+        lambda m: np.random.rand(),
         functools.partial(_iterate, steps=iter(range(9))),
     ]
     said = [refusal(lambda act=act: tpcompile.plan(Saying(act), 2, (x,))) for act in acts]

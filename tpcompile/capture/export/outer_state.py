@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import nn
 
 from tpcompile.errors import CannotCapture
@@ -109,9 +111,9 @@ def unchanged_outside(model: nn.Module) -> Iterator[list[Outer]]:
         The places that its functions name.
 
     Raises:
-        CannotCapture: there is such a change, or an iterator.
+        CannotCapture: there is such a change, or an iterator; or random numbers are drawn.
     """
-    before, places = [], outer_places(model)
+    before, places, drawn = [], outer_places(model), _generators()
     for place in places:
         value = place.look()
         if is_iterator(value):
@@ -131,12 +133,25 @@ def unchanged_outside(model: nn.Module) -> Iterator[list[Outer]]:
                 if copied is not None:
                     value.clear()
                     value.extend(copied) if isinstance(value, list | deque) else value.update(copied)
+    if (now := _generators()) != drawn:
+        name = next(name for name in now if now[name] != drawn[name])
+        raise CannotCapture(
+            f"the model's forward draws random numbers of {name}, which would be the same at every call",
+            where=name,
+            todo="draw them with torch, or give them to the model as tensors",
+        )
     if changed:
         raise CannotCapture(
             f"the model's forward changes {changed[0]}",
             where=changed[0],
             todo="keep what forward changes in attributes of the model, best in buffers",
         )
+
+
+def _generators() -> dict[str, Any]:
+    """Where the generators of random numbers are that python code uses."""
+    _, numbers, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": (bytes(numbers), rest)}  # type: ignore[arg-type]
 
 
 def _function(value: Any) -> types.FunctionType | None:
