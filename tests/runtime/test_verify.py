@@ -102,6 +102,8 @@ def test_a_buffer_that_only_python_writes() -> None:
     report = tpcompile.verify(Forgets().double(), 2, (torch.randn(X, dtype=torch.float64),), gradients=False)
     assert report.kind == "capture"
     assert [(f.sort, f.name) for f in report.wrong] == [("buffer", "seen")]
+    assert report.first_difference is not None
+    assert report.first_difference.node == "the buffer seen"
 
 
 # Capture.

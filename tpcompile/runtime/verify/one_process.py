@@ -23,7 +23,7 @@ from tpcompile.runtime.read_request import Bytes, Dynamic, Passes, PlanLike, Ran
 from .assemble import RanksDiffer
 from .locate import locate
 from .outcome import Finding
-from .report import Report
+from .report import Difference, Report
 from .simulated_calls import simulated
 from .tokens import Steps, greedy
 from .trial import Lower, SimulatedCompiler, Trial
@@ -131,8 +131,15 @@ def _examined(model: nn.Module, request: Request) -> Report:
     report = Report(request.ranks, precision, tuple(findings), trial.limit, "")
     if report.wrong:
         kind, first = locate(trial, want)
-        report = replace(report, kind=kind, first_difference=first)
+        report = replace(report, kind=kind, first_difference=first or _worst(report))
     return report
+
+
+def _worst(report: Report) -> Difference:
+    """What is wrong, where no value of a graph is."""
+    finding = max(report.wrong, key=lambda one: one.error)
+    why = "no value of the graph before it differs"
+    return Difference(f"the {finding.sort} {finding.name}", "", "", "", "", "", finding.error, why=why)
 
 
 def _tokens(model: nn.Module, request: Request) -> Finding:
