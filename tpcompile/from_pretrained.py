@@ -25,6 +25,7 @@ from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.read_request import Bytes, Dynamic, Passes, PlanLike
 from .runtime.runtime import Runtime
 from .weights.loading.find_files import Variant
+from .weights.sharded_weights import ShardedWeights
 
 if TYPE_CHECKING:
     from .weights.loading.request import Built
@@ -140,7 +141,9 @@ def _load(group: dist.ProcessGroup, model: Any, built: Built, device: torch.devi
     from .weights.loading.load_slices import load_slices
 
     runtime: Runtime = model._tp
-    weights = runtime.weights()
+    axis = runtime.compiler.axis
+    assert axis is not None, "a sharded model has a mesh"
+    weights = ShardedWeights.undecided(model, axis) if runtime.layout is None else runtime.weights()
     with torch.inference_mode(False):  # weights that could not be trained, even outside of the mode
         load = functools.partial(load_slices, model, built.expressions, weights, device, show=show)
         together(group, "load the weights", load)

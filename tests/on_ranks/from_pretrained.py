@@ -65,6 +65,23 @@ def load(name: str, folder: str, dtype: Any, out: str, decode: bool) -> dict[str
     return found
 
 
+class Looking(transformers.LlamaForCausalLM):
+    """Its python looks at its input."""
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        kwargs["use_cache"] = bool(input_ids.sum() < 0)
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+def in_parts(folder: str) -> tuple[bool, float]:
+    """Whether a model is loaded before anything is captured, and the error of what it says then."""
+    model: Any = tpcompile.from_pretrained(folder, mesh(), model_class=Looking)
+    early, whole = not model.programs, Looking.from_pretrained(folder)
+    ids = families.token_ids(2, 4)
+    with torch.no_grad():
+        return early, error(model(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
 def save_replicas(name: str, data: dict[str, Any], folder: str) -> list[bool]:
     """Saves from a mesh of two axes: whether the checkpoint is there afterwards, and nothing else."""
     model: Any = shell(name, data)[0]

@@ -35,6 +35,13 @@ def _in_inference_mode(act: Callable[[], Tensor]) -> Tensor:
         return act()
 
 
+def _file(value: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return file
+
+
 READS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda w: w.sum(),
     "norm": lambda w: w.norm(),
@@ -50,6 +57,10 @@ READS: dict[str, Callable[[Tensor], Tensor]] = {
     "products of lists": lambda w: torch._foreach_mm([w.detach()], [w.detach().T])[0],
     "small integers": lambda w: (100 * w.detach()).to(torch.int16),
     "small floats": lambda w: w.detach().to(torch.float8_e4m3fn).double(),
+    "row as numbers": lambda w: torch.tensor(w.detach()[1].tolist(), dtype=F64),
+    "row as an array": lambda w: torch.from_numpy(w.detach()[1].numpy() * 1),
+    "row saved": lambda w: torch.load(_file(w.detach()[1])),
+    "row copied": lambda w: copy.deepcopy(w.detach()[1]),
     "row without autograd": lambda w: _in_inference_mode(lambda: w.view(-1)[3:] * 2),
     "row of what is computed without autograd": lambda w: _in_inference_mode(lambda: (w * 2)[0]),
 }
@@ -112,18 +123,12 @@ def optimizers() -> dict[str, float]:
             for step in range(3):
                 optimizer.step(lambda model=model, optimizer=optimizer: _loss(model, optimizer, x))
                 if step == 1:
-                    optimizer.load_state_dict(torch.load(_saved(optimizer)))
+                    optimizer.load_state_dict(torch.load(_file(optimizer.state_dict())))
             states.append({str(at): dict(s) for at, s in optimizer.state_dict()["state"].items()})
         found[name] = error(sharded.full_state_dict(), whole.state_dict())
         if name != "LBFGS":  # which keeps lists of flat tensors
             found[f"{name}, states"] = max(_state_error(*(s[at] for s in states)) for at in states[0])
     return found
-
-
-def _saved(optimizer: torch.optim.Optimizer) -> io.BytesIO:
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    return io.BytesIO(file.getvalue())
 
 
 class Typed(nn.Module):
@@ -285,7 +290,7 @@ def _load_from_another_rank(model: Any) -> None:
         p.grad = torch.ones(p.shape)
     optimizer.step()
     saved: list[Any] = [None, None]
-    dist.all_gather_object(saved, _saved(optimizer).getvalue())
+    dist.all_gather_object(saved, _file(optimizer.state_dict()).getvalue())
     optimizer.load_state_dict(torch.load(io.BytesIO(saved[1 - dist.get_rank()])))
 
 

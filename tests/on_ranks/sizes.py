@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,22 @@ class Kept(Core):
 class Scaled(Core):
     def forward(self, x: Tensor, scale: float) -> Tensor:
         return self.core(x) * scale
+
+
+class Divided(Core):
+    def forward(self, x: Tensor, by: float) -> Tensor:
+        return self.core(x) / by
+
+
+def values_that_are_not_what_they_equal() -> tuple[bool, int]:
+    """Whether a zero's sign counts; the programs of both signs and of two calls that are given no number."""
+    whole, x = Divided(), torch.randn(2, 12, 16)
+    sharded: Any = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (x, 0.0))
+    with torch.no_grad():
+        right = all(torch.equal(sharded(x, by) > 0, whole(x, by) > 0) for by in (0.0, -0.0))
+        for _ in range(2):
+            sharded(x, math.nan)
+    return right, len(sharded.programs)
 
 
 def numbers() -> dict[str, tuple[float, int, int]]:

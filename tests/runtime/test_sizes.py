@@ -18,6 +18,10 @@ def test_types_without_keys() -> None:
     assert max(run_spmd(sizes.without_keys, 2)) < 1e-5
 
 
+def test_values_that_are_not_what_they_equal() -> None:
+    assert run_spmd(sizes.values_that_are_not_what_they_equal, 2) == [(True, 3)] * 2
+
+
 def test_numbers_that_change_are_few_programs() -> None:
     """0, 1, and a symbol; where a symbol would do something else, or is none, the last few."""
     for rank, found in enumerate(run_spmd(sizes.numbers, 2)):

@@ -217,6 +217,12 @@ def test_parts_that_a_custom_strategy_has_cut(tmp_path: Path) -> None:
     assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
+def test_a_model_that_runs_in_parts(tmp_path: Path) -> None:
+    checkpoint_of("llama", tmp_path)
+    for early, worst in run_spmd(spmd_from_pretrained.in_parts, 2, str(tmp_path)):
+        assert early and worst <= 1e-5
+
+
 def test_the_kinds_of_folders(tmp_path: Path) -> None:
     """An index, several files without one, one file by its path, another name, a prefix more or less."""
     model_class = checkpoint_of("tied", tmp_path / "single")

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.export.captured import Captured
+from tpcompile.capture.export.look_inside import equal
 from tpcompile.capture.export.size_check import Check
 from tpcompile.compile_program import Compiled
 from tpcompile.errors import TpCompileError
@@ -110,7 +111,7 @@ class Program:
             if isinstance(mine, Tensor):
                 if given.dtype != mine.dtype or given.ndim != mine.ndim:
                     return False
-            elif type(given) is not type(mine) or given != mine:
+            elif not equal(given, mine):
                 return False
         return self.check(with_counts(leaves, self.numbers)) and (
             self.differentiable or not self._is_differentiated(leaves)

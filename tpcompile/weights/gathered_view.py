@@ -78,6 +78,26 @@ class GatheredView(Tensor):
         made.viewed, made.source = viewed, source
         return made
 
+    def _now(self) -> Tensor:
+        self.source.check()
+        return self.viewed.detach()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The values; what would be written to them would not reach the weight, and is refused."""
+        array = self._now().numpy(force=force)
+        array.flags.writeable = False
+        return array
+
+    def tolist(self) -> Any:
+        """The values."""
+        return self._now().tolist()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return memo.setdefault(id(self), self._now().clone())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._now().clone().__reduce_ex__(protocol)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.viewed)
 

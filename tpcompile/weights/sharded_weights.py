@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tpcompile.ir.layout.weight_layout import WeightLayout, whole_layout
+from tpcompile.ir.module_tensors import whole_tensors
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.strategies.custom.custom_modules import CustomModules
 
@@ -30,9 +31,9 @@ class ShardedWeights:
 
     @classmethod
     def undecided(cls, model: nn.Module, axis: MeshAxis) -> ShardedWeights:
-        """All parameters whole, until a program decides."""
+        """All weights whole, until a program decides."""
         ranks = len(axis.rows[0])
-        params = {name: whole_layout(name, p, 1) for name, p in model.named_parameters()}
+        params = {name: whole_layout(name, t, 1) for name, t in whole_tensors(model).items()}
         return cls(WeightLayout((ranks,), params), axis)
 
     @property

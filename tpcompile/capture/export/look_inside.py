@@ -83,4 +83,13 @@ def content(value: Any) -> Any:
 
 def same(one: Any, other: Any) -> bool:
     """Whether two values are one, or plain and equal; the type counts because 1 == 1.0 == True."""
-    return one is other or (isinstance(one, PLAIN) and type(one) is type(other) and bool(one == other))
+    return one is other or (isinstance(one, PLAIN) and equal(one, other))
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two plain values are equal in all that a computation could tell; dynamo can trace it."""
+    if type(one) is not type(other):
+        return False
+    if one != other:
+        return bool(one != one and other != other)  # not a number
+    return type(one) is not float or one != 0.0 or str(one) == str(other)  # with the sign of zeros
