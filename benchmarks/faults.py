@@ -262,8 +262,7 @@ def main() -> None:
         for kind, run in bench.mutants(given.most):
             if given.kinds in kind:
                 counts[kind, run()] += 1
-        print(f"{name}: {sum(counts.values())} mutants so far", flush=True)
-    print(table_of(counts))
+        print(f"{name}: {sum(counts.values())} faults so far\n{table_of(counts)}\n", flush=True)
 
 
 def table_of(counts: Counter[tuple[str, str]]) -> str:

@@ -105,6 +105,20 @@ LINT: dict[str, tuple[Callable[[Any], Any], Accepts]] = {
     "example_kwargs": (lambda v: tpcompile.lint_plan(meta(), {"a": "colwise"}, 2, (), v), never),
     "cost_model": (lambda v: tpcompile.lint_plan(meta(), {}, 2, (X,), cost_model=v), never),
 }
+VERIFY: dict[str, tuple[Callable[[Any], Any], Accepts]] = {
+    "model": (lambda v: tpcompile.verify(v, 2, (X,)), never),
+    "ranks": (lambda v: tpcompile.verify(Two(), v, (X,)), lambda v: whole(v) and 0 < v <= 4096),
+    "example_args": (lambda v: tpcompile.verify(Two(), 2, v), never),
+    "example_kwargs": (lambda v: tpcompile.verify(Two(), 2, (), v), never),
+    "gradients": (lambda v: tpcompile.verify(Two(), 2, (X,), gradients=v), truth),
+    "generate": (lambda v: tpcompile.verify(Two(), 2, (X,), generate=v), lambda v: whole(v) and v >= 0),
+    "op": (lambda v: tpcompile.check_rule(v, (X,)), never),
+    "args of an op": (lambda v: tpcompile.check_rule("aten.relu", v), never),
+    "kwargs of an op": (
+        lambda v: tpcompile.check_rule("aten.relu", (X,), v),
+        lambda v: nothing(v) or empty(v),
+    ),
+}
 COST: dict[str, tuple[Callable[[Any], Any], Accepts]] = {
     "name": (lambda v: CostModel(v, 1.0, 1.0, 1.0, 1.0), lambda v: isinstance(v, str)),
     "flops": (lambda v: CostModel("", v, 1.0, 1.0, 1.0), a_rate),
@@ -151,10 +165,9 @@ OTHERS: dict[str, tuple[Callable[[Any], Any], Accepts]] = {
     "Plan.load": (Plan.load, never),
     "Plan.from_json": (Plan.from_json, never),
 }
+CASES = {"plan": PLAN, "lint_plan": LINT, "verify": VERIFY, "CostModel": COST, "shards": SHARDS}
 ARGUMENTS = {
-    f"{function} {name}": case
-    for function, cases in (("plan", PLAN), ("lint_plan", LINT), ("CostModel", COST), ("shards", SHARDS))
-    for name, case in cases.items()
+    f"{function} {name}": case for function, cases in CASES.items() for name, case in cases.items()
 } | OTHERS
 
 FEW = settings(

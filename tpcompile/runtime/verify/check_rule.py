@@ -115,8 +115,8 @@ def _program(op: OpOverload | OpOverloadPacket, args: tuple[Any, ...], kwargs: d
     for overload in overloads:
         try:
             return Program(Case(overload, given, named))
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            why = why or str(error).splitlines()[0]
+        except Exception as error:  # the operator's own: anything may be wrong with the example
+            why = why or next(iter(str(error).splitlines()), type(error).__name__)
     todo = "give arguments that the operator takes"
     raise TpCompileError(f"the example cannot be run: {why}", where=str(op), todo=todo)
 
