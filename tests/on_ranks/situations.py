@@ -134,6 +134,25 @@ def _loading() -> None:
     torch.testing.assert_close(sharded(x), whole(x), rtol=1e-4, atol=1e-5)
 
 
+@situation("`torch.func.functional_call` with whole tensors, or with others of the parameters' kind")
+def _functional() -> None:
+    whole, sharded, x = _twins()
+    compiled = torch.compile(lambda given: torch.func.functional_call(sharded, given, (x,)), backend="eager")
+    parts = {name: p.detach() * 2 for name, p in sharded.named_parameters()}
+    for run in (lambda given: torch.func.functional_call(sharded, given, (x,)), compiled):
+        mine, theirs = (
+            {name: (p.detach() * 2).requires_grad_() for name, p in whole.named_parameters()} for _ in "ab"
+        )
+        want = torch.func.functional_call(whole, theirs, (x,))
+        found = run(mine)
+        for result in (found, want):
+            result.square().sum().backward()
+        torch.testing.assert_close(found, want)
+        torch.testing.assert_close([p.grad for p in mine.values()], [p.grad for p in theirs.values()])
+    torch.testing.assert_close(torch.func.functional_call(sharded, parts, (x,)), want)
+    torch.testing.assert_close(sharded(x), whole(x))
+
+
 @situation("hooks on a part, registered after `parallelize`")
 def _hooks() -> None:
     whole, sharded, x = _twins()
@@ -190,6 +209,56 @@ def _structure() -> None:
         sharded.up = nn.Linear(12, 24)
     except tpcompile.TpCompileError:
         sharded.extra = nn.Linear(12, 12)
+
+
+class _Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+@situation("parametrizations, `weight_norm`, `torch.ao.quantization`")
+def _parametrized() -> None:
+    _, sharded, x = _twins()
+    before = sharded(x)
+    acts: list[Callable[[], Any]] = [
+        lambda: nn.utils.parametrize.register_parametrization(sharded.up, "weight", _Doubled()),
+        lambda: nn.utils.parametrizations.orthogonal(sharded.up),
+        lambda: nn.utils.weight_norm(sharded.up),
+        lambda: torch.ao.quantization.quantize_dynamic(sharded, {nn.Linear}),
+        lambda: torch.ao.quantization.prepare(sharded, inplace=True),
+    ]
+    _all_refused(acts)
+    torch.testing.assert_close(sharded(x), before)
+    raise tpcompile.TpCompileError("all were refused", todo="and nothing has changed")
+
+
+def _all_refused(acts: list[Callable[[], Any]]) -> None:
+    for act in acts:
+        try:
+            act()
+        except tpcompile.TpCompileError as error:
+            assert error.todo, error
+        else:
+            raise AssertionError("accepted")
+
+
+@situation("other memory or another shape in place: `p.data.set_(x)`, `p.data.t_()`")
+def _other_memory() -> None:
+    _, sharded, x = _twins()
+    before, weight = sharded(x), sharded.up.weight
+    acts: list[Callable[[], Any]] = [
+        lambda: weight.data.set_(torch.ones(weight.shape)),
+        lambda: weight.detach().set_(torch.ones(3).untyped_storage()),
+        lambda: weight.data.t_(),
+        lambda: weight.data.resize_(3, 4),
+        lambda: weight.data[0].unsqueeze_(0),
+    ]
+    _all_refused(acts)
+    torch.testing.assert_close(sharded(x), before)
+    raise tpcompile.TpCompileError("all were refused", todo="and nothing has changed")
 
 
 @situation("random numbers into a parameter: `p.normal_()`")

@@ -80,7 +80,7 @@ def test_hooks_on_parts_run() -> None:
 
 
 def test_changes_are_refused_before_they_are_made() -> None:
-    expected = ["replaced, added or removed", "is replaced by one of", *["replaced, added or removed"] * 2]
+    expected = ["a parametrization", "is replaced by one of", *["replaced, added or removed"] * 2]
     expected += ["accepted", "replaced again"]
     for messages in run_spmd(life.changes, 2):
         for message, part in zip(messages, expected, strict=True):

@@ -30,7 +30,7 @@ from torch.export import _trace as export_trace
 from torch.utils import _foreach_utils as foreach_utils
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import (
     SequenceKey,
     TreeSpec,
@@ -82,6 +82,7 @@ __all__ = [
     "int_oo",
     "is_alias_of",
     "is_any_autocast_enabled",
+    "is_traceable_wrapper_subclass",
     "mark_static_address",
     "maybe_mark_dynamic",
     "no_dispatch",
@@ -133,6 +134,7 @@ PRIVATE_ATTRIBUTES = {
         "_modules",
         "_parameters",
     ),
+    "torch.nn.utils.stateless": ("_functional_call",),
     "torch.nn.utils.clip_grad": ("_clip_grads_with_norm_", "_get_total_norm"),
     "torch.nn.modules.module": (
         "_global_backward_hooks",

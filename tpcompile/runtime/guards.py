@@ -23,9 +23,10 @@ from tpcompile.ir.calls import CallSignature, signature_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.weights.shard import local_weights
 
+from .fixed_table import fix_tables, tell_functional_call
 from .place import Root
 from .replaced_forward import LIFTED, lift_forward
-from .watched_module import ENTRY, WatchedModule, fix_tables, refuse_old_hooks
+from .watched_module import ENTRY, WatchedModule, refuse_old_hooks
 
 Hook = tuple[str, str, int]
 """Where a hook on a part is: the part's path, the table of hooks, its key there."""
@@ -138,6 +139,7 @@ def original_call(
 
 def guard_submodules(root: nn.Module) -> None:
     """Guards every submodule; the runtime says which of them have divided weights in them."""
+    tell_functional_call()
     for path, module in list(root.named_modules()):
         if isinstance(module, torch.jit.ScriptModule):
             continue

@@ -21,6 +21,7 @@ class Root(Protocol):
     pieces: frozenset[str]
     hooks: list[tuple[str, str, int]]
     running: int
+    lent: dict[tuple[int, str], int]
 
     def call(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Any = None

@@ -66,7 +66,7 @@ class Runtime(State):
             return run_parts(self, model, bound, path, entry)
         names, training = tuple(bound), model.get_submodule(path).training
         program = self.find(names, leaves, spec, training, path)
-        if program is None:
+        if program is None or (self.lent and torch.compiler.is_dynamo_compiling()):
             if (path, names) not in self.composed:
                 answer = _capture_and_run(self, model, bound, path)
                 if answer is not NotImplemented:
@@ -89,7 +89,7 @@ class Runtime(State):
         if torch.compiler.is_dynamo_compiling():
             return program.run(leaves, bound, self.compile_options)
         try:
-            return program.run(leaves, bound, self.compile_options)
+            return program.run(leaves, bound, None if self.lent else self.compile_options)
         except RuntimeError as error:
             if not isinstance(error, RanksApart) and not is_loss(error):
                 raise

@@ -47,6 +47,8 @@ class State:
         hooks: hooks on submodules that no program has in it.
         custom: the modules of custom strategies.
         foreign: whether another library (FSDP) has made something else of the parameters.
+        lent: the identities of weights that others stand for (``functional_call``), by their place: what is
+            compiled holds the weights themselves, and is not used then.
         steering: the streamer and the user's logits processors of the generation that runs.
         retyped: the ``ShardedParameter.retyped`` that the settings take into account.
         running: how many calls are being worked on: what the model's own code changes is not a new setting.
@@ -71,6 +73,7 @@ class State:
     running: int = 0
     custom: CustomModules = field(default_factory=CustomModules)
     foreign: bool = False
+    lent: dict[tuple[int, str], int] = field(default_factory=dict)
 
     @property
     def group_name(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -24,64 +23,7 @@ ENTRY = "_tp_entry"
 """The attribute by which a submodule of a sharded model knows its place in it."""
 
 _SAME_STATE = "load the same tensors on every rank; nothing was loaded"
-_TABLES = ("_parameters", "_buffers")
-
-
-class FixedTable(dict[str, Any]):
-    """One of a module's tables: its parts, parameters or buffers. Weights can take each other's place.
-
-    Much of torch writes to them (``ModuleList.insert``, pruning, ``weight_norm``), some of it before it calls
-    a method of the module that could refuse.
-
-    Args:
-        module: the module, of a sharded model.
-        table: what it has.
-    """
-
-    def __init__(self, module: nn.Module, table: dict[str, Any]) -> None:
-        super().__init__(table)
-        self._module = weakref.ref(module)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        old = self.get(name)
-        if value is not old and not (isinstance(value, Tensor) and isinstance(old, Tensor)):
-            self._change(name)
-        super().__setitem__(name, value)
-
-    def __delitem__(self, name: str) -> None:
-        self._change(name)
-        super().__delitem__(name)
-
-    def pop(self, name: str, *default: Any) -> Any:
-        """As of a dict, if it may change."""
-        self._change(name)
-        return super().pop(name, *default)
-
-    def clear(self) -> None:
-        """As of a dict, if it may change."""
-        self._change("all")
-        super().clear()
-
-    def update(self, *others: Any, **more: Any) -> None:
-        """As of a dict, if it may change."""
-        for name, value in dict(*others, **more).items():
-            self[name] = value
-
-    def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is that of another module
-        return dict, (dict(self),)
-
-    def _change(self, name: str) -> None:
-        """Refuses changes, but for what the code of the model does while it is captured or runs as python."""
-        module = self._module()
-        place = module._place() if isinstance(module, WatchedModule) else None
-        if isinstance(module, WatchedModule) and place is not None and not place[0].running:
-            module._refuse_change(name)
-
-
-def fix_tables(module: nn.Module) -> None:
-    """Lets a module keep its parts and weights."""
-    for name in ("_modules", *_TABLES):
-        module.__dict__[name] = FixedTable(module, module.__dict__[name])
+TABLES = ("_parameters", "_buffers")
 
 
 class WatchedModule(nn.Module):
@@ -96,7 +38,9 @@ class WatchedModule(nn.Module):
         if place is not None:
             if isinstance(value, nn.Module) and value is not self._modules.get(name):
                 self._refuse_change(name)
-            if any(name in own[table] for table in _TABLES):
+            if name == "qconfig":
+                self._refuse_quantizing()
+            if any(name in own[table] for table in TABLES):
                 self._set_weight(name, value)
                 return
             if name == "forward" and place[1]:
@@ -219,9 +163,17 @@ class WatchedModule(nn.Module):
             todo="change the model (adapters, wrappers, resized embeddings) before parallelize",
         )
 
+    def _refuse_quantizing(self) -> None:
+        raise TpCompileError(
+            "torch.ao.quantization looks for layers of torch's own classes, and would leave those of a "
+            "sharded model as they are",
+            where=type(self).__name__,
+            todo="quantise the model before parallelize",
+        )
+
     def _set_weight(self, name: str, value: Any) -> None:
         """Replaces a weight by a whole one, of which this rank takes its part, or by what FSDP makes."""
-        old = self._parameters.get(name, self._buffers.get(name))
+        old, before = self._parameters.get(name, self._buffers.get(name)), types_of(self)
         place = self._place()
         assert place is not None
         if isinstance(old, Tensor) and isinstance(value, Tensor) and value is not old:
@@ -248,7 +200,9 @@ class WatchedModule(nn.Module):
                     if isinstance(value, nn.Parameter)
                     else ShardedParameter(part, old.placing)
                 )
-        before = types_of(self)
+            table = self._parameters if name in self._parameters else self._buffers
+            if table is self._buffers or isinstance(value, nn.Parameter):
+                dict.__setitem__(table, name, value)
         super().__setattr__(name, value)
         place[0].settings.report_types(place[1], before, types_of(self))
         if isinstance(old, DTensor):

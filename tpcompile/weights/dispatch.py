@@ -1,8 +1,8 @@
 """What an operation on sharded parameters does: every result is that of the whole tensors, or there is none.
 
-In this order: collectives and random numbers are refused; norms and sums add up over the ranks; elementwise
-operators, and lists of them (foreach and fused optimizers), run on the parts where all operands are laid out
-alike; everything else gathers its operands, and a result that torch would return as a view can be read only.
+In this order: collectives, random numbers and other memory are refused; norms and sums add up over the ranks;
+elementwise operators, and lists of them, run on the parts where all operands are laid out alike; everything
+else gathers its operands, and what torch would return as a view is one of the gathered (``gathered_view``).
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def _handler(func: Any) -> Handler:
         return _refuse_collective
     if draws(func):
         return _refuse_random
+    if torch.Tag.inplace_view in func.tags and func.overloadpacket is not aten.detach_:
+        return _refuse_other_memory
     if name in ("_foreach_norm", "linalg_vector_norm", "norm") and "out" not in func._overloadname:
         return _norm
     if func is aten.sum.default:
@@ -103,6 +105,14 @@ def _refuse_collective(kind: Any, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _refuse_random(kind: Any, func: Any, args: Any, kwargs: Any) -> Any:
     refuse_random(func, _first(kind, args, kwargs).placing)
+
+
+def _refuse_other_memory(kind: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    raise TpCompileError(
+        f"{func} would give a sharded weight another shape, or memory that its programs do not know",
+        where=_first(kind, args, kwargs).placing.name,
+        todo="write values into it, by copy_; or change the model before parallelize",
+    )
 
 
 # ------------------------------------------------------------------------------------------- norms and sums

@@ -113,6 +113,10 @@ class GatheredView(Tensor):
             TpCompileError: the weight has changed since; or random numbers are drawn.
         """
         kwargs = kwargs or {}
+        if torch.Tag.inplace_view in func.tags:
+            raise TpCompileError(
+                f"{func} of a view of a sharded weight", where="a gathered tensor", todo="clone it first"
+            )
         views = [a for a in tree_leaves((args, kwargs)) if isinstance(a, GatheredView)]
         for view in views:
             view.source.check()

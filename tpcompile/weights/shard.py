@@ -128,11 +128,11 @@ def local_weights(module: nn.Module) -> Iterator[None]:
     for p in held.values():
         if isinstance(p, ShardedParameter):
             p.read = True
-    table.update({name: local_tensor(p) for name, p in held.items()})
+    dict.update(table, {name: local_tensor(p) for name, p in held.items()})
     try:
         yield
     finally:
-        table.update(held)
+        dict.update(table, held)
 
 
 def sharded_class(original: type[nn.Module], base: type) -> type[nn.Module]:

@@ -22,7 +22,8 @@ from tpcompile.errors import TpCompileError
 from .checkpoint_boxes import chunks, region_at, write_items
 from .dispatch import dispatch
 from .stored_part import stored_part
-from .tensor_layout import Gathered, TensorLayout
+from .tensor_layout import TensorLayout
+from .whole_and_part import FromWhole, Gathered, ToLocal
 
 _TENSOR: Any = Tensor
 _TODO = "use full_tensor(), or model.full_state_dict(), on all ranks; to_local() is this rank's part"
@@ -178,13 +179,17 @@ class ShardedParameter(DTensor):
             )
         if isinstance(value, DTensor):
             value = value.full_tensor()
-        if value.shape != self.placing.shape:
-            raise TpCompileError(
-                f"a tensor of shape {tuple(value.shape)} for a weight of {tuple(self.placing.shape)}",
-                where=self.placing.name,
-                todo="give the whole tensor; every rank takes its part",
-            )
+        self.placing.check_whole(value)
         return self.placing.cut(value.detach())
+
+    def from_whole(self, value: Tensor) -> ShardedParameter:
+        """A whole tensor laid out as this one, which gets its gradient.
+
+        Raises:
+            TpCompileError: the tensor has another shape.
+        """
+        self.placing.check_whole(value)
+        return FromWhole.apply(value, self.placing, type(self))
 
     def lay_out(self, where: TensorLayout) -> None:
         """Gives the whole parameter another layout, in place: optimizers hold this object."""
@@ -202,7 +207,7 @@ class ShardedParameter(DTensor):
             self._refuse("get gradients in other placements (grad_placements)")
         if self.grad_fn is None:
             return self._local_tensor
-        return _ToLocal.apply(self)
+        return ToLocal.apply(self)
 
     def full_tensor(self, *, grad_placements: Any = None) -> Tensor:
         """The whole tensor, on every rank; all ranks must call it, and compute the same with it."""
@@ -275,19 +280,6 @@ def _move_gradient(parameter: Tensor) -> None:
     with torch.no_grad():
         part = parameter.part_of(gradient)
         leaf.grad = part.clone() if leaf.grad is None else leaf.grad + part
-
-
-class _ToLocal(torch.autograd.Function):
-    """A rank's part of a tensor that was computed."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: ShardedParameter) -> Tensor:
-        ctx.where = tensor.placing
-        return tensor._local_tensor.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return ShardedParameter(grad, ctx.where)
 
 
 def local_tensor(value: Tensor) -> Tensor:

@@ -15,7 +15,12 @@ from torch.distributed.tensor import Replicate, Shard
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.layout.index_ranges import copied_along
 from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout
-from tpcompile.ir.torch_internals import DTensorSpec, FakeTensor, TensorMeta
+from tpcompile.ir.torch_internals import (
+    DTensorSpec,
+    FakeTensor,
+    TensorMeta,
+    is_traceable_wrapper_subclass,
+)
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.strategies.custom.custom_modules import CustomModules
 
@@ -83,6 +88,25 @@ class TensorLayout:
     def group(self) -> dist.ProcessGroup:
         """The ranks that share the tensor."""
         return self.axis.group
+
+    def check_whole(self, value: Tensor) -> None:
+        """Refuses what cannot be cut as the whole tensor.
+
+        Raises:
+            TpCompileError: it has another shape, or is a tensor of another kind (a quantised one).
+        """
+        if value.shape != self.shape:
+            raise TpCompileError(
+                f"a tensor of shape {tuple(value.shape)} for a weight of {tuple(self.shape)}",
+                where=self.name,
+                todo="give the whole tensor; every rank takes its part",
+            )
+        if is_traceable_wrapper_subclass(value):
+            raise TpCompileError(
+                f"a {type(value).__name__} for a sharded weight: how to divide it is not known",
+                where=self.name,
+                todo="quantise the model, or change its weights, before parallelize; or give a plain tensor",
+            )
 
     def cut(self, full: Tensor) -> Tensor:
         """This rank's part of a whole tensor, in memory of its own (the tensor itself if it stays whole)."""
@@ -171,19 +195,6 @@ class TensorLayout:
             ):
                 return False
         return True
-
-
-class Gathered(torch.autograd.Function):
-    """The whole of a part. Every rank computes the same with it, so that its gradient is cut."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, where: TensorLayout) -> Tensor:
-        ctx.where = where
-        return where.gather(local.detach())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.where.cut(grad), None
 
 
 def gather(local: Tensor, where: TensorLayout, to: int | None = None) -> Tensor | None:

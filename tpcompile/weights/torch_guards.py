@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import optimizer
 
 from tpcompile.errors import TpCompileError
@@ -48,6 +49,7 @@ def guard_torch() -> None:
     _around(DistributedDataParallel, _construct_ddp)
     _around(FullyShardedDataParallel, _construct_fsdp)
     _around(ZeroRedundancyOptimizer, _construct_zero)
+    _around(ParametrizationList, _construct_parametrization)
     fsdp: Any = fully_shard
     fsdp._get_modules_and_states = functools.partial(_fully_shard_states, fsdp._get_modules_and_states)
     autograd: Any = torch.autograd
@@ -144,6 +146,20 @@ def _loads_parts(original: Callable[..., None]) -> Callable[..., None]:
         original(self, {**state_dict, "state": state})
 
     return load
+
+
+def _construct_parametrization(construct: Callable[[], None], call: dict[str, Any]) -> None:
+    """The first thing that ``register_parametrization`` does; its second is to write into the weight."""
+    module = sys._getframe(2).f_locals.get("module")
+    held = _sharded(module) if isinstance(module, nn.Module) else ()
+    for tensor in (call["original"], *(tensor for _, _, tensor in held)):
+        if isinstance(tensor, ShardedParameter):
+            raise TpCompileError(
+                "a parametrization of a sharded model's weights, which its programs would not notice",
+                where=tensor.placing.name,
+                todo="register it before parallelize",
+            )
+    construct()
 
 
 def _refuse(what: str, tensor: ShardedParameter, todo: str) -> None:
