@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -330,4 +331,10 @@ def _around(kind: str, both: DeviceMesh) -> dict[str, float]:
     for optimizer in run:
         optimizer.step()
     found["weights"] = error(sharded.full_state_dict(), whole.state_dict())
+    if kind != "ddp":
+        parts = {name: _whole(value) for name, value in sharded.sharded_state_dict().items()}
+        found["sharded_state_dict"] = error(parts, whole.state_dict())
+        gathered = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+        if dist.get_rank() == 0:
+            found["get_model_state_dict"] = error(gathered, whole.state_dict())
     return found
