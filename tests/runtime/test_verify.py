@@ -25,6 +25,7 @@ from tpcompile.rules import table
 from tpcompile.runtime.read_request import read_options
 from tpcompile.runtime.verify.one_process import Request, _tokens, examine
 from tpcompile.runtime.verify.report import Report
+from tpcompile.runtime.verify.trial import SimulatedCompiler, Trial
 from tpcompile.work import Pass, Work
 
 X = (2, 4, 12)
@@ -299,3 +300,13 @@ def test_ranks_that_send_different_things() -> None:
 
     with pytest.raises(TpCompileError, match="rank 1 nothing more"):
         _examined(toys.Mlp().double(), 2, lower)
+
+
+def test_every_rank_has_a_copy_of_the_call() -> None:
+    """Programs write into static caches that they are given: not into the caller's, nor all into one."""
+    model, x = toys.Mlp().double(), torch.randn(X, dtype=torch.float64)
+    options = read_options(model, "auto", None, "cpu", True, None, ())
+    trial = Trial(model, bind_call(model, (x,), {}), SimulatedCompiler(options, 2), False)
+    given = []
+    trial.on_ranks(lambda rank, node, value: given.append(value) if node.name == "x" else None)
+    assert len({value.data_ptr() for value in (*given, x)}) == 3

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph
 
@@ -87,7 +88,8 @@ class Inputs:
         if name in self.caches:
             held = self.caches[name]
             return held.part(value, self.layout.axes, self.layout.coordinates(self.rank))
-        return value.contiguous() if isinstance(value, Tensor) else value
+        # A copy: programs write into the caches that they are given, and every rank has its own.
+        return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
 
     def _learns(self, kind: str, name: str, value: Any) -> bool:
         if not self.learning or not isinstance(value, Tensor) or not value.is_floating_point():
