@@ -375,6 +375,7 @@ def _refused_state() -> list[str]:
         lambda m: m.mlp.register_forward_hook(lambda *_: None),
         lambda m: setattr(m, "made", SimpleNamespace(x=x)),
         lambda m: next(NUMBERS),
+        lambda m: os.environ.update({"TEST_MEANING_LEFT": "1"}),
         lambda m: random.random(),
         lambda m: np.random.rand(),
         functools.partial(_iterate, steps=iter(range(9))),

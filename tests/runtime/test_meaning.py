@@ -51,8 +51,8 @@ def test_what_forward_leaves_is_left_behind() -> None:
         assert worst <= F32
         assert programs == 2  # before there was a state, and after
         expected = ["COUNTED", "a default of", "calls, a variable around", "made", "a hook behind"]
-        expected += ["leaves a SimpleNamespace", "an iterator", "numbers of python", "numbers of numpy"]
-        expected += ["an iterator", "changes count"]
+        expected += ["leaves a SimpleNamespace", "an iterator", "variable TEST_MEANING_LEFT"]
+        expected += ["numbers of python", "numbers of numpy", "an iterator", "changes count"]
         for each, part in zip(said, expected, strict=False):
             assert part in each
         assert said[-1] == "0 0"

@@ -48,13 +48,16 @@ class Outer(NamedTuple):
         return getattr(self.owner, self.key, MISSING)
 
     def put(self, value: Any) -> None:
-        """Sets its value."""
+        """Sets its value, or removes it; a context variable that had none keeps the one that it has."""
         if isinstance(self.owner, ContextVar):
-            self.owner.set(value)
-        elif isinstance(self.owner, dict) or self.owner is os.environ:
-            self.owner[self.key] = value
-        else:
+            if value is not MISSING:
+                self.owner.set(value)
+        elif not isinstance(self.owner, dict) and self.owner is not os.environ:
             setattr(self.owner, self.key, value)
+        elif value is MISSING:
+            self.owner.pop(self.key, None)
+        else:
+            self.owner[self.key] = value
 
 
 def outer_places(model: nn.Module) -> list[Outer]:
