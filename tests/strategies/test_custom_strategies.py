@@ -64,7 +64,7 @@ def test_bad_strategies_change_nothing() -> None:
         "does not implement partition_tensor",
         "returned a NoneType",
         "returned torch.bfloat16",
-        "which is not a placement",
+        "which is neither a placement nor a strategy",
         "names no module",
         "made of several blocks",
         "do not divide evenly by rows",

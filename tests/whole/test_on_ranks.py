@@ -59,7 +59,7 @@ def test_bad_requests_change_nothing() -> None:
     expected = [
         "no axis 'dp'",
         "names no module",
-        "which is not a placement",
+        "which is neither a placement nor a strategy",
         "which this parameter does not have",
         "unknown plan 'best'",
         "allowed",
