@@ -374,6 +374,13 @@ def test_caches(kind: str, layers: int, changes: dict[str, Any]) -> None:
     assert returned == {*leaf_names(step)} - {"input_ids"}
 
 
+def test_a_static_cache_without_data() -> None:
+    """Its layers count tokens in tensors that are made when the cache is put together for the call."""
+    model = tiny("llama", 6).double()
+    cache = transformers.StaticCache(config=model.config, max_cache_len=12)
+    assert_short(model, bind_call(model, (), {"input_ids": tokens(2, 7), "past_key_values": cache}))
+
+
 def test_a_cache_of_open_length() -> None:
     model = tiny("llama", 6)
     with torch.no_grad():

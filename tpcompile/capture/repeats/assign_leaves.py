@@ -45,7 +45,8 @@ class Leaves:
                     layer = repeat.first + period * repeat.period
                     raise NotRepeated(f"{repeat.path}.{layer} takes other inputs than the layers before it")
                 copies = period - repeat.kept + 1
-                found.update({leaf: (twin, copies) for leaf, twin in zip(mine, pattern, strict=True)})
+                pairs = zip(mine, pattern, strict=True)
+                found.update({leaf: (twin, copies) for leaf, twin in pairs if leaf in self.facts})
         return found
 
 

@@ -76,7 +76,8 @@ def _capture_short(
     if any(not write.is_plain for write in captured.writes):
         raise NotRepeated(f"forward leaves a value in {captured.writes[0].name}")
     names = leaf_names(bound)
-    owned = {names[i]: Block(*place) for i, place in evidence.leaves.owner.items() if i not in twins}
+    owner, facts = evidence.leaves.owner, evidence.leaves.facts
+    owned = {names[i]: Block(*place) for i, place in owner.items() if i in facts and i not in twins}
     graph = captured.graph_module.graph
     inside = tag_nodes(graph, captured.inputs, repeats, owned)
     captured.inputs = tuple(_of_all_layers(spec, repeats) for spec in captured.inputs)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ class Ref(NamedTuple):
 
 
 class Input(NamedTuple):
-    """A tensor of the call, by its position among the leaves."""
+    """A tensor of the call, by its position among the leaves; behind them are those that caches make."""
 
     leaf: int
     facts: str
@@ -106,11 +106,12 @@ class Run:
 class _Recorder(TorchDispatchMode):
     """Writes every operator down; tensors appear as who made them."""
 
-    def __init__(self, run: Run, known: dict[int, Any]) -> None:
+    def __init__(self, run: Run, known: dict[int, Any], leaves: int) -> None:
         super().__init__()
-        self.run, self.known = run, known
+        self.run, self.known, self.leaves = run, known, leaves
         self.alive: list[Any] = []  # an id is only a name for as long as its object lives
-        self.ended = False
+        self.stage: Literal["before", "inside", "after"] = "before"
+        self.extra = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -124,12 +125,19 @@ class _Recorder(TorchDispatchMode):
         for number, output in enumerate(outputs):
             for tensor in output if isinstance(output, (list, tuple)) else (output,):
                 if isinstance(tensor, torch.Tensor):
-                    made = _Made(len(self.run.events), number)
-                    self.known[id(tensor)] = (*event, number) if self.ended else made
+                    self.known[id(tensor)] = self._made(event, number)
                     self.alive.append(tensor)
-        if not self.ended:
+        if self.stage == "inside":
             self.run.events.append(event)
         return result
+
+    def _made(self, event: tuple[Any, ...], number: int) -> Any:
+        if self.stage == "inside":
+            return _Made(len(self.run.events), number)
+        if self.stage == "after":
+            return (*event, number)
+        self.extra += 1  # of a cache that is put together for the call
+        return Input(self.leaves + self.extra, str((*event, number)))
 
     def note(self, key: str, operands: list[Any]) -> None:
         """Writes down what shows in no operator: a function's constants may be used in its backward only."""
@@ -203,14 +211,15 @@ def record_run(
         stack.enter_context(no_fused_encoder())
         stack.enter_context(_trace._compiling_state_context())  # type: ignore[attr-defined]
         stack.enter_context(mode)
-        recorder = stack.enter_context(_Recorder(run, known))
+        recorder = stack.enter_context(_Recorder(run, known, len(leaves)))
         stack.enter_context(kept_functions(recorder.note))
         call = tree_unflatten(given, in_spec)
         install_output_hooks(model)
         state = PythonState(model)
         run.reads = stack.enter_context(recorded_reads(model))
+        recorder.stage = "inside"
         result = call_model(model, call)
-        recorder.ended = True
+        recorder.stage = "after"
         taken = take_results(call, result)
         writes, left = collect_writes(state, 0)
         run.writes, run.left = tuple(writes), tuple(name for name, _ in left)
