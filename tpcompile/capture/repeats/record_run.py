@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tpcompile.capture.caches.call_results import CacheState, take_results
+from tpcompile.capture.caches.call_results import CacheState, Results, take_results
 from tpcompile.capture.export.autograd_functions import kept_functions
 from tpcompile.capture.export.fake_model import fake_input, fake_weight, no_fused_encoder, restore_after
 from tpcompile.capture.export.outer_state import Outer, outer_places, without_traced_results
@@ -136,6 +136,8 @@ class _Recorder(TorchDispatchMode):
             return _Made(len(self.run.events), number)
         if self.stage == "after":
             return (*event, number)
+        if event[0] is torch.ops.aten.clone.default and isinstance(event[1][0], Input):
+            return event[1][0]
         self.extra += 1  # of a cache that is put together for the call
         return Input(self.leaves + self.extra, str((*event, number)))
 
@@ -223,12 +225,17 @@ def record_run(
         taken = take_results(call, result)
         writes, left = collect_writes(state, 0)
         run.writes, run.left = tuple(writes), tuple(name for name, _ in left)
-        run.out_spec, run.states = taken.out_spec, taken.states
-        run.results = tuple(recorder.token(value) for value in taken.values)
-        run.values = tuple(None if isinstance(value, torch.Tensor) else value for value in taken.values)
-        run.names = tuple(name or "output" for name in taken.names)
+        _note_results(recorder, taken)
     run.reads |= hooks
     return run
+
+
+def _note_results(recorder: _Recorder, taken: Results) -> None:
+    run = recorder.run
+    run.out_spec, run.states = taken.out_spec, taken.states
+    run.results = tuple(recorder.token(value) for value in taken.values)
+    run.values = tuple(None if isinstance(value, torch.Tensor) else value for value in taken.values)
+    run.names = tuple(name or "output" for name in taken.names)
 
 
 @contextmanager
