@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import tpcompile
 from tests.helpers import custom_layers, families
 from tests.on_ranks.models import call, error, mesh
+from tests.on_ranks.module_life import refusal
 
 
 class Packed(nn.Module):
@@ -76,8 +77,8 @@ def equal(name: str, plan: dict[str, Any], compiled: bool = False) -> dict[str, 
     return found
 
 
-def halved() -> tuple[float, str]:
-    """A strategy that computes with the values runs, but its weights cannot be given back."""
+def halved() -> tuple[float, list[str]]:
+    """A strategy that computes with the values runs, but its weights cannot be given back, nor trained."""
     custom_layers.register()
     model, example, other = build("packed")
     whole = copy.deepcopy(model)
@@ -86,11 +87,33 @@ def halved() -> tuple[float, str]:
         sharded.inner.bias.zero_()  # the bias is halved and doubled as well
         whole.inner.bias.zero_()
         wrong = error(sharded(**other), whole(**other))
-    try:
-        sharded.full_state_dict()
-    except tpcompile.TpCompileError as refusal:
-        return wrong, str(refusal)
-    return wrong, "accepted"
+    weight, slopes = sharded.inner.weight, torch.autograd.grad
+    sharded(**other).sum().backward()
+    acts = (
+        lambda: sharded.full_state_dict(),
+        lambda: weight.detach().add_(1),
+        lambda: nn.utils.clip_grad_norm_([weight], 1.0),
+        lambda: torch.optim.AdamW([weight]).step(),
+        lambda: slopes(sharded(**other).sum(), [weight]),
+    )
+    return wrong, [refusal(act) for act in acts]
+
+
+def norms() -> dict[str, float]:
+    """Errors of norms and sums of what a custom strategy has cut out."""
+    custom_layers.register()
+    whole, example, _ = build("packed")
+    plan = {"odd": "gathering_custom"}
+    sharded: Any = tpcompile.parallelize(copy.deepcopy(whole), mesh(), example_kwargs=example, plan=plan)
+    assert sharded.odd.weight.placing.param.selection is not None
+    for model in (whole, sharded):
+        model(**example).square().sum().backward()
+    asked: dict[str, Callable[[Any], Tensor]] = {
+        "sum": lambda m: m.odd.weight.sum(),
+        "largest": lambda m: m.odd.weight.norm(float("inf")),
+        "clipped": lambda m: nn.utils.clip_grad_norm_(m.parameters(), 0.1),
+    }
+    return {name: error(ask(sharded).detach(), ask(whole).detach()) for name, ask in asked.items()}
 
 
 class Scaled(nn.Linear):

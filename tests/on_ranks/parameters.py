@@ -58,6 +58,7 @@ READS: dict[str, Callable[[Tensor], Tensor]] = {
     "products of lists": lambda w: torch._foreach_mm([w.detach()], [w.detach().T])[0],
     "small integers": lambda w: (100 * w.detach()).to(torch.int16),
     "small floats": lambda w: w.detach().to(torch.float8_e4m3fn).double(),
+    "norm of complex numbers": lambda w: ((1 + 1j) * w.detach()).norm(),
     "row as numbers": lambda w: torch.tensor(w.detach()[1].tolist(), dtype=F64),
     "row as an array": lambda w: torch.from_numpy(w.detach()[1].numpy() * 1),
     "row saved": lambda w: torch.load(_file(w.detach()[1])),

@@ -48,9 +48,14 @@ def test_checkpoints_are_read_and_written_by_slices(tmp_path: Path) -> None:
 
 
 def test_a_partition_that_computes() -> None:
-    for wrong, message in run_spmd(spmd_custom.halved, 2):
+    for wrong, messages in run_spmd(spmd_custom.halved, 2):
         assert wrong <= F64
-        assert "not cut out of the parameter" in message
+        assert all("not cut out of the parameter" in message for message in messages)
+
+
+def test_norms_of_parts_that_were_cut_out() -> None:
+    for wrong in run_spmd(spmd_custom.norms, 4):
+        assert max(wrong.values()) <= F64, wrong
 
 
 def test_modules_in_repeated_layers_have_state_of_their_own() -> None:

@@ -15,6 +15,12 @@ from tpcompile.ir.torch_internals import tree_map
 from .gathered_view import gathered, local, written
 from .tensor_layout import TensorLayout
 
+aten = torch.ops.aten
+
+_KEEPING: tuple[Any, ...] = (aten.clone, aten.detach, aten.detach_, aten.alias, aten.lift_fresh)
+_KEEPING += (aten._to_copy, aten.copy_, aten.zero_, aten.zeros_like, aten.empty_like)
+"""What is right for parts that a custom strategy has computed."""
+
 
 def pointwise(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """On the parts, if every operand can be cut as the result is laid out."""
@@ -24,7 +30,8 @@ def pointwise(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         if isinstance(a, kind):
             where = a.placing
             break
-    if where is None or any(not isinstance(t, kind) or t.placing != where for t in changed):
+    computed = where is not None and where.computed and func.overloadpacket not in _KEEPING
+    if where is None or computed or any(not isinstance(t, kind) or t.placing != where for t in changed):
         return gathered(kind, func, args, kwargs)
     operands = []
     for a in args:

@@ -59,7 +59,9 @@ def _pieces(tensors: Sequence[Any], order: float) -> _Pieces:
     owners: list[int] = []
     for i, (tensor, where) in enumerate(zip(tensors, wheres, strict=True)):
         parts, copies = [tensor if where is None else tensor._local_tensor], everyone
-        if where is not None and not where.whole:
+        if where is not None and where.param.selection is not None:  # who shares what is not known
+            parts = [where.gather(parts[0])]
+        elif where is not None and not where.whole:
             parts, copies = where.segments(parts[0]), where.copies
         for part, count in zip(parts, copies, strict=True):
             if part.numel():
@@ -91,10 +93,10 @@ def norms(tensors: Sequence[Any], order: float, dtype: torch.dtype | None = None
     else:
         found.index_add_(0, index, held.norms.pow(order) / held.holders)
     found = _over_ranks(found, order, held.shared, held.names)
-    kinds = {dtype or t.dtype for t in tensors}
+    kinds = {(dtype or t.dtype).to_real() for t in tensors}
     if len(kinds) == 1:
         return list(found.to(kinds.pop()).unbind())
-    return [value.to(dtype or t.dtype) for value, t in zip(found, tensors, strict=True)]
+    return [value.to((dtype or t.dtype).to_real()) for value, t in zip(found, tensors, strict=True)]
 
 
 def total_norm(tensors: Sequence[Any], order: float, asked: str) -> Tensor:
@@ -114,13 +116,13 @@ def total_norm(tensors: Sequence[Any], order: float, asked: str) -> Tensor:
     else:
         found = (held.norms.pow(order) / held.holders).sum(0, keepdim=True)
     found = _over_ranks(found, order, held.shared, [asked, *held.names]).squeeze()
-    return found.to(functools.reduce(torch.promote_types, {t.dtype for t in tensors}))
+    return found.to(functools.reduce(torch.promote_types, {t.dtype.to_real() for t in tensors}))
 
 
 def total(tensor: Any) -> Tensor:
     """The sum of all elements of a sharded tensor."""
     where, local = tensor.placing, tensor._local_tensor.detach()
-    if where.whole or not local.is_floating_point():
+    if where.whole or where.param.selection is not None or not local.is_floating_point():
         return where.gather(local).sum()
     parts = [part.sum(dtype=torch.float64) for part in where.segments(local)]
     found = torch.stack([part / count for part, count in zip(parts, where.copies, strict=True)])

@@ -55,6 +55,7 @@ class TensorLayout:
         shape: of the whole tensor.
         local_shape: of this rank's part.
         whole: whether every rank holds all of it.
+        computed: whether parts are not elements of the whole: a custom strategy has computed with them.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class TensorLayout:
         self.name, self.rank, self.shape = param.name, axis.rank, torch.Size(param.shape)
         self.local_shape = torch.Size(self.layout.local_shape(param.name, axis.rank))
         self.whole = param.is_whole
+        self.computed = param.selection is not None and param.selection.runs is None
         self._key = (self.layout.axes, param.shape, param.segments, param.packed_dim, param.selection, axis)
         self._hash = hash(self._key[:4])
         self._specs: dict[torch.dtype, DTensorSpec] = {}
@@ -112,8 +114,7 @@ class TensorLayout:
         """This rank's part of a whole tensor, in memory of its own (the tensor itself if it stays whole)."""
         if self.whole:
             return full
-        selection = self.param.selection
-        if selection is not None and selection.runs is None:
+        if self.computed:
             return self.custom.local_part(self.name, full, self.rank)
         return self.layout.shard(self.name, full, self.rank)
 
@@ -135,18 +136,21 @@ class TensorLayout:
         assert whole is not None, "all ranks get it"
         return whole
 
-    def segments(self, local: Tensor) -> list[Tensor]:
-        """The parts of a local tensor of which ``copies`` says how many ranks hold the same.
+    def check_gradient(self) -> None:
+        """Refuses the gradient of what is not made of elements of the whole: it would be another one.
 
         Raises:
-            TpCompileError: a custom strategy divides the tensor, perhaps so that ranks share some of it.
+            TpCompileError: a custom strategy has computed the part.
         """
-        if self.param.selection is not None:
+        if self.computed:
             raise TpCompileError(
-                "a custom strategy divides this parameter in a way of its own: its norm is not known",
+                "the gradient of a part that a custom strategy has computed, not cut out of the parameter",
                 where=self.name,
-                todo="clip the gradients by yourself, from full_tensor()",
+                todo="freeze the parameter, or let partition_tensor take elements as they are",
             )
+
+    def segments(self, local: Tensor) -> list[Tensor]:
+        """The parts of a local tensor of which ``copies`` says how many ranks hold the same."""
         return self.layout.segments_of(self.name, local, self.rank)
 
     @functools.cached_property

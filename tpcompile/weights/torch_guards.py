@@ -210,5 +210,6 @@ def _gradient(p: Any, outer: Tensor | None, inner: Iterator[Tensor | None]) -> T
     """The gradient of an input: what has come to it, and what has come to the leaf inside of it."""
     if not (isinstance(p, ShardedParameter) and p.is_leaf):
         return outer
+    p.placing.check_gradient()
     found = [g for g in (next(inner), None if outer is None else p.part_of(outer)) if g is not None]
     return ShardedParameter(sum(found[1:], found[0]), p.placing) if found else None
