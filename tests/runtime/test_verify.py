@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tpcompile
@@ -21,6 +21,7 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import bind_call
 from tpcompile.ir.layout.segment import Segment
 from tpcompile.lowering.simulate import lower_all
+from tpcompile.lowering.state import SOURCE
 from tpcompile.rules import table
 from tpcompile.runtime.read_request import read_options
 from tpcompile.runtime.verify.one_process import Request, _tokens, examine
@@ -307,6 +308,11 @@ def test_every_rank_has_a_copy_of_the_call() -> None:
     model, x = toys.Mlp().double(), torch.randn(X, dtype=torch.float64)
     options = read_options(model, "auto", None, "cpu", True, None, ())
     trial = Trial(model, bind_call(model, (x,), {}), SimulatedCompiler(options, 2), False)
-    given = []
-    trial.on_ranks(lambda rank, node, value: given.append(value) if node.name == "x" else None)
-    assert len({value.data_ptr() for value in (*given, x)}) == 3
+    given = [x]
+
+    def watch(rank: int, node: Node, value: Any) -> None:
+        if node.op == "placeholder" and node.meta[SOURCE].spec.kind == "user":
+            given.append(value)
+
+    trial.on_ranks(watch)
+    assert len({value.data_ptr() for value in given}) == 3
