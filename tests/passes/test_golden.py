@@ -85,7 +85,7 @@ PLACED = (ANNOTATE, RESHARD)
 KEEP = KeepWhole(frozenset({"up"}), frozenset({"down"}))
 
 CASES = {
-    "canonicalise_rearranged": Case(toys.Rearranged, X12, CANONICAL, -2, planned=False),
+    "canonicalise_rearranged": Case(toys.Rearranged, X12, CANONICAL, -3, planned=False),
     "canonicalise_dynamic": Case(_attention(True), X20, CANONICAL, -1, planned=False, dynamic=True),
     "canonicalise_weight_norm": Case(toys.NormedConvolution, X12, CANONICAL, 3, planned=False),
     "flatten_strided_windows": Case(toys.Windows, X12, FlattenStrided(), 3, planned=False),

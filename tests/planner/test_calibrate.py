@@ -81,7 +81,7 @@ def test_bad_requests_are_refused() -> None:
     for two_axes, unknown, no_mesh, single in run_spmd(refusals, 2):
         assert "2 axes" in two_axes and "give axis=" in two_axes
         assert "no axis 'dp'" in unknown
-        assert "is not a DeviceMesh" in no_mesh
+        assert "give a DeviceMesh" in no_mesh
         assert single == "calibrated cpu x1"
 
 

@@ -46,7 +46,7 @@ def again(path: str) -> str:
     """In another process: the same plans once more, without planning."""
     with (
         patch.dict(os.environ, TPCOMPILE_CACHE="1", TPCOMPILE_CACHE_DIR=path),
-        patch("tpcompile.compile_program.plan_program", no_planning),
+        patch("tpcompile.pipeline.plan_program", no_planning),
     ):
         return plans()
 
