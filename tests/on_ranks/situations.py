@@ -267,6 +267,15 @@ def _random() -> None:
         _twins()[1].up.weight.normal_()
 
 
+@situation("`torch.autograd.graph.register_multi_grad_hook`, `get_gradient_edge` of parameters")
+def _nodes() -> None:
+    _, sharded, _ = _twins()
+    try:
+        torch.autograd.graph.get_gradient_edge(sharded.up.weight)
+    except tpcompile.TpCompileError:
+        torch.autograd.graph.register_multi_grad_hook([*sharded.parameters()], lambda grads: None)
+
+
 @situation("second derivatives, `torch.func.grad`, `vmap`")
 def _second() -> None:
     _, sharded, x = _twins()

@@ -54,6 +54,8 @@ def guard_torch() -> None:
     fsdp._get_modules_and_states = functools.partial(_fully_shard_states, fsdp._get_modules_and_states)
     autograd: Any = torch.autograd
     autograd._engine_run_backward = functools.partial(_run_backward, autograd._engine_run_backward)
+    graph: Any = torch.autograd.graph
+    graph._get_grad_fn_or_grad_acc = functools.partial(_find_node, graph._get_grad_fn_or_grad_acc)
 
 
 Construct = Callable[[Callable[[], None], dict[str, Any]], None]
@@ -166,6 +168,13 @@ def _refuse(what: str, tensor: ShardedParameter, todo: str) -> None:
     raise TpCompileError(
         f"{what} parameters, of which this rank has a part", where=tensor.placing.name, todo=todo
     )
+
+
+def _find_node(original: Any, tensor: Any) -> Any:
+    """The node of autograd that hooks on several tensors wait for; gradients arrive at another one here."""
+    if isinstance(tensor, ShardedParameter) and tensor.is_leaf:
+        _refuse("torch.autograd.graph waits for", tensor, "use a hook on each: parameter.register_hook(...)")
+    return original(tensor)
 
 
 def _fully_shard_states(original: Any, module: nn.Module, *args: Any) -> Any:
