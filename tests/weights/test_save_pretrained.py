@@ -124,6 +124,7 @@ def test_one_replica_of_several_writes(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"push_to_hub": True}, "not saved with push_to_hub"),
+        ({"safe_serialization": False}, "not saved with safe_serialization"),
         ({"state_dict": {}}, "not saved with state_dict"),
         ({"distributed_checkpoint": True}, "not saved with distributed_checkpoint"),
         ({"commit_message": "x"}, "not saved with commit_message"),

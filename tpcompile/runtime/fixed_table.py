@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,21 @@ class FixedTable(dict[str, Any]):
         """As of a dict, if it may change."""
         self._change("all")
         super().clear()
+
+    def popitem(self) -> tuple[str, Any]:
+        """As of a dict, if it may change."""
+        self._change("all")
+        return super().popitem()
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """As of a dict, if it may change."""
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]
+        self.update(other)
+        return self
 
     def update(self, *others: Any, **more: Any) -> None:
         """As of a dict, if it may change."""

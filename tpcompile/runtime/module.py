@@ -16,6 +16,7 @@ from tpcompile.ir.print_graph import graph_text
 from tpcompile.planner.plan import Plan
 from tpcompile.ranks.agree import alike
 from tpcompile.ranks.describe import describe_value
+from tpcompile.ranks.turns import begin_turn
 from tpcompile.weights.dcp import sharded_state_dict
 from tpcompile.weights.gather import full_state_dict
 
@@ -59,9 +60,14 @@ class ShardedModule(WatchedModule):
         """Compiles a program for these arguments over the same weights, without running it.
 
         Raises:
-            TpCompileError: the call cannot be captured or planned; the model is unchanged.
+            TpCompileError: the call cannot be captured or planned, or another thread is in one; the model is
+                unchanged.
         """
-        return self._tp.capture(self, self._tp.bind(args, kwargs))
+        turn = begin_turn(self._tp.group_name)
+        try:
+            return self._tp.capture(self, self._tp.bind(args, kwargs))
+        finally:
+            turn.release()
 
     @checked
     def verify(

@@ -54,6 +54,7 @@ class Wishes:
 
 
 _REFUSED = {
+    "safe_serialization": "leave it out: weights are written as safetensors",
     "state_dict": "leave it out; full_state_dict() gives one that can be written by hand",
     "push_to_hub": "save to a folder, and upload that",
     "distributed_checkpoint": "use torch.distributed.checkpoint with sharded_state_dict()",
@@ -92,7 +93,8 @@ def _prepare(
         )
     check_arguments(Wishes, vars(wishes), "save_pretrained")
     for name, value in (wishes.refused or {}).items():
-        if value is not None and value is not False:
+        asked = value is False if name == "safe_serialization" else value is not None and value is not False
+        if asked:
             todo = _REFUSED.get(name, "leave it out")
             raise TpCompileError(f"a sharded model is not saved with {name}", where="arguments", todo=todo)
     if getattr(model, "_hf_peft_config_loaded", False):
