@@ -22,6 +22,7 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._storage_utils import _storage_setup as storage_setup
 from torch.distributed.fsdp._fully_shard import _fully_shard as fully_shard
@@ -57,6 +58,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "FloorDiv",
+    "FunctionalTensor",
     "GatherOptions",
     "Max",
     "Min",

@@ -14,7 +14,7 @@ from torch.nn.utils import stateless
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.module_tensors import every_name
-from tpcompile.ir.torch_internals import FakeTensor
+from tpcompile.ir.torch_internals import FakeTensor, FunctionalTensor
 from tpcompile.weights.sharded_parameter import ShardedParameter
 
 from .watched_module import TABLES, WatchedModule
@@ -90,7 +90,12 @@ class FixedTable(dict[str, Any]):
         """
         module = self._module()
         place = module._place() if isinstance(module, WatchedModule) else None
-        if place is None or value is old._local_tensor or value.is_meta or isinstance(value, FakeTensor):
+        if (
+            place is None
+            or value is old._local_tensor
+            or value.is_meta
+            or isinstance(value, (FakeTensor, FunctionalTensor))
+        ):
             return
         if not isinstance(value, DTensor):
             raise TpCompileError(

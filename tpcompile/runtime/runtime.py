@@ -121,11 +121,11 @@ class Runtime(State):
         self, program: Program, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]
     ) -> None:
         """Compares calls of the first sizes that a program sees, unless all calls are compared anyway."""
-        sizes = sizes_of_call(leaves)
-        if sizes not in program.seen and len(program.seen) < _MOST_SIZES and can_compare(leaves):
-            program.seen.add(sizes)
-            if not self.compare_calls:
-                self.compare(model, bound, program.entry, leaves)
+        if self.compare_calls or len(program.seen) == _MOST_SIZES or not can_compare(leaves):
+            return
+        if (sizes := sizes_of_call(leaves)) not in program.seen:
+            self.compare(model, bound, program.entry, leaves)
+            program.seen.add(sizes)  # not before: what is refused was seen by no rank
 
 
 def _refuse_transforms() -> None:
