@@ -170,14 +170,13 @@ def embedding_bag(node: Node) -> Rule | str:
     )
 
 
-def spatial(node: Node) -> Rule | str:
-    """Pooling and resampling: batch and channels pass, everything after them is whole."""
+def spatial(node: Node) -> Rule:
+    """Pooling and resampling: a batch, if there is one, and channels pass; the last dimensions are whole."""
     source, target = shape(operands(node)[0]), shape(node)
-    if source[:2] != target[:2]:
-        return "batch or channels change"
     letters = Letters()
-    lead = letters.dims(source[:2])
-    old, new = letters.dims(source[2:]), letters.dims(target[2:])
+    last = int(next(filter(str.isdigit, op_name(node))))  # how many, as in max_pool2d
+    lead = letters.dims(source[:-last])
+    old, new = letters.dims(source[-last:]), letters.dims(target[-last:])
     return Rule(
         ((*lead, *old),),
         tuple((*lead, *new) for _ in results(node)),
