@@ -217,6 +217,8 @@ PARTS = [
     _case(aten.slice.Tensor, signed(6, 10), 1, 2, 8),
     _case(aten.slice.Tensor, signed(6, 10), 1, 1, 10, 2),
     _case(aten.slice.Tensor, signed(6, 12), 1, 0, 9223372036854775807, 2),
+    _case(aten.slice.Tensor, signed(6, 10), 1, 0, -1, 2),
+    _case(aten.slice.Tensor, signed(6, 10), 1, -9, 9223372036854775807, 2),
     _case(aten.slice.Tensor, signed(6, 10), 0, 0, 9223372036854775807),
     _case(aten.narrow.default, signed(6, 10), 1, 2, 4),
     _case(aten.select.int, signed(4, 6, 10), 1, -2),

@@ -19,14 +19,16 @@ def slice_(node: Node) -> Rule:
     letters = Letters()
     source, target = shape(operands(node)[0]), shape(node)
     dim = dim_of(node, len(source))
-    step = option(node, "step", 1)
+    start, step = option(node, "start", 0), option(node, "step", 1)
+    # A start counted from the end is another one where a rank has less.
+    strided = step > 1 and isinstance(start, int) and start >= 0
     others = fresh_except(source, [dim], letters)
     old: Dim
     new: Dim
     if source[dim] == target[dim]:
         old = new = letters.dim(source[dim])
         whole: Dim = ()
-    elif step > 1 and divide(source[dim], step) == target[dim]:
+    elif strided and divide(source[dim], step) == target[dim]:
         new, whole = letters.dim(target[dim]), letters.dim(step)
         old = new + whole
     else:
