@@ -99,6 +99,7 @@ MATMULS = [
     _case(aten.scaled_dot_product_attention.default, signed(4, 6, 10), signed(4, 14, 10), signed(4, 14, 22)),
     _case(aten.embedding.default, signed(14, 10), ints(14, 4, 6)),
     _case(aten.embedding.default, signed(14, 10), ints(14, 6), 9),
+    _case(aten.embedding.default, signed(14, 10), ints(3, 4, 6), -1, True),
     _values(
         aten._embedding_bag_forward_only.default,
         signed(14, 10),
@@ -534,6 +535,7 @@ _LOST = "the values of this operand are not used"
 EXCUSED = [
     ("aten.linear.*", "(R, P(sum)*", _WEIGHT),
     ("aten.embedding.*", "(P(sum), R)", _WEIGHT),
+    ("aten.embedding.*", "(R, S(*", "not with scale_grad_by_freq: its gradient counts all places"),
     ("aten.bilinear.*", "(R, R, P(sum)*", _WEIGHT),
     ("aten._embedding_bag*", "(P(sum), R, R)*", _WEIGHT),
     ("transformers.grouped_mm*", "(R, P(sum)*", _WEIGHT),

@@ -140,13 +140,13 @@ def embedding(node: Node) -> Rule:
     letters = Letters()
     table, picked = (shape(o) for o in operands(node))
     vocabulary, features, *places = letters.dims((*table, *picked))
-    # Gradients that are divided by how often a row occurs need to see all rows.
+    # Gradients that are divided by how often a row occurs need to see all rows, and all that ask for them.
     divisible = not option(node, "scale_grad_by_freq", False)
     return Rule(
         ((vocabulary, features), tuple(places)),
         ((*places, features),),
         letters.sizes,
-        whole=frozenset() if divisible else frozenset(vocabulary),
+        whole=frozenset() if divisible else frozenset(letters.sizes) - frozenset(features),
         reduce=dict.fromkeys(vocabulary, "sum") if divisible else {},
         contraction=True,
         localize="lookup",
