@@ -284,6 +284,8 @@ REDUCTIONS = [
     _case(aten.sum.dim_IntList, signed(4, 6, 10), [0, -1], True),
     _case(aten.sum.default, signed(4, 6)),
     _case(aten.sum.dim_IntList, boolean(4, 6), [1]),
+    _values(aten.sum.dim_IntList, signed(4, 6), [1], dtype=torch.int64),
+    _values(aten.cumsum.default, signed(4, 6, 10), 1, dtype=torch.int64),
     _case(aten.mean.dim, signed(4, 6, 10), [-1], True),
     _case(aten.mean.default, signed(4, 6)),
     _case(aten.amax.default, tied(4, 6, 10), [1]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from tpcompile.ir.nodes import op_name, operands, option, results, shape
@@ -48,7 +49,7 @@ def reduction(node: Node) -> Rule:
         sizes=letters.sizes,
         whole=frozenset() if how else frozenset(gone),
         reduce=dict.fromkeys(gone, how) if how else {},
-        linear=UNARY if name in ("sum", "mean") else (),
+        linear=UNARY if name in ("sum", "mean") and _keeps_summands(node) else (),
         nonempty=how in ("max", "min"),
         localize="mean" if name == "mean" else "",
     )
@@ -73,10 +74,16 @@ def whole_dim(name: str = "dim", linear: bool = False) -> Callable[[Node], Rule]
             outputs=tuple(source for _ in results(node)),
             sizes=letters.sizes,
             whole=letters_of([source[d] for d in dims]),
-            linear=UNARY if linear else (),
+            linear=UNARY if linear and _keeps_summands(node) else (),
         )
 
     return rule
+
+
+def _keeps_summands(node: Node) -> bool:
+    """Whether a summand is the same in the result's type: whole numbers would lose each one's fraction."""
+    old, new = operands(node)[0].meta["val"].dtype, results(node)[0].dtype
+    return torch.promote_types(old, new) == new
 
 
 def _named(node: Node, name: str, rank: int) -> list[int]:
