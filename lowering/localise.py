@@ -139,7 +139,8 @@ def lookup(low: Lowering, node: Node) -> Node:
     padding = option(node, "padding_idx", -1) - first
     found = low.emit(aten.embedding.default, table, safe, padding if 0 <= padding < rows else -1, like=node)
     mask = low.emit(aten.unsqueeze.default, here, -1, like=node)
-    return low.emit(aten.mul.Tensor, found, mask, like=node)
+    # Not a product: the row that is looked up for want of another may be infinite, or no number at all.
+    return low.emit(aten.where.ScalarOther, mask, found, 0.0, like=node)
 
 
 def _rows(low: Lowering, table: Node) -> tuple[int, int]:

@@ -42,6 +42,17 @@ def unknown(*shape: int) -> Operand:
     return Operand(shape, make)
 
 
+def broken(*shape: int) -> Operand:
+    """Doubles with an infinite first row and a last one that is not a number."""
+
+    def make(shape: tuple[int, ...]) -> Tensor:
+        found = torch.randn(shape, dtype=torch.float64)
+        found[0], found[-1] = torch.inf, torch.nan
+        return found
+
+    return Operand(shape, make)
+
+
 def complex_(*shape: int) -> Operand:
     """Complex numbers."""
     return Operand(shape, lambda s: torch.randn(s, dtype=torch.complex128))

@@ -12,6 +12,7 @@ import transformers.integrations.moe  # noqa: F401 (registers transformers.group
 from tests.helpers.check_rule import (
     ascending,
     boolean,
+    broken,
     complex_,
     distinct,
     ints,
@@ -100,6 +101,9 @@ MATMULS = [
     _case(aten.embedding.default, signed(14, 10), ints(14, 4, 6)),
     _case(aten.embedding.default, signed(14, 10), ints(14, 6), 9),
     _case(aten.embedding.default, signed(14, 10), ints(3, 4, 6), -1, True),
+    _case(
+        aten.embedding.default, broken(14, 10), Operand((6,), lambda _: torch.tensor([2, 3, 5, 7, 11, 12]))
+    ),
     _values(
         aten._embedding_bag_forward_only.default,
         signed(14, 10),
