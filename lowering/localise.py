@@ -102,15 +102,18 @@ def mean(low: Lowering, node: Node) -> Node:
         return unchanged(low, node)
     source = operands(node)[0]
     over = reduced_dims(node)
-    dtype = option(node, "dtype")
-    options = {} if dtype is None else {"dtype": dtype}
-    keep = option(node, "keepdim", False)
-    total = low.emit(aten.sum.dim_IntList, low.map(source), over, keep, like=node, **options)
+    dtype = results(node)[0].dtype
+    # As torch does it: the sum of many half-precision numbers may be larger than any of them can be.
+    wide = torch.promote_types(dtype, torch.float32)
+    total = low.emit(
+        aten.sum.dim_IntList, low.map(source), over, option(node, "keepdim", False), dtype=wide, like=node
+    )
     count: Any = math.prod(s for d in over if isinstance(s := shape(source)[d], int))
     for dim in over:
         if not isinstance(shape(source)[dim], int):
             count = low.emit(operator.mul, _whole_size(low, node, source, dim), count, like=node)
-    return low.emit(aten.div.Tensor, total, count, like=node)
+    part = low.emit(aten.div.Tensor, total, count, like=node)
+    return part if dtype == wide else low.emit(aten._to_copy.default, part, dtype=dtype, like=node)
 
 
 def lookup(low: Lowering, node: Node) -> Node:

@@ -42,6 +42,11 @@ def unknown(*shape: int) -> Operand:
     return Operand(shape, make)
 
 
+def large(*shape: int) -> Operand:
+    """Half-precision numbers, zero or so large that two add up to infinity."""
+    return Operand(shape, lambda s: torch.randint(2, s).half() * 49152)
+
+
 def broken(*shape: int) -> Operand:
     """Doubles with an infinite first row and a last one that is not a number."""
 
