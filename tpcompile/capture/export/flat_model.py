@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from tpcompile.capture.caches.call_results import GivenCache, Results, take_results
-from tpcompile.errors import TpCompileError
+from tpcompile.capture.caches.register import is_cache
+from tpcompile.errors import CannotCapture, TpCompileError
 from tpcompile.ir.calls import call_model
-from tpcompile.ir.torch_internals import TreeSpec, is_alias_of, tree_unflatten
+from tpcompile.ir.torch_internals import TreeSpec, is_alias_of, tree_flatten, tree_unflatten
 
 from .dynamic_dims import Attempt, Place
 from .flatten_program import PREFIX, UserResult
@@ -83,9 +84,11 @@ class FlatModel(nn.Module):
             if old is not None
         ]
         install_output_hooks(model)
+        given = _contents(call)
         state = PythonState(model)
         with unchanged_outside(model) as self.seen.outer, recorded_reads(model) as self.seen.reads:
             taken = take_results(call, call_model(model, call))
+        _refuse_changed(given, _contents(call))
         state.refuse_iterators(self.seen.reads)
         self.seen.reads |= hooked(model)
         self.seen.lost = [buffer.path for buffer in before if buffer.has_other_form()]
@@ -111,6 +114,30 @@ class FlatModel(nn.Module):
         equal = all(size(group[0]) == size(other) for group in self._attempt.ties for other in group[1:])
         if not equal or not all(size(t) == size(a) + size(b) for t, a, b in self._attempt.sums):
             raise AssertionError("sizes that were taken to belong together do not")
+
+
+def _contents(call: dict[str, Any]) -> dict[str, tuple[list[Any], TreeSpec]]:
+    """What is in the arguments of a call, but for caches, whose new state is a result."""
+    return {name: tree_flatten(value) for name, value in call.items() if not is_cache(value)}
+
+
+def _refuse_changed(
+    before: dict[str, tuple[list[Any], TreeSpec]], after: dict[str, tuple[list[Any], TreeSpec]]
+) -> None:
+    """Refuses a forward that fills the lists, dicts and objects it is given: programs are given tensors only.
+
+    Raises:
+        CannotCapture: one has changed.
+    """
+    for name, (leaves, spec) in before.items():
+        now, structure = after[name]
+        if structure != spec or any(a is not b for a, b in zip(leaves, now, strict=True)):
+            name = name.lstrip("*")
+            raise CannotCapture(
+                f"the model's forward changes what is in its argument {name}",
+                where=name,
+                todo="return what is new; or keep it in attributes of the model, or in a cache of transformers",
+            )
 
 
 @dataclass(frozen=True)

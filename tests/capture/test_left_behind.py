@@ -1,0 +1,56 @@
+"""What forward leaves outside of its result, where no program could leave it: refused, not forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tpcompile.capture.export.capture_model import capture
+from tpcompile.errors import CannotCapture
+from tpcompile.ir.calls import bind_call
+
+X = torch.ones(3, 4)
+
+
+class Toy(nn.Module):
+    """Its forward is given."""
+
+    def __init__(self, act: Callable[..., Any]) -> None:
+        super().__init__()
+        self.up, self.act = nn.Linear(4, 4), act
+        self.register_buffer("kept", torch.zeros(4))
+        self.register_buffer("late", None)
+
+    def forward(self, x: Tensor, box: Any = None, *more: Any) -> Any:
+        done = self.act(self, self.up(x), box if box is not None else more)
+        return x if done is None else done
+
+
+def _replace(model: Toy, x: Tensor, box: Any) -> None:
+    box["k"] = torch.cat([box["k"], x])
+
+
+@pytest.mark.parametrize(
+    ("where", "box", "act"),
+    [
+        ("box", [], lambda model, x, box: box.append(x)),
+        ("box", {"k": X}, _replace),
+        ("box", {"k": X, "seen": 3}, lambda model, x, box: box.update(seen=4)),
+        ("box", (X, {"flags": [True]}), lambda model, x, box: box[1]["flags"].clear()),
+        ("kept", None, lambda model, x, box: setattr(model, "kept", None)),
+        ("late", None, lambda model, x, box: setattr(model, "late", x.amax(0))),
+    ],
+)
+def test_it_is_refused(where: str, box: Any, act: Callable[..., Any]) -> None:
+    model = Toy(act)
+    with pytest.raises(CannotCapture, match=rf"(argument |removes _buffers\.){where}"):
+        capture(model, bind_call(model, (X, box), {}))
+
+
+def test_what_is_only_read_is_not() -> None:
+    model = Toy(lambda model, x, box: [x, *box[0].values(), box[1]])
+    capture(model, bind_call(model, (X, [{"k": X, "n": 2}, None]), {}))
