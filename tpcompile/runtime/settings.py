@@ -8,6 +8,7 @@ classes say. When something changes, another program is captured; when it change
 from __future__ import annotations
 
 import operator
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -95,7 +96,7 @@ class Reads:
             if name not in own and _is_models(kind, name):
                 classes[kind, name] = getattr(kind, name)
         self._plain = [_Values(own, values) for own, values in plain.values() if values]
-        self._classes = [(kind, name, value) for (kind, name), value in classes.items()]
+        self._classes = [(kind, name, _class_shot(value)) for (kind, name), value in classes.items()]
         self._outer = [(place, shot(place.look())) for place in captured.outer]
 
     def _note(
@@ -127,7 +128,7 @@ class Reads:
                 looked.add((id(now), id(unchanged)))
                 if not unchanged(now):
                     return False
-        if not all(getattr(kind, name, MISSING) == value for kind, name, value in self._classes):
+        if not all(unchanged(getattr(kind, name, MISSING)) for kind, name, unchanged in self._classes):
             return False
         return all(unchanged(place.look()) for place, unchanged in self._outer)
 
@@ -155,6 +156,11 @@ def types_of(module: nn.Module) -> tuple[Any, ...]:
     """The types and devices of a module's own weights."""
     own = [*module._parameters.values(), *module._buffers.values()]
     return tuple(None if t is None else (t.dtype, t.device) for t in own)
+
+
+def _class_shot(value: Any) -> Shot:
+    """Whether what a class says is the same; a class method is another object each time it is asked for."""
+    return (lambda now: bool(now == value)) if isinstance(value, types.MethodType) else shot(value)
 
 
 def _is_models(kind: type, name: str) -> bool:

@@ -136,7 +136,7 @@ def _refuse_changed(
             raise CannotCapture(
                 f"the model's forward changes what is in its argument {name}",
                 where=name,
-                todo="return what is new; or keep it in attributes of the model, or in a cache of transformers",
+                todo="return what is new, or keep it in attributes of the model or a cache of transformers",
             )
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import os
 import random
+import sys
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from tpcompile.errors import CannotCapture
 
@@ -75,19 +77,22 @@ def outer_places(model: nn.Module) -> list[Outer]:
             seen.add(method)
             kind, name = method
             value = getattr(kind, name, None)
-            function = _function(value)
             if isinstance(value, _CACHED):
                 found.setdefault((id(kind), name), Outer(f"{kind.__qualname__}.{name}", kind, name))
-            if function is not None and not _is_librarys(function):
-                functions.append(function)
-                methods += [
-                    (kind, n) for n in _names(function) if hasattr(kind, n) and not hasattr(nn.Module, n)
-                ]
+            if own := _own_functions(kind, name):
+                functions += own.values()
+                for parent in [*own][1:]:  # its own are attributes of modules
+                    place = Outer(f"{parent.__qualname__}.{name}", parent, name)
+                    found.setdefault((id(parent), name), place)
+                named = {n for function in own.values() for n in _names(function)}
+                methods += [(kind, n) for n in named if hasattr(kind, n) and not hasattr(nn.Module, n)]
             elif name != "forward" and _matters(value):
                 place = Outer(f"{kind.__qualname__}.{name}", kind, name)
                 found.setdefault((id(kind), name), place)
         while functions:
-            for place in _named(functions.pop()):
+            function = functions.pop()
+            methods += _methods(function)
+            for place in _named(function):
                 if found.setdefault((id(place.owner), place.key), place) is place:
                     inner = _function(place.look())
                     functions += [] if inner is None or _is_librarys(inner) else [inner]
@@ -191,11 +196,47 @@ def _variables(function: types.FunctionType) -> Iterator[str]:
         yield from (text for text in texts if isinstance(text, str) and text.isidentifier())
 
 
+def _globals(function: types.FunctionType) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The globals that a function names, and what it may name in those that are modules of the user's."""
+    names, tables = sorted(_names(function)), [function.__globals__]
+    for table in tables:  # which grows
+        for name in names:
+            if name in table:
+                value = table[name]
+                yield table, name, value
+                if isinstance(value, types.ModuleType) and _is_users(value.__name__):
+                    tables += [vars(value)] if all(vars(value) is not t for t in tables) else []
+
+
+def _methods(function: types.FunctionType) -> list[tuple[type, str]]:
+    """What a function may name in the classes of the user's that it names."""
+    named = [value for *_, value in _globals(function) if isinstance(value, type)]
+    kinds = [kind for kind in named if _is_users(kind.__module__)]
+    return [
+        (kind, name)
+        for kind in kinds
+        for name in sorted(_names(function))
+        if hasattr(kind, name) and (name == "forward" or not hasattr(nn.Module, name))
+    ]
+
+
+def _own_functions(kind: type, name: str) -> dict[type, types.FunctionType]:
+    """The functions of a method in a class and in its parents (``super()``), but for libraries'."""
+    every = {c: _function(vars(c)[name]) for c in kind.__mro__ if name in vars(c)}
+    return {c: function for c, function in every.items() if function and not _is_librarys(function)}
+
+
+def _is_users(name: str) -> bool:
+    """Whether a python module, by its name, is neither python's nor installed."""
+    file = getattr(sys.modules.get(name), "__file__", None) or ""
+    known = name.partition(".")[0] in _LIBRARIES | sys.stdlib_module_names
+    return not known and not {"site-packages", "dist-packages"} & {*Path(file).parts}
+
+
 def _named(function: types.FunctionType) -> Iterator[Outer]:
     """What one function names: globals, context and environment variables, cells, defaults."""
-    table = function.__globals__
-    for name in sorted(_names(function) & table.keys()):
-        if _matters(value := table[name]):
+    for table, name, value in _globals(function):
+        if _matters(value):
             yield Outer(f"the global {table.get('__name__')}.{name}", table, name)
         if isinstance(value, ContextVar):
             yield Outer(f"the context variable {value.name}", value, "")
@@ -214,6 +255,8 @@ def _matters(value: Any) -> bool:
     """Whether a value can change what a program computes."""
     kinds = (types.ModuleType, type, nn.Module, types.BuiltinFunctionType)
     of_kind = _is_librarys(type(value), "builtins", "functools")
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return True
     return not isinstance(value, kinds) and not _is_librarys(value) and not of_kind
 
 

@@ -1,0 +1,89 @@
+"""What functions name outside of a model is found, so that another value of it is another program."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tpcompile.capture.export.capture_model import capture
+from tpcompile.capture.export.outer_state import outer_places
+from tpcompile.capture.export.python_state import shot
+from tpcompile.ir.calls import bind_call
+from tpcompile.runtime.settings import Reads
+
+FACTOR, TABLE, BASE = torch.tensor(2.0), np.ones(3), 2.0
+settings, nested = ModuleType("settings_of_a_model"), ModuleType("settings_of_a_model.nested")
+settings.nested, settings.SCALE, nested.DEPTH = nested, 2.0, 3
+exec("SHIFT = 1.0\ndef shifted(x):\n    return x + SHIFT", vars(settings))
+
+
+class Choices:
+    """Numbers in a class, as configurations are written."""
+
+    width = 3
+
+
+class Wide(Choices):
+    """Inherits them."""
+
+
+class Parent(nn.Module):
+    """Names what its child does not."""
+
+    limits = torch.ones(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(x) * BASE
+
+    def scale(self, x: Tensor) -> Tensor:
+        return x * FACTOR
+
+
+class Child(Parent):
+    """Names everything else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = settings.shifted(super().forward(x)) * settings.SCALE * settings.nested.DEPTH
+        return x * float(TABLE[0]) * Wide.width * self.limits
+
+    def scale(self, x: Tensor) -> Tensor:
+        return super().scale(x)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (settings, "SHIFT", 2.0),
+        (settings, "shifted", torch.sin),
+        (settings, "SCALE", 3.0),
+        (nested, "DEPTH", 4),
+        (Choices, "width", 4),
+        (f"{__name__}", "BASE", 3.0),
+        (f"{__name__}", "FACTOR", torch.tensor(3.0)),
+        (f"{__name__}", "TABLE", np.ones(3)),
+        (Parent, "scale", torch.sin),
+    ],
+)
+def test_another_value_is_noticed(owner: Any, name: str, value: Any) -> None:
+    noted = [(place, shot(place.look())) for place in outer_places(Child())]
+    assert all(unchanged(place.look()) for place, unchanged in noted)
+    with patch(f"{owner}.{name}", value) if isinstance(owner, str) else patch.object(owner, name, value):
+        assert not all(unchanged(place.look()) for place, unchanged in noted)
+    assert all(unchanged(place.look()) for place, unchanged in noted)
+
+
+def test_tensors_and_lists_of_classes_are_compared() -> None:
+    model = Child()
+    captured = capture(model, bind_call(model, (torch.ones(3, 2),), {}))
+    reads = Reads(model, captured, lambda path: type(model.get_submodule(path)))
+    assert reads.hold(0)
+    with patch.object(Parent, "limits", torch.ones(2)):
+        assert not reads.hold(0)
+    Parent.limits.add_(1)
+    assert not reads.hold(0)
