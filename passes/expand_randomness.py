@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from tpcompile.ir import random_numbers
 from tpcompile.ir.graph_edit import call_before, replace
-from tpcompile.ir.nodes import arguments, operands, option, shape
+from tpcompile.ir.nodes import arguments, operands, option, results, shape
 from tpcompile.rules.randomness import is_random
 from tpcompile.work import Pass, Work
 
@@ -26,19 +26,23 @@ class ExpandRandomness(Pass):
 
     ``dropout(x)`` becomes ``x * (uniform(x) >= p) / (1 - p)``. Attention with a dropout becomes two matmuls
     with a softmax and such a mask between them: the fused kernels draw for themselves. The seed is put in
-    when the graph is lowered. Operators that are not known here stay as they are.
+    when the graph is lowered. Operators that are not known here, and complex numbers, stay as they are.
     """
 
     name = "expand-randomness"
 
     def apply(self, work: Work) -> bool:
-        found = [n for n in work.graph.nodes if is_random(n) and n.target in _EXPAND]
+        found = [n for n in work.graph.nodes if is_random(n) and n.target in _EXPAND and not _is_complex(n)]
         for node in found:
             replace(node, *_EXPAND[node.target](node))
         for number, node in enumerate(work.graph.find_nodes(op="call_function", target=uniform)):
             like, seed, _, parts = arguments(node)
             node.args = (like, seed, number, parts)
         return bool(found)
+
+
+def _is_complex(node: Node) -> bool:
+    return results(node)[0].dtype.is_complex  # one draw gives a real number
 
 
 def _draw(node: Node, like: Node) -> Node:
