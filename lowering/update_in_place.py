@@ -27,14 +27,19 @@ def update_in_place(module: GraphModule, outputs: Sequence[OutputSpec], given: M
     graph = module.graph
     end = graph.output_node()
     results = list(end.args[0])  # type: ignore[arg-type]
+    copied: list[tuple[Node, Node]] = []
     for i, spec in enumerate(outputs):
         old, new = given.get(spec.name), results[i]
         if not spec.in_place or old is None or new is old or not _alike(old, new):
             continue
         if not _write(graph, old, new):
-            with graph.inserting_before(end):
-                _call(graph, aten.copy_.default, (old, new), {}, old)
+            copied.append((old, new))
         results[i] = old
+    with graph.inserting_before(end):
+        # One state may become what another was (or a view of it), which is written to as well.
+        new_values = [_call(graph, aten.clone.default, (n,), {}, n) if _is_view(n) else n for _, n in copied]
+        for (old, _), new in zip(copied, new_values, strict=True):
+            _call(graph, aten.copy_.default, (old, new), {}, old)
     end.args = (tuple(results),)
     graph.lint()
     module.recompile()
@@ -71,7 +76,7 @@ def _needed_later(old: Node, new: Node) -> bool:
 
 
 def _is_view(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
+    schema = getattr(node.target, "_schema", None)  # an input has none
     return schema is None or any(r.alias_info is not None for r in schema.returns)
 
 
