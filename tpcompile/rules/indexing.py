@@ -12,13 +12,13 @@ from .rule import UNARY, Dim, Labels, Letters, Rule, aligned, letters_of
 
 
 def index_select(node: Node) -> Rule:
-    """index_select: the dimension is replaced by the index's."""
+    """index_select: the dimension is replaced by the index's, which may be a number."""
     letters = Letters()
     source = letters.dims(shape(operands(node)[0]))
     dim = dim_of(node, len(source))
     new = letters.dim(shape(node)[dim])
     return Rule(
-        (source, (new,)),
+        (source, (new,) if shape(operands(node)[1]) else ()),
         (replaced(source, dim, new),),
         letters.sizes,
         whole=frozenset(source[dim]),

@@ -26,7 +26,8 @@ def reduced_dims(node: Node) -> list[int]:
     dim = option(node, "dim")
     if dim is None or dim == []:
         return list(range(rank))
-    return [d % rank for d in (dim if isinstance(dim, list | tuple) else [dim])]
+    # A number has a dimension 0 for torch, but nothing to reduce.
+    return [d % rank for d in (dim if isinstance(dim, list | tuple) else [dim])] if rank else []
 
 
 def reduction(node: Node) -> Rule:
