@@ -1,4 +1,4 @@
-"""What forward leaves outside of its result, where no program could leave it: refused, not forgotten."""
+"""What a call leaves outside of its result, where no program could leave it: refused, not forgotten."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpcompile.capture.export.capture_model import capture
+from tpcompile.capture.repeats.capture_repeated import capture_repeated
 from tpcompile.errors import CannotCapture
 from tpcompile.ir.calls import bind_call
 
@@ -54,3 +55,30 @@ def test_it_is_refused(where: str, box: Any, act: Callable[..., Any]) -> None:
 def test_what_is_only_read_is_not() -> None:
     model = Toy(lambda model, x, box: [x, *box[0].values(), box[1]])
     capture(model, bind_call(model, (X, [{"k": X, "n": 2}, None]), {}))
+
+
+WANTS = torch.ones(4, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("held", "wanting", "act"),
+    [
+        (None, 1, lambda model, x, box: x * WANTS),
+        ([nn.Linear(4, 4)], 2, lambda model, x, box: model.held[0](x)),
+        ({"w": torch.ones(4, requires_grad=True)}, 1, lambda model, x, box: x + model.held["w"]),
+        (torch.ones(4, requires_grad=True), 0, lambda model, x, box: x + model.held),  # fetched at every call
+    ],
+)
+def test_constants_that_want_gradients_are_noted(held: Any, wanting: int, act: Callable[..., Any]) -> None:
+    model = Toy(act)
+    model.held = held
+    assert len(capture(model, bind_call(model, (X,), {})).detached) == wanting
+
+
+def test_gradients_of_tensors_in_repeated_layers_stay() -> None:
+    """Each layer has a tensor of its own, as an attribute: one cannot stand for all."""
+    model = nn.Sequential(*(Toy(lambda model, x, box: x * model.held) for _ in range(6)))
+    for layer in model:
+        layer.held = torch.ones(4, requires_grad=True)
+    captured = capture_repeated(model, bind_call(model, (X,), {}))
+    assert [spec.kind for spec in captured.inputs].count("attribute") == 6

@@ -87,3 +87,34 @@ def test_tensors_and_lists_of_classes_are_compared() -> None:
         assert not reads.hold(0)
     Parent.limits.add_(1)
     assert not reads.hold(0)
+
+
+class Peeking(nn.Module):
+    """Makes numbers of tensors that are attributes."""
+
+    def __init__(self, peek: Any) -> None:
+        super().__init__()
+        self.one, self.many, self.twin, self.peek = torch.tensor(2), torch.ones(3), torch.ones(3), peek
+        self.listed = [torch.tensor(2)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.peek(self)
+
+
+@pytest.mark.parametrize(
+    ("change", "peek"),
+    [
+        (lambda model: model.one.fill_(5), lambda model: int(model.one)),
+        (lambda model: model.one.fill_(5), lambda model: int(model.one + 1)),
+        (lambda model: setattr(model, "one", torch.tensor(5)), lambda model: 2 if model.one * 2 > 4 else 3),
+        (lambda model: model.listed[0].fill_(5), lambda model: (model.listed[0] + 1).item()),
+        (lambda model: model.twin.fill_(5), lambda model: 2 if torch.equal(model.many, model.twin) else 3),
+    ],
+)
+def test_numbers_that_follow_from_constants_select_the_program(change: Any, peek: Any) -> None:
+    model = Peeking(peek)
+    captured = capture(model, bind_call(model, (torch.ones(3, 2),), {}))
+    reads = Reads(model, captured, lambda path: type(model.get_submodule(path)))
+    assert reads.hold(0)
+    change(model)
+    assert not reads.hold(0)

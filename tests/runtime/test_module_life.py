@@ -15,8 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 import tpcompile
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import module_life as life
+from tpcompile.errors import TpCompileError
 
 F32 = 1e-5
+WANTS = torch.ones(4, requires_grad=True)
 
 
 def _assert_told(function: Callable[[], list[str]], expected: list[str]) -> None:
@@ -146,6 +148,20 @@ def test_a_model_does_not_keep_process_groups() -> None:
         dist.destroy_process_group()
     assert not _gloo_threads()
     assert model.programs
+
+
+def test_a_constant_that_wants_a_gradient_is_refused_where_gradients_are_recorded() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, x = nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 4)
+        model[0].register_forward_hook(lambda part, given, made: made * WANTS)
+        sharded = tpcompile.parallelize(model, init_device_mesh("cpu", (1,)), (x,))
+        with pytest.raises(TpCompileError, match="wants a gradient"):
+            sharded(x)
+        with torch.no_grad():
+            assert sharded(x).shape == x.shape
+    finally:
+        dist.destroy_process_group()
 
 
 def _gloo_threads() -> int:

@@ -133,7 +133,18 @@ class Program:
             leaves: the call, flat.
             bound: the call.
             options: torch.compile's, if the graph is to run under it.
+
+        Raises:
+            TpCompileError: gradients are recorded, and a constant would lose its own.
         """
+        if self.captured.detached and torch.is_grad_enabled():
+            name = self.captured.detached[0]
+            raise TpCompileError(
+                f"forward uses a tensor that wants a gradient and is no part of the model ({name})",
+                where=name,
+                todo="let it be a parameter, and modules in lists be in an nn.ModuleList; "
+                "or call the model under torch.no_grad()",
+            )
         leaves = with_counts(leaves, self.numbers)
         given = [x.contiguous() if isinstance(x, Tensor) else None for x in leaves]
         if options is None or torch.compiler.is_compiling():

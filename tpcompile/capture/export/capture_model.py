@@ -29,6 +29,7 @@ from .fake_model import capture_device, fake_input, lend_fake_weights, no_fused_
 from .flat_model import PYTHON_VALUES, FlatModel, Structure
 from .flatten_program import flatten_program
 from .inline_no_grad import inline_regions
+from .python_state import storage
 from .read_guards import read_guards, read_ranges
 from .switch_experts import exportable_experts
 from .watch_calls import watched_calls
@@ -150,21 +151,25 @@ def _export(
     )
     flat = FlatModel(model, leaves, structure, attempt)
     with lend_fake_weights(model, device), _quiet(), no_fused_encoder(), kept_functions() as functions:
-        with watched_calls() as peeked:
+        with watched_calls() as watch:
             exported = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
         _inline(exported)
         program = decompose(exported)
         guards = read_guards(exported)  # with those of what was taken apart
-    taken = flat.seen.taken
+    taken, peeked = flat.seen.taken, watch.peeked
     assert taken is not None
+    if watch.computed:  # of which tensors is not known; torch follows the values of small ones
+        held = (x for module in model.modules() for x in vars(module).values() if isinstance(x, torch.Tensor))
+        peeked.update((id(x), x) for x in held if x.numel() == 1)
     gm, inputs, outputs, constants = flatten_program(program, model, names, leaves, flat.seen.results, peeked)
+    baked = [spec.name for spec in inputs if spec.kind == "constant"]
     return Captured(
         gm,
         tuple(inputs),
         tuple(outputs),
         structure.in_spec,
         taken.out_spec,
-        constants,
+        {name: value.detach() for name, value in constants.items()},
         ranges=read_ranges(program),
         guards=guards,
         states=taken.states,
@@ -172,8 +177,11 @@ def _export(
         functions=functions,
         reads=frozenset(flat.seen.reads),
         outer=tuple(flat.seen.outer),
-        baked=(*constants.values(), *peeked.values()),
+        baked=None if watch.computed else (*constants.values(), *peeked.values()),
         writes=tuple(flat.seen.writes),
+        detached=tuple(
+            n for n in baked if constants[n].requires_grad or storage(constants[n]) in watch.wanting
+        ),
     )
 
 

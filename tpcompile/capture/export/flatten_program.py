@@ -81,7 +81,7 @@ def flatten_program(
         if spec.kind == "constant"
     }
     inputs = [_attribute(spec, model, constants, peeked) for spec in inputs]
-    return gm, inputs, outputs, {name: value.detach() for name, value in constants.items()}
+    return gm, inputs, outputs, constants
 
 
 def _keyed_placeholders(

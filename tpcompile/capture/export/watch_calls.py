@@ -14,9 +14,11 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
 from tpcompile.errors import CannotCapture
-from tpcompile.ir.torch_internals import FakeTensor
+from tpcompile.ir.torch_internals import FakeTensor, tree_leaves
 
 from .explain_failure import here
+from .look_inside import PLAIN
+from .python_state import storage
 
 _TENSOR: Any = Tensor
 _PARTS = "parallelize(compose=True) lets this module run as the python that it is"
@@ -46,17 +48,30 @@ _PEEKS = {
 _NEEDS_GRAD = (Tensor.requires_grad_, _TENSOR.requires_grad.__set__)
 
 
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
+    """Looks at what a traced model calls.
+
+    Attributes:
+        peeked: the constant tensors whose values its python has asked for, by identity.
+        computed: it has also asked for values that were computed of constants.
+        wanting: the storages of tensors that want gradients and are no part of the model.
+    """
+
     def __init__(self) -> None:
         super().__init__()
         self.peeked: dict[int, Tensor] = {}
+        self.computed = False
+        self.wanting: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if get_proxy_mode() is None:  # torch's own, below what is traced
             return func(*args, **kwargs)
-        if func in _PEEKS and not isinstance(args[0], FakeTensor):
-            self.peeked[id(args[0])] = args[0]
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        real = [x for x in given if not isinstance(x, FakeTensor)]
+        self.wanting.update(storage(x) for x in real if x.requires_grad)
+        if func in _PEEKS:
+            self.peeked.update((id(x), x) for x in real)
         if func == _DATA:
             return args[0].detach()  # which the graph knows; `data` would leave it a tensor without values
         if func is Tensor.detach_ and not args[0].requires_grad:
@@ -68,6 +83,8 @@ class _Watch(TorchFunctionMode):
         if func in _NEEDS_GRAD and not args[0].requires_grad and (*args[1:], *kwargs.values(), True)[0]:
             _refuse("asks for a tensor's gradient (requires_grad)", "set requires_grad before the call")
         result = func(*args, **kwargs)
+        if func in _PEEKS and len(real) < len(given):  # what follows from the call's tensors is a symbol
+            self.computed |= all(isinstance(x, PLAIN) for x in tree_leaves(result))
         if func == _GRAD_FN and result is not None:
             _refuse("looks at what autograd has recorded (grad_fn)", _FUNCTION)
         return result
@@ -80,11 +97,11 @@ def _refuse(what: str, todo: str) -> None:
 
 
 @contextmanager
-def watched_calls() -> Iterator[dict[int, Tensor]]:
+def watched_calls() -> Iterator[Watch]:
     """Watches what a model calls inside of the block.
 
     Yields:
-        The constant tensors whose values its python has asked for, by identity.
+        What was seen.
 
     Raises:
         CannotCapture: it changes or takes gradients in a way that no operator of a graph says.
@@ -96,5 +113,5 @@ def watched_calls() -> Iterator[dict[int, Tensor]]:
             _refuse("changes what autograd saves (saved_tensors_hooks)", _PARTS)
         return enter(self)
 
-    with patch.object(saved_tensors_hooks, "__enter__", only_torchs), _Watch() as watch:
-        yield watch.peeked
+    with patch.object(saved_tensors_hooks, "__enter__", only_torchs), Watch() as watch:
+        yield watch

@@ -161,7 +161,8 @@ class _Recorder(TorchDispatchMode):
 
     def _stranger(self, value: torch.Tensor) -> str:
         """Name a tensor that nothing made: by its value if it has one, else so that it equals nothing."""
-        if isinstance(value, FakeTensor) or value.device.type == "meta" or value.numel() > _LARGEST_CONSTANT:
+        unseen = isinstance(value, FakeTensor) or value.device.type == "meta"
+        if unseen or value.requires_grad or value.numel() > _LARGEST_CONSTANT:  # a gradient of its own
             return f"unknown tensor {id(value)}"
         with no_dispatch():
             plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
