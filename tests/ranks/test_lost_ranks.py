@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import tpcompile
@@ -19,7 +21,9 @@ def test_ranks_out_of_step() -> None:
     assert f"this rank was to compare calls, rank 1 was to {collective}" in first[2]
     assert f"this rank was to {collective}, rank 0 was to compare calls" in second[2]
     for each in (first, second):
-        assert f"the ranks did not all come within 2 s to {collective}" in each[3]
+        # Who it was is known if the note of the late one is not there yet when the others look for it.
+        assert re.search(r"(the ranks did not all come|rank [01] did not take part) within 2 s", each[3])
+        assert collective in each[3]
         assert "rank 0 is to compare calls of full_state_dict, rank 1 is to compare calls" in each[4]
     assert "rank 1 did not come to share a model within 0.4 s" in first[5]
     assert second[:2] == ["accepted"] * 2
