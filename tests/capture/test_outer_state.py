@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from tpcompile.capture.export.capture_model import capture
 from tpcompile.capture.export.outer_state import outer_places
 from tpcompile.capture.export.python_state import shot
+from tpcompile.errors import CannotCapture
 from tpcompile.ir.calls import bind_call
 from tpcompile.runtime.settings import Reads
 
@@ -118,3 +122,34 @@ def test_numbers_that_follow_from_constants_select_the_program(change: Any, peek
     assert reads.hold(0)
     change(model)
     assert not reads.hold(0)
+
+
+_LIBRARY = """
+CACHE = {}
+def doubled(x):
+    CACHE.setdefault("calls", 0)
+    return x * 2
+"""
+
+
+def test_what_an_installed_package_keeps_for_itself_is_its_own_affair(tmp_path: Path) -> None:
+    """As einops keeps the backends that it has met; the same in the user's own code is refused."""
+    for folder in ("site-packages", "own"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{folder[:4]}_filling.py").write_text(_LIBRARY)
+
+    class Doubles(nn.Module):
+        def __init__(self, function: Any) -> None:
+            super().__init__()
+            self.function = function
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.function(x)
+            return y
+
+    with patch.object(sys, "path", [*sys.path, *map(str, tmp_path.iterdir())]):
+        theirs, mine = (importlib.import_module(f"{name}_filling").doubled for name in ("site", "own"))
+    call = {"x": torch.ones(3, 2)}
+    assert capture(Doubles(theirs), call).graph_module(torch.ones(3, 2))[0].sum() == 12
+    with pytest.raises(CannotCapture, match=r"changes the global own_filling\.CACHE"):
+        capture(Doubles(mine), call)

@@ -69,7 +69,8 @@ def outer_places(model: nn.Module) -> list[Outer]:
     for module in model.modules():
         methods.append((type(module), "forward"))
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        functions += filter(None, map(_function, (*hooks, *module.__dict__.values())))
+        held = filter(None, map(_function, (*hooks, *module.__dict__.values())))
+        functions += [f for f in held if _belongs_to(f, type(module))]
     found: dict[tuple[int, str], Outer] = {}
     seen: set[tuple[type, str]] = set()
     while functions or methods:
@@ -95,7 +96,7 @@ def outer_places(model: nn.Module) -> list[Outer]:
             for place in _named(function):
                 if found.setdefault((id(place.owner), place.key), place) is place:
                     inner = _function(place.look())
-                    functions += [] if inner is None or _is_librarys(inner) else [inner]
+                    functions += [inner] if inner is not None and _belongs_to(inner, function) else []
     return list(found.values())
 
 
@@ -224,6 +225,15 @@ def _own_functions(kind: type, name: str) -> dict[type, types.FunctionType]:
     """The functions of a method in a class and in its parents (``super()``), but for libraries'."""
     every = {c: _function(vars(c)[name]) for c in kind.__mro__ if name in vars(c)}
     return {c: function for c, function in every.items() if function and not _is_librarys(function)}
+
+
+def _belongs_to(function: types.FunctionType, code: types.FunctionType | type) -> bool:
+    """Whether a function is part of the code that calls it, or the user's: others keep what they like.
+
+    einops, for one, fills a table at its first call.
+    """
+    mine, theirs = ((each.__module__ or "").partition(".")[0] for each in (code, function))
+    return not _is_librarys(function) and (mine == theirs or _is_users(function.__module__ or ""))
 
 
 def _is_users(name: str) -> bool:
