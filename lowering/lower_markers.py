@@ -125,7 +125,8 @@ def _gradient_once(low: Lowering, node: Node) -> Node:
 
 def _mask_rows(low: Lowering, node: Node) -> Node:
     x, _, place, ids = arguments(node)
-    here = rows_here(low, node, low.map(ids), owned_units(low, x.meta["placement"], place))
+    units = owned_units(low, x.meta["placement"], place)
+    here = rows_here(low, node, low.map(ids), units, place.units)
     for _ in range(x.meta["val"].ndim - 1 - place.dim):
         here = low.emit(aten.unsqueeze.default, here, -1, like=node)
     return low.emit(aten.where.ScalarOther, here, low.map(x), 0.0, like=node)

@@ -32,8 +32,9 @@ def owned_units(low: Lowering, placements: Sequence[Placement], place: Owned) ->
     return first, size
 
 
-def rows_here(low: Lowering, node: Node, ids: Node, units: tuple[int, int]) -> Node:
-    """Which rows have chosen an expert of this rank."""
+def rows_here(low: Lowering, node: Node, ids: Node, units: tuple[int, int], every: int) -> Node:
+    """Which rows have chosen an expert of this rank, of so many in all."""
+    ids = _from_front(low, node, ids, every)
     above = low.emit(aten.ge.Scalar, ids, units[0], like=node)
     below = low.emit(aten.lt.Scalar, ids, units[0] + units[1], like=node)
     return low.emit(aten.logical_and.default, above, below, like=node)
@@ -55,15 +56,28 @@ def lower_rows(low: Lowering, node: Node, choice: Choice) -> Node:
     assert isinstance(place, Owned)
     units = owned_units(low, node.meta["placement"], place)
     if node.target is aten.index.Tensor:
-        return _choose(low, node, units)
+        return _choose(low, node, units, place.units)
     return _multiply(low, node, units)
 
 
-def _choose(low: Lowering, node: Node, units: tuple[int, int]) -> Node:
-    """``stack[ids]``: rows of other ranks' experts get any expert of this one."""
-    stack, ids = (low.map(o) for o in operands(node))
+def _from_front(low: Lowering, node: Node, ids: Node, every: int) -> Node:
+    """Numbers of which negative ones are counted from the end, as indices are, as ones from the front."""
+    negative = low.emit(aten.lt.Scalar, ids, 0, like=node)
+    counted = low.emit(aten.add.Tensor, ids, every, like=node)
+    return low.emit(aten.where.self, negative, counted, ids, like=node)
+
+
+def _choose(low: Lowering, node: Node, units: tuple[int, int], every: int) -> Node:
+    """``stack[ids]``: rows of other ranks' experts get any expert of this one; what is none fails."""
+    stack, given = (low.map(o) for o in operands(node))
+    ids = _from_front(low, node, given, every)
     moved = low.emit(aten.sub.Tensor, ids, units[0], like=node)
     safe = low.emit(aten.clamp.default, moved, 0, units[1] - 1, like=node)
+    above = low.emit(aten.ge.Scalar, ids, 0, like=node)
+    exists = low.emit(
+        aten.logical_and.default, above, low.emit(aten.lt.Scalar, ids, every, like=node), like=node
+    )
+    safe = low.emit(aten.where.ScalarOther, exists, safe, every, like=node)
     return low.emit(aten.index.Tensor, stack, [safe], like=node)
 
 
