@@ -353,9 +353,20 @@ def test_a_number_of_a_tensor_may_be_asserted() -> None:
     assert torch.equal(run(capture(model, bound), model, bound), bound["x"] * 2)
 
 
+def _nested(x: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)
+
+
 def test_changed_inputs_are_refused() -> None:
     with pytest.raises(TpCompileError, match="changes x in place"):
         capture(Mutating(), bind_call(Mutating(), (torch.randn(3, 4),), {}))
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, _nested])
+def test_tensors_that_are_not_dense_are_refused(make: Any) -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(TpCompileError, match="sparse or nested"):
+        capture(model, bind_call(model, (make(torch.eye(4)),), {}))
 
 
 class Grows(nn.Module):

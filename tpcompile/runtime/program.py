@@ -109,7 +109,7 @@ class Program:
             if isinstance(mine, Tensor) != isinstance(given, Tensor):
                 return False
             if isinstance(mine, Tensor):
-                if given.dtype != mine.dtype or given.ndim != mine.ndim:
+                if (given.dtype, given.ndim, given.layout) != (mine.dtype, mine.ndim, mine.layout):
                     return False
             elif not equal(given, mine):
                 return False

@@ -103,6 +103,10 @@ def _refuse_bad_leaves(names: Sequence[str], leaves: Sequence[Any]) -> None:
             todo="give the model's inputs as tensors",
         )
     for name, leaf in zip(names, leaves, strict=True):
+        if isinstance(leaf, torch.Tensor) and (leaf.layout is not torch.strided or leaf.is_nested):
+            raise TpCompileError(
+                f"the argument {name} is a sparse or nested tensor", where="the call", todo="make it dense"
+            )
         if not isinstance(leaf, (torch.Tensor, *PYTHON_VALUES)):
             cache = any(base.__name__ == "Cache" for base in type(leaf).__mro__)
             advice = "pass tensors and python values, or register the type with torch.utils._pytree"
