@@ -98,7 +98,8 @@ def test_which_functions_are_elementwise(
     elementwise: bool, forward: Callable[..., Any], backward: Callable[..., Any]
 ) -> None:
     function, x = _function(forward, backward), torch.randn(4, 32, requires_grad=True)
-    assert is_elementwise(lambda given, _: [function.apply(*given)], "it", [x]) is elementwise
+    for each in (x, x.detach()):  # frozen, and trained later
+        assert is_elementwise(lambda given, _: [function.apply(*given)], "it", [each]) is elementwise
 
 
 class _Says(nn.Module):

@@ -80,12 +80,17 @@ def _unknown(env: ShapeEnv, dim: int) -> Any:
 def _record(
     run: Run, name: str, inputs: Sequence[Tensor], shapes: Sequence[Any], env: ShapeEnv | None = None
 ) -> list[tuple[Any, ...]]:
-    """All operators of forward and backward: what they are, what they are given, what they give."""
+    """All operators of forward and backward: what they are, what they are given, what they give.
+
+    With an ``env``, whatever can have a gradient has one: what is frozen now may be trained later.
+    """
     mode = FakeTensorMode(shape_env=env or ShapeEnv(), allow_non_fake_inputs=True)
     recorder = _Recorder(name, mode)
     with torch.enable_grad(), mode:
         given = [
-            torch.empty(shape, dtype=x.dtype, device=x.device).requires_grad_(x.requires_grad)
+            torch.empty(shape, dtype=x.dtype, device=x.device).requires_grad_(
+                x.requires_grad or (env is not None and (x.is_floating_point() or x.is_complex()))
+            )
             for shape, x in zip(shapes, inputs, strict=True)
         ]
         wanted = [x for x in given if x.requires_grad]
