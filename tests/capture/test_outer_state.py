@@ -153,3 +153,10 @@ def test_what_an_installed_package_keeps_for_itself_is_its_own_affair(tmp_path: 
     assert capture(Doubles(theirs), call).graph_module(torch.ones(3, 2))[0].sum() == 12
     with pytest.raises(CannotCapture, match=r"changes the global own_filling\.CACHE"):
         capture(Doubles(mine), call)
+
+
+@pytest.mark.parametrize("values", [{"a": 1, "b": 2}, {"a": torch.sin, "b": torch.exp}])
+def test_the_order_of_a_dict_counts(values: dict[str, Any]) -> None:
+    unchanged = shot(values)
+    assert unchanged(dict(values))
+    assert not unchanged(dict(reversed(values.items())))

@@ -61,7 +61,10 @@ def shot(value: Any, baked: frozenset[int] | None = None, depth: int = 0) -> Sho
     if isinstance(inside, dict | Attributes):
         plain = {k: v for k, v in inside.items() if isinstance(v, PLAIN)}
         deep = [(k, shot(v, baked, depth + 1)) for k, v in inside.items() if not isinstance(v, PLAIN)]
-        return lambda now: type(now) is kind and _same_dict(content(now), plain, deep)
+        order = tuple(inside) if inside is value else ()  # forward may go through a dict
+        return lambda now: (
+            type(now) is kind and _same_dict(content(now), plain, deep) and (not order or tuple(now) == order)
+        )
     if isinstance(inside, set):
         items = frozenset(inside)
         return lambda now: type(now) is kind and now == items
