@@ -41,10 +41,11 @@ def imported_by(path: Path, package: Sequence[str] = ()) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def imported_names(module: str) -> Iterator[str]:
+@cache
+def imported_names(module: str) -> frozenset[str]:
     """The full names that a module of the package imports."""
     path, parts = MODULES[module], module.split(".")
-    return imported_by(path, parts if path.name == "__init__.py" else parts[:-1])
+    return frozenset(imported_by(path, parts if path.name == "__init__.py" else parts[:-1]))
 
 
 def imports() -> set[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import operator
@@ -99,7 +100,8 @@ def _is_operator(name: str) -> bool:
     return hasattr(torch.ops.aten, name) or name == "_c10d_functional"
 
 
-def _private_names(path: Path) -> set[str]:
+@functools.cache
+def _private_names(path: Path) -> frozenset[str]:
     """Private attributes that a file reads, and those that it names to read them."""
     found = set()
     for node in ast.walk(parsed(path)):
@@ -110,7 +112,7 @@ def _private_names(path: Path) -> set[str]:
             found |= {name for name in names if _is_private(name)}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_private(node.value):
             found |= {node.value} & _ATTRIBUTE_NAMES
-    return found
+    return frozenset(found)
 
 
 _ATTRIBUTE_NAMES = {parameter.values[1] for parameter in ATTRIBUTES}
