@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def main_of(name: str) -> str:
-    """Runs an example; what it prints."""
+    """Runs an example; what it prints. The environment, in which some set their rank, is as before."""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with mock.patch.dict(os.environ), contextlib.redirect_stdout(out):
         _example(name).main()
     return out.getvalue()
 
