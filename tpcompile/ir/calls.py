@@ -73,6 +73,21 @@ class CallSignature:
         bound.update(extra)
         return bound
 
+    def bind_or_refuse(self, args: Sequence[Any], kwargs: Mapping[str, Any], owner: str) -> dict[str, Any]:
+        """As ``bind``, for a call of the user's of the forward of a class.
+
+        Raises:
+            TpCompileError: the call does not fit the signature.
+        """
+        try:
+            return self.bind(args, kwargs)
+        except ValueError as error:
+            raise TpCompileError(
+                f"the call does not fit the model's forward, which {error}",
+                where=f"{owner}.forward",
+                todo="give the arguments as you would call the model",
+            ) from None
+
     def _in_order(self, given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         return {
             name: given[name]
@@ -142,14 +157,7 @@ def bind_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] |
     Raises:
         TpCompileError: the call does not fit the signature.
     """
-    try:
-        return signature_of(model).bind(args, kwargs or {})
-    except ValueError as error:
-        raise TpCompileError(
-            f"the call does not fit the model's forward, which {error}",
-            where=f"{type(model).__name__}.forward",
-            todo="give the arguments as you would call the model",
-        ) from None
+    return signature_of(model).bind_or_refuse(args, kwargs or {}, type(model).__name__)
 
 
 def call_model(model: nn.Module, bound: Mapping[str, Any]) -> Any:

@@ -11,7 +11,6 @@ from torch import nn
 
 from tpcompile.capture.held_caches import Held
 from tpcompile.compile_program import Compiler
-from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import CallSignature, leaf_names
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.torch_internals import TreeSpec
@@ -99,14 +98,8 @@ class State:
         Raises:
             TpCompileError: the call does not fit the signature.
         """
-        try:
-            return (entry or self).signature.bind(args, kwargs)
-        except ValueError as error:
-            raise TpCompileError(
-                f"the call does not fit the model's forward, which {error}",
-                where=f"{(entry or self).original.__name__}.forward",
-                todo="give the arguments as you would call the model",
-            ) from None
+        called = entry or self
+        return called.signature.bind_or_refuse(args, kwargs, called.original.__name__)
 
     def compare(
         self,
