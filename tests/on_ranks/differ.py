@@ -18,7 +18,7 @@ from tests.on_ranks.module_life import refusal
 from tpcompile.ir import markers
 from tpcompile.lowering import lower_markers
 from tpcompile.ranks.compare_sent import Sent, compare_sent
-from tpcompile.ranks.turns import begin_turn
+from tpcompile.ranks.turns import own_turn
 from tpcompile.rules import table
 from tpcompile.work import Pass, Work
 
@@ -182,12 +182,11 @@ def reads_other_files(folder: str) -> list[str]:
 def threads() -> tuple[str, bool]:
     """What a thread is told that calls while another is in a call, and whether it may call afterwards."""
     model, told = made().eval(), []
-    turn = begin_turn(model._tp.group_name)
-    other = threading.Thread(target=lambda: told.append(refusal(lambda: model(X))))
-    other.start()
-    other.join()
-    nested = torch.isfinite(model(X)).all()
-    turn.release()
+    with own_turn(model._tp.group_name):
+        other = threading.Thread(target=lambda: told.append(refusal(lambda: model(X))))
+        other.start()
+        other.join()
+        nested = torch.isfinite(model(X)).all()
     after = threading.Thread(target=lambda: told.append(refusal(lambda: model(X))))
     after.start()
     after.join()

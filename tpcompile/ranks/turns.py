@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tpcompile.errors import TpCompileError
 
 _TURNS: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
 
 
-def begin_turn(group_name: str) -> threading.RLock:
-    """Begins a call over a group, or one inside of it; to be released at its end.
+@contextmanager
+def own_turn(group_name: str) -> Iterator[None]:
+    """A call over a group, or one inside of it.
 
     Raises:
         TpCompileError: another thread is in a call. Nothing says that the other ranks take the two in the
@@ -25,4 +28,7 @@ def begin_turn(group_name: str) -> threading.RLock:
             todo="make all calls from one thread, or one after the other in the same order on every rank (a "
             "lock alone does not see to that)",
         )
-    return turn
+    try:
+        yield
+    finally:
+        turn.release()

@@ -21,7 +21,7 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ranks.agree import alike, compare, from_first, share_failure
 from tpcompile.ranks.describe import describe_value
 from tpcompile.ranks.exchange import exchange
-from tpcompile.ranks.turns import begin_turn
+from tpcompile.ranks.turns import own_turn
 
 from .module import ShardedModule
 from .runtime import Runtime
@@ -46,11 +46,8 @@ class ShardedGeneration(ShardedModule):
             TpCompileError: on all ranks, if the calls differ, or ask for a cache that cannot be divided; or a
                 function of the user's fails on one of them, or says something else there.
         """
-        turn = begin_turn(self._tp.group_name)
-        try:
+        with own_turn(self._tp.group_name):
             return self._generate(super().generate, args, kwargs)  # type: ignore[misc]
-        finally:
-            turn.release()
 
     def _generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         group = self._tp.compiler.group

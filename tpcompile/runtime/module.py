@@ -16,7 +16,7 @@ from tpcompile.ir.print_graph import graph_text
 from tpcompile.planner.plan import Plan
 from tpcompile.ranks.agree import alike
 from tpcompile.ranks.describe import describe_value
-from tpcompile.ranks.turns import begin_turn
+from tpcompile.ranks.turns import own_turn
 from tpcompile.weights.dcp import sharded_state_dict
 from tpcompile.weights.gather import full_state_dict
 
@@ -63,11 +63,8 @@ class ShardedModule(WatchedModule):
             TpCompileError: the call cannot be captured or planned, or another thread is in one; the model is
                 unchanged.
         """
-        turn = begin_turn(self._tp.group_name)
-        try:
+        with own_turn(self._tp.group_name):
             return self._tp.capture(self, self._tp.bind(args, kwargs))
-        finally:
-            turn.release()
 
     @checked
     def verify(

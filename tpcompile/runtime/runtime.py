@@ -17,7 +17,7 @@ from tpcompile.ir.calls import flatten_call, leaf_names
 from tpcompile.ir.torch_internals import peek_interpreter_stack
 from tpcompile.ranks.compare_calls import can_compare
 from tpcompile.ranks.lost_ranks import is_loss, lost
-from tpcompile.ranks.turns import begin_turn
+from tpcompile.ranks.turns import own_turn
 
 from .capture_call import capture_call
 from .guards import Entry, hooks_below
@@ -42,11 +42,8 @@ class Runtime(State):
         """
         if torch.compiler.is_dynamo_compiling():
             return self._call(model, args, kwargs, entry)
-        turn = begin_turn(self.group_name)
-        try:
+        with own_turn(self.group_name):
             return self._call(model, args, kwargs, entry)
-        finally:
-            turn.release()
 
     def _call(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None
