@@ -22,7 +22,7 @@ import tpcompile
 from tpcompile.errors import TpCompileError
 from tpcompile.planner.disk_cache import cache_folder
 from tpcompile.planner.print_plan import placement_text
-from tpcompile.runtime.find_model import check_memory, example_of, find_model
+from tpcompile.runtime.find_model import example_of, find_model
 
 app = typer.Typer(
     name="tpcompile",
@@ -102,7 +102,7 @@ def lint(
     """What a tp_plan of transformers loses beside the best plan. Exits with 1 if it loses anything."""
     with _errors(as_json):
         rules: Any = json.loads(plan_file.read_text()) if plan_file is not None else "hf"
-        built = find_model(model, layers, None, "meta")
+        built = find_model(model, layers)
         report = tpcompile.lint_plan(built, rules, ranks, cost_model=device)
         data = {"clean": report.clean, "unmet": report.unmet, "gathered": report.gathered}
         data |= {"repeated": report.repeated, "replicated": dict(report.replicated)}
@@ -126,8 +126,7 @@ def verify(
     """Whether sharded and unsharded models agree, with random weights. Exits with 1 if not."""
     with _errors(as_json):
         torch.manual_seed(seed)
-        check_memory(find_model(model, layers, dtype, "meta", fields))
-        built = find_model(model, layers, dtype, "cpu", fields)
+        built = find_model(model, layers, dtype, fields, verifiable=True)
         report = tpcompile.verify(
             built, ranks, example_kwargs=example_of(built, batch, seq), gradients=gradients
         )
@@ -184,7 +183,7 @@ def _plan(
     seq: int,
     memory: float | None = None,
 ) -> tpcompile.Plan:
-    built = find_model(spec, layers, dtype, "meta")
+    built = find_model(spec, layers, dtype)
     limit = None if memory is None else memory * 2**30
     example = example_of(built, batch, seq)
     return tpcompile.plan(built, ranks, example_kwargs=example, cost_model=device, memory=limit)

@@ -54,6 +54,21 @@ def two_layers() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
 
 
+MADE: list[nn.Module] = []
+
+
+def noted() -> nn.Module:
+    """Notes that it was called."""
+    MADE.append(nn.Linear(4, 4))
+    return MADE[-1]
+
+
+def test_a_factory_is_called_once() -> None:
+    MADE.clear()
+    assert run("verify", "tests.whole.test_command_line:noted").exit_code == 2  # for want of an example
+    assert len(MADE) == 1
+
+
 def test_a_process_prints_one_object(config: str) -> None:
     command = [sys.executable, "-m", "tpcompile", "plan", config, "--ranks", "2", "--layers", "1", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)

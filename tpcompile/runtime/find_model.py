@@ -24,23 +24,32 @@ _DEPTHS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder
 
 
 def find_model(
-    spec: str, layers: int | None, dtype: str | None, device: str, fields: Sequence[str] | None = None
+    spec: str,
+    layers: int | None = None,
+    dtype: str | None = None,
+    fields: Sequence[str] | None = None,
+    *,
+    verifiable: bool = False,
 ) -> nn.Module:
-    """The model that is meant, in evaluation mode: of a configuration on ``meta``, or with random weights.
+    """The model that is meant, in evaluation mode.
 
     Args:
         spec: a folder with a ``config.json``, such a file, a name in the hub's cache, or ``module:factory``.
         layers: cut it down to so many layers.
         dtype: the type of its weights.
-        device: ``meta`` or ``cpu``.
         fields: other values of the configuration, as ``name=value``.
+        verifiable: with random weights, if they fit into memory as often as verifying wants them; else a
+            configuration's model is on ``meta``.
 
     Raises:
-        TpCompileError: there is no such model.
+        TpCompileError: there is no such model, or it is too large to be verified.
     """
     module, colon, factory = spec.partition(":")
     if colon and not Path(spec).exists():
-        return _from_factory(module, factory)
+        model = _from_factory(module, factory)
+        if verifiable:
+            _check_memory(model)
+        return model
     from tpcompile.weights.loading.build_model import build_model, find_class, find_config, find_dtype
 
     config = find_config(spec, None, "", {"local_files_only": True}, _read_fields(fields or ()))
@@ -48,10 +57,11 @@ def find_model(
         _cut(config.get_text_config(), layers)
     kind: Any = find_class(config, None, False, {})
     wanted = find_dtype(dtype, config, {})
-    if device == "meta":
-        return build_model(kind, config, wanted, None)
-    model: nn.Module = kind._from_config(config, dtype=wanted)
-    return model.eval()
+    model = build_model(kind, config, wanted, None)
+    if verifiable:
+        _check_memory(model)
+        model = kind._from_config(config, dtype=wanted).eval()
+    return model
 
 
 def _read_fields(fields: Sequence[str]) -> dict[str, Any]:
@@ -68,7 +78,7 @@ def _read_fields(fields: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def check_memory(model: nn.Module) -> None:
+def _check_memory(model: nn.Module) -> None:
     """Refuses to verify what would not fit: the system would end this process, or another one.
 
     Raises:
