@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.markers import Axes
 from tpcompile.ranks.compare_sent import Sent
 from tpcompile.work import Work
@@ -45,14 +46,7 @@ class SimulatedGroups:
 
 def coordinates(axes: tuple[int, ...]) -> list[tuple[int, ...]]:
     """All ranks' coordinates, in rank order."""
-    found = []
-    for rank in range(math.prod(axes)):
-        at = []
-        for size in reversed(axes):
-            rank, x = divmod(rank, size)
-            at.append(x)
-        found.append(tuple(reversed(at)))
-    return found
+    return list(map(WeightLayout(axes, {}).coordinates, range(math.prod(axes))))
 
 
 def lower_all(work: Work) -> list[GraphModule]:
