@@ -33,12 +33,12 @@ from tpcompile.lowering.simulate import lower_all, sent
 from tpcompile.passes.verify_placements import verify_placements
 from tpcompile.pipeline import follow, rewrite
 from tpcompile.planner.decisions import decisions_to_data
+from tpcompile.planner.work import Work
 from tpcompile.ranks.compare_sent import refuse_unlike
 from tpcompile.rules import table
 from tpcompile.runtime.read_request import read_options
 from tpcompile.runtime.verify.inputs import Inputs
 from tpcompile.runtime.verify.trial import SimulatedCompiler, Trial
-from tpcompile.work import Work
 
 OUTCOMES = ("proof", "lowering", "ranks", "verify", "equal")
 F64 = torch.float64

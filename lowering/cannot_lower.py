@@ -10,7 +10,7 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.markers import MARKERS, MERGED, origin
 from tpcompile.ir.nodes import module_path, producer
 from tpcompile.ir.placements import R
-from tpcompile.work import Alike, alike
+from tpcompile.planner.work import Alike, alike
 
 
 class CannotLower(TpCompileError):

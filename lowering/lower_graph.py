@@ -17,9 +17,9 @@ from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.markers import MARKERS, MERGED
 from tpcompile.ir.nodes import is_tensor, module_path
 from tpcompile.ir.sizes import sizes_of
+from tpcompile.planner.work import Source, Work
 from tpcompile.rules.opaque import is_opaque
 from tpcompile.rules.rule import Rule
-from tpcompile.work import Source, Work
 
 from . import localise
 from .cannot_lower import cannot_lower

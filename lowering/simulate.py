@@ -16,8 +16,8 @@ from torch.fx import GraphModule, Node
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.markers import Axes
+from tpcompile.planner.work import Work
 from tpcompile.ranks.compare_sent import Sent
-from tpcompile.work import Work
 
 from .collective_lines import sent_by
 from .joint import COLLECTIVES, joint

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from tpcompile.ir.graph_edit import KEPT_META, fake_mode, value_of
 from tpcompile.ir.markers import Axes
 from tpcompile.ir.torch_internals import ConstantSource, FakeTensorMode
-from tpcompile.work import Work
+from tpcompile.planner.work import Work
 
 from .local_module import LocalModule
 from .local_shapes import LocalShapes

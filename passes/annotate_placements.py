@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tpcompile.ir.nodes import is_tensor, producer
-from tpcompile.work import Pass, Work
+from tpcompile.planner.work import Pass, Work
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.fx import Node
 from tpcompile.ir.graph_edit import call_before, drop_unused, replace
 from tpcompile.ir.nodes import argument, arguments, is_tensor, shape
 from tpcompile.ir.sizes import sizes_of
-from tpcompile.work import Pass, Work
+from tpcompile.planner.work import Pass, Work
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}

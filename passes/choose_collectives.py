@@ -12,7 +12,7 @@ from tpcompile.ir.conversions import steps
 from tpcompile.ir.graph_edit import call_before, replace
 from tpcompile.ir.nodes import arguments
 from tpcompile.ir.placements import R
-from tpcompile.work import Pass, Work
+from tpcompile.planner.work import Pass, Work
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tpcompile.ir.nodes import tensor_of
 from tpcompile.ir.placements import P, Replicate
 from tpcompile.ir.sizes import bytes_of
 from tpcompile.planner.search.cost import PRESETS, CostModel
-from tpcompile.work import Pass, Work
+from tpcompile.planner.work import Pass, Work
 
 
 @dataclass

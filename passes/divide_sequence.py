@@ -24,9 +24,9 @@ from tpcompile.ir.markers import (
 )
 from tpcompile.ir.nodes import is_tensor, operands
 from tpcompile.ir.placements import Filled, R, Replicate
+from tpcompile.planner.work import Pass, Work
 from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
-from tpcompile.work import Pass, Work
 
 from .insert_gradient_copies import differentiable_values
 from .sequence_regions import Positions, Region, is_whole

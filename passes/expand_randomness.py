@@ -13,8 +13,8 @@ from torch.fx import Node
 from tpcompile.ir import random_numbers
 from tpcompile.ir.graph_edit import call_before, replace
 from tpcompile.ir.nodes import arguments, operands, option, results, shape
+from tpcompile.planner.work import Pass, Work
 from tpcompile.rules.randomness import is_random
-from tpcompile.work import Pass, Work
 
 aten = torch.ops.aten
 uniform = torch.ops.tpcompile.uniform.default

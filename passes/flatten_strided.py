@@ -13,7 +13,7 @@ from tpcompile.errors import CannotCapture
 from tpcompile.ir.graph_edit import call_before
 from tpcompile.ir.nodes import argument, module_path, shape
 from tpcompile.ir.sizes import Size, size_of
-from tpcompile.work import Pass, Work
+from tpcompile.planner.work import Pass, Work
 
 aten = torch.ops.aten
 _READS = (aten.as_strided.default, aten.as_strided_copy.default)

@@ -11,9 +11,9 @@ from tpcompile.ir.graph_edit import call_behind, with_operands
 from tpcompile.ir.markers import MARKERS, copy_to_ranks
 from tpcompile.ir.nodes import is_tensor, operands
 from tpcompile.ir.placements import Owned, Partial, Replicate
+from tpcompile.planner.work import Pass, Work
 from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
-from tpcompile.work import Pass, Work
 
 
 @dataclass(frozen=True)

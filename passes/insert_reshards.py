@@ -13,7 +13,7 @@ from tpcompile.ir.markers import Placements, reshard
 from tpcompile.ir.nodes import is_tensor, operands
 from tpcompile.ir.placements import R
 from tpcompile.planner.search.facts import SHAPE_ONLY
-from tpcompile.work import Pass, Work
+from tpcompile.planner.work import Pass, Work
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.fx import Node
 from tpcompile.ir.graph_edit import call
 from tpcompile.ir.layout.segment import Box, Segment
 from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout
-from tpcompile.work import Pass, Work
+from tpcompile.planner.work import Pass, Work
 
 from .split_packed_matmul import segment_placeholder
 

@@ -10,9 +10,9 @@ from tpcompile.ir.graph_edit import call_before, call_behind
 from tpcompile.ir.markers import keep_whole
 from tpcompile.ir.nodes import module_path, operands
 from tpcompile.planner.search.must_divide import weight_root
+from tpcompile.planner.work import Pass, Work
 from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import rule_of
-from tpcompile.work import Pass, Work
 
 
 @dataclass(frozen=True)

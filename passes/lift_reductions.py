@@ -12,9 +12,9 @@ from tpcompile.ir.graph_edit import call_before, call_behind, replace
 from tpcompile.ir.markers import all_reduce, keep_first
 from tpcompile.ir.nodes import operands, shape
 from tpcompile.ir.placements import P, R
+from tpcompile.planner.work import Pass, Work
 from tpcompile.rules.choices import Choice, whole
 from tpcompile.rules.rule import Rule
-from tpcompile.work import Pass, Work
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}

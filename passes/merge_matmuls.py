@@ -15,7 +15,7 @@ from tpcompile.ir.markers import COMMUNICATING, matmul_merged, part_of
 from tpcompile.ir.nodes import tensor_of
 from tpcompile.ir.sizes import bytes_of
 from tpcompile.planner.search.cost import PRESETS, CostModel
-from tpcompile.work import Pass, Work
+from tpcompile.planner.work import Pass, Work
 
 aten = torch.ops.aten
 # Where the input, the weight and the bias stand, and the dimension of the weight that the result keeps.

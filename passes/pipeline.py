@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tpcompile.errors import TpCompileError
-from tpcompile.work import Pass, Work
+from tpcompile.planner.work import Pass, Work
 
 from .verify_graph import verify_graph
 

@@ -19,10 +19,10 @@ from tpcompile.ir.nodes import is_tensor, operands, producer, results, shape, te
 from tpcompile.ir.placements import Replicate, Shard
 from tpcompile.ir.sizes import bytes_of, hint
 from tpcompile.ir.torch_internals import OpOverload
+from tpcompile.planner.work import Work
 from tpcompile.rules.choices import Choice
 from tpcompile.rules.factors import OpFactor
 from tpcompile.rules.rule import UNARY, Rule
-from tpcompile.work import Work
 
 Key = tuple[int, ...]
 """The atoms of the positions' dimension."""

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from tpcompile.ir.graph_edit import drop_unused
 from tpcompile.ir.nodes import argument, shape
-from tpcompile.work import Pass, Work
+from tpcompile.planner.work import Pass, Work
 
 from .evaluate_indices import IndexValues
 from .index_values import Affine, Truth

@@ -15,9 +15,9 @@ from tpcompile.ir.layout.segment import Segment, whole_segment
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.names import starred
 from tpcompile.ir.nodes import argument, module_path, operands, producer, results, shape
+from tpcompile.planner.work import Pass, Source, Work
 from tpcompile.rules.factors import Factors
 from tpcompile.rules.rule import Rule
-from tpcompile.work import Pass, Source, Work
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from tpcompile.errors import TpCompileError
 from tpcompile.ir import markers
 from tpcompile.ir.nodes import module_path
-from tpcompile.work import Work
+from tpcompile.planner.work import Work
 
 
 def unmerged(work: Work) -> tuple[Graph, dict[Node, Node]]:

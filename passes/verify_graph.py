@@ -6,7 +6,7 @@ import torch
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import FakeTensor
-from tpcompile.work import Work
+from tpcompile.planner.work import Work
 
 
 def verify_graph(work: Work, after: str) -> None:

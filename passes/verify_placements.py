@@ -24,11 +24,11 @@ from tpcompile.ir.nodes import is_tensor, module_path, operands, producer, resul
 from tpcompile.ir.placements import Filled, Owned, Partial, Placement, R, Shard
 from tpcompile.ir.proof import Proof
 from tpcompile.planner.options import rules_version
+from tpcompile.planner.work import Work, alike
 from tpcompile.rules.choices import Choice, choices
 from tpcompile.rules.factors import Factors, Known, Place
 from tpcompile.rules.rule import Letters, Rule
 from tpcompile.rules.table import rule_of
-from tpcompile.work import Work, alike
 
 from .placement_types import MOVES, NONE, SUMMAND, WHOLE, Move, Type, Types, Unproved, filled, refuse_disorder
 from .unmerge import unmerged

@@ -36,6 +36,7 @@ from .planner.options import Options
 from .planner.pins import Wishes, make_pins, unmet
 from .planner.plan import Plan, sequence_text
 from .planner.plan_layout import extended, layout_of, pins_from_layout
+from .planner.work import Alike, Work
 from .ranks.agree import compare, from_first, together
 from .ranks.compare_sent import compare_sent
 from .ranks.exchange import exchange
@@ -46,7 +47,6 @@ from .ranks.own_groups import TIMEOUT
 from .rules.randomness import refuse_randomness
 from .strategies.custom.custom_modules import CustomModules, partition_modules
 from .strategies.read_rules import Rules, Wish
-from .work import Alike, Work
 
 MOST_TRIES = 8
 """How often a program is planned whose calls turn out not to run on parts."""

@@ -33,7 +33,7 @@ from .planner.pins import Wishes, make_pins
 from .planner.plan_layout import layout_of, pins_from_layout
 from .planner.search.cost import PRESETS, CostModel
 from .planner.store_plan import Decisions, plan_cached
-from .work import Pass, Work
+from .planner.work import Pass, Work
 
 
 def before_planning() -> list[Pass]:

@@ -12,7 +12,7 @@ from torch.fx import Node
 from tpcompile.ir import markers
 from tpcompile.ir.graph_edit import behind, call
 from tpcompile.ir.placements import R, Shard
-from tpcompile.work import Work
+from tpcompile.planner.work import Work
 
 aten = torch.ops.aten
 Fault = Callable[[Work], Iterator[Callable[[], Any]]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from itertools import count
 
-from tpcompile.work import Work
+from tpcompile.planner.work import Work
 
 
 def stable_text(work: Work) -> str:

@@ -16,8 +16,8 @@ from tpcompile.pipeline import canonical, plan_program
 from tpcompile.planner.decide import Pins
 from tpcompile.planner.plan_layout import layout_of
 from tpcompile.planner.search.cost import PRESETS, CostModel
+from tpcompile.planner.work import Work
 from tpcompile.runtime.verify.inputs import Inputs, undivided
-from tpcompile.work import Work
 
 
 def captured(model: nn.Module, *args: Any, ranks: int = 2, dynamic: Any = False, **kwargs: Any) -> Work:

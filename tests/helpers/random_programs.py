@@ -13,7 +13,7 @@ from torch.fx import Node
 from tests.helpers import programs
 from tpcompile.capture.export.specs import OutputSpec
 from tpcompile.ir.graph_edit import call
-from tpcompile.work import Work
+from tpcompile.planner.work import Work
 
 aten = torch.ops.aten
 WIDTHS = (6, 10)

@@ -17,10 +17,10 @@ from tests.on_ranks.models import mesh
 from tests.on_ranks.module_life import refusal
 from tpcompile.ir import markers
 from tpcompile.lowering import lower_markers
+from tpcompile.planner.work import Pass, Work
 from tpcompile.ranks.compare_sent import Sent, compare_sent
 from tpcompile.ranks.turns import own_turn
 from tpcompile.rules import table
-from tpcompile.work import Pass, Work
 
 X = torch.linspace(-1, 1, 24).reshape(2, 12)
 

@@ -23,8 +23,8 @@ from tpcompile.ir.placements import R, Shard
 from tpcompile.passes.coalesce_collectives import CoalesceCollectives
 from tpcompile.passes.pipeline import run_passes
 from tpcompile.planner.search.cost import PRESETS, CostModel
+from tpcompile.planner.work import Work
 from tpcompile.rules.assignment import Assignment
-from tpcompile.work import Work
 
 aten = torch.ops.aten
 PROGRAM = programs.captured(nn.Tanh(), torch.randn(4))

@@ -29,7 +29,7 @@ from tpcompile.passes.simplify_masks import SimplifyMasks
 from tpcompile.passes.split_packed_matmul import SplitPackedMatmul, group_of, packed_values
 from tpcompile.pipeline import after_planning, rewrite
 from tpcompile.planner.plan_layout import layout_of
-from tpcompile.work import Pass, Work
+from tpcompile.planner.work import Pass, Work
 
 ANNOTATE, RESHARD, COPY, CHOOSE = (
     AnnotatePlacements(),

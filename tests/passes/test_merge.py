@@ -15,7 +15,7 @@ from tpcompile.passes.merge_matmuls import MergeMatmuls
 from tpcompile.passes.pipeline import run_passes
 from tpcompile.pipeline import after_planning, rewrite
 from tpcompile.planner.search.cost import PRESETS, CostModel
-from tpcompile.work import Work
+from tpcompile.planner.work import Work
 
 aten = torch.ops.aten
 MATMULS = (aten.linear.default, aten.addmm.default)

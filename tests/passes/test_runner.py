@@ -16,7 +16,7 @@ from tpcompile.passes.canonicalise import Canonicalise
 from tpcompile.passes.pipeline import run_passes
 from tpcompile.passes.verify_graph import verify_graph
 from tpcompile.pipeline import after_planning
-from tpcompile.work import Pass, Work
+from tpcompile.planner.work import Pass, Work
 
 PROGRAM = programs.captured(toys.Mlp(), torch.randn(3, 7, 12))
 

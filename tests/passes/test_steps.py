@@ -21,8 +21,8 @@ from tpcompile.ir.placements import P, Partial, Placement, R, Shard, split_evenl
 from tpcompile.lowering import simulate
 from tpcompile.passes.choose_collectives import ChooseCollectives
 from tpcompile.passes.pipeline import run_passes
+from tpcompile.planner.work import Work
 from tpcompile.rules.assignment import Assignment
-from tpcompile.work import Work
 
 ATOMS = (5, 3, 4)  # a value of shape [5, 12], its second dimension (3 4)
 PLACES = {Shard(0): 0, Shard(1, 0): 1, Shard(1, 1): 2}

@@ -16,7 +16,7 @@ from tests.whole.test_families_simulated import followed
 from tpcompile.errors import TpCompileError
 from tpcompile.passes.verify_placements import verify_placements
 from tpcompile.pipeline import canonical, rewrite
-from tpcompile.work import Work
+from tpcompile.planner.work import Work
 
 X12, X20 = (3, 4, 12), (3, 4, 20)
 TOYS: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], int, bool]] = {

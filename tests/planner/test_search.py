@@ -31,7 +31,7 @@ from tpcompile.planner.search import axis_problem
 from tpcompile.planner.search.cost import PRESETS
 from tpcompile.planner.search.eliminate import Problem, solve
 from tpcompile.planner.search.facts import Facts
-from tpcompile.work import Work
+from tpcompile.planner.work import Work
 
 Solution = tuple[dict[Hashable, int], float]
 MOST = 200_000

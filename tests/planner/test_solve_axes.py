@@ -21,8 +21,8 @@ from tpcompile.planner.search.axis_problem import solve_axis
 from tpcompile.planner.search.cost import PRESETS, CostModel
 from tpcompile.planner.search.facts import Facts
 from tpcompile.planner.search.solve_axes import solve_axes
+from tpcompile.planner.work import Work
 from tpcompile.rules.assignment import Assignment
-from tpcompile.work import Work
 
 AXES = [(2, 2), (2, 3), (3, 2), (4, 2)]
 

@@ -22,12 +22,12 @@ from tpcompile.ir.calls import bind_call
 from tpcompile.ir.layout.segment import Segment
 from tpcompile.lowering.simulate import lower_all
 from tpcompile.lowering.state import SOURCE
+from tpcompile.planner.work import Pass, Work
 from tpcompile.rules import table
 from tpcompile.runtime.read_request import read_options
 from tpcompile.runtime.verify.one_process import Request, _tokens, examine
 from tpcompile.runtime.verify.report import Report
 from tpcompile.runtime.verify.trial import SimulatedCompiler, Trial
-from tpcompile.work import Pass, Work
 
 X = (2, 4, 12)
 

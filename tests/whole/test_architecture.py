@@ -21,7 +21,6 @@ LAYERS = (
     ("capture",),
     ("strategies",),
     ("weights",),
-    ("work",),
     ("planner",),
     ("passes", "lowering"),
     ("pipeline",),

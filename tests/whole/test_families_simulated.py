@@ -34,9 +34,9 @@ from tpcompile.planner.make_plan import fallbacks_of
 from tpcompile.planner.pins import make_pins
 from tpcompile.planner.plan_layout import layout_of, pins_from_layout
 from tpcompile.planner.search.cost import preset
+from tpcompile.planner.work import Work
 from tpcompile.strategies.hf_plan import hf_plan
 from tpcompile.strategies.read_rules import Rules, read_rules
-from tpcompile.work import Work
 
 CAPTURED = (2, 16)
 OTHER = (3, 19)

@@ -37,7 +37,7 @@ from tpcompile.lowering.simulate import SimulatedGroups
 from tpcompile.lowering.state import SOURCE
 from tpcompile.pipeline import canonical, rewrite
 from tpcompile.planner.search.cost import CostModel
-from tpcompile.work import Work
+from tpcompile.planner.work import Work
 
 transformers = pytest.importorskip("transformers")
 

@@ -24,7 +24,7 @@ from tpcompile.ir.placements import Filled, parse_placement
 from tpcompile.lowering import simulate
 from tpcompile.pipeline import canonical, plan_program, rewrite
 from tpcompile.planner.search.cost import preset
-from tpcompile.work import Work
+from tpcompile.planner.work import Work
 
 F64 = torch.float64
 TIMEOUT = 420

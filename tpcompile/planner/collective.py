@@ -13,7 +13,8 @@ from tpcompile.ir.nodes import arguments, module_path, tensor_of
 from tpcompile.ir.placements import Filled
 from tpcompile.ir.sizes import bytes_of
 from tpcompile.planner.search.cost import CostModel
-from tpcompile.work import Work
+
+from .work import Work
 
 
 @dataclass(frozen=True)

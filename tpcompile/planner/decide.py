@@ -15,7 +15,8 @@ from tpcompile.planner.search.must_divide import worth_dividing
 from tpcompile.planner.search.solve_axes import solve_axes
 from tpcompile.planner.search.sub_axes import sub_axes, unit_counts
 from tpcompile.rules.declared import check_declared, declared_units, fits
-from tpcompile.work import Work
+
+from .work import Work
 
 # The placements allowed for parameters of a program, on one of its sub-axes.
 Pins = Callable[[Work, int], Mapping[Node, frozenset[Placement]]]

@@ -11,7 +11,8 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.placements import parse_placement
 from tpcompile.rules.assignment import Assignment
 from tpcompile.rules.choices import choices
-from tpcompile.work import Work
+
+from .work import Work
 
 
 def decisions_to_data(work: Work) -> list[dict[str, Any]]:

@@ -15,9 +15,9 @@ from tpcompile.planner.search.cost import CostModel
 from tpcompile.planner.search.facts import Facts
 from tpcompile.rules.factors import Factors
 from tpcompile.rules.rule import Rule
-from tpcompile.work import Work
 
 from .decide import Pins
+from .work import Work
 
 
 def explain_module(work: Work, cost: CostModel, pins: Pins, name: str) -> str:

@@ -19,7 +19,8 @@ from tpcompile.ir.nodes import module_path, operands, producer
 from tpcompile.ir.placements import Partial, Placement, Shard
 from tpcompile.planner.search.must_divide import weight_root
 from tpcompile.rules.rule import Rule
-from tpcompile.work import Work
+
+from .work import Work
 
 LOST = "lost"
 """The style of what has none."""

@@ -15,12 +15,12 @@ from tpcompile.ir.sizes import bytes_of
 from tpcompile.planner.search.cost import CostModel
 from tpcompile.planner.search.must_divide import GATHERED, GATHERS, matrix, weight_root
 from tpcompile.rules.rule import Rule
-from tpcompile.work import Work
 
 from .collective import collectives_of, sequence_seconds
 from .decide import Pins
 from .decisions import decisions_to_data
 from .plan import Plan
+from .work import Work
 
 _KINDS = {
     "buffer": "a buffer",

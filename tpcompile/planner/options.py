@@ -12,11 +12,11 @@ import torch
 from tpcompile.ranks.describe import describe_code, describe_value
 from tpcompile.rules.table import user_rows
 from tpcompile.strategies.read_rules import Rules
-from tpcompile.work import Pass
 
 from .disk_cache import own_sources
 from .plan import Plan
 from .search.cost import CostModel
+from .work import Pass
 
 
 @dataclass(frozen=True)

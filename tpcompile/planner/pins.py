@@ -13,9 +13,9 @@ from tpcompile.planner.search.must_divide import worth_dividing
 from tpcompile.rules.factors import Factors
 from tpcompile.rules.rule import Rule
 from tpcompile.strategies.read_rules import Wish
-from tpcompile.work import Work
 
 from .decide import Pins
+from .work import Work
 
 Wishes = Mapping[str, tuple[Wish, ...]]
 """Per parameter what is asked of it, once per name that it is tied to."""

@@ -17,12 +17,12 @@ from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.proof import Proof
 from tpcompile.ir.units import time_text
 from tpcompile.planner.search.cost import CostModel
-from tpcompile.work import Work
 
 from .collective import Collective
 from .decide import Pins
 from .explain import explain_module
 from .print_plan import collective_lines, layout_lines
+from .work import Work
 
 VERSION = 2
 

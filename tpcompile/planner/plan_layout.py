@@ -14,9 +14,9 @@ from tpcompile.ir.layout.segment import Segment
 from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout, whole_layout
 from tpcompile.ir.placements import Placement, R, Shard
 from tpcompile.rules.factors import Factors
-from tpcompile.work import Source, Work
 
 from .decide import Pins
+from .work import Source, Work
 
 
 def layout_of(work: Work, tensors: Mapping[str, Tensor]) -> WeightLayout:

@@ -22,9 +22,9 @@ from tpcompile.ir.torch_internals import OpOverload
 from tpcompile.planner.search.cost import CostModel
 from tpcompile.planner.search.quantities import symbol_hints
 from tpcompile.rules.table import user_rows
-from tpcompile.work import Work
 
 from .disk_cache import cache_folder, entry_name, own_sources, read_entry, write_entry
+from .work import Work
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import tensors_by_name
 from tpcompile.lowering.local_shapes import LocalShapes
 from tpcompile.lowering.state import SOURCE
-from tpcompile.work import Source, Work
+from tpcompile.planner.work import Source, Work
 
 from .fetch_inputs import Feed
 from .program import Program, autocast_of

@@ -18,10 +18,10 @@ from tpcompile.ir.check import Must
 from tpcompile.planner.options import Options
 from tpcompile.planner.plan import Plan
 from tpcompile.planner.search.cost import CostModel, preset
+from tpcompile.planner.work import Pass
 from tpcompile.strategies.custom.custom_strategy import split_plan
 from tpcompile.strategies.hf_plan import hf_plan
 from tpcompile.strategies.read_rules import Pin, Rules, read_rules
-from tpcompile.work import Pass
 
 from .check_model import check_model
 

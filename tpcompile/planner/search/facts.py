@@ -8,8 +8,8 @@ import torch
 from torch.fx import Graph, Node
 
 from tpcompile.ir.nodes import operands, results
+from tpcompile.planner.work import Work
 from tpcompile.rules.factors import Factors
-from tpcompile.work import Work
 
 from .cost import CostModel
 from .must_divide import SMALL, held_elsewhere, matrix, shares, weight_root, worth_dividing

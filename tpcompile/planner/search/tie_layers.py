@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from tpcompile.capture.repeats.match_periods import Match, match_periods
 from tpcompile.errors import TpCompileError
-from tpcompile.work import Work
+from tpcompile.planner.work import Work
 
 
 @dataclass

@@ -16,7 +16,7 @@ from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import every_name
 from tpcompile.lowering.state import SOURCE
 from tpcompile.planner.plan_layout import layout_of
-from tpcompile.work import Source, Work
+from tpcompile.planner.work import Source, Work
 
 
 def undivided(work: Work, model: nn.Module) -> WeightLayout:

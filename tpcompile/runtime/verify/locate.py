@@ -16,8 +16,8 @@ from tpcompile.ir.nodes import is_tensor, module_path, operands, source_line
 from tpcompile.ir.placements import Filled, P, Partial, Placement, R
 from tpcompile.ir.print_graph import node_text
 from tpcompile.lowering.state import STANDS_FOR
+from tpcompile.planner.work import Work
 from tpcompile.rules.rule import Rule
-from tpcompile.work import Work
 
 from .assemble import RanksDiffer, Unknown, put_together, sizes_at
 from .compare import difference, largest

@@ -25,11 +25,11 @@ from tpcompile.ir.torch_internals import FakeTensorMode
 from tpcompile.lowering.simulate import run
 from tpcompile.passes.annotate_placements import AnnotatePlacements
 from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
+from tpcompile.planner.work import Work
 from tpcompile.rules.assignment import Assignment
 from tpcompile.rules.choices import Choice, choices
 from tpcompile.rules.factors import Factors
 from tpcompile.rules.rule import Rule
-from tpcompile.work import Work
 
 from .assemble import lay_out, put_together
 

@@ -27,9 +27,9 @@ from tpcompile.lowering.lower_randomness import UNIFORM
 from tpcompile.lowering.simulate import Watch, lower_all, run, sent
 from tpcompile.lowering.state import SOURCE, STANDS_FOR
 from tpcompile.planner.options import Options
+from tpcompile.planner.work import Work
 from tpcompile.ranks.compare_sent import refuse_unlike
 from tpcompile.runtime.make_program import hand_out
-from tpcompile.work import Work
 
 from .assemble import RanksDiffer, Unknown, put_together, sizes_at
 from .compare import difference, limit_of

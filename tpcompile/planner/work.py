@@ -10,20 +10,20 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, Node
 
-from .capture.export.captured import Captured
-from .capture.export.specs import InputSpec
-from .capture.held_caches import Held
-from .capture.repeats.blocks import RepeatedBlocks, block_of
-from .ir.layout.segment import Segment, whole_segment
-from .ir.layout.weight_layout import WeightLayout
-from .ir.names import starred
-from .ir.nodes import module_path
-from .ir.placements import Partial, Placement, R
-from .ir.proof import Proof
-from .rules.assignment import Assignment
-from .rules.factors import Factors, Known
-from .rules.table import rule_of
-from .strategies.custom.custom_modules import CustomModules
+from tpcompile.capture.export.captured import Captured
+from tpcompile.capture.export.specs import InputSpec
+from tpcompile.capture.held_caches import Held
+from tpcompile.capture.repeats.blocks import RepeatedBlocks, block_of
+from tpcompile.ir.layout.segment import Segment, whole_segment
+from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.ir.names import starred
+from tpcompile.ir.nodes import module_path
+from tpcompile.ir.placements import Partial, Placement, R
+from tpcompile.ir.proof import Proof
+from tpcompile.rules.assignment import Assignment
+from tpcompile.rules.factors import Factors, Known
+from tpcompile.rules.table import rule_of
+from tpcompile.strategies.custom.custom_modules import CustomModules
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Work:
 
     def text(self) -> str:
         """The graph, a line per node: name, operator, operands, shape."""
-        from .ir.print_graph import graph_text
+        from tpcompile.ir.print_graph import graph_text
 
         return graph_text(self.graph)
 
