@@ -147,3 +147,11 @@ def test_other_tests_use_a_folder_of_this_run() -> None:
     folder = disk_cache.cache_folder()
     assert folder is not None and folder.name.startswith("tpcompile-plans-")
     assert run_spmd(disk_cache.cache_folder, 2) == [folder, folder]
+
+
+def test_what_is_kept_goes_with_every_module_of_the_compiler() -> None:
+    """A plan, and the version of the rules, would otherwise outlive what they follow from."""
+    root = Path(__file__).parents[2]
+    folders = map(root.joinpath, ("tpcompile", "passes", "lowering"))
+    every = {path.resolve() for folder in folders for path in folder.rglob("*.py")}
+    assert {path.resolve() for path in disk_cache.own_files()} == every

@@ -57,12 +57,17 @@ def entry_name(kind: str, *facts: object) -> str:
 @functools.cache
 def own_sources() -> str:
     """The hash of all of tpcompile's files: hardly one has no say in a plan."""
-    here = Path(__file__).parent
-    beside = [here.parent / name for name in ("passes", "lowering") if not (here / name).is_dir()]
     digest = hashlib.sha256()
-    for path in sorted(path for folder in (here, *beside) for path in folder.rglob("*.py")):
+    for path in own_files():
         digest.update(f"{path}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def own_files() -> list[Path]:
+    """All of tpcompile's modules; a checkout has some of its packages beside it."""
+    here = Path(__file__).parents[1]
+    beside = [here.parent / name for name in ("passes", "lowering") if not (here / name).is_dir()]
+    return sorted(path for folder in (here, *beside) for path in folder.rglob("*.py"))
 
 
 def read_entry(name: str) -> bytes | None:
