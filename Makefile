@@ -23,7 +23,7 @@ export TOKENIZERS_PARALLELISM := false
 # Every process compiles all of python's files anew otherwise, where this is set.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -40,6 +40,10 @@ types: $(READY)
 # Neighbouring tests are of one model, of which a worker keeps the capture: worksteal leaves them together.
 unit: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# A site of docs/, in build/site. The variable: mkdocs-material speaks of its successor at every build.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # torch comes first and at the version of constraints.txt, so that a CPU build that pip is told of (find-links, TORCH_INDEX)
 # is taken, and nothing after it asks for another one. The demo's model wants sentence-transformers, of which

@@ -19,6 +19,7 @@ from .planner.plan import Plan
 from .planner.search.calibrate import calibrate
 from .planner.search.cost import CostModel
 from .planner.to_hf_plan import to_hf_plan
+from .planner.work import Pass, Work
 from .rules.table import register_rule
 from .runtime.verify.check_rule import RuleReport, check_rule
 from .runtime.verify.one_process import verify
@@ -33,6 +34,7 @@ __all__ = [
     "CostModel",
     "ParallelInterface",
     "Partial",
+    "Pass",
     "Plan",
     "PlanReport",
     "Replicate",
@@ -42,6 +44,7 @@ __all__ = [
     "Strategy",
     "TensorParallelLayer",
     "TpCompileError",
+    "Work",
     "calibrate",
     "check_rule",
     "checkpoint",

@@ -79,7 +79,7 @@ def parallelize(
         compile: run every program under ``torch.compile``; a dict holds its options.
         cost_model: a ``CostModel`` or the name of a preset; by default the preset for the device.
         memory: bytes of weights that a rank may hold.
-        passes: passes to run after the compiler's own.
+        passes: passes of your own (``Pass``), to run after the compiler's: behind the planner, or before it.
         compose: run a module that cannot be captured as the python that it is, over its submodules, which
             are captured one by one, down to single layers. Every such module is warned about. None: if
             the model is one of transformers, and its python depends on tensor values.

@@ -261,9 +261,8 @@ class Compiler:
         if uneven is not None:
             captured = unroll_captured(captured)
             captured.notes += (f"repeated layers are planned one by one: {uneven}",)
-        base = replace(
-            canonical(captured, self.ranks), custom=self._custom_modules(model), caches=caches or {}
-        )
+        custom, passes = self._custom_modules(model), self.options.passes
+        base = canonical(captured, self.ranks, passes, custom=custom, caches=caches or {})
         refuse_randomness(base.graph)
         return base
 

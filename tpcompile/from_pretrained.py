@@ -80,7 +80,7 @@ def from_pretrained(
         compile: run every program under ``torch.compile``; a dict holds its options.
         cost_model: a ``CostModel`` or the name of a preset.
         memory: bytes of weights that a rank may hold.
-        passes: passes to run after the compiler's own.
+        passes: passes of your own (``Pass``), to run after the compiler's: behind the planner, or before it.
         compose: run what cannot be captured as python over its submodules.
         compare_calls: compare the arguments of every call over the ranks before it runs.
         sequence_parallel: divide the sequence between the blocks.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
+from torch.fx import Node
 
 from .capture.export.captured import Captured
 from .errors import TpCompileError
 from .ir.layout.weight_layout import WeightLayout
+from .ir.markers import origin
+from .ir.nodes import module_path
 from .ir.units import size_text
 from .passes.annotate_placements import AnnotatePlacements
 from .passes.canonicalise import Canonicalise
@@ -61,11 +65,18 @@ def after_planning(
     return [*passes, *([CoalesceCollectives(cost)] if coalesce else []), MergeMatmuls(cost)]
 
 
-def canonical(captured: Captured, ranks: int) -> Work:
-    """A captured program in the one form that everything after it expects."""
+def canonical(captured: Captured, ranks: int, extra: Sequence[Pass] = (), **known: Any) -> Work:
+    """A captured program in the one form that everything after it expects.
+
+    Args:
+        captured: the program.
+        ranks: how many ranks it is for.
+        extra: the user's passes, of which those run that want to before planning.
+        known: other fields of the work.
+    """
     # A copy, so that names of new nodes follow from the graph, not from how it came here: ranks compare them.
-    work = Work(captured, ranks).copy()
-    run_passes(work, before_planning())
+    work = Work(captured, ranks, **known).copy()
+    run_passes(work, [*before_planning(), *(one for one in extra if one.before_planning)])
     return work
 
 
@@ -115,17 +126,35 @@ def rewrite(
     Args:
         work: the planned program.
         training: gradients are recorded.
-        extra: the user's passes.
+        extra: the user's passes, of which those run that don't before planning.
         cost: the cost model.
         coalesce: small all-reduces travel together.
         sequence: whether the sequence is divided between the blocks, or at which modules.
 
     Raises:
-        TpCompileError: what a pass made cannot be proved.
+        TpCompileError: what a pass made cannot be proved, or a pass of the user's made calls that the planner
+            has not seen.
     """
-    for passes in ([*after_planning(training, cost, coalesce, sequence)], *([one] for one in extra)):
+    known = set(work.graph.nodes)
+    last = [[one] for one in extra if not one.before_planning]
+    for passes in ([*after_planning(training, cost, coalesce, sequence)], *last):
         run_passes(work, passes)
+        if passes in last:
+            _refuse_unplanned(work, known, passes[0])
         work.proof = verify_placements(work, training=training, after=passes[-1].name)
+        known = set(work.graph.nodes)
+
+
+def _refuse_unplanned(work: Work, known: set[Node], made_by: Pass) -> None:
+    """Whatever computes was planned; behind the plan only changes of placement are new."""
+    for node in work.graph.nodes:
+        new = node.op == "call_function" and node not in known and origin(node) is node
+        if new and isinstance(node.meta["val"], Tensor | tuple | list):  # not a size
+            raise TpCompileError(
+                f"the pass {made_by.name} adds a call of {node.target}, which the planner has not seen",
+                where=f"{node.name} in {module_path(node) or 'the model'}",
+                todo="set before_planning = True in the pass: then the planner plans what it makes",
+            )
 
 
 def find_decisions(

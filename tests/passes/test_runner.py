@@ -12,10 +12,12 @@ from torch.fx import Node
 
 from tests.helpers import programs, toys
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.graph_edit import call_behind
 from tpcompile.passes.canonicalise import Canonicalise
 from tpcompile.passes.pipeline import run_passes
 from tpcompile.passes.verify_graph import verify_graph
-from tpcompile.pipeline import after_planning
+from tpcompile.pipeline import after_planning, canonical, plan_program, rewrite
+from tpcompile.planner.search.cost import PRESETS
 from tpcompile.planner.work import Pass, Work
 
 PROGRAM = programs.captured(toys.Mlp(), torch.randn(3, 7, 12))
@@ -141,3 +143,45 @@ def test_options_are_fields() -> None:
     assert [p.name for p in after_planning(training=False)] == [p.name for p in after_planning(training=True)]
     with pytest.raises(AttributeError):
         Canonicalise().name = "other"  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class AddNegations(Pass):
+    """Two calls behind the first matmul that change nothing together."""
+
+    name = "add-negations"
+
+    def apply(self, work: Work) -> bool:
+        first = next(n for n in _calls(work) if n.target is torch.ops.aten.linear.default)
+        users = list(first.users)
+        placement = first.meta.get("placement")
+        once = call_behind(first, torch.ops.aten.neg.default, first, placement=placement)
+        twice = call_behind(once, torch.ops.aten.neg.default, once, placement=placement)
+        for user in users:
+            user.replace_input_with(first, twice)
+        return True
+
+
+class AddNegationsBeforePlanning(AddNegations):
+    """The same, where the planner still sees it."""
+
+    before_planning = True
+
+
+def test_a_pass_of_the_users_that_makes_calls_runs_before_planning() -> None:
+    """And is planned: what it makes is divided as its operand is."""
+    work = programs.captured(toys.Mlp(), torch.randn(3, 7, 12))
+    passes = [AddNegationsBeforePlanning()]
+    planned = plan_program(canonical(work.captured, 2, passes), PRESETS["cpu"], lambda *_: {})
+    rewrite(planned, training=False, extra=passes)
+    made = [n.meta["placement"] for n in _calls(planned) if n.target is torch.ops.aten.neg.default]
+    assert [str(p) for (p,) in made] == ["S(2)", "S(2)"]
+
+
+def test_a_pass_behind_the_planner_makes_no_calls() -> None:
+    """Nobody would know how they are divided: it was a KeyError while lowering."""
+    work = programs.captured(toys.Mlp(), torch.randn(3, 7, 12))
+    passes = [AddNegations()]
+    planned = plan_program(canonical(work.captured, 2, passes), PRESETS["cpu"], lambda *_: {})
+    with pytest.raises(TpCompileError, match=r"add-negations adds a call of aten\.neg\.default"):
+        rewrite(planned, training=False, extra=passes)

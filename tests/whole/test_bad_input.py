@@ -209,7 +209,16 @@ def test_what_an_argument_cannot_be(name: str, value: Any) -> None:
 
 
 # What users are given, and need not make.
-GIVEN = {"ParallelInterface", "Plan", "PlanReport", "Report", "RuleReport", "TensorParallelLayer"}
+GIVEN = {
+    "ParallelInterface",
+    "Pass",
+    "Plan",
+    "PlanReport",
+    "Report",
+    "RuleReport",
+    "TensorParallelLayer",
+    "Work",
+}
 FUNCTIONS = [name for name in tpcompile.__all__ if name not in {*GIVEN, "TpCompileError", "checkpoint"}]
 
 

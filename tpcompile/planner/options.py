@@ -28,7 +28,7 @@ class Options:
         rules: what the user's plan asks of single parameters.
         dynamic: which dimensions of the inputs may change (see ``capture``).
         memory: bytes of weights that a rank may hold, or None.
-        passes: passes that run after ours.
+        passes: the user's, which run after ours, before planning or behind it.
         plan: a plan to follow instead of making one.
         custom: custom strategies by glob of a module.
         compose: whether what cannot be captured runs as python over its parts; None: only if that is the

@@ -213,9 +213,15 @@ class Pass(ABC):
 
     The file, the class and ``name`` are the same words: ``split_packed_matmul.py``,
     ``SplitPackedMatmul``, ``split-packed-matmul``.
+
+    Attributes:
+        name: how the pass is called in errors and logs.
+        before_planning: for a pass of the user's: it runs before the planner, which then plans what it makes,
+            and not behind it, where it may change placements only.
     """
 
     name: ClassVar[str]
+    before_planning: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, work: Work) -> bool:
