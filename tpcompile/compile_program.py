@@ -28,7 +28,7 @@ from .ir.uncollected import uncollected
 from .lowering.cannot_lower import CannotLower
 from .lowering.collective_lines import sent_by
 from .lowering.lower_graph import lower_program
-from .pipeline import canonical, find_decisions, follow, rewrite
+from .pipeline import canonical, find_decisions, follow, known_layout, rewrite
 from .planner.compare_plans import outcome_of, worse
 from .planner.make_plan import make_plan
 from .planner.must_unroll import uneven_layers
@@ -173,10 +173,10 @@ class Compiler:
         training: bool,
     ) -> Compiled | dict[Alike, str]:
         """A plan, carried out; or the calls that lowering cannot divide as planned, on any rank, and why."""
-        began = time.perf_counter()
-        data = from_first(
-            self.group, lambda: find_decisions(base, self.options, self._wishes, fingerprint, tensors, layout)
-        )
+        began, options = time.perf_counter(), self.options
+        layout = known_layout(base, options, fingerprint, tensors, layout)
+        wanted = (base, options, self._wishes, fingerprint, tensors, layout)
+        data = from_first(self.group, lambda: find_decisions(*wanted))
         compare(self.group, "plans", [repr(data), f"sequence_parallel: {sequence_text(self.sequence)}"])
         seconds = time.perf_counter() - began
         planned = together(self.group, "follow the plan", lambda: follow(base, data, layout))
@@ -185,8 +185,8 @@ class Compiler:
         def finish() -> Compiled | CannotLower:
             placed = layout_of(planned, tensors) if layout is None else extended(layout, planned, tensors)
             rewritten = follow(base, data, layout)
-            passes, cost = self.options.passes, self.options.cost
-            rewrite(rewritten, training, passes, cost, sequence=self.sequence)
+            cost = options.cost
+            rewrite(rewritten, training, options.passes, cost, sequence=self.sequence)
             pins = make_pins(self._wishes) if layout is None else pins_from_layout(layout)
             plan = make_plan(planned, rewritten, placed, cost, fingerprint, pins, self.sequence)
             plan.timings["plan"] = seconds

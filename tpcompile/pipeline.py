@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +35,8 @@ from .planner.decide import Pins, decide, plan_on_axes, split_what_pays
 from .planner.decisions import decisions_from_data, decisions_to_data
 from .planner.options import Options
 from .planner.pins import Wishes, make_pins
-from .planner.plan_layout import layout_of, pins_from_layout
+from .planner.plan import Plan
+from .planner.plan_layout import check_layout, completed, layout_of, pins_from_layout
 from .planner.search.cost import PRESETS, CostModel
 from .planner.store_plan import Decisions, plan_cached
 from .planner.work import Pass, Work
@@ -185,10 +187,8 @@ def find_decisions(
             where="plan",
             todo="plan again",
         )
-    if given is not None and given.fingerprint == fingerprint and not base.refused:
+    if given is not None and _says_all(given, base, fingerprint):
         return list(given.layout.split_groups), given.decisions
-    if given is not None:
-        layout = given.layout
 
     def plan() -> Decisions:
         if layout is not None:
@@ -199,6 +199,37 @@ def find_decisions(
 
     asked = {"cost": options.cost, "pins": wishes, "memory": options.memory, "layout": layout}
     return plan_cached(plan, base, asked)
+
+
+def known_layout(
+    base: Work,
+    options: Options,
+    fingerprint: str,
+    tensors: Mapping[str, Tensor],
+    layout: WeightLayout | None,
+) -> WeightLayout | None:
+    """Where the weights lie, as programs before and the plan that was given say; None: nobody does.
+
+    Args:
+        base: the canonical program.
+        options: what the user asked for.
+        fingerprint: the captured graph's.
+        tensors: the model's whole parameters and buffers; their values do not matter.
+        layout: what programs before have decided.
+    """
+    given = options.plan
+    if given is None or given.ranks != base.ranks:
+        return layout
+    if layout is None and _says_all(given, base, fingerprint):
+        return None
+    theirs = {name: replace(p, dtype=tensors[name].dtype) for name, p in given.layout.params.items()}
+    whole = replace(given.layout, params=theirs)
+    return whole if layout is None else completed(layout, whole)
+
+
+def _says_all(plan: Plan, base: Work, fingerprint: str) -> bool:
+    """Whether a plan was made for this very program, and can be carried out."""
+    return plan.fingerprint == fingerprint and not base.refused
 
 
 def _within_memory(
@@ -224,4 +255,6 @@ def follow(base: Work, data: Decisions, layout: WeightLayout | None = None) -> W
     groups, decisions = data
     copy = split_copy(base, frozenset(groups), layout)
     decisions_from_data(copy, decisions)
+    if layout is not None:
+        check_layout(copy, layout)
     return copy

@@ -61,6 +61,40 @@ def extended(layout: WeightLayout, work: Work, tensors: Mapping[str, Tensor]) ->
     return replace(layout, params=params, split_groups=later.split_groups, undecided=undecided)
 
 
+def completed(layout: WeightLayout, given: WeightLayout) -> WeightLayout:
+    """A layout with the parameters that it leaves open, and that a plan decides, as the plan has them."""
+    decided = set(layout.undecided) - set(given.undecided)
+    params = {name: given.params[name] if name in decided else p for name, p in layout.params.items()}
+    undecided = tuple(name for name in layout.undecided if name not in decided)
+    groups = tuple(sorted({*layout.split_groups, *given.split_groups}))
+    return replace(layout, params=params, split_groups=groups, undecided=undecided)
+
+
+def check_layout(work: Work, layout: WeightLayout) -> None:
+    """Refuses decisions for weights that lie otherwise: the program would take a rank's part for another.
+
+    Args:
+        work: a planned program.
+        layout: where the weights are.
+
+    Raises:
+        TpCompileError: with the first such weight.
+    """
+    assert work.planned_factors is not None, "the program must be planned"
+    for node, source in work.sources.items():
+        open_ = source.spec.name in layout.undecided or source.spec.name in work.custom.parts
+        if source.segment is None or open_ or not node.users:
+            continue
+        for axis, decision in enumerate(work.decisions):
+            held = _placement(work.planned_factors, node, work.held_as(source), axis)
+            if decision.params[node] != held:
+                raise TpCompileError(
+                    f"the plan of this call has the weight as {decision.params[node]}, it is held as {held}",
+                    where=source.spec.name,
+                    todo="make the plan again for this model; if none was given, report this",
+                )
+
+
 def _placed(work: Work, node: Node, segment: Segment) -> Segment:
     assert work.planned_factors is not None, "the program must be planned"
     atoms = tuple(tuple(int(s) for s in dim) or (1,) for dim in work.planned_factors.atom_sizes(node))
