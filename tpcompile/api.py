@@ -37,6 +37,7 @@ from .runtime.read_request import (
     read_options,
 )
 from .runtime.runtime import Runtime
+from .runtime.training.tell_trainer import tell_trainer
 from .weights.shard import sharded_class
 
 
@@ -111,6 +112,7 @@ def parallelize(
     model.__class__ = sharded_class(original, ShardedGeneration if generates else ShardedModule)
     guard_submodules(model)
     runtime.rebind()  # the modules' tables are others now
+    tell_trainer()
     if failed is not None and example is not None:
         compose_call(runtime, model, "", tuple(example), failed)
         # Perhaps a call without pictures: more of the model is planned at once.

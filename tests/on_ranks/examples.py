@@ -14,11 +14,11 @@ from unittest import mock
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-def main_of(name: str) -> str:
+def main_of(name: str, *args: Any) -> str:
     """Runs an example; what it prints. The environment, in which some set their rank, is as before."""
     out = io.StringIO()
     with mock.patch.dict(os.environ), contextlib.redirect_stdout(out):
-        _example(name).main()
+        _example(name).main(*args)
     return out.getvalue()
 
 
@@ -27,6 +27,13 @@ def strict_demo() -> None:
     demo = _example("demo")
     with mock.patch.object(demo, "LIMIT", 1e-12):
         demo.rank_sentences()
+
+
+def trained_alone(folder: str, steps: int) -> list[float]:
+    """The losses of the example of Trainer, of a model that is not sharded."""
+    example = _example("train_with_trainer")
+    found: list[float] = example.losses(example.train(folder, steps, shard=False))
+    return found
 
 
 def _example(name: str) -> Any:

@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 PRIVATE_ATTRIBUTES = {
+    "accelerate.state:PartialState": ("_shared_state",),
     "transformers:GenerationMixin": ("_sample",),
     "transformers:PreTrainedConfig": ("_attn_implementation", "_experts_implementation_internal"),
     "transformers:PreTrainedModel": (
@@ -40,6 +41,13 @@ PRIVATE_ATTRIBUTES = {
         "_get_dtype_plan",
         "_keys_to_ignore_on_save",
         "_tp_plan",
+    ),
+    "transformers:Trainer": (
+        "_load_optimizer_and_scheduler",
+        "_prepare_for_training",
+        "_save",
+        "_save_optimizer_and_scheduler",
+        "_save_rng_state",
     ),
     "transformers.generation:PrefixConstrainedLogitsProcessor": ("_prefix_allowed_tokens_fn",),
     "transformers.initialization": ("_is_hf_initialized",),

@@ -9,7 +9,7 @@ import functools
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import foreach_utils, fully_shard
 
 from .clipping import tell_clipping
-from .load_state import own_parts
+from .optimizer_state import parts_of_state
 from .optimizer_updates import tell_optimizers
 from .sharded_parameter import ShardedParameter, local_tensor
 from .tensor_layout import UnsayableSpec
@@ -133,18 +133,13 @@ def _construct_zero(construct: Callable[[], None], call: dict[str, Any]) -> None
 
 
 def _loads_parts(original: Callable[..., None]) -> Callable[..., None]:
-    """``load_state_dict`` of optimizers, which takes what ``torch.save`` has written of their states."""
+    """``load_state_dict`` of optimizers: it takes whole states, and what ``torch.save`` wrote of parts."""
 
     @functools.wraps(original)
     def load(self: Any, state_dict: Any) -> None:
         saved = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         params = dict(zip(saved, (p for g in self.param_groups for p in g["params"]), strict=False))
-        state = {
-            at: {**values, **own_parts(dict.fromkeys(values, params.get(at)), values)}
-            if isinstance(values, Mapping)
-            else values
-            for at, values in state_dict["state"].items()
-        }
+        state = parts_of_state(state_dict["state"], params)
         original(self, {**state_dict, "state": state})
 
     return load

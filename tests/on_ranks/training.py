@@ -1,0 +1,251 @@
+"""What ranks do in ``test_trainer``: transformers' ``Trainer``, of sharded models beside unsharded ones."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.data import Dataset, IterableDataset
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutput
+
+import tpcompile
+from tpcompile.weights.sharded_parameter import ShardedParameter
+
+
+class ToyConfig(PreTrainedConfig):
+    """Four ranks divide neither size evenly."""
+
+    model_type = "toy_of_trainer"
+    hidden_size = 22
+    intermediate_size = 42
+    vocab_size = 61
+
+
+class ToyForCausalLM(PreTrainedModel):
+    """A language model that is captured in no time, with the loss of transformers."""
+
+    config_class = ToyConfig
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> CausalLMOutput:
+        words = self.words(input_ids)
+        logits = self.head(words + self.down(self.up(words.cumsum(1)).relu()))
+        loss = (
+            None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        )
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+class Stream(IterableDataset[dict[str, Tensor]]):
+    """The same without a length."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        lines = Lines(9)
+        return (lines[at] for at in range(len(lines)))
+
+
+class Lines(Dataset[dict[str, Tensor]]):
+    """Lines of random tokens; some positions of the labels do not count."""
+
+    def __init__(self, count: int, length: int = 12, shift: int = 0) -> None:
+        generator = torch.Generator().manual_seed(3 + shift)
+        self.lines = torch.randint(60, (count, length), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, at: int) -> dict[str, Tensor]:
+        line = self.lines[at]
+        labels = line.clone()
+        labels[: at % 5] = -100
+        return {"input_ids": line, "labels": labels}
+
+
+def toy(seed: int = 0) -> Any:
+    """A tiny model with random weights."""
+    torch.manual_seed(seed)
+    return ToyForCausalLM(ToyConfig())
+
+
+def sharded_toy(seed: int = 0) -> Any:
+    """The same, sharded."""
+    return tpcompile.parallelize(toy(seed))
+
+
+def trainer_of(model: Any, folder: str, data: Any = None, model_init: Any = None, **args: Any) -> Trainer:
+    """A trainer of four steps."""
+    usual = {
+        "output_dir": folder,
+        "max_steps": 4,
+        "per_device_train_batch_size": 3,
+        "per_device_eval_batch_size": 3,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.5,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**usual | args),
+        train_dataset=data or Lines(9),
+        eval_dataset=Lines(8),
+        model_init=model_init,
+    )
+
+
+def history(trainer: Trainer, *names: str) -> list[list[float]]:
+    """What a trainer has logged."""
+    return [[entry[name] for name in names] for entry in trainer.state.log_history if names[0] in entry]
+
+
+def same_curve(folder: str, args: dict[str, Any], limit: float) -> None:
+    """Losses, norms, evaluation and weights are those of an unsharded trainer."""
+    own = str(Path(folder) / f"unsharded{dist.get_rank()}")
+    alone = trainer_of(toy(), own, **args)
+    alone.train()
+    sharded = trainer_of(sharded_toy(), folder, **args)
+    sharded.train()
+    close = dict(rtol=0, atol=limit)
+    for names in (("loss", "grad_norm", "learning_rate"), ("eval_loss",)):
+        expected, found = history(alone, *names), history(sharded, *names)
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), **close)
+    weights = sharded.model.full_state_dict()
+    for name, weight in alone.model.state_dict().items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=2 * limit)
+
+
+@contextlib.contextmanager
+def as_torchrun() -> Iterator[None]:
+    """The environment of a rank that torchrun has started."""
+    here = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
+    here |= {"LOCAL_WORLD_SIZE": dist.get_world_size()}
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in here.items()}):
+        yield
+
+
+def _correct(prediction: Any) -> dict[str, float]:
+    hits = prediction.predictions.argmax(-1)[:, :-1] == prediction.label_ids[:, 1:]
+    return {"hits": float(hits.sum()), "rows": float(len(hits)), "mean": float(prediction.predictions.mean())}
+
+
+def metrics_count_once(folder: str) -> None:
+    """Predictions, metrics, tokens and operations are counted once, under torchrun as well."""
+    own = str(Path(folder) / f"unsharded{dist.get_rank()}")
+    counted = {"include_num_input_tokens_seen": "all", "max_steps": 2}
+    alone = trainer_of(toy(), own, Stream(), **counted)
+    alone.compute_metrics = _correct
+    alone.train()
+    expected = alone.predict(Lines(8))
+    with as_torchrun():
+        sharded = trainer_of(sharded_toy(), folder, Stream(), **counted)
+        sharded.compute_metrics = _correct
+        sharded.train()
+        found = sharded.predict(Lines(8))
+        assert sharded.is_world_process_zero() == (dist.get_rank() == 0)
+    assert found.predictions.shape == expected.predictions.shape
+    torch.testing.assert_close(
+        torch.tensor(found.predictions), torch.tensor(expected.predictions), rtol=0, atol=1e-4
+    )
+    for name in ("test_loss", "test_hits", "test_rows", "test_mean"):
+        assert abs(found.metrics[name] - expected.metrics[name]) < 1e-4, name
+    for name in ("num_input_tokens_seen", "total_flos", "epoch", "global_step"):
+        assert getattr(sharded.state, name) == getattr(alone.state, name), name
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_total_limit": 2}
+
+
+def train_and_save(folder: str, launched: bool) -> list[list[float]]:
+    """Four steps with checkpoints after two and four; the losses."""
+    with as_torchrun() if launched else contextlib.nullcontext():
+        trainer = trainer_of(sharded_toy(), folder, **SAVING, **BEST)
+        trainer.train()
+        trainer.save_model(str(Path(folder) / "last"))
+    assert trainer.state.best_model_checkpoint is not None
+    return history(trainer, "loss", "grad_norm")
+
+
+def resume(folder: str) -> list[list[float]]:
+    """The last two of the four steps, from the checkpoint after two; the losses of all."""
+    trainer = trainer_of(sharded_toy(1), folder, **SAVING)
+    trainer.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-2"))
+    states = [s["exp_avg"] for s in trainer.optimizer.state_dict()["state"].values()]
+    assert all(isinstance(s, ShardedParameter) for s in states)
+    return history(trainer, "loss", "grad_norm")
+
+
+class Classifier(nn.Module):
+    """No model of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.up, self.down = nn.Embedding(60, 16), nn.Linear(16, 32), nn.Linear(32, 60)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.down(self.up(self.words(input_ids)).relu())
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def classifier() -> Any:
+    """Captured at its first call."""
+    return tpcompile.parallelize(Classifier())
+
+
+def refused(folder: str) -> dict[str, str]:
+    """What is refused, and how."""
+    mixed = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "tensor"))
+    plain = Classifier()
+    old = torch.optim.SGD(plain.parameters())
+    late = trainer_of(tpcompile.parallelize(plain), folder)
+    late.optimizer = old
+    of_rank = Lines(9, shift=dist.get_rank())
+    calls: dict[str, Callable[[], Any]] = {
+        "data": trainer_of(classifier(), folder, of_rank).train,
+        "rates": trainer_of(classifier(), folder, learning_rate=0.1 + dist.get_rank()).train,
+        "optimizer": late.train,
+        "find": lambda: trainer_of(classifier(), folder, auto_find_batch_size=True),
+        "dispatch": lambda: trainer_of(classifier(), folder, accelerator_config={"dispatch_batches": True}),
+        "mesh": lambda: trainer_of(tpcompile.parallelize(Classifier(), mixed, axis="tensor"), folder),
+    }
+    return {name: _message(call) for name, call in calls.items()}
+
+
+def _message(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except tpcompile.TpCompileError as error:
+        return str(error)
+    return "it was accepted"
+
+
+def other_modules(folder: str) -> None:
+    """A module that is not of transformers, made by the trainer itself, and a file of its weights."""
+    alone = trainer_of(None, str(Path(folder) / f"unsharded{dist.get_rank()}"), model_init=Classifier)
+    alone.train()
+    sharded = trainer_of(None, folder, model_init=classifier)
+    sharded.train()
+    sharded.save_model()
+    weights = load_file(Path(folder) / "model.safetensors")
+    torch.testing.assert_close(weights, dict(alone.model.state_dict()), rtol=0, atol=1e-5)

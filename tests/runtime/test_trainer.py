@@ -1,0 +1,81 @@
+"""transformers' ``Trainer`` trains a sharded model as an unsharded one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers.run_ranks import run_spmd
+from tests.on_ranks import training
+
+
+@pytest.mark.parametrize(
+    ("args", "limit"),
+    [
+        ({"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2}, 1e-4),
+        ({"bf16": True, "label_smoothing_factor": 0.1, "eval_strategy": "steps", "eval_steps": 2}, 2e-2),
+    ],
+    ids=["accumulation", "bf16"],
+)
+def test_curve(tmp_path: Path, args: dict[str, object], limit: float) -> None:
+    run_spmd(training.same_curve, 2, str(tmp_path), args, limit)
+
+
+def test_counts_once(tmp_path: Path) -> None:
+    run_spmd(training.metrics_count_once, 2, str(tmp_path))
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    """Files are written once, and an unsharded trainer and other numbers of ranks go on from them."""
+    folder = str(tmp_path / "sharded")
+    alone = training.trainer_of(training.toy(), str(tmp_path / "alone"), **training.SAVING)
+    alone.train()
+    expected = torch.tensor(training.history(alone, "loss", "grad_norm"))
+    close = dict(rtol=0, atol=1e-4)
+    found = run_spmd(training.train_and_save, 2, folder, True)
+    torch.testing.assert_close(torch.tensor(found[0]), expected, **close)
+    for step in ("checkpoint-2", "checkpoint-4"):
+        here, there = (Path(each) / step for each in (folder, tmp_path / "alone"))
+        assert {p.name for p in here.iterdir()} == {p.name for p in there.iterdir()}
+        torch.testing.assert_close(
+            load_file(here / "model.safetensors"), load_file(there / "model.safetensors"), rtol=0, atol=2e-4
+        )
+        state = json.loads((here / "trainer_state.json").read_text())
+        assert state["global_step"] == int(step[-1])
+    training.ToyForCausalLM.from_pretrained(tmp_path / "sharded" / "last")
+    torch.testing.assert_close(torch.tensor(run_spmd(training.resume, 4, folder)[0]), expected, **close)
+    again = training.trainer_of(training.toy(1), folder, **training.SAVING)
+    again.train(resume_from_checkpoint=str(tmp_path / "sharded" / "checkpoint-2"))
+    torch.testing.assert_close(torch.tensor(training.history(again, "loss", "grad_norm")), expected, **close)
+    back = run_spmd(training.resume, 2, str(tmp_path / "alone"))
+    torch.testing.assert_close(torch.tensor(back[0]), expected, **close)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    {
+        "data": "input_ids.*\n.*",
+        "rates": "different training arguments.*learning_rate",
+        "optimizer": "make the optimizer after parallelize",
+        "find": "set per_device_train_batch_size",
+        "dispatch": "leave it out",
+        "mesh": "1 of 2 processes share the model",
+    }.items(),
+)
+def test_refused(refusals: list[dict[str, str]], what: str, message: str) -> None:
+    for each in refusals:
+        assert re.search(message, each[what]), each[what]
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return run_spmd(training.refused, 2, str(tmp_path_factory.mktemp("refused")))
+
+
+def test_other_modules(tmp_path: Path) -> None:
+    run_spmd(training.other_modules, 2, str(tmp_path))
