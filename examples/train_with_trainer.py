@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from launch import launch, say
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 import tpcompile
 
@@ -83,8 +90,9 @@ def train(folder: str, steps: int, shard: bool = True) -> Trainer:
         use_cpu=True,
     )
     trainer = Trainer(
-        model=model, args=args, train_dataset=data[:-20], eval_dataset=data[-20:], processing_class=tokenizer
+        model=model, args=args, train_dataset=data[:-16], eval_dataset=data[-16:], processing_class=tokenizer
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.evaluate()
     return trainer
