@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
 
 from torch.fx import Node
 
@@ -20,6 +21,45 @@ from .decide import Pins
 from .work import Work
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen for a parameter on one sub-axis.
+
+    Attributes:
+        where: the sub-axis as text, or "" if there is only one.
+        chosen: the placement.
+        others: the alternatives, each with what it would cost more or why it is refused.
+    """
+
+    where: str
+    chosen: Placement
+    others: tuple[tuple[Placement, str], ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a parameter, or a segment of it, is held as it is.
+
+    Attributes:
+        name: the parameter.
+        factors: its shape, dimensions as products of the factors that were found.
+        uses: the calls that use it, with their rules.
+        decisions: per sub-axis.
+    """
+
+    name: str
+    factors: str
+    uses: tuple[str, ...]
+    decisions: tuple[Decision, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} {self.factors}", *(f"  used by {use}" for use in self.uses)]
+        for decision in self.decisions:
+            lines.append(f"  chosen{decision.where}: {decision.chosen}")
+            lines += [f"    {option}: {price}" for option, price in decision.others]
+        return "\n".join(lines)
+
+
 def explain_module(work: Work, cost: CostModel, pins: Pins, name: str) -> str:
     """The explanation of ``Plan.explain``.
 
@@ -32,36 +72,38 @@ def explain_module(work: Work, cost: CostModel, pins: Pins, name: str) -> str:
     Raises:
         TpCompileError: no parameter of the program belongs to that name.
     """
-    assert work.planned_factors is not None
     # Of layers that repeat only some were planned: the others are explained by the one that they copy.
     names = list(dict.fromkeys(work.params().values()))
     copies = [] if work.blocks is None else work.blocks.left_out(names)
     like = {p: p for p in names} | {copy: kept for kept, copy in copies}
     wanted = {kept for p, kept in like.items() if p == name or p.startswith(name + ".")}
-    mine = [n for n, p in work.params().items() if p in wanted]
-    if not mine:
+    if not wanted:
         raise TpCompileError(
             f"{name!r} has no parameters in this program",
             where="the plan",
             todo="name a module or parameter that the plan lists",
         )
-    factors = work.planned_factors
-    facts = Facts(work, factors, cost)
-    return "\n".join(line for param in mine for line in _explain_param(work, facts, pins, param))
+    return "\n".join(map(str, explanations(work, cost, pins, wanted)))
 
 
-def _explain_param(work: Work, facts: Facts, pins: Pins, param: Node) -> Iterator[str]:
-    factors = work.planned_factors
-    assert factors is not None
-    yield f"{work.sources[param].spec.name} {_factored(factors, param)}"
-    for user in param.users:
-        yield f"  used by {user.name} = {target_text(user)}: {factors.rules.get(user, 'no call')}"
+def explanations(work: Work, cost: CostModel, pins: Pins, names: Container[str]) -> Iterator[Explanation]:
+    """Explains parameters of the program, in its order; see ``explain_module``."""
+    assert work.planned_factors is not None
+    facts = Facts(work, work.planned_factors, cost)
+    for param, name in work.params().items():
+        if name in names:
+            yield _explain(work, facts, pins, param)
+
+
+def _explain(work: Work, facts: Facts, pins: Pins, param: Node) -> Explanation:
+    factors, decisions = facts.factors, []
     for axis, decision in enumerate(work.decisions):
+        others = [o for o in _options(factors, param) if o != decision.params[param]]
+        priced = tuple((option, _price(work, facts, pins, param, option, axis)) for option in others)
         label = f" on sub-axis {axis} of {decision.ranks}" if len(work.decisions) > 1 else ""
-        yield f"  chosen{label}: {decision.params[param]}"
-        for option in _options(factors, param):
-            if option != decision.params[param]:
-                yield f"    {option}: {_price(work, facts, pins, param, option, axis)}"
+        decisions.append(Decision(label, decision.params[param], priced))
+    uses = tuple(f"{u.name} = {target_text(u)}: {factors.rules.get(u, 'no call')}" for u in param.users)
+    return Explanation(work.sources[param].spec.name, _factored(factors, param), uses, tuple(decisions))
 
 
 def _options(factors: Factors, param: Node) -> list[Placement]:
