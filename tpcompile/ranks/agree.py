@@ -13,6 +13,7 @@ from tpcompile.errors import TpCompileError
 
 from .exchange import exchange, name_of
 from .lost_ranks import telling
+from .progress import progress
 
 T = TypeVar("T")
 
@@ -24,12 +25,14 @@ def together(group: dist.ProcessGroup | None, what: str, do: Callable[[], T]) ->
         TpCompileError: this rank's own error, or the first other rank's.
     """
     if group is None or group.size() == 1:
-        return do()
+        with progress(what):
+            return do()
     exchange(group, what, None)
     result: T | None = None
     failure: BaseException | None = None
     try:
-        result = do()
+        with progress(what, group.rank()):
+            result = do()
     except Exception as error:
         failure = error
     share_failure(group, what, failure, begun=True)
@@ -69,13 +72,15 @@ def from_first(group: dist.ProcessGroup | None, make: Callable[[], T], what: str
         TpCompileError: the first rank failed (there it is its own error).
     """
     if group is None or group.size() == 1:
-        return make()
+        with progress(what):
+            return make()
     made: list[T] = []
     failure: Exception | None = None
     exchange(group, what, None)
     if group.rank() == 0:
         try:
-            made = [make()]
+            with progress(what):
+                made = [make()]
         except Exception as error:
             failure = error
     why = None if failure is None else f"{type(failure).__name__}: {failure}"

@@ -42,7 +42,7 @@ def load_slices(
         expressions: per name what the whole tensor is made of.
         weights: where the weights are.
         device: where the slices go.
-        show: whether to show a progress bar, if it takes more than a second.
+        show: whether to show a progress bar on a terminal, if it takes more than a second.
 
     Raises:
         TpCompileError: a tensor cannot be read.
@@ -69,7 +69,8 @@ def _like(old: Tensor, local: Tensor, where: TensorLayout) -> Tensor:
 
 
 def _bar(total: int, show: bool) -> Any:
-    return tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=_PATIENCE, disable=not show)
+    off = None if show else True  # None: off where stderr is not a terminal
+    return tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=_PATIENCE, disable=off)
 
 
 def _position(expression: Expression) -> tuple[str, int]:
