@@ -41,6 +41,7 @@ Dtype = Annotated[str | None, typer.Option(help="Type of the weights; by default
 Device = Annotated[str, typer.Option(help="Cost model: h100, a100 or cpu.")]
 Batch = Annotated[int, typer.Option(help="Texts in the example.", min=1)]
 Seq = Annotated[int, typer.Option(help="Tokens of each text in the example.", min=1)]
+Memory = Annotated[float | None, typer.Option(help="GiB of weights that a rank may hold.")]
 Fields = Annotated[
     list[str] | None, typer.Option("--set", help="Another value of a field, as in --set vocab_size=1024.")
 ]
@@ -56,7 +57,7 @@ def plan(
     device: Device = "h100",
     batch: Batch = 2,
     seq: Seq = 16,
-    memory: Annotated[float | None, typer.Option(help="GiB of weights that a rank may hold.")] = None,
+    memory: Memory = None,
     output: Annotated[
         Path | None, typer.Option(help="Write the plan here, for parallelize(plan=...).")
     ] = None,
@@ -68,6 +69,31 @@ def plan(
         if output is not None:
             found.save(output)
         _show(found, _plan_data(found), as_json)
+
+
+@app.command(epilog="Example: tpcompile report Qwen/Qwen3-0.6B --ranks 8 --out report.html")
+def report(
+    model: Model,
+    ranks: Ranks = 8,
+    layers: Layers = None,
+    dtype: Dtype = None,
+    device: Device = "h100",
+    batch: Batch = 2,
+    seq: Seq = 16,
+    memory: Memory = None,
+    out: Annotated[Path, typer.Option(help="Where the page is written.")] = Path("report.html"),
+    explain: Annotated[bool, typer.Option(help="Price the alternatives of every weight.")] = True,
+    beside: Annotated[
+        Path | None, typer.Option(help="A plan that was written with --output, to compare with.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """A page that shows the plan: every weight as it is divided, what a step takes, why."""
+    with _errors(as_json):
+        found = _plan(model, ranks, layers, dtype, device, batch, seq, memory)
+        other = None if beside is None else tpcompile.Plan.load(beside)
+        found.report(out, model, explain=explain, beside=other)
+        _show(f"written: {out}", {"report": str(out), "bytes": out.stat().st_size}, as_json)
 
 
 @app.command(epilog="Example: tpcompile explain Qwen/Qwen3-0.6B model.layers.0.self_attn.o_proj --ranks 8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -59,7 +59,7 @@ def parallelize(
     compare_calls: bool = False,
     sequence_parallel: bool = False,
     timeout: float | timedelta = TIMEOUT,
-) -> Any:
+) -> ShardedModule:
     """Makes a model tensor-parallel over a mesh, in place, and returns it.
 
     The model keeps its class, names and signature; its parameters become this rank's slices, and its
@@ -122,7 +122,7 @@ def parallelize(
     runtime.mark_weights(model)
     if compile is not False:
         runtime.compile_options = {} if compile is True else dict(compile)
-    return model
+    return cast(ShardedModule, model)
 
 
 @checked

@@ -22,6 +22,7 @@ from .ranks.agree import compare, together
 from .ranks.mesh import check_mesh, default_mesh, local_device
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
+from .runtime.module import ShardedModule
 from .runtime.read_request import Bytes, Dynamic, Passes, PlanLike
 from .runtime.runtime import Runtime
 from .weights.loading.find_files import Variant
@@ -59,7 +60,7 @@ def from_pretrained(
     variant: Variant | None = None,
     subfolder: str = "",
     **others: Any,
-) -> Any:
+) -> ShardedModule:
     """Loads a checkpoint over a mesh, and returns the model as ``parallelize`` does, in evaluation mode.
 
     The model is captured and planned without weights. Then every rank reads its own slices from the

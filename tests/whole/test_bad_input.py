@@ -398,6 +398,10 @@ def test_files_that_are_no_plan(saved: str, tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "no" / "folder", "", "\0", 5, None):
         assert refusal(lambda place=place: plan.save(place)) == "refused"  # type: ignore[misc]
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    for place in (tmp_path, tmp_path / "no" / "folder", "", "\0", 5, None):
+        assert refusal(lambda place=place: plan.report(place)) == "refused"  # type: ignore[misc]
+    assert refusal(lambda: plan.report(tmp_path / "a", 5)) == "refused"  # type: ignore[arg-type]
+    assert refusal(lambda: plan.report(tmp_path / "a", explain=1)) == "refused"  # type: ignore[arg-type]
     for part in (5, None, ["a"], "a"):
         assert refusal(lambda part=part: plan.explain(part)) == "refused"  # type: ignore[misc]
 

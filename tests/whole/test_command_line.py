@@ -90,6 +90,15 @@ def test_a_plan_follows_its_options(config: str, tmp_path: Path) -> None:
     assert "proved" in text
 
 
+def test_report(config: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    options, other = ("--ranks", "2", "--layers", "2"), str(tmp_path / "plan.json")
+    assert data_of("plan", config, *options, "--output", other)
+    found = data_of("report", config, *options, "--out", str(page), "--beside", other, "--no-explain")
+    assert found == {"report": str(page), "bytes": page.stat().st_size}
+    assert "None: every weight is held the same" in page.read_text()
+
+
 def test_explain(config: str) -> None:
     text = "\n".join(data_of("explain", config, "lm_head", "--layers", "1")["explanation"])
     assert "lm_head.weight" in text

@@ -50,6 +50,8 @@ def test_wheel_holds_every_module_and_only_tpcompile(wheel: Path) -> None:
     }
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     assert {name for name in names if name.endswith(".py")} == expected
+    data = {"tpcompile/py.typed", *(f"tpcompile/planner/report/report.{kind}" for kind in ("css", "js"))}
+    assert {name for name in names if name.startswith("tpcompile/")} == expected | data
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"tpcompile"}
 
 

@@ -60,6 +60,7 @@ def make_plan(
         timings={"proof": rewritten.proof.seconds} if rewritten.proof is not None else {},
         work=work,
         pins=pins,
+        rewritten=rewritten,
     )
 
 

@@ -15,13 +15,16 @@ from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import checked, short
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.proof import Proof
-from tpcompile.ir.units import time_text
+from tpcompile.ir.units import size_text, time_text
 from tpcompile.planner.search.cost import CostModel
 
 from .collective import Collective
 from .decide import Pins
+from .diff_plans import diff_text, plan_title
 from .explain import explain_module
 from .print_plan import collective_lines, layout_lines
+from .report.notebook import plan_html
+from .report.page import report_page
 from .work import Work
 
 VERSION = 2
@@ -45,7 +48,8 @@ class Plan:
             is proved again when it is followed.
         timings: seconds that the stages took where the plan was made.
         work: the planned program, and
-        pins: what its parameters were held to, for explanations; None for a plan from disk.
+        pins: what its parameters were held to, for explanations; None for a plan from disk, as is
+        rewritten: the program with its collectives.
     """
 
     layout: WeightLayout
@@ -61,6 +65,7 @@ class Plan:
     timings: dict[str, float] = field(default_factory=dict, compare=False)
     work: Work | None = field(default=None, repr=False, compare=False)
     pins: Pins | None = field(default=None, repr=False, compare=False)
+    rewritten: Work | None = field(default=None, repr=False, compare=False)
 
     @property
     def ranks(self) -> int:
@@ -96,6 +101,36 @@ class Plan:
         return explain_module(self.work, self.cost, self.pins, name)
 
     @checked
+    def diff(self, other: Plan) -> str:
+        """What differs: ``-`` for this plan, ``+`` for the other."""
+        return diff_text(self, other)
+
+    @checked
+    def report(
+        self,
+        path: str | PathLike[str],
+        title: str = "",
+        *,
+        explain: bool = True,
+        beside: Plan | None = None,
+    ) -> None:
+        """Writes a page of HTML that shows the plan; it needs nothing beside itself.
+
+        Args:
+            path: the file.
+            title: what the page is called, such as the model's name.
+            explain: with the alternatives of every weight, each of which is planned for it; a plan from disk
+                has none.
+            beside: another plan, to be shown with what differs.
+
+        Raises:
+            TpCompileError: it cannot be written.
+        """
+        page = report_page(self, title, explain=explain, beside=beside)
+        with refusing("the report cannot be written", where=f"path: {path}", todo="give a file"):
+            _write(Path(path), page)
+
+    @checked
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the plan as JSON; the file appears whole or not at all.
 
@@ -103,13 +138,7 @@ class Plan:
             TpCompileError: it cannot be written.
         """
         with refusing("the plan cannot be written", where=f"path: {path}", todo="give a file"):
-            target = Path(path)
-            part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
-            try:
-                part.write_text(json.dumps(self.to_json(), indent=1))
-                part.replace(target)
-            finally:
-                part.unlink(missing_ok=True)
+            _write(Path(path), json.dumps(self.to_json(), indent=1))
 
     @staticmethod
     @checked
@@ -150,6 +179,16 @@ class Plan:
         with refusing("not a plan", where="Plan.from_json", todo="give what to_json gave"):
             return _read(data, "Plan.from_json")
 
+    def __repr__(self) -> str:
+        sent = sum(c.count for c in self.collectives)
+        return (
+            f"<Plan for {plan_title(self)}: {size_text(self.model_bytes)} of weights, {sent} collectives and "
+            f"{time_text(self.seconds)} a forward>"
+        )
+
+    def _repr_html_(self) -> str:
+        return plan_html(self)
+
     def __str__(self) -> str:
         lines = [
             *layout_lines(self.layout, self.model_bytes),
@@ -162,6 +201,16 @@ class Plan:
         lines += [f"fallback: {line}" for line in self.fallbacks]
         lines += [f"note: {line}" for line in self.notes]
         return "\n".join(lines)
+
+
+def _write(target: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
+    part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _read(data: Any, where: str) -> Plan:

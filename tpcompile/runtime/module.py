@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -14,6 +14,7 @@ from tpcompile.ir.calls import flatten_call, leaf_names
 from tpcompile.ir.check import Must, checked, well_called
 from tpcompile.ir.print_graph import graph_text
 from tpcompile.planner.plan import Plan
+from tpcompile.planner.report.notebook import plan_html
 from tpcompile.ranks.agree import alike
 from tpcompile.ranks.describe import describe_value
 from tpcompile.ranks.turns import own_turn
@@ -21,6 +22,7 @@ from tpcompile.weights.dcp import sharded_state_dict
 from tpcompile.weights.gather import full_state_dict
 
 from .copy_model import copy_model
+from .print_model import model_text
 from .program import Program
 from .runtime import Runtime
 from .verify.live import verify_live
@@ -36,6 +38,11 @@ class ShardedModule(WatchedModule):
     """Mixed into the class of a parallelised model; everything else is the original's."""
 
     _tp: Runtime
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """All else is the original class's."""
 
     @property
     def plan(self) -> Plan:
@@ -95,6 +102,13 @@ class ShardedModule(WatchedModule):
         modes = [f"training {self.training}, gradients {gradients}, generate {generate}"]
         with alike(self._tp.compiler.group, "verify", [*modes, *lines]):
             return verify_live(self, self._tp, bound, gradients, generate)
+
+    def __repr__(self) -> str:
+        return model_text(self, self._tp.layout, self._tp.compiler.rank)
+
+    def _repr_html_(self) -> str | None:
+        """The plan; nothing (so that the text is shown) before there is one."""
+        return plan_html(self.plan, type(self).__name__) if self._tp.programs else None
 
     def print_graph(self) -> None:
         """Prints the last program: global shapes, placements, collectives."""

@@ -17,6 +17,7 @@ from tpcompile.capture.export.size_check import Check
 from tpcompile.compile_program import Compiled
 from tpcompile.errors import TpCompileError
 from tpcompile.planner.plan import Plan
+from tpcompile.planner.report.notebook import graph_html
 
 from .compile_step import Step, compile_step, mark_open_sizes
 from .fetch_inputs import Feed, make_fetch
@@ -181,6 +182,9 @@ class Program:
                 with torch.no_grad():
                     buffer.copy_(new)
         return flat
+
+    def _repr_html_(self) -> str:
+        return graph_html(self.compiled.rewritten)
 
     def __str__(self) -> str:
         arguments = ", ".join(

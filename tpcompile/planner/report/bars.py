@@ -1,0 +1,119 @@
+"""Bytes per rank, as bars."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout
+from tpcompile.ir.units import size_text
+
+from .markup import Markup, join, tag
+from .partition import ranks_text
+from .tree import Module
+
+
+@dataclass(frozen=True)
+class Load:
+    """What some ranks hold, each of them, in bytes.
+
+    Attributes:
+        ranks: the ranks that hold as much as each other.
+        own: of what no other rank has.
+        shared: of what some other ranks have too.
+        whole: of what every rank has.
+    """
+
+    ranks: tuple[int, ...]
+    own: float
+    shared: float
+    whole: float
+
+    @property
+    def bytes(self) -> float:
+        """All of it."""
+        return self.own + self.shared + self.whole
+
+
+def loads(layout: WeightLayout, tree: Module) -> list[Load]:
+    """What ranks hold; those that follow each other and hold equally much are together."""
+    weights = [(w.name, w.count, _copies(layout, w.layout)) for w in tree.every_weight()]
+    every = [_load(layout, weights, rank) for rank in range(layout.ranks)]
+    return [Load(tuple(ranks), *held) for held, ranks in ((h, [r for r, _ in g]) for h, g in _runs(every))]
+
+
+def _runs(
+    every: list[tuple[float, float, float]],
+) -> Iterator[tuple[tuple[float, float, float], Iterator[tuple[int, tuple[float, float, float]]]]]:
+    return itertools.groupby(enumerate(every), key=lambda each: each[1])
+
+
+def _load(layout: WeightLayout, weights: list[tuple[str, int, int]], rank: int) -> tuple[float, float, float]:
+    own = shared = whole = 0.0
+    for name, count, copies in weights:
+        held = count * held_bytes(layout, name, rank)
+        if copies == layout.ranks:
+            whole += held
+        elif copies > 1:
+            shared += held
+        else:
+            own += held
+    return own, shared, whole
+
+
+def held_bytes(layout: WeightLayout, name: str, rank: int) -> int:
+    """Bytes of one parameter on one rank."""
+    return math.prod(layout.local_shape(name, rank)) * layout.params[name].dtype.itemsize
+
+
+def _copies(layout: WeightLayout, param: ParamLayout) -> int:
+    """How many ranks hold the same part, at least."""
+    if param.selection is not None:
+        return 1
+    return min(
+        math.prod(n for n, shard in zip(layout.axes, s.shards, strict=True) if shard is None)
+        for s in param.segments
+    )
+
+
+def memory_section(layout: WeightLayout, tree: Module) -> Markup:
+    """A bar for every rank; ranks that hold the same share one where there are many."""
+    found = loads(layout, tree)
+    if layout.ranks <= 16:
+        found = [Load((rank,), load.own, load.shared, load.whole) for load in found for rank in load.ranks]
+    most = max(load.bytes for load in found) or 1
+    rows = []
+    for load in found:
+        kinds = (("own", load.own), ("shared", load.shared), ("whole", load.whole))
+        parts = [
+            tag(
+                "i",
+                class_=kind,
+                style=f"width:{100 * size / most:.2f}%",
+                title=f"{_KINDS[kind]}: {size_text(size)}",
+            )
+            for kind, size in kinds
+            if size
+        ]
+        name = f"rank{'s' if len(load.ranks) > 1 else ''} {ranks_text(load.ranks)}"
+        rows.append(
+            tag(
+                "li",
+                tag("span", name, class_="name"),
+                tag("span", *parts, class_="bar", aria_hidden="true"),
+                tag("span", size_text(load.bytes), class_="number"),
+            )
+        )
+    legend = [join(tag("i", class_=kind), text) for kind, text in _KINDS.items()]
+    return tag(
+        "section",
+        tag("h2", "Memory per rank"),
+        tag("p", *(tag("span", each) for each in legend), class_="legend"),
+        tag("ul", *rows, class_="bars"),
+        id="memory",
+    )
+
+
+_KINDS = {"own": "held by one rank", "shared": "held by some ranks", "whole": "held by every rank"}
