@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .compile_program import Compiler
-from .errors import TpCompileError, refusing
+from .errors import TpCompileError
 from .ir.calls import signature_of
-from .ir.check import check_arguments, checked, short, well_called
+from .ir.check import check_arguments, checked, well_called
 from .planner.options import Options
 from .planner.plan import Plan
 from .planner.search.cost import CostModel
@@ -22,6 +21,7 @@ from .ranks.mesh import check_mesh, default_mesh
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.check_model import check_device, device_of
+from .runtime.compile_options import CompileLike, read_compile, without_graphs
 from .runtime.generation import ShardedGeneration
 from .runtime.guards import Hook, backward_hooks, guard_submodules
 from .runtime.module import ShardedModule
@@ -51,7 +51,7 @@ def parallelize(
     plan: PlanLike = "auto",
     axis: str | None = None,
     dynamic: Dynamic = True,
-    compile: bool | Mapping[str, Any] = False,
+    compile: CompileLike = False,
     cost_model: CostModel | str | None = None,
     memory: Bytes | None = None,
     passes: Passes = (),
@@ -77,7 +77,8 @@ def parallelize(
         axis: the name of the mesh axis to divide over, for a mesh of several.
         dynamic: True: batch and sequence may change; False: shapes are fixed; or argument name ->
             {dimension: whether it may change}.
-        compile: run every program under ``torch.compile``; a dict holds its options.
+        compile: have Inductor compile every program; instead of True a mode (``"max-autotune"``), options
+            of Inductor, or arguments of ``torch.compile``.
         cost_model: a ``CostModel`` or the name of a preset; by default the preset for the device.
         memory: bytes of weights that a rank may hold.
         passes: passes of your own (``Pass``), to run after the compiler's: behind the planner, or before it.
@@ -120,8 +121,8 @@ def parallelize(
         if runtime.layout is None and usual is not None and usual.keys() != example.keys():
             try_first(runtime, model, usual, optional=True)
     runtime.mark_weights(model)
-    if compile is not False:
-        runtime.compile_options = {} if compile is True else dict(compile)
+    if (wanted := read_compile(compile)) is not None:
+        runtime.compile_options = without_graphs(wanted, group)
     return cast(ShardedModule, model)
 
 
@@ -172,14 +173,6 @@ def _read(mesh: DeviceMesh, asked: Mapping[str, Any]) -> tuple[Options, dict[str
     check_device(model, mesh)
     names = ("plan", "cost_model", "dynamic", "memory", "passes", "compose", "sequence_parallel")
     options = read_options(model, device=mesh.device_type, **{name: asked[name] for name in names})
-    _check_compile(asked["compile"])
+    read_compile(asked["compile"])
     example = example_or_default(model, asked["example_args"], asked["example_kwargs"], asked["dynamic"])
     return options, example, backward_hooks(model)
-
-
-def _check_compile(options: bool | Mapping[str, Any]) -> None:
-    todo = "give True, or keyword arguments of torch.compile"
-    with refusing("torch.compile refuses the options", where=f"compile={short(options)}", todo=todo):
-        if not isinstance(options, bool):
-            check_arguments(torch.compile, options)
-            torch.compile(nn.Identity(), **options)

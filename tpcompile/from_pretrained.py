@@ -22,6 +22,7 @@ from .ranks.agree import compare, together
 from .ranks.mesh import check_mesh, default_mesh, local_device
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
+from .runtime.compile_options import CompileLike
 from .runtime.module import ShardedModule
 from .runtime.read_request import Bytes, Dynamic, Passes, PlanLike
 from .runtime.runtime import Runtime
@@ -45,7 +46,7 @@ def from_pretrained(
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic: Dynamic = True,
-    compile: bool | Mapping[str, Any] = False,
+    compile: CompileLike = False,
     cost_model: CostModel | str | None = None,
     memory: Bytes | None = None,
     passes: Passes = (),
@@ -78,7 +79,7 @@ def from_pretrained(
         example_args: positional arguments of a typical call.
         example_kwargs: keyword arguments of a typical call; by default they follow from the configuration.
         dynamic: which sizes of the inputs may change.
-        compile: run every program under ``torch.compile``; a dict holds its options.
+        compile: have Inductor compile every program; or with which options.
         cost_model: a ``CostModel`` or the name of a preset.
         memory: bytes of weights that a rank may hold.
         passes: passes of your own (``Pass``), to run after the compiler's: behind the planner, or before it.

@@ -73,7 +73,7 @@ def test_padding_beams_and_sampling() -> None:
 def test_compiled_decoding_compiles_once() -> None:
     backend = {"backend": "eager"}  # what is counted does not depend on it
     for found in run_spmd(spmd_generate.compiled, 2, "gemma2", "static", backend, timeout=TIMEOUT):
-        assert found == [{"same": True, "graphs": 2, "breaks": 0, "programs": 3}] * 2
+        assert found == [{"same": True, "compiled": 2, "dynamo": 0, "programs": 3}] * 2
 
 
 def test_forward_under_the_users_own_compile() -> None:

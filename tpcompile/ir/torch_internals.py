@@ -6,6 +6,8 @@ private names of torch come from here alone.
 
 from __future__ import annotations
 
+from torch import _TorchCompileInductorWrapper as InductorBackend
+from torch import _TorchCompileWrapper as OtherBackend
 from torch._C import DisableTorchFunction, DispatchKey
 from torch._C import _disabled_torch_function_impl as disabled_torch_function_impl
 from torch._C import _dispatch_has_kernel_for_dispatch_key as dispatch_has_kernel_for_dispatch_key
@@ -14,12 +16,15 @@ from torch._C import _is_alias_of as is_alias_of  # type: ignore[attr-defined]
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch._C._distributed_c10d import BroadcastOptions, GatherOptions
 from torch._C._distributed_c10d import _resolve_process_group as resolve_process_group
+from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 from torch._C._functorch import peek_interpreter_stack
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo import mark_static_address, maybe_mark_dynamic
+from torch._dynamo import mark_static_address
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.source import ConstantSource
-from torch._guards import detect_fake_mode
+from torch._functorch import config as functorch_config
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._higher_order_ops import invoke_subgraph
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -60,17 +65,22 @@ __all__ = [
     "FloorDiv",
     "FunctionalTensor",
     "GatherOptions",
+    "GlobalStateGuard",
+    "InductorBackend",
     "Max",
     "Min",
     "Mod",
     "OpOverload",
     "OpOverloadPacket",
     "OptimizedModule",
+    "OtherBackend",
     "PythonPrinter",
     "PythonReferenceAnalysis",
     "SequenceKey",
+    "TensorGuards",
     "TensorMeta",
     "TorchDispatchMode",
+    "TracingContext",
     "TreeSpec",
     "detect_fake_mode",
     "disabled_torch_function_impl",
@@ -80,19 +90,21 @@ __all__ = [
     "flatten_state_dict",
     "foreach_utils",
     "fully_shard",
+    "functorch_config",
     "get_tracing_state",
     "int_oo",
+    "invoke_subgraph",
     "is_alias_of",
     "is_any_autocast_enabled",
     "is_traceable_wrapper_subclass",
     "mark_static_address",
-    "maybe_mark_dynamic",
     "no_dispatch",
     "peek_interpreter_stack",
     "pytree",
     "resolve_process_group",
     "storage_setup",
     "sympy_interp",
+    "tracing",
     "tree_flatten",
     "tree_flatten_with_path",
     "tree_leaves",
@@ -113,6 +125,11 @@ PRIVATE_ATTRIBUTES = {
     "torch.UntypedStorage": ("_cdata",),
     "torch._dynamo.eval_frame:OptimizedModule": ("_orig_mod",),
     "torch._ops:OpOverload": ("_opname", "_overloadname", "_schema"),
+    "torch._functorch._aot_autograd.frontend_utils": (
+        "_dynamo_source",
+        "_dynamo_static_input_type",
+        "_param_name_to_source",
+    ),
     "torch.autograd": ("_engine_run_backward",),
     "torch.autograd.graph": ("_get_grad_fn_or_grad_acc",),
     "torch.autograd.forward_ad": ("_current_level",),

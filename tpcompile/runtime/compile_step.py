@@ -1,53 +1,179 @@
-"""Compiles single programs with torch.compile, each by itself.
+"""Hands a program's graph to Inductor, without dynamo: we have the graph, and know which calls it is for.
 
-The python around a program (finding it, taking caches apart and together) is not compiled with it: a program
-that is missing is then captured without breaking a graph, and nothing but sizes can make torch compile again.
+The python around a program (finding it, taking caches apart and together) is not compiled: a program that is
+missing is captured in the ordinary way, and only other kinds of tensors, or modes of torch, compile again.
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from tpcompile.capture.caches.layers import is_count
 from tpcompile.capture.export.captured import Captured
-from tpcompile.ir.torch_internals import maybe_mark_dynamic
+from tpcompile.ir.torch_internals import GlobalStateGuard, TensorGuards
 
-Step = Callable[..., Any]
+from .compile_inputs import Extents, Traced, trace_inputs
+from .compile_options import backend_of
+from .fetch_inputs import Feed, Fetch, make_fetch
+from .own_graph import copy_graph, own_graph
+
+Step = Callable[[list[Any]], Sequence[Any]]
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+MOST = 16
+"""How often a program is compiled; what comes after that runs as it is."""
 
 
-def compile_step(step: Step, name: str, options: dict[str, Any]) -> Step:
-    """A program's step under torch.compile.
+@dataclass(eq=False)
+class _Compiled:
+    """What was made for one kind of call.
 
-    Args:
-        step: takes the tensors of a call.
-        name: tells programs apart in torch's logs.
-        options: torch.compile's.
+    Attributes:
+        form: what was assumed of the inputs, apart from what the guards look at.
+        traced: the inputs that it was traced with, and what follows for their sizes.
+        step: takes the values of all placeholders.
     """
 
-    def run(given: list[Any]) -> Any:
-        return step(given)
-
-    # torch counts recompilations by code object, and tries the guards of all that was compiled for one.
-    code = run.__code__.replace(co_name=name)
-    own = types.FunctionType(code, run.__globals__, name, None, run.__closure__)
-    compiled: Step = torch.compile(own, **options)
-    return compiled
+    form: tuple[Any, ...]
+    traced: Traced
+    step: Step
 
 
-def mark_open_sizes(captured: Captured, given: Sequence[Any]) -> None:
-    """Tells torch which sizes will change, so that it does not compile once for the first ones in vain.
+@dataclass(eq=False)
+class _Guarded:
+    """What was made for one kind of call, and how to know such a call.
+
+    Attributes:
+        state: torch's modes: gradients, autocast, deterministic algorithms, threads.
+        tensors: types, devices, fixed sizes and strides of all inputs, and that none comes twice.
+        sizes: what was assumed of sizes that are open.
+        step: takes the values of all placeholders.
+    """
+
+    state: Any
+    tensors: Any
+    sizes: Callable[[Sequence[Tensor]], bool]
+    step: Step
+
+
+@dataclass(eq=False)
+class CompiledSteps:
+    """A program's graph as Inductor has compiled it, once for every kind of call.
+
+    Attributes:
+        graph: this rank's graph.
+        feeds: where the values of its placeholders come from.
+        extents: per placeholder, the sizes of what a call brings; None for what the model has.
+        small: the names of extents that may change all the time, if others may not; None: all may.
+        options: torch.compile's.
+        fetch: gives the values of the placeholders.
+    """
+
+    graph: GraphModule
+    feeds: tuple[Feed | int, ...]
+    extents: tuple[Extents | None, ...]
+    small: frozenset[str] | None
+    options: Mapping[str, Any]
+    compiled: list[_Compiled] = field(default_factory=list)
+    fetch: Fetch = field(init=False)
+    guarded: list[_Guarded] = field(default_factory=list)
+    _sizes: dict[str, set[int]] = field(default_factory=dict)
+
+    def bind(self, bound: bool) -> None:
+        """See ``Program.bind``."""
+        self.fetch = make_fetch(self.feeds, bound=bound)
+
+    def __call__(self, given: Sequence[Any]) -> Sequence[Any] | None:
+        """Runs a call, compiled first if nothing fits; None if it is to run as it is."""
+        values = self.fetch(given)
+        for one in self.guarded:
+            if one.state.check() and one.tensors.check(*values) and one.sizes(values):
+                return one.step(values)
+        step = self._step_for(values)
+        return None if step is None else step(values)
+
+    def _step_for(self, values: list[Any]) -> Step | None:
+        """What was, or is now, compiled for a call."""
+        if len({id(value) for value in values}) < len(values):
+            return None  # if a tensor comes twice, what is written to one is written to the other
+        if any(type(value) not in _PLAIN for value in values):
+            return None
+        form = _form(values)
+        found = next((c for c in self.compiled if c.form == form and c.traced.fits(values)), None)
+        if found is None:
+            if len(self.compiled) == MOST:
+                warnings.warn(
+                    f"a program was compiled {MOST} times, for other sizes, types or modes each time: from "
+                    "here on calls that fit none of them run as they are",
+                    stacklevel=2,
+                )
+                return None
+            traced = trace_inputs(values, self.extents, self._open(values))
+            step = _compile(self.graph, traced, self.options)
+            found = _Compiled(form, traced.finished(), step)
+            self.compiled.append(found)
+        tensors = TensorGuards(
+            *values,
+            dynamic_dims_sizes=found.traced.static_sizes,
+            dynamic_dims_strides=found.traced.static_strides,
+        )
+        new = _Guarded(GlobalStateGuard(), tensors, found.traced.sizes, found.step)
+        self.guarded = [new, *self.guarded[: 4 * MOST]]
+        return found.step
+
+    def _open(self, values: Sequence[Tensor]) -> frozenset[str]:
+        """Which extents are to be symbols: those that may change all the time, those that have changed."""
+        dynamic = self.options.get("dynamic")
+        sizes = {
+            extent: size
+            for value, extents in zip(values, self.extents, strict=True)
+            for extent, size in zip(extents or (), value.shape, strict=extents is not None)
+            if isinstance(extent, str)
+        }
+        for extent, size in sizes.items():
+            self._sizes.setdefault(extent, set()).add(size)
+        if dynamic is not None:
+            return frozenset(sizes) if dynamic else frozenset()
+        always = frozenset(sizes) if self.small is None else self.small
+        return always | {extent for extent in sizes if len(self._sizes[extent]) > 1}
+
+
+def compiled_steps(
+    module: GraphModule, feeds: Sequence[Feed | int], captured: Captured, options: Mapping[str, Any]
+) -> CompiledSteps:
+    """A program's graph under Inductor, compiled when calls come.
 
     With a static cache only the numbers of tokens in it change from step to step: all other sizes are worth
     being compiled for, until they are seen to change.
     """
+    users = captured.user_inputs
     static = any(spec.in_place for spec in captured.outputs)
-    for spec, tensor in zip(captured.user_inputs, given, strict=True):
-        if isinstance(tensor, Tensor) and (not static or is_count(spec.name)):
-            for dim, extent in enumerate(spec.extents or ()):
-                if isinstance(extent, str):
-                    maybe_mark_dynamic(tensor, dim)
+    counts = (spec.extents or () for spec in users if is_count(spec.name))
+    small = frozenset(extent for each in counts for extent in each if isinstance(extent, str))
+    extents = [users[feed].extents if isinstance(feed, int) else None for feed in feeds]
+    # A python value of the call is in the graph: its placeholder is there, and nothing reads it.
+    kept = [not isinstance(feed, int) or extents[i] is not None for i, feed in enumerate(feeds)]
+    graph = own_graph(module, [isinstance(feed, Feed) for feed in feeds], kept)
+    kept_feeds, kept_extents = tuple(compress(feeds, kept)), tuple(compress(extents, kept))
+    return CompiledSteps(graph, kept_feeds, kept_extents, small if static else None, options)
+
+
+def _form(values: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What is compiled into a step beside sizes; no_grad and inference_mode are the same."""
+    grad = torch.is_grad_enabled()
+    modes = (torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), torch.get_default_dtype())
+    return (grad, *modes, *((v.dtype, v.device, grad and v.requires_grad) for v in values))
+
+
+def _compile(graph: GraphModule, traced: Traced, options: Mapping[str, Any]) -> Step:
+    backend = backend_of(options)
+    with traced.tracing():
+        made = backend(copy_graph(graph), list(traced.values))
+    return lambda values: made(*values)

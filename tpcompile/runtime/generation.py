@@ -23,6 +23,7 @@ from tpcompile.ranks.describe import describe_value
 from tpcompile.ranks.exchange import exchange
 from tpcompile.ranks.turns import own_turn
 
+from .compile_options import without_graphs
 from .module import ShardedModule
 from .runtime import Runtime
 from .steering import Streamer, steer_criteria, steer_processors
@@ -101,7 +102,7 @@ class ShardedGeneration(ShardedModule):
     def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
         """What transformers calls for the steps after the first, with a static cache on a GPU."""
         config = compile_config or self._default_compile_config()
-        options = config.to_dict()
+        options = without_graphs(config.to_dict(), self._tp.compiler.group)
 
         def compiled_call(*args: Any, **kwargs: Any) -> Any:
             with compiling(self._tp, options):
@@ -112,10 +113,7 @@ class ShardedGeneration(ShardedModule):
     def _default_compile_config(self) -> Any:
         from transformers import CompileConfig
 
-        config = getattr(super(), "_default_compile_config", CompileConfig)()
-        if config.mode == "reduce-overhead" and dist.get_backend(self._tp.compiler.group) != "nccl":
-            config.mode = "default"  # a CUDA graph cannot hold collectives that pass through the host
-        return config
+        return getattr(super(), "_default_compile_config", CompileConfig)()
 
     def _get_static_cache_init_shape(self) -> None:
         """A static cache is made by the first program that writes to it: with this rank's heads."""

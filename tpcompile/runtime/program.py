@@ -19,7 +19,7 @@ from tpcompile.errors import TpCompileError
 from tpcompile.planner.plan import Plan
 from tpcompile.planner.report.notebook import graph_html
 
-from .compile_step import Step, compile_step, mark_open_sizes
+from .compile_step import CompiledSteps, compiled_steps
 from .fetch_inputs import Feed, make_fetch
 from .settings import Reads
 
@@ -44,7 +44,7 @@ class Program:
         check: whether the sizes of a call's leaves are ones that it runs on.
         outlined: the graph with repeated layers as calls of a submodule, for ``torch.compile``, and where its
             inputs come from; None if no layers repeat often enough.
-        steps: its compiled steps, by torch.compile's options.
+        steps: what it was compiled to, by torch.compile's options.
         types: the number of the weights' types that it was captured for.
         reads: what its trace has read.
         state: a number for the attributes that had been read before.
@@ -71,7 +71,7 @@ class Program:
     entry: str = ""
     numbers: frozenset[int] = frozenset()
     outlined: tuple[GraphModule, tuple[Feed | int, ...]] | None = None
-    steps: dict[str, Step] = field(default_factory=dict)
+    steps: dict[str, CompiledSteps] = field(default_factory=dict)
     differentiable: bool = True
     seen: set[tuple[torch.Size, ...]] = field(default_factory=set)
 
@@ -88,6 +88,9 @@ class Program:
         self.graph_compiled, feeds = self.outlined or (self.graph_module, self.feeds)
         self.fetch_compiled = make_fetch(feeds, bound=bound)
         self.fetch_mutated = make_fetch(self.mutated, bound=bound)
+        self._bound = bound
+        for steps in self.steps.values():
+            steps.bind(bound)
 
     @property
     def counted(self) -> str:
@@ -148,13 +151,24 @@ class Program:
             )
         leaves = with_counts(leaves, self.numbers)
         given = [x.contiguous() if isinstance(x, Tensor) else None for x in leaves]
-        if options is None or torch.compiler.is_compiling():
-            return self._rebuild(self.step(given), bound)
-        key = repr(sorted(options.items()))
+        flat = None
+        if options is not None and not torch.compiler.is_compiling():
+            flat = self._compiled(options)(given)
+        if flat is None:
+            flat = self._plain(given)
+        if self.mutated:
+            self._write_buffers(flat)
+        return self._rebuild(flat, bound)
+
+    def _compiled(self, options: dict[str, Any]) -> CompiledSteps:
+        grad = torch.is_grad_enabled()
+        key = f"{sorted(options.items())} {grad}"
         if key not in self.steps:
-            mark_open_sizes(self.captured, given)
-            self.steps[key] = compile_step(self.step, f"step_{id(self)}", options)
-        return self._rebuild(self.steps[key](given), bound)
+            # Gradients through regions, as torch's compiler makes them, came out wrong.
+            module, feeds = (not grad and self.outlined) or (self.graph_module, self.feeds)
+            self.steps[key] = compiled_steps(module, feeds, self.captured, options)
+            self.steps[key].bind(self._bound)
+        return self.steps[key]
 
     def _rebuild(self, flat: Sequence[Any], bound: Mapping[str, Any]) -> Any:
         """The model's result; what its python leaves behind is left behind."""
@@ -168,20 +182,21 @@ class Program:
             write.write(self.root, flat)
         return self.captured.unflatten(flat, bound)
 
-    def step(self, given: Sequence[Any]) -> Sequence[Any]:
-        """Runs this rank's graph on the tensors of a call; the flat results."""
+    def _plain(self, given: Sequence[Any]) -> Sequence[Any]:
+        """Runs this rank's graph on the tensors of a call; dynamo may trace it."""
         graph_module, fetch = self.graph_module, self.fetch
         # What is asked of the sizes must be known to dynamo before the first layer, which stands for others.
         if torch.compiler.is_dynamo_compiling() and self.check(given):
             graph_module, fetch = self.graph_compiled, self.fetch_compiled
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
         flat: Sequence[Any] = graph_module.forward(*fetch(given))
-        if self.mutated:
-            buffers = self.fetch_mutated(())
-            for buffer, new in zip(buffers, flat[len(flat) - len(buffers) :], strict=True):
-                with torch.no_grad():
-                    buffer.copy_(new)
         return flat
+
+    def _write_buffers(self, flat: Sequence[Any]) -> None:
+        buffers = self.fetch_mutated(())
+        for buffer, new in zip(buffers, flat[len(flat) - len(buffers) :], strict=True):
+            with torch.no_grad():
+                buffer.copy_(new)
 
     def _repr_html_(self) -> str:
         return graph_html(self.compiled.rewritten)

@@ -118,9 +118,9 @@ class Runtime(State):
         self, program: Program, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]
     ) -> None:
         """Compares calls of the first sizes that a program sees, unless all calls are compared anyway."""
-        if self.compare_calls or len(program.seen) == _MOST_SIZES or not can_compare(leaves):
+        if self.compare_calls or len(program.seen) == _MOST_SIZES:
             return
-        if (sizes := sizes_of_call(leaves)) not in program.seen:
+        if (sizes := sizes_of_call(leaves)) not in program.seen and can_compare(leaves):
             self.compare(model, bound, program.entry, leaves)
             program.seen.add(sizes)  # not before: what is refused was seen by no rank
 

@@ -8,8 +8,11 @@ classes say. When something changes, another program is captured; when it change
 from __future__ import annotations
 
 import operator
+import os
 import types
 from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +20,10 @@ from torch import Tensor, nn
 
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.look_inside import PLAIN, content, same
+from tpcompile.capture.export.outer_state import Outer
 from tpcompile.capture.export.python_state import MISSING, Shot, form_shot, shot, storage
 
+from .quick_look import QuickLook
 from .replaced_forward import LIFTED
 
 
@@ -76,10 +81,10 @@ class Reads:
     def __init__(
         self, model: nn.Module, captured: Captured, original: Callable[[str], type[nn.Module]]
     ) -> None:
-        baked = None if captured.baked is None else frozenset(map(storage, captured.baked))
+        self._baked = baked = None if captured.baked is None else frozenset(map(storage, captured.baked))
         fed = {spec.name for spec in captured.inputs if spec.kind == "attribute"}
         plain: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
-        self._deep: list[tuple[dict[str, Any], str, Shot]] = []
+        self._deep: list[tuple[dict[str, Any], str, Shot, bool]] = []
         self._shots: dict[int, tuple[Any, Shot]] = {}
         classes: dict[tuple[type, str], Any] = {}
         for path, name in sorted(captured.reads):
@@ -98,6 +103,7 @@ class Reads:
         self._plain = [_Values(own, values) for own, values in plain.values() if values]
         self._classes = [(kind, name, _class_shot(value)) for (kind, name), value in classes.items()]
         self._outer = [(place, shot(place.look())) for place in captured.outer]
+        self._quick: QuickLook | None = None
 
     def _note(
         self, own: dict[str, Any], name: str, values: dict[str, Any], fed: bool, baked: frozenset[int] | None
@@ -106,7 +112,7 @@ class Reads:
         if isinstance(value, Tensor) or content(value) is not None:
             if id(value) not in self._shots:
                 self._shots[id(value)] = value, form_shot(value) if fed else shot(value, baked)
-            self._deep.append((own, name, self._shots[id(value)][1]))
+            self._deep.append((own, name, self._shots[id(value)][1], fed))
         else:
             values[name] = value
 
@@ -119,10 +125,42 @@ class Reads:
         return self._hold()
 
     def _hold(self) -> bool:
+        if self._quick is not None and self._quick.same():
+            return True
+        held = self._hold_by_value()
+        self._quick = self._look() if held else None
+        return held
+
+    def _look(self) -> QuickLook:
+        """What is there now, and need not be compared as long as it is."""
+        look = QuickLook()
+        for values in self._plain:
+            look.table(values.table, values.names)
+        for table, name, unchanged, fed in self._deep:
+            if fed:
+                look.slow(partial(_unchanged_at, table, name, unchanged))
+            else:
+                look.table(table, [name], self._baked)
+        owners: dict[int, tuple[Any, list[str]]] = {}
+        for kind, name, unchanged in self._classes:
+            if isinstance(getattr(kind, name, None), types.MethodType):
+                look.slow(partial(_unchanged_attribute, kind, name, unchanged))
+            else:
+                owners.setdefault(id(kind), (kind, []))[1].append(name)
+        for place, unchanged in self._outer:
+            if place.owner is os.environ or isinstance(place.owner, ContextVar):
+                look.slow(partial(_unchanged_place, place, unchanged))
+            else:
+                owners.setdefault(id(place.owner), (place.owner, []))[1].append(place.key)
+        for owner, names in owners.values():
+            (look.table if isinstance(owner, dict) else look.attributes)(owner, names)
+        return look.finished()
+
+    def _hold_by_value(self) -> bool:
         if not all(values.hold() for values in self._plain):
             return False
         looked: set[tuple[int, int]] = set()  # a configuration is an attribute of many modules
-        for table, name, unchanged in self._deep:
+        for table, name, unchanged, _ in self._deep:
             now = table.get(name, MISSING)
             if (id(now), id(unchanged)) not in looked:
                 looked.add((id(now), id(unchanged)))
@@ -137,7 +175,7 @@ class _Values:
     """Values of one table that are compared as they are; fast where they are the same objects."""
 
     def __init__(self, table: dict[str, Any], values: dict[str, Any]) -> None:
-        self._table = table
+        self.table, self.names = table, tuple(values)
         self._absent = frozenset(name for name, value in values.items() if value is MISSING)
         present = {name: value for name, value in values.items() if value is not MISSING}
         self._get = operator.itemgetter(*present, *present) if present else lambda _: ()
@@ -145,11 +183,23 @@ class _Values:
 
     def hold(self) -> bool:
         try:
-            found = self._get(self._table)
+            found = self._get(self.table)
         except KeyError:
             return False
         same_ones = all(map(operator.is_, found, self._values)) or all(map(same, found, self._values))
-        return same_ones and self._table.keys().isdisjoint(self._absent)
+        return same_ones and self.table.keys().isdisjoint(self._absent)
+
+
+def _unchanged_at(table: dict[str, Any], name: str, unchanged: Shot) -> bool:
+    return unchanged(table.get(name, MISSING))
+
+
+def _unchanged_attribute(owner: Any, name: str, unchanged: Shot) -> bool:
+    return unchanged(getattr(owner, name, MISSING))
+
+
+def _unchanged_place(place: Outer, unchanged: Shot) -> bool:
+    return unchanged(place.look())
 
 
 def types_of(module: nn.Module) -> tuple[Any, ...]:

@@ -26,7 +26,7 @@ BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"} | {"_flat_weights",
 Step = tuple[str, Any]
 """From a value into it: ``("attribute", name)`` or ``("item", key)``."""
 
-_DEEPEST, _LARGEST = 5, 10_000
+DEEPEST, _LARGEST = 5, 10_000
 
 Shot = Callable[[Any], bool]
 """Whether a value is still what it was."""
@@ -52,7 +52,7 @@ def shot(value: Any, baked: frozenset[int] | None = None, depth: int = 0) -> Sho
             return form_shot(value)
         version = _version(value)
         return lambda now: now is value and _version(now) == version
-    if inside is None or depth > _DEEPEST:
+    if inside is None or depth > DEEPEST:
         return lambda now: same(now, value)
     kind = type(value)
     if isinstance(value, types.MethodType):
@@ -173,7 +173,7 @@ class PythonState:
                 self._iterators[path, place] = str(Change(path, steps, key, value))
             if inside is not value:
                 self._known.setdefault(id(value), value)
-            if inside is not None and len(steps) < _DEEPEST:
+            if inside is not None and len(steps) < DEEPEST:
                 self._add(path, (*steps, (kind, key)), inside, "item" if inside is value else "attribute")
 
     def knows(self, value: Any) -> bool:

@@ -1,0 +1,65 @@
+"""Programs that Inductor is handed without dynamo: right for every kind of call, and for none too many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.helpers.run_ranks import run_spmd
+from tests.on_ranks import compiled as on_ranks
+from tpcompile import TpCompileError
+from tpcompile.runtime.compile_options import read_compile
+
+F32 = 1e-5
+
+
+def test_every_kind_of_call_gets_what_was_compiled_for_it() -> None:
+    for found in run_spmd(on_ranks.kinds, 2, {"backend": "aot_eager"}):
+        assert found["worst"] <= F32
+        assert found["calls"] == 8
+        assert found["dynamo"] == 0
+        # With gradients, without (no_grad and inference_mode), frozen; the same tensor twice runs as it is.
+        assert found["compiled"] == [(2, 2), (1, 2), (1, 1), (1, 1)]
+
+
+def test_inductor_trains() -> None:
+    for found in run_spmd(on_ranks.trained, 2, True):
+        assert found["worst"] <= F32
+        assert found["compiled"] == [(1, 1)]
+
+
+def test_what_a_compiler_assumes_of_sizes_is_asked_of_every_call() -> None:
+    for found in run_spmd(on_ranks.assumptions, 2):
+        assert found["made"] == ["fours few", "others few", "fours many", "others many"]
+        few, many = ["fours few"] * 2 + ["others few"] * 2, ["fours many"] * 3 + ["others many"]
+        assert found["ran"] == [*few, *many, "others few", "fours few"]
+
+
+def test_repeated_layers_are_one_region() -> None:
+    for found in run_spmd(on_ranks.layers, 2, {"backend": "aot_eager"}):
+        assert found["worst"] <= F32
+        assert found["regions"] == [0, 7]  # of 8 layers, one stands by itself
+
+
+def test_what_is_asked_of_the_compiler() -> None:
+    assert read_compile(False) is None and read_compile({"disable": True}) is None
+    assert read_compile(True) == {} == read_compile({})
+    assert read_compile("max-autotune") == {"mode": "max-autotune"}
+    assert read_compile({"max_autotune": True}) == {"options": {"max_autotune": True}}
+    assert read_compile({"backend": "aot_eager"}) == {"backend": "aot_eager"}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"max_autotuner": True},
+        {"max_autotune": "yes"},
+        {"mode": "default", "max_autotune": True},
+        {"mode": "max-autotune", "options": {"max_autotune": True}},
+        {"backend": "none such"},
+    ],
+)
+def test_what_torch_does_not_know_is_refused(asked: Any) -> None:
+    with pytest.raises(TpCompileError, match=r"torch\.compile"):
+        read_compile(asked)

@@ -1,0 +1,71 @@
+"""A copy of a program's graph that Inductor may change as it likes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from tpcompile.ir.torch_internals import ConstantSource, invoke_subgraph
+
+
+def own_graph(module: GraphModule, fixed: Sequence[bool], kept: Sequence[bool]) -> GraphModule:
+    """A program without the values of its capture; calls of submodules are regions that are compiled once.
+
+    Args:
+        module: a rank's graph.
+        fixed: which placeholders stay where they are in memory, so that a CUDA graph need not copy them.
+        kept: which placeholders it has; the others are not read.
+    """
+    graph, root = _bare(module.graph), nn.Module()
+    calls = graph.find_nodes(op="call_module")
+    names = {call.target for call in calls}
+    for name, child in module.named_children():
+        if name in names:  # not as it is: dynamo is told of it otherwise
+            assert isinstance(child, GraphModule)
+            child = GraphModule(child, _bare(child.graph), "Layer")
+        setattr(root, name, child)
+    for call in calls:
+        _make_region(graph, call)
+    for node, stays, keep in zip(graph.find_nodes(op="placeholder"), fixed, kept, strict=True):
+        node.meta["tensor_dict"] = {_STATIC: "unguarded"} if stays else {}
+        if not keep:
+            graph.erase_node(node)
+    return GraphModule(root, graph, "CompiledProgram")
+
+
+def copy_graph(module: GraphModule) -> GraphModule:
+    """A copy that a backend may change, with what dynamo would leave there for AOTAutograd to find."""
+    made = GraphModule(module, _copy(module.graph), "CompiledProgram")
+    for node in made.graph.find_nodes(op="placeholder"):
+        node._dynamo_source = ConstantSource(node.name)
+    made.meta["dynamo_compile_id"] = None
+    made._param_name_to_source = {}  # type: ignore[assignment]
+    return made
+
+
+_STATIC = "_dynamo_static_input_type"
+
+
+def _copy(graph: Graph) -> Graph:
+    copy = Graph()
+    copied: dict[Node, Node] = {}
+    copy.output(copy.graph_copy(graph, copied))
+    return copy
+
+
+def _bare(graph: Graph) -> Graph:
+    copy = _copy(graph)
+    for node in copy.nodes:
+        node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    return copy
+
+
+def _make_region(graph: Graph, call: Node) -> None:
+    name: Any = call.target
+    with graph.inserting_before(call):
+        region = graph.call_function(invoke_subgraph, (graph.get_attr(name), name, *call.args))
+    call.replace_all_uses_with(region)
+    graph.erase_node(call)

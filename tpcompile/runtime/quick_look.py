@@ -1,0 +1,122 @@
+"""A quick look at python state: if every object is where it was, nothing has to be compared."""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain
+from operator import attrgetter, call, is_, itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from tpcompile.capture.export.look_inside import PLAIN, Attributes, content
+from tpcompile.capture.export.python_state import DEEPEST, MISSING, shot
+
+_END = object()
+_BUILT_IN = (dict, list, tuple, deque)
+Baked = frozenset[int] | None
+
+
+class QuickLook:
+    """The objects that are at certain places and in all that is there, as they are when this is made.
+
+    It says of a later moment that all of them are the same and none was written to, or that it cannot tell:
+    then values have to be compared. Whatever runs for each of them is C code.
+    """
+
+    def __init__(self) -> None:
+        self._many: list[Callable[[], Iterable[Any]]] = []
+        self._found: list[Any] = []
+        self._one: list[Callable[[], Any]] = []
+        self._is: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._slow: list[Callable[[], bool]] = []
+        self._seen: dict[tuple[int, Baked], tuple[Any, int]] = {}  # kept alive, so that ids stay theirs
+
+    def table(self, table: dict[str, Any], names: Iterable[str], baked: Baked = None) -> None:
+        """Looks at some keys of a table, and into what is there; ``baked`` is that of ``shot``."""
+        names = list(names)
+        present = [name for name in names if name in table]
+        if absent := frozenset(names) - {*present}:
+            self._same(partial(table.keys().isdisjoint, absent))
+        if present:
+            self._all(partial(itemgetter(*present, present[0]), table))  # of a single key comes no tuple
+            for name in present:
+                self._into(table[name], baked, 0)
+
+    def attributes(self, owner: Any, names: Iterable[str]) -> None:
+        """Looks at attributes of a class, a function or a cell, and into what is there."""
+        present = [name for name in names if getattr(owner, name, MISSING) is not MISSING]
+        for name in {*names} - {*present}:
+            self._same(partial(getattr, owner, name, MISSING))
+        if present:
+            self._all(partial(attrgetter(*present, present[0]), owner))
+            for name in present:
+                self._into(getattr(owner, name), None, 0)
+
+    def slow(self, look: Callable[[], bool]) -> None:
+        """Adds what can only be found out by comparing."""
+        self._slow.append(look)
+
+    def finished(self) -> QuickLook:
+        """The same, after the last place."""
+        self._all(lambda: (_END,))  # so that it is noticed if a container has grown or shrunk
+        self._versions = list(map(_version, self._tensors))
+        return self
+
+    def same(self) -> bool:
+        """Whether everything is as it was, for sure."""
+        try:
+            return (
+                all(map(is_, chain.from_iterable(map(call, self._many)), self._found))
+                and all(map(is_, map(call, self._one), self._is))
+                and list(map(_version, self._tensors)) == self._versions
+                and all(map(call, self._slow))
+            )
+        except (KeyError, AttributeError):  # gone
+            return False
+
+    def _all(self, look: Callable[[], Iterable[Any]]) -> None:
+        self._many.append(look)
+        self._found += look()
+
+    def _same(self, look: Callable[[], Any]) -> None:
+        self._one.append(look)
+        self._is.append(look())
+
+    def _into(self, value: Any, baked: Baked, depth: int) -> None:
+        """Follows ``shot``: what that compares is looked at here."""
+        if isinstance(value, PLAIN) or self._seen.get((id(value), baked), (None, depth + 1))[1] <= depth:
+            return
+        self._seen[id(value), baked] = value, depth
+        inside = content(value)
+        if isinstance(value, Tensor) and baked is None and not value.is_inference():
+            self._tensors.append(value)
+        elif isinstance(value, Tensor) or (isinstance(inside, set | Attributes) and depth <= DEEPEST):
+            self._slow.append(partial(shot(value, baked, depth), value))
+        elif inside is None or depth > DEEPEST:
+            return
+        elif isinstance(value, types.MethodType):
+            self._into(value.__self__, baked, depth + 1)
+        else:
+            self._container(value, inside, baked, depth)
+
+    def _container(self, value: Any, inside: Any, baked: Baked, depth: int) -> None:
+        items = inside
+        if type(value) not in _BUILT_IN:  # which no object stops being
+            self._same(partial(type, value))
+        if isinstance(inside, dict):
+            if inside is not value:
+                self._same(partial(object.__getattribute__, value, "__dict__"))
+            self._all(partial(tuple, inside))
+            self._all(partial(tuple, items := inside.values()))
+        elif inside is value and not isinstance(value, tuple):
+            self._all(partial(tuple, inside))
+        for each in items:
+            self._into(each, baked, depth + 1)
+
+
+_version = attrgetter("_version")
