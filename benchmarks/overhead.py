@@ -2,9 +2,9 @@
 
     python -m benchmarks.overhead [--rounds 15] [--calls 20] [--layers 8] [--tokens 64] [--skip generate]
 
-One rank, a llama so small that nothing but overhead counts. The variants take turns in every round. Prints
-the median and the least of the rounds' means, the median of the ratios to the first variant in the same
-round, and the ratio of the least, as a markdown table.
+One rank, one thread, a llama so small that nothing but overhead counts. The variants take turns in every
+round. Prints, as a markdown table, of the means of all rounds the median and the least, on the clock and of
+the CPU, and the ratios of these to the first variant's: of the medians, round by round, and of the least.
 """
 
 from __future__ import annotations
@@ -44,32 +44,43 @@ def model(layers: int, hidden: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def measure(variants: dict[str, Run], rounds: int, calls: int) -> dict[str, list[float]]:
-    """Microseconds of a call, the mean of every round; the variants take turns."""
-    found: dict[str, list[float]] = {name: [] for name in variants}
+Times = dict[str, list[tuple[float, float]]]
+"""Per variant and round, the mean of a call in microseconds: on the clock, and of the CPU."""
+
+
+def measure(variants: dict[str, Run], rounds: int, calls: int) -> Times:
+    """The means of every round; the variants take turns."""
+    found: Times = {name: [] for name in variants}
     for run in variants.values():
         for _ in range(3):
             run()
     for _ in range(rounds):
         for name, run in variants.items():
-            began = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(calls):
                 run()
-            found[name].append((time.perf_counter() - began) / calls * 1e6)
+            ended = time.perf_counter() - wall, time.process_time() - cpu
+            found[name].append((ended[0] / calls * 1e6, ended[1] / calls * 1e6))
     return found
 
 
-def table(title: str, found: dict[str, list[float]], scale: float = 1.0) -> list[str]:
+def table(title: str, found: Times, scale: float = 1.0) -> list[str]:
     """Rows of the result."""
-    base = next(iter(found.values()))
     lines = []
     for name, times in found.items():
-        ratio = statistics.median(a / b for a, b in zip(times, base, strict=True))
-        median, least = statistics.median(times) / scale, min(times) / scale
-        lines.append(
-            f"| {title} | {name} | {median:.0f} | {least:.0f} | {ratio:.2f} | {min(times) / min(base):.2f} |"
-        )
+        cells = [title, name]
+        for clock in (0, 1):
+            own = [each[clock] for each in times]
+            base = [each[clock] for each in next(iter(found.values()))]
+            cells += [f"{statistics.median(own) / scale:.0f}", f"{min(own) / scale:.0f}"]
+            ratio = statistics.median(a / b for a, b in zip(own, base, strict=True))
+            cells += [f"{ratio:.2f}", f"{min(own) / min(base):.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+COLUMNS = ("median, us", "least", "ratio", "of the least")
+HEAD = f"| | variant | {' | '.join(f'{clock}: {c}' for clock in ('wall', 'CPU') for c in COLUMNS)} |"
 
 
 def run_rank(rounds: int, calls: int, layers: int, hidden: int, tokens: int, skip: str) -> list[str]:
