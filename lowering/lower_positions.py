@@ -60,8 +60,9 @@ def _whole(low: Lowering, node: Node) -> torch.Tensor:
 
 def _part(low: Lowering, node: Node, place: Filled, ranks: int) -> torch.Tensor:
     sizes = list(node.meta["val"].shape)
-    size = sizes[place.dim]
-    sizes[place.dim] = -(-size // ranks) if isinstance(size, int) else low.part_of(size, ranks)
+    # Of a length that only some calls fix, not all fake tensors know it: the factors do.
+    held = low.shapes.shape(node, node.meta["placement"])[place.dim]
+    sizes[place.dim] = held if isinstance(held, int) else low.part_of(sizes[place.dim], ranks)
     return _empty(low, node, sizes)
 
 

@@ -159,7 +159,7 @@ class _Checker:
         wanted = tuple(Shard(p.dim) if isinstance(p, Filled) else p for p in given)
         claimed = (node.meta.get("placement") or {axis: None})[axis]
         fitting = [s for s in self._choices(node, axis) if s.inputs == wanted]
-        if any(isinstance(p, Filled) for p in given):
+        if any(map(_is_filled, given)):
             fitting = [filled(s) for s in fitting if not any(isinstance(p, Partial) for p in s.outputs)]
         if not fitting:
             ways = [str(s) for s in self._choices(node, axis)]
@@ -167,7 +167,20 @@ class _Checker:
                 f"its rule computes nothing from ({', '.join(map(str, given))}) on sub-axis {axis}; it has "
                 f"{'; '.join(ways)}"
             )
-        return next((s for s in fitting if claimed in s.outputs), fitting[0])
+        chosen = next((s for s in fitting if claimed in s.outputs), fitting[0])
+        if not any(map(_is_filled, given)):
+            self._refuse_other_way(node, axis, chosen, fitting)
+        return chosen
+
+    def _refuse_other_way(self, node: Node, axis: int, chosen: Choice, fitting: Sequence[Choice]) -> None:
+        """Lowering goes the way that is noted: a mean of summands is another call than a mean over parts."""
+        rule, noted = self.factors.rules.get(node), (node.meta.get("choices") or {axis: None})[axis]
+        rows = noted is not None and any(isinstance(p, Owned) for p in noted.outputs)
+        if rows or (isinstance(rule, Rule) and rule.localize):
+            if _divides(noted) not in map(_divides, fitting):
+                raise Unproved(
+                    f"on sub-axis {axis} it is given what is {chosen}, and is to be computed as {noted}"
+                )
 
     def _choices(self, node: Node, axis: int) -> list[Choice]:
         return choices(node, self.factors, lambda _: True, self.work.axes[: axis + 1])
@@ -254,6 +267,16 @@ def _rule_of(node: Node) -> Rule | str:
     letters = Letters()
     labels = [letters.dims(shape(o)) for o in operands(node)]
     return Rule(tuple(labels), (labels[0],), letters.sizes)
+
+
+def _is_filled(place: Placement) -> bool:
+    return isinstance(place, Filled)
+
+
+def _divides(choice: Choice | None) -> object:
+    """Where the factor that is divided stands, if one is."""
+    factor = choice.factor if choice is not None else None
+    return (factor.inputs, factor.outputs) if factor is not None else None
 
 
 def _is_real(value: Any) -> bool:

@@ -14,9 +14,12 @@ from tests.helpers import programs, toys
 from tests.helpers.faults import FAULTS
 from tests.whole.test_families_simulated import followed
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.placements import P, Shard
 from tpcompile.passes.verify_placements import verify_placements
 from tpcompile.pipeline import canonical, rewrite
 from tpcompile.planner.work import Work
+from tpcompile.rules.assignment import Assignment
+from tpcompile.rules.choices import choices
 
 X12, X20 = (3, 4, 12), (3, 4, 20)
 TOYS: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], int, bool]] = {
@@ -43,7 +46,7 @@ def _planned(name: str) -> tuple[Work, Work, nn.Module, list[Any], list[Tensor]]
     return base, programs.planned_work(captured), model, inputs, wanted
 
 
-def _program(name: str) -> Work:
+def program(name: str) -> Work:
     base, planned, *_ = _planned(name)
     work = followed(base, planned)
     rewrite(work, training=True, sequence=TOYS[name][3])
@@ -65,11 +68,11 @@ def _runs_right(work: Work, name: str) -> bool:
 @pytest.mark.parametrize("name", TOYS)
 def test_faults(name: str) -> None:
     """Each fault is refused, or changes neither a result nor a gradient."""
-    assert _runs_right(_program(name), name)
+    assert _runs_right(program(name), name)
     refused, missed = 0, []
     for kind, fault in FAULTS.items():
-        for at in range(sum(1 for _ in fault(_program(name)))):
-            work = _program(name)
+        for at in range(sum(1 for _ in fault(program(name)))):
+            work = program(name)
             list(fault(work))[at]()
             try:
                 verify_placements(work, training=True)
@@ -80,3 +83,29 @@ def test_faults(name: str) -> None:
                 missed.append(f"{kind}, place {at}")
     assert not missed
     assert refused >= 3, "hardly a fault could be put into this program"
+
+
+class Centred(nn.Module):
+    """A mean over what a matmul gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 20, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x).mean(-1)
+
+
+@pytest.mark.parametrize("summands", [True, False])
+def test_the_way_that_is_noted_is_the_one_that_is_proved(summands: bool) -> None:
+    """Lowering divides by the whole size where a mean is noted to be over parts, else by the parts' own."""
+    base = canonical(programs.captured(Centred().double(), torch.randn(X12, dtype=torch.float64)).captured, 2)
+    factors = base.planned_factors = base.factors()
+    linear, mean = (node for node in base.graph.nodes if node.op == "call_function")
+    ways = {node: choices(node, factors, lambda _: True, (2,)) for node in (linear, mean)}
+    divided = {node: next(c for c in ways[node] if Shard(2) in (*c.inputs, *c.outputs)) for node in ways}
+    base.decisions.append(Assignment(2, divided, dict.fromkeys(base.params(), Shard(0))))
+    rewrite(base, training=False)
+    mean.meta["choices"] = (next(c for c in ways[mean] if c.inputs == (P,)) if summands else None,)
+    with pytest.raises(TpCompileError, match="to be computed as"):
+        verify_placements(base, training=False)

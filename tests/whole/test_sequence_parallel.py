@@ -271,3 +271,26 @@ def test_repeated_layers() -> None:
 def test_ranks_that_differ_are_told() -> None:
     for message in run_spmd(spmd_sequence.ranks_differ, 2, timeout=TIMEOUT):
         assert "rank 0 has 'sequence: True', rank 1 has 'sequence: []'" in message
+
+
+class Scanned(nn.Module):
+    """Blocks, and behind them a loop over the positions: only then it shows that the length is fixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = toys.Blocks()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(x)[0]
+        steps = [x[:, 0]]
+        for at in range(1, x.shape[1]):
+            steps.append(steps[-1] / 2 + x[:, at])
+        return torch.stack(steps, 1)
+
+
+@pytest.mark.parametrize("length", [4, 5])
+def test_a_length_that_the_model_fixes(length: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, length, 12, dtype=torch.float64)
+    report = tpcompile.verify(Scanned().double(), 2, (x,), sequence_parallel=True)
+    assert report.ok, report
