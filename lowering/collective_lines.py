@@ -11,6 +11,8 @@ from torch.fx import Graph, Node
 from tpcompile.ir.torch_internals import OpOverload, resolve_process_group
 from tpcompile.ranks.compare_sent import Sent
 
+from .state import STANDS_FOR
+
 _DIVIDED = ("dim", "src_dim")
 """Arguments that name a dimension in which ranks hold different sizes."""
 
@@ -40,13 +42,17 @@ def sent_by(graph: Graph, members_of: Callable[[str], tuple[int, ...]] = members
 
 
 def _facts(given: dict[str, Any]) -> str:
-    """What all ranks give alike: not the rank's index, nor its size of the dimension that is divided."""
+    """What all ranks give alike: not the rank's index, nor its size of the dimension that is divided.
+
+    Named after the global value: two sums of one shape in another order would be added to each other.
+    """
     divided = [given[name] for name in _DIVIDED if name in given]
     val = given["x"].meta["val"]
+    named = [f" of {name}" for name, _ in given["x"].meta.get(STANDS_FOR) or ()][:1]
     shape = ["-" if dim in divided else _size(size) for dim, size in enumerate(val.shape)]
     rest = {name: value for name, value in given.items() if name not in ("x", "group", "index")}
     told = [f", {name} {value}" for name, value in rest.items() if not isinstance(value, Node)]
-    return f"{val.dtype} [{', '.join(shape)}]{''.join(told)}"
+    return f"{val.dtype} [{', '.join(shape)}]{''.join([*told, *named])}"
 
 
 def _size(size: Any) -> str:

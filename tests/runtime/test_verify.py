@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -19,10 +20,12 @@ from tpcompile.capture.held_caches import Held
 from tpcompile.compile_program import Compiler
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import bind_call
+from tpcompile.ir.graph_edit import call_behind
 from tpcompile.ir.layout.segment import Segment
-from tpcompile.lowering.simulate import lower_all
+from tpcompile.lowering.simulate import lower_all, sent
 from tpcompile.lowering.state import SOURCE
 from tpcompile.planner.work import Pass, Work
+from tpcompile.ranks.compare_sent import refuse_unlike
 from tpcompile.rules import table
 from tpcompile.runtime.read_request import read_options
 from tpcompile.runtime.verify.one_process import Request, _tokens, examine
@@ -316,3 +319,43 @@ def test_every_rank_has_a_copy_of_the_call() -> None:
 
     trial.on_ranks(watch)
     assert len({value.data_ptr() for value in given}) == 3
+
+
+@dataclass(frozen=True)
+class Halved(Pass):
+    """Rounds what matmuls give to half precision."""
+
+    kind: torch.dtype
+    name = "halved"
+    before_planning = True
+
+    def apply(self, work: Work) -> bool:
+        found = work.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+        for node in found:
+            half = call_behind(node, torch.ops.aten.to.dtype, node, self.kind)
+            back = call_behind(half, torch.ops.aten.to.dtype, half, node.meta["val"].dtype)
+            node.replace_all_uses_with(back, delete_user_cb=lambda user, half=half: user is not half)
+        return bool(found)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float64, torch.bfloat16), (torch.float32, torch.float16)], ids=str
+)
+def test_a_cast_does_not_widen_the_limit(dtype: torch.dtype, kind: torch.dtype) -> None:
+    """The model's python computes in one type: what a program does in another is no excuse."""
+    x = torch.randn(X, dtype=dtype)
+    report = tpcompile.verify(toys.Mlp().to(dtype), 2, (x,), passes=[Halved(kind)])
+    assert (report.ok, report.kind) == (False, "rewrite")
+
+
+def test_collectives_are_told_by_what_they_send() -> None:
+    """Two sums of one shape and type: what one rank adds to the first another must not add to the second."""
+    model = nn.Sequential(toys.Mlp(), toys.Mlp()).double()
+    x = torch.randn(X, dtype=torch.float64)
+    compiler = SimulatedCompiler(read_options(model, "auto", None, "cpu", True, None, ()), 2)
+    trial = Trial(model, bind_call(model, (x,), {}), compiler, True)
+    everyone = sent(trial.work.axes, trial.programs)
+    one, two = (i for i, each in enumerate(everyone[1]) if each.kind.startswith("all_reduce"))
+    everyone[1][one], everyone[1][two] = everyone[1][two], everyone[1][one]
+    with pytest.raises(TpCompileError, match="send different things"):
+        refuse_unlike(everyone)

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tpcompile.ir.torch_internals import tree_leaves
 
 LIMITS = {
     torch.float64: 1e-10,
@@ -21,10 +24,34 @@ _MASKED = 1e30
 """What is larger stands for infinity, in a mask; it is not a value that others are measured against."""
 
 
-def limit_of(values: Iterable[Any]) -> float:
-    """The limit for a program with these values: that of the least precise type among them."""
-    kinds = {v.dtype for v in values if isinstance(v, Tensor) and v.dtype.is_floating_point}
-    return max((LIMITS.get(kind, 0.1) for kind in kinds), default=0.0)
+class TypesSeen(TorchFunctionMode):
+    """Notes the types that a model's python computes in.
+
+    They alone say what rounding explains. A program's own types would not do: one with a cast to half
+    precision that is not the model's would be measured by what it does wrong.
+
+    Attributes:
+        kinds: the types of all results.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds = set[torch.dtype]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.kinds.update(kinds_of(result))
+        return result
+
+
+def kinds_of(values: Any) -> set[torch.dtype]:
+    """The types of the tensors in a tree."""
+    return {leaf.dtype for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}
+
+
+def limit_of(kinds: Iterable[torch.dtype]) -> float:
+    """The limit for what is computed in these types: that of the least precise among them."""
+    return max((LIMITS.get(kind, 0.1) for kind in kinds if kind.is_floating_point), default=0.0)
 
 
 def largest(values: Iterable[Any]) -> float:

@@ -19,8 +19,8 @@ from tpcompile.ranks.exchange import exchange
 from tpcompile.runtime.copy_model import as_original
 from tpcompile.runtime.guards import without_guards
 
-from .compare import limit_of
-from .one_process import Request, examine
+from .compare import TypesSeen, kinds_of, limit_of
+from .one_process import HALF, Request, examine
 from .outcome import Finding, Key, compared, run_python
 from .report import Report
 from .tokens import greedy
@@ -38,7 +38,9 @@ def verify_live(
     whole = whole_copy(model, runtime)
     compare_weights(group, whole_tensors(whole))
     learning = gradients and any(p.requires_grad for p in whole.parameters())
-    want = run_python(copy.deepcopy(whole), bound, learning)
+    alone = copy.deepcopy(whole)
+    with TypesSeen() as seen:
+        want = run_python(alone, bound, learning)
     if group is not None:  # what the first rank's python computes is right for all, but for its gradients
         mine = {key: value for key, value in want.items() if key[0] == "result"}
         want |= exchange(group, "verify: the model's results", mine)[0]
@@ -47,11 +49,13 @@ def verify_live(
     if generate:
         same = greedy(copy.deepcopy(model), bound, generate) == greedy(copy.deepcopy(whole), bound, generate)
         found.append(Finding("token", f"{generate} tokens", 0.0 if same else float("inf")))
-    limit = limit_of([*whole.parameters(), *want.values(), *flatten_call(bound)[0]])
+    limit = limit_of(
+        seen.kinds | kinds_of([*whole.parameters(), list(want.values()), flatten_call(bound)[0]])
+    )
     findings = _of_all_ranks(exchange(group, "verify", found) if group is not None else [found], limit)
     precision = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in whole.parameters()}))
     report = Report(runtime.compiler.ranks, precision, findings, limit, "")
-    if report.wrong:
+    if report.wrong or any(p.dtype in HALF for p in whole.parameters()):
         report = _explained(report, whole, bound, runtime, learning)
         if group is not None:
             report = exchange(group, "verify: where it begins", report)[0]
@@ -97,14 +101,17 @@ def _of_all_ranks(everyone: Sequence[Sequence[Finding]], limit: float) -> tuple[
 def _explained(
     report: Report, whole: nn.Module, bound: dict[str, Any], runtime: Runtime, learning: bool
 ) -> Report:
-    """What is to blame: the same is simulated on every rank, from the same weights."""
+    """What is to blame: the same is simulated on every rank, from the same weights.
+
+    In half precision also if nothing is: the simulation runs in float64 too, where rounding hides nothing.
+    """
     compiler = runtime.compiler
     try:
         simulated = examine(whole, Request(bound, compiler.options, compiler.ranks, learning))
     except TpCompileError as error:
-        note = f"it cannot be said where the difference begins: {error.what}"
-        return replace(report, kind="execution", notes=(note,))
-    if not simulated.ok:
-        return simulated
-    kind = simulated.kind or "execution"
-    return replace(report, kind=kind)
+        where = "where the difference begins" if report.wrong else "what rounding hides"
+        noted = replace(report, notes=(f"it cannot be said {where}: {error.what}",))
+        return replace(noted, kind="execution") if report.wrong else noted
+    if not simulated.ok or not report.wrong:
+        return simulated if not simulated.ok else report
+    return replace(report, kind=simulated.kind or "execution")

@@ -28,7 +28,7 @@ from .simulated_calls import simulated
 from .tokens import Steps, greedy
 from .trial import Lower, SimulatedCompiler, Trial
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 @checked
@@ -108,7 +108,7 @@ def examine(model: nn.Module, request: Request) -> Report:
     """See ``verify``; the model has weights."""
     began = time.perf_counter()
     report = _examined(model, request)
-    rough = any(p.dtype in _HALF for p in model.parameters())
+    rough = any(p.dtype in HALF for p in model.parameters())
     if rough or report.wrong:
         exact = _in_double(model, request)
         if exact is not None and exact.ok and report.wrong:
@@ -146,7 +146,7 @@ def _tokens(model: nn.Module, request: Request) -> Finding:
     """Whether all ranks together generate the tokens that the model does."""
     wanted = greedy(copy.deepcopy(model), request.bound, request.generate)
     try:
-        with simulated(model, SimulatedCompiler(request.options, request.ranks)) as copied:
+        with simulated(model, SimulatedCompiler(request.options, request.ranks, request.lower)) as copied:
             same = greedy(copied, request.bound, request.generate) == wanted
     except RanksDiffer:
         same = False

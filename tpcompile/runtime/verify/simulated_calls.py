@@ -27,7 +27,7 @@ from tpcompile.lowering.simulate import run
 from tpcompile.runtime.make_program import hand_out, open_leaves, whole_captured
 
 from .assemble import RanksDiffer, put_together, sizes_at
-from .compare import agree, limit_of
+from .compare import agree, kinds_of, limit_of
 from .inputs import Inputs
 from .trial import SimulatedCompiler
 
@@ -111,7 +111,8 @@ class SimulatedCalls:
             for rank in range(self.layout.ranks)
         ]
         feeds = [mine.of(graph.graph) for mine, graph in zip(ranks, program.ranks, strict=True)]
-        limit = limit_of(node.meta.get("val") for node in work.graph.nodes)
+        # Not the rewritten program's types: a pass may have put a cast there.
+        limit = limit_of(kinds_of([node.meta.get("val") for node in program.compiled.planned.graph.nodes]))
         with torch.no_grad():
             columns = list(zip(*run(work, feeds, program.ranks), strict=True))
         return [self._whole(s, parts, limit) for s, parts in zip(captured.outputs, columns, strict=True)]

@@ -32,7 +32,7 @@ from tpcompile.ranks.compare_sent import refuse_unlike
 from tpcompile.runtime.make_program import hand_out
 
 from .assemble import RanksDiffer, Unknown, put_together, sizes_at
-from .compare import difference, limit_of
+from .compare import TypesSeen, difference, kinds_of, limit_of
 from .inputs import Inputs, undivided
 from .outcome import Finding, Key, backward, compared, learning_leaves, results_of, run_python
 
@@ -72,7 +72,7 @@ class Trial:
         compiled: the program.
         programs: those of all ranks.
         learning: gradients are compared as well.
-        limit: the largest error that rounding explains.
+        limit: the largest error that rounding explains, in the types that the model's python has used.
     """
 
     def __init__(
@@ -86,12 +86,14 @@ class Trial:
         self.learning = gradients and self.compiled.differentiable
         specs = self.specs = self.work.captured.whole_outputs
         self.losses = frozenset(s.name for s in specs if s.kind == "user" and not s.divided)
-        self.limit = limit_of(node.meta.get("val") for node in self.work.graph.nodes)
+        self.limit = math.nan
 
     def python(self) -> dict[Key, Any]:
         """What the model leaves behind as python."""
         model = copy.deepcopy(self.model)
-        found = run_python(model, self.bound, self.learning)
+        with TypesSeen() as seen:
+            found = run_python(model, self.bound, self.learning)
+        self.limit = limit_of(seen.kinds | kinds_of([*model.parameters(), self.bound, list(found.values())]))
         for spec in (s for s in self.specs if s.kind == "attribute"):
             path, _, name = spec.name.rpartition(".")
             found["attribute", spec.name] = getattr(model.get_submodule(path), name, None)
