@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from tpcompile.capture.export.aliases import may_alias
 from tpcompile.ir.graph_edit import call_before, drop_unused, replace
 from tpcompile.ir.nodes import argument, arguments, is_tensor, shape
 from tpcompile.ir.sizes import sizes_of
@@ -115,12 +116,24 @@ def _type_as_to_cast(work: Work, node: Node) -> bool:
 
 
 def _copy_to_source(work: Work, node: Node) -> bool:
-    """Of the tensor that is copied into only shape and type count; the result may be the source itself."""
+    """Of the tensor that is copied into only shape and type count; a result has memory of its own."""
     into, source = arguments(node)[:2]
     if shape(source) != shape(into):
         source = call_before(node, aten.expand_as.default, source, into)
-    replace(node, _cast(node, source, node.meta["val"].dtype))
+    copied = _cast(node, source, node.meta["val"].dtype)
+    if copied is source and _is_handed_out(work, node):
+        copied = call_before(node, aten.clone.default, copied)
+    replace(node, copied)
     return True
+
+
+def _is_handed_out(work: Work, value: Node) -> bool:
+    """Whether a value, or a view of it, is a result, which the caller may write."""
+    if any(user.op == "output" for user in value.users):
+        outputs = zip(work.outputs(), work.captured.outputs, strict=True)
+        if any(out is value and spec.kind in ("user", "attribute") for out, spec in outputs):
+            return True
+    return any(may_alias(user) and _is_handed_out(work, user) for user in value.users)
 
 
 def _state_sizes(work: Work, node: Node) -> bool:
