@@ -6,6 +6,8 @@ ranks; on three ranks nearly all of them divide unevenly.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import transformers.integrations.moe  # noqa: F401 (registers transformers.grouped_mm_fallback)
 
@@ -400,9 +402,11 @@ POINTWISE = [
     _case(aten.mul.Tensor, signed(4, 6), signed(4, 6)),
     _case(aten.mul.Tensor, _SAME, _SAME),
     _case(aten.mul.Tensor, signed(4, 6), 2.5),
+    _case(aten.mul.Tensor, signed(4, 6), math.inf),
     _case(aten.mul.Scalar, signed(4, 6), 2.5),
     _case(aten.div.Tensor, signed(4, 6), real(4, 6)),
     _case(aten.div.Tensor, signed(4, 6), 3.0),
+    _case(aten.div.Tensor, signed(4, 6), 0.0),
     _case(aten.div.Scalar, signed(4, 6), 3.0),
     _case(aten.div.Tensor_mode, signed(4, 6), real(6), rounding_mode="floor"),
     _case(aten.neg.default, signed(4, 6)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -93,11 +94,14 @@ def _both(node: Node, ops: list[Node]) -> Linear:
 
 
 def _each(node: Node, ops: list[Node]) -> Linear:
+    """Not times infinity: of summands with two signs, ranks would make one that is no number."""
+    if any(isinstance(a, float) and not math.isfinite(a) for a in node.args):
+        return []
     return [frozenset({i}) for i in range(len(ops))]
 
 
 def _numerator(node: Node, ops: list[Node]) -> Linear:
-    exact = option(node, "rounding_mode") is None
+    exact = option(node, "rounding_mode") is None and node.args[1] != 0
     return [frozenset({0})] if exact and isinstance(node.args[0], Node) else []
 
 
