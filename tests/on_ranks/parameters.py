@@ -15,13 +15,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import Partial
+from torch.distributed.tensor import Partial, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 import tpcompile
 from tests.helpers.toys import Mlp
 from tests.on_ranks.models import error, mesh
 from tests.on_ranks.module_life import pair, refusal
+from tpcompile.errors import TpCompileError
 
 F64 = torch.float64
 
@@ -56,6 +57,9 @@ READS: dict[str, Callable[[Tensor], Tensor]] = {
     "largest of a list": lambda w: torch._foreach_max([w.detach()])[0],
     "power sums of a list": lambda w: torch._foreach_powsum([w.detach()], 3)[0],
     "products of lists": lambda w: torch._foreach_mm([w.detach()], [w.detach().T])[0],
+    "sum in another type": lambda w: (1000 * w.detach()).to(torch.bfloat16).sum(dtype=torch.float64),
+    "sum beyond its type": lambda w: (w.detach() * 0 + 300).half().sum(dtype=torch.float32),
+    "sum of whole numbers": lambda w: (7 * w.detach()).sum(dtype=torch.int64),
     "small integers": lambda w: (100 * w.detach()).to(torch.int16),
     "small floats": lambda w: w.detach().to(torch.float8_e4m3fn).double(),
     "norm of complex numbers": lambda w: ((1 + 1j) * w.detach()).norm(),
@@ -280,10 +284,41 @@ def refusals() -> list[str]:
         refusal(lambda: weight.detach().numpy()),
         refusal(lambda: weight.full_tensor(grad_placements=[Partial()])),
         refusal(lambda: weight.to_local(grad_placements=[Partial()])),
+        refusal(lambda: weight.redistribute(placements=[Replicate()], forward_dtype=torch.float16)),
+        refusal(
+            lambda: weight.redistribute(init_device_mesh("cpu", (2,), mesh_dim_names=("b",)), [Replicate()])
+        ),
         refusal(lambda: _load_from_another_rank(model)),
         refusal(lambda: _read_under_a_hook(weight)),
+        _hook_that_fails(model),
+        refusal(lambda: _made_before(torch.optim.AdamW)),
+        refusal(lambda: _made_before(torch.optim.Adafactor)),
         refusal(lambda: ZeroRedundancyOptimizer(nn.Linear(2, 2).parameters(), torch.optim.SGD, lr=0.1)),
     ]
+
+
+def _hook_that_fails(model: Any) -> str:
+    """What is said where a hook of the user's fails on one rank: the other one would wait."""
+
+    def fail(*_: Any) -> None:
+        if dist.get_rank() == 0:
+            raise ValueError("failed to take the state dict")
+
+    handle = model.register_state_dict_post_hook(fail)
+    try:
+        model.full_state_dict()
+    except (ValueError, TpCompileError) as error:
+        return str(error)
+    finally:
+        handle.remove()
+    return "accepted"
+
+
+def _made_before(kind: Any) -> None:
+    model, x = Mlp(), torch.rand(2, 3, 12)
+    optimizer = kind(model.parameters(), 0.1)
+    tpcompile.parallelize(model, mesh(), (x,))(x).sum().backward()
+    optimizer.step()
 
 
 def _load_from_another_rank(model: Any) -> None:

@@ -40,8 +40,11 @@ def test_what_cannot_be_right_is_refused() -> None:
         "as if it were all of it",
         "read as memory",
         *["in other placements"] * 2,
+        *["over another mesh, or have other types"] * 2,
         "saved by rank",
         "data parallelism, or a hook, is to see",
+        "failed to take the state dict",
+        *["the model had before it was sharded"] * 2,
         "accepted",  # what is not sharded is none of our business
     ]
     for messages in run_spmd(spmd.refusals, 2):

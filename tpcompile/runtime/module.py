@@ -15,11 +15,11 @@ from tpcompile.ir.check import Must, checked, well_called
 from tpcompile.ir.print_graph import graph_text
 from tpcompile.planner.plan import Plan
 from tpcompile.planner.report.notebook import plan_html
-from tpcompile.ranks.agree import alike
+from tpcompile.ranks.agree import alike, together
 from tpcompile.ranks.describe import describe_value
 from tpcompile.ranks.turns import own_turn
 from tpcompile.weights.dcp import sharded_state_dict
-from tpcompile.weights.gather import full_state_dict
+from tpcompile.weights.gather import gathered
 
 from .copy_model import copy_model
 from .print_model import model_text
@@ -118,12 +118,14 @@ class ShardedModule(WatchedModule):
     def full_state_dict(self) -> dict[str, Tensor]:
         """The ordinary state dict, unsharded, with the original names, on every rank.
 
-        All ranks must call it. It holds the whole model once per rank.
+        Non-persistent buffers are left out, as in ``state_dict``. All ranks must call it. It holds the whole
+        model once per rank.
         """
-        state = nn.Module.state_dict(self)
+        group = self._tp.compiler.group  # the user's hooks may fail on one rank
+        state = together(group, "take the state dict", lambda: nn.Module.state_dict(self, keep_vars=True))
         lines = [f"{name}: {value.dtype}" for name, value in state.items() if isinstance(value, Tensor)]
-        with alike(self._tp.compiler.group, "full_state_dict", lines):
-            return full_state_dict(self)
+        with alike(group, "full_state_dict", lines):
+            return gathered(state)
 
     @checked
     def sharded_state_dict(self, *, tied: bool = True) -> dict[str, Any]:

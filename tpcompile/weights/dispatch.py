@@ -132,8 +132,7 @@ def _norm(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _sum(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    found = total(args[0])
-    return found.to(kwargs["dtype"]) if kwargs.get("dtype") is not None else found
+    return total(args[0], kwargs.get("dtype"))
 
 
 def _unscale(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -119,14 +119,21 @@ def total_norm(tensors: Sequence[Any], order: float, asked: str) -> Tensor:
     return found.to(functools.reduce(torch.promote_types, {t.dtype.to_real() for t in tensors}))
 
 
-def total(tensor: Any) -> Tensor:
-    """The sum of all elements of a sharded tensor."""
+def total(tensor: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum of all elements of a sharded tensor.
+
+    Args:
+        tensor: the tensor.
+        dtype: of the sum; by default that of the tensor, or what torch makes of it.
+    """
     where, local = tensor.placing, tensor._local_tensor.detach()
-    if where.whole or where.param.selection is not None or not local.is_floating_point():
-        return where.gather(local).sum()
+    dtype = dtype or (local.dtype if local.is_floating_point() else None)
+    floats = local.is_floating_point() and dtype is not None and dtype.is_floating_point
+    if where.whole or where.param.selection is not None or not floats:
+        return where.gather(local).sum(dtype=dtype)
     parts = [part.sum(dtype=torch.float64) for part in where.segments(local)]
     found = torch.stack([part / count for part, count in zip(parts, where.copies, strict=True)])
-    return _over_ranks(found.sum(0, keepdim=True), 1.0, where, [where.name]).squeeze().to(local.dtype)
+    return _over_ranks(found.sum(0, keepdim=True), 1.0, where, [where.name]).squeeze().to(dtype)
 
 
 def _over_ranks(found: Tensor, order: float, shared: TensorLayout | None, asked: list[str]) -> Tensor:

@@ -218,8 +218,10 @@ class ShardedParameter(DTensor):
         """To the whole tensor on every rank, or as it is.
 
         Raises:
-            TpCompileError: another placement is asked for.
+            TpCompileError: another placement, mesh or type is asked for.
         """
+        if any(value for value in kwargs.values()) or device_mesh not in (None, self.device_mesh):
+            self._refuse("be laid out over another mesh, or have other types on the way")
         if placements is None or tuple(placements) == tuple(self._spec.placements):
             return self
         if any(not isinstance(p, Replicate) for p in placements):

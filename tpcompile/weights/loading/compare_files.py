@@ -30,7 +30,8 @@ def compare_files(group: dist.ProcessGroup | None, stored: Mapping[str, Stored])
     """
     if group is None or group.size() == 1:
         return
-    copies = exchange(group, "tell which files they read", _files(stored))
+    files = together(group, "look at the checkpoint's files", lambda: _files(stored))
+    copies = exchange(group, "tell which files they read", files)
     if all(copy == copies[0] for copy in copies):
         return
     sharing = [place for place, copy in enumerate(copies) if copy == copies[group.rank()]]
