@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule
 
 from .capture.export.captured import Captured
+from .capture.gradient_mode import in_gradient_mode
 from .capture.held_caches import Held, mark_caches
 from .capture.open_numbers import capture_numbers
 from .capture.repeats.capture_repeated import capture_repeated, unroll_captured
@@ -269,11 +270,8 @@ class Compiler:
     def capture_call(self, model: nn.Module, bound: dict[str, Any]) -> Captured:
         """One call as it is captured, before any pass; repeated layers may be left out."""
         one = partial(capture_repeated, model, dynamic=self.options.dynamic, device=self._device(model))
-        # A program captured with gradients also serves calls without them.
-        on = torch.is_grad_enabled() or any(p.requires_grad for p in model.parameters())
-        apart = self._custom_modules(model).captured(model)
-        with torch.inference_mode(False), torch.set_grad_enabled(on), apart:
-            return mark_caches(capture_numbers(one, bound))
+        with self._custom_modules(model).captured(model):
+            return mark_caches(in_gradient_mode(lambda: capture_numbers(one, bound)))
 
     def _device(self, model: nn.Module) -> torch.device | None:
         """The device to capture for: where this rank's weights are, or will be."""

@@ -13,7 +13,7 @@ from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 import tpcompile
 from tests.helpers.run_ranks import run_spmd
 from tests.helpers.toys import Mlp
-from tests.on_ranks import meaning
+from tests.on_ranks import meaning, questions
 from tpcompile.capture.export.examine_function import is_elementwise
 from tpcompile.errors import CannotCapture
 
@@ -44,6 +44,14 @@ def test_what_forward_reads_selects_the_program() -> None:
     for errors, more in run_spmd(meaning.read_state, 2, timeout=300):
         assert max(errors) <= F32, errors
         assert more == 0
+
+
+def test_what_forward_asks_selects_the_program() -> None:
+    assert run_spmd(questions.asked, 2, timeout=300) == [[], []]
+    assert run_spmd(questions.compiled, 2, timeout=300) == [[], []]
+    for seeding, looking, _ in run_spmd(questions.refused, 2):
+        assert "seeds torch's random numbers" in seeding
+        assert "reads the gradient" in looking
 
 
 def test_what_forward_leaves_is_left_behind() -> None:

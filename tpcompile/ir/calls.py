@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import SequenceKey, TreeSpec, tree_flatten, tree_flatten_with_path
@@ -169,6 +170,25 @@ def call_model(model: nn.Module, bound: Mapping[str, Any]) -> Any:
 def flatten_call(bound: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
     """Flatten a normalised call to its leaves; None and python values are leaves too."""
     return tree_flatten(bound)
+
+
+def identical(leaves: Sequence[Any], places: Sequence[int]) -> dict[int, int]:
+    """Which tensors of a call are the same object as an earlier one, by their places: python may ask.
+
+    Args:
+        leaves: the call, flat.
+        places: those to look at; dynamo, which can trace this, compares each with each.
+    """
+    if not is_dynamo_compiling():
+        ids = [id(leaves[at]) for at in places if isinstance(leaves[at], Tensor)]
+        if len(set(ids)) == len(ids):
+            return {}
+    found: dict[int, int] = {}
+    for i, at in enumerate(places):
+        for before in places[:i]:
+            if at not in found and isinstance(leaves[at], Tensor) and leaves[before] is leaves[at]:
+                found[at] = before
+    return found
 
 
 def leaf_names(bound: dict[str, Any]) -> list[str]:

@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from tpcompile.capture.caches.register import is_cache
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.size_check import size_check
 from tpcompile.capture.export.specs import InputSpec
 from tpcompile.capture.held_caches import Held, held_outputs
 from tpcompile.compile_program import Compiled
-from tpcompile.ir.calls import OpenNumber, flatten_call
+from tpcompile.ir.calls import OpenNumber, flatten_call, identical
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import tensors_by_name
 from tpcompile.lowering.local_shapes import LocalShapes
@@ -22,7 +24,7 @@ from tpcompile.lowering.state import SOURCE
 from tpcompile.planner.work import Source, Work
 
 from .fetch_inputs import Feed
-from .program import Program, autocast_of
+from .program import Program, autocast_of, gradients_of, trained_weights
 from .settings import Reads, Settings
 
 
@@ -47,6 +49,7 @@ def make_program(
         original: gives the original class of a module, by its path.
     """
     leaves = [int(x) if isinstance(x, OpenNumber) else x for x in flatten_call(bound)[0]]
+    feeds, loose = make_feeds(model, compiled, compiled.local, rank), loose_leaves(bound)
     captured = local_extents(compiled, rank)
     outlined: tuple[GraphModule, tuple[Feed | int, ...]] | None = None
     if compiled.outlined is not None:
@@ -58,10 +61,14 @@ def make_program(
         plan=compiled.plan,
         training=model.get_submodule(path).training,
         autocast=autocast_of(leaves),
+        default=torch.get_default_dtype(),
         names=tuple(bound),
         example=tuple(x.to("meta") if isinstance(x, Tensor) else x for x in leaves),
-        feeds=make_feeds(model, compiled, compiled.local, rank),
+        feeds=feeds,
         mutated=_mutated(model, compiled),
+        loose=loose,
+        same=identical(leaves, loose),
+        gradients=gradients_of(leaves, trained_weights(feeds)) if captured.asks_gradients else None,
         check=size_check(captured),
         entry=path,
         numbers=open_leaves(leaves, captured),
@@ -72,6 +79,12 @@ def make_program(
         root=model,
         differentiable=compiled.differentiable,
     )
+
+
+def loose_leaves(bound: dict[str, Any]) -> tuple[int, ...]:
+    """The places of a call's leaves that belong to no cache."""
+    kinds = [is_cache(value) for value in bound.values() for _ in flatten_call({"": value})[0]]
+    return tuple(at for at, held in enumerate(kinds) if not held)
 
 
 def open_leaves(leaves: Sequence[Any], captured: Captured) -> frozenset[int]:

@@ -16,6 +16,7 @@ from tpcompile.capture.export.look_inside import equal
 from tpcompile.capture.export.size_check import Check
 from tpcompile.compile_program import Compiled
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.calls import identical
 from tpcompile.planner.plan import Plan
 from tpcompile.planner.report.notebook import graph_html
 
@@ -35,6 +36,7 @@ class Program:
         plan: what was decided.
         training: ``model.training`` when it was captured.
         autocast: the autocast type when it was captured, or None; its casts are in the graph.
+        default: the default type of floating point numbers then.
         names: the arguments that are given.
         example: the leaves of the call that it was captured for, tensors without their values.
         feeds: where each placeholder's value comes from; a number stands for a leaf of the call.
@@ -48,6 +50,9 @@ class Program:
         types: the number of the weights' types that it was captured for.
         reads: what its trace has read.
         state: a number for the attributes that had been read before.
+        loose: the places of the call's leaves that belong to no cache.
+        same: which of these are the same tensor as an earlier one.
+        gradients: what python has found when it asked whether gradients are recorded; None: it did not ask.
         root: the model.
         differentiable: whether gradients through it come out right.
         seen: the sizes of calls of it whose arguments ranks have compared.
@@ -59,6 +64,7 @@ class Program:
     plan: Plan
     training: bool
     autocast: torch.dtype | None
+    default: torch.dtype
     names: tuple[str, ...]
     example: tuple[Any, ...]
     feeds: tuple[Feed | int, ...]
@@ -68,6 +74,9 @@ class Program:
     state: int
     reads: Reads
     root: nn.Module
+    loose: tuple[int, ...] = ()
+    same: dict[int, int] = field(default_factory=dict)
+    gradients: tuple[bool, ...] | None = None
     entry: str = ""
     numbers: frozenset[int] = frozenset()
     outlined: tuple[GraphModule, tuple[Feed | int, ...]] | None = None
@@ -103,7 +112,11 @@ class Program:
         """Whether a call is one of this program's, by its structure apart; dynamo can trace it."""
         if names != self.names or training != self.training or len(leaves) != len(self.example):
             return False
-        if autocast_of(leaves) != self.autocast:
+        if autocast_of(leaves) != self.autocast or torch.get_default_dtype() != self.default:
+            return False
+        if identical(leaves, self.loose) != self.same:
+            return False
+        if self.gradients is not None and gradients_of(leaves, self._trained()) != self.gradients:
             return False
         for at, (given, mine) in enumerate(zip(leaves, self.example, strict=True)):
             if at in self.numbers:
@@ -120,6 +133,14 @@ class Program:
         return self.check(with_counts(leaves, self.numbers)) and (
             self.differentiable or not self._is_differentiated(leaves)
         )
+
+    def _trained(self) -> tuple[bool, ...]:
+        """Which weights want gradients; dynamo, which must not trace them, finds it out once."""
+        return self._trained_now() if torch.compiler.is_dynamo_compiling() else trained_weights(self.feeds)
+
+    @torch.compiler.assume_constant_result
+    def _trained_now(self) -> tuple[bool, ...]:
+        return trained_weights(self.feeds)
 
     def _is_differentiated(self, leaves: Sequence[Any]) -> bool:
         """Whether gradients of a call will be asked for."""
@@ -217,6 +238,16 @@ def autocast_of(leaves: Sequence[Any]) -> torch.dtype | None:
     """The autocast type that is on for a call's device, or None."""
     device = device_of(leaves)
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def gradients_of(leaves: Sequence[Any], trained: tuple[bool, ...]) -> tuple[bool, ...]:
+    """All that python can find out about gradients: whether they are recorded, and wanted of what."""
+    return (torch.is_grad_enabled(), *(x.requires_grad for x in leaves if isinstance(x, Tensor)), *trained)
+
+
+def trained_weights(feeds: Sequence[Feed | int]) -> tuple[bool, ...]:
+    """Which weights want gradients."""
+    return tuple(f.held().requires_grad for f in feeds if isinstance(f, Feed) and f.module)
 
 
 def sizes_of_call(leaves: Sequence[Any]) -> tuple[torch.Size, ...]:

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.caches.register import register_cache_support
 from tpcompile.errors import OnlyInParts, TpCompileError
-from tpcompile.ir.calls import OpenNumber, flatten_call, leaf_names
+from tpcompile.ir.calls import OpenNumber, flatten_call, identical, leaf_names
 from tpcompile.ir.torch_internals import FakeTensorMode
 
 from .autograd_functions import kept_functions
@@ -69,10 +69,14 @@ def capture(
     numbers = frozenset(i for i in range(len(every)) if isinstance(every[i], OpenNumber))
     leaves, names = [with_counts(every, numbers)[i] for i in kept], [every_name[i] for i in kept]
     cached = _cached(bound, names)
-    structure = Structure(in_spec, tuple(kept.index(twins.get(i, i)) for i in range(len(every))), numbers)
+    # The same tensor twice is one in the trace, too: python may ask (`if memory is x`).
+    same = identical(every, [at for at, held in zip(kept, cached, strict=True) if not held])
+    places = tuple(kept.index(same.get(i, twins.get(i, i))) for i in range(len(every)))
+    structure = Structure(in_spec, places, numbers)
     tried: list[str] = []
     first_error: Exception | None = None
-    with exportable_experts(model, target), torch.inference_mode(False):
+    mode = torch.set_grad_enabled(torch.is_grad_enabled())  # inference_mode(False) turns gradients on
+    with exportable_experts(model, target), torch.inference_mode(False), mode:
         for attempt in attempts(names, leaves, cached, dynamic):
             static = all(spec is None for spec in attempt.dynamic)
             if first_error is not None and is_data_dependent(first_error) and not static:
@@ -178,6 +182,7 @@ def _export(
         guards=guards,
         states=taken.states,
         notes=_say_lost(flat.seen.lost),
+        asks_gradients=watch.asks_gradients,
         functions=functions,
         reads=frozenset(flat.seen.reads),
         outer=tuple(flat.seen.outer),

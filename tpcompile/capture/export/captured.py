@@ -45,6 +45,7 @@ class Captured:
         baked: tensors of python state whose values are in the graph; None: any may be.
         writes: what the call leaves in python state; its tensors are the results of kind "attribute".
         detached: constants that want a gradient, and would get none.
+        asks_gradients: python has asked whether gradients are recorded, or wanted.
         functions: the user's autograd functions that the graph calls, by their keys there.
         blocks: which layers of the graph stand for others that are left out; ``inputs`` and ``outputs`` are
             those of the graph, the structures those of the whole call and its result.
@@ -65,6 +66,7 @@ class Captured:
     baked: tuple[torch.Tensor, ...] | None = None
     writes: tuple[StateWrite, ...] = ()
     detached: tuple[str, ...] = ()
+    asks_gradients: bool = False
     functions: dict[str, FunctionCall] = field(default_factory=dict)
     blocks: RepeatedBlocks | None = None
 

@@ -22,6 +22,7 @@ from .python_state import PythonState, hooked, recorded_reads
 from .specs import OutputKind
 from .state_writes import TRACED, StateWrite, collect_writes
 from .switch_experts import install_output_hooks
+from .watch_calls import OPEN
 
 PYTHON_VALUES = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 
@@ -101,6 +102,7 @@ class FlatModel(nn.Module):
             for i, (name, value) in enumerate(zip(taken.names, taken.values, strict=True))
         ]
         results += [_result(name, value, "attribute") for name, value in left]
+        _refuse_text([taken.out_spec, *(r.value for r in results), *map(_said, self.seen.writes)])
         values = [*taken.values, *(value for _, value in left)]
         self.seen.results, self.seen.taken = results, taken
         return tuple(v for v, r in zip(values, results, strict=True) if r.is_traced)
@@ -114,6 +116,21 @@ class FlatModel(nn.Module):
         equal = all(size(group[0]) == size(other) for group in self._attempt.ties for other in group[1:])
         if not equal or not all(size(t) == size(a) + size(b) for t, a, b in self._attempt.sums):
             raise AssertionError("sizes that were taken to belong together do not")
+
+
+def _said(write: StateWrite) -> list[Any]:
+    """What may be text, in what a call leaves behind."""
+    return [write.steps, write.key, write.spec, *(leaf for leaf in write.leaves if isinstance(leaf, str))]
+
+
+def _refuse_text(values: list[Any]) -> None:
+    """Refuses text that has an open size in it: every size has a text of its own.
+
+    Raises:
+        ValueError: some value has; with fixed sizes none has.
+    """
+    if OPEN in str(values):
+        raise ValueError("forward makes text of an open size, and returns or keeps it")
 
 
 def _contents(call: dict[str, Any]) -> dict[str, tuple[list[Any], TreeSpec]]:

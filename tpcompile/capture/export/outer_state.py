@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from tpcompile.errors import CannotCapture
@@ -123,6 +124,7 @@ def unchanged_outside(model: nn.Module) -> Iterator[list[Outer]]:
         CannotCapture: there is such a change, or an iterator; or random numbers are drawn.
     """
     before, places, drawn = [], outer_places(model), _generators()
+    seeded = torch.get_rng_state()
     for place in places:
         value = place.look()
         if is_iterator(value):
@@ -142,6 +144,13 @@ def unchanged_outside(model: nn.Module) -> Iterator[list[Outer]]:
                 if copied is not None:
                     value.clear()
                     value.extend(copied) if isinstance(value, list | deque) else value.update(copied)
+    if not torch.equal(torch.get_rng_state(), seeded):  # what is traced draws nothing by itself
+        torch.set_rng_state(seeded)
+        raise CannotCapture(
+            "the model's forward seeds torch's random numbers, or draws some of constants",
+            where="torch.manual_seed",
+            todo="set the seed before the call; or keep what forward draws once in a buffer",
+        )
     if (now := _generators()) != drawn:
         name = next(name for name in now if now[name] != drawn[name])
         raise CannotCapture(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -17,8 +18,11 @@ from tpcompile.errors import CannotCapture
 from tpcompile.ir.torch_internals import FakeTensor, tree_leaves
 
 from .explain_failure import here
-from .look_inside import PLAIN
+from .look_inside import PLAIN, is_librarys
 from .python_state import storage
+
+OPEN = "open size "
+"""What the text of an open size begins with, where the model's python makes text of it."""
 
 _TENSOR: Any = Tensor
 _PARTS = "parallelize(compose=True) lets this module run as the python that it is"
@@ -33,6 +37,7 @@ _REFUSED: dict[Any, tuple[str, str]] = {
     _TENSOR.data.__set__: ("assigns to a tensor's data", "compute a new tensor, or write with copy_"),
 }
 _GRAD_FN = _TENSOR.grad_fn.__get__
+_GRAD = _TENSOR.grad.__get__
 _DATA = _TENSOR.data.__get__
 _PEEKS = {
     *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__),
@@ -45,6 +50,7 @@ _PEEKS = {
         torch.is_nonzero,
     ),
 }
+_ASKS = (_TENSOR.requires_grad.__get__, _TENSOR.is_leaf.__get__)
 _NEEDS_GRAD = (Tensor.requires_grad_, _TENSOR.requires_grad.__set__)
 
 
@@ -55,6 +61,7 @@ class Watch(TorchFunctionMode):
         peeked: the constant tensors whose values its python has asked for, by identity.
         computed: it has also asked for values that were computed of constants.
         wanting: the storages of tensors that want gradients and are no part of the model.
+        asks_gradients: it has asked whether gradients are recorded, or wanted.
     """
 
     def __init__(self) -> None:
@@ -62,6 +69,7 @@ class Watch(TorchFunctionMode):
         self.peeked: dict[int, Tensor] = {}
         self.computed = False
         self.wanting: set[int] = set()
+        self.asks_gradients = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -70,6 +78,11 @@ class Watch(TorchFunctionMode):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         real = [x for x in given if not isinstance(x, FakeTensor)]
         self.wanting.update(storage(x) for x in real if x.requires_grad)
+        if func == _GRAD and not is_librarys(_caller(), "tpcompile"):
+            _refuse(
+                "reads the gradient of a tensor (grad)", f"give it to the model as an argument; or {_PARTS}"
+            )
+        self.asks_gradients |= func in _ASKS and not is_librarys(_caller(), "tpcompile")
         if func in _PEEKS:
             self.peeked.update((id(x), x) for x in real)
         if func == _DATA:
@@ -96,6 +109,25 @@ def _refuse(what: str, todo: str) -> None:
     )
 
 
+def _caller() -> str:
+    """The python module that has called what is being looked at."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__"))
+
+
+def _spelling(original: Callable[[Any], str]) -> Callable[[Any], str]:
+    """Text of an open size that can be told from other text, for the model's python."""
+
+    def spell(size: Any) -> str:
+        text = original(size)
+        number = text.replace(".", "").isdigit()
+        return text if number or is_librarys(_caller(), "sympy", "tpcompile") else f"{OPEN}{text}"
+
+    return spell
+
+
 @contextmanager
 def watched_calls() -> Iterator[Watch]:
     """Watches what a model calls inside of the block.
@@ -113,5 +145,18 @@ def watched_calls() -> Iterator[Watch]:
             _refuse("changes what autograd saves (saved_tensors_hooks)", _PARTS)
         return enter(self)
 
-    with patch.object(saved_tensors_hooks, "__enter__", only_torchs), Watch() as watch:
+    asked = torch.is_grad_enabled
+
+    def is_grad_enabled() -> bool:
+        watch.asks_gradients |= get_proxy_mode() is not None and not is_librarys(_caller(), "tpcompile")
+        return asked()
+
+    watch = Watch()
+    with (
+        patch.object(torch.SymInt, "__repr__", _spelling(torch.SymInt.__repr__)),
+        patch.object(torch.SymFloat, "__repr__", _spelling(torch.SymFloat.__repr__)),
+        patch.object(saved_tensors_hooks, "__enter__", only_torchs),
+        patch.object(torch, "is_grad_enabled", is_grad_enabled),
+        watch,
+    ):
         yield watch

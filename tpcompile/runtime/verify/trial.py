@@ -71,7 +71,8 @@ class Trial:
         compiler: compiles it for some ranks.
         compiled: the program.
         programs: those of all ranks.
-        learning: gradients are compared as well.
+        asked: gradients are asked for, and
+        learning: compared as well.
         limit: the largest error that rounding explains, in the types that the model's python has used.
     """
 
@@ -79,7 +80,9 @@ class Trial:
         self, model: nn.Module, bound: dict[str, Any], compiler: SimulatedCompiler, gradients: bool
     ) -> None:
         self.model, self.bound, self.compiler = model, bound, compiler
-        self.compiled = compiler.compile(model, bound, None)
+        self.asked = gradients
+        with torch.set_grad_enabled(gradients):
+            self.compiled = compiler.compile(model, bound, None)
         self.work, self.layout = self.compiled.rewritten, self.compiled.plan.layout
         _refuse_randomness(self.work)
         self.programs = compiler.programs
@@ -101,7 +104,8 @@ class Trial:
 
     def captured(self) -> Captured:
         """The call as it was captured, before any pass."""
-        return self.compiler.capture_call(self.model, self.bound)
+        with torch.set_grad_enabled(self.asked):
+            return self.compiler.capture_call(self.model, self.bound)
 
     def whole(self, work: Work, watch: Watch | None = None) -> dict[Key, Any]:
         """What a graph at global shapes leaves behind on one rank, where markers are identities."""
