@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+import tpcompile
+from tests.helpers.one_rank import weights_of
 from tests.helpers.run_ranks import run_spmd
+from tests.helpers.toys import Mlp
 from tests.on_ranks import parameters as spmd
+from tpcompile.weights.tensor_layout import UnsayableSpec
 
 CLOSE = 1e-10
 
@@ -67,3 +77,13 @@ def test_a_call_that_is_refused_divides_nothing() -> None:
 def test_data_parallelism_over_another_axis() -> None:
     for found in run_spmd(spmd.around, 4):
         assert max(error for errors in found.values() for error in errors.values()) <= CLOSE, found
+
+
+@pytest.mark.parametrize("order, said", [([0, 1], True), ([1, 0], False)])
+def test_a_mesh_in_another_order_is_not_divided_further(order: list[int], said: bool) -> None:
+    """DTensor's parts go by the mesh, ours by ascending ranks."""
+    layout = tpcompile.plan(Mlp(), 2, (torch.ones(2, 3, 12),)).layout
+    weights = weights_of(layout, 0)
+    mesh = DeviceMesh("cpu", torch.tensor(order), _init_backend=False, _rank=0)
+    spec = replace(weights, axis=replace(weights.axis, mesh=mesh)).of("up.weight").spec(torch.float32)
+    assert isinstance(spec, UnsayableSpec) is not said

@@ -186,6 +186,9 @@ class TensorLayout:
         """Whether a DTensor on a mesh of one axis, divided along one dimension, is laid out like this."""
         if dim is None or self.param.selection is not None:
             return self.whole
+        order = self.axis.mesh.mesh.flatten().tolist()
+        if order != sorted(order):  # parts go by ascending ranks, DTensor's by the mesh
+            return False
         ranks, size = self.layout.ranks, self.shape[dim]
         chunk = -(-size // ranks)
         for rank in range(ranks):
