@@ -113,6 +113,9 @@ def norms() -> dict[str, float]:
         "largest": lambda m: m.odd.weight.norm(float("inf")),
         "clipped": lambda m: nn.utils.clip_grad_norm_(m.parameters(), 0.1),
     }
+    params = list(sharded.parameters())
+    said = refusal(lambda: nn.utils.clip_grad_norm_(params[dist.get_rank() :], 0.1))
+    assert "the ranks have different norms" in said  # before any of them is gathered
     return {name: error(ask(sharded).detach(), ask(whole).detach()) for name, ask in asked.items()}
 
 

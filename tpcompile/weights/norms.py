@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tpcompile.errors import RanksApart, TpCompileError
+from tpcompile.ranks.agree import compare
 from tpcompile.ranks.lost_ranks import telling
 
 from .tensor_layout import TensorLayout
@@ -38,11 +39,12 @@ class _Pieces:
     shared: TensorLayout | None
 
 
-def _pieces(tensors: Sequence[Any], order: float) -> _Pieces:
+def _pieces(tensors: Sequence[Any], order: float, asked: str = "") -> _Pieces:
     """What this rank holds of tensors; plain ones are whole on every rank.
 
     Raises:
-        TpCompileError: they belong to models over different ranks.
+        TpCompileError: they belong to models over different ranks; or ranks ask for different things, and it
+            takes more than one message to answer.
     """
     wheres: list[TensorLayout | None] = [getattr(t, "placing", None) for t in tensors]
     groups = {w.axis.group_name: w for w in wheres if w is not None and not w.whole}
@@ -53,6 +55,10 @@ def _pieces(tensors: Sequence[Any], order: float) -> _Pieces:
             todo="take the norm of each model's parameters, then that of the norms",
         )
     shared = next(iter(groups.values()), None)
+    names = ["" if w is None else w.name for w in wheres]
+    if any(w is not None and w.param.selection is not None for w in wheres):  # each of which is gathered
+        todo = "call it with the same parameters and arguments on every rank"
+        compare(None if shared is None else shared.group, "norms", [f"{asked} {order}", *names], todo)
     everyone = [1 if shared is None else shared.layout.ranks]
     pieces: list[Tensor] = []
     holders: list[int] = []
@@ -74,7 +80,7 @@ def _pieces(tensors: Sequence[Any], order: float) -> _Pieces:
         wide = functools.reduce(torch.promote_types, {piece.dtype for piece in pieces}, torch.float32)
         norms = torch.stack(torch._foreach_norm(pieces, order, dtype=wide)).double()
     counts = torch.tensor(holders, dtype=torch.float64, device=device)
-    return _Pieces(norms, counts, owners, ["" if w is None else w.name for w in wheres], shared)
+    return _Pieces(norms, counts, owners, names, shared)
 
 
 def norms(tensors: Sequence[Any], order: float, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -110,7 +116,7 @@ def total_norm(tensors: Sequence[Any], order: float, asked: str) -> Tensor:
     Raises:
         RanksApart: ranks ask for different things; nothing is changed.
     """
-    held = _pieces(tensors, order)
+    held = _pieces(tensors, order, asked)
     if math.isinf(order):
         found = torch.cat([held.norms, held.norms.new_zeros(1)]).amax(0, keepdim=True)
     else:
