@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from tpcompile.ir.graph_edit import drop_unused, value_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.markers import MARKERS, MERGED
 from tpcompile.ir.nodes import is_tensor, module_path
+from tpcompile.ir.regions import join_regions
 from tpcompile.ir.sizes import sizes_of
 from tpcompile.planner.work import Source, Work
 from tpcompile.rules.opaque import is_opaque
@@ -29,22 +30,35 @@ from .lower_opaque import lower_opaque
 from .lower_randomness import UNIFORM, lower_uniform, seed_graph
 from .outline_layers import outline
 from .owned_rows import begins_rows, lower_rows
+from .recompute import recomputing
 from .state import SOURCE, STANDS_FOR, Groups, Lowering, lenient
 from .update_in_place import update_in_place
 
 
 def lower_graph(work: Work, coordinates: tuple[int, ...], groups: Groups) -> GraphModule:
     """One rank's program, see ``lower_program``, with all layers one after the other."""
-    return lower_program(work, coordinates, groups)[0]
+    return lower_program(work, coordinates, groups).local
 
 
-def lower_program(
-    work: Work, coordinates: tuple[int, ...], groups: Groups
-) -> tuple[GraphModule, GraphModule | None]:
+@dataclass
+class Lowered:
+    """One rank's program, in up to three forms.
+
+    Attributes:
+        local: with all layers one after the other.
+        outlined: with layers that repeat often as calls of a submodule, to be compiled.
+        recomputing: with regions that are computed again in backward, for calls that record gradients.
+        notes: which regions are not computed again, and why.
+    """
+
+    local: GraphModule
+    outlined: GraphModule | None = None
+    recomputing: GraphModule | None = None
+    notes: tuple[str, ...] = ()
+
+
+def lower_program(work: Work, coordinates: tuple[int, ...], groups: Groups) -> Lowered:
     """One rank's program: constants local, parameters as this rank's parts, real collectives.
-
-    It comes twice: with all layers one after the other, and, if many layers repeat, with these as calls of
-    a submodule, to be compiled.
 
     Args:
         work: a program whose reshards have become collectives.
@@ -58,16 +72,23 @@ def lower_program(
     assert work.planned_factors is not None, "the program must be planned"
     shapes = LocalShapes(work.planned_factors, work.axes, coordinates)
     local = _walk(Lowering(work, shapes, groups))
-    outlined = None
+    lowered = Lowered(local)
+    writes = any(spec.in_place for spec in work.captured.outputs)
+    regions = {} if writes else work.captured.regions
     if work.blocks is not None:
         lists = unroll(local.graph, work.blocks, copy_placeholder)
-        if _may_outline(work, local.graph):
-            outlined = outline(local.graph, lists)
+        if not writes and _may_outline(work, local.graph):
+            lowered.outlined = outline(local.graph, lists)
         drop_unused(local.graph)  # of the last layer, what only the others return
     seed_graph(local.graph, groups, len(work.axes))
+    if regions:
+        lowered.notes = join_regions(local.graph)
+        lowered.recomputing = recomputing(local.graph, regions)
+    elif work.captured.regions:
+        lowered.notes = ("nothing is recomputed in backward: the call updates caches in place",)
     local.recompile()
     update_in_place(local, work.captured.whole_outputs, _given(local.graph))
-    return local, outlined
+    return lowered
 
 
 def _walk(low: Lowering) -> GraphModule:
@@ -182,10 +203,9 @@ def _expression(size: Any) -> Any:
 
 
 def _may_outline(work: Work, graph: Graph) -> bool:
-    """Whether layers may become calls: not if they write, draw numbers, or run custom modules."""
-    writes = any(spec.in_place for spec in work.captured.outputs)
+    """Whether layers may become calls: not if they draw numbers, or run custom modules."""
     draws = bool(graph.find_nodes(op="call_function", target=UNIFORM))
-    return not (writes or draws or work.custom.parts)
+    return not (draws or work.custom.parts)
 
 
 def _given(graph: Graph) -> dict[str, Node]:

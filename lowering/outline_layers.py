@@ -18,6 +18,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from tpcompile.capture.repeats.unroll_layers import Unrolled, delay_readers
 
+from .take_out import take_out
+
 FEWEST = 7
 """Fewer layers stay as they are: they compile quickly, and Inductor may fuse across their borders."""
 
@@ -104,16 +106,7 @@ class _Layers:
 
     def body(self) -> GraphModule:
         """One period as a program of its own: operands in, results out."""
-        graph = Graph()
-        inside: dict[Node, Node] = {}
-        for node in self.operands:
-            inside[node] = graph.placeholder(node.name)
-            inside[node].meta.update(node.meta)
-        for node in self.calls:
-            inside[node] = graph.node_copy(node, inside.__getitem__)
-        graph.output(tuple(inside[node] for node in self.results))
-        graph.lint()
-        return GraphModule(nn.Module(), graph, "Layer")
+        return take_out(self.calls, self.operands, self.results, "Layer")
 
     def replace(self, graph: Graph, name: str) -> None:
         """Puts a call in the place of every period."""

@@ -13,6 +13,7 @@ from tpcompile.ir.graph_edit import call
 from tpcompile.ir.markers import Axes, all_reduce, all_reduce_coalesced, keep_first
 from tpcompile.ir.nodes import tensor_of
 from tpcompile.ir.placements import P, Replicate
+from tpcompile.ir.regions import region_of
 from tpcompile.ir.sizes import bytes_of
 from tpcompile.planner.search.cost import PRESETS, CostModel
 from tpcompile.planner.work import Pass, Work
@@ -88,8 +89,9 @@ class CoalesceCollectives(Pass):
         mine = _axes(node)
         if not run.nodes:
             return mine
-        if run.nodes[0].meta["val"].dtype != node.meta["val"].dtype:
-            return None
+        first = run.nodes[0]
+        if first.meta["val"].dtype != node.meta["val"].dtype or region_of(first) != region_of(node):
+            return None  # regions that exchange values could not be computed again one by one
         axes = tuple(sorted({*run.axes, *mine}))
         if run.axes == mine:
             return axes

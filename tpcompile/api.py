@@ -28,6 +28,7 @@ from .runtime.module import ShardedModule
 from .runtime.parts import compose_call, try_first
 from .runtime.read_request import (
     Bytes,
+    Checkpointing,
     Dynamic,
     Passes,
     PlanLike,
@@ -58,6 +59,7 @@ def parallelize(
     compose: bool | None = None,
     compare_calls: bool = False,
     sequence_parallel: bool = False,
+    checkpointing: Checkpointing = None,
     timeout: float | timedelta = TIMEOUT,
 ) -> ShardedModule:
     """Makes a model tensor-parallel over a mesh, in place, and returns it.
@@ -89,6 +91,11 @@ def parallelize(
             small message each. Without it only the first call of each program is compared.
         sequence_parallel: between the blocks, in norms and residual additions, each rank computes some of
             the positions: less memory for activations, as many bytes sent.
+        checkpointing: layers (the items of the model's outermost lists of modules) are computed again in
+            backward, with their collectives, instead of being kept: ``"full"``; ``"selective"``: results of
+            matmuls, attention and collectives are kept; a list of the operators to keep; or a policy, as for
+            torch's ``create_selective_checkpoint_contexts``. None: what forward itself gives to
+            ``torch.utils.checkpoint`` is computed again, as after ``gradient_checkpointing_enable()``.
         timeout: seconds that ranks wait for one that does not come, in the calls of this model over gloo and
             whenever ranks compare; at most the limit of the mesh's process group. What NCCL sends, its own
             watchdog looks after.
@@ -139,6 +146,7 @@ def plan(
     cost_model: CostModel | str | None = None,
     memory: Bytes | None = None,
     sequence_parallel: bool = False,
+    checkpointing: Checkpointing = None,
 ) -> Plan:
     """Plans a model without a process group, without weights (``meta`` will do), without a GPU.
 
@@ -160,7 +168,10 @@ def plan(
     else:
         ranks, device = mesh_or_sizes, "h100"
     options = read_options(
-        model, plan, cost_model, device, dynamic, memory, (), sequence_parallel=sequence_parallel
+        model,
+        *(plan, cost_model, device, dynamic, memory, ()),
+        sequence_parallel=sequence_parallel,
+        checkpointing=checkpointing,
     )
     example = example_call(model, example_args, example_kwargs, dynamic)
     return Compiler(options, ranks).compile(model, example, None).plan
@@ -171,7 +182,16 @@ def _read(mesh: DeviceMesh, asked: Mapping[str, Any]) -> tuple[Options, dict[str
     check_arguments(parallelize, asked)
     model = asked["model"]
     check_device(model, mesh)
-    names = ("plan", "cost_model", "dynamic", "memory", "passes", "compose", "sequence_parallel")
+    names = {
+        "plan",
+        "cost_model",
+        "dynamic",
+        "memory",
+        "passes",
+        "compose",
+        "sequence_parallel",
+        "checkpointing",
+    }
     options = read_options(model, device=mesh.device_type, **{name: asked[name] for name in names})
     read_compile(asked["compile"])
     example = example_or_default(model, asked["example_args"], asked["example_kwargs"], asked["dynamic"])

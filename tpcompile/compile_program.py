@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule
 
+from .capture.checkpointing import mark_layers
 from .capture.export.captured import Captured
 from .capture.gradient_mode import in_gradient_mode
 from .capture.held_caches import Held, mark_caches
@@ -28,7 +29,7 @@ from .ir.print_graph import graph_text
 from .ir.uncollected import uncollected
 from .lowering.cannot_lower import CannotLower
 from .lowering.collective_lines import sent_by
-from .lowering.lower_graph import lower_program
+from .lowering.lower_graph import Lowered, lower_program
 from .pipeline import canonical, find_decisions, follow, known_layout, rewrite
 from .planner.compare_plans import outcome_of, worse
 from .planner.make_plan import make_plan
@@ -61,16 +62,14 @@ class Compiled:
         planned: at global shapes, with decisions, before it was rewritten.
         rewritten: at global shapes, with collectives.
         plan: the plan.
-        local: this rank's graph (without a mesh: the one at global shapes).
-        outlined: the same with repeated layers as calls of a submodule, if there are many.
+        lowered: this rank's graphs (without a mesh: the one at global shapes).
         differentiable: whether its collectives are such that gradients come out right.
     """
 
     planned: Work
     rewritten: Work
     plan: Plan
-    local: GraphModule
-    outlined: GraphModule | None = None
+    lowered: Lowered
     differentiable: bool = True
 
 
@@ -186,15 +185,16 @@ class Compiler:
         def finish() -> Compiled | CannotLower:
             placed = layout_of(planned, tensors) if layout is None else extended(layout, planned, tensors)
             rewritten = follow(base, data, layout)
-            cost = options.cost
-            rewrite(rewritten, training, options.passes, cost, sequence=self.sequence)
+            rewrite(rewritten, training, options.passes, options.cost, sequence=self.sequence)
             pins = make_pins(self._wishes) if layout is None else pins_from_layout(layout)
-            plan = make_plan(planned, rewritten, placed, cost, fingerprint, pins, self.sequence)
+            plan = make_plan(planned, rewritten, placed, options, fingerprint, pins, self.sequence)
             plan.timings["plan"] = seconds
             try:
-                return Compiled(planned, rewritten, plan, *self.lower(rewritten), differentiable=training)
+                lowered = self.lower(rewritten)
             except CannotLower as error:
                 return error
+            plan.notes += lowered.notes
+            return Compiled(planned, rewritten, plan, lowered, training)
 
         found = together(self.group, "lower the model", finish)
         cannot = dict.fromkeys(found.calls, found.what) if isinstance(found, CannotLower) else {}
@@ -205,12 +205,12 @@ class Compiler:
     def _compare_derived(self, compiled: Compiled) -> None:
         """Compares what every rank has made of the plan by itself, with its rules and passes."""
         layout = [repr(param) for param in compiled.plan.layout.to_json()["params"]]
-        text = graph_text(compiled.rewritten.graph).splitlines()
+        text = [*graph_text(compiled.rewritten.graph).splitlines(), *compiled.plan.recomputed]
         todo = "register the same rules on every rank, and give the same passes in the same versions"
         compare(self.group, "layouts of the weights", layout, todo)
         compare(self.group, "rewritten graphs", text, todo)
         if self.axis is not None:
-            compare_sent(self.group, sent_by(compiled.local.graph))
+            compare_sent(self.group, sent_by(compiled.lowered.local.graph))
 
     def _remark(self, base: Work, compiled: Compiled, tensors: Mapping[str, Tensor]) -> None:
         """Adds to a plan what its user should know of the rules that it follows, and warns of it once."""
@@ -233,10 +233,10 @@ class Compiler:
         """A plan for a program that this rank has captured; other ranks are not asked."""
         data = find_decisions(base, self.options, self._wishes, "", tensors)
         planned, rewritten = follow(base, data), follow(base, data)
-        cost, sequence = self.options.cost, self.sequence
-        rewrite(rewritten, training=False, cost=cost, coalesce=coalesce, sequence=sequence)
-        pins = make_pins(self.options.rules.wishes)
-        return make_plan(planned, rewritten, layout_of(planned, tensors), cost, "", pins, sequence)
+        options, sequence = self.options, self.sequence
+        rewrite(rewritten, training=False, cost=options.cost, coalesce=coalesce, sequence=sequence)
+        pins = make_pins(options.rules.wishes)
+        return make_plan(planned, rewritten, layout_of(planned, tensors), options, "", pins, sequence)
 
     def without_rules(self) -> Compiler:
         """A compiler that plans automatically, for comparison."""
@@ -257,7 +257,7 @@ class Compiler:
         caches: Mapping[str, Held] | None = None,
     ) -> Work:
         """The canonical program of one call signature."""
-        captured = self.capture_call(model, bound)
+        captured = mark_layers(self.capture_call(model, bound), model, self.options.checkpointing)
         uneven = uneven_layers(captured, self._wishes, layout, caches or {})
         if uneven is not None:
             captured = unroll_captured(captured)
@@ -285,10 +285,10 @@ class Compiler:
         if self.axis is not None and axes not in self._groups:
             self._groups[axes] = AxisGroups(self.axis, axes)
 
-    def lower(self, rewritten: Work) -> tuple[GraphModule, GraphModule | None]:
+    def lower(self, rewritten: Work) -> Lowered:
         """This rank's graph; without a mesh the one at global shapes."""
         if self.axis is None:
-            return GraphModule(nn.Module(), rewritten.graph), None
+            return Lowered(GraphModule(nn.Module(), rewritten.graph))
         at = WeightLayout(rewritten.axes, {}).coordinates(self.rank)
         return lower_program(rewritten, at, self._groups[rewritten.axes])
 

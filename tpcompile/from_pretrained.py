@@ -24,7 +24,7 @@ from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.compile_options import CompileLike
 from .runtime.module import ShardedModule
-from .runtime.read_request import Bytes, Dynamic, Passes, PlanLike
+from .runtime.read_request import Bytes, Checkpointing, Dynamic, Passes, PlanLike
 from .runtime.runtime import Runtime
 from .weights.loading.find_files import Variant
 from .weights.sharded_weights import ShardedWeights
@@ -53,6 +53,7 @@ def from_pretrained(
     compose: bool | None = None,
     compare_calls: bool = False,
     sequence_parallel: bool = False,
+    checkpointing: Checkpointing = None,
     timeout: float | timedelta = TIMEOUT,
     attn_implementation: str | Mapping[str, str] | None = None,
     generation_config: Any = None,
@@ -86,6 +87,7 @@ def from_pretrained(
         compose: run what cannot be captured as python over its submodules.
         compare_calls: compare the arguments of every call over the ranks before it runs.
         sequence_parallel: divide the sequence between the blocks.
+        checkpointing: compute layers again in backward.
         timeout: seconds that ranks wait for one that does not come.
         attn_implementation: ``"sdpa"``, ``"eager"``, or one that you registered with transformers.
         generation_config: in the place of the checkpoint's.

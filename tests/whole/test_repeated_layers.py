@@ -481,7 +481,7 @@ def test_layers_are_planned_alike_whatever_a_mesh_costs(ranks: int) -> None:
         work = programs.planned_work(base.copy(), CostModel("mesh", 1e10, memory, latency, bandwidth))
         rewrite(work, training=False)
         groups = SimulatedGroups(work.axes, (0,) * len(work.axes))
-        flat, _ = lower_program(work, (0,) * len(work.axes), groups)  # refuses layers that differ
+        flat = lower_program(work, (0,) * len(work.axes), groups).local  # refuses layers that differ
         kinds.add(tuple(str(n.target) for n in flat.graph.nodes if "tpcompile" in str(n.target)))
     assert len(kinds) > 2  # the plans did differ
 
@@ -493,10 +493,9 @@ def lowered(model: nn.Module, bound: dict[str, Any]) -> tuple[GraphModule, Graph
     """The program of a single rank, as it is and outlined, and what it was lowered from."""
     work = programs.planned_work(Work(mark_caches(capture_repeated(model, bound)), 1))
     rewrite(work, training=True)
-    flat, outlined = lower_program(
-        work, (0,) * len(work.axes), SimulatedGroups(work.axes, (0,) * len(work.axes))
-    )
-    return flat, outlined, work
+    at = (0,) * len(work.axes)
+    program = lower_program(work, at, SimulatedGroups(work.axes, at))
+    return program.local, program.outlined, work
 
 
 def feed(graph_module: GraphModule, model: nn.Module, bound: dict[str, Any], work: Work) -> list[Any]:

@@ -14,7 +14,7 @@ from tpcompile.ir.torch_internals import FakeTensor, FakeTensorMode, enable_pyth
 
 from .nodes import is_tensor
 
-KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "block")
+KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "block", "custom")
 
 
 def fake_mode(graph: Graph) -> FakeTensorMode:

@@ -25,6 +25,7 @@ from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._higher_order_ops import invoke_subgraph
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -104,6 +105,7 @@ __all__ = [
     "resolve_process_group",
     "storage_setup",
     "sympy_interp",
+    "tag_activation_checkpoint",
     "tracing",
     "tree_flatten",
     "tree_flatten_with_path",
@@ -164,6 +166,7 @@ PRIVATE_ATTRIBUTES = {
     ),
     "torch.optim.optimizer": ("_foreach_supported_types",),
     "torch.utils._foreach_utils": ("_foreach_supported_types",),
+    "torch.utils.checkpoint": ("_checkpoint_without_reentrant_generator",),
     "torch.utils._pytree": ("_deregister_pytree_node",),
 }
 """Attributes that are read from torch's modules and objects, by their owner: a module, or a class of one."""

@@ -7,18 +7,20 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
+from tpcompile.capture.checkpointing import Checkpointing
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.markers import origin
 from tpcompile.ir.names import starred
 from tpcompile.ir.nodes import is_tensor, operands, tensor_of
+from tpcompile.ir.regions import members_of, where
 from tpcompile.ir.sizes import bytes_of
-from tpcompile.planner.search.cost import CostModel
 from tpcompile.planner.search.must_divide import GATHERED, GATHERS, matrix, weight_root
 from tpcompile.rules.rule import Rule
 
 from .collective import collectives_of, sequence_seconds
 from .decide import Pins
 from .decisions import decisions_to_data
+from .options import Options
 from .plan import Plan
 from .work import Work
 
@@ -35,12 +37,13 @@ def make_plan(
     work: Work,
     rewritten: Work,
     layout: WeightLayout,
-    cost: CostModel,
+    options: Options,
     fingerprint: str,
     pins: Pins,
     sequence: bool | frozenset[str] = False,
 ) -> Plan:
     """The plan of a program, from it as it was planned and as it was rewritten."""
+    cost = options.cost
     gathered = _gathered_weights(rewritten)
     seconds = sum(d.cost for d in work.decisions) - GATHERED * sum(map(rewritten.times, gathered))
     return Plan(
@@ -56,12 +59,23 @@ def make_plan(
         cost=cost,
         seconds=seconds + sequence_seconds(rewritten, cost),
         sequence=sequence,
+        recomputed=_recomputed(rewritten, options.checkpointing),
         proof=rewritten.proof,
         timings={"proof": rewritten.proof.seconds} if rewritten.proof is not None else {},
         work=work,
         pins=pins,
         rewritten=rewritten,
     )
+
+
+def _recomputed(work: Work, checkpointing: Checkpointing | None) -> tuple[str, ...]:
+    """What is computed again in backward, one line for layers that are alike."""
+    found: dict[str, int] = {}
+    for calls in members_of(work.graph).values():
+        name = starred(where(calls)) or "calls of forward"
+        found[name] = found.get(name, 0) + max(map(work.times, calls))
+    but = f", but for {checkpointing.kept}" if checkpointing is not None and checkpointing.kept else ""
+    return tuple(f"{name} ({count}){but}" for name, count in found.items())
 
 
 def _gathered_weights(work: Work) -> dict[Node, str]:

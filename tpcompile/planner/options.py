@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tpcompile.capture.checkpointing import Checkpointing
 from tpcompile.ranks.describe import describe_code, describe_value
 from tpcompile.rules.table import user_rows
 from tpcompile.strategies.read_rules import Rules
@@ -34,6 +35,7 @@ class Options:
         compose: whether what cannot be captured runs as python over its parts; None: only if that is the
             model's fault, not perhaps the call's.
         sequence: whether the sequence is divided between the blocks, or at which modules.
+        checkpointing: how layers are recomputed in backward; None: as forward itself says.
     """
 
     cost: CostModel
@@ -45,6 +47,7 @@ class Options:
     custom: Mapping[str, str] = field(default_factory=dict)
     compose: bool | None = False
     sequence: bool | frozenset[str] = False
+    checkpointing: Checkpointing | None = None
 
     def lines(self) -> list[str]:
         """What all ranks must have asked for, as text; the cost model may differ: rank 0's counts."""
@@ -55,6 +58,7 @@ class Options:
         asked |= {"passes": passes, "dynamic": self.dynamic, "memory": self.memory, "compose": self.compose}
         asked |= {"rows": _row_lines(), "versions": versions}
         asked["sequence"] = self.sequence if isinstance(self.sequence, bool) else sorted(self.sequence)
+        asked["checkpointing"] = self.checkpointing and self.checkpointing.asked
         return [f"{name}: {value!r}" for name, value in asked.items()]
 
 

@@ -44,6 +44,7 @@ class Plan:
         cost: the cost model.
         seconds: the modelled time of one forward of the example.
         sequence: whether the sequence was to be divided between the blocks, or at which modules.
+        recomputed: what is computed again in backward, a line for layers that are alike.
         proof: that the rewritten program's placements follow from the rules; None for a plan from disk, which
             is proved again when it is followed.
         timings: seconds that the stages took where the plan was made.
@@ -61,6 +62,7 @@ class Plan:
     cost: CostModel
     seconds: float
     sequence: bool | frozenset[str] = False
+    recomputed: tuple[str, ...] = ()
     proof: Proof | None = field(default=None, repr=False, compare=False)
     timings: dict[str, float] = field(default_factory=dict, compare=False)
     work: Work | None = field(default=None, repr=False, compare=False)
@@ -164,6 +166,7 @@ class Plan:
             "cost": asdict(self.cost),
             "seconds": self.seconds,
             "sequence": self.sequence if isinstance(self.sequence, bool) else sorted(self.sequence),
+            "recomputed": list(self.recomputed),
         }
         return data | {"digest": _digest(data)}
 
@@ -198,6 +201,7 @@ class Plan:
             f"modelled time of the example: {time_text(self.seconds)} ({self.cost.name})",
         ]
         lines += [self.proof.head] if self.proof is not None else []
+        lines += [f"recomputed in backward: {line}" for line in self.recomputed]
         lines += [f"fallback: {line}" for line in self.fallbacks]
         lines += [f"note: {line}" for line in self.notes]
         return "\n".join(lines)
@@ -234,6 +238,7 @@ def _read(data: Any, where: str) -> Plan:
         CostModel(**data["cost"]),
         data["seconds"],
         sequence if isinstance(sequence, bool) else frozenset(sequence),
+        tuple(data.get("recomputed", ())),
     )
 
 

@@ -49,15 +49,15 @@ def make_program(
         original: gives the original class of a module, by its path.
     """
     leaves = [int(x) if isinstance(x, OpenNumber) else x for x in flatten_call(bound)[0]]
-    feeds, loose = make_feeds(model, compiled, compiled.local, rank), loose_leaves(bound)
+    feeds, loose = make_feeds(model, compiled, compiled.lowered.local, rank), loose_leaves(bound)
     captured = local_extents(compiled, rank)
     outlined: tuple[GraphModule, tuple[Feed | int, ...]] | None = None
-    if compiled.outlined is not None:
-        outlined = compiled.outlined, make_feeds(model, compiled, compiled.outlined, rank)
+    if compiled.lowered.outlined is not None:
+        outlined = compiled.lowered.outlined, make_feeds(model, compiled, compiled.lowered.outlined, rank)
     return Program(
         compiled=compiled,
         captured=captured,
-        graph_module=compiled.local,
+        graph_module=compiled.lowered.local,
         plan=compiled.plan,
         training=model.get_submodule(path).training,
         autocast=autocast_of(leaves),
@@ -111,7 +111,7 @@ def bind_program(
         outlined = outlined[0], make_feeds(model, compiled, outlined[0], rank)
     return replace(
         program,
-        feeds=make_feeds(model, compiled, compiled.local, rank),
+        feeds=make_feeds(model, compiled, compiled.lowered.local, rank),
         mutated=_mutated(model, compiled),
         outlined=outlined,
         steps={},

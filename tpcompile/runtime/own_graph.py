@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from tpcompile.ir.torch_internals import ConstantSource, invoke_subgraph
+from tpcompile.ir.torch_internals import ConstantSource, invoke_subgraph, tag_activation_checkpoint
+from tpcompile.lowering.recompute import body_of
 
 
 def own_graph(module: GraphModule, fixed: Sequence[bool], kept: Sequence[bool]) -> GraphModule:
@@ -29,6 +30,9 @@ def own_graph(module: GraphModule, fixed: Sequence[bool], kept: Sequence[bool]) 
         setattr(root, name, child)
     for call in calls:
         _make_region(graph, call)
+    for call in list(graph.nodes):
+        if (body := body_of(call)) is not None:
+            _make_checkpoint(graph, root, call, body)
     for node, stays, keep in zip(graph.find_nodes(op="placeholder"), fixed, kept, strict=True):
         node.meta["tensor_dict"] = {_STATIC: "unguarded"} if stays else {}
         if not keep:
@@ -61,6 +65,18 @@ def _bare(graph: Graph) -> Graph:
     for node in copy.nodes:
         node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
     return copy
+
+
+def _make_checkpoint(graph: Graph, root: nn.Module, call: Node, body: GraphModule) -> None:
+    """Has a call computed again in backward, in the form that torch's compiler knows."""
+    own = GraphModule(body, _bare(body.graph), "Region")
+    own.meta = dict(body.meta)
+    setattr(root, call.name, own)
+    with graph.inserting_before(call):
+        operands = (graph.get_attr(call.name), *call.args)
+        checkpoint = graph.call_function(tag_activation_checkpoint, operands, {"use_reentrant": False})
+    call.replace_all_uses_with(checkpoint)
+    graph.erase_node(call)
 
 
 def _make_region(graph: Graph, call: Node) -> None:

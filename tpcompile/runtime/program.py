@@ -186,10 +186,16 @@ class Program:
         key = f"{sorted(options.items())} {grad}"
         if key not in self.steps:
             # Gradients through regions, as torch's compiler makes them, came out wrong.
-            module, feeds = (not grad and self.outlined) or (self.graph_module, self.feeds)
+            plain = (self._recomputing or self.graph_module, self.feeds)
+            module, feeds = (not grad and self.outlined) or plain
             self.steps[key] = compiled_steps(module, feeds, self.captured, options)
             self.steps[key].bind(self._bound)
         return self.steps[key]
+
+    @property
+    def _recomputing(self) -> GraphModule | None:
+        """The graph with regions that are computed again in backward, where gradients are recorded."""
+        return self.compiled.lowered.recomputing if torch.is_grad_enabled() else None
 
     def _rebuild(self, flat: Sequence[Any], bound: Mapping[str, Any]) -> Any:
         """The model's result; what its python leaves behind is left behind."""
@@ -209,6 +215,7 @@ class Program:
         # What is asked of the sizes must be known to dynamo before the first layer, which stands for others.
         if torch.compiler.is_dynamo_compiling() and self.check(given):
             graph_module, fetch = self.graph_compiled, self.fetch_compiled
+        graph_module = self._recomputing or graph_module
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
         flat: Sequence[Any] = graph_module.forward(*fetch(given))
         return flat

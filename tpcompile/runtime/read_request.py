@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
+from tpcompile.capture.checkpointing import Asked, Operator, read_checkpointing
 from tpcompile.capture.export.default_example import default_example
 from tpcompile.capture.export.dynamic_dims import check_dynamic
 from tpcompile.errors import TpCompileError
@@ -29,6 +30,7 @@ PlanLike = str | Plan | Mapping[str, Pin]
 Dynamic = bool | Mapping[str, Mapping[int, bool]]
 Bytes = Annotated[float, Must("a positive number of bytes", lambda size: 0 < size < math.inf)]
 Passes = Sequence[Annotated[Pass, Must("a Pass with a name", lambda one: isinstance(one.name, str))]]
+Checkpointing = Literal["full", "selective"] | Sequence[Operator] | Callable[..., Any] | None
 Ranks = Annotated[int, Must("a number of ranks, from 1 to 4096", lambda ranks: 0 < ranks <= 4096)]
 
 
@@ -63,6 +65,7 @@ def read_options(
     passes: Sequence[Pass],
     compose: bool | None = False,
     sequence_parallel: bool = False,
+    checkpointing: Asked | None = None,
 ) -> Options:
     check_model(model)
     rules, custom = _rules(model, plan)
@@ -73,7 +76,8 @@ def read_options(
     sequence = sequence_parallel or rules.sequence
     if compose is None and not hasattr(model, "main_input_name"):  # transformers' models say what theirs is
         compose = False
-    return Options(cost, rules, dynamic, memory, tuple(passes), given, custom, compose, sequence)
+    recomputed = read_checkpointing(model, checkpointing)
+    return Options(cost, rules, dynamic, memory, tuple(passes), given, custom, compose, sequence, recomputed)
 
 
 def _rules(model: nn.Module, plan: PlanLike) -> tuple[Rules, dict[str, str]]:

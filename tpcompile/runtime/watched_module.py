@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tpcompile.capture.export.python_state import MISSING
+from tpcompile.capture.export.watch_calls import only_asks
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.check import check_arguments
 from tpcompile.ranks.agree import compare, together
@@ -58,7 +59,9 @@ class WatchedModule(nn.Module):
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """As in ``nn.Module``; all calls that lead to the hook run as python from here on."""
-        return self._note_hook("_forward_hooks", super().register_forward_hook(*args, **kwargs))
+        handle = super().register_forward_hook(*args, **kwargs)
+        harmless = only_asks(getattr((*args, *kwargs.values())[0], "__code__", None))
+        return handle if harmless else self._note_hook("_forward_hooks", handle)
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
         """See ``register_forward_hook``."""

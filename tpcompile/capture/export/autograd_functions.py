@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from tpcompile.errors import CannotCapture, TpCompileError
 from tpcompile.ir.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 
+from .checkpoint_calls import CheckpointCalls, ContextFn
 from .examine_function import is_elementwise
 from .explain_failure import here
 
@@ -89,6 +90,19 @@ class FunctionCall:
         return tree_unflatten([next(tensors) if leaf is _TENSOR else leaf for leaf in leaves], spec)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What of a trace is more than its operators.
+
+    Attributes:
+        functions: the functions of autograd that were called, by their key.
+        regions: what was checkpointed, see ``CheckpointCalls``.
+    """
+
+    functions: dict[str, FunctionCall]
+    regions: dict[str, ContextFn | None]
+
+
 def autograd_function(inputs: list[Tensor], sizes: list[int], key: str, elementwise: bool) -> list[Tensor]:
     """A user's function: forward and backward are its own.
 
@@ -113,22 +127,23 @@ FUNCTION = torch.ops.tpcompile.autograd_function.default
 
 
 @contextmanager
-def kept_functions(note: Note | None = None) -> Iterator[dict[str, FunctionCall]]:
+def kept_functions(note: Note | None = None) -> Iterator[Kept]:
     """Lets functions appear as operators in what is traced inside the block.
 
     Args:
         note: is told the key and the arguments of every call, where a run is only written down.
 
     Yields:
-        The functions that were called, by their key.
+        What was called.
     """
     found: dict[str, FunctionCall] = {}
+    checkpoints = CheckpointCalls()
 
     def apply(function: type[Function], *args: Any, **kwargs: Any) -> Any:
         if note is None and (get_proxy_mode() is None or not torch.is_grad_enabled()):
             return _APPLY(function, *args, **kwargs)
         if function is CheckpointFunction:
-            return _run_again(*args)
+            return checkpoints.reentrant(*args)
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         call = _find(found, function, leaves, spec, tensors)
@@ -139,8 +154,8 @@ def kept_functions(note: Note | None = None) -> Iterator[dict[str, FunctionCall]
         elementwise = not sizes and is_elementwise(call.run, call.function.__qualname__, tensors)
         return call.rebuild(FUNCTION(tensors, sizes, call.key, elementwise))
 
-    with _instead_of_apply(apply):
-        yield found
+    with _instead_of_apply(apply), checkpoints.watching():
+        yield Kept(found, checkpoints.found)
 
 
 @contextmanager
@@ -162,17 +177,6 @@ def _instead_of_apply(apply: Callable[..., Any]) -> Iterator[None]:
     finally:
         _HOOKED.__code__ = before
         _INSTEAD.pop()
-
-
-def _run_again(run: Callable[..., Any], preserve_random_state: bool, *args: Any) -> Any:
-    """Reentrant checkpointing: what is computed again in backward is computed as usual.
-
-    As there, no gradient comes out if no tensor that is given needs one.
-    """
-    if any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        return run(*args)
-    with torch.no_grad():
-        return run(*args)
 
 
 def _find(

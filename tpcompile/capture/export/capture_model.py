@@ -158,7 +158,7 @@ def _export(
         dims for leaf, dims in zip(leaves, attempt.dynamic, strict=True) if isinstance(leaf, torch.Tensor)
     )
     flat = FlatModel(model, leaves, structure, attempt)
-    with lend_fake_weights(model, device), _quiet(), no_fused_encoder(), kept_functions() as functions:
+    with lend_fake_weights(model, device), _quiet(), no_fused_encoder(), kept_functions() as kept:
         with watched_calls() as watch:
             exported = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
         _inline(exported)
@@ -183,7 +183,8 @@ def _export(
         states=taken.states,
         notes=_say_lost(flat.seen.lost),
         asks_gradients=watch.asks_gradients,
-        functions=functions,
+        functions=kept.functions,
+        regions=kept.regions,
         reads=frozenset(flat.seen.reads),
         outer=tuple(flat.seen.outer),
         baked=None if watch.computed else (*constants.values(), *peeked.values()),

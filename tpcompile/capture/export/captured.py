@@ -17,6 +17,7 @@ from tpcompile.ir.torch_internals import TreeSpec, tree_unflatten
 from tpcompile.ranks.describe import describe_value
 
 from .autograd_functions import FunctionCall
+from .checkpoint_calls import ContextFn
 from .outer_state import Outer
 from .specs import Extent, InputSpec, OutputSpec
 from .state_writes import StateWrite
@@ -47,6 +48,8 @@ class Captured:
         detached: constants that want a gradient, and would get none.
         asks_gradients: python has asked whether gradients are recorded, or wanted.
         functions: the user's autograd functions that the graph calls, by their keys there.
+        regions: the parts that are computed again in backward, by the names that their nodes are marked with;
+            what is saved of each (None: nothing).
         blocks: which layers of the graph stand for others that are left out; ``inputs`` and ``outputs`` are
             those of the graph, the structures those of the whole call and its result.
     """
@@ -68,6 +71,7 @@ class Captured:
     detached: tuple[str, ...] = ()
     asks_gradients: bool = False
     functions: dict[str, FunctionCall] = field(default_factory=dict)
+    regions: dict[str, ContextFn | None] = field(default_factory=dict)
     blocks: RepeatedBlocks | None = None
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import CodeType, FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -93,7 +94,8 @@ class Watch(TorchFunctionMode):
             _refuse(*_REFUSED[func])
         if func is Tensor.detach_:
             _refuse("detaches a value in place (detach_)", "use detach()")
-        if func in _NEEDS_GRAD and not args[0].requires_grad and (*args[1:], *kwargs.values(), True)[0]:
+        asks = func in _NEEDS_GRAD and not args[0].requires_grad and (*args[1:], *kwargs.values(), True)[0]
+        if asks and not only_asks(_calling(sys._getframe(1)).f_code):
             _refuse("asks for a tensor's gradient (requires_grad)", "set requires_grad before the call")
         result = func(*args, **kwargs)
         if func in _PEEKS and len(real) < len(given):  # what follows from the call's tensors is a symbol
@@ -101,6 +103,14 @@ class Watch(TorchFunctionMode):
         if func == _GRAD_FN and result is not None:
             _refuse("looks at what autograd has recorded (grad_fn)", _FUNCTION)
         return result
+
+
+def only_asks(code: Any) -> bool:
+    """Whether all that a hook's code does is to ask for a gradient, as ``enable_input_require_grads`` does.
+
+    It changes no value; it lets reentrant checkpointing give gradients behind weights that are frozen.
+    """
+    return isinstance(code, CodeType) and code.co_names == ("requires_grad_",) and not code.co_freevars
 
 
 def _refuse(what: str, todo: str) -> None:
@@ -111,10 +121,14 @@ def _refuse(what: str, todo: str) -> None:
 
 def _caller() -> str:
     """The python module that has called what is being looked at."""
-    frame = sys._getframe(2)
+    return str(_calling(sys._getframe(2)).f_globals.get("__name__"))
+
+
+def _calling(frame: FrameType) -> FrameType:
+    """What calls torch, below what looks at its calls."""
     while frame.f_back is not None and frame.f_code.co_name == "__torch_function__":
         frame = frame.f_back
-    return str(frame.f_globals.get("__name__"))
+    return frame
 
 
 def _spelling(original: Callable[[Any], str]) -> Callable[[Any], str]:

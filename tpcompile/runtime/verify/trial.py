@@ -22,7 +22,7 @@ from tpcompile.ir.calls import flatten_call
 from tpcompile.ir.module_tensors import tensors_by_name
 from tpcompile.ir.nodes import module_path
 from tpcompile.ir.placements import R, Shard
-from tpcompile.lowering.lower_graph import copy_placeholder
+from tpcompile.lowering.lower_graph import Lowered, copy_placeholder
 from tpcompile.lowering.lower_randomness import UNIFORM
 from tpcompile.lowering.simulate import Watch, lower_all, run, sent
 from tpcompile.lowering.state import SOURCE, STANDS_FOR
@@ -55,7 +55,7 @@ class SimulatedCompiler(Compiler):
         super().__init__(options, ranks)
         self._lower_all, self.programs = lower, list[GraphModule]()
 
-    def lower(self, rewritten: Work) -> tuple[GraphModule, GraphModule | None]:
+    def lower(self, rewritten: Work) -> Lowered:
         """Lowers for every rank: what does not run on some rank's part is planned again."""
         self.programs = list(self._lower_all(rewritten))
         refuse_unlike(sent(rewritten.axes, self.programs))

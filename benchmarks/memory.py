@@ -1,0 +1,161 @@
+"""What a training step keeps: unsharded, on two ranks, with sequence parallelism, with layers recomputed.
+
+    python -m benchmarks.memory [--layers 8] [--width 256] [--length 256]
+
+Two processes over gloo, eager, float32: a llama with random weights, its loss, forward and backward. Bytes
+are counted, not sampled, so that a busy machine changes nothing: of every tensor that an operator returns,
+from then until it is freed. Weights and their gradients are there before the step, and do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tpcompile
+from benchmarks.megatron import Local
+
+RANKS = 2
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that were made under it and are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self._count(x.untyped_storage(), given)
+        return result
+
+    def _count(self, storage: Any, given: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known or key in given:
+            return
+        self.known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+class ByHand(Local):
+    """The hand-written module as it is trained: Megatron-LM's f and g, layers under torch's checkpointing."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return torch.ops.tpcompile.all_reduce(x, self.group)
+
+    def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.tpcompile.copy_to_ranks(super()._normalised(x, weight), self.group)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        local = input_ids - self.first
+        mine = (local >= 0) & (local < self.embed.shape[0])
+        x = self.all_reduce(F.embedding(local * mine, self.embed) * mine.unsqueeze(-1))
+        angles = torch.outer(torch.arange(input_ids.shape[1]).float(), self.inv_freq)
+        angles = torch.cat([angles, angles], -1)
+        cos, sin = angles.cos(), angles.sin()
+        for layer in self.layers:
+            x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+        part = F.linear(self._normalised(x, self.norm), self.head)
+        sizes = [self.head.shape[0]] * self.ranks
+        return torch.ops.tpcompile.all_gather(part, self.group, 2, sizes, self.rank)
+
+
+def measure(model: Any, logits: Callable[[Tensor], Tensor], ids: Tensor) -> tuple[int, int]:
+    """The bytes kept between forward and backward, and the most that are there at once."""
+
+    def loss() -> Tensor:
+        return F.cross_entropy(logits(ids).flatten(0, 1), ids.flatten())
+
+    loss().backward()  # so that gradients are there, and what is captured and cached
+    with Alive() as alive:
+        result = loss()
+        kept = alive.now
+        result.backward()
+    return kept, alive.most
+
+
+def work(rank: int, store: str, given: argparse.Namespace) -> None:
+    """One rank's measurements; the first rank prints them."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=given.width,
+        intermediate_size=given.width * 11 // 4,
+        num_hidden_layers=given.layers,
+        num_attention_heads=given.width // 64,
+        num_key_value_heads=given.width // 64,
+        vocab_size=1024,
+        use_cache=False,
+    )
+    whole = LlamaForCausalLM(config).train()
+    ids = torch.randint(1024, (2, given.length))
+    mesh = init_device_mesh("cpu", (RANKS,))
+
+    def say(name: str, found: tuple[int, int]) -> None:
+        if rank == 0:
+            print(f"| {name} | {found[0] / 2**20:.1f} | {found[1] / 2**20:.1f} |", flush=True)
+
+    def call(model: Any) -> Callable[[Tensor], Tensor]:
+        return lambda x: model(input_ids=x, use_cache=False).logits
+
+    for name in ("unsharded", "unsharded, checkpointed by torch"):
+        model = copy.deepcopy(whole)
+        if "," in name:
+            model.gradient_checkpointing_enable()
+        say(name, measure(model, call(model), ids))
+    hand = ByHand(whole, dist.group.WORLD)  # type: ignore[arg-type]
+    say("2 ranks, written by hand, checkpointed by torch", measure(hand, hand, ids))
+    ways: dict[str, dict[str, Any]] = {
+        "2 ranks": {},
+        '2 ranks, `checkpointing="full"`': {"checkpointing": "full"},
+        '2 ranks, `checkpointing="selective"`': {"checkpointing": "selective"},
+        "2 ranks, sequence parallelism": {"sequence_parallel": True},
+        '2 ranks, sequence parallelism, `"full"`': {"sequence_parallel": True, "checkpointing": "full"},
+    }
+    for name, options in ways.items():
+        example = {"input_ids": ids, "use_cache": False}
+        model = tpcompile.parallelize(copy.deepcopy(whole), mesh, example_kwargs=example, **options)
+        say(name, measure(model, call(model), ids))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--length", type=int, default=256)
+    given = parser.parse_args()
+    print("| | kept for backward, MiB | most at once, MiB |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (f"{folder}/store", given), nprocs=RANKS)
+
+
+if __name__ == "__main__":
+    main()
