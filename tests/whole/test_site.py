@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 from importlib import import_module
@@ -60,13 +59,6 @@ def _module(path: str) -> object:
         return import_module(path)
     except ModuleNotFoundError:
         return None
-
-
-def test_the_pictures_are_what_is_drawn() -> None:
-    """``python docs/draw_pictures.py`` writes them."""
-    script = runpy.run_path(str(ROOT / "docs" / "draw_pictures.py"))
-    files = {path.stem: path.read_text() for path in script["FOLDER"].glob("*.svg")}
-    assert files == script["pictures"]()
 
 
 def test_files_exist_that_the_top_pages_link_to() -> None:

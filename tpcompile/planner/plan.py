@@ -7,6 +7,7 @@ import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,12 @@ class Plan:
         Raises:
             TpCompileError: it cannot be written.
         """
+        what, where = "the report cannot be written", f"path: {path}"
+        writing = partial(refusing, what, where=where, todo="give a file")
+        with writing():  # before it is made, which takes a while
+            _check_place(Path(path))
         page = report_page(self, title, explain=explain, beside=beside)
-        with refusing("the report cannot be written", where=f"path: {path}", todo="give a file"):
+        with writing():
             _write(Path(path), page)
 
     @checked
@@ -205,6 +210,15 @@ class Plan:
         lines += [f"fallback: {line}" for line in self.fallbacks]
         lines += [f"note: {line}" for line in self.notes]
         return "\n".join(lines)
+
+
+def _check_place(target: Path) -> None:
+    """Fails as ``_write`` would, and leaves nothing."""
+    if target.is_dir():
+        raise IsADirectoryError(target)
+    part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
+    part.touch()
+    part.unlink()
 
 
 def _write(target: Path, text: str) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout
+from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.units import size_text
 
 from .markup import Markup, join, tag
@@ -39,43 +39,40 @@ class Load:
 
 def loads(layout: WeightLayout, tree: Module) -> list[Load]:
     """What ranks hold; those that follow each other and hold equally much are together."""
-    weights = [(w.name, w.count, _copies(layout, w.layout)) for w in tree.every_weight()]
+    weights = [(weight.name, weight.count) for weight in tree.every_weight()]
     every = [_load(layout, weights, rank) for rank in range(layout.ranks)]
-    return [Load(tuple(ranks), *held) for held, ranks in ((h, [r for r, _ in g]) for h, g in _runs(every))]
+    runs = itertools.groupby(range(layout.ranks), key=every.__getitem__)
+    return [Load(tuple(ranks), *held) for held, ranks in runs]
 
 
-def _runs(
-    every: list[tuple[float, float, float]],
-) -> Iterator[tuple[tuple[float, float, float], Iterator[tuple[int, tuple[float, float, float]]]]]:
-    return itertools.groupby(enumerate(every), key=lambda each: each[1])
-
-
-def _load(layout: WeightLayout, weights: list[tuple[str, int, int]], rank: int) -> tuple[float, float, float]:
+def _load(layout: WeightLayout, weights: list[tuple[str, int]], rank: int) -> tuple[float, float, float]:
     own = shared = whole = 0.0
-    for name, count, copies in weights:
-        held = count * held_bytes(layout, name, rank)
-        if copies == layout.ranks:
-            whole += held
-        elif copies > 1:
-            shared += held
-        else:
-            own += held
+    for name, count in weights:
+        for holders, held in _held(layout, name, rank):
+            if holders == layout.ranks:
+                whole += count * held
+            elif holders > 1:
+                shared += count * held
+            else:
+                own += count * held
     return own, shared, whole
+
+
+def _held(layout: WeightLayout, name: str, rank: int) -> Iterator[tuple[int, int]]:
+    """What a rank holds of a parameter, by segments: how many ranks hold the same, and its bytes."""
+    param = layout.params[name]
+    if param.selection is not None:
+        runs = param.selection.runs
+        yield 1 if runs is None else runs.count(runs[rank]), held_bytes(layout, name, rank)
+        return
+    for segment, shape in zip(param.segments, layout.segment_shapes(name, rank), strict=True):
+        copies = (n for n, shard in zip(layout.axes, segment.shards, strict=True) if shard is None)
+        yield math.prod(copies), math.prod(shape) * param.dtype.itemsize
 
 
 def held_bytes(layout: WeightLayout, name: str, rank: int) -> int:
     """Bytes of one parameter on one rank."""
     return math.prod(layout.local_shape(name, rank)) * layout.params[name].dtype.itemsize
-
-
-def _copies(layout: WeightLayout, param: ParamLayout) -> int:
-    """How many ranks hold the same part, at least."""
-    if param.selection is not None:
-        return 1
-    return min(
-        math.prod(n for n, shard in zip(layout.axes, s.shards, strict=True) if shard is None)
-        for s in param.segments
-    )
 
 
 def memory_section(layout: WeightLayout, tree: Module) -> Markup:

@@ -27,7 +27,7 @@ def _channels(colour: str) -> list[int]:
     return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
-def draw_partition(partition: Partition, width: float, height: float, *, labels: bool = False) -> Markup:
+def draw_partition(partition: Partition, width: float, height: float) -> Markup:
     """The whole parameter as a rectangle, in the colours of the ranks that hold its parts.
 
     What every rank holds is grey; what some hold together has stripes in their colours.
@@ -36,8 +36,49 @@ def draw_partition(partition: Partition, width: float, height: float, *, labels:
         partition: who holds what.
         width: in pixels, and
         height: in pixels; the rectangle is not to scale, its parts are.
-        labels: write the ranks into the parts that have room for it.
     """
+    return _frame(partition, width, height, _drawn(partition, width, height, labels=False))
+
+
+class Drawings:
+    """The drawings of a page, each of which is there once, however many parameters look like it."""
+
+    def __init__(self) -> None:
+        self._names: dict[Markup, str] = {}
+
+    def draw(self, partition: Partition, width: float, height: float, *, labels: bool = False) -> Markup:
+        """As ``draw_partition``; the page has to have ``all``, too.
+
+        Args:
+            partition: who holds what.
+            width: in pixels, and
+            height: in pixels.
+            labels: write the ranks into the parts that have room for it.
+        """
+        drawn = _drawn(partition, width, height, labels=labels)
+        name = self._names.setdefault(drawn, f"drawing-{len(self._names)}")
+        return _frame(partition, width, height, tag("use", href=f"#{name}"))
+
+    def all(self) -> Markup:
+        """What is drawn, not to be seen where it stands."""
+        drawn = [tag("g", markup, id=name) for markup, name in self._names.items()]
+        return tag("svg", tag("defs", *drawn), width=0, height=0, aria_hidden="true", class_="drawings")
+
+
+def _frame(partition: Partition, width: float, height: float, inside: Markup) -> Markup:
+    return tag(
+        "svg",
+        inside,
+        viewBox=f"0 0 {_n(width)} {_n(height)}",
+        width=_n(width),
+        height=_n(height),
+        role="img",
+        aria_label=describe(partition),
+        class_="tpc-partition",
+    )
+
+
+def _drawn(partition: Partition, width: float, height: float, *, labels: bool) -> Markup:
     across, down = width / max(partition.size[1], 1), height / max(partition.size[0], 1)
     paths: dict[tuple[int, ...], list[str]] = {}
     texts = []
@@ -55,19 +96,11 @@ def draw_partition(partition: Partition, width: float, height: float, *, labels:
     ]
     borders = "".join(f"M0 {_n(y * down)}H{_n(width)}" for y in partition.rows)
     borders += "".join(f"M{_n(x * across)} 0V{_n(height)}" for x in partition.columns)
-    lines = [_borders(borders, labels)] if borders else []
-    return tag(
-        "svg",
+    return join(
         tag("defs", *patterns) if patterns else "",
         tag("g", *shapes, stroke="#fff", stroke_opacity=0.55, stroke_width=0.75 if labels else 0.4),
-        *lines,
+        _borders(borders, labels) if borders else "",
         *texts,
-        viewBox=f"0 0 {_n(width)} {_n(height)}",
-        width=_n(width),
-        height=_n(height),
-        role="img",
-        aria_label=describe(partition),
-        class_="tpc-partition",
     )
 
 

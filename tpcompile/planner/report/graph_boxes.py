@@ -56,7 +56,7 @@ class Boxes:
 
 
 def layers_of(work: Work) -> list[tuple[str, list[Node]]]:
-    """One layer of each kind that a rewritten program has, or all of a program without layers."""
+    """The last layer of each list in a rewritten program, by name; or all of a program without layers."""
     names = work.params()
     found: dict[str, list[Node]] = {}
     for node in work.graph.nodes:
@@ -65,7 +65,8 @@ def layers_of(work: Work) -> list[tuple[str, list[Node]]]:
     if not found:
         return [("", [n for n in work.graph.nodes if n.op == "call_function"])]
     # Of layers that repeat the last is drawn: it is the one that stands for those that are left out.
-    return list({starred(layer): nodes for layer, nodes in found.items()}.items())
+    last = {starred(layer): layer for layer in found}
+    return [(layer, found[layer]) for layer in last.values()]
 
 
 def boxes_of(work: Work, name: str, nodes: Collection[Node]) -> Boxes:
@@ -74,7 +75,7 @@ def boxes_of(work: Work, name: str, nodes: Collection[Node]) -> Boxes:
     Calls that are neither matmuls nor changes of placement, and that are connected without one between them,
     are one box. So boxes form no circle: along every edge the number of matmuls and changes before it grows.
     """
-    calls = [n for n in nodes if n.users]
+    calls, prefix = [n for n in nodes if n.users], starred(name)
     inside, alone = set(calls), {n: kind for n in calls if (kind := _kind(work, n))}
     level: dict[Node, int] = {}
     for node in calls:
@@ -83,7 +84,7 @@ def boxes_of(work: Work, name: str, nodes: Collection[Node]) -> Boxes:
     box: dict[Node, Box] = {}
     for node in calls:
         if node in alone:
-            box[node] = Box(alone[node], _label(name, node), _operator(node), [node])
+            box[node] = Box(alone[node], _label(prefix, node), _operator(node), [node])
         else:
             near = [
                 i for i in node.all_input_nodes if i in box and i not in alone and level[i] == level[node]
@@ -94,7 +95,7 @@ def boxes_of(work: Work, name: str, nodes: Collection[Node]) -> Boxes:
                 _merge(box, box[other], box[node])
     for each in dict.fromkeys(box.values()):
         if each.kind == "other":
-            each.label, each.text = _described(name, each.nodes)
+            each.label, each.text = _described(prefix, each.nodes)
     return _with_ends(work, name, calls, box)
 
 

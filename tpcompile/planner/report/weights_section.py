@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.units import size_text
@@ -10,7 +11,7 @@ from tpcompile.planner.explain import Decision, Explanation
 from tpcompile.planner.print_plan import placement_text
 
 from .bars import held_bytes
-from .draw_partition import describe, draw_partition, rank_colour
+from .draw_partition import Drawings, describe, rank_colour
 from .markup import Markup, join, tag
 from .partition import Partition, partition_of, ranks_text
 from .tree import Module, Weight
@@ -21,6 +22,15 @@ _MOST_RANKS = 16
 """How many ranks' local shapes are listed."""
 
 
+@dataclass
+class _Shown:
+    """What all rows of the section need."""
+
+    layout: WeightLayout
+    explained: Explained
+    drawings: Drawings = field(default_factory=Drawings)
+
+
 def weights_section(layout: WeightLayout, tree: Module, explained: Explained) -> Markup:
     """The section.
 
@@ -29,6 +39,7 @@ def weights_section(layout: WeightLayout, tree: Module, explained: Explained) ->
         tree: the model.
         explained: why, by the name of a weight; empty for a plan from disk.
     """
+    shown = _Shown(layout, explained)
     head = tag(
         "div",
         *(tag("span", text) for text in ("weight", "held as", "shape", "on rank 0")),
@@ -54,21 +65,21 @@ def weights_section(layout: WeightLayout, tree: Module, explained: Explained) ->
             class_="tools",
         ),
         head,
-        tag("div", *_inside(layout, tree, explained), class_="tree"),
+        tag("div", *_inside(shown, tree), class_="tree"),
+        shown.drawings.all(),
         id="weights",
     )
 
 
-def _inside(layout: WeightLayout, module: Module, explained: Explained) -> list[Markup]:
+def _inside(shown: _Shown, module: Module) -> list[Markup]:
     return [
-        _weight(layout, each, explained) if isinstance(each, Weight) else _module(layout, each, explained)
-        for each in module.inside
+        _weight(shown, each) if isinstance(each, Weight) else _module(shown, each) for each in module.inside
     ]
 
 
-def _module(layout: WeightLayout, module: Module, explained: Explained) -> Markup:
+def _module(shown: _Shown, module: Module) -> Markup:
     weights = list(module.every_weight())
-    held = sum(w.count * held_bytes(layout, w.name, 0) for w in weights)
+    held = sum(w.count * held_bytes(shown.layout, w.name, 0) for w in weights)
     whole = sum(w.count * w.layout.bytes for w in weights)
     number = sum(w.count for w in weights)
     return tag(
@@ -81,17 +92,17 @@ def _module(layout: WeightLayout, module: Module, explained: Explained) -> Marku
             tag("span", size_text(held), class_="number"),
             class_="row",
         ),
-        tag("div", *_inside(layout, module, explained), class_="inside"),
+        tag("div", *_inside(shown, module), class_="inside"),
         class_="module",
         open=True,
         data_find=module.path.lower(),
     )
 
 
-def _weight(layout: WeightLayout, weight: Weight, explained: Explained) -> Markup:
-    partition = partition_of(layout, weight.name)
+def _weight(shown: _Shown, weight: Weight) -> Markup:
+    layout, partition = shown.layout, partition_of(shown.layout, weight.name)
     placement = placement_text(weight.layout)
-    small = tag("span", class_="none") if partition is None else draw_partition(partition, 84, 26)
+    small = tag("span", class_="none") if partition is None else shown.drawings.draw(partition, 84, 26)
     return tag(
         "details",
         tag(
@@ -104,8 +115,8 @@ def _weight(layout: WeightLayout, weight: Weight, explained: Explained) -> Marku
         ),
         tag(
             "div",
-            _figure(weight, partition, placement),
-            tag("div", _facts(layout, weight), *_why(explained.get(weight.name, ())), class_="words"),
+            _figure(shown.drawings, weight, partition, placement),
+            tag("div", _facts(layout, weight), *_why(shown.explained.get(weight.name, ())), class_="words"),
             class_="detail",
         ),
         class_="weight",
@@ -118,7 +129,7 @@ def _times(count: int) -> Markup:
     return tag("span", f"× {count}", class_="times") if count > 1 else Markup()
 
 
-def _figure(weight: Weight, partition: Partition | None, placement: str) -> Markup:
+def _figure(drawings: Drawings, weight: Weight, partition: Partition | None, placement: str) -> Markup:
     if partition is None:
         text = f"{placement} holds parts that are not rows and columns of the whole."
         return tag("figure", tag("figcaption", text))
@@ -130,7 +141,7 @@ def _figure(weight: Weight, partition: Partition | None, placement: str) -> Mark
         axes.append(f"Columns: dimension {columns}, {shape[columns]} long")
     hidden = [d for d in range(len(shape)) if d not in partition.dims]
     axes += [f"Dimension {d}, {shape[d]} long, is not drawn" for d in hidden]
-    drawing = draw_partition(partition, 340, 190 if rows is not None else 34, labels=True)
+    drawing = drawings.draw(partition, 340, 190 if rows is not None else 34, labels=True)
     caption = f"{describe(partition).capitalize()}. {'. '.join(axes)}."
     return tag("figure", drawing, tag("figcaption", caption))
 
@@ -144,7 +155,9 @@ def _facts(layout: WeightLayout, weight: Weight) -> Markup:
     rows.append(("whole", f"{_shape(param.shape)}, {size_text(param.bytes)}"))
     for shape, ranks in list(shapes.items())[:_MOST_RANKS]:
         swatches = [_swatch(rank, layout.ranks) for rank in ranks[:_MOST_RANKS]] if len(shapes) > 1 else []
-        names = "every rank" if len(ranks) == layout.ranks else f"rank {ranks_text(tuple(ranks))}"
+        several = "s" if len(ranks) > 1 else ""
+        named = f"rank{several} {ranks_text(tuple(ranks))}"
+        names = "every rank" if len(ranks) == layout.ranks else named
         size = size_text(held_bytes(layout, weight.name, ranks[0]))
         rows.append((names, join(*swatches, f"{_shape(shape)}, {size}")))
     for number, segment in enumerate(param.segments if len(param.segments) > 1 else ()):
