@@ -187,7 +187,7 @@ def measured(text: str) -> dict[tuple[str, int], str]:
     if not text.startswith(heading()):
         return {}
     found = {}
-    for each in text.removeprefix(heading()).splitlines():
+    for each in text.removeprefix(heading()).partition("\n## ")[0].splitlines():
         name, ranks = (cell.strip() for cell in each.split("|")[1:3])
         found[name, int(ranks)] = each
     return found
@@ -198,7 +198,8 @@ def write(rows: dict[tuple[str, int], str]) -> None:
     order = {name: i for i, name in enumerate(families.FAMILIES)}
     keys = sorted(rows, key=lambda key: (order[key[0]], key[1]))
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(heading() + "".join(rows[key] + "\n" for key in keys))
+    _, section, below = (PAGE.read_text() if PAGE.exists() else "").partition("\n## ")  # see verified_matrix
+    PAGE.write_text(heading() + "".join(rows[key] + "\n" for key in keys) + section + below)
 
 
 def main() -> None:

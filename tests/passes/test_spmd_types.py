@@ -1,0 +1,59 @@
+"""Another type system about the same programs: what it has to say of right ones, and of faults in them."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import pytest
+import torch
+from spmd_types import SpmdTypeError
+
+from tests.helpers.faults import FAULTS
+from tests.helpers.spmd_judge import judge
+from tests.passes.test_verify_placements import TOYS, program
+from tests.whole.test_families_simulated import captured, followed
+from tpcompile.errors import TpCompileError
+from tpcompile.pipeline import plan_program, rewrite
+from tpcompile.planner.search.cost import preset
+
+DIMENSIONS = {"segments swapped", "shard of another dimension", "all-to-all to another dimension"}
+"""What the library's local types can't see: they say that a value varies, not along which dimension."""
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    """A fault that does not fit is logged by torch with all of its stack."""
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_faults_are_complained_about(name: str) -> None:
+    """Of a program as it is there is no complaint; of each fault in it that can be lowered there is one."""
+    judge(program(name))
+    found, unseen = Counter[str](), set[str]()
+    for kind, fault in FAULTS.items():
+        for at in range(min(2, sum(1 for _ in fault(program(name))))):
+            work = program(name)
+            list(fault(work))[at]()
+            try:
+                judge(work)
+            except SpmdTypeError:
+                found["complained about"] += 1
+            except TpCompileError:  # its parts do not fit
+                found["not lowered"] += 1
+            else:
+                unseen.add(kind)
+    assert unseen <= DIMENSIONS
+    assert found["complained about"] >= 2
+
+
+# Experts, and a packed projection with tied embeddings. All families were judged so: docs/proof.md.
+@pytest.mark.parametrize(("name", "ranks", "sequence"), [("mixtral", 4, True), ("gpt2", 2, False)])
+def test_families(name: str, ranks: int, sequence: bool) -> None:
+    base = captured(name)[1]
+    base.ranks = ranks
+    work = followed(base, plan_program(base, preset("cpu"), lambda _work, _axis: {}))
+    rewrite(work, training=True, sequence=sequence)
+    judge(work)
