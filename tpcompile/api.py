@@ -39,6 +39,7 @@ from .runtime.read_request import (
 )
 from .runtime.runtime import Runtime
 from .runtime.training.tell_trainer import tell_trainer
+from .weights.saving.adapters import tell_peft
 from .weights.shard import sharded_class
 
 
@@ -121,6 +122,7 @@ def parallelize(
     guard_submodules(model)
     runtime.rebind()  # the modules' tables are others now
     tell_trainer()
+    tell_peft()
     if failed is not None and example is not None:
         compose_call(runtime, model, "", tuple(example), failed)
         # Perhaps a call without pictures: more of the model is planned at once.

@@ -229,10 +229,10 @@ def refused(folder: str) -> dict[str, str]:
         "dispatch": lambda: trainer_of(classifier(), folder, accelerator_config={"dispatch_batches": True}),
         "mesh": lambda: trainer_of(tpcompile.parallelize(Classifier(), mixed, axis="tensor"), folder),
     }
-    return {name: _message(call) for name, call in calls.items()}
+    return {name: message_of(call) for name, call in calls.items()}
 
 
-def _message(call: Callable[[], Any]) -> str:
+def message_of(call: Callable[[], Any]) -> str:
     try:
         call()
     except tpcompile.TpCompileError as error:

@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 PRIVATE_ATTRIBUTES = {
+    "peft.utils.save_and_load": ("_reshard_dtensor_values_for_load",),
     "accelerate.state:PartialState": ("_shared_state",),
     "transformers:GenerationMixin": ("_sample",),
     "transformers:PreTrainedConfig": ("_attn_implementation", "_experts_implementation_internal"),

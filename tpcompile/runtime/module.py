@@ -20,6 +20,7 @@ from tpcompile.ranks.describe import describe_value
 from tpcompile.ranks.turns import own_turn
 from tpcompile.weights.dcp import sharded_state_dict
 from tpcompile.weights.gather import gathered
+from tpcompile.weights.saving.adapters import has_adapters, save_adapters
 
 from .copy_model import copy_model
 from .print_model import model_text
@@ -168,14 +169,19 @@ class ShardedModule(WatchedModule):
             max_shard_size: the size of a file, in bytes or such as ``"5GB"``.
             variant: writes ``model.<variant>.safetensors``.
             token: without meaning, as there is no upload.
-            save_peft_format: without meaning, as models with adapters are refused.
+            save_peft_format: without meaning.
             save_original_format: whether keys and tensors get the form back that they were loaded from.
             distributed_checkpoint: refused.
-            kwargs: refused.
+            kwargs: refused; of a model of PEFT, whose adapters are written as PEFT does, its arguments.
 
         Raises:
             TpCompileError: on every rank; it cannot be written, or an argument is refused.
         """
+        if has_adapters(self):
+            asked = {"state_dict": state_dict, "push_to_hub": push_to_hub or None, **kwargs}
+            options = {name: value for name, value in asked.items() if value is not None}
+            save = super().save_pretrained  # type: ignore[misc]
+            return save_adapters(save, self._tp.compiler.axis, save_directory, is_main_process, options)
         from tpcompile.weights.saving.save_pretrained import Wishes, save_pretrained  # imports transformers
 
         refused = {"state_dict": state_dict, "push_to_hub": push_to_hub}

@@ -14,6 +14,7 @@ from tpcompile.ranks.agree import compare, together
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.runtime.module import ShardedModule
 from tpcompile.weights.optimizer_state import whole_state
+from tpcompile.weights.saving.adapters import has_adapters
 
 from .one_process import arguments_of_one_process, as_one_process
 from .refuse_arguments import refuse_arguments
@@ -67,7 +68,7 @@ class ShardedTraining(Trainer):
         save = super()._save
 
         def on_all() -> None:
-            if isinstance(self.model, PreTrainedModel):
+            if isinstance(self.model, PreTrainedModel) or has_adapters(self.model):
                 if self.args.should_save:
                     save(output_dir)
                 else:

@@ -136,8 +136,12 @@ def _tensors(model: Any, original: type, original_format: bool) -> tuple[dict[st
     return {key: value.expression for key, value in lazy.items()}, parameters
 
 
-def _find_writer(axis: MeshAxis | None, wishes: Wishes) -> int | None:
-    """The rank of the group that writes; None if another replica of the model does."""
+def find_writer(axis: MeshAxis | None, wishes: Wishes) -> int | None:
+    """The rank of the group that writes; None if another replica of the model does.
+
+    Raises:
+        TpCompileError: no rank may.
+    """
     group = _group(axis)
     flags: list[Any] = [bool(wishes.is_main_process)]
     if group is not None:
@@ -169,7 +173,7 @@ def _save(
     others: dict[str, bytes],
     wishes: Wishes,
 ) -> None:
-    writer = _find_writer(axis, wishes)
+    writer = find_writer(axis, wishes)
     if writer is None:
         return
     group, rank = _group(axis), 0 if axis is None else axis.rank

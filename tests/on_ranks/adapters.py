@@ -1,0 +1,125 @@
+"""What ranks do in ``test_adapters``: adapters of PEFT in a sharded model, and in an unsharded one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+import tpcompile
+
+from . import training
+
+WORDS = torch.randint(61, (3, 7), generator=torch.Generator().manual_seed(1))
+CALL = {"input_ids": WORDS, "labels": WORDS}
+
+
+def adapted(seed: int = 5) -> Any:
+    """A toy with two adapters, one of them with weights of its own kind (DoRA) and a whole layer."""
+    model = training.toy()
+    torch.manual_seed(seed)
+    first = LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False)
+    second = LoraConfig(
+        r=3,
+        target_modules=["up"],
+        use_dora=True,
+        use_rslora=True,
+        modules_to_save=["head"],
+        init_lora_weights=False,
+    )
+    model = get_peft_model(model, first)
+    model.add_adapter("second", second)
+    return model
+
+
+def _same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def _states(model: Any) -> Iterator[str]:
+    """A model with its adapters switched in different ways."""
+    yield "first"
+    with model.disable_adapter():
+        yield "none"
+    model.set_adapter("second")
+    yield "second"
+    model.set_adapter("default")
+    model.merge_adapter()
+    yield "merged"
+    model.unmerge_adapter()
+    yield "unmerged"
+
+
+def train_switch_save_load(folder: str) -> None:
+    """Steps, switches, files and loading are those of PEFT alone."""
+    alone, sharded = adapted(), tpcompile.parallelize(adapted(), example_kwargs=CALL)
+    for name in ("default", "second"):
+        for model in (alone, sharded):
+            model.set_adapter(name)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(**CALL).loss.backward()
+                optimizer.step()
+        _same(sharded(**CALL).loss, alone(**CALL).loss)
+    for model in (alone, sharded):
+        model.set_adapter("default")
+    for _ in zip(_states(alone), _states(sharded), strict=True):
+        with torch.no_grad():
+            _same(sharded(**CALL).logits, alone(**CALL).logits)
+
+    own = Path(folder) / f"alone{dist.get_rank()}"
+    alone.save_pretrained(own)
+    sharded.save_pretrained(folder)
+    weights = sharded.full_state_dict()
+    for place in (".", "second"):
+        files = [{p.name for p in (each / place).glob("adapter*")} for each in (Path(folder), own)]
+        assert files[0] == files[1]
+        stored = [load_file(each / place / "adapter_model.safetensors") for each in (Path(folder), own)]
+        torch.testing.assert_close(*stored, rtol=0, atol=1e-5)
+    again = PeftModel.from_pretrained(training.toy(), folder)
+    again.load_adapter(str(Path(folder) / "second"), "second")
+    fresh = tpcompile.parallelize(adapted(seed=6), example_kwargs=CALL)
+    fresh.load_adapter(folder, "default")
+    fresh.load_adapter(str(Path(folder) / "second"), "second")
+    for found in (again.state_dict(), fresh.full_state_dict()):
+        for name in found:
+            if "default" in name or "second" in name:
+                assert torch.equal(found[name], weights[name]), name
+
+
+def trainer(folder: str) -> None:
+    """Trainer updates, saves and resumes the adapter alone."""
+    args = {**training.SAVING, "max_steps": 2, "save_steps": 1, "eval_steps": 1}
+    alone = training.trainer_of(adapted(), str(Path(folder) / f"alone{dist.get_rank()}"), **args)
+    alone.train()
+    for resume in (None, str(Path(folder) / "checkpoint-1")):
+        model = tpcompile.parallelize(adapted(5 if resume is None else 6))
+        own = training.trainer_of(model, folder, **args)
+        own.train(resume_from_checkpoint=resume)
+        names = ("loss", "grad_norm")
+        expected, found = (torch.tensor(training.history(each, *names)) for each in (alone, own))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        assert len(own.optimizer.state) == 4  # A and B of two layers
+    state = torch.load(Path(folder) / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
+    assert all(each["exp_avg"].shape[0] in (4, 22, 42) for each in state.values())
+
+
+def refused(folder: str) -> list[str]:
+    """Adapters that come after ``parallelize``."""
+    sharded = tpcompile.parallelize(training.toy())
+    sharded(input_ids=WORDS)
+    more = tpcompile.parallelize(adapted())
+    config = LoraConfig(r=4, target_modules=["up"])
+    calls: list[Callable[[], Any]] = [
+        lambda: get_peft_model(sharded, config),
+        lambda: more.add_adapter("third", config),
+        lambda: more.save_pretrained(folder, state_dict={}),
+    ]
+    return [training.message_of(call) for call in calls]

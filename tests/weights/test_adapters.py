@@ -1,0 +1,23 @@
+"""Adapters of PEFT: a sharded model has them, trains, switches, saves and loads them as any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.helpers.run_ranks import run_spmd
+from tests.on_ranks import adapters
+
+
+def test_train_switch_save_load(tmp_path: Path) -> None:
+    run_spmd(adapters.train_switch_save_load, 2, str(tmp_path), timeout=400)
+
+
+def test_trainer(tmp_path: Path) -> None:
+    run_spmd(adapters.trainer, 2, str(tmp_path), timeout=400)
+
+
+def test_refused(tmp_path: Path) -> None:
+    for after, another, state in run_spmd(adapters.refused, 2, str(tmp_path)):
+        assert "parallelize what get_peft_model gives" in after
+        assert "parallelize what get_peft_model gives" in another
+        assert "not saved with state_dict" in state
