@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import tpcompile
 from tests.helpers.toys import Mlp
@@ -129,7 +131,27 @@ def assumptions() -> dict[str, Any]:
     with torch.no_grad():
         for rows in (4, 8, 6, 7, 12, 16, 20, 14, 3, 4):
             sharded(torch.randn(rows, WIDTH))
-    return {"made": made, "ran": ran}
+        count = len(ran)
+        x = torch.randn(4, WIDTH)
+        with FlopCounterMode(display=False) as flops:
+            sharded(x)
+        with Operators() as seen:
+            sharded(x)
+    unseen = len(ran) - count
+    flopped = flops.get_total_flops()
+    return {"made": made, "ran": ran[:count], "flops": flopped, "seen": seen.names, "unseen": unseen}
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 class Deep(nn.Module):

@@ -34,6 +34,10 @@ def test_what_a_compiler_assumes_of_sizes_is_asked_of_every_call() -> None:
         assert found["made"] == ["fours few", "others few", "fours many", "others many"]
         few, many = ["fours few"] * 2 + ["others few"] * 2, ["fours many"] * 3 + ["others many"]
         assert found["ran"] == [*few, *many, "others few", "fours few"]
+        # Whoever looks at operators sees them. A rank has half of the hidden units.
+        assert found["flops"] == 2 * (2 * 4 * 12 * 10)
+        assert "relu" in found["seen"]
+        assert not found["unseen"]
 
 
 def test_repeated_layers_are_one_region() -> None:

@@ -128,3 +128,15 @@ def test_only_the_form_of_a_tensor_whose_value_is_not_in_the_program() -> None:
     assert look.same()
     table["list"][0].resize_(1)
     assert not look.same()
+
+
+def test_what_is_put_back_is_as_it_was() -> None:
+    table, number = state(), 1000
+    table["number"] = number
+    look = QuickLook()
+    look.table(table, table)
+    look.finished()
+    table["number"] = 3
+    assert not look.same()
+    table["number"] = number
+    assert look.same() and look.same()

@@ -14,9 +14,10 @@ from torch._C import _dispatch_has_kernel_for_dispatch_key as dispatch_has_kerne
 from torch._C import _get_tracing_state as get_tracing_state
 from torch._C import _is_alias_of as is_alias_of  # type: ignore[attr-defined]
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
+from torch._C import _len_torch_dispatch_stack as len_torch_dispatch_stack
 from torch._C._distributed_c10d import BroadcastOptions, GatherOptions
 from torch._C._distributed_c10d import _resolve_process_group as resolve_process_group
-from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
+from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards, dict_version
 from torch._C._functorch import peek_interpreter_stack
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import mark_static_address
@@ -84,6 +85,7 @@ __all__ = [
     "TracingContext",
     "TreeSpec",
     "detect_fake_mode",
+    "dict_version",
     "disabled_torch_function_impl",
     "dispatch_has_kernel_for_dispatch_key",
     "enable_python_dispatcher",
@@ -98,6 +100,7 @@ __all__ = [
     "is_alias_of",
     "is_any_autocast_enabled",
     "is_traceable_wrapper_subclass",
+    "len_torch_dispatch_stack",
     "mark_static_address",
     "no_dispatch",
     "peek_interpreter_stack",

@@ -18,7 +18,12 @@ from torch.fx import GraphModule
 
 from tpcompile.capture.caches.layers import is_count
 from tpcompile.capture.export.captured import Captured
-from tpcompile.ir.torch_internals import GlobalStateGuard, TensorGuards
+from tpcompile.ir.torch_internals import (
+    GlobalStateGuard,
+    TensorGuards,
+    get_tracing_state,
+    len_torch_dispatch_stack,
+)
 
 from .compile_inputs import Extents, Traced, trace_inputs
 from .compile_options import backend_of
@@ -92,6 +97,8 @@ class CompiledSteps:
 
     def __call__(self, given: Sequence[Any]) -> Sequence[Any] | None:
         """Runs a call, compiled first if nothing fits; None if it is to run as it is."""
+        if len_torch_dispatch_stack() or get_tracing_state() is not None:
+            return None  # somebody looks at single operators, which compiled code does not show
         values = self.fetch(given)
         for one in self.guarded:
             if one.state.check() and one.tensors.check(*values) and one.sizes(values):

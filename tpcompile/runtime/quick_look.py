@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from operator import attrgetter, call, is_, itemgetter
@@ -14,24 +15,53 @@ from torch import Tensor
 
 from tpcompile.capture.export.look_inside import PLAIN, Attributes, content
 from tpcompile.capture.export.python_state import DEEPEST, MISSING, shot
+from tpcompile.ir.torch_internals import dict_version
 
 _END = object()
 _BUILT_IN = (dict, list, tuple, deque)
 Baked = frozenset[int] | None
 
 
+@dataclass
+class _Looks:
+    """What is found at places, one object each or several."""
+
+    many: list[Callable[[], Iterable[Any]]] = field(default_factory=list)
+    found: list[Any] = field(default_factory=list)
+    one: list[Callable[[], Any]] = field(default_factory=list)
+    found_one: list[Any] = field(default_factory=list)
+
+    def all(self, look: Callable[[], Iterable[Any]]) -> None:
+        """Adds a look at several objects."""
+        self.many.append(look)
+        self.found += look()
+
+    def single(self, look: Callable[[], Any]) -> None:
+        """Adds a look at one object."""
+        self.one.append(look)
+        self.found_one.append(look())
+
+    def same(self) -> bool:
+        """Whether everything is where it was; after the last place, ``_END`` tells if containers grow."""
+        try:
+            return all(
+                map(is_, chain.from_iterable(map(call, self.many)), self.found),
+            ) and all(map(is_, map(call, self.one), self.found_one))
+        except (KeyError, AttributeError):  # gone
+            return False
+
+
 class QuickLook:
     """The objects that are at certain places and in all that is there, as they are when this is made.
 
     It says of a later moment that all of them are the same and none was written to, or that it cannot tell:
-    then values have to be compared. Whatever runs for each of them is C code.
+    then values have to be compared. Whatever runs for each of them is C code. Of a table first its version is
+    asked, which every write to it changes.
     """
 
     def __init__(self) -> None:
-        self._many: list[Callable[[], Iterable[Any]]] = []
-        self._found: list[Any] = []
-        self._one: list[Callable[[], Any]] = []
-        self._is: list[Any] = []
+        self._tables, self._others = _Looks(), _Looks()
+        self._versioned: list[dict[Any, Any]] = []
         self._tensors: list[Tensor] = []
         self._slow: list[Callable[[], bool]] = []
         self._seen: dict[tuple[int, Baked], tuple[Any, int]] = {}  # kept alive, so that ids stay theirs
@@ -40,10 +70,11 @@ class QuickLook:
         """Looks at some keys of a table, and into what is there; ``baked`` is that of ``shot``."""
         names = list(names)
         present = [name for name in names if name in table]
+        self._versioned.append(table)
         if absent := frozenset(names) - {*present}:
-            self._same(partial(table.keys().isdisjoint, absent))
+            self._tables.single(partial(table.keys().isdisjoint, absent))
         if present:
-            self._all(partial(itemgetter(*present, present[0]), table))  # of a single key comes no tuple
+            self._tables.all(partial(itemgetter(*present, present[0]), table))  # of one key comes no tuple
             for name in present:
                 self._into(table[name], baked, 0)
 
@@ -51,9 +82,9 @@ class QuickLook:
         """Looks at attributes of a class, a function or a cell, and into what is there."""
         present = [name for name in names if getattr(owner, name, MISSING) is not MISSING]
         for name in {*names} - {*present}:
-            self._same(partial(getattr, owner, name, MISSING))
+            self._others.single(partial(getattr, owner, name, MISSING))
         if present:
-            self._all(partial(attrgetter(*present, present[0]), owner))
+            self._others.all(partial(attrgetter(*present, present[0]), owner))
             for name in present:
                 self._into(getattr(owner, name), None, 0)
 
@@ -63,29 +94,24 @@ class QuickLook:
 
     def finished(self) -> QuickLook:
         """The same, after the last place."""
-        self._all(lambda: (_END,))  # so that it is noticed if a container has grown or shrunk
-        self._versions = list(map(_version, self._tensors))
+        self._tables.all(lambda: (_END,))
+        self._others.all(lambda: (_END,))
+        self._tensor_versions = list(map(_version, self._tensors))
+        self._table_versions = list(map(dict_version, self._versioned))
         return self
 
     def same(self) -> bool:
         """Whether everything is as it was, for sure."""
-        try:
-            return (
-                all(map(is_, chain.from_iterable(map(call, self._many)), self._found))
-                and all(map(is_, map(call, self._one), self._is))
-                and list(map(_version, self._tensors)) == self._versions
-                and all(map(call, self._slow))
-            )
-        except (KeyError, AttributeError):  # gone
-            return False
-
-    def _all(self, look: Callable[[], Iterable[Any]]) -> None:
-        self._many.append(look)
-        self._found += look()
-
-    def _same(self, look: Callable[[], Any]) -> None:
-        self._one.append(look)
-        self._is.append(look())
+        versions = list(map(dict_version, self._versioned))
+        if versions != self._table_versions:
+            if not self._tables.same():
+                return False
+            self._table_versions = versions
+        return (
+            self._others.same()
+            and list(map(_version, self._tensors)) == self._tensor_versions
+            and all(map(call, self._slow))
+        )
 
     def _into(self, value: Any, baked: Baked, depth: int) -> None:
         """Follows ``shot``: what that compares is looked at here."""
@@ -107,14 +133,15 @@ class QuickLook:
     def _container(self, value: Any, inside: Any, baked: Baked, depth: int) -> None:
         items = inside
         if type(value) not in _BUILT_IN:  # which no object stops being
-            self._same(partial(type, value))
+            self._others.single(partial(type, value))
         if isinstance(inside, dict):
             if inside is not value:
-                self._same(partial(object.__getattribute__, value, "__dict__"))
-            self._all(partial(tuple, inside))
-            self._all(partial(tuple, items := inside.values()))
+                self._others.single(partial(object.__getattribute__, value, "__dict__"))
+            self._versioned.append(inside)
+            self._tables.all(partial(tuple, inside))
+            self._tables.all(partial(tuple, items := inside.values()))
         elif inside is value and not isinstance(value, tuple):
-            self._all(partial(tuple, inside))
+            self._others.all(partial(tuple, inside))
         for each in items:
             self._into(each, baked, depth + 1)
 

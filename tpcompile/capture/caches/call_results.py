@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tpcompile.ir.calls import join_path, leaf_names, leaf_paths
@@ -43,7 +44,7 @@ class CacheState:
     part: str = ""
     flags: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def count(self) -> int:
         """How many tensors it takes."""
         return sum(len(roles) for roles, _ in self.layers) + len(self.flags)

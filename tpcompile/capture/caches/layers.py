@@ -66,6 +66,8 @@ def as_count(number: Any, like: Tensor | None = None) -> Tensor:
 
 def with_counts(leaves: Sequence[Any], numbers: Collection[int]) -> list[Any]:
     """The leaves of a call, with the numbers at these places as sizes of tensors without elements."""
+    if not numbers:
+        return list(leaves)
     return [as_count(leaf) if i in numbers else leaf for i, leaf in enumerate(leaves)]
 
 
