@@ -28,6 +28,7 @@ from tpcompile.planner.work import Pass, Work
 from tpcompile.ranks.compare_sent import refuse_unlike
 from tpcompile.rules import table
 from tpcompile.runtime.read_request import read_options
+from tpcompile.runtime.verify.compare import difference
 from tpcompile.runtime.verify.one_process import Request, _tokens, examine
 from tpcompile.runtime.verify.report import Report
 from tpcompile.runtime.verify.trial import SimulatedCompiler, Trial
@@ -359,3 +360,15 @@ def test_collectives_are_told_by_what_they_send() -> None:
     everyone[1][one], everyone[1][two] = everyone[1][two], everyone[1][one]
     with pytest.raises(TpCompileError, match="send different things"):
         refuse_unlike(everyone)
+
+
+@pytest.mark.parametrize("fill", [-1e9, -1e4, float(torch.finfo(torch.float32).min), float("-inf")])
+def test_errors_are_not_measured_against_what_a_mask_has_made(fill: float) -> None:
+    values = torch.linspace(-3, 3, 100)
+    mask = torch.zeros(100)
+    mask[60:] = fill
+    assert difference(values + 0.1 + mask, values + mask) > 0.01
+    assert difference(values * (1 + 2e-7) + mask, values + mask) < 1e-6
+    assert difference(values + mask.clamp(min=-10), values + mask) > 0.01
+    outlier = torch.cat([values, torch.tensor([2000.0])])  # a single one is what it is
+    assert difference(outlier + 1e-3, outlier) < 1e-6

@@ -23,6 +23,9 @@ LIMITS = {
 _MASKED = 1e30
 """What is larger stands for infinity, in a mask; it is not a value that others are measured against."""
 
+_LEAST_MASK, _GAP = 1e3, 100.0
+"""So large at least is what stands for infinity, such as -10000, and so much larger than other numbers."""
+
 
 class TypesSeen(TorchFunctionMode):
     """Notes the types that a model's python computes in.
@@ -82,12 +85,29 @@ def difference(got: Any, want: Any, floor: float = 0.0) -> float:
     unlike = ~((got == want) | (got.isnan() & want.isnan()))
     if not unlike.any():
         return 0.0
-    numbers = want[want.isfinite() & (want.abs() < _MASKED)]
-    scale = max(floor, float(numbers.abs().max()) if numbers.numel() else 0.0)
-    apart = float((got - want)[unlike].abs().max())
-    if math.isnan(apart) or not math.isfinite(apart):
+    sizes, apart = want.abs(), (got - want).abs()
+    masked = sizes > _unmasked(sizes[want.isfinite() & (sizes < _MASKED)])
+    return max(_relative(apart[unlike & m], sizes[m], floor) for m in (masked, ~masked))
+
+
+def _unmasked(sizes: Tensor) -> float:
+    """The largest of numbers, but for those of a mask, which are alike, and far above all others."""
+    largest = float(sizes.max()) if sizes.numel() else 0.0
+    rest = sizes[sizes < 0.9 * largest]
+    below = float(rest.max()) if rest.numel() else 0.0
+    mask = largest >= _LEAST_MASK and 0.0 < below * _GAP <= largest and sizes.numel() - rest.numel() > 1
+    return below if mask else largest
+
+
+def _relative(apart: Tensor, sizes: Tensor, floor: float) -> float:
+    """The largest of some differences, relative to the largest finite size of the values."""
+    if not apart.numel():
+        return 0.0
+    worst, numbers = float(apart.max()), sizes[sizes.isfinite()]
+    scale = max(floor, float(numbers.max()) if numbers.numel() else 0.0)
+    if not math.isfinite(worst):
         return math.inf
-    return apart / scale if scale else math.inf if apart > 1e-30 else 0.0
+    return worst / scale if scale else math.inf if worst > 1e-30 else 0.0
 
 
 def agree(got: Any, want: Any, limit: float, floor: float = 0.0) -> bool:
