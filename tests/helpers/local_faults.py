@@ -108,18 +108,18 @@ def collective_of_other_sizes(program: GraphModule) -> Iterator[Edit]:
 
 
 ONE_RANK: dict[str, GraphFault] = {
-    "one rank: collective left out": _left_out(ops.all_reduce.default, ops.all_gather.default),
-    "one rank: collective of other sizes": collective_of_other_sizes,
-    "one rank: gradients not summed up": _left_out(ops.copy_to_ranks.default),
-    "one rank: another activation": _retargeted(aten.relu.default, aten.silu.default),
-    "one rank: another activation (silu)": _retargeted(aten.silu.default, aten.relu.default),
-    "one rank: added, not subtracted": _retargeted(aten.add.Tensor, aten.sub.Tensor),
-    "one rank: operands exchanged": operands_exchanged,
-    "one rank: constant changed": constant_changed,
-    "one rank: slice shifted": slice_shifted,
-    "one rank: weights exchanged": weights_exchanged,
-    "one rank: not scaled": not_scaled,
-    "one rank: dimensions exchanged": dims_exchanged,
+    "collective left out": _left_out(ops.all_reduce.default, ops.all_gather.default),
+    "collective of other sizes": collective_of_other_sizes,
+    "gradients not summed up": _left_out(ops.copy_to_ranks.default),
+    "another activation": _retargeted(aten.relu.default, aten.silu.default),
+    "another activation (silu)": _retargeted(aten.silu.default, aten.relu.default),
+    "added, not subtracted": _retargeted(aten.add.Tensor, aten.sub.Tensor),
+    "operands exchanged": operands_exchanged,
+    "constant changed": constant_changed,
+    "slice shifted": slice_shifted,
+    "weights exchanged": weights_exchanged,
+    "not scaled": not_scaled,
+    "dimensions exchanged": dims_exchanged,
 }
 
 SliceFault = Callable[[Inputs, str, Tensor], Tensor]
