@@ -15,12 +15,15 @@ from .errors import TpCompileError
 from .from_pretrained import from_pretrained
 from .ir.placements import Partial, Replicate, Shard
 from .lint_plan import PlanReport, lint_plan
+from .planner.dry_run.estimate import Estimate
+from .planner.dry_run.fitted import Fit
 from .planner.plan import Plan
 from .planner.search.calibrate import calibrate
 from .planner.search.cost import CostModel
 from .planner.to_hf_plan import to_hf_plan
 from .planner.work import Pass, Work
 from .rules.table import register_rule
+from .runtime.dry_run.fit import fit
 from .runtime.verify.check_rule import RuleReport, check_rule
 from .runtime.verify.one_process import verify
 from .runtime.verify.report import Report
@@ -32,6 +35,8 @@ from .weights import dcp as checkpoint
 
 __all__ = [
     "CostModel",
+    "Estimate",
+    "Fit",
     "ParallelInterface",
     "Partial",
     "Pass",
@@ -48,6 +53,7 @@ __all__ = [
     "calibrate",
     "check_rule",
     "checkpoint",
+    "fit",
     "from_pretrained",
     "get_packed_weights",
     "get_tensor_shard",

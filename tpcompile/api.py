@@ -22,6 +22,7 @@ from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.check_model import check_device, device_of
 from .runtime.compile_options import CompileLike, read_compile, without_graphs
+from .runtime.dry_run.estimator import Estimator
 from .runtime.generation import ShardedGeneration
 from .runtime.guards import Hook, backward_hooks, guard_submodules
 from .runtime.module import ShardedModule
@@ -176,7 +177,9 @@ def plan(
         checkpointing=checkpointing,
     )
     example = example_call(model, example_args, example_kwargs, dynamic)
-    return Compiler(options, ranks).compile(model, example, None).plan
+    found = Compiler(options, ranks).compile(model, example, None).plan
+    found.estimator = Estimator.of(model, options, example).of_plan
+    return found
 
 
 def _read(mesh: DeviceMesh, asked: Mapping[str, Any]) -> tuple[Options, dict[str, Any] | None, list[Hook]]:

@@ -97,6 +97,20 @@ PLAN: dict[str, tuple[Callable[[Any], Any], Accepts]] = {
     "memory": (lambda v: tpcompile.plan(meta(), 2, (X,), memory=v), lambda v: nothing(v) or positive(v)),
     "sequence_parallel": (lambda v: tpcompile.plan(meta(), 2, (X,), sequence_parallel=v), truth),
 }
+FIT: dict[str, tuple[Callable[[Any], Any], Accepts]] = {  # what can be is refused for want of tokens
+    "model": (lambda v: tpcompile.fit(v, 1e9), never),
+    "memory": (lambda v: tpcompile.fit(meta(), v, [2]), positive),
+    "ranks": (lambda v: tpcompile.fit(meta(), 1e9, v), never),
+    "device": (lambda v: tpcompile.fit(meta(), 1e9, [2], device=v), never),
+    "mode": (lambda v: tpcompile.fit(meta(), 1e9, [2], mode=v), never),
+    "batch": (lambda v: tpcompile.fit(meta(), 1e9, [2], batch=v), never),
+    "seq": (lambda v: tpcompile.fit(meta(), 1e9, [2], seq=v), never),
+    "optimizer": (lambda v: tpcompile.fit(meta(), 1e9, [2], optimizer=v), never),
+    "checkpointing": (lambda v: tpcompile.fit(meta(), 1e9, [2], checkpointing=v), never),
+    "sequence_parallel": (lambda v: tpcompile.fit(meta(), 1e9, [2], sequence_parallel=v), never),
+    "plan": (lambda v: tpcompile.fit(meta(), 1e9, [2], plan=v), never),
+    "dtype": (lambda v: tpcompile.fit(meta(), 1e9, [2], dtype=v), never),
+}
 LINT: dict[str, tuple[Callable[[Any], Any], Accepts]] = {
     "model": (lambda v: tpcompile.lint_plan(v, {"a": "colwise"}, 2, (X,)), never),
     "tp_plan": (lambda v: tpcompile.lint_plan(meta(), v, 2, (X,)), empty),
@@ -165,7 +179,7 @@ OTHERS: dict[str, tuple[Callable[[Any], Any], Accepts]] = {
     "Plan.load": (Plan.load, never),
     "Plan.from_json": (Plan.from_json, never),
 }
-CASES = {"plan": PLAN, "lint_plan": LINT, "verify": VERIFY, "CostModel": COST, "shards": SHARDS}
+CASES = {"plan": PLAN, "lint_plan": LINT, "fit": FIT, "verify": VERIFY, "CostModel": COST, "shards": SHARDS}
 ARGUMENTS = {
     f"{function} {name}": case for function, cases in CASES.items() for name, case in cases.items()
 } | OTHERS
@@ -210,6 +224,8 @@ def test_what_an_argument_cannot_be(name: str, value: Any) -> None:
 
 # What users are given, and need not make.
 GIVEN = {
+    "Estimate",
+    "Fit",
     "ParallelInterface",
     "Pass",
     "Plan",
@@ -283,7 +299,7 @@ def special(kind: type[Tensor]) -> nn.Module:
         (lambda: tpcompile.plan(meta(), 2, (X,), plan={"a": Shard(0, 1)}), "not a placement"),
         (lambda: tpcompile.plan(meta(), 2, (X,), plan={"a": Partial()}), "not a placement"),
         (lambda: tpcompile.plan(meta(), 2, (X,), plan={"a.weight": Shard(2)}), "a.weight"),
-        (lambda: tpcompile.plan(meta(), 2, (X,), cost_model="b200"), "no cost model named 'b200'"),
+        (lambda: tpcompile.plan(meta(), 2, (X,), cost_model="b100"), "no cost model named 'b100'"),
         (lambda: tpcompile.plan(torch.compile(Two()), 2, (X,)), "wraps, or has compiled"),  # type: ignore[arg-type]
         (lambda: tpcompile.plan(nn.DataParallel(Two()), 2, (X,)), "wraps, or has compiled"),
         (lambda: tpcompile.plan(torch.jit.script(nn.Linear(16, 2)), 2, (X,)), "wraps, or has compiled"),

@@ -9,12 +9,14 @@ from __future__ import annotations
 from torch import _TorchCompileInductorWrapper as InductorBackend
 from torch import _TorchCompileWrapper as OtherBackend
 from torch._C import DisableTorchFunction, DispatchKey
+from torch._C import _current_autograd_node as current_autograd_node
 from torch._C import _disabled_torch_function_impl as disabled_torch_function_impl
 from torch._C import _dispatch_has_kernel_for_dispatch_key as dispatch_has_kernel_for_dispatch_key
 from torch._C import _get_tracing_state as get_tracing_state
 from torch._C import _is_alias_of as is_alias_of  # type: ignore[attr-defined]
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch._C import _len_torch_dispatch_stack as len_torch_dispatch_stack
+from torch._C._autograd import _get_sequence_nr as get_sequence_nr
 from torch._C._distributed_c10d import BroadcastOptions, GatherOptions
 from torch._C._distributed_c10d import _resolve_process_group as resolve_process_group
 from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards, dict_version
@@ -84,6 +86,7 @@ __all__ = [
     "TorchDispatchMode",
     "TracingContext",
     "TreeSpec",
+    "current_autograd_node",
     "detect_fake_mode",
     "dict_version",
     "disabled_torch_function_impl",
@@ -94,6 +97,7 @@ __all__ = [
     "foreach_utils",
     "fully_shard",
     "functorch_config",
+    "get_sequence_nr",
     "get_tracing_state",
     "int_oo",
     "invoke_subgraph",

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
+
+from tpcompile.errors import TpCompileError
+
+_UNITS = {"b": 1.0, **{f"{p}b": 1e3**n for n, p in enumerate("kmgt", 1)}}
+_UNITS |= {f"{p}ib": 1024.0**n for n, p in enumerate("kmgt", 1)}
+
 
 def size_text(size: float) -> str:
     """Bytes in a readable unit."""
@@ -15,3 +23,22 @@ def size_text(size: float) -> str:
 def time_text(seconds: float) -> str:
     """Seconds in a readable unit."""
     return f"{seconds * 1e3:.3f} ms" if seconds < 1 else f"{seconds:.3f} s"
+
+
+def read_bytes(size: str | float, where: str) -> float:
+    """Bytes: a number, or text such as ``80GiB``.
+
+    Raises:
+        TpCompileError: it is not a size, or not a positive one.
+    """
+    found: float = 0.0
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]+)\s*", size)
+        if match is not None and match[1].count(".") < 2 and match[1] != "." and match[2].lower() in _UNITS:
+            found = float(match[1]) * _UNITS[match[2].lower()]
+    else:
+        found = float(size)
+    if not 0 < found < math.inf:
+        todo = "give a positive number of bytes, or text such as 80GiB"
+        raise TpCompileError(f"{str(size)[:40]!r} is not a size of memory", where=where, todo=todo)
+    return found

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tpcompile.errors import TpCompileError, refusing
-from tpcompile.ir.check import checked, short
+from tpcompile.ir.check import Must, checked, short
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.proof import Proof
 from tpcompile.ir.units import size_text, time_text
@@ -22,6 +22,7 @@ from tpcompile.planner.search.cost import CostModel
 from .collective import Collective
 from .decide import Pins
 from .diff_plans import diff_text, plan_title
+from .dry_run.estimate import Estimate, Mode
 from .explain import explain_module
 from .print_plan import collective_lines, layout_lines
 from .report.notebook import plan_html
@@ -29,6 +30,8 @@ from .report.page import report_page
 from .work import Work
 
 VERSION = 2
+
+Count = Annotated[int, Must("a whole number from 1 on", lambda count: count > 0)]
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Plan:
         work: the planned program, and
         pins: what its parameters were held to, for explanations; None for a plan from disk, as is
         rewritten: the program with its collectives.
+        estimator: what ``estimate`` asks; None unless the plan comes from ``tpcompile.plan``.
     """
 
     layout: WeightLayout
@@ -69,6 +73,7 @@ class Plan:
     work: Work | None = field(default=None, repr=False, compare=False)
     pins: Pins | None = field(default=None, repr=False, compare=False)
     rewritten: Work | None = field(default=None, repr=False, compare=False)
+    estimator: Callable[..., Estimate] | None = field(default=None, repr=False, compare=False)
 
     @property
     def ranks(self) -> int:
@@ -136,6 +141,48 @@ class Plan:
         page = report_page(self, title, explain=explain, beside=beside)
         with writing():
             _write(Path(path), page)
+
+    @checked
+    def estimate(
+        self,
+        mode: Mode = "prefill",
+        *,
+        batch: Count | None = None,
+        seq: Count | None = None,
+        device: str | CostModel | None = None,
+        optimizer: str | Callable[..., Any] = "adamw",
+        checkpointing: bool = False,
+        sequence_parallel: bool | None = None,
+    ) -> Estimate:
+        """What one step takes on every rank: bytes of memory by kind, seconds by kind, what is sent.
+
+        The rank's programs for the step are compiled and run without values, in this process
+        (``docs/dry_run.md``). The estimate says what each of its numbers rests on.
+
+        Args:
+            mode: ``"prefill"``: one forward, of a prompt; ``"decode"``: one more token for each text;
+                ``"train"``: forward, backward and the optimizer's update.
+            batch: texts in the step. Without ``batch`` and ``seq``: the call that the plan was made for.
+            seq: tokens of each text; for ``"decode"``, those in the cache.
+            device: ``"h100"``, ``"h200"``, ``"b200"``, ``"a100"``, ``"cpu"``, or a ``CostModel`` such as
+                ``tpcompile.calibrate`` measures; by default that of the plan.
+            optimizer: for ``"train"``: ``"adamw"``, ``"adam"``, ``"sgd"``, ``"momentum"``, ``"rmsprop"``,
+                ``"adagrad"``, or a function that makes one of torch's optimizers for a list of parameters.
+            checkpointing: for ``"train"``: repeated layers keep what goes into them, and are run again in
+                backward. (Programs do not do that yet.)
+            sequence_parallel: whether the sequence is divided between the blocks; by default as in the plan.
+
+        Raises:
+            TpCompileError: the plan was not made by ``tpcompile.plan``, or the step cannot be run like this.
+        """
+        if self.estimator is None:
+            raise TpCompileError(
+                "the plan has no model to estimate",
+                where="Plan.estimate",
+                todo="make it with tpcompile.plan, and estimate that one",
+            )
+        sequence = self.sequence if sequence_parallel is None else sequence_parallel
+        return self.estimator(self, mode, batch, seq, device or self.cost, optimizer, checkpointing, sequence)
 
     @checked
     def save(self, path: str | PathLike[str]) -> None:

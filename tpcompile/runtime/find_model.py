@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from tpcompile.capture.export.default_example import default_example
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.check import short
 from tpcompile.ir.units import size_text
 
 _COPIES = 6
@@ -26,7 +28,7 @@ _DEPTHS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder
 def find_model(
     spec: str,
     layers: int | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     fields: Sequence[str] | None = None,
     *,
     verifiable: bool = False,
@@ -64,6 +66,34 @@ def find_model(
     return model
 
 
+def model_meant(model: Any, dtype: str | torch.dtype | None = None) -> nn.Module:
+    """A model as it is, or the one of a configuration, or of ``find_model``'s text, on ``meta``.
+
+    Args:
+        model: one of these; a configuration without an architecture is that of a causal language model.
+        dtype: the type of a configuration's weights, by default the configuration's.
+
+    Raises:
+        TpCompileError: it is none of these, or a model with another type.
+    """
+    if isinstance(model, nn.Module) and dtype is None:
+        return model
+    if isinstance(model, str | os.PathLike):
+        return find_model(str(model), dtype=dtype)
+    import transformers
+
+    from tpcompile.weights.loading.build_model import build_model, find_class, find_dtype
+
+    if not isinstance(model, transformers.PretrainedConfig):
+        what = "a model, which has a type" if isinstance(model, nn.Module) else short(model)
+        todo = "give a model without a dtype, a configuration, or a name"
+        raise TpCompileError(f"model is {what}", where="model", todo=todo)
+    config = copy.deepcopy(model)
+    auto = None if config.architectures else transformers.AutoModelForCausalLM
+    kind: Any = find_class(config, auto, False, {})
+    return build_model(kind, config, find_dtype(dtype, config, {}), None)
+
+
 def _read_fields(fields: Sequence[str]) -> dict[str, Any]:
     """``vocab_size=1024`` as a field and its value; a value that is not JSON is text."""
     found: dict[str, Any] = {}
@@ -99,7 +129,7 @@ def _from_factory(module: str, factory: str) -> nn.Module:
     sys.path.insert(0, "")
     try:
         model = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # also: not a name of a module
         raise TpCompileError(
             f"there is no {module}:{factory}: {error}", where="MODEL", todo="give package.module:factory"
         ) from None

@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 from .sharded_parameter import ShardedParameter
 from .tensor_layout import TensorLayout
 
-_ELEMENTWISE = (
+ELEMENTWISE = (
     "adadelta",
     "adagrad",
     "adam",
@@ -39,7 +39,7 @@ Update = Callable[..., None]
 
 def tell_optimizers() -> None:
     """Replaces the functions that torch's optimizers call."""
-    for name in _ELEMENTWISE:
+    for name in ELEMENTWISE:
         module = importlib.import_module(f"torch.optim.{name}")
         setattr(module, name, _on_parts(getattr(module, name)))
 

@@ -90,9 +90,13 @@ class CostModel:
 
 
 PRESETS = {
-    # Dense bf16 rates x 0.6, HBM bandwidths, NCCL ring bandwidths per GPU within one NVLink node, and what
-    # a kernel costs beyond its work.
+    # Dense bf16 rates x 0.6, HBM bandwidths x 0.9, NCCL ring bandwidths per GPU within one NVLink node (0.8
+    # of the links), and what a kernel costs beyond its work. In NVIDIA's data sheets, H100 SXM, H200 SXM,
+    # HGX B200 (an eighth of it) and A100 80GB SXM have 989, 989, 2250 and 312 TFLOPS, 3.35, 4.8, 7.7 and 2.0
+    # TB/s, and NVLink of 450, 450, 900 and 300 GB/s in each direction.
     "h100": CostModel("h100", 594e12, 3.0e12, 12e-6, 370e9, 3e-6),
+    "h200": CostModel("h200", 594e12, 4.3e12, 12e-6, 370e9, 3e-6),
+    "b200": CostModel("b200", 1350e12, 7.0e12, 12e-6, 740e9, 3e-6),
     "a100": CostModel("a100", 187e12, 1.8e12, 15e-6, 230e9, 4e-6),
     # One thread per rank; gloo over the loopback device.
     "cpu": CostModel("cpu", 5e10, 8e9, 1.5e-4, 1.0e9, 2e-6),
@@ -100,7 +104,7 @@ PRESETS = {
 
 
 def preset(name: str) -> CostModel:
-    """A cost model by name (``h100``, ``a100``, ``cpu``).
+    """A cost model by name (``h100``, ``h200``, ``b200``, ``a100``, ``cpu``).
 
     Raises:
         TpCompileError: there is no such preset.

@@ -1,0 +1,1 @@
+"""What a model would take on the ranks: memory and time, as plain data."""

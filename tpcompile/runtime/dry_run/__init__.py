@@ -1,0 +1,1 @@
+"""What a model would take on the ranks: its programs, run on tensors without values."""
