@@ -1,14 +1,13 @@
 """The command line: how a model would be sharded, what that costs, whether it is right. It needs no GPU.
 
 python -m tpcompile plan Qwen/Qwen3-0.6B --ranks 8
+python -m tpcompile fit config.json --memory 80GiB --device h100
 python -m tpcompile verify config.json --ranks 4 --layers 2
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +19,9 @@ import typer
 
 import tpcompile
 from tpcompile.errors import TpCompileError
-from tpcompile.planner.disk_cache import cache_folder
-from tpcompile.planner.print_plan import placement_text
+from tpcompile.ir.units import size_text
+from tpcompile.planner.disk_cache import cache_folder, entries
+from tpcompile.runtime.command_line import plan_data, read_numbers, versions
 from tpcompile.runtime.find_model import example_of, find_model
 
 app = typer.Typer(
@@ -38,7 +38,11 @@ Model = Annotated[str, typer.Argument(help="Folder, config.json, hub name, or pa
 Ranks = Annotated[int, typer.Option(help="How many ranks share the model.", min=1, max=4096)]
 Layers = Annotated[int | None, typer.Option(help="Cut the model down to so many layers.", min=1)]
 Dtype = Annotated[str | None, typer.Option(help="Type of the weights; by default the configuration's.")]
-Device = Annotated[str, typer.Option(help="Cost model: h100, a100 or cpu.")]
+Device = Annotated[str, typer.Option(help="Cost model: h100, h200, b200, a100 or cpu.")]
+Mode = Annotated[str | None, typer.Option(help="Estimate a step: prefill, decode or train.")]
+Optimizer = Annotated[str, typer.Option(help="Of a step of training: adamw, adam, sgd, momentum, ...")]
+Again = Annotated[bool, typer.Option(help="Layers are run again in backward, in a step of training.")]
+Divided = Annotated[bool, typer.Option(help="The sequence is divided between the blocks.")]
 Batch = Annotated[int, typer.Option(help="Texts in the example.", min=1)]
 Seq = Annotated[int, typer.Option(help="Tokens of each text in the example.", min=1)]
 Memory = Annotated[float | None, typer.Option(help="GiB of weights that a rank may hold.")]
@@ -58,17 +62,68 @@ def plan(
     batch: Batch = 2,
     seq: Seq = 16,
     memory: Memory = None,
+    mode: Mode = None,
+    optimizer: Optimizer = "adamw",
+    checkpointing: Again = False,
+    sequence_parallel: Divided = False,
     output: Annotated[
         Path | None, typer.Option(help="Write the plan here, for parallelize(plan=...).")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Where every weight goes, and what a forward communicates."""
+    """Where every weight goes, and what a forward communicates; with --mode, what a step takes."""
     with _errors(as_json):
-        found = _plan(model, ranks, layers, dtype, device, batch, seq, memory)
+        found = _plan(model, ranks, layers, dtype, device, batch, seq, memory, sequence_parallel)
+        data: dict[str, Any] = plan_data(found)
+        text = str(found)
+        if mode is not None:
+            kind: Any = mode
+            options = {"optimizer": optimizer, "checkpointing": checkpointing}
+            step = found.estimate(kind, batch=batch, seq=seq, **options)  # type: ignore[arg-type]
+            data["estimate"] = step.to_json()
+            text = f"{text}\n\n{step}"
         if output is not None:
             found.save(output)
-        _show(found, _plan_data(found), as_json)
+        _show(text, data, as_json)
+
+
+@app.command(
+    epilog="Example: tpcompile fit Qwen/Qwen3-0.6B --memory 80GiB --ranks 1-16 --mode decode --batch 8"
+)
+def fit(
+    model: Model,
+    memory: Annotated[
+        str | None, typer.Option(help="What a rank may take, as 80GiB; by default what the device has.")
+    ] = None,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks to try: 1-16, or 2,4,8.")] = "1-16",
+    layers: Layers = None,
+    dtype: Dtype = None,
+    device: Device = "h100",
+    mode: Annotated[str, typer.Option(help="A step of what: decode, prefill or train.")] = "decode",
+    batch: Batch = 1,
+    seq: Seq = 4096,
+    optimizer: Optimizer = "adamw",
+    checkpointing: Again = False,
+    sequence_parallel: Divided = False,
+    as_json: Json = False,
+) -> None:
+    """Which numbers of ranks a model fits on, the quickest, the cheapest. Exits with 1 if none fits."""
+    with _errors(as_json):
+        kind: Any = mode
+        found = tpcompile.fit(
+            find_model(model, layers, dtype),
+            memory,
+            read_numbers(ranks),
+            device=device,
+            mode=kind,
+            batch=batch,
+            seq=seq,
+            optimizer=optimizer,
+            checkpointing=checkpointing,
+            sequence_parallel=sequence_parallel,
+        )
+        _show(found, found.to_json(), as_json)
+    raise typer.Exit(0 if any(size.fits for size in found.sizes) else 1)
 
 
 @app.command(epilog="Example: tpcompile report Qwen/Qwen3-0.6B --ranks 8 --out report.html")
@@ -164,17 +219,23 @@ def verify(
 @app.command()
 def env(as_json: Json = False) -> None:
     """Versions and places, for a bug report."""
-    packages = ("torch", "transformers", "safetensors", "numpy", "sympy", "accelerate")
-    found = {"tpcompile": tpcompile.__version__, "python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found |= {"platform": platform.platform(), "cuda devices": ", ".join(cards) or "none"}
-    found["kept plans"] = str(cache_folder())
+    found = versions(tpcompile.__version__)
     _show("\n".join(f"{name}: {value}" for name, value in found.items()), found, as_json)
+
+
+@app.command(epilog="Example: tpcompile cache --clear")
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all kept plans.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The plans that are kept for the next start: where, how many, how large."""
+    folder, found = cache_folder(), entries()
+    size = sum(path.stat().st_size for path in found)
+    for path in found if clear else ():
+        path.unlink(missing_ok=True)
+    data = {"folder": None if folder is None else str(folder), "plans": len(found), "bytes": size}
+    text = f"{folder or 'no cache'}: {len(found)} plans, {size_text(size)}{', removed' if clear else ''}"
+    _show(text, data | {"removed": clear}, as_json)
 
 
 def main() -> None:
@@ -208,34 +269,18 @@ def _plan(
     batch: int,
     seq: int,
     memory: float | None = None,
+    sequence_parallel: bool = False,
 ) -> tpcompile.Plan:
     built = find_model(spec, layers, dtype)
     limit = None if memory is None else memory * 2**30
-    example = example_of(built, batch, seq)
-    return tpcompile.plan(built, ranks, example_kwargs=example, cost_model=device, memory=limit)
-
-
-def _plan_data(found: tpcompile.Plan) -> dict[str, Any]:
-    layout = found.layout
-    return {
-        "ranks": found.ranks,
-        "axes": found.axes,
-        "model_bytes": found.model_bytes,
-        "bytes_of_fullest_rank": layout.fullest,
-        "seconds": found.seconds,
-        "parameters": {
-            name: {
-                "shape": param.shape,
-                "dtype": str(param.dtype).removeprefix("torch."),
-                "placement": placement_text(param),
-                "local_shape": layout.local_shape(name, 0),
-            }
-            for name, param in layout.params.items()
-        },
-        "collectives": [vars(each) for each in found.collectives],
-        "fallbacks": found.fallbacks,
-        "notes": found.notes,
-    }
+    return tpcompile.plan(
+        built,
+        ranks,
+        example_kwargs=example_of(built, batch, seq),
+        cost_model=device,
+        memory=limit,
+        sequence_parallel=sequence_parallel,
+    )
 
 
 if __name__ == "__main__":

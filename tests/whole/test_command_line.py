@@ -13,6 +13,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from tpcompile.__main__ import app
+from tpcompile.planner.disk_cache import entry_name, write_entry
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -126,6 +127,38 @@ def test_what_would_not_fit_is_refused_before_it_is_made(config: str) -> None:
     assert "of this machine" in done.stderr
 
 
+def test_plan_estimates_a_step(config: str) -> None:
+    options = ("--ranks", "2", "--layers", "2", "--batch", "2", "--seq", "8")
+    step = data_of("plan", config, *options, "--mode", "decode", "--device", "h200")["estimate"]
+    per_token = 2 * 2 * (4 // 2) * 8 * 4  # layers, keys and values, this rank's heads, their size, bytes
+    assert (step["device"], step["memory"]["cache_per_token"]) == ("h200", per_token)
+    assert step["memory"]["peak"] > step["memory"]["weights"]
+    options = ("--ranks", "2", "--batch", "2", "--seq", "8", "--checkpointing", "--sequence-parallel")
+    text = run("plan", config, *options, "--mode", "train").output
+    assert "train on 2 ranks (h100), 2 x 8 tokens" in text and "optimizer" in text and "rests on" in text
+
+
+def test_fit_says_by_its_code_whether_any_size_fits(config: str) -> None:
+    options = ("--layers", "2", "--batch", "2", "--seq", "8", "--dtype", "bfloat16")
+    found = data_of("fit", config, *options, "--ranks", "1-2", "--memory", "80GiB")
+    assert [size["fits"] for size in found["sizes"]] == [True, True]
+    assert found["quickest"] in (1, 2) and found["cheapest"] == 1
+    done = run("fit", config, *options, "--ranks", "2", "--memory", "1 kB")
+    assert done.exit_code == 1 and "none fits" in done.output
+
+
+def test_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TPCOMPILE_CACHE", "1")
+    monkeypatch.setenv("TPCOMPILE_CACHE_DIR", str(tmp_path / "kept"))
+    write_entry(entry_name("plan", "a test"), b"12")
+    assert data_of("cache")["plans"] == 1
+    found = data_of("cache", "--clear")
+    assert (found["removed"], found["bytes"] > 2) == (True, True)
+    assert data_of("cache")["plans"] == 0
+    monkeypatch.setenv("TPCOMPILE_CACHE", "0")
+    assert data_of("cache")["folder"] is None
+
+
 def test_env() -> None:
     assert data_of("env")["tpcompile"]
 
@@ -137,6 +170,10 @@ def test_env() -> None:
         (("plan", "tests.whole.test_command_line:nothing"), "there is no"),
         (("plan", "tests.whole.test_command_line:no_module"), "returns a int"),
         (("plan", "tests.whole.test_command_line:two_layers"), "an example call is needed"),
+        (("fit", "tests.whole.test_command_line:two_layers"), "not given token ids"),
+        (("fit", "tests.whole.test_command_line:two_layers", "--ranks", "8-2"), "not a number of ranks"),
+        (("fit", "tests.whole.test_command_line:two_layers", "--memory", "much"), "not a size of memory"),
+        (("fit", "tests.whole.test_command_line:two_layers", "--mode", "sleep"), "mode is 'sleep'"),
     ],
 )
 def test_what_is_refused_ends_with_two(arguments: tuple[str, ...], message: str) -> None:

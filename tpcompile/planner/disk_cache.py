@@ -70,6 +70,13 @@ def own_files() -> list[Path]:
     return sorted(path for folder in (here, *beside) for path in folder.rglob("*.py"))
 
 
+def entries() -> list[Path]:
+    """The files of all entries, the one that was used last first; none if there is no cache."""
+    folder = cache_folder()
+    found = () if folder is None else (path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    return sorted(found, key=lambda path: path.lstat().st_mtime, reverse=True)
+
+
 def read_entry(name: str) -> bytes | None:
     """What was stored under a name; None if there is nothing, or nothing that can be trusted."""
     folder = cache_folder()
