@@ -105,7 +105,11 @@ class Estimator:
         checkpointing: bool,
         sequence: bool | frozenset[str],
     ) -> Estimate:
-        """See ``Plan.estimate``."""
+        """See ``Plan.estimate``.
+
+        Raises:
+            TpCompileError: see there.
+        """
         if (batch is None) != (seq is None):
             raise TpCompileError(
                 "batch and seq belong together", where="batch, seq", todo="give both, or none"
