@@ -169,7 +169,7 @@ class Plan:
             optimizer: for ``"train"``: ``"adamw"``, ``"adam"``, ``"sgd"``, ``"momentum"``, ``"rmsprop"``,
                 ``"adagrad"``, or a function that makes one of torch's optimizers for a list of parameters.
             checkpointing: for ``"train"``: repeated layers keep what goes into them, and are run again in
-                backward. (Programs do not do that yet.)
+                backward, collectives included.
             sequence_parallel: whether the sequence is divided between the blocks; by default as in the plan.
 
         Raises:

@@ -257,8 +257,8 @@ def _rests_on(step: Step, copies: tuple[int, ...], repeats: bool) -> Iterator[st
         yield "optimizer: its own second update, run without values"
     if step.checkpointing:
         yield (
-            "checkpointing: every repeated layer keeps what goes in, and is run again in backward; the "
-            "programs of tpcompile do not do that yet"
+            "checkpointing: every period of repeated layers keeps what goes in, and is run again in backward "
+            'with its collectives; parallelize(checkpointing="full") does so layer by layer'
         )
     yield f"device: {step.device.rests_on}"
     yield (

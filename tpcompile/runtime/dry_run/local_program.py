@@ -166,7 +166,10 @@ class LocalProgram:
     def _evaluate(self, env: dict[Node, Any], calls: Sequence[Node], keep: Any = ()) -> None:
         for node in calls:
             args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            call: Any = node.target  # a region that the model itself recomputes is a submodule
+            call = self.module.get_submodule(call) if node.op == "call_module" else call
+            env[node] = call(*args, **kwargs)
+            del call
             del args, kwargs
             for dead in self._dead.get(node, ()):
                 if dead not in keep:
