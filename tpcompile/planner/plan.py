@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -28,6 +27,7 @@ from .print_plan import collective_lines, layout_lines
 from .report.notebook import plan_html
 from .report.page import report_page
 from .work import Work
+from .write_file import check_place, write_whole
 
 VERSION = 2
 
@@ -137,10 +137,10 @@ class Plan:
         what, where = "the report cannot be written", f"path: {path}"
         writing = partial(refusing, what, where=where, todo="give a file")
         with writing():  # before it is made, which takes a while
-            _check_place(Path(path))
+            check_place(Path(path))
         page = report_page(self, title, explain=explain, beside=beside)
         with writing():
-            _write(Path(path), page)
+            write_whole(Path(path), page)
 
     @checked
     def estimate(
@@ -192,7 +192,7 @@ class Plan:
             TpCompileError: it cannot be written.
         """
         with refusing("the plan cannot be written", where=f"path: {path}", todo="give a file"):
-            _write(Path(path), json.dumps(self.to_json(), indent=1))
+            write_whole(Path(path), json.dumps(self.to_json(), indent=1))
 
     @staticmethod
     @checked
@@ -257,25 +257,6 @@ class Plan:
         lines += [f"fallback: {line}" for line in self.fallbacks]
         lines += [f"note: {line}" for line in self.notes]
         return "\n".join(lines)
-
-
-def _check_place(target: Path) -> None:
-    """Fails as ``_write`` would, and leaves nothing."""
-    if target.is_dir():
-        raise IsADirectoryError(target)
-    part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
-    part.touch()
-    part.unlink()
-
-
-def _write(target: Path, text: str) -> None:
-    """Writes a file that appears whole or not at all."""
-    part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _read(data: Any, where: str) -> Plan:

@@ -15,7 +15,7 @@ from tpcompile.capture.export.switch_experts import exportable_experts
 from tpcompile.capture.held_caches import Held
 from tpcompile.compile_program import Compiled, Compiler
 from tpcompile.ir.layout.weight_layout import WeightLayout
-from tpcompile.lowering.lower_graph import lower_graph
+from tpcompile.lowering.lower_graph import Lowered, lower_graph
 from tpcompile.lowering.simulate import SimulatedGroups
 from tpcompile.planner.options import Options
 from tpcompile.planner.work import Work
@@ -76,7 +76,7 @@ class DryCompiler(Compiler):
         # A copy, because layers that are planned one by one are written into the graph.
         return Work(self._captures[self._key], self.ranks).copy().captured
 
-    def lower(self, rewritten: Work) -> tuple[GraphModule, GraphModule | None]:
+    def lower(self, rewritten: Work) -> Lowered:
         """The first rank's graphs; what does not run on its part is planned again."""
         first = (0,) * len(rewritten.axes)
         self.programs = []
