@@ -117,42 +117,68 @@ def mean(low: Lowering, node: Node) -> Node:
 
 
 def lookup(low: Lowering, node: Node) -> Node:
-    """An embedding whose rows are divided: rows of other ranks are zeros, and the sum is the whole.
-
-    What is not a row of the whole is not one of any part, so that looking it up fails here as it does there.
-    """
-    if not any(f.inputs[0] is not None and f.inputs[0][0] == 0 for _, f in low.divided(node)):
+    """An embedding whose rows are divided: rows of other ranks are zeros, and the sum is the whole."""
+    table, index, *_ = arguments(node)
+    held = _held(low, node, table, 0)
+    if held is None:
         return unchanged(low, node)
-    table, index = low.map(node.args[0]), low.map(node.args[1])
-    first, rows = _rows(low, arguments(node)[0])
-    if rows == 0:  # more ranks than rows: one row of zeros, which nothing finds
-        table = low.emit(aten.constant_pad_nd.default, table, [0, 0, 0, 1], like=node)
+    padding = option(node, "padding_idx", -1) - held[0]
+    found, here = _find(low, node, (table, index, 0), held)
+    part = low.emit(aten.embedding.default, *found, padding if 0 <= padding < held[1] else -1, like=node)
+    mask = low.emit(aten.unsqueeze.default, here, -1, like=node)
+    # Not a product: the row that is looked up for want of another may be infinite, or no number at all.
+    return low.emit(aten.where.ScalarOther, mask, part, 0.0, like=node)
+
+
+def pick(low: Lowering, node: Node) -> Node:
+    """A gather along a divided dimension: what other ranks have is zero here, and the sum is the whole."""
+    x, dim, index, *_ = arguments(node)
+    dim %= len(shape(x))
+    held = _held(low, node, x, dim)
+    if held is None:
+        return unchanged(low, node)
+    (part, safe), here = _find(low, node, (x, index, dim), held)
+    found = low.emit(aten.gather.default, part, dim, safe, like=node, **node.kwargs)
+    return low.emit(aten.where.ScalarOther, here, found, 0, like=node)
+
+
+def _held(low: Lowering, node: Node, table: Node, dim: int) -> tuple[int, int] | None:
+    """The first position of a looked-up dimension that this rank holds, and how many; None if it is whole."""
+    placements, place = table.meta["placement"], Shard(dim)
+    if not any(f.inputs[0] is not None and f.inputs[0][0] == dim for _, f in low.divided(node)):
+        return None
+    if any(isinstance(p, Shard) and p.dim == dim and p != place for p in placements):
+        raise ValueError("a look-up in parts that are not in one piece")  # it is planned again, as a whole
+    minor = low.shapes.minor(table, placements, place)
+    count = low.shapes.shape(table, placements)[dim]
+    assert isinstance(minor, int) and isinstance(count, int), "only static sizes are divided"
+    return low.shapes.start(table, placements, place) * minor, count
+
+
+def _find(
+    low: Lowering, node: Node, wanted: tuple[Node, Node, int], held: tuple[int, int]
+) -> tuple[tuple[Node, Node], Node]:
+    """This rank's part of a table, where to look in it, and which of the wanted positions are in it.
+
+    What is no position of the whole is none of any part, so that looking it up fails here as it does there.
+    """
+    table, index, dim = low.map(wanted[0]), low.map(wanted[1]), wanted[2]
+    first, count = held
+    if count == 0:  # more ranks than positions: one of zeros, which nothing finds
+        behind = table.meta["val"].ndim - 1 - dim
+        table = low.emit(aten.constant_pad_nd.default, table, [0, 0] * behind + [0, 1], like=node)
     moved = low.emit(aten.sub.Tensor, index, first, like=node)
     above = low.emit(aten.ge.Scalar, moved, 0, like=node)
-    below = low.emit(aten.lt.Scalar, moved, rows, like=node)
+    below = low.emit(aten.lt.Scalar, moved, count, like=node)
     here = low.emit(aten.logical_and.default, above, below, like=node)
     own = low.emit(aten.mul.Tensor, moved, here, like=node)
     exists = low.emit(
         aten.logical_and.default,
         low.emit(aten.ge.Scalar, index, 0, like=node),
-        low.emit(aten.lt.Scalar, index, shape(arguments(node)[0])[0], like=node),
+        low.emit(aten.lt.Scalar, index, shape(wanted[0])[dim], like=node),
         like=node,
     )
-    safe = low.emit(aten.where.self, exists, own, index, like=node)
-    padding = option(node, "padding_idx", -1) - first
-    found = low.emit(aten.embedding.default, table, safe, padding if 0 <= padding < rows else -1, like=node)
-    mask = low.emit(aten.unsqueeze.default, here, -1, like=node)
-    # Not a product: the row that is looked up for want of another may be infinite, or no number at all.
-    return low.emit(aten.where.ScalarOther, mask, found, 0.0, like=node)
-
-
-def _rows(low: Lowering, table: Node) -> tuple[int, int]:
-    """The first row of a divided table that this rank holds, and how many it holds."""
-    placements, place = table.meta["placement"], Shard(0)
-    minor = low.shapes.minor(table, placements, place)
-    rows = low.shapes.shape(table, placements)[0]
-    assert isinstance(minor, int) and isinstance(rows, int), "only static sizes are divided"
-    return low.shapes.start(table, placements, place) * minor, rows
+    return (table, low.emit(aten.where.self, exists, own, index, like=node)), here
 
 
 def groups(low: Lowering, node: Node) -> Node:
@@ -234,6 +260,7 @@ LOCALISERS: dict[str, Callable[[Lowering, Node], Node]] = {
     "split": split,
     "mean": mean,
     "lookup": lookup,
+    "pick": pick,
     "groups": groups,
     "group_norm": group_norm,
     "grouped_matmul": grouped_matmul,

@@ -20,6 +20,7 @@ from .passes.canonicalise import Canonicalise
 from .passes.choose_collectives import ChooseCollectives
 from .passes.coalesce_collectives import CoalesceCollectives
 from .passes.divide_sequence import DivideSequence
+from .passes.expand_losses import PREFIX, ExpandLosses, loss_groups
 from .passes.expand_randomness import ExpandRandomness
 from .passes.flatten_strided import FlattenStrided
 from .passes.insert_gradient_copies import InsertGradientCopies
@@ -85,7 +86,8 @@ def canonical(captured: Captured, ranks: int, extra: Sequence[Pass] = (), **know
 def split_copy(base: Work, groups: frozenset[str], layout: WeightLayout | None = None) -> Work:
     """A copy of a program with some packed matmuls split, over weights that lie as a layout says."""
     copy = base.copy()
-    run_passes(copy, [SplitPackedMatmul(groups, layout), *([JoinSegments(layout)] if layout else [])])
+    join = [JoinSegments(layout)] if layout else []
+    run_passes(copy, [SplitPackedMatmul(groups, layout), *join, ExpandLosses(groups)])
     copy.layout = layout  # not before: it knows packed parameters by their segments
     return copy
 
@@ -104,14 +106,15 @@ def plan_program(
         divide_small: small matrices must be divided too.
     """
     if layout is None:
-        return decide(base, cost, packed_groups(base), split_copy, pins, divide_small)
+        return decide(base, cost, [*packed_groups(base), *loss_groups(base)], split_copy, pins, divide_small)
 
     def plan(chosen: frozenset[str], axes: tuple[int, ...]) -> Work:
         return plan_on_axes(split_copy(base, chosen, layout), axes, cost, pins)
 
     used = {source.spec.name for node, source in base.sources.items() if node.users}
     groups = packed_groups(base, layout.undecided) if used & set(layout.undecided) else []
-    return split_what_pays(plan, layout.axes, groups, frozenset(layout.split_groups))
+    held = frozenset(group for group in layout.split_groups if not group.startswith(PREFIX))
+    return split_what_pays(plan, layout.axes, [*groups, *loss_groups(base)], held)
 
 
 def rewrite(

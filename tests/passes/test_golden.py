@@ -18,6 +18,7 @@ from tpcompile.passes.canonicalise import Canonicalise
 from tpcompile.passes.choose_collectives import ChooseCollectives
 from tpcompile.passes.coalesce_collectives import CoalesceCollectives
 from tpcompile.passes.divide_sequence import DivideSequence
+from tpcompile.passes.expand_losses import ExpandLosses
 from tpcompile.passes.flatten_strided import FlattenStrided
 from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
 from tpcompile.passes.insert_reshards import InsertReshards
@@ -81,6 +82,7 @@ CANONICAL, ANNOTATE, RESHARD, CHOOSE = (
     ChooseCollectives(),
 )
 SPLIT, COPY, COALESCE = SplitPackedMatmul(frozenset({"qkv"})), InsertGradientCopies(), CoalesceCollectives()
+EXPAND, X5 = ExpandLosses(frozenset({"classes of head.weight"})), ((5, 12),)
 PLACED = (ANNOTATE, RESHARD)
 KEEP = KeepWhole(frozenset({"up"}), frozenset({"down"}))
 
@@ -93,6 +95,7 @@ CASES = {
         toys.Masked, X12, SimplifyMasks(), -6, (CANONICAL,), planned=False, dynamic=True
     ),
     "split_packed_matmul_attention": Case(_attention(True), X20, SPLIT, -1, (CANONICAL,), planned=False),
+    "expand_losses_classifier": Case(toys.Classifier, X5, EXPAND, 26, (CANONICAL,), planned=False),
     "keep_whole_mlp": Case(toys.Mlp, X12, KEEP, 2, (CANONICAL,), planned=False),
     "annotate_placements_mlp": Case(toys.Mlp, X12, ANNOTATE, 0),
     "annotate_placements_attention": Case(_attention(False), X20, ANNOTATE, 0),
@@ -154,6 +157,7 @@ TOYS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
     "mlp": (toys.Mlp, X12),
     "attention": (_attention(False), X20),
     "packed": (_attention(True), X20),
+    "classifier": (toys.Classifier, X5),
     "parallel": (toys.Parallel, X20),
     "norms": (toys.NormedHeads, X20),
     "rearranged": (toys.Rearranged, X12),

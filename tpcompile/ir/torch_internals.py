@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import _TorchCompileInductorWrapper as InductorBackend
 from torch import _TorchCompileWrapper as OtherBackend
-from torch._C import DisableTorchFunction, DispatchKey
+from torch._C import DisableTorchFunction, DisableTorchFunctionSubclass, DispatchKey
 from torch._C import _current_autograd_node as current_autograd_node
 from torch._C import _disabled_torch_function_impl as disabled_torch_function_impl
 from torch._C import _dispatch_has_kernel_for_dispatch_key as dispatch_has_kernel_for_dispatch_key
@@ -63,6 +63,7 @@ __all__ = [
     "ConstantSource",
     "DTensorSpec",
     "DisableTorchFunction",
+    "DisableTorchFunctionSubclass",
     "DispatchKey",
     "FakeTensor",
     "FakeTensorMode",

@@ -10,11 +10,14 @@ from torch.fx import Node
 from tpcompile.ir import markers
 from tpcompile.ir.names import starred
 from tpcompile.ir.nodes import arguments, module_path, tensor_of
-from tpcompile.ir.placements import Filled
+from tpcompile.ir.placements import Filled, Shard
 from tpcompile.ir.sizes import bytes_of
 from tpcompile.planner.search.cost import CostModel
 
 from .work import Work
+
+WHEN_USED = " (when it is used)"
+"""What is said of a result that is gathered by whoever uses it."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,32 @@ class Collective:
 def collectives_of(work: Work) -> tuple[Collective, ...]:
     """What a rewritten program communicates in one forward, counted per place."""
     found: dict[tuple[str, str, int], int] = {}
+    later = _when_used(work)
     for node in work.graph.nodes:
         if node.op == "call_function" and node.target in markers.COMMUNICATING:
-            key = (node.target.__name__, starred(module_path(node)), _moved(node))
+            where = starred(module_path(node)) + (WHEN_USED if node in later else "")
+            key = (node.target.__name__, where, _moved(node))
             found[key] = found.get(key, 0) + work.times(node)
     return tuple(Collective(kind, where, count, size) for (kind, where, size), count in found.items())
+
+
+def _when_used(work: Work) -> set[Node]:
+    """The gathers of results that a loss is computed from: they are left to whoever uses the result."""
+    found, above = set[Node](), work.above_losses()
+    for out in work.outputs():
+        gathers: list[Node] = []
+        while isinstance(out, Node) and out.target is markers.all_gather and _serves_results(out):
+            gathers.append(out)
+            out = arguments(out)[0]
+        if out in above:
+            found.update(gathers)
+    return found
+
+
+def _serves_results(gather: Node) -> bool:
+    place = arguments(gather)[2]
+    in_one_piece = isinstance(place, Shard) and not place.factor
+    return in_one_piece and all(u.op == "output" or u.target is markers.all_gather for u in gather.users)
 
 
 def sequence_seconds(work: Work, cost: CostModel) -> float:

@@ -17,7 +17,7 @@ from tpcompile.capture.repeats.blocks import RepeatedBlocks, block_of
 from tpcompile.ir.layout.segment import Segment, whole_segment
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.names import starred
-from tpcompile.ir.nodes import module_path
+from tpcompile.ir.nodes import is_tensor, module_path, tensor_of
 from tpcompile.ir.placements import Partial, Placement, R
 from tpcompile.ir.proof import Proof
 from tpcompile.rules.assignment import Assignment
@@ -171,6 +171,28 @@ class Work:
             if s.spec.kind == "user" and s.spec.name in self.caches
         }
 
+    def beside_losses(self) -> set[Node]:
+        """Results that a loss, a single number among the results, is computed from, such as its logits.
+
+        Who trains takes the loss and seldom looks at them: they are gathered when they are used.
+        """
+        return self.above_losses().intersection(self._plain_results())
+
+    def above_losses(self) -> set[Node]:
+        """All that the results which are single numbers are computed from."""
+        above, todo = set[Node](), [out for out in self._plain_results() if _is_number(tensor_of(out))]
+        while todo:
+            new = [node for node in todo.pop().all_input_nodes if node not in above]
+            above.update(new)
+            todo += new
+        return above
+
+    def _plain_results(self) -> list[Node]:
+        """Tensors that the user gets, but for caches."""
+        pairs = zip(self.outputs(), self.captured.outputs, strict=True)
+        users = (out for out, spec in pairs if spec.kind == "user" and not spec.divided)
+        return [out for out in users if isinstance(out, Node) and is_tensor(out)]
+
     def outputs(self) -> tuple[object, ...]:
         """The graph's flat results."""
         return tuple(self.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -205,6 +227,10 @@ class Work:
         from tpcompile.ir.print_graph import graph_text
 
         return graph_text(self.graph)
+
+
+def _is_number(value: torch.Tensor) -> bool:
+    return value.ndim == 0 and value.dtype.is_floating_point
 
 
 @dataclass(frozen=True)

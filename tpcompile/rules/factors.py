@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -123,10 +123,16 @@ class Factors:
             self._factors[node] = tuple(self._op_factors(node))
         return self._factors[node]
 
-    def stuck_atoms(self) -> set[int]:
-        """Atoms that some call with a rule has but cannot divide: a softmax's, a rotation's, a part count."""
+    def stuck_atoms(self, besides: Container[Node] = ()) -> set[int]:
+        """Atoms that some call with a rule has but cannot divide: a softmax's, a rotation's, a part count.
+
+        Args:
+            besides: calls that do not count.
+        """
         found: set[int] = set()
         for node, letters in self._letters.items():
+            if node in besides:
+                continue
             divisible = {factor.atom for factor in self.op_factors(node)}
             found.update(a for root in letters.values() for a in self._leaves(root) if a not in divisible)
         return found

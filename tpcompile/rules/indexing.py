@@ -91,9 +91,9 @@ def _masks(index: Node) -> bool:
 
 
 def gather(node: Node) -> Rule | str:
-    """gather: whole along the source's dimension, pointwise elsewhere; the index may be divided anywhere.
+    """gather: pointwise but along its dimension, where ranks that lack what is asked for have zeros.
 
-    The index may be smaller than the source in the other dimensions; such ones are whole too.
+    The index may be divided anywhere. It may be smaller than the source in other dimensions, which are whole.
     """
     source, picked = (shape(o) for o in operands(node))
     if len(source) != len(picked) or not source:
@@ -102,9 +102,16 @@ def gather(node: Node) -> Rule | str:
     dim = dim_of(node, len(source))
     found = letters.dims(picked)
     inside = tuple(found[d] if s == picked[d] and d != dim else letters.dim(s) for d, s in enumerate(source))
-    cropped = {d for d in range(len(source)) if d != dim and source[d] != picked[d]}
-    whole = letters_of(inside) - letters_of(found) | letters_of(found[d] for d in cropped)
-    return Rule((inside, found), (found,), letters.sizes, whole=whole, linear=UNARY)
+    cropped = [d for d in range(len(source)) if d != dim and source[d] != picked[d]]
+    return Rule(
+        (inside, found),
+        (found,),
+        letters.sizes,
+        whole=letters_of([*(inside[d] for d in cropped), *(found[d] for d in cropped)]),
+        reduce=dict.fromkeys(inside[dim], "sum"),
+        linear=UNARY,
+        localize="pick",
+    )
 
 
 def scatter(node: Node) -> Rule | str:

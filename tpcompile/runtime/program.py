@@ -23,6 +23,7 @@ from tpcompile.planner.report.notebook import graph_html
 from .compile_step import CompiledSteps, compiled_steps
 from .fetch_inputs import Feed, make_fetch
 from .settings import Reads
+from .sharded_result import Gathers, ShardedResult, defer_gathers
 
 
 @dataclass
@@ -85,6 +86,9 @@ class Program:
     seen: set[tuple[torch.Size, ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        outlined = self.outlined[0] if self.outlined is not None else None
+        graphs = (self.graph_module, outlined, self.compiled.lowered.recomputing)
+        self.short = {id(g): defer_gathers(g, self.captured.outputs) for g in graphs if g is not None}
         self.bind(True)
 
     def bind(self, bound: bool) -> None:
@@ -172,25 +176,30 @@ class Program:
             )
         leaves = with_counts(leaves, self.numbers)
         given = [x.contiguous() if isinstance(x, Tensor) else None for x in leaves]
-        flat = None
+        flat: Sequence[Any] | None = None
+        gathers: dict[int, Gathers] = {}
         if options is not None and not torch.compiler.is_compiling():
-            flat = self._compiled(options)(given)
+            steps, gathers = self._compiled(options)
+            flat = steps(given)
         if flat is None:
-            flat = self._plain(given)
+            flat, gathers = self._plain(given)
         if self.mutated:
             self._write_buffers(flat)
+        if gathers:
+            flat = [ShardedResult.of(x, gathers[i]) if i in gathers else x for i, x in enumerate(flat)]
         return self._rebuild(flat, bound)
 
-    def _compiled(self, options: dict[str, Any]) -> CompiledSteps:
+    def _compiled(self, options: dict[str, Any]) -> tuple[CompiledSteps, dict[int, Gathers]]:
         grad = torch.is_grad_enabled()
         key = f"{sorted(options.items())} {grad}"
+        # Gradients through regions, as torch's compiler makes them, came out wrong.
+        plain = (self._recomputing or self.graph_module, self.feeds)
+        whole, feeds = (not grad and self.outlined) or plain
+        module, gathers = self.short[id(whole)]
         if key not in self.steps:
-            # Gradients through regions, as torch's compiler makes them, came out wrong.
-            plain = (self._recomputing or self.graph_module, self.feeds)
-            module, feeds = (not grad and self.outlined) or plain
             self.steps[key] = compiled_steps(module, feeds, self.captured, options)
             self.steps[key].bind(self._bound)
-        return self.steps[key]
+        return self.steps[key], gathers
 
     @property
     def _recomputing(self) -> GraphModule | None:
@@ -209,16 +218,19 @@ class Program:
             write.write(self.root, flat)
         return self.captured.unflatten(flat, bound)
 
-    def _plain(self, given: Sequence[Any]) -> Sequence[Any]:
-        """Runs this rank's graph on the tensors of a call; dynamo may trace it."""
+    def _plain(self, given: Sequence[Any]) -> tuple[Sequence[Any], dict[int, Gathers]]:
+        """Runs this rank's graph on the tensors of a call; dynamo may trace it, with all results whole."""
         graph_module, fetch = self.graph_module, self.fetch
         # What is asked of the sizes must be known to dynamo before the first layer, which stands for others.
         if torch.compiler.is_dynamo_compiling() and self.check(given):
             graph_module, fetch = self.graph_compiled, self.fetch_compiled
         graph_module = self._recomputing or graph_module
+        gathers: dict[int, Gathers] = {}
+        if not torch.compiler.is_compiling():
+            graph_module, gathers = self.short[id(graph_module)]
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
         flat: Sequence[Any] = graph_module.forward(*fetch(given))
-        return flat
+        return flat, gathers
 
     def _write_buffers(self, flat: Sequence[Any]) -> None:
         buffers = self.fetch_mutated(())

@@ -50,11 +50,11 @@ class Facts:
         self.carried, self.given = work.carried(factors), work.given(factors)
         self.candidates = worth_dividing(factors, set(self.params))
         self.quantities = Quantities(self.graph, factors)
-        self.live = _descendants(self.graph, {*self.params, *self.given})
+        self.live = descendants(self.graph, {*self.params, *self.given})
         self.bytes = {
             v: self.quantities.bytes(v) for v in (*self.params, *self.given, *self.live) if results(v)
         }
-        self.uses = self._uses()
+        self.uses = self._uses(work.beside_losses())
         own = held_elsewhere(factors)
         matrices = {v: self.bytes[v] for v in self.params if matrix(v) and v in self.uses and v not in own}
         share = shares(matrices, self.params)
@@ -65,7 +65,8 @@ class Facts:
         self.later = work.layout is not None
         self.weights = {v for v in self.bytes if weight_root(v, roots) is not None}
 
-    def _uses(self) -> dict[Node, list[tuple[Node, int]]]:
+    def _uses(self, free: set[Node]) -> dict[Node, list[tuple[Node, int]]]:
+        """All uses, but for results that nobody may ever want whole."""
         found: dict[Node, list[tuple[Node, int]]] = {}
         for node in self.graph.nodes:
             if node.op == "output":
@@ -73,6 +74,7 @@ class Facts:
                     if (
                         isinstance(out, Node)
                         and self.carried.get(out, ()) is not None
+                        and out not in free
                         and isinstance(out.meta["val"], torch.Tensor)
                     ):
                         found.setdefault(out, []).append((node, 0))
@@ -82,7 +84,7 @@ class Facts:
         return found
 
 
-def _descendants(graph: Graph, params: set[Node]) -> dict[Node, None]:
+def descendants(graph: Graph, params: set[Node]) -> dict[Node, None]:
     """Call nodes below a parameter, in graph order; all else (masks, rotary tables) is replicated."""
     found: dict[Node, None] = {}
     for node in graph.nodes:
