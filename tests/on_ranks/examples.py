@@ -29,9 +29,9 @@ def strict_demo() -> None:
         demo.rank_sentences()
 
 
-def trained_alone(folder: str, steps: int) -> list[float]:
-    """The losses of the example of Trainer, of a model that is not sharded."""
-    example = _example("train_with_trainer")
+def trained_alone(name: str, folder: str, steps: int) -> list[float]:
+    """The losses of an example of training, of a model that is not sharded."""
+    example = _example(name)
     found: list[float] = example.losses(example.train(folder, steps, shard=False))
     return found
 

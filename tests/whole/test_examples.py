@@ -33,12 +33,17 @@ EXPECTED = {
     "export_plan": r"down_proj\": \"rowwise\"[\s\S]*holds \(64, 96\)[\s\S]*relative error \d",
     "serve_from_checkpoint": r"7 prompts, \d captured[\s\S]*tokens are those[\s\S]*saved in \d files",
     "train_with_trainer": r"step   0  loss \d[\s\S]*evaluation  loss \d[\s\S]*ordinary checkpoint was",
+    "finetune_lora": r"loss \d\.\d+ -> \d[\s\S]*6,656 parameters were trained[\s\S]*ordinary adapter was",
+    "dpo": r"loss \d\.\d+ -> \d[\s\S]*margin of the chosen texts 0\.0000 -> 0",
     "load_and_run": r"output: \[1, 5, 384\], this rank holds [\s\S]*relative error \d",
     "demo": r"0\.\d+  Tensor parallelism divides[\s\S]*all 32 tokens are[\s\S]*checks passed on all 2",
 }
 
 
 UNDER_TORCHRUN = "custom_rule"
+
+TRAINING = {"train_with_trainer": 11, "finetune_lora": 3, "dpo": 3}
+"""The examples that train, and how many steps they do here."""
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -85,16 +90,16 @@ def test_runs_under_torchrun() -> None:
     _check(UNDER_TORCHRUN, done.stdout)
 
 
-def test_trainer_trains_as_unsharded(tmp_path: Path) -> None:
-    steps = 11
-    text = run_spmd(examples.main_of, 2, "train_with_trainer", steps, timeout=TIMEOUT)[0]
-    _check("train_with_trainer", text)
-    alone = examples.trained_alone(str(tmp_path), steps)
-    found = [float(loss) for loss in re.findall(r"loss (\d\.\d+)", text)]
-    assert found == pytest.approx([alone[0], alone[10], alone[-1]], abs=1e-4)
+@pytest.mark.parametrize(("name", "steps"), TRAINING.items())
+def test_trains_as_unsharded(name: str, steps: int, tmp_path: Path) -> None:
+    text = run_spmd(examples.main_of, 2, name, steps, timeout=TIMEOUT)[0]
+    _check(name, text)
+    alone = examples.trained_alone(name, str(tmp_path), steps)
+    first, *_, last = re.findall(r"(?:loss|->) (\d\.\d{6})", text)
+    assert [float(first), float(last)] == pytest.approx([alone[0], alone[-1]], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED.keys() - {"demo", UNDER_TORCHRUN, "train_with_trainer"}))
+@pytest.mark.parametrize("name", sorted(EXPECTED.keys() - TRAINING.keys() - {"demo", UNDER_TORCHRUN}))
 def test_runs(name: str) -> None:
     if name == "load_and_run":
         _demo_model()

@@ -1,0 +1,92 @@
+"""Fine-tunes a sharded model with TRL's SFTTrainer: only LoRA's weights are trained, and written.
+
+python examples/finetune_lora.py
+torchrun --nproc-per-node 2 examples/finetune_lora.py
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+from datasets import Dataset
+from launch import launch, say
+from peft import LoraConfig, PeftModel, get_peft_model
+from train_with_trainer import build, sources, tokenizer_of
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+import tpcompile
+
+
+def paragraphs(texts: list[str]) -> list[str]:
+    """Short pieces of source text."""
+    return [piece for text in texts for piece in text.split("\n\n") if 40 < len(piece) < 160][:64]
+
+
+def adapted(words: int) -> Any:
+    """The same small model on every rank, with an adapter in every layer."""
+    model = build(words)
+    torch.manual_seed(1)
+    lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
+
+
+def train(folder: str, steps: int, shard: bool = True) -> Any:
+    """Trains the adapter; it is planned with the layers that it is in."""
+    texts = sources(3)
+    tokenizer = tokenizer_of(texts)
+    model = adapted(len(tokenizer))
+    if shard:
+        model = tpcompile.parallelize(model)
+    args = SFTConfig(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        max_length=32,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+    )
+    data = Dataset.from_dict({"text": paragraphs(texts)})
+    trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+def losses(trainer: Any) -> list[float]:
+    """The loss of every step."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def main(steps: int = 30) -> None:
+    """Runs on every rank."""
+    with tempfile.TemporaryDirectory() as own:
+        folders: list[Any] = [own]
+        torch.distributed.broadcast_object_list(folders)
+        trainer = train(folders[0], steps)
+        found = losses(trainer)
+        say(f"loss {found[0]:.6f} -> {found[-1]:.6f}")
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        say(f"{trained:,} parameters were trained")
+
+        # PEFT loads the adapter into a model that is not sharded, bit by bit.
+        trainer.save_model()
+        loaded = PeftModel.from_pretrained(build(trainer.model.config.vocab_size), folders[0])
+        weights = trainer.model.full_state_dict()
+        for name, weight in loaded.state_dict().items():
+            if "lora" in name:
+                assert torch.equal(weight, weights[name]), name
+        say("an ordinary adapter was written")
+
+
+if __name__ == "__main__":
+    launch(main)
