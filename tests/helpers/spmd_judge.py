@@ -282,6 +282,7 @@ _WRITTEN: dict[str, Any] = {
     "convolution": _convolution,
     "conv2d": _convolution,
     "conv1d": _convolution,
+    "conv_transpose2d": _convolution,
     "_to_copy": _cast,
     "to": _cast,
     "slice": _slice,

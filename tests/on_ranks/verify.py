@@ -45,11 +45,11 @@ def live() -> dict[str, Any]:
     rank = dist.get_rank()
     found: dict[str, Any] = {"right": model.verify((x,)), "seen": float(model.seen)}
     found["gradients left"] = [p.grad for p in model.parameters() if p.grad is not None]
-    right = Program.step
+    right = Program._plain
     if rank == 1:
-        Program.step = lambda self, given: [1.001 * r for r in right(self, given)]  # type: ignore[method-assign]
+        Program._plain = _a_little_more(right)  # type: ignore[method-assign]
     found["wrong on one rank"] = model.verify((x,), gradients=False)
-    Program.step = right  # type: ignore[method-assign]
+    Program._plain = right  # type: ignore[method-assign]
     model.register_forward_hook(lambda module, args, result: result * (1 + rank))
     found["hook on one rank"] = model.verify((x,), gradients=False)
     for name, call in (
@@ -60,6 +60,14 @@ def live() -> dict[str, Any]:
     ):
         found[name] = _refusal(call)
     return found
+
+
+def _a_little_more(right: Any) -> Any:
+    def plain(program: Program, given: Any) -> Any:
+        flat, gathers = right(program, given)
+        return [1.001 * result for result in flat], gathers
+
+    return plain
 
 
 def _refusal(call: Any) -> str:
