@@ -24,7 +24,7 @@ def test_ranks_out_of_step() -> None:
         # Who it was is known if the note of the late one is not there yet when the others look for it.
         assert re.search(r"(the ranks did not all come|rank [01] did not take part) within 2 s", each[3])
         assert collective in each[3]
-        assert "rank 0 is to compare calls of full_state_dict, rank 1 is to compare calls" in each[4]
+        assert "rank 0 is to take the state dict, rank 1 is to compare calls" in each[4]
     assert "rank 1 did not come to share a model within 0.4 s" in first[5]
     assert second[:2] == ["accepted"] * 2
 
