@@ -48,7 +48,7 @@ def llama(name: str) -> PreTrainedModel:
 def main() -> None:
     """Plans each size and prints seconds, peak memory and the fullest rank's share."""
     os.environ["TPCOMPILE_CACHE"] = "0"  # what was planned before would take no time
-    print("| model | layers | seconds | of these capture | the proof | peak memory, GiB | share of the fullest rank |")
+    print("| model | layers | seconds | of these capture | the proof | peak GiB | fullest rank's share |")
     print("|---|---|---|---|---|---|---|")
     for name in sys.argv[1:] or list(SIZES):
         model = llama(name)
