@@ -64,7 +64,7 @@ PARALLELIZE: list[dict[str, Any]] = [
     {"compile": {"mode": "quick"}},
     {"compile": {"backend": 5}},
     {"compile": {"no_such_option": True}},
-    {"cost_model": "b200"},
+    {"cost_model": "b3000"},
     {"memory": "1GB"},
     {"memory": math.nan},
     {"memory": 1},

@@ -1,4 +1,4 @@
-"""Rules of operators that pick or place elements by index: the indexed dimension is whole."""
+"""Rules of operators that pick or place elements by index: but for gather, the indexed dimension is whole."""
 
 from __future__ import annotations
 

@@ -27,7 +27,17 @@ from tpcompile.ir.sizes import Size
 from .rule import Dim, Labels, Rule
 
 _OPTIONS = ("whole", "reduce", "linear", "once", "fixed", "contraction", "localize")
-LOCALISERS = ("attention", "group_norm", "grouped_matmul", "groups", "lookup", "mean", "sizes", "split")
+LOCALISERS = (
+    "attention",
+    "group_norm",
+    "grouped_matmul",
+    "groups",
+    "lookup",
+    "mean",
+    "pick",
+    "sizes",
+    "split",
+)
 _TODO = "see the notation in tpcompile/rules/notation.py"
 
 
