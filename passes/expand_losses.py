@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ def loss_groups(work: Work) -> list[str]:
 
 def _expandable(work: Work) -> Iterator[tuple[str, Node]]:
     """Softmaxes and losses over a dimension of a weight, which nothing else in the program wants whole."""
-    found = [node for node in work.graph.nodes if node.target in _EXPAND and _only_result(node)]
+    found = [node for node in work.graph.nodes if node.target in _EXPAND and _expands(node)]
     if not found:
         return
     factors, params = work.factors(), work.params()
@@ -72,9 +72,11 @@ def _expandable(work: Work) -> Iterator[tuple[str, Node]]:
             yield PREFIX + holder, node
 
 
-def _only_result(node: Node) -> bool:
-    """Whether of several results only the first is used; the others are notes for a backward."""
-    return isinstance(node.meta["val"], torch.Tensor) or all(user.args[1] == 0 for user in node.users)
+def _expands(node: Node) -> bool:
+    """Whether it is over one dimension, and only its first result is used; others are notes for backward."""
+    one_dim = node.target is not aten.logsumexp.default or len(_dims(node)) == 1
+    one_result = isinstance(node.meta["val"], torch.Tensor) or all(u.args[1] == 0 for u in node.users)
+    return one_dim and one_result
 
 
 def _dim(node: Node, x: Node) -> int:
@@ -82,9 +84,12 @@ def _dim(node: Node, x: Node) -> int:
     rank = len(shape(x))
     if node.target in _LOSSES:
         return min(rank - 1, 1)
+    return int(_dims(node)[0]) % rank
+
+
+def _dims(node: Node) -> Sequence[int]:
     named = option(node, "dim")
-    dims = named if isinstance(named, list | tuple) else [named]
-    return int(dims[0]) % rank
+    return named if isinstance(named, list | tuple) else [named]
 
 
 def _share(new: Iterable[Node]) -> None:

@@ -134,6 +134,11 @@ def test_any_number_of_ranks(ranks: int) -> None:
     assert not any(map(_whole, trial.programs))
 
 
+@pytest.mark.parametrize("dims", [(-1, 1), (2, 0)])
+def test_a_logsumexp_over_more_than_the_vocabulary(dims: tuple[int, int]) -> None:
+    assert not _trial(lambda x, y: x.logsumexp(dims), 2)[1]
+
+
 def test_where_all_labels_are_ignored() -> None:
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         none = torch.full_like(labels, IGNORED)
