@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.fx import symbolic_trace
 
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import compiled as on_ranks
 from tpcompile import TpCompileError
 from tpcompile.runtime.compile_options import read_compile
+from tpcompile.runtime.compile_step import CompiledSteps
 
 F32 = 1e-5
 
@@ -39,6 +43,39 @@ def test_what_a_compiler_assumes_of_sizes_is_asked_of_every_call() -> None:
         assert found["flops"] == 2 * (2 * 4 * 12 * 10)
         assert "relu" in found["seen"]
         assert not found["unseen"]
+
+
+def _steps(rows: int) -> CompiledSteps:
+    """A program of one input, handed to a compiler that runs it as it is."""
+    options = {"backend": lambda graph, inputs: graph.forward}
+    graph = symbolic_trace(lambda x: (x + 1,))
+    made = CompiledSteps(graph, (0,), ((rows,),), None, options)
+    made.bind(True)
+    return made
+
+
+@pytest.mark.parametrize(
+    "turned",
+    [torch.ones(1, dtype=torch.complex64).conj().imag, torch.ones(3, dtype=torch.complex64).conj()],
+    ids=["negated", "conjugated"],
+)
+def test_a_sign_that_is_not_in_memory_is_not_left_out(turned: Tensor) -> None:
+    steps = _steps(len(turned))
+    assert turned.is_contiguous()
+    assert steps([turned]) is None
+    assert steps([turned.resolve_conj().resolve_neg()]) is not None
+    assert steps([turned]) is None
+
+
+def test_another_precision_of_matmuls_is_compiled_anew() -> None:
+    steps, before = _steps(3), torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            steps([torch.ones(3)])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(steps.compiled) == 2
 
 
 def test_repeated_layers_are_one_region() -> None:

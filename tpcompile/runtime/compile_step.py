@@ -110,8 +110,8 @@ class CompiledSteps:
         """What was, or is now, compiled for a call."""
         if len({id(value) for value in values}) < len(values):
             return None  # if a tensor comes twice, what is written to one is written to the other
-        if any(type(value) not in _PLAIN for value in values):
-            return None
+        if any(type(v) not in _PLAIN or v.is_conj() or v.is_neg() for v in values):
+            return None  # compiled code reads memory, without the sign that such a tensor gives to it
         form = _form(values)
         found = next((c for c in self.compiled if c.form == form and c.traced.fits(values)), None)
         if found is None:
@@ -174,9 +174,9 @@ def compiled_steps(
 
 def _form(values: Sequence[Tensor]) -> tuple[Any, ...]:
     """What is compiled into a step beside sizes; no_grad and inference_mode are the same."""
-    grad = torch.is_grad_enabled()
+    grad, precision = torch.is_grad_enabled(), torch.get_float32_matmul_precision()
     modes = (torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), torch.get_default_dtype())
-    return (grad, *modes, *((v.dtype, v.device, grad and v.requires_grad) for v in values))
+    return (grad, precision, *modes, *((v.dtype, v.device, grad and v.requires_grad) for v in values))
 
 
 def _compile(graph: GraphModule, traced: Traced, options: Mapping[str, Any]) -> Step:
