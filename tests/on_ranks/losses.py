@@ -131,6 +131,10 @@ def _inspect(sharded: nn.Module, whole: nn.Module, x: Tensor, labels: Tensor) ->
     loss, logits = sharded(x, labels)
     with pytest.raises(tpcompile.TpCompileError, match="retain_grad"):
         torch.autograd.grad(loss, logits)
+    with pytest.raises(tpcompile.TpCompileError, match="retain_grad"):
+        loss.backward(inputs=[logits])
+    with pytest.raises(tpcompile.TpCompileError, match="retain_grad"):
+        torch.autograd.graph.register_multi_grad_hook([logits], lambda grads: None)
     logits.register_hook(lambda grad: grad * 2)
     with pytest.raises(tpcompile.TpCompileError, match="hook"):
         loss.backward()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class ShardedResult(Tensor):
         part: this rank's part, through which gradients flow.
         gathers: how the whole is put together.
     """
+
+    GRADIENT_AT_PART: ClassVar = True  # what tells autograd's functions that ask for it of the result
 
     part: Tensor
     gathers: Gathers
@@ -124,15 +126,16 @@ class ShardedResult(Tensor):
         """Computes with the whole tensor; what it looks like is known without it.
 
         Raises:
-            TpCompileError: ``autograd.grad`` is asked for its gradient.
+            TpCompileError: ``autograd.grad``, or ``backward(inputs=...)``, is asked for its gradient.
         """
         kwargs = dict(kwargs or {})
         if func in _KNOWN:
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is torch.autograd.grad and _holds(kwargs.get("inputs", args[1] if len(args) > 1 else ())):
+        if func in _DIFFERENTIATE and _holds(kwargs.get("inputs", args[1] if len(args) > 1 else ())):
             _refuse(
-                "autograd.grad with regard to a sharded result", "call retain_grad() on it, then backward()"
+                "autograd is asked for the gradient of a sharded result",
+                "call retain_grad() on it, then backward() without inputs",
             )
         whole = tree_map(_whole_of, (tuple(args), kwargs))
         return func(*whole[0], **whole[1])
@@ -203,6 +206,7 @@ _KNOWN = {
     *(torch.is_floating_point, torch.is_complex, torch.numel),
 }
 """What is the same of a result as long as it is not gathered."""
+_DIFFERENTIATE = (torch.autograd.grad, torch.autograd.backward)
 
 
 def defer_gathers(

@@ -196,9 +196,20 @@ def _refuse(what: str, tensor: ShardedParameter, todo: str) -> None:
 
 def _find_node(original: Any, tensor: Any) -> Any:
     """The node of autograd that hooks on several tensors wait for; gradients arrive at another one here."""
+    _refuse_result(tensor)
     if isinstance(tensor, ShardedParameter) and tensor.is_leaf:
         _refuse("torch.autograd.graph waits for", tensor, "use a hook on each: parameter.register_hook(...)")
     return original(tensor)
+
+
+def _refuse_result(tensor: Any) -> None:
+    """Refuses a result of which this rank has a part: its gradient arrives there, and not at the result."""
+    if getattr(type(tensor), "GRADIENT_AT_PART", False):
+        raise TpCompileError(
+            "autograd is asked for the gradient of a result of which this rank has a part",
+            where="a result that is gathered when it is used",
+            todo="call retain_grad() on it, then backward() without inputs",
+        )
 
 
 def _fully_shard_states(original: Any, module: nn.Module, *args: Any) -> Any:
@@ -215,6 +226,8 @@ def _fully_shard_states(original: Any, module: nn.Module, *args: Any) -> Any:
 def _run_backward(original: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
     """``backward(inputs=...)``, ``autograd.grad``: gradients of parameters are those of their leaves too."""
     inputs = args[3]
+    for each in inputs:
+        _refuse_result(each)
     if not any(isinstance(p, ShardedParameter) and p.is_leaf for p in inputs):
         return original(outputs, *args, **kwargs)
     if args[2]:
