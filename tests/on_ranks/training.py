@@ -224,12 +224,20 @@ def refused(folder: str) -> dict[str, str]:
     calls: dict[str, Callable[[], Any]] = {
         "data": trainer_of(classifier(), folder, of_rank).train,
         "rates": trainer_of(classifier(), folder, learning_rate=0.1 + dist.get_rank()).train,
+        "resumed": lambda: trainer_of(classifier(), folder).train(folder if dist.get_rank() else None),
         "optimizer": late.train,
         "find": lambda: trainer_of(classifier(), folder, auto_find_batch_size=True),
         "dispatch": lambda: trainer_of(classifier(), folder, accelerator_config={"dispatch_batches": True}),
         "mesh": lambda: trainer_of(tpcompile.parallelize(Classifier(), mixed, axis="tensor"), folder),
     }
     return {name: message_of(call) for name, call in calls.items()}
+
+
+def seed_of_workers(folder: str) -> tuple[int, int]:
+    """This rank's process, and the rank that seeds of its data's workers follow from."""
+    trainer = trainer_of(sharded_toy(), folder, dataloader_num_workers=2)
+    seed: Any = trainer.get_train_dataloader().worker_init_fn
+    return trainer.args.process_index, seed.keywords["rank"]
 
 
 def message_of(call: Callable[[], Any]) -> str:

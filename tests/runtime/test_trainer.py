@@ -61,6 +61,7 @@ def test_checkpoints(tmp_path: Path) -> None:
     {
         "data": "input_ids.*\n.*",
         "rates": "different training arguments.*learning_rate",
+        "resumed": "different training arguments.*resume_from_checkpoint",
         "optimizer": "make the optimizer after parallelize",
         "find": "set per_device_train_batch_size",
         "dispatch": "leave it out",
@@ -75,6 +76,11 @@ def test_refused(refusals: list[dict[str, str]], what: str, message: str) -> Non
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return run_spmd(training.refused, 2, str(tmp_path_factory.mktemp("refused")))
+
+
+def test_workers_of_all_ranks_draw_alike(tmp_path: Path) -> None:
+    """Trainer's seeds follow from the rank: what is drawn in a worker would be another batch on each."""
+    assert run_spmd(training.seed_of_workers, 2, str(tmp_path)) == [(0, 0), (1, 0)]
 
 
 def test_other_modules(tmp_path: Path) -> None:

@@ -73,6 +73,16 @@ class OneProcessAccelerator(Accelerator):
     reduce = _alone(Accelerator.reduce)
     pad_across_processes = _alone(Accelerator.pad_across_processes)
 
+    def prepare_data_loader(self, data_loader: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of any accelerator; the workers of all ranks draw the same random numbers.
+
+        Trainer has their seeds follow from the rank: random augmentation would give each other batches.
+        """
+        seed = getattr(data_loader, "worker_init_fn", None)
+        if isinstance(seed, functools.partial) and "rank" in seed.keywords:
+            data_loader.worker_init_fn = functools.partial(seed, rank=0)
+        return super().prepare_data_loader(data_loader, *args, **kwargs)
+
     def wait_for_everyone(self) -> None:
         """Waits for the other ranks."""
         dist.barrier()

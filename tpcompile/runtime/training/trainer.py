@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from torch import nn
@@ -52,7 +53,7 @@ class ShardedTraining(Trainer):
         model = _sharded(self.model)
         assert model is not None, "a sharded model stays one"
         model._tp.compare_calls = True
-        told = {**self.args.to_dict(), **kwargs}
+        told = {**self.args.to_dict(), **inspect.signature(super().train).bind(*args, **kwargs).arguments}
         lines = [f"{name}: {told[name]}" for name in sorted(told.keys() - _OF_THE_RANK)]
         compare(self._axis().group, "training arguments", lines, "give every rank the same arguments")
         return super().train(*args, **kwargs)
