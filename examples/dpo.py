@@ -6,13 +6,11 @@ torchrun --nproc-per-node 2 examples/dpo.py
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
-import torch
 from datasets import Dataset
-from finetune_lora import losses, paragraphs
-from launch import launch, say
+from finetune_lora import QUIET_TRL, losses, paragraphs
+from launch import launch, say, shared_folder
 from train_with_trainer import build, sources, tokenizer_of
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
@@ -39,14 +37,7 @@ def train(folder: str, steps: int, shard: bool = True) -> Any:
         per_device_train_batch_size=8,
         learning_rate=1e-3,
         max_length=48,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        log_level="error",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
+        **QUIET_TRL,
     )
     data = preferences(paragraphs(texts))
     trainer = DPOTrainer(
@@ -59,10 +50,8 @@ def train(folder: str, steps: int, shard: bool = True) -> Any:
 
 def main(steps: int = 20) -> None:
     """Runs on every rank."""
-    with tempfile.TemporaryDirectory() as own:
-        folders: list[Any] = [own]
-        torch.distributed.broadcast_object_list(folders)
-        trainer = train(folders[0], steps)
+    with shared_folder() as folder:
+        trainer = train(folder, steps)
         found = losses(trainer)
         say(f"loss {found[0]:.6f} -> {found[-1]:.6f}")
         margins = [e["rewards/margins"] for e in trainer.state.log_history if "rewards/margins" in e]

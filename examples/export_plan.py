@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 
 import torch
 import torch.distributed as dist
-from launch import launch, say
+from launch import launch, say, shared_folder
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
@@ -38,14 +37,11 @@ def main() -> None:
     rules = tpcompile.to_hf_plan(tpcompile.plan(whole, ranks))
     say(f"the automatic plan in transformers' words:\n{json.dumps(rules, indent=2)}\n")
 
-    with tempfile.TemporaryDirectory() as own:
-        shared = [own]
-        dist.broadcast_object_list(shared)  # all read what the first one wrote
+    with shared_folder() as folder:
         if dist.get_rank() == 0:
-            whole.save_pretrained(own)
+            whole.save_pretrained(folder)
         dist.barrier()
-        model = load(shared[0], rules)
-        dist.barrier()
+        model = load(folder, rules)
     local = model.model.layers[0].mlp.down_proj.weight.to_local()
     say(f"transformers holds {tuple(local.shape)} of a down_proj of (64, 192) on each rank")
     with torch.no_grad():

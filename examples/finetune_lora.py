@@ -6,18 +6,20 @@ torchrun --nproc-per-node 2 examples/finetune_lora.py
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 import torch
 from datasets import Dataset
-from launch import launch, say
+from launch import launch, say, shared_folder
 from peft import LoraConfig, PeftModel, get_peft_model
-from train_with_trainer import build, sources, tokenizer_of
+from train_with_trainer import QUIET, build, sources, tokenizer_of
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 import tpcompile
+
+# TRL's own defaults are for GPUs.
+QUIET_TRL: dict[str, Any] = {**QUIET, "save_strategy": "no", "bf16": False, "gradient_checkpointing": False}
 
 
 def paragraphs(texts: list[str]) -> list[str]:
@@ -46,14 +48,7 @@ def train(folder: str, steps: int, shard: bool = True) -> Any:
         per_device_train_batch_size=8,
         learning_rate=1e-2,
         max_length=32,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        log_level="error",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
+        **QUIET_TRL,
     )
     data = Dataset.from_dict({"text": paragraphs(texts)})
     trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
@@ -69,10 +64,8 @@ def losses(trainer: Any) -> list[float]:
 
 def main(steps: int = 30) -> None:
     """Runs on every rank."""
-    with tempfile.TemporaryDirectory() as own:
-        folders: list[Any] = [own]
-        torch.distributed.broadcast_object_list(folders)
-        trainer = train(folders[0], steps)
+    with shared_folder() as folder:
+        trainer = train(folder, steps)
         found = losses(trainer)
         say(f"loss {found[0]:.6f} -> {found[-1]:.6f}")
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -80,7 +73,7 @@ def main(steps: int = 30) -> None:
 
         # PEFT loads the adapter into a model that is not sharded, bit by bit.
         trainer.save_model()
-        loaded = PeftModel.from_pretrained(build(trainer.model.config.vocab_size), folders[0])
+        loaded = PeftModel.from_pretrained(build(trainer.model.config.vocab_size), folder)
         weights = trainer.model.full_state_dict()
         for name, weight in loaded.state_dict().items():
             if "lora" in name:

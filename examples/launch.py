@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -43,6 +45,16 @@ def say(text: str = "") -> None:
     """Prints on rank 0 only, at once."""
     if dist.get_rank() == 0:
         print(text, flush=True)
+
+
+@contextmanager
+def shared_folder() -> Iterator[str]:
+    """A temporary folder of all ranks, which stays until the last of them has left the block."""
+    with tempfile.TemporaryDirectory() as own:
+        folders = [own]
+        dist.broadcast_object_list(folders)
+        yield folders[0]
+        dist.barrier()
 
 
 def _join(rank: int, ranks: int, port: int, main: Callable[[], None]) -> None:

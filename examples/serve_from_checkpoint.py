@@ -9,14 +9,13 @@ compared with what transformers answers, and it is saved again, in several files
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from launch import launch, say
+from launch import launch, say, shared_folder
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -70,9 +69,12 @@ def serve(model: Any) -> list[list[int]]:
 def main() -> None:
     """Runs on every rank."""
     logging.disable_progress_bar()
-    box = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(box)
-    folder, saved = f"{box[0]}/model", f"{box[0]}/saved"
+    with shared_folder() as shared:
+        load_serve_save(f"{shared}/model", f"{shared}/saved")
+
+
+def load_serve_save(folder: str, saved: str) -> None:
+    """From one folder to the other, with answers between that are compared with transformers' own."""
     if dist.get_rank() == 0:
         make_checkpoint(folder)
     dist.barrier()

@@ -7,12 +7,11 @@ torchrun --nproc-per-node 2 examples/train_with_trainer.py
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from launch import launch, say
+from launch import launch, say, shared_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -26,6 +25,14 @@ from transformers import (
 import tpcompile
 
 LENGTH = 64
+QUIET: dict[str, Any] = {
+    "logging_steps": 1,
+    "report_to": [],
+    "disable_tqdm": True,
+    "log_level": "error",
+    "use_cpu": True,
+}
+"""What keeps a trainer to CPUs, and to a log that is read afterwards."""
 
 
 def sources(files: int = 30) -> list[str]:
@@ -82,12 +89,8 @@ def train(folder: str, steps: int, shard: bool = True) -> Trainer:
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         learning_rate=3e-3,
-        logging_steps=1,
         save_steps=steps,
-        report_to=[],
-        disable_tqdm=True,
-        log_level="error",
-        use_cpu=True,
+        **QUIET,
     )
     trainer = Trainer(
         model=model, args=args, train_dataset=data[:-16], eval_dataset=data[-16:], processing_class=tokenizer
@@ -106,17 +109,15 @@ def losses(trainer: Trainer) -> list[float]:
 
 def main(steps: int = 50) -> None:
     """Runs on every rank."""
-    with tempfile.TemporaryDirectory() as own:
-        folders: list[Any] = [own]
-        torch.distributed.broadcast_object_list(folders)
-        trainer = train(folders[0], steps)
+    with shared_folder() as folder:
+        trainer = train(folder, steps)
         for step, loss in enumerate(losses(trainer)[:-1]):
             if step % 10 == 0 or step == steps - 1:
                 say(f"step {step:3}  loss {loss:.6f}")
         say(f"evaluation  loss {losses(trainer)[-1]:.6f}")
 
         # The last checkpoint is an ordinary one.
-        saved = LlamaForCausalLM.from_pretrained(Path(folders[0]) / f"checkpoint-{steps}")
+        saved = LlamaForCausalLM.from_pretrained(Path(folder) / f"checkpoint-{steps}")
         weights = trainer.model.full_state_dict()
         for name, weight in saved.state_dict().items():
             torch.testing.assert_close(weights[name], weight, rtol=0, atol=0)
