@@ -168,16 +168,9 @@ def _find(
         behind = table.meta["val"].ndim - 1 - dim
         table = low.emit(aten.constant_pad_nd.default, table, [0, 0] * behind + [0, 1], like=node)
     moved = low.emit(aten.sub.Tensor, index, first, like=node)
-    above = low.emit(aten.ge.Scalar, moved, 0, like=node)
-    below = low.emit(aten.lt.Scalar, moved, count, like=node)
-    here = low.emit(aten.logical_and.default, above, below, like=node)
+    here = low.within(moved, 0, count, like=node)
     own = low.emit(aten.mul.Tensor, moved, here, like=node)
-    exists = low.emit(
-        aten.logical_and.default,
-        low.emit(aten.ge.Scalar, index, 0, like=node),
-        low.emit(aten.lt.Scalar, index, shape(wanted[0])[dim], like=node),
-        like=node,
-    )
+    exists = low.within(index, 0, shape(wanted[0])[dim], like=node)
     return (table, low.emit(aten.where.self, exists, own, index, like=node)), here
 
 

@@ -35,9 +35,7 @@ def owned_units(low: Lowering, placements: Sequence[Placement], place: Owned) ->
 def rows_here(low: Lowering, node: Node, ids: Node, units: tuple[int, int], every: int) -> Node:
     """Which rows have chosen an expert of this rank, of so many in all."""
     ids = _from_front(low, node, ids, every)
-    above = low.emit(aten.ge.Scalar, ids, units[0], like=node)
-    below = low.emit(aten.lt.Scalar, ids, units[0] + units[1], like=node)
-    return low.emit(aten.logical_and.default, above, below, like=node)
+    return low.within(ids, units[0], units[0] + units[1], like=node)
 
 
 def lower_rows(low: Lowering, node: Node, choice: Choice) -> Node:
@@ -73,10 +71,7 @@ def _choose(low: Lowering, node: Node, units: tuple[int, int], every: int) -> No
     ids = _from_front(low, node, given, every)
     moved = low.emit(aten.sub.Tensor, ids, units[0], like=node)
     safe = low.emit(aten.clamp.default, moved, 0, units[1] - 1, like=node)
-    above = low.emit(aten.ge.Scalar, ids, 0, like=node)
-    exists = low.emit(
-        aten.logical_and.default, above, low.emit(aten.lt.Scalar, ids, every, like=node), like=node
-    )
+    exists = low.within(ids, 0, every, like=node)
     safe = low.emit(aten.where.ScalarOther, exists, safe, every, like=node)
     return low.emit(aten.index.Tensor, stack, [safe], like=node)
 

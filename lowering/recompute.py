@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tpcompile.capture.export.autograd_functions import FUNCTION
 from tpcompile.capture.export.checkpoint_calls import ContextFn
+from tpcompile.ir.graph_edit import copied
 from tpcompile.ir.regions import members_of
 
 from . import local_module as _registers_the_operator  # noqa: F401
@@ -36,8 +37,7 @@ def recomputing(whole: Graph, contexts: Mapping[str, ContextFn | None]) -> Graph
         whole: a rank's graph, in which the calls of every region stand together.
         contexts: what is saved of the regions, by the names that their nodes are marked with.
     """
-    graph = Graph()
-    graph.output(graph.graph_copy(whole, {}))
+    graph, _ = copied(whole)
     regions = members_of(graph)
     for number, (region, calls) in enumerate(regions.items()):
         _replace(graph, calls, contexts[region.name], number)

@@ -18,6 +18,8 @@ from tpcompile.planner.work import Work
 from .local_module import LocalModule
 from .local_shapes import LocalShapes
 
+aten = torch.ops.aten
+
 SOURCE = "source"
 """The key of a local placeholder's meta data that says where its value comes from."""
 
@@ -76,6 +78,12 @@ class Lowering:
         node.meta.update({k: like.meta[k] for k in KEPT_META if k in like.meta})
         node.meta["val"] = val
         return node
+
+    def within(self, x: Node, first: Any, end: Any, *, like: Node) -> Node:
+        """Which elements are at least ``first``, and below ``end``."""
+        above = self.emit(aten.ge.Scalar, x, first, like=like)
+        below = self.emit(aten.lt.Scalar, x, end, like=like)
+        return self.emit(aten.logical_and.default, above, below, like=like)
 
     def map(self, arg: Any) -> Any:
         """Arguments of the global graph as arguments of the local one."""

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from tpcompile.capture.export.aliases import may_alias
-from tpcompile.ir.graph_edit import call_before, drop_unused, replace
+from tpcompile.ir.graph_edit import call_before, cast_before, drop_unused, replace
 from tpcompile.ir.nodes import argument, arguments, is_tensor, shape
 from tpcompile.ir.sizes import sizes_of
 from tpcompile.planner.work import Pass, Work
@@ -120,7 +120,7 @@ def _copy_to_source(work: Work, node: Node) -> bool:
     into, source = arguments(node)[:2]
     if shape(source) != shape(into):
         source = call_before(node, aten.expand_as.default, source, into)
-    copied = _cast(node, source, node.meta["val"].dtype)
+    copied = cast_before(node, source, node.meta["val"].dtype)
     if copied is source and _is_handed_out(work, node):
         copied = call_before(node, aten.clone.default, copied)
     replace(node, copied)
@@ -164,20 +164,13 @@ def _weight_norm_to_arithmetic(work: Work, node: Node) -> bool:
     kept, rank, dtype = argument(node, 2, "dim", 0), len(shape(direction)), length.meta["val"].dtype
     others = [d for d in range(rank) if d != kept % rank]
     # Half-precision squares are added up in single precision, as torch's kernel does.
-    long = _cast(node, direction, torch.promote_types(dtype, torch.float32))
+    long = cast_before(node, direction, torch.promote_types(dtype, torch.float32))
     square = call_before(node, aten.mul.Tensor, long, long)
     total = call_before(node, aten.sum.dim_IntList, square, others, True)
-    norm = _cast(node, call_before(node, aten.sqrt.default, total), dtype)
+    norm = cast_before(node, call_before(node, aten.sqrt.default, total), dtype)
     scale = call_before(node, aten.div.Tensor, length, norm)
     replace(node, call_before(node, aten.mul.Tensor, direction, scale), norm)
     return True
-
-
-def _cast(node: Node, value: Node, dtype: torch.dtype) -> Node:
-    """A value in a type, as a call before a node."""
-    if value.meta["val"].dtype == dtype:
-        return value
-    return call_before(node, aten._to_copy.default, value, dtype=dtype)
 
 
 _REWRITES: dict[Any, Callable[[Work, Node], bool]] = {

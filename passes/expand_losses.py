@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tpcompile.ir.graph_edit import call_before, drop_unused, replace
+from tpcompile.ir.graph_edit import call_before, cast_before, drop_unused, replace
 from tpcompile.ir.nodes import operands, option, results, shape
 from tpcompile.planner.search.facts import descendants
 from tpcompile.planner.search.must_divide import matrix, worth_dividing
@@ -108,7 +108,7 @@ def _shifted(node: Node) -> tuple[Node, Node, int]:
     """A softmax's operand less its largest element, the sum of the exponentials, and the dimension."""
     x, dim = operands(node)[0], _dim(node, operands(node)[0])
     given = option(node, "dtype") or x.meta["val"].dtype
-    x = _cast(node, x, torch.promote_types(given, torch.float32))
+    x = cast_before(node, x, torch.promote_types(given, torch.float32))
     # A softmax does not change with what is subtracted: no gradient has to go through the maximum.
     top = call_before(node, aten.amax.default, call_before(node, aten.detach.default, x), [dim], True)
     shifted = call_before(node, aten.sub.Tensor, x, top)
@@ -116,7 +116,7 @@ def _shifted(node: Node) -> tuple[Node, Node, int]:
 
 
 def _log_softmax(node: Node) -> Node:
-    return _cast(node, _log_probabilities(node)[0], results(node)[0].dtype)
+    return cast_before(node, _log_probabilities(node)[0], results(node)[0].dtype)
 
 
 def _log_probabilities(node: Node) -> tuple[Node, int]:
@@ -127,12 +127,12 @@ def _log_probabilities(node: Node) -> tuple[Node, int]:
 def _softmax(node: Node) -> Node:
     shifted, total, _ = _shifted(node)
     shares = call_before(node, aten.div.Tensor, call_before(node, aten.exp.default, shifted), total)
-    return _cast(node, shares, results(node)[0].dtype)
+    return cast_before(node, shares, results(node)[0].dtype)
 
 
 def _logsumexp(node: Node) -> Node:
     x, dim = operands(node)[0], _dim(node, operands(node)[0])
-    wide = _cast(node, x, torch.promote_types(x.meta["val"].dtype, torch.float32))
+    wide = cast_before(node, x, torch.promote_types(x.meta["val"].dtype, torch.float32))
     top = call_before(node, aten.amax.default, call_before(node, aten.detach.default, wide), [dim], True)
     infinite = call_before(node, aten.eq.Scalar, call_before(node, aten.abs.default, top), math.inf)
     top = call_before(node, aten.masked_fill.Scalar, top, infinite, 0)
@@ -141,7 +141,7 @@ def _logsumexp(node: Node) -> Node:
     total = call_before(node, aten.add.Tensor, log, top)
     if not option(node, "keepdim", False):
         total = call_before(node, aten.squeeze.dim, total, dim)
-    return _cast(node, total, results(node)[0].dtype)
+    return cast_before(node, total, results(node)[0].dtype)
 
 
 def _cross_entropy(node: Node) -> Node:
@@ -160,13 +160,15 @@ def _cross_entropy(node: Node) -> Node:
 
 def _nll(node: Node) -> Node:
     x, target = operands(node)[:2]
-    x = _cast(node, x, torch.promote_types(x.meta["val"].dtype, torch.float32))
+    x = cast_before(node, x, torch.promote_types(x.meta["val"].dtype, torch.float32))
     return _by_index(node, call_before(node, aten.neg.default, _picked(node, x, target, _dim(node, x))))
 
 
 def _picked(node: Node, x: Node, target: Node, dim: int) -> Node:
     """Each target's element of ``x``; of an ignored one that of the first class."""
-    safe = call_before(node, aten.masked_fill.Scalar, _cast(node, target, torch.int64), _ignored(node), 0)
+    safe = call_before(
+        node, aten.masked_fill.Scalar, cast_before(node, target, torch.int64), _ignored(node), 0
+    )
     index = call_before(node, aten.unsqueeze.default, safe, dim)
     return call_before(node, aten.squeeze.dim, call_before(node, aten.gather.default, x, dim, index), dim)
 
@@ -186,9 +188,9 @@ def _by_index(node: Node, losses: Node, spread: Node | None = None) -> Node:
     target, *weight = operands(node)[1:]
     ignored, how = _ignored(node), option(node, "reduction", MEAN)
     counts = call_before(node, aten.logical_not.default, ignored)
-    counts = _cast(node, counts, losses.meta["val"].dtype)
+    counts = cast_before(node, counts, losses.meta["val"].dtype)
     if weight:
-        safe = call_before(node, aten.masked_fill.Scalar, _cast(node, target, torch.int64), ignored, 0)
+        safe = call_before(node, aten.masked_fill.Scalar, cast_before(node, target, torch.int64), ignored, 0)
         each = call_before(node, aten.index.Tensor, weight[0], [safe])
         counts = call_before(node, aten.mul.Tensor, counts, each)
         losses = call_before(node, aten.mul.Tensor, losses, each)
@@ -201,7 +203,7 @@ def _by_index(node: Node, losses: Node, spread: Node | None = None) -> Node:
         losses = call_before(node, aten.sum.default, losses)
     if how == MEAN:
         losses = call_before(node, aten.div.Tensor, losses, call_before(node, aten.sum.default, counts))
-    return _cast(node, losses, results(node)[0].dtype)
+    return cast_before(node, losses, results(node)[0].dtype)
 
 
 def _spread(node: Node, logs: Node, dim: int) -> Node:
@@ -225,7 +227,7 @@ def _soft_labels(node: Node, target: Node, smoothing: float) -> Node:
     how = option(node, "reduction", MEAN)
     if how in (MEAN, SUM):
         losses = call_before(node, (aten.mean if how == MEAN else aten.sum).default, losses)
-    return _cast(node, losses, results(node)[0].dtype)
+    return cast_before(node, losses, results(node)[0].dtype)
 
 
 def _weighted(node: Node, logs: Node, dim: int) -> Node:
@@ -239,12 +241,6 @@ def _weighted(node: Node, logs: Node, dim: int) -> Node:
 
 def _summed(node: Node, value: Node, dim: int, keep: bool = False) -> Node:
     return call_before(node, aten.sum.dim_IntList, value, [dim], keep)
-
-
-def _cast(node: Node, value: Node, dtype: torch.dtype) -> Node:
-    if value.meta["val"].dtype == dtype:
-        return value
-    return call_before(node, aten._to_copy.default, value, dtype=dtype)
 
 
 _LOSSES: dict[Any, Callable[[Node], Node]] = {

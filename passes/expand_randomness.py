@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from tpcompile.ir import random_numbers
-from tpcompile.ir.graph_edit import call_before, replace
+from tpcompile.ir.graph_edit import call_before, cast_before, replace
 from tpcompile.ir.nodes import arguments, operands, option, results, shape
 from tpcompile.planner.work import Pass, Work
 from tpcompile.rules.randomness import is_random
@@ -104,10 +104,7 @@ def _normal(node: Node, numbers: Node) -> Node:
 
 
 def _typed(node: Node, value: Node) -> Node:
-    dtype = node.meta["val"].dtype
-    if value.meta["val"].dtype == dtype:
-        return value
-    return call_before(node, aten._to_copy.default, value, dtype=dtype)
+    return cast_before(node, value, node.meta["val"].dtype)
 
 
 def _attention(node: Node) -> tuple[Node, ...]:
@@ -127,11 +124,7 @@ def _attention(node: Node) -> tuple[Node, ...]:
     dtype = torch.promote_types(q.meta["val"].dtype, torch.float32)
     weights = call_before(node, aten._safe_softmax.default, scores, -1, dtype)
     kept, _ = _dropped(node, weights, p)
-    rounded = (
-        kept
-        if dtype == v.meta["val"].dtype
-        else call_before(node, aten._to_copy.default, kept, dtype=v.meta["val"].dtype)
-    )
+    rounded = cast_before(node, kept, v.meta["val"].dtype)
     return (call_before(node, aten.matmul.default, rounded, v),)
 
 

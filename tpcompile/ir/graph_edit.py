@@ -24,6 +24,13 @@ def fake_mode(graph: Graph) -> FakeTensorMode:
     return next(val.fake_mode for val in found if isinstance(val, FakeTensor))
 
 
+def copied(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
+    """A graph of its own that says the same, and which of its nodes are copies of which."""
+    copy, moved = Graph(), dict[Node, Node]()
+    copy.output(copy.graph_copy(graph, moved))
+    return copy, moved
+
+
 def value_of(target: Callable[..., Any], args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
     """What a call would give, computed on fake tensors."""
     real_args, real_kwargs = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
@@ -57,6 +64,13 @@ def call_before(
     """Adds a call before a node; ``like`` tells where in the model it belongs (by default: with the node)."""
     with node.graph.inserting_before(node):
         return call(node.graph, target, args, kwargs, like=like or node)
+
+
+def cast_before(node: Node, value: Node, dtype: torch.dtype) -> Node:
+    """A value in a type, by a call before a node where it has another."""
+    if value.meta["val"].dtype == dtype:
+        return value
+    return call_before(node, torch.ops.aten._to_copy.default, value, dtype=dtype)
 
 
 def call_behind(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -104,3 +105,18 @@ def source_line(node: Node) -> str:
     """The line of the model's source that a node was traced from."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
     return lines[-2] if len(lines) > 1 else ""
+
+
+def ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """All that some values are computed from."""
+    found, todo = set[Node](), list(nodes)
+    while todo:
+        new = [node for node in todo.pop().all_input_nodes if node not in found]
+        found.update(new)
+        todo += new
+    return found
+
+
+def is_number(value: torch.Tensor) -> bool:
+    """Whether a tensor is a single number with a fraction, as a loss is."""
+    return value.ndim == 0 and value.dtype.is_floating_point

@@ -14,10 +14,11 @@ from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.specs import InputSpec
 from tpcompile.capture.held_caches import Held
 from tpcompile.capture.repeats.blocks import RepeatedBlocks, block_of
+from tpcompile.ir.graph_edit import copied
 from tpcompile.ir.layout.segment import Segment, whole_segment
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.names import starred
-from tpcompile.ir.nodes import is_tensor, module_path, tensor_of
+from tpcompile.ir.nodes import ancestors, is_number, is_tensor, module_path, tensor_of
 from tpcompile.ir.placements import Partial, Placement, R
 from tpcompile.ir.proof import Proof
 from tpcompile.rules.assignment import Assignment
@@ -180,12 +181,7 @@ class Work:
 
     def above_losses(self) -> set[Node]:
         """All that the results which are single numbers are computed from."""
-        above, todo = set[Node](), [out for out in self._plain_results() if _is_number(tensor_of(out))]
-        while todo:
-            new = [node for node in todo.pop().all_input_nodes if node not in above]
-            above.update(new)
-            todo += new
-        return above
+        return ancestors(out for out in self._plain_results() if is_number(tensor_of(out)))
 
     def _plain_results(self) -> list[Node]:
         """Tensors that the user gets, but for caches."""
@@ -199,10 +195,7 @@ class Work:
 
     def copy(self) -> Work:
         """The same program on a graph of its own; fake tensors are shared."""
-        graph = Graph()
-        moved: dict[Node, Node] = {}
-        result = graph.graph_copy(self.graph, moved)
-        graph.output(result)
+        graph, moved = copied(self.graph)
         module = torch.fx.GraphModule(torch.nn.Module(), graph)
         return replace(
             self,
@@ -227,10 +220,6 @@ class Work:
         from tpcompile.ir.print_graph import graph_text
 
         return graph_text(self.graph)
-
-
-def _is_number(value: torch.Tensor) -> bool:
-    return value.ndim == 0 and value.dtype.is_floating_point
 
 
 @dataclass(frozen=True)

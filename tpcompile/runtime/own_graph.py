@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from tpcompile.ir.graph_edit import copied
 from tpcompile.ir.torch_internals import ConstantSource, invoke_subgraph, tag_activation_checkpoint
 from tpcompile.lowering.recompute import body_of
 
@@ -42,7 +43,7 @@ def own_graph(module: GraphModule, fixed: Sequence[bool], kept: Sequence[bool]) 
 
 def copy_graph(module: GraphModule) -> GraphModule:
     """A copy that a backend may change, with what dynamo would leave there for AOTAutograd to find."""
-    made = GraphModule(module, _copy(module.graph), "CompiledProgram")
+    made = GraphModule(module, copied(module.graph)[0], "CompiledProgram")
     for node in made.graph.find_nodes(op="placeholder"):
         node._dynamo_source = ConstantSource(node.name)
     made.meta["dynamo_compile_id"] = None
@@ -53,15 +54,8 @@ def copy_graph(module: GraphModule) -> GraphModule:
 _STATIC = "_dynamo_static_input_type"
 
 
-def _copy(graph: Graph) -> Graph:
-    copy = Graph()
-    copied: dict[Node, Node] = {}
-    copy.output(copy.graph_copy(graph, copied))
-    return copy
-
-
 def _bare(graph: Graph) -> Graph:
-    copy = _copy(graph)
+    copy, _ = copied(graph)
     for node in copy.nodes:
         node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
     return copy

@@ -13,10 +13,12 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils.hooks import RemovableHandle
 
 from tpcompile.capture.export.specs import OutputSpec
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.nodes import ancestors, is_number
 from tpcompile.ir.torch_internals import DisableTorchFunctionSubclass, tree_leaves, tree_map
 from tpcompile.lowering.collective_moves import own_slice
 
@@ -218,11 +220,9 @@ def defer_gathers(
         program: the lowered program; it stays as it is.
         specs: its outputs.
     """
-    graph, moved = Graph(), dict[Node, Node]()
-    copied = graph.graph_copy(program.graph, moved)
-    assert isinstance(copied, tuple)
-    results, found = list(copied), dict[int, Gathers]()
-    above = _ancestors(out for out, spec in zip(results, specs, strict=True) if _is_loss(out, spec))
+    results: list[Any] = list(program.graph.output_node().args[0])  # type: ignore[arg-type]
+    found: dict[int, Gathers] = {}
+    above = ancestors(out for out, spec in zip(results, specs, strict=True) if _is_loss(out, spec))
     for at, spec in enumerate(specs):
         if spec.kind == "user" and not spec.divided and isinstance(results[at], Node):
             value, steps = _source(results[at])
@@ -230,24 +230,16 @@ def defer_gathers(
                 results[at], found[at] = value, Gathers(tuple(steps))
     if not found:
         return program, found
-    graph.output(tuple(results))
+    graph, moved = Graph(), dict[Node, Node]()
+    graph.graph_copy(program.graph, moved)
+    graph.output(map_arg(tuple(results), moved.__getitem__))
     graph.eliminate_dead_code()
     return GraphModule(program, graph, "LocalProgram"), found
 
 
 def _is_loss(value: Any, spec: OutputSpec) -> bool:
     tensor = value.meta.get("val") if isinstance(value, Node) else None
-    number = isinstance(tensor, Tensor) and tensor.ndim == 0 and tensor.dtype.is_floating_point
-    return number and spec.kind == "user" and not spec.divided
-
-
-def _ancestors(nodes: Any) -> set[Node]:
-    found, todo = set[Node](), list(nodes)
-    while todo:
-        new = [node for node in todo.pop().all_input_nodes if node not in found]
-        found.update(new)
-        todo += new
-    return found
+    return isinstance(tensor, Tensor) and is_number(tensor) and spec.kind == "user" and not spec.divided
 
 
 def _source(value: Node) -> tuple[Node, list[tuple[str, int, tuple[int, ...], int]]]:

@@ -18,13 +18,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
-from tpcompile.ranks.mesh_axis import MeshAxis
-
 
 class _OneProcess(PartialState):
     """The state of a rank that is alone with its data; the first of all ranks is the main process."""
 
-    def __init__(self, of: Any, axis: MeshAxis) -> None:
+    def __init__(self, of: Any) -> None:
         own = {**vars(of), "distributed_type": DistributedType.NO, "num_processes": 1}
         if of.distributed_type == DistributedType.NO:  # the processes were connected without torchrun
             own["process_index"] = own["local_process_index"] = dist.get_rank()
@@ -38,8 +36,8 @@ class _OneProcess(PartialState):
 class _OneProcessOfAccelerator(_OneProcess, AcceleratorState):
     """The same of the state that an accelerator has."""
 
-    def __init__(self, of: AcceleratorState, axis: MeshAxis) -> None:
-        super().__init__(of, axis)
+    def __init__(self, of: AcceleratorState) -> None:
+        super().__init__(of)
         self.__dict__ |= {"parallelism_config": None, "device_mesh": None}
 
 
@@ -88,20 +86,19 @@ class OneProcessAccelerator(Accelerator):
         dist.barrier()
 
 
-def as_one_process(accelerator: Accelerator, axis: MeshAxis) -> None:
+def as_one_process(accelerator: Accelerator) -> None:
     """Makes an accelerator one for the ranks of a model.
 
     Args:
         accelerator: has prepared nothing yet.
-        axis: the ranks.
     """
-    accelerator.state = _OneProcessOfAccelerator(accelerator.state, axis)
+    accelerator.state = _OneProcessOfAccelerator(accelerator.state)
     accelerator.dataloader_config.dispatch_batches = False  # every rank reads a stream itself
     accelerator.__class__ = OneProcessAccelerator
 
 
-def arguments_of_one_process(args: Any, axis: MeshAxis) -> Any:
+def arguments_of_one_process(args: Any) -> Any:
     """A copy of ``TrainingArguments`` for the ranks of a model."""
     own = copy.copy(args)
-    own.distributed_state = _OneProcess(args.distributed_state, axis)
+    own.distributed_state = _OneProcess(args.distributed_state)
     return own

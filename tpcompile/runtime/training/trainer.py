@@ -35,8 +35,8 @@ def share_model(trainer: Any, model: Any) -> None:
     if axis is None or isinstance(trainer, ShardedTraining):
         return
     refuse_arguments(trainer.args, axis, next(model.parameters()).device)
-    trainer.args = arguments_of_one_process(trainer.args, axis)
-    as_one_process(trainer.accelerator, axis)
+    trainer.args = arguments_of_one_process(trainer.args)
+    as_one_process(trainer.accelerator)
     gather, objects = trainer.accelerator.gather_for_metrics, trainer.args.eval_use_gather_object
     trainer.gather_function = functools.partial(gather, use_gather_object=objects)
     kind: Any = type(trainer)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 
 from tpcompile.capture.export.autograd_functions import FUNCTION
 from tpcompile.capture.export.captured import Captured
@@ -19,6 +19,7 @@ from tpcompile.capture.repeats.unroll_layers import unroll
 from tpcompile.compile_program import Compiler
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import flatten_call
+from tpcompile.ir.graph_edit import copied
 from tpcompile.ir.module_tensors import tensors_by_name
 from tpcompile.ir.nodes import module_path
 from tpcompile.ir.placements import R, Shard
@@ -193,8 +194,7 @@ class Trial:
 
 def whole_program(work: Work) -> GraphModule:
     """A graph at global shapes with all layers, which says where its inputs come from."""
-    graph, moved = Graph(), dict[Node, Node]()
-    graph.output(graph.graph_copy(work.graph, moved))
+    graph, moved = copied(work.graph)
     for old, new in moved.items():
         new.meta[STANDS_FOR] = ((old.name, old.meta.get("placement")),)
         if old in work.sources:
