@@ -78,8 +78,9 @@ def plan(
         text = str(found)
         if mode is not None:
             kind: Any = mode
-            options = {"optimizer": optimizer, "checkpointing": checkpointing}
-            step = found.estimate(kind, batch=batch, seq=seq, **options)  # type: ignore[arg-type]
+            step = found.estimate(
+                kind, batch=batch, seq=seq, optimizer=optimizer, checkpointing=checkpointing
+            )
             data["estimate"] = step.to_json()
             text = f"{text}\n\n{step}"
         if output is not None:

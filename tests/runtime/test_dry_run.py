@@ -118,12 +118,10 @@ def test_optimizers_have_their_states(plans: dict[str, tpcompile.Plan]) -> None:
 
 def test_what_could_overlap() -> None:
     device = DEVICES["cpu"]
-    first = Event(("forward", 0), "mm", 5e10, 0.0, torch.float32, False, ())
-    sent = Event(
-        ("forward", 0), "all_reduce", 0.0, 0.0, torch.float32, False, (0,), Sent("all_reduce", 10**9, 2)
-    )
-    beside = Event(("forward", 0), "mm", 1e11, 0.0, torch.float32, False, (0,))
-    behind = Event(("forward", 0), "add", 0.0, 8e9, torch.float32, True, (1,))
+    first = Event(("forward", 0), 5e10, 0.0, torch.float32, False, ())
+    sent = Event(("forward", 0), 0.0, 0.0, torch.float32, False, (0,), Sent("all_reduce", 10**9, 2))
+    beside = Event(("forward", 0), 1e11, 0.0, torch.float32, False, (0,))
+    behind = Event(("forward", 0), 0.0, 8e9, torch.float32, True, (1,))
     found = time_of([first, sent, beside, behind], device)
     assert (found.compute, found.memory, found.elementwise) == pytest.approx((3.0, 1.0, 1.0))
     assert found.communication == pytest.approx(1.0, rel=1e-3)

@@ -10,6 +10,7 @@ from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.names import starred
 from tpcompile.ir.units import size_text
 
+from .collective import Collective
 from .compare_plans import outcome_of
 from .planned import Planned
 from .print_plan import placement_text
@@ -63,9 +64,8 @@ def communicated(one: Planned, other: Planned) -> Iterator[tuple[str, str]]:
     yield from (("+", line) for line in (theirs - mine).elements())
 
 
-def _line(collective: object) -> str:
-    kind, where, count, size = vars(collective).values()
-    return f"{kind} x {count} of {size_text(size)} in {where or '(top)'}"
+def _line(one: Collective) -> str:
+    return f"{one.kind} x {one.count} of {size_text(one.bytes)} in {one.where or '(top)'}"
 
 
 def plan_title(plan: Planned) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
 from tpcompile.ir.layout.weight_layout import WeightLayout
@@ -40,10 +39,6 @@ class Planned(Protocol):
     @property
     def seconds(self) -> float:
         """The modelled time of one forward of the example."""
-
-    @property
-    def timings(self) -> Mapping[str, float]:
-        """Seconds that planning took."""
 
     @property
     def proof(self) -> Proof | None:

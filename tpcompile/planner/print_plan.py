@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 from tpcompile.ir.layout.segment import Segment
@@ -37,8 +36,7 @@ def _param_rows(layout: WeightLayout) -> list[tuple[str, ...]]:
     counts: dict[tuple[str, ...], int] = {}
     for name, param in layout.params.items():
         local = layout.local_shape(name, 0)
-        size = math.prod(local) * param.dtype.itemsize
-        placed, text = placement_text(param), size_text(size)
+        placed, text = placement_text(param), size_text(layout.local_bytes(name, 0))
         key = (starred(name), _shape(param.shape), placed, _shape(local), text)
         counts[key] = counts.get(key, 0) + 1
     return [(key[0], str(n), *key[1:]) for key, n in counts.items()]

@@ -193,6 +193,11 @@ class Work:
         """The graph's flat results."""
         return tuple(self.graph.output_node().args[0])  # type: ignore[arg-type]
 
+    def whole_outputs(self) -> list[object]:
+        """The flat results of the whole program; of layers left out, what stands for it."""
+        short = self.outputs()
+        return list(short) if self.blocks is None else [short[d.output] for d in self.blocks.results]
+
     def copy(self) -> Work:
         """The same program on a graph of its own; fake tensors are shared."""
         graph, moved = copied(self.graph)

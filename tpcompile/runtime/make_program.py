@@ -164,10 +164,8 @@ def hand_out(planned: Work) -> dict[str, Held]:
     factors = planned.planned_factors
     assert factors is not None, "the program must be planned"
     placements = planned.handed_out(factors)
-    results = planned.outputs()
-    at = range(len(results)) if planned.blocks is None else [d.output for d in planned.blocks.results]
-    every = zip(planned.captured.whole_outputs, at, strict=True)
-    named = [(s.name, out) for s, i in every if isinstance(out := results[i], Node) and out in placements]
+    every = zip(planned.captured.whole_outputs, planned.whole_outputs(), strict=True)
+    named = [(s.name, out) for s, out in every if isinstance(out, Node) and out in placements]
     return held_outputs(named, factors, placements)
 
 

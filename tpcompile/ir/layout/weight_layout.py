@@ -194,7 +194,11 @@ class WeightLayout:
 
     def held(self, rank: int) -> float:
         """Bytes of parameters and buffers that a rank holds."""
-        return sum(math.prod(self.local_shape(n, rank)) * p.dtype.itemsize for n, p in self.params.items())
+        return sum(self.local_bytes(name, rank) for name in self.params)
+
+    def local_bytes(self, name: str, rank: int) -> int:
+        """Bytes of one parameter or buffer on a rank."""
+        return math.prod(self.local_shape(name, rank)) * self.params[name].dtype.itemsize
 
     @property
     def fullest(self) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tpcompile.errors import TpCompileError
-from tpcompile.planner.search.cost import PRESETS, CostModel, preset
+from tpcompile.planner.search.cost import PRESETS, CostModel
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def device_named(device: str | CostModel) -> Device:
         raise TpCompileError(
             f"no device named {short_name(device)}", where="device", todo=f"use one of {', '.join(DEVICES)}"
         )
-    return DEVICES[preset(device).name]
+    return DEVICES[device]
 
 
 def short_name(name: str) -> str:

@@ -11,7 +11,7 @@ from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.units import size_text
 
 from .markup import Markup, join, tag
-from .partition import ranks_text
+from .partition import ranks_named
 from .tree import Module
 
 
@@ -63,16 +63,11 @@ def _held(layout: WeightLayout, name: str, rank: int) -> Iterator[tuple[int, int
     param = layout.params[name]
     if param.selection is not None:
         runs = param.selection.runs
-        yield 1 if runs is None else runs.count(runs[rank]), held_bytes(layout, name, rank)
+        yield 1 if runs is None else runs.count(runs[rank]), layout.local_bytes(name, rank)
         return
     for segment, shape in zip(param.segments, layout.segment_shapes(name, rank), strict=True):
         copies = (n for n, shard in zip(layout.axes, segment.shards, strict=True) if shard is None)
         yield math.prod(copies), math.prod(shape) * param.dtype.itemsize
-
-
-def held_bytes(layout: WeightLayout, name: str, rank: int) -> int:
-    """Bytes of one parameter on one rank."""
-    return math.prod(layout.local_shape(name, rank)) * layout.params[name].dtype.itemsize
 
 
 def memory_section(layout: WeightLayout, tree: Module) -> Markup:
@@ -94,11 +89,10 @@ def memory_section(layout: WeightLayout, tree: Module) -> Markup:
             for kind, size in kinds
             if size
         ]
-        name = f"rank{'s' if len(load.ranks) > 1 else ''} {ranks_text(load.ranks)}"
         rows.append(
             tag(
                 "li",
-                tag("span", name, class_="name"),
+                tag("span", ranks_named(load.ranks), class_="name"),
                 tag("span", *parts, class_="bar", aria_hidden="true"),
                 tag("span", size_text(load.bytes), class_="number"),
             )

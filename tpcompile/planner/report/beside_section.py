@@ -11,7 +11,7 @@ from tpcompile.planner.diff_plans import Change, changes, communicated, plan_tit
 from tpcompile.planner.planned import Planned
 
 from .draw_partition import draw_partition
-from .markup import Markup, tag
+from .markup import Markup, table_head, tag
 from .partition import partition_of
 
 _FIGURES: tuple[tuple[str, Callable[[Outcome], str]], ...] = (
@@ -45,19 +45,19 @@ def beside_section(one: Planned, other: Planned) -> Markup:
     return tag(
         "section",
         tag("h2", "Beside another plan"),
-        _table("", titles, [*figures, costs], "number"),
+        _table(table_head(("",), titles), [*figures, costs]),
         tag("h3", "Weights that differ"),
-        _table("weight", titles, weights) if weights else tag("p", "None: every weight is held the same."),
+        _table(table_head(("weight", *titles)), weights)
+        if weights
+        else tag("p", "None: every weight is held the same."),
         tag("h3", "Collectives of one of them only"),
         tag("table", tag("tbody", *moved)) if moved else tag("p", "None: the same is communicated."),
         id="beside",
     )
 
 
-def _table(first: str, titles: tuple[str, str], rows: list[Markup], kind: str = "") -> Markup:
-    heads = [tag("th", first, scope="col")]
-    heads += [tag("th", title, scope="col", class_=kind or None) for title in titles]
-    return tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows), class_="beside")
+def _table(head: Markup, rows: list[Markup]) -> Markup:
+    return tag("table", head, tag("tbody", *rows), class_="beside")
 
 
 def _row(one: WeightLayout, other: WeightLayout, change: Change) -> Markup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from .graph_boxes import Box, Boxes, chains
+from .graph_boxes import Box, Boxes
 from .graph_layout import lay_out
 from .markup import Markup, tag
 
@@ -26,11 +26,10 @@ def draw_graph(boxes: Boxes) -> Markup:
     """Matmuls are blue, collectives orange; edges have the placements of the values."""
     lines = {box: _lines(box) for box in boxes.boxes}
     widths = {box: 20 + _LETTER * max(map(len, texts)) for box, texts in lines.items()}
-    edges = list(chains(boxes))
-    layout = lay_out(widths, [(source, target) for source, target, _ in edges])
+    layout = lay_out(widths, list(boxes.edges))
     labels: list[Markup] = []
     paths: list[Markup] = []
-    for source, target, placements in edges:
+    for (source, target), placements in boxes.edges.items():
         points = layout.paths[source, target]
         rows = range(layout.row[source], layout.row[target] + 1)
         text = ", ".join(placements)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from .markup import Markup, join, tag
-from .partition import Cell, Partition, ranks_text
+from .partition import Cell, Partition, ranks_named, ranks_text
 
 # Perceived lightness grows evenly along these, whatever colours an eye tells apart (after viridis).
 _RAMP = ("#453781", "#39568c", "#2d708e", "#238a8d", "#20a387", "#3cbc75", "#74d055", "#b8de29")
@@ -128,7 +128,7 @@ def _borders(path: str, labels: bool) -> Markup:
 def _title(ranks: tuple[int, ...], every: int) -> str:
     if len(ranks) == every:
         return "every rank" if every > 1 else "rank 0"
-    return f"rank{'s' if len(ranks) > 1 else ''} {ranks_text(ranks)}"
+    return ranks_named(ranks)
 
 
 def _label(cell: Cell, partition: Partition, box: tuple[float, float, float, float]) -> list[Markup]:

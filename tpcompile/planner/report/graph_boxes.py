@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -38,21 +38,12 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Edge:
-    """A value on its way, with its placement."""
-
-    source: Box
-    target: Box
-    placement: str
-
-
-@dataclass(frozen=True)
 class Boxes:
-    """A drawing to be made: its name, boxes in the order of the program, and edges."""
+    """A drawing to be made: its name, boxes in the order of the program, edges with placements."""
 
     name: str
     boxes: tuple[Box, ...]
-    edges: tuple[Edge, ...]
+    edges: Mapping[tuple[Box, Box], tuple[str, ...]]
 
 
 def layers_of(work: Work) -> list[tuple[str, list[Node]]]:
@@ -140,7 +131,7 @@ def _described(name: str, nodes: list[Node]) -> tuple[str, str]:
 def _with_ends(work: Work, name: str, calls: list[Node], box: dict[Node, Box]) -> Boxes:
     """Adds what comes from elsewhere and what goes there, and the edges; weights are named in their boxes."""
     names, ends = work.params(), dict[Node, Box]()
-    edges: dict[tuple[Box, Box, str], None] = {}
+    edges: dict[tuple[Box, Box], dict[str, None]] = {}
     held: dict[Box, dict[str, None]] = {}
     for node in calls:
         for source in node.all_input_nodes:
@@ -153,15 +144,16 @@ def _with_ends(work: Work, name: str, calls: list[Node], box: dict[Node, Box]) -
                 ends.setdefault(source, Box("given", _origin(work, source), "", [source]))
             start = box.get(source) or ends.get(source)
             if start is not None and start is not box[node]:
-                edges[start, box[node], _placement(source if is_tensor(source) else node)] = None
+                placement = _placement(source if is_tensor(source) else node)
+                edges.setdefault((start, box[node]), {})[placement] = None
         if is_tensor(node) and any(user not in box for user in node.users):
             result = ends.setdefault(node, Box("result", "result", "", [node]))
-            edges[box[node], result, _placement(node)] = None
+            edges.setdefault((box[node], result), {})[_placement(node)] = None
     for each, weights in held.items():
         if each.kind != "other":
             each.text += f": {', '.join(weights)}"
     boxes = (*ends.values(), *box.values())
-    return Boxes(name, tuple(dict.fromkeys(boxes)), tuple(Edge(*edge) for edge in edges))
+    return Boxes(name, tuple(dict.fromkeys(boxes)), {pair: tuple(each) for pair, each in edges.items()})
 
 
 def _origin(work: Work, source: Node) -> str:
@@ -172,12 +164,3 @@ def _origin(work: Work, source: Node) -> str:
 
 def _placement(value: Node) -> str:
     return " x ".join(map(str, value.meta.get("placement", ()))) or "R"
-
-
-def chains(boxes: Boxes) -> Iterator[tuple[Box, Box, tuple[str, ...]]]:
-    """Edges between two boxes, as one with all their placements."""
-    found: dict[tuple[Box, Box], list[str]] = {}
-    for edge in boxes.edges:
-        found.setdefault((edge.source, edge.target), []).append(edge.placement)
-    for (source, target), placements in found.items():
-        yield source, target, tuple(dict.fromkeys(placements))

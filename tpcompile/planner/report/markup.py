@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Iterable
 from typing import Any
 
 _VOID = frozenset({"meta", "input", "link", "br"})
@@ -37,6 +38,13 @@ def tag(name: str, /, *inside: object, **attributes: object) -> Markup:
 def join(*inside: object) -> Markup:
     """Elements and text, one after the other."""
     return Markup("".join(x if isinstance(x, Markup) else html.escape(str(x)) for x in inside))
+
+
+def table_head(texts: Iterable[str], numbers: Iterable[str] = ()) -> Markup:
+    """The head of a table: columns of text, then of numbers."""
+    heads = [tag("th", text, scope="col") for text in texts]
+    heads += [tag("th", text, scope="col", class_="number") for text in numbers]
+    return tag("thead", tag("tr", *heads))
 
 
 def data(name: str, value: Any) -> Markup:

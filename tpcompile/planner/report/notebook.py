@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from tpcompile.ir.units import size_text, time_text
+from tpcompile.planner.compare_plans import outcome_of
 from tpcompile.planner.diff_plans import plan_title
 from tpcompile.planner.planned import Planned
 from tpcompile.planner.print_plan import placement_text
 from tpcompile.planner.work import Work
 
-from .bars import held_bytes
 from .draw_graph import draw_graph
 from .draw_partition import draw_partition
 from .graph_boxes import boxes_of, layers_of
@@ -30,10 +30,11 @@ def plan_html(plan: Planned, name: str = "") -> str:
     """
     layout = plan.layout
     weights = list(tree_of(layout.params).every_weight())
-    sent = sum(c.count for c in plan.collectives)
+    outcome = outcome_of(plan)
     head = (
-        f"{size_text(plan.model_bytes)} of weights, {size_text(layout.fullest)} on the fullest rank; "
-        f"{sent} collectives and {time_text(plan.seconds)} a forward, as modelled ({plan.cost.name})"
+        f"{size_text(plan.model_bytes)} of weights, {size_text(outcome.held)} on the fullest rank; "
+        f"{outcome.collectives} collectives and {time_text(outcome.seconds)} a forward, "
+        f"as modelled ({plan.cost.name})"
     )
     rows = []
     for weight in weights[:MOST_WEIGHTS]:
@@ -41,7 +42,7 @@ def plan_html(plan: Planned, name: str = "") -> str:
         drawn = "" if partition is None else draw_partition(partition, 64, 18)
         times = f" × {weight.count}" if weight.count > 1 else ""
         cells = (drawn, tag("code", weight.path), times, tag("code", placement_text(weight.layout)))
-        size = size_text(held_bytes(layout, weight.name, 0))
+        size = size_text(layout.local_bytes(weight.name, 0))
         rows.append(tag("tr", *(tag("td", c, style="text-align:left") for c in cells), tag("td", size)))
     more = len(weights) - MOST_WEIGHTS
     last = [tag("p", f"and {more} more; plan.report(path) shows all", style=_SOFT)] if more > 0 else []
@@ -53,7 +54,7 @@ def graph_html(work: Work) -> str:
     """The last kind of layer of a rewritten program, drawn, if it is not too large for that."""
     name, nodes = layers_of(work)[-1]
     boxes = boxes_of(work, name, nodes)
-    count = sum(node.op == "call_function" for node in work.graph.nodes)
+    count = work.call_count()
     of = f"{name}, {len(nodes)} of {count} calls" if name else f"{count} calls"
     many = len(boxes.boxes) > MOST_BOXES
     drawn = tag("p", "too many for a drawing", style=_SOFT) if many else draw_graph(boxes)

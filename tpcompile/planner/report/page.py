@@ -6,15 +6,16 @@ from collections.abc import Iterable
 from importlib.resources import files
 
 from tpcompile.ir.units import size_text, time_text
+from tpcompile.planner.compare_plans import outcome_of
 from tpcompile.planner.explain import Explanation, explanations
 from tpcompile.planner.planned import Planned
 from tpcompile.planner.print_plan import placement_text
 
-from .bars import held_bytes, memory_section
+from .bars import memory_section
 from .beside_section import beside_section
 from .graph_boxes import boxes_of, layers_of
 from .graph_section import graph_section
-from .markup import Markup, data, join, tag
+from .markup import Markup, data, join, table_head, tag
 from .timeline import timeline_of
 from .timeline_section import timeline_section
 from .tree import Module, tree_of
@@ -74,14 +75,13 @@ def _explained(plan: Planned, tree: Module) -> Explained:
 def _head(plan: Planned, title: str, sections: Iterable[str]) -> Markup:
     layout = plan.layout
     axes = "" if len(layout.axes) == 1 else f" as {' × '.join(map(str, layout.axes))}"
-    share = layout.fullest * layout.ranks / max(plan.model_bytes, 1)
-    sent = sum(c.count * c.bytes for c in plan.collectives)
-    number = sum(c.count for c in plan.collectives)
+    outcome = outcome_of(plan)
+    share = outcome.held * layout.ranks / max(plan.model_bytes, 1)
     figures = (
         (size_text(plan.model_bytes), "parameters and buffers"),
-        (size_text(layout.fullest), f"on the fullest rank, {share:.3f} × its share"),
-        (str(number), f"collectives in a forward, of {size_text(sent)}"),
-        (time_text(plan.seconds), f"predicted for the example ({plan.cost.name})"),
+        (size_text(outcome.held), f"on the fullest rank, {share:.3f} × its share"),
+        (str(outcome.collectives), f"collectives in a forward, of {size_text(outcome.moved)}"),
+        (time_text(outcome.seconds), f"predicted for the example ({plan.cost.name})"),
     )
     proof = plan.proof.head if plan.proof is not None else "from disk: proved again when it is followed"
     links = [tag("a", text, href=f"#{text.lower()}") for text in sections]
@@ -111,12 +111,11 @@ def _collectives(plan: Planned) -> Markup:
         )
         for c in plan.collectives
     ]
-    heads = [tag("th", text, scope="col") for text in ("collective", "where")]
-    heads += [tag("th", text, scope="col", class_="number") for text in ("times", "each", "together")]
+    head = table_head(("collective", "where"), ("times", "each", "together"))
     return tag(
         "section",
         tag("h2", "What a forward communicates"),
-        tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows)) if rows else tag("p", "Nothing."),
+        tag("table", head, tag("tbody", *rows)) if rows else tag("p", "Nothing."),
         id="collectives",
     )
 
@@ -147,7 +146,7 @@ def _data(plan: Planned, tree: Module) -> dict[str, object]:
                 "count": w.count,
                 "shape": w.layout.shape,
                 "placement": placement_text(w.layout),
-                "bytes": held_bytes(layout, w.name, 0),
+                "bytes": layout.local_bytes(w.name, 0),
             }
             for w in tree.every_weight()
         ],

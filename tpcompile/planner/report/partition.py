@@ -109,6 +109,11 @@ def _borders(param: ParamLayout) -> tuple[int, ...]:
     return tuple(sorted(ends - {0, param.shape[param.packed_dim]}))[:MOST_CELLS]
 
 
+def ranks_named(ranks: tuple[int, ...]) -> str:
+    """``rank 2``, or ``ranks 0-3``."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {ranks_text(ranks)}"
+
+
 def ranks_text(ranks: tuple[int, ...]) -> str:
     """``0-3`` for ranks that follow each other, else ``0, 2``."""
     runs: list[list[int]] = []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tpcompile.ir.units import time_text
 
-from .markup import Markup, join, tag
+from .markup import Markup, join, table_head, tag
 from .timeline import LANES, Stretch
 
 WIDTH, LANE, TOP = 1000.0, 26.0, 30.0
@@ -99,8 +99,7 @@ def _draw_stretch(stretch: Stretch, x: float, width: float, scale: float) -> Mar
 
 
 def _table(stretches: Sequence[Stretch]) -> Markup:
-    heads = [tag("th", "part", scope="col")]
-    heads += [tag("th", text, scope="col", class_="number") for text in (*LANES.values(), "together")]
+    head = table_head(("part",), (*LANES.values(), "together"))
     rows = []
     for stretch in stretches:
         name = stretch.name or _outside(stretch)
@@ -115,9 +114,7 @@ def _table(stretches: Sequence[Stretch]) -> Markup:
         )
     whole = [_time(sum(s.seconds(lane) for s in stretches)) for lane in (*LANES, "")]
     foot = tag("tr", tag("th", "all", scope="row"), *(tag("td", text, class_="number") for text in whole))
-    return tag(
-        "table", tag("thead", tag("tr", *heads)), tag("tbody", *rows), tag("tfoot", foot), class_="step"
-    )
+    return tag("table", head, tag("tbody", *rows), tag("tfoot", foot), class_="step")
 
 
 def _outside(stretch: Stretch) -> str:

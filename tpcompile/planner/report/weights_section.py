@@ -10,10 +10,9 @@ from tpcompile.ir.units import size_text
 from tpcompile.planner.explain import Decision, Explanation
 from tpcompile.planner.print_plan import placement_text
 
-from .bars import held_bytes
 from .draw_partition import Drawings, describe, rank_colour
 from .markup import Markup, join, tag
-from .partition import Partition, partition_of, ranks_text
+from .partition import Partition, partition_of, ranks_named
 from .tree import Module, Weight
 
 Explained = Mapping[str, Sequence[Explanation]]
@@ -79,7 +78,7 @@ def _inside(shown: _Shown, module: Module) -> list[Markup]:
 
 def _module(shown: _Shown, module: Module) -> Markup:
     weights = list(module.every_weight())
-    held = sum(w.count * held_bytes(shown.layout, w.name, 0) for w in weights)
+    held = sum(w.count * shown.layout.local_bytes(w.name, 0) for w in weights)
     whole = sum(w.count * w.layout.bytes for w in weights)
     number = sum(w.count for w in weights)
     return tag(
@@ -110,7 +109,7 @@ def _weight(shown: _Shown, weight: Weight) -> Markup:
             tag("span", small, tag("span", weight.label), _times(weight.count), class_="label"),
             tag("code", placement, class_="held"),
             tag("span", _shape(weight.layout.shape), class_="shape"),
-            tag("span", size_text(held_bytes(layout, weight.name, 0)), class_="number"),
+            tag("span", size_text(layout.local_bytes(weight.name, 0)), class_="number"),
             class_="row",
         ),
         tag(
@@ -155,10 +154,8 @@ def _facts(layout: WeightLayout, weight: Weight) -> Markup:
     rows.append(("whole", f"{_shape(param.shape)}, {size_text(param.bytes)}"))
     for shape, ranks in list(shapes.items())[:_MOST_RANKS]:
         swatches = [_swatch(rank, layout.ranks) for rank in ranks[:_MOST_RANKS]] if len(shapes) > 1 else []
-        several = "s" if len(ranks) > 1 else ""
-        named = f"rank{several} {ranks_text(tuple(ranks))}"
-        names = "every rank" if len(ranks) == layout.ranks else named
-        size = size_text(held_bytes(layout, weight.name, ranks[0]))
+        names = "every rank" if len(ranks) == layout.ranks else ranks_named(tuple(ranks))
+        size = size_text(layout.local_bytes(weight.name, ranks[0]))
         rows.append((names, join(*swatches, f"{_shape(shape)}, {size}")))
     for number, segment in enumerate(param.segments if len(param.segments) > 1 else ()):
         rows.append((f"segment {number}", _shape(segment.shape)))

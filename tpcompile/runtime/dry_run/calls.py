@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,7 +59,8 @@ def next_call(model: nn.Module, before: Work, prompt: Mapping[str, Any], batch: 
     Raises:
         TpCompileError: the program returns no cache that a call takes.
     """
-    result = whole_captured(before).unflatten(_results(before), dict(prompt))
+    results = [_without_values(value) for value in before.whole_outputs()]
+    result = whole_captured(before).unflatten(results, dict(prompt))
     names = inspect.signature(model.forward).parameters
     caches = {n: getattr(result, n, None) for n in names}
     found = {n: cache for n, cache in caches.items() if _is_cache(cache)}
@@ -72,13 +73,6 @@ def next_call(model: nn.Module, before: Work, prompt: Mapping[str, Any], batch: 
         )
     call = {ids: torch.zeros(batch, 1, dtype=torch.long), **found}
     return bind_call(model, (), call | ({"use_cache": True} if "use_cache" in names else {}))
-
-
-def _results(work: Work) -> Sequence[Any]:
-    """What the whole program returns, without values."""
-    short = work.outputs()
-    at = range(len(short)) if work.blocks is None else [d.output for d in work.blocks.results]
-    return [_without_values(short[i]) for i in at]
 
 
 def _without_values(value: Any) -> Any:

@@ -17,7 +17,6 @@ from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.calls import flatten_call
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import whole_tensors
-from tpcompile.ir.torch_internals import FakeTensorMode
 from tpcompile.planner.dry_run.devices import Device, device_named
 from tpcompile.planner.dry_run.estimate import Estimate, Memory, Mode, Sends, Time
 from tpcompile.planner.options import Options
@@ -187,12 +186,9 @@ class Estimator:
     ) -> Iterator[Run]:
         training = step.mode == "train"
         leaves = flatten_call(bound)[0]
+        layout = compiled.plan.layout
         for _, work, module in compiler.programs:
-            mode = FakeTensorMode()
-            layout = compiled.plan.layout
-            inputs = FakeInputs(
-                self.model, work.captured, leaves, layout, learning=training, caches=caches, mode=mode
-            )
+            inputs = FakeInputs(self.model, work.captured, leaves, layout, learning=training, caches=caches)
             optimizer = step.optimizer if training else None
             todo = "report the model; what can be had without a run is in the plan"
             with refusing("the program does not run without values", where=f"mode={step.mode!r}", todo=todo):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class FakeInputs(Inputs):
         mode: makes the tensors.
     """
 
-    mode: FakeTensorMode | None = None
+    mode: FakeTensorMode = field(default_factory=FakeTensorMode)
 
     def _value(self, kind: str, name: str) -> Any:
         if kind in ("param", "buffer"):
@@ -29,7 +29,6 @@ class FakeInputs(Inputs):
         return self._empty(value.shape, value.dtype) if isinstance(value, Tensor) else value
 
     def _empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
-        assert self.mode is not None
         with self.mode:
             return torch.empty(tuple(shape), dtype=dtype)
 

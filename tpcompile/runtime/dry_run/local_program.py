@@ -169,16 +169,14 @@ class LocalProgram:
             call: Any = node.target  # a region that the model itself recomputes is a submodule
             call = self.module.get_submodule(call) if node.op == "call_module" else call
             env[node] = call(*args, **kwargs)
-            del call
-            del args, kwargs
+            del call, args, kwargs
+            self._drop(env, [node], keep)
+
+    def _drop(self, env: dict[Node, Any], calls: Sequence[Node], keep: Any = ()) -> None:
+        for node in calls:
             for dead in self._dead.get(node, ()):
                 if dead not in keep:
                     env.pop(dead, None)
-
-    def _drop(self, env: dict[Node, Any], calls: Sequence[Node]) -> None:
-        for node in calls:
-            for dead in self._dead.get(node, ()):
-                env.pop(dead, None)
 
 
 def _last_uses(calls: Sequence[Node], graph: Graph) -> dict[Node, list[Node]]:

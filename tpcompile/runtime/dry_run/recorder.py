@@ -40,7 +40,6 @@ class Event:
 
     Attributes:
         label: where in the program.
-        name: the operator.
         operations: arithmetic.
         traffic: bytes that it reads and writes.
         dtype: the type that it computes in.
@@ -50,7 +49,6 @@ class Event:
     """
 
     label: Label
-    name: str
     operations: float
     traffic: float
     dtype: torch.dtype
@@ -123,7 +121,7 @@ class Recorder(LiveBytes):
         moved = 0.0 if sent is not None else traffic(func, given, returned)
         work = arithmetic(func, args, result)
         fused = is_fused(func)
-        self.events.append(Event(label, str(func), work, moved, one, fused, after, sent))
+        self.events.append(Event(label, work, moved, one, fused, after, sent))
         written = returned if not func._schema.is_mutable else [*returned, given[0]]
         for value in written:
             self._writers[value.untyped_storage()._cdata] = len(self.events) - 1

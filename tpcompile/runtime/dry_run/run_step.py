@@ -67,8 +67,6 @@ def run_step(
     """
     program = LocalProgram(module, recompute)
     recorder = Recorder(program.where, inputs.layout.axes)
-    mode = inputs.mode
-    assert mode is not None
     given = inputs.of(module.graph)
     for value in (*given, *inputs.given.values()):
         if isinstance(value, Tensor):
@@ -76,7 +74,7 @@ def run_step(
     caches = [v for (_, name), v in inputs.given.items() if name in inputs.caches]
     before = sum(map(extent, caches))
     training = optimizer is not None
-    with mode, recorder, torch.set_grad_enabled(training):
+    with inputs.mode, recorder, torch.set_grad_enabled(training):
         results = program.run(given)
         cached = [x for x, spec in zip(results, specs, strict=True) if spec.divided and isinstance(x, Tensor)]
         others = [x for x, spec in zip(results, specs, strict=True) if not spec.divided]

@@ -16,11 +16,11 @@ def time_of(events: Sequence[Event], device: Device) -> Time:
     """The seconds of a run, by what each operator waits for."""
     parts = {"compute": 0.0, "memory": 0.0, "launch": 0.0, "communication": 0.0}
     elementwise = 0.0
-    for event in events:
-        bound, seconds = _bound(event, device)
+    bounds = [_bound(event, device) for event in events]
+    for event, (bound, seconds) in zip(events, bounds, strict=True):
         parts[bound] += seconds
         elementwise += seconds if event.fused else 0.0
-    could_overlap = sum(parts.values()) - _overlapped(events, device)
+    could_overlap = sum(parts.values()) - _overlapped(events, [seconds for _, seconds in bounds])
     return Time(**parts, could_overlap=could_overlap, elementwise=elementwise)
 
 
@@ -46,7 +46,7 @@ def sending(sent: Sent, cost: CostModel) -> float:
     return cost.all_gather(sent.bytes, sent.ranks)
 
 
-def _overlapped(events: Sequence[Event], device: Device) -> float:
+def _overlapped(events: Sequence[Event], seconds: Sequence[float]) -> float:
     """Seconds of a run in which collectives run beside operators.
 
     Both go in the order of the program; those whose operands are not there yet are passed over.
@@ -65,7 +65,7 @@ def _overlapped(events: Sequence[Event], device: Device) -> float:
         for lane in (0, 1):
             if ready[lane] and free[lane] <= now:
                 number = heapq.heappop(ready[lane])
-                free[lane] = now + _bound(events[number], device)[1]
+                free[lane] = now + seconds[number]
                 heapq.heappush(running, (free[lane], number))
         if not running:
             return now
