@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.check import short
+from tpcompile.ir.nodes import find_operator, overloads_of
 from tpcompile.ir.regions import mark
 from tpcompile.ir.torch_internals import OpOverload, OpOverloadPacket
 from tpcompile.ranks.describe import describe_code, describe_value
@@ -101,35 +101,26 @@ def _text(operator: Operator) -> str:
 
 def _overloads(name: Operator) -> Iterator[OpOverload]:
     """The operators that a name stands for, as autograd sees them."""
-    if isinstance(name, OpOverload):
-        found = [name]
-    elif isinstance(name, OpOverloadPacket):
-        found = [getattr(name, overload) for overload in name.overloads()]
-    elif made_of := _MADE_OF.get(name.removeprefix("aten.").removesuffix(".default")):
+    plain = name.removeprefix("aten.").removesuffix(".default") if isinstance(name, str) else ""
+    if made_of := _MADE_OF.get(plain):
         for each in made_of:
             yield from _overloads(each)
         return
-    else:
-        found = list(_named(name))
-    for op in found:
+    for op in overloads_of(_named(name) if isinstance(name, str) else name):
         if is_composite(op):
             what = f"autograd does not see {op}: it is taken apart before"
             raise TpCompileError(what, where="checkpointing", todo="name the operators that it is made of")
         yield op
 
 
-def _named(name: str) -> Iterator[OpOverload]:
-    """The overloads of an operator by its name: ``mm``, ``aten.mm``, ``aten.mm.default``."""
-    steps = name.split(".")
-    place: Any = torch.ops
-    for step in steps if len(steps) > 1 else ["aten", *steps]:
-        place = getattr(place, step, None)
-    if isinstance(place, OpOverload | OpOverloadPacket):
-        yield from _overloads(place)
-        return
-    raise TpCompileError(
-        f"there is no operator {name!r}", where="checkpointing", todo='name one as in "mm" or "aten.mm"'
-    )
+def _named(name: str) -> OpOverload | OpOverloadPacket:
+    """An operator by its name: ``mm``, ``aten.mm``, ``aten.mm.default``."""
+    found = find_operator(name if "." in name else f"aten.{name}")
+    if found is None:
+        raise TpCompileError(
+            f"there is no operator {name!r}", where="checkpointing", todo='name one as in "mm" or "aten.mm"'
+        )
+    return found
 
 
 def layers_of(model: nn.Module) -> frozenset[str]:

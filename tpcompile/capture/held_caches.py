@@ -87,6 +87,11 @@ class Held:
         """The dimensions that are divided."""
         return {shard[0] for shard in self.places if shard is not None}
 
+    @property
+    def placed(self) -> tuple[Placement, ...]:
+        """Its placement on every sub-axis, in its own factors."""
+        return tuple(R if place is None else Shard(*place) for place in self.places)
+
     def placements(self, factors: Factors, value: Any) -> tuple[Placement, ...]:
         """The same places among the (perhaps finer) factors of a program's value.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tpcompile.ir.torch_internals import OpOverload
+from tpcompile.ir.torch_internals import OpOverload, OpOverloadPacket
 
 from .sizes import Size, sizes_of
 
@@ -105,6 +105,20 @@ def source_line(node: Node) -> str:
     """The line of the model's source that a node was traced from."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
     return lines[-2] if len(lines) > 1 else ""
+
+
+def find_operator(name: str) -> OpOverload | OpOverloadPacket | None:
+    """The operator of a name such as ``aten.mm`` or ``aten.mm.default``, if there is one."""
+    library, _, rest = name.partition(".")
+    found: Any = getattr(torch.ops, library, None) if rest else None
+    for step in rest.split("."):
+        found = getattr(found, step, None)
+    return found if isinstance(found, OpOverload | OpOverloadPacket) else None
+
+
+def overloads_of(op: OpOverload | OpOverloadPacket) -> list[OpOverload]:
+    """An overload itself, or all of an operator's."""
+    return [op] if isinstance(op, OpOverload) else [getattr(op, name) for name in op.overloads()]
 
 
 def ancestors(nodes: Iterable[Node]) -> set[Node]:

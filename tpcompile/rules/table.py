@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import checked, short
-from tpcompile.ir.nodes import operands, results, shape
+from tpcompile.ir.nodes import find_operator, operands, results, shape
 from tpcompile.ir.sizes import sizes_of
 from tpcompile.ir.torch_internals import OpOverload, OpOverloadPacket
 
@@ -200,12 +200,7 @@ def operator_of(op: OpOverload | OpOverloadPacket | str, where: str) -> OpOverlo
     Raises:
         TpCompileError: there is none of this name.
     """
-    found: Any = op
-    if isinstance(op, str):
-        library, _, rest = op.partition(".")
-        found = getattr(torch.ops, library, None) if rest else None
-        for name in rest.split("."):
-            found = getattr(found, name, None)
+    found = find_operator(op) if isinstance(op, str) else op
     if not isinstance(found, OpOverload | OpOverloadPacket):
         todo = 'define it first; names are as in "mylib.scan" or "mylib.scan.default"'
         raise TpCompileError(f"there is no operator {op!r}", where=where, todo=todo)

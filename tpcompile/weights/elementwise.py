@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import tree_map
 
-from .gathered_view import gathered, local, written
+from .gathered_view import changed_by, gathered, local
 from .tensor_layout import TensorLayout
 
 aten = torch.ops.aten
@@ -24,7 +24,7 @@ _KEEPING += (aten._to_copy, aten.copy_, aten.zero_, aten.zeros_like, aten.empty_
 
 def pointwise(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """On the parts, if every operand can be cut as the result is laid out."""
-    changed: list[Any] = [kwargs.get(at) if isinstance(at, str) else args[at] for at in written(func)]
+    changed = changed_by(func, args, kwargs)
     where: TensorLayout | None = None
     for a in (*changed, *args, *kwargs.values()):
         if isinstance(a, kind):
@@ -81,7 +81,7 @@ def by_list(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Lists of tensors, of which those at one position belong together."""
     lists = [a for a in (*args, *kwargs.values()) if _is_list(a)]
     count = max(map(len, lists))
-    changed: list[Any] = [kwargs.get(at) if isinstance(at, str) else args[at] for at in written(func)]
+    changed = changed_by(func, args, kwargs)
     wheres: list[TensorLayout | None] = [None] * count
     for given in lists[:1] if changed else lists:
         if len(given) == count:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -152,7 +152,7 @@ def gathered(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
     with torch.no_grad():
         out = func(*tree_map(whole, args), **tree_map(whole, kwargs))
-    changed: list[Any] = [kwargs.get(at) if isinstance(at, str) else args[at] for at in written(func)]
+    changed = changed_by(func, args, kwargs)
     if changed:
         for t in tree_leaves(changed):
             if isinstance(t, kind):
@@ -166,7 +166,7 @@ def gathered(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 @functools.cache
-def written(func: Any) -> tuple[int | str, ...]:
+def _written(func: Any) -> tuple[int | str, ...]:
     """Which arguments an operator writes: positions, or names."""
     arguments = enumerate(func._schema.arguments)
     return tuple(
@@ -174,6 +174,11 @@ def written(func: Any) -> tuple[int | str, ...]:
         for i, a in arguments
         if a.alias_info is not None and a.alias_info.is_write
     )
+
+
+def changed_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments of a call that it writes."""
+    return [kwargs.get(at) if isinstance(at, str) else args[at] for at in _written(func)]
 
 
 def draws(func: Any) -> bool:

@@ -57,7 +57,8 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 def is_librarys(module: str, *more: str) -> bool:
     """Whether a python module, by its name, is part of a library that is not looked into, or of others."""
-    return module.partition(".")[0] in {*_LIBRARIES, *more}
+    root = module.partition(".")[0]
+    return root in _LIBRARIES or root in more
 
 
 def content(value: Any) -> Any:

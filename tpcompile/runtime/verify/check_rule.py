@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.check import checked
+from tpcompile.ir.nodes import overloads_of
 from tpcompile.ir.torch_internals import OpOverload, OpOverloadPacket, tree_map
 from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
@@ -110,7 +111,7 @@ def _program(op: OpOverload | OpOverloadPacket, args: tuple[Any, ...], kwargs: d
         return made.setdefault(id(leaf), Operand(tuple(leaf.shape), lambda _: leaf.detach().clone()))
 
     given, named = tree_map(operand, (args, kwargs))
-    overloads = [op] if isinstance(op, OpOverload) else [getattr(op, name) for name in op.overloads()]
+    overloads = overloads_of(op)
     why = ""
     for overload in overloads:
         try:

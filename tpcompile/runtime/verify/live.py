@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from tpcompile.runtime.guards import without_guards
 
 from .compare import TypesSeen, kinds_of, limit_of
 from .one_process import HALF, Request, examine
-from .outcome import Finding, Key, compared, run_python
+from .outcome import Finding, Key, compared, run_python, worst_of
 from .report import Report
 from .tokens import greedy
 
@@ -52,7 +52,8 @@ def verify_live(
     limit = limit_of(
         seen.kinds | kinds_of([*whole.parameters(), list(want.values()), flatten_call(bound)[0]])
     )
-    findings = _of_all_ranks(exchange(group, "verify", found) if group is not None else [found], limit)
+    everyone = exchange(group, "verify", found) if group is not None else [found]
+    findings = tuple(worst_of(everyone, limit))
     precision = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in whole.parameters()}))
     report = Report(runtime.compiler.ranks, precision, findings, limit, "")
     if report.wrong or any(p.dtype in HALF for p in whole.parameters()):
@@ -88,14 +89,6 @@ def _side_by_side(
             value = held.part(value, axes, runtime.layout.coordinates(runtime.compiler.rank))
         theirs[key] = value
     return mine, theirs
-
-
-def _of_all_ranks(everyone: Sequence[Sequence[Finding]], limit: float) -> tuple[Finding, ...]:
-    found = []
-    for column in zip(*everyone, strict=True):
-        worst = max(column, key=lambda one: one.error)
-        found.append(replace(worst, ranks=sum(not one.error <= limit for one in column)))
-    return tuple(found)
 
 
 def _explained(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -141,6 +141,15 @@ def compared(got: Mapping[Key, Any], want: Mapping[Key, Any]) -> list[Finding]:
             mine, value = _filled(mine, value), _filled(value, mine)
         error = difference(mine, value, floor if sort == "gradient" else 0.0)
         found.append(Finding(sort, name, error))
+    return found
+
+
+def worst_of(ranks: Sequence[Sequence[Finding]], limit: float) -> list[Finding]:
+    """Of each value what the rank has that is furthest off, and on how many ranks it is too far."""
+    found = []
+    for column in zip(*ranks, strict=True):
+        worst = max(column, key=lambda one: one.error)
+        found.append(replace(worst, ranks=sum(not one.error <= limit for one in column)))
     return found
 
 

@@ -104,7 +104,7 @@ class Program:
         found = operands_of(case)
         self.inputs = [o.make(o.shape) for o in found]
         self.expected = self.compute(case.args, case.kwargs, dict(zip(found, self.inputs, strict=True)))
-        graph, self.node = self._graph(found)
+        graph = self._graph(found)
         specs = tuple(InputSpec("param", f"x{i}", extents=o.shape) for i, o in enumerate(found))
         outputs = tuple(OutputSpec("user", f"y{i}") for i in range(len(self.expected)))
         module = GraphModule(torch.nn.Module(), graph)
@@ -118,7 +118,7 @@ class Program:
         args, kwargs = map_operands((args, kwargs), lambda o: values[o])
         return _tensors(self.case.op(*args, **kwargs))
 
-    def _graph(self, found: list[Operand]) -> tuple[Graph, Node]:
+    def _graph(self, found: list[Operand]) -> Graph:
         graph, mode = Graph(), FakeTensorMode(shape_env=ShapeEnv())
         nodes = {}
         for i, (operand, value) in enumerate(zip(found, self.inputs, strict=True)):
@@ -130,7 +130,7 @@ class Program:
         with mode, torch.no_grad():
             call.meta["val"] = self.case.op(*fake_args, **fake_kwargs)
         graph.output(tuple(self._results(graph, call)))
-        return graph, call
+        return graph
 
     def _results(self, graph: Graph, call: Node) -> Iterator[Node]:
         if isinstance(call.meta["val"], Tensor):

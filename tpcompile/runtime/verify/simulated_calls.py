@@ -18,12 +18,11 @@ from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.specs import OutputSpec
 from tpcompile.capture.held_caches import Held
-from tpcompile.compile_program import Compiled
 from tpcompile.ir.calls import flatten_call, signature_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import named_tensor
-from tpcompile.ir.placements import R, Shard
 from tpcompile.lowering.simulate import run
+from tpcompile.planner.work import Work
 from tpcompile.runtime.make_program import hand_out, open_leaves, whole_captured
 
 from .assemble import RanksDiffer, put_together, sizes_at
@@ -37,18 +36,20 @@ class _Program:
     """One call signature.
 
     Attributes:
-        compiled: the program.
+        work: the rewritten program.
         ranks: every rank's graph.
         captured: the whole call.
         names: the arguments that are given.
         example: the leaves of the call that it was captured for.
+        limit: how far results of ranks may be from each other.
     """
 
-    compiled: Compiled
+    work: Work
     ranks: list[GraphModule]
     captured: Captured
     names: tuple[str, ...]
     example: tuple[Any, ...]
+    limit: float
 
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any], spec: Any) -> bool:
         """Whether a call is one of this program's."""
@@ -99,23 +100,26 @@ class SimulatedCalls:
         self.caches = {**hand_out(compiled.planned), **self.caches}
         ranks, captured = self.compiler.programs, whole_captured(compiled.planned)
         example = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in leaves)
-        self.programs.append(_Program(compiled, ranks, captured, tuple(bound), example))
+        # Not the rewritten program's types: a pass may have put a cast there.
+        limit = limit_of(kinds_of([node.meta.get("val") for node in compiled.planned.graph.nodes]))
+        work = compiled.rewritten
+        self.programs.append(_Program(work, ranks, captured, tuple(bound), example, limit))
         return self.programs[-1]
 
     def _run(self, program: _Program, leaves: Sequence[Any]) -> list[Any]:
         assert self.layout is not None, "a program has decided it"
-        captured, work = program.captured, program.compiled.rewritten
+        captured = program.captured
         leaves = with_counts(leaves, open_leaves(leaves, captured))
         ranks = [
             Inputs(self.model, captured, leaves, self.layout, rank, caches=self.caches)
             for rank in range(self.layout.ranks)
         ]
         feeds = [mine.of(graph.graph) for mine, graph in zip(ranks, program.ranks, strict=True)]
-        # Not the rewritten program's types: a pass may have put a cast there.
-        limit = limit_of(kinds_of([node.meta.get("val") for node in program.compiled.planned.graph.nodes]))
         with torch.no_grad():
-            columns = list(zip(*run(work, feeds, program.ranks), strict=True))
-        return [self._whole(s, parts, limit) for s, parts in zip(captured.outputs, columns, strict=True)]
+            columns = list(zip(*run(program.work, feeds, program.ranks), strict=True))
+        return [
+            self._whole(s, parts, program.limit) for s, parts in zip(captured.outputs, columns, strict=True)
+        ]
 
     def _whole(self, spec: OutputSpec, parts: Sequence[Any], limit: float) -> Any:
         """A result from what all ranks have of it; a buffer gets its new value."""
@@ -129,13 +133,8 @@ class SimulatedCalls:
             if any(not agree(part, parts[0], limit) for part in parts[1:] if isinstance(part, Tensor)):
                 raise RanksDiffer(spec.name)
             return parts[0]
-        placements = [R if place is None else Shard(*place) for place in held.places]
-        sizes = _sizes(parts[0], held)
-        return put_together(parts, sizes, self.layout.axes, placements, limit)
-
-
-def _sizes(part: Tensor, held: Held) -> list[list[int]]:
-    return sizes_at(torch.empty(held.whole(part).shape, device="meta"), held.atoms)
+        sizes = sizes_at(held.whole(parts[0]), held.atoms)
+        return put_together(parts, sizes, self.layout.axes, held.placed, limit)
 
 
 @contextmanager

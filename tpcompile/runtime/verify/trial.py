@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +19,7 @@ from tpcompile.compile_program import Compiler
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import flatten_call
 from tpcompile.ir.graph_edit import copied
-from tpcompile.ir.module_tensors import tensors_by_name
 from tpcompile.ir.nodes import module_path
-from tpcompile.ir.placements import R, Shard
 from tpcompile.lowering.lower_graph import Lowered, copy_placeholder
 from tpcompile.lowering.lower_randomness import UNIFORM
 from tpcompile.lowering.simulate import Watch, lower_all, run, sent
@@ -35,7 +32,7 @@ from tpcompile.runtime.make_program import hand_out
 from .assemble import RanksDiffer, Unknown, put_together, sizes_at
 from .compare import TypesSeen, difference, kinds_of, limit_of
 from .inputs import Inputs, undivided
-from .outcome import Finding, Key, backward, compared, learning_leaves, results_of, run_python
+from .outcome import Finding, Key, backward, compared, learning_leaves, results_of, run_python, worst_of
 
 Lower = Callable[[Work], Sequence[GraphModule]]
 
@@ -141,10 +138,9 @@ class Trial:
 
     def _buffers(self, inputs: Inputs) -> dict[Key, Any]:
         """Every buffer as it was: what the program leaves alone stays so."""
-        places = tensors_by_name(self.model).items()
-        named = {name: getattr(*place) for name, place in places if place[1] in place[0]._buffers}
         return {
-            ("buffer", name): inputs.layout.shard(name, value, inputs.rank) for name, value in named.items()
+            ("buffer", name): inputs.layout.shard(name, value, inputs.rank)
+            for name, value in self.model.named_buffers()
         }
 
     @staticmethod
@@ -165,10 +161,7 @@ class Trial:
             compared(mine, {key: self.part(key, value, rank) for key, value in plain.items()})
             for rank, mine in enumerate(ranks)
         ]
-        for column in zip(*columns, strict=True):
-            worst = max(column, key=lambda one: one.error)
-            found.append(replace(worst, ranks=sum(not one.error <= self.limit for one in column)))
-        return found
+        return found + worst_of(columns, self.limit)
 
     def compare(self, want: Mapping[Key, Any], got: Mapping[Key, Any]) -> list[Finding]:
         """What a graph at global shapes leaves behind, compared with what the model does."""
@@ -183,10 +176,9 @@ class Trial:
 
     def _cache(self, name: str, whole: Tensor, parts: Sequence[Tensor], held: Held) -> Finding:
         """A tensor of a cache, put together from what the ranks hand out."""
-        placements = [R if place is None else Shard(*place) for place in held.places]
         try:
             sizes = sizes_at(whole, held.atoms)
-            error = difference(put_together(parts, sizes, self.layout.axes, placements, self.limit), whole)
+            error = difference(put_together(parts, sizes, self.layout.axes, held.placed, self.limit), whole)
         except (RanksDiffer, Unknown):
             error = math.inf
         return Finding("result", name, error, 0 if error <= self.limit else len(parts))
