@@ -67,8 +67,8 @@ class Subject:
     sequence: bool = False
 
 
-def _family(name: str, ranks: int = 2, sequence: bool = False) -> Subject:
-    return Subject(lambda: families.build(name, F64), (), ranks, sequence)
+def _family(name: str, sequence: bool = False) -> Subject:
+    return Subject(lambda: families.build(name, F64), sequence=sequence)
 
 
 def _encoder() -> nn.Module:
@@ -85,7 +85,7 @@ MODELS = {
     "encoder": Subject(_encoder, ((3, 4, 12),)),
     "convnet": Subject(toys.NormedConvolution, ((3, 6, 12),)),
     **{name: _family(name) for name in ("llama", "mixtral", "deepseek_v3", "cohere", "mamba")},
-    "llama, sequence parallel": _family("llama", 2, True),
+    "llama, sequence parallel": _family("llama", True),
 }
 
 
@@ -93,7 +93,7 @@ class Bench:
     """A model with its right program, and the mutants of it."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.subject = name, MODELS[name]
+        self.subject = MODELS[name]
         torch.manual_seed(0)
         self.model = self.subject.build().to(F64).eval()
         if self.subject.shapes:
@@ -139,8 +139,9 @@ class Bench:
 
     def mutants(self, most: int) -> Iterator[Mutant]:
         """All faults, at some places each."""
+        rewritten = self._rewritten()
         for kind, fault in {**FAULTS, **VALUES}.items():
-            for at in _some(sum(1 for _ in fault(self._rewritten())), most):
+            for at in _some(sum(1 for _ in fault(rewritten)), most):
                 yield (
                     f"graph: {kind}",
                     lambda fault=fault, at=at: self.outcome(lambda: self._in_graph(fault, at)),
@@ -234,9 +235,7 @@ def _error(got: Any, want: Any) -> float:
 
 def _some(count: int, most: int) -> list[int]:
     """Places that are spread over all there are."""
-    return sorted(
-        {at * count // most for at in range(min(most, count))} if count > most else set(range(count))
-    )
+    return [at * count // most for at in range(most)] if count > most else list(range(count))
 
 
 def main() -> None:

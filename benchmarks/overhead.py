@@ -94,10 +94,7 @@ def run_rank(rounds: int, calls: int, layers: int, hidden: int, tokens: int, ski
     def sharded(**options: Any) -> Any:
         return tpcompile.parallelize(copy.deepcopy(whole), mesh, example_kwargs=call, **options)
 
-    lines = [
-        "| | variant | median, us | least, us | ratio | ratio of the least |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = [HEAD, "|" + "---|" * (2 + 2 * len(COLUMNS))]
     inductor, own = sharded(compile=True), sharded()
     if "call" not in skip:
         compiled, outer = torch.compile(copy.deepcopy(whole)), torch.compile(own, fullgraph=True)
@@ -136,7 +133,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--skip", default="", help='"call" or "generate"')
     args = parser.parse_args()
-    for line in run_spmd(run_rank, 1, args=tuple(vars(args).values()), timeout=1800)[0]:
+    for line in run_spmd(run_rank, 1, *vars(args).values(), timeout=1800)[0]:
         print(line)
 
 

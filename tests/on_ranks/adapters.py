@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tpcompile
+from tests.on_ranks.module_life import refusal
 
 from . import training
 
@@ -122,4 +123,4 @@ def refused(folder: str) -> list[str]:
         lambda: more.add_adapter("third", config),
         lambda: more.save_pretrained(folder, state_dict={}),
     ]
-    return [training.message_of(call) for call in calls]
+    return [refusal(call) for call in calls]

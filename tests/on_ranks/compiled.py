@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tpcompile
 from tests.helpers.toys import Mlp
-from tests.on_ranks.models import mesh
+from tests.on_ranks.models import Calls, error, gradient_error, mesh
 
 WIDTH = 12
 
@@ -47,20 +46,12 @@ def compiled(model: Any) -> list[tuple[int, int]]:
     return [(len(s.compiled), len(s.guarded)) for p in model.programs for s in p.steps.values()]
 
 
-def apart(mine: Tensor, theirs: Tensor) -> float:
-    """max |difference| / max |reference|."""
-    return float((mine - theirs).detach().abs().max() / theirs.detach().abs().max())
-
-
 def worst_gradient(whole: nn.Module, sharded: nn.Module) -> float:
     """The worst gradient's error; both models' gradients are cleared."""
-    own = dict(sharded.named_parameters())
-    errors = [
-        apart(own[n].grad.full_tensor(), p.grad) for n, p in whole.named_parameters() if p.grad is not None
-    ]
+    worst = gradient_error(whole, sharded)
     for model in (whole, sharded):
         model.zero_grad()
-    return max(errors)
+    return worst
 
 
 def kinds(compile: Any) -> dict[str, Any]:
@@ -72,7 +63,7 @@ def kinds(compile: Any) -> dict[str, Any]:
 
     def both(*given: Tensor) -> None:
         mine, theirs = sharded(*given), whole(*given)
-        errors.append(apart(mine, theirs))
+        errors.append(error(mine, theirs))
         if mine.requires_grad:
             ((mine**2).sum() + (theirs**2).sum()).backward()
             errors.append(worst_gradient(whole, sharded))
@@ -106,8 +97,8 @@ def trained(compile: Any) -> dict[str, Any]:
     for given in (x, torch.randn(6, WIDTH)):
         mine, theirs = sharded(given, given + 1), whole(given, given + 1)
         ((mine**2).sum() + (theirs**2).sum()).backward()
-        errors += [apart(mine, theirs), worst_gradient(whole, sharded)]
-    errors.append(apart(sharded.calls, whole.calls))
+        errors += [error(mine, theirs), worst_gradient(whole, sharded)]
+    errors.append(error(sharded.calls, whole.calls))
     return {"worst": max(errors), "compiled": compiled(sharded)}
 
 
@@ -135,23 +126,11 @@ def assumptions() -> dict[str, Any]:
         x = torch.randn(4, WIDTH)
         with FlopCounterMode(display=False) as flops:
             sharded(x)
-        with Operators() as seen:
+        with Calls() as seen:
             sharded(x)
     unseen = len(ran) - count
     flopped = flops.get_total_flops()
-    return {"made": made, "ran": ran[:count], "flops": flopped, "seen": seen.names, "unseen": unseen}
-
-
-class Operators(TorchDispatchMode):
-    """Notes the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+    return {"made": made, "ran": ran[:count], "flops": flopped, "seen": set(seen.counts), "unseen": unseen}
 
 
 class Deep(nn.Module):
@@ -173,10 +152,10 @@ def layers(compile: Any) -> dict[str, Any]:
     whole, sharded = pair(Deep, x, compile=compile)
     mine, theirs = sharded(x), whole(x)
     ((mine**2).sum() + (theirs**2).sum()).backward()
-    errors = [apart(mine, theirs), worst_gradient(whole, sharded)]
+    errors = [error(mine, theirs), worst_gradient(whole, sharded)]
     with torch.no_grad():
         x = torch.randn(2, 7, WIDTH)
-        errors.append(apart(sharded(x), whole(x)))
+        errors.append(error(sharded(x), whole(x)))
     region = torch.ops.higher_order.invoke_subgraph
     nodes = [steps.graph.graph.nodes for steps in sharded.programs[0].steps.values()]
     regions = [sum(node.target is region for node in each) for each in nodes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import tpcompile
 from tests.helpers import families
+from tpcompile.ir.torch_internals import TorchDispatchMode
 
 CAPTURED = (2, 16)
 OTHER = (3, 19)
@@ -49,6 +51,24 @@ def error(mine: Any, theirs: Any) -> float:
         assert name == other and x.shape == y.shape
         worst = max(worst, float((x.double() - y.double()).abs().max() / y.double().abs().max()))
     return worst
+
+
+def gradient_error(whole: nn.Module, sharded: Any) -> float:
+    """The worst error of a trained parameter's gradient."""
+    theirs, mine = dict(whole.named_parameters()), dict(sharded.named_parameters())
+    return max(error(p.grad.full_tensor(), theirs[name].grad) for name, p in mine.items() if p.requires_grad)
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def forward(name: str, compiled: bool) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 import tpcompile
-from tests.on_ranks.models import error, mesh
-from tpcompile.ir.torch_internals import TorchDispatchMode, functorch_config
+from tests.on_ranks.models import Calls, error, gradient_error, mesh
+from tpcompile.ir.torch_internals import functorch_config
 
 F64 = torch.float64
 BACKEND = "aot_eager_decomp_partition"  # all of torch's compiler but code
@@ -129,18 +129,6 @@ def _backward_nodes(result: Tensor) -> Iterator[Node]:
             yield node
 
 
-class Calls(TorchDispatchMode):
-    """Counts operators by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def step(model: nn.Module, x: Tensor) -> tuple[int, Counter[str]]:
     """A forward and backward; the bytes that autograd keeps between them, and the calls of backward."""
     counted = Counted(model)
@@ -148,11 +136,6 @@ def step(model: nn.Module, x: Tensor) -> tuple[int, Counter[str]]:
     with Calls() as calls:
         result.square().sum().backward()
     return counted.bytes, calls.counts
-
-
-def gradient_error(whole: nn.Module, sharded: Any) -> float:
-    theirs, mine = dict(whole.named_parameters()), dict(sharded.named_parameters())
-    return max(error(p.grad.full_tensor(), theirs[name].grad) for name, p in mine.items() if p.requires_grad)
 
 
 def keep_activations(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

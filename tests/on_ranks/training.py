@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 from transformers.modeling_outputs import CausalLMOutput
 
 import tpcompile
+from tests.on_ranks.module_life import refusal
 from tpcompile.weights.sharded_parameter import ShardedParameter
 
 
@@ -230,7 +231,7 @@ def refused(folder: str) -> dict[str, str]:
         "dispatch": lambda: trainer_of(classifier(), folder, accelerator_config={"dispatch_batches": True}),
         "mesh": lambda: trainer_of(tpcompile.parallelize(Classifier(), mixed, axis="tensor"), folder),
     }
-    return {name: message_of(call) for name, call in calls.items()}
+    return {name: refusal(call) for name, call in calls.items()}
 
 
 def seed_of_workers(folder: str) -> tuple[int, int]:
@@ -238,14 +239,6 @@ def seed_of_workers(folder: str) -> tuple[int, int]:
     trainer = trainer_of(sharded_toy(), folder, dataloader_num_workers=2)
     seed: Any = trainer.get_train_dataloader().worker_init_fn
     return trainer.args.process_index, seed.keywords["rank"]
-
-
-def message_of(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except tpcompile.TpCompileError as error:
-        return str(error)
-    return "it was accepted"
 
 
 def other_modules(folder: str) -> None:

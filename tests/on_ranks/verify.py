@@ -12,7 +12,7 @@ import tpcompile
 from tests.helpers import families
 from tests.helpers.toys import Mlp
 from tests.on_ranks.models import mesh
-from tpcompile.errors import TpCompileError
+from tests.on_ranks.module_life import refusal
 from tpcompile.runtime.program import Program
 from tpcompile.runtime.verify.report import Report
 
@@ -58,7 +58,7 @@ def live() -> dict[str, Any]:
         ("no call", lambda: model.verify()),
         ("no tokens", lambda: model.verify((x,), generate=-1)),
     ):
-        found[name] = _refusal(call)
+        found[name] = refusal(call)
     return found
 
 
@@ -70,21 +70,13 @@ def _a_little_more(right: Any) -> Any:
     return plain
 
 
-def _refusal(call: Any) -> str:
-    try:
-        call()
-    except TpCompileError as error:
-        return str(error)
-    return ""
-
-
 def weights_that_differ() -> str:
     """One rank's copy of a weight that is whole on all is another."""
     model, x = _counted()
     if dist.get_rank() == 1:
         with torch.no_grad():
             model.last.bias.to_local().add_(1)
-    return _refusal(lambda: model.verify((x,)))
+    return refusal(lambda: model.verify((x,)))
 
 
 def generating() -> Report:

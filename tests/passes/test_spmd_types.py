@@ -31,10 +31,11 @@ def _quiet() -> None:
 @pytest.mark.parametrize("name", TOYS)
 def test_faults_are_complained_about(name: str) -> None:
     """Of a program as it is there is no complaint; of each fault in it that can be lowered there is one."""
+    right = program(name)
     judge(program(name))
     found, unseen = Counter[str](), set[str]()
     for kind, fault in FAULTS.items():
-        for at in range(min(2, sum(1 for _ in fault(program(name))))):
+        for at in range(min(2, sum(1 for _ in fault(right)))):
             work = program(name)
             list(fault(work))[at]()
             try:

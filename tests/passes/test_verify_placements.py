@@ -68,10 +68,11 @@ def _runs_right(work: Work, name: str) -> bool:
 @pytest.mark.parametrize("name", TOYS)
 def test_faults(name: str) -> None:
     """Each fault is refused, or changes neither a result nor a gradient."""
+    right = program(name)
     assert _runs_right(program(name), name)
     refused, missed = 0, []
     for kind, fault in FAULTS.items():
-        for at in range(sum(1 for _ in fault(program(name)))):
+        for at in range(sum(1 for _ in fault(right))):
             work = program(name)
             list(fault(work))[at]()
             try:
