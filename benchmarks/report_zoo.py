@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-RIGHT = 1e-5
-"""The largest relative error of a right result; models compute parts of a double-precision forward singly."""
-
 
 def line(found: dict[str, Any]) -> str:
     """One type as text."""
@@ -17,11 +14,17 @@ def line(found: dict[str, Any]) -> str:
     fallbacks = "; ".join(f.split(":")[0] for f in found["fallbacks"])
     whole = ", ".join(f"{name} {share:.2f}" for name, share in found["whole"].items())
     return (
-        f"{kind}  error {found['error']:.0e}  weights {found['share']:.3f}  "
+        f"{kind}  {_errors(found)}  weights {found['share']:.3f}  "
         f"{found['collectives']:3} collectives"
         + (f"  fallbacks {fallbacks}" if fallbacks else "")
         + (f"  whole {whole}" if whole else "")
     )
+
+
+def _errors(found: dict[str, Any]) -> str:
+    """The largest error of every sort of value, and who is to blame if one is too large."""
+    errors = ", ".join(f"{sort} {error:.0e}" for sort, error in found["errors"].items())
+    return errors if found["ok"] else f"WRONG ({found['kind of fault']}, {found['first']}) {errors}"
 
 
 def sort_out(found: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -40,7 +43,7 @@ def _group(found: dict[str, Any]) -> str:
         if found["stage"] in ("build", "default", "time"):
             return "not built"
         return "refused" if found.get("refused") else "failed"
-    if found["error"] > RIGHT:
+    if not found["ok"]:
         return "wrong"
     return "divided" if found["share"] * found.get("ranks", 2) <= 1.2 and not found["fallbacks"] else "partly"
 

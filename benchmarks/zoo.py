@@ -4,10 +4,11 @@
         [--out FILE]
     python -m benchmarks.zoo --report FILE...
 
-One line per type: whether it is captured, the error against the unsharded model, the share of the weights
-that a rank holds, how many collectives, what is computed whole for want of a rule, and which large weights
-stay whole. Each type runs in a process of its own that is stopped after the limit. ``--out`` keeps all that
-was found, one JSON object a line; ``--report`` makes the lists of docs/models.md from such files.
+One line per type: whether it is captured, proved, and right (the largest errors of results and of gradients
+against the model's python), the share of the weights that a rank holds, how many collectives, what is
+computed whole for want of a rule, and which large weights stay whole. Each type runs in a process of its own
+that is stopped after the limit. ``--out`` keeps all that was found, one JSON object a line; ``--report``
+makes the lists of docs/models.md from such files.
 """
 
 from __future__ import annotations
@@ -20,33 +21,31 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 from transformers.models.auto import modeling_auto
 
 from benchmarks.report_zoo import line, report
 from benchmarks.tiny_models import default_problem, tiny_model
-from tests.helpers import programs
-from tpcompile.capture.caches.register import register_cache_support
-from tpcompile.capture.export.capture_model import capture
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import bind_call
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import whole_tensors
 from tpcompile.ir.names import starred
 from tpcompile.lowering import simulate
-from tpcompile.pipeline import canonical, plan_program, rewrite, split_copy
 from tpcompile.planner.collective import collectives_of
-from tpcompile.planner.decisions import decisions_from_data, decisions_to_data
 from tpcompile.planner.make_plan import fallbacks_of
 from tpcompile.planner.plan_layout import layout_of
-from tpcompile.planner.search.cost import preset
+from tpcompile.planner.work import Work
+from tpcompile.runtime.read_request import read_options
+from tpcompile.runtime.verify.one_process import Request, examine
 
 AUTO = {
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
@@ -69,7 +68,7 @@ AUTO = {
 
 
 def measure(kind: str, auto: str, dynamic: bool, ranks: int, stages: list[str]) -> dict[str, Any]:
-    """Captures, plans and runs one type.
+    """Verifies one type: captures, plans, proves, and runs results and gradients on all ranks.
 
     Args:
         kind: the type.
@@ -79,38 +78,42 @@ def measure(kind: str, auto: str, dynamic: bool, ranks: int, stages: list[str]) 
         stages: told what is being done, for the case that it fails.
     """
     stages.append("build")
-    register_cache_support()  # a cache that is returned is compared too
-    model, call, whole = _reference(kind, AUTO[auto][0])
-    stages.append("capture")
-    base = canonical(capture(model, call, dynamic=dynamic), ranks)
-    stages.append("plan")
-    planned = plan_program(base, preset("cpu"), lambda _work, _axis: {})
-    work = split_copy(base, planned.split_groups)
-    decisions_from_data(work, decisions_to_data(planned))
+    model, call = _example(kind, AUTO[auto][0])
+    stages.append("verify")
+    programs: list[Work] = []
+
+    def lower(work: Work) -> Sequence[GraphModule]:
+        programs.append(work)
+        return simulate.lower_all(work)
+
+    options = read_options(model, "auto", None, "cpu", dynamic, None, ())
+    report = examine(model, Request(call, options, ranks, lower=lower))
+    work = programs[-1]
     layout = layout_of(work, whole_tensors(model))
-    stages.append("rewrite")
-    rewrite(work, training=False)
-    stages.append("lower")
-    lowered = simulate.lower_all(work)
-    stages.append("run")
-    with torch.no_grad():
-        results = programs.run_ranks(work, model, lowered=lowered, **call)
-    params = dict(model.named_parameters(remove_duplicate=False))
-    used = [name for name in layout.params if name not in layout.open and name in params]
+    used = [name for name, _ in model.named_parameters(remove_duplicate=False) if name in _used(layout)]
+    errors = {f.sort: [g.error for g in report.findings if g.sort == f.sort] for f in report.findings}
     return {
-        "error": max(_error(rank, whole) for rank in results),
+        "ok": report.ok,
+        "kind of fault": report.kind,
+        "first": "" if report.ok or report.first_difference is None else report.first_difference.node,
+        "precision": report.precision,
+        "errors": {sort: max(found) for sort, found in errors.items()},
         "share": max(sum(_held(layout, name, r) for name in used) for r in range(ranks))
         / sum(_size(layout, name) for name in used),
         "collectives": sum(c.count for c in collectives_of(work)),
         "where": [f"{c.count} {c.kind} {c.where}" for c in collectives_of(work)],
         "fallbacks": list(fallbacks_of(work)),
         "whole": _whole(layout, used),
-        "notes": list(work.captured.notes),
+        "notes": [*work.captured.notes, *report.notes],
     }
 
 
-def _reference(kind: str, auto: str) -> tuple[nn.Module, dict[str, Any], list[torch.Tensor]]:
-    """A model, a call of it, and its results; in single precision if the model cannot do double."""
+def _used(layout: WeightLayout) -> set[str]:
+    return set(layout.params) - set(layout.undecided)
+
+
+def _example(kind: str, auto: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A model and a call of it; in single precision if the model cannot do double."""
     failed: list[Exception] = []
     for dtype in (torch.float64, torch.float32):
         try:
@@ -119,27 +122,11 @@ def _reference(kind: str, auto: str) -> tuple[nn.Module, dict[str, Any], list[to
             with torch.no_grad():
                 whole = [x for x in tree_leaves(model(**call)) if torch.is_tensor(x)]
             if all(bool(x.isfinite().all()) for x in whole):
-                return model, call, whole
+                return model, call
             failed.append(ValueError("the unsharded model's own results are not finite"))
         except Exception as error:
             failed.append(error)
     raise failed[0]
-
-
-def _error(results: list[Any], whole: list[torch.Tensor]) -> float:
-    """The largest error of any result, relative to the largest element of that result."""
-    worst = 0.0
-    tensors = [r for r in results if torch.is_tensor(r)]
-    if len(tensors) < len(whole):
-        return math.inf
-    for mine, true in zip(tensors, whole, strict=False):
-        if mine.shape != true.shape:
-            return math.inf
-        scale = max(float(true.abs().max()), 1e-30) if true.numel() else 1.0
-        difference = (mine.double() - true.double()).abs().max() if true.numel() else torch.zeros(())
-        found = float(difference) / scale
-        worst = max(worst, math.inf if math.isnan(found) else found)
-    return worst
 
 
 def _size(layout: WeightLayout, name: str) -> int:
