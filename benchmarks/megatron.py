@@ -51,7 +51,7 @@ class Local(nn.Module):
         local = input_ids - self.first
         mine = (local >= 0) & (local < self.embed.shape[0])
         x = self.all_reduce(F.embedding(local * mine, self.embed) * mine.unsqueeze(-1))
-        angles = torch.outer(torch.arange(length, device=x.device).float(), self.inv_freq)
+        angles = torch.outer(torch.arange(length, device=x.device).float(), self.get_buffer("inv_freq"))
         angles = torch.cat([angles, angles], -1)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:

@@ -76,7 +76,7 @@ class ByHand(Local):
         local = input_ids - self.first
         mine = (local >= 0) & (local < self.embed.shape[0])
         x = self.all_reduce(F.embedding(local * mine, self.embed) * mine.unsqueeze(-1))
-        angles = torch.outer(torch.arange(input_ids.shape[1]).float(), self.inv_freq)
+        angles = torch.outer(torch.arange(input_ids.shape[1]).float(), self.get_buffer("inv_freq"))
         angles = torch.cat([angles, angles], -1)
         cos, sin = angles.cos(), angles.sin()
         for layer in self.layers:

@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import tpcompile
 from benchmarks.wire import Wire
 from tpcompile.ir.units import size_text
+from tpcompile.planner.dry_run.estimate import Mode
 from tpcompile.runtime.dry_run.live_bytes import LiveBytes
 
 BATCH, LENGTH = 4, 96
@@ -78,8 +79,8 @@ def model_of(family: str, layers: int) -> nn.Module:
 def predicted(model: nn.Module, ranks: int, batch: int = BATCH, length: int = LENGTH) -> Taken:
     """What the weights and each kind of step are said to take."""
     plan = tpcompile.plan(model, ranks)
-    modes = ("train", "prefill", "decode")
-    found = {mode: said(plan.estimate(mode, batch=batch, seq=length, device="cpu")) for mode in modes}
+    modes: tuple[Mode, ...] = ("train", "prefill", "decode")
+    found: Taken = {mode: said(plan.estimate(mode, batch=batch, seq=length, device="cpu")) for mode in modes}
     return {"weights": (plan.layout.fullest, ""), **found}
 
 
@@ -182,7 +183,7 @@ def _tensors(caches: dict[str, Any]) -> list[Tensor]:
 def measured(family: str, ranks: int, layers: int, port: int) -> list[Taken]:
     """The same as ``predicted``, of each rank."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(measure, args=(family, ranks, layers, port, folder), nprocs=ranks)  # type: ignore[no-untyped-call]
+        mp.spawn(measure, args=(family, ranks, layers, port, folder), nprocs=ranks)
         return [torch.load(Path(folder) / str(rank)) for rank in range(ranks)]
 
 

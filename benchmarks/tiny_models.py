@@ -91,8 +91,8 @@ def _shrunk(config: PreTrainedConfig, variant: dict[str, int | None]) -> dict[st
             new[name] = {"model_type": value.model_type, **_shrunk(value, variant)}
         elif name.endswith(("token_id", "token_index")) and isinstance(value, int):
             new[name] = _TOKENS.get(name, min(value, 1))
-        elif type(value) is int and sizes.get(name) is not None:
-            new[name] = min(value, sizes[name])
+        elif type(value) is int and (size := sizes.get(name)) is not None:
+            new[name] = min(value, size)
         elif value is None and name in sizes and ("expert" in name or name == "vocab_size"):
             new[name] = sizes[name]
         elif isinstance(value, dict) and "mrope_section" in value:
