@@ -35,7 +35,7 @@ from tpcompile.lowering.simulate import lower_all, sent
 from tpcompile.passes.verify_placements import verify_placements
 from tpcompile.pipeline import follow, rewrite
 from tpcompile.planner.decisions import decisions_to_data
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.ranks.compare_sent import refuse_unlike
 from tpcompile.rules import table
 from tpcompile.runtime.read_request import read_options
@@ -123,7 +123,7 @@ class Bench:
         except Exception:  # a fault may make anything fail; it does not come to a number
             return "lowering"
         try:
-            refuse_unlike(sent(self.trial.work.axes, self.trial.programs))
+            refuse_unlike(sent(self.trial.rewritten.axes, self.trial.programs))
         except TpCompileError:
             return "ranks"
         try:
@@ -166,16 +166,16 @@ class Bench:
             for at in _some(sum(1 for _ in change(self.base.copy())), most):
                 yield kind, lambda change=change, at=at: self._in_capture(change, at)
 
-    def _rewritten(self) -> Work:
-        work = follow(self.base, (self.groups, self.data))
-        rewrite(work, training=True, sequence=self.subject.sequence)
-        return work
+    def _rewritten(self) -> GlobalProgram:
+        program = follow(self.base, (self.groups, self.data))
+        rewrite(program, training=True, sequence=self.subject.sequence)
+        return program
 
     def _in_graph(self, fault: Any, at: int) -> list[GraphModule]:
-        work = self._rewritten()
-        list(fault(work))[at]()
-        verify_placements(work, training=True)
-        return lower_all(work)
+        program = self._rewritten()
+        list(fault(program))[at]()
+        verify_placements(program, training=True)
+        return lower_all(program)
 
     def _on_ranks(self, fault: Any, at: int, count: int) -> list[GraphModule]:
         """The programs of all ranks, with a fault in the last ones."""
@@ -207,7 +207,7 @@ class Bench:
 
         def capture(compiler: Any, model: nn.Module, bound: dict[str, Any]) -> Any:
             captured = right(compiler, model, bound)
-            list(change(Work(captured, 1)))[at]()
+            list(change(GlobalProgram(captured, 1)))[at]()
             return captured
 
         with patch.object(SimulatedCompiler, "capture_call", capture):

@@ -41,9 +41,9 @@ from tpcompile.ir.module_tensors import whole_tensors
 from tpcompile.ir.names import starred
 from tpcompile.lowering import simulate
 from tpcompile.planner.collective import collectives_of
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.planner.make_plan import fallbacks_of
 from tpcompile.planner.plan_layout import layout_of
-from tpcompile.planner.work import Work
 from tpcompile.runtime.read_request import read_options
 from tpcompile.runtime.verify.one_process import Request, examine
 
@@ -80,16 +80,16 @@ def measure(kind: str, auto: str, dynamic: bool, ranks: int, stages: list[str]) 
     stages.append("build")
     model, call = _example(kind, AUTO[auto][0])
     stages.append("verify")
-    programs: list[Work] = []
+    programs: list[GlobalProgram] = []
 
-    def lower(work: Work) -> Sequence[GraphModule]:
-        programs.append(work)
-        return simulate.lower_all(work)
+    def lower(program: GlobalProgram) -> Sequence[GraphModule]:
+        programs.append(program)
+        return simulate.lower_all(program)
 
     options = read_options(model, "auto", None, "cpu", dynamic, None, ())
     report = examine(model, Request(call, options, ranks, lower=lower))
-    work = programs[-1]
-    layout = layout_of(work, whole_tensors(model))
+    program = programs[-1]
+    layout = layout_of(program, whole_tensors(model))
     used = [name for name, _ in model.named_parameters(remove_duplicate=False) if name in _used(layout)]
     errors = {f.sort: [g.error for g in report.findings if g.sort == f.sort] for f in report.findings}
     return {
@@ -100,11 +100,11 @@ def measure(kind: str, auto: str, dynamic: bool, ranks: int, stages: list[str]) 
         "errors": {sort: max(found) for sort, found in errors.items()},
         "share": max(sum(_held(layout, name, r) for name in used) for r in range(ranks))
         / sum(_size(layout, name) for name in used),
-        "collectives": sum(c.count for c in collectives_of(work)),
-        "where": [f"{c.count} {c.kind} {c.where}" for c in collectives_of(work)],
-        "fallbacks": list(fallbacks_of(work)),
+        "collectives": sum(c.count for c in collectives_of(program)),
+        "where": [f"{c.count} {c.kind} {c.where}" for c in collectives_of(program)],
+        "fallbacks": list(fallbacks_of(program)),
         "whole": _whole(layout, used),
-        "notes": [*work.captured.notes, *report.notes],
+        "notes": [*program.captured.notes, *report.notes],
     }
 
 

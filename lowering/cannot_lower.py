@@ -10,14 +10,14 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.markers import MARKERS, MERGED, origin
 from tpcompile.ir.nodes import module_path, producer
 from tpcompile.ir.placements import R
-from tpcompile.planner.work import Alike, alike
+from tpcompile.planner.global_program import Alike, alike
 
 
 class CannotLower(TpCompileError):
     """A call cannot be lowered as it was planned.
 
     Attributes:
-        calls: the calls to blame, as ``Work.refused`` names them.
+        calls: the calls to blame, as ``GlobalProgram.refused`` names them.
     """
 
     calls: frozenset[Alike] = frozenset()

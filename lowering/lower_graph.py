@@ -18,7 +18,7 @@ from tpcompile.ir.markers import MARKERS, MERGED
 from tpcompile.ir.nodes import is_tensor, module_path
 from tpcompile.ir.regions import join_regions
 from tpcompile.ir.sizes import sizes_of
-from tpcompile.planner.work import Source, Work
+from tpcompile.planner.global_program import GlobalProgram, Source
 from tpcompile.rules.opaque import is_opaque
 from tpcompile.rules.rule import Rule
 
@@ -35,9 +35,9 @@ from .state import SOURCE, STANDS_FOR, Groups, Lowering, lenient
 from .update_in_place import update_in_place
 
 
-def lower_graph(work: Work, coordinates: tuple[int, ...], groups: Groups) -> GraphModule:
+def lower_graph(program: GlobalProgram, coordinates: tuple[int, ...], groups: Groups) -> GraphModule:
     """One rank's program, see ``lower_program``, with all layers one after the other."""
-    return lower_program(work, coordinates, groups).local
+    return lower_program(program, coordinates, groups).local
 
 
 @dataclass
@@ -57,11 +57,11 @@ class Lowered:
     notes: tuple[str, ...] = ()
 
 
-def lower_program(work: Work, coordinates: tuple[int, ...], groups: Groups) -> Lowered:
+def lower_program(program: GlobalProgram, coordinates: tuple[int, ...], groups: Groups) -> Lowered:
     """One rank's program: constants local, parameters as this rank's parts, real collectives.
 
     Args:
-        work: a program whose reshards have become collectives.
+        program: a program whose reshards have become collectives.
         coordinates: the rank's position on each sub-axis.
         groups: its process groups.
 
@@ -69,31 +69,31 @@ def lower_program(work: Work, coordinates: tuple[int, ...], groups: Groups) -> L
         CannotLower: an operator does not run on local shapes; it does where it is whole.
         TpCompileError: an operator has other local shapes than its rule promised.
     """
-    assert work.planned_factors is not None, "the program must be planned"
-    shapes = LocalShapes(work.planned_factors, work.axes, coordinates)
-    local = _walk(Lowering(work, shapes, groups))
+    assert program.planned_factors is not None, "the program must be planned"
+    shapes = LocalShapes(program.planned_factors, program.axes, coordinates)
+    local = _walk(Lowering(program, shapes, groups))
     lowered = Lowered(local)
-    writes = any(spec.in_place for spec in work.captured.outputs)
-    regions = {} if writes else work.captured.regions
-    if work.blocks is not None:
-        lists = unroll(local.graph, work.blocks, copy_placeholder)
-        if not writes and _may_outline(work, local.graph):
+    writes = any(spec.in_place for spec in program.captured.outputs)
+    regions = {} if writes else program.captured.regions
+    if program.blocks is not None:
+        lists = unroll(local.graph, program.blocks, copy_placeholder)
+        if not writes and _may_outline(program, local.graph):
             lowered.outlined = outline(local.graph, lists)
         drop_unused(local.graph)  # of the last layer, what only the others return
-    seed_graph(local.graph, groups, len(work.axes))
+    seed_graph(local.graph, groups, len(program.axes))
     if regions:
         lowered.notes = join_regions(local.graph)
         lowered.recomputing = recomputing(local.graph, regions)
-    elif work.captured.regions:
+    elif program.captured.regions:
         lowered.notes = ("nothing is recomputed in backward: the call updates caches in place",)
     local.recompile()
-    update_in_place(local, work.captured.whole_outputs, _given(local.graph))
+    update_in_place(local, program.captured.whole_outputs, _given(local.graph))
     return lowered
 
 
 def _walk(low: Lowering) -> GraphModule:
     """Lowers all nodes in order and checks every local shape against its placement."""
-    for node in low.work.graph.nodes:
+    for node in low.program.graph.nodes:
         if node.op == "placeholder":
             low.local[node] = _placeholder(low, node)
         elif node.op == "output":
@@ -116,11 +116,11 @@ def _walk(low: Lowering) -> GraphModule:
 def _placeholder(low: Lowering, node: Node) -> Node:
     new = low.graph.placeholder(node.name)
     new.meta.update(node.meta)
-    new.meta[SOURCE] = low.work.sources[node]
-    name = low.work.sources[node].spec.name
-    custom = low.work.custom.parts.get(name)
+    new.meta[SOURCE] = low.program.sources[node]
+    name = low.program.sources[node].spec.name
+    custom = low.program.custom.parts.get(name)
     if custom is not None:
-        shape = custom[WeightLayout(low.work.axes, {}).rank(low.shapes.coordinates)].shape
+        shape = custom[WeightLayout(low.program.axes, {}).rank(low.shapes.coordinates)].shape
         new.meta["val"] = value_of(torch.Tensor.new_empty, (node.meta["val"], shape), {}, low.mode)
     elif is_tensor(node) and any(str(p) != "R" for p in node.meta["placement"]):
         new.meta["val"] = low.part(node)
@@ -147,7 +147,7 @@ def _call(low: Lowering, node: Node) -> Any:
         return localise.sym_size(low, node)
     args, kwargs = low.map(node.args), low.map(node.kwargs)
     if node.target is FUNCTION:
-        args = (*args[:2], low.work.captured.functions[args[2]].handle, *args[3:])
+        args = (*args[:2], low.program.captured.functions[args[2]].handle, *args[3:])
     if all(_is_whole(low, operand) for operand in node.all_input_nodes):
         return low.emit_as(lenient(node.target), args, node.meta["val"], like=node, **kwargs)
     return low.emit(node.target, *args, like=node, **kwargs)
@@ -202,10 +202,10 @@ def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def _may_outline(work: Work, graph: Graph) -> bool:
+def _may_outline(program: GlobalProgram, graph: Graph) -> bool:
     """Whether layers may become calls: not if they draw numbers, or run custom modules."""
     draws = bool(graph.find_nodes(op="call_function", target=UNIFORM))
-    return not (draws or work.custom.parts)
+    return not (draws or program.custom.parts)
 
 
 def _given(graph: Graph) -> dict[str, Node]:

@@ -140,7 +140,7 @@ def _matmul_merged(low: Lowering, node: Node) -> list[Node]:
     """One matmul on segments that lie together; its results stand beside each other in the last dimension."""
     target, *args = arguments(node)
     groups = [a for a in args if isinstance(a, list | tuple)]
-    packed = {id(g): low.work.packed_dims[low.work.sources[g[0]].spec.name] for g in groups}
+    packed = {id(g): low.program.packed_dims[low.program.sources[g[0]].spec.name] for g in groups}
     given = [low.join(a, packed[id(a)]) if id(a) in packed else low.map(a) for a in args]
     weights = max(groups, key=lambda g: g[0].meta["val"].ndim)
     sizes = [low.map(w).meta["val"].shape[packed[id(weights)]] for w in weights]

@@ -30,7 +30,7 @@ def lower_opaque(low: Lowering, node: Node) -> Node:
 
 
 def _make(low: Lowering, key: str) -> LocalModule:
-    custom = low.work.custom
+    custom = low.program.custom
     path, module = custom.templates[key]
     mesh = custom.mesh
     if mesh is None:

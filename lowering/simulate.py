@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.markers import Axes
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.ranks.compare_sent import Sent
 
 from .collective_lines import sent_by
@@ -49,22 +49,22 @@ def coordinates(axes: tuple[int, ...]) -> list[tuple[int, ...]]:
     return list(map(WeightLayout(axes, {}).coordinates, range(math.prod(axes))))
 
 
-def lower_all(work: Work) -> list[GraphModule]:
+def lower_all(program: GlobalProgram) -> list[GraphModule]:
     """The programs of all ranks."""
-    return [lower_graph(work, at, SimulatedGroups(work.axes, at)) for at in coordinates(work.axes)]
+    return [lower_graph(program, at, SimulatedGroups(program.axes, at)) for at in coordinates(program.axes)]
 
 
 def sent(axes: tuple[int, ...], lowered: Sequence[GraphModule]) -> list[list[Sent]]:
     """What the programs of all ranks send, for comparison."""
     everyone = coordinates(axes)
     return [
-        sent_by(program.graph, lambda group, r=r: tuple(_members(group, everyone, r)))  # type: ignore[misc]
-        for r, program in enumerate(lowered)
+        sent_by(local.graph, lambda group, r=r: tuple(_members(group, everyone, r)))  # type: ignore[misc]
+        for r, local in enumerate(lowered)
     ]
 
 
 def run(
-    work: Work,
+    program: GlobalProgram,
     inputs: Sequence[Sequence[Any]],
     lowered: Sequence[GraphModule] | None = None,
     watch: Watch | None = None,
@@ -74,10 +74,10 @@ def run(
     Raises:
         TpCompileError: the ranks don't send the same.
     """
-    everyone = coordinates(work.axes)
+    everyone = coordinates(program.axes)
     ranks = [
-        _Rank(r, program, iter(given), watch)
-        for r, (program, given) in enumerate(zip(lowered or lower_all(work), inputs, strict=True))
+        _Rank(r, local, iter(given), watch)
+        for r, (local, given) in enumerate(zip(lowered or lower_all(program), inputs, strict=True))
     ]
     while waiting := {r: node for r, rank in enumerate(ranks) if (node := rank.advance()) is not None}:
         _refuse_unlike(waiting, len(ranks))
@@ -93,8 +93,8 @@ def run(
 class _Rank:
     """One rank on its way through its graph."""
 
-    def __init__(self, rank: int, program: GraphModule, feed: Any, watch: Watch | None) -> None:
-        self.rank, self.nodes, self.feed, self.watch = rank, list(program.graph.nodes), feed, watch
+    def __init__(self, rank: int, local: GraphModule, feed: Any, watch: Watch | None) -> None:
+        self.rank, self.nodes, self.feed, self.watch = rank, list(local.graph.nodes), feed, watch
         self.values: dict[Node, Any] = {}
         self.at = 0
 

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from tpcompile.ir.graph_edit import KEPT_META, fake_mode, value_of
 from tpcompile.ir.markers import Axes
 from tpcompile.ir.torch_internals import ConstantSource, FakeTensorMode
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 
 from .local_module import LocalModule
 from .local_shapes import LocalShapes
@@ -45,7 +45,7 @@ class Lowering:
     """The state of lowering one rank's graph.
 
     Attributes:
-        work: the planned program.
+        program: the planned program.
         shapes: local sizes on this rank.
         groups: this rank's process groups.
         graph: the local graph being built.
@@ -55,7 +55,7 @@ class Lowering:
         parts: the local sizes of dynamic dimensions that are divided, by whole size and ranks.
     """
 
-    work: Work
+    program: GlobalProgram
     shapes: LocalShapes
     groups: Groups
     graph: Graph = field(default_factory=Graph)
@@ -65,7 +65,7 @@ class Lowering:
     parts: dict[tuple[Any, int], torch.SymInt] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.mode = fake_mode(self.work.graph)
+        self.mode = fake_mode(self.program.graph)
 
     def emit(self, target: Any, *args: Any, like: Node, **kwargs: Any) -> Node:
         """Adds a call to the local graph; its value is computed on fake tensors."""
@@ -111,7 +111,7 @@ class Lowering:
             vals = [self.local[p].meta["val"] for p in parts]
             node.meta.update({k: first.meta[k] for k in KEPT_META if k in first.meta})
             node.meta["val"] = value_of(torch.cat, (vals, dim), {}, self.mode)
-            node.meta[SOURCE] = replace(self.work.sources[parts[0]], segment=None, count=len(parts))
+            node.meta[SOURCE] = replace(self.program.sources[parts[0]], segment=None, count=len(parts))
             self.joined[key] = node
         return self.joined[key]
 

@@ -14,7 +14,7 @@ from tpcompile.capture.export.aliases import may_alias
 from tpcompile.ir.graph_edit import call_before, cast_before, drop_unused, replace
 from tpcompile.ir.nodes import argument, arguments, is_tensor, shape
 from tpcompile.ir.sizes import sizes_of
-from tpcompile.planner.work import Pass, Work
+from tpcompile.planner.global_program import GlobalProgram, Pass
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
@@ -43,21 +43,21 @@ class Canonicalise(Pass):
 
     name = "canonicalise"
 
-    def apply(self, work: Work) -> bool:
+    def apply(self, program: GlobalProgram) -> bool:
         changed = False
-        for node in work.graph.nodes:
-            if node.op == "call_function" and _rewrite(work, node):
+        for node in program.graph.nodes:
+            if node.op == "call_function" and _rewrite(program, node):
                 changed = True
-        return drop_unused(work.graph) or changed
+        return drop_unused(program.graph) or changed
 
 
-def _rewrite(work: Work, node: Node) -> bool:
+def _rewrite(program: GlobalProgram, node: Node) -> bool:
     """Rewrites a call, if there is another form for it."""
     if _is_identity(node):
         replace(node, node.args[0])  # type: ignore[arg-type]
         return True
     rewrite = _REWRITES.get(node.target)
-    return rewrite is not None and rewrite(work, node)
+    return rewrite is not None and rewrite(program, node)
 
 
 def _is_identity(node: Node) -> bool:
@@ -72,7 +72,7 @@ def _is_identity(node: Node) -> bool:
     return node.target in (aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default)
 
 
-def _split_to_slices(work: Work, node: Node) -> bool:
+def _split_to_slices(program: GlobalProgram, node: Node) -> bool:
     """An unequal split becomes slices."""
     dim = argument(node, 2, "dim", 0)
     parts = [sizes_of(t)[dim] for t in node.meta["val"]]
@@ -83,15 +83,15 @@ def _split_to_slices(work: Work, node: Node) -> bool:
     return True
 
 
-def _index_to_slice(work: Work, node: Node) -> bool:
-    found = _constant_position(work, node)
+def _index_to_slice(program: GlobalProgram, node: Node) -> bool:
+    found = _constant_position(program, node)
     if found is not None:
         dim, position = found
         replace(node, call_before(node, aten.slice.Tensor, node.args[0], dim, position, position + 1))
     return found is not None
 
 
-def _constant_position(work: Work, node: Node) -> tuple[int, int] | None:
+def _constant_position(program: GlobalProgram, node: Node) -> tuple[int, int] | None:
     """Dimension and position, if the only index is a constant with one element."""
     given = [(d, i) for d, i in enumerate(argument(node, 1, "indices")) if i is not None]
     if len(given) != 1:
@@ -99,44 +99,44 @@ def _constant_position(work: Work, node: Node) -> tuple[int, int] | None:
     dim, index = given[0]
     while index.target in _COPIES:
         index = index.args[0]
-    if index not in work.sources:
+    if index not in program.sources:
         return None
-    source = work.sources[index].spec
-    value = work.captured.constants.get(source.name) if source.kind == "constant" else None
+    source = program.sources[index].spec
+    value = program.captured.constants.get(source.name) if source.kind == "constant" else None
     if value is None or tuple(value.shape) != (1,) or value.dtype == torch.bool:
         return None
     size = shape(argument(node, 0, "self"))[dim]
     return (dim, int(value) % size) if isinstance(size, int) else None
 
 
-def _type_as_to_cast(work: Work, node: Node) -> bool:
+def _type_as_to_cast(program: GlobalProgram, node: Node) -> bool:
     """Of the other operand only the type counts: it need not be brought along."""
     replace(node, call_before(node, aten._to_copy.default, node.args[0], dtype=node.meta["val"].dtype))
     return True
 
 
-def _copy_to_source(work: Work, node: Node) -> bool:
+def _copy_to_source(program: GlobalProgram, node: Node) -> bool:
     """Of the tensor that is copied into only shape and type count; a result has memory of its own."""
     into, source = arguments(node)[:2]
     if shape(source) != shape(into):
         source = call_before(node, aten.expand_as.default, source, into)
     copied = cast_before(node, source, node.meta["val"].dtype)
-    if copied is source and _is_handed_out(work, node):
+    if copied is source and _is_handed_out(program, node):
         copied = call_before(node, aten.clone.default, copied)
     replace(node, copied)
     return True
 
 
-def _is_handed_out(work: Work, value: Node) -> bool:
+def _is_handed_out(program: GlobalProgram, value: Node) -> bool:
     """Whether a value, or a view of it, is a result, which the caller may write."""
     if any(user.op == "output" for user in value.users):
-        outputs = zip(work.outputs(), work.captured.outputs, strict=True)
+        outputs = zip(program.outputs(), program.captured.outputs, strict=True)
         if any(out is value and spec.kind in ("user", "attribute") for out, spec in outputs):
             return True
-    return any(may_alias(user) and _is_handed_out(work, user) for user in value.users)
+    return any(may_alias(user) and _is_handed_out(program, user) for user in value.users)
 
 
-def _state_sizes(work: Work, node: Node) -> bool:
+def _state_sizes(program: GlobalProgram, node: Node) -> bool:
     """Writes static sizes as numbers, whatever they were written as."""
     old = list(argument(node, 1, "size"))
     new = [size if isinstance(size, int) else arg for arg, size in zip(old, shape(node), strict=True)]
@@ -144,7 +144,7 @@ def _state_sizes(work: Work, node: Node) -> bool:
     return new != old
 
 
-def _new_to_factory(work: Work, node: Node) -> bool:
+def _new_to_factory(program: GlobalProgram, node: Node) -> bool:
     fill = node.args[2] if _NEW[node.target] is None else _NEW[node.target]  # type: ignore[index]
     val = node.meta["val"]
     full = aten.full.default
@@ -152,13 +152,13 @@ def _new_to_factory(work: Work, node: Node) -> bool:
     return True
 
 
-def _without_size(work: Work, node: Node) -> bool:
+def _without_size(program: GlobalProgram, node: Node) -> bool:
     told = node.kwargs.get("output_size") is not None
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "output_size"}
     return told
 
 
-def _weight_norm_to_arithmetic(work: Work, node: Node) -> bool:
+def _weight_norm_to_arithmetic(program: GlobalProgram, node: Node) -> bool:
     """``v * (g / |v|)``, the norm over all dimensions but one."""
     direction, length, *_ = arguments(node)
     kept, rank, dtype = argument(node, 2, "dim", 0), len(shape(direction)), length.meta["val"].dtype
@@ -173,7 +173,7 @@ def _weight_norm_to_arithmetic(work: Work, node: Node) -> bool:
     return True
 
 
-_REWRITES: dict[Any, Callable[[Work, Node], bool]] = {
+_REWRITES: dict[Any, Callable[[GlobalProgram, Node], bool]] = {
     **dict.fromkeys(_SPLITS, _split_to_slices),
     **dict.fromkeys(_NEW, _new_to_factory),
     **dict.fromkeys(_VIEWS, _state_sizes),

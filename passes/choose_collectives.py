@@ -12,7 +12,7 @@ from tpcompile.ir.conversions import steps
 from tpcompile.ir.graph_edit import call_before, replace
 from tpcompile.ir.nodes import arguments
 from tpcompile.ir.placements import R
-from tpcompile.planner.work import Pass, Work
+from tpcompile.planner.global_program import GlobalProgram, Pass
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,22 @@ class ChooseCollectives(Pass):
 
     name = "choose-collectives"
 
-    def apply(self, work: Work) -> bool:
-        found = work.graph.find_nodes(op="call_function", target=markers.reshard)
+    def apply(self, program: GlobalProgram) -> bool:
+        found = program.graph.find_nodes(op="call_function", target=markers.reshard)
         for node in found:
             value, src, dst = arguments(node)
             for target, options, after in steps(src, dst):
                 if target is markers.mask_rows:
-                    options = (*options, _whole_value(work, options[1].ids))
+                    options = (*options, _whole_value(program, options[1].ids))
                 value = call_before(node, target, value, *options)
                 value.meta["placement"] = after
             replace(node, value)
         return bool(found)
 
 
-def _whole_value(work: Work, name: str) -> Node:
+def _whole_value(program: GlobalProgram, name: str) -> Node:
     """The value of that name, which says each row's expert and must be whole."""
-    found = next(n for n in work.graph.nodes if n.name == name)
+    found = next(n for n in program.graph.nodes if n.name == name)
     if any(p != R for p in found.meta.get("placement", ())):
         raise TpCompileError(
             f"{name} is divided, but says whose rows are whose",

@@ -15,8 +15,8 @@ from tpcompile.ir.nodes import tensor_of
 from tpcompile.ir.placements import P, Replicate
 from tpcompile.ir.regions import region_of
 from tpcompile.ir.sizes import bytes_of
+from tpcompile.planner.global_program import GlobalProgram, Pass
 from tpcompile.planner.search.cost import PRESETS, CostModel
-from tpcompile.planner.work import Pass, Work
 
 
 @dataclass
@@ -55,27 +55,27 @@ class CoalesceCollectives(Pass):
     cost: CostModel = PRESETS["cpu"]
     largest: int = 1 << 20
 
-    def apply(self, work: Work) -> bool:
-        runs = [run for run in self._runs(work) if len(run.nodes) > 1]
+    def apply(self, program: GlobalProgram) -> bool:
+        runs = [run for run in self._runs(program) if len(run.nodes) > 1]
         for run in runs:
-            _join(work.graph, run)
+            _join(program.graph, run)
         return bool(runs)
 
-    def _runs(self, work: Work) -> Iterator[_Run]:
+    def _runs(self, program: GlobalProgram) -> Iterator[_Run]:
         """Small all-reduces of one kind that do not need each other's results.
 
         Runs are found in the graph's order and do not interleave. So joining one, which makes its results
         depend on all its operands, cannot make a member of another depend on a second one.
         """
         run = _Run()
-        for node in work.graph.nodes:
+        for node in program.graph.nodes:
             needs = any(i in run.needing for i in node.all_input_nodes)
             if (
                 node.target is all_reduce
                 and node.args[2] == "sum"
                 and bytes_of(tensor_of(node)) <= self.largest
             ):
-                axes = None if needs else self._joint_axes(work, run, node)
+                axes = None if needs else self._joint_axes(program, run, node)
                 if axes is None:
                     yield run
                     run, axes = _Run(), _axes(node)
@@ -84,7 +84,7 @@ class CoalesceCollectives(Pass):
                 run.needing.add(node)
         yield run
 
-    def _joint_axes(self, work: Work, run: _Run, node: Node) -> Axes | None:
+    def _joint_axes(self, program: GlobalProgram, run: _Run, node: Node) -> Axes | None:
         """The sub-axes on which a run and one more reduce together; None if they cannot, or should not."""
         mine = _axes(node)
         if not run.nodes:
@@ -98,12 +98,12 @@ class CoalesceCollectives(Pass):
         nodes = [*run.nodes, node]
         if not all(_whole_on_the_others(n, axes) for n in nodes):
             return None
-        apart = self._time(work, run.nodes, run.axes) + self._time(work, [node], mine)
-        return axes if self._time(work, nodes, axes) < apart else None
+        apart = self._time(program, run.nodes, run.axes) + self._time(program, [node], mine)
+        return axes if self._time(program, nodes, axes) < apart else None
 
-    def _time(self, work: Work, nodes: Sequence[Node], axes: Axes) -> float:
+    def _time(self, program: GlobalProgram, nodes: Sequence[Node], axes: Axes) -> float:
         """The modelled time of reducing several values on some sub-axes at once."""
-        ranks = math.prod(work.axes[a] for a in axes)
+        ranks = math.prod(program.axes[a] for a in axes)
         widened = [n for n in nodes if _axes(n) != axes]
         kept = sum(self.cost.launch + self.cost.touch(bytes_of(tensor_of(n))) for n in widened)
         return kept + self.cost.all_reduce(sum(bytes_of(tensor_of(n)) for n in nodes), ranks)

@@ -24,7 +24,7 @@ from tpcompile.ir.markers import (
 )
 from tpcompile.ir.nodes import is_tensor, operands
 from tpcompile.ir.placements import Filled, R, Replicate
-from tpcompile.planner.work import Pass, Work
+from tpcompile.planner.global_program import GlobalProgram, Pass
 from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
 
@@ -52,11 +52,11 @@ class DivideSequence(Pass):
     modules: frozenset[str] | None = None
     training: bool = True
 
-    def apply(self, work: Work) -> bool:
-        positions = Positions(work, norms=self.modules is None)
-        regions = [r for r in positions.regions() if wanted(r, self.modules, work.blocks)]
-        work.captured.notes += tuple(missed(positions, regions, self.modules))
-        differentiable = differentiable_values(work) if self.training and regions else set()
+    def apply(self, program: GlobalProgram) -> bool:
+        positions = Positions(program, norms=self.modules is None)
+        regions = [r for r in positions.regions() if wanted(r, self.modules, program.blocks)]
+        program.captured.notes += tuple(missed(positions, regions, self.modules))
+        differentiable = differentiable_values(program) if self.training and regions else set()
         for region in regions:
             _Divider(positions, region, differentiable).divide()
         return bool(regions)
@@ -67,7 +67,7 @@ class _Divider:
 
     def __init__(self, positions: Positions, region: Region, differentiable: set[Node]) -> None:
         self.positions, self.region, self.differentiable = positions, region, differentiable
-        self.graph, self.axes = positions.work.graph, positions.every
+        self.graph, self.axes = positions.program.graph, positions.every
         self.nodes = list(region.nodes)
         self.made: dict[tuple[Callable[..., Any], Node], Node] = {}
         self.size = self._whole_size(region.nodes[0])

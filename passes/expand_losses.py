@@ -12,9 +12,9 @@ from torch.fx import Node
 
 from tpcompile.ir.graph_edit import call_before, cast_before, drop_unused, replace
 from tpcompile.ir.nodes import operands, option, results, shape
+from tpcompile.planner.global_program import GlobalProgram, Pass
 from tpcompile.planner.search.facts import descendants
 from tpcompile.planner.search.must_divide import matrix, worth_dividing
-from tpcompile.planner.work import Pass, Work
 
 aten = torch.ops.aten
 MEAN, SUM = 1, 2
@@ -35,30 +35,30 @@ class ExpandLosses(Pass):
     name = "expand-losses"
     groups: frozenset[str] = frozenset()
 
-    def apply(self, work: Work) -> bool:
+    def apply(self, program: GlobalProgram) -> bool:
         if not any(group.startswith(PREFIX) for group in self.groups):
             return False
-        found = [node for group, node in _expandable(work) if group in self.groups]
-        old = set(work.graph.nodes)
+        found = [node for group, node in _expandable(program) if group in self.groups]
+        old = set(program.graph.nodes)
         for node in found:
             replace(node, _EXPAND[node.target](node))
-        _share(node for node in work.graph.nodes if node not in old)
-        work.split_groups |= self.groups
-        return drop_unused(work.graph) or bool(found)
+        _share(node for node in program.graph.nodes if node not in old)
+        program.split_groups |= self.groups
+        return drop_unused(program.graph) or bool(found)
 
 
-def loss_groups(work: Work) -> list[str]:
+def loss_groups(program: GlobalProgram) -> list[str]:
     """The groups that could be expanded, in the graph's order."""
-    return list(dict.fromkeys(group for group, _ in _expandable(work)))
+    return list(dict.fromkeys(group for group, _ in _expandable(program)))
 
 
-def _expandable(work: Work) -> Iterator[tuple[str, Node]]:
+def _expandable(program: GlobalProgram) -> Iterator[tuple[str, Node]]:
     """Softmaxes and losses over a dimension of a weight, which nothing else in the program wants whole."""
-    found = [node for node in work.graph.nodes if node.target in _EXPAND and _expands(node)]
+    found = [node for node in program.graph.nodes if node.target in _EXPAND and _expands(node)]
     if not found:
         return
-    factors, params = work.factors(), work.params()
-    below = descendants(work.graph, set(params))
+    factors, params = program.factors(), program.params()
+    below = descendants(program.graph, set(params))
     # What comes from no weight, such as a one-hot matrix of labels, is whole on every rank anyway.
     others = {node for node in factors.rules if node not in below}
     candidates = worth_dividing(factors, set(params)) - factors.stuck_atoms(besides=others.union(found))

@@ -13,7 +13,7 @@ from torch.fx import Node
 from tpcompile.ir import random_numbers
 from tpcompile.ir.graph_edit import call_before, cast_before, replace
 from tpcompile.ir.nodes import arguments, operands, option, results, shape
-from tpcompile.planner.work import Pass, Work
+from tpcompile.planner.global_program import GlobalProgram, Pass
 from tpcompile.rules.randomness import is_random
 
 aten = torch.ops.aten
@@ -31,11 +31,13 @@ class ExpandRandomness(Pass):
 
     name = "expand-randomness"
 
-    def apply(self, work: Work) -> bool:
-        found = [n for n in work.graph.nodes if is_random(n) and n.target in _EXPAND and not _is_complex(n)]
+    def apply(self, program: GlobalProgram) -> bool:
+        found = [
+            n for n in program.graph.nodes if is_random(n) and n.target in _EXPAND and not _is_complex(n)
+        ]
         for node in found:
             replace(node, *_EXPAND[node.target](node))
-        for number, node in enumerate(work.graph.find_nodes(op="call_function", target=uniform)):
+        for number, node in enumerate(program.graph.find_nodes(op="call_function", target=uniform)):
             like, seed, _, parts = arguments(node)
             node.args = (like, seed, number, parts)
         return bool(found)

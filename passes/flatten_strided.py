@@ -13,7 +13,7 @@ from tpcompile.errors import CannotCapture
 from tpcompile.ir.graph_edit import call_before
 from tpcompile.ir.nodes import argument, module_path, shape
 from tpcompile.ir.sizes import Size, size_of
-from tpcompile.planner.work import Pass, Work
+from tpcompile.planner.global_program import GlobalProgram, Pass
 
 aten = torch.ops.aten
 _READS = (aten.as_strided.default, aten.as_strided_copy.default)
@@ -34,8 +34,8 @@ class FlattenStrided(Pass):
 
     name = "flatten-strided"
 
-    def apply(self, work: Work) -> bool:
-        strided = [node for node in work.graph.nodes if node.target in (*_READS, _WRITE)]
+    def apply(self, program: GlobalProgram) -> bool:
+        strided = [node for node in program.graph.nodes if node.target in (*_READS, _WRITE)]
         todo = [node for node in strided if not _reads_flat(node)]
         for node in todo:
             _flatten(node)

@@ -11,7 +11,7 @@ from tpcompile.ir.graph_edit import call_behind, with_operands
 from tpcompile.ir.markers import MARKERS, copy_to_ranks
 from tpcompile.ir.nodes import is_tensor, operands
 from tpcompile.ir.placements import Owned, Partial, Replicate
-from tpcompile.planner.work import Pass, Work
+from tpcompile.planner.global_program import GlobalProgram, Pass
 from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
 
@@ -29,10 +29,10 @@ class InsertGradientCopies(Pass):
     name = "insert-gradient-copies"
     enabled: bool = True
 
-    def apply(self, work: Work) -> bool:
+    def apply(self, program: GlobalProgram) -> bool:
         if not self.enabled:
             return False
-        differentiable = differentiable_values(work)
+        differentiable = differentiable_values(program)
         made: dict[tuple[Node, tuple[int, ...]], Node] = {}
 
         def copied(value: Node, on: tuple[int, ...], like: Node) -> Node:
@@ -43,10 +43,10 @@ class InsertGradientCopies(Pass):
                 made[value, on] = call_behind(value, copy_to_ranks, value, on, placement=placement, like=like)
             return made[value, on]
 
-        for node in list(work.graph.nodes):
+        for node in list(program.graph.nodes):
             if node.op != "call_function" or node.target in MARKERS or not node.meta.get("choices"):
                 continue
-            varying = [_varying(work, node, choice) for choice in node.meta["choices"]]
+            varying = [_varying(program, node, choice) for choice in node.meta["choices"]]
             new = [
                 copied(value, tuple(axis for axis, of in enumerate(varying) if i in of), node)
                 for i, value in enumerate(operands(node))
@@ -55,11 +55,11 @@ class InsertGradientCopies(Pass):
         return bool(made)
 
 
-def _varying(work: Work, node: Node, choice: Choice | None) -> set[int]:
+def _varying(program: GlobalProgram, node: Node, choice: Choice | None) -> set[int]:
     """Operands that are whole on an axis on which the computation is divided or partial."""
     if choice is None:
         return set()
-    rule = work.planned_factors.rules.get(node) if work.planned_factors else None
+    rule = program.planned_factors.rules.get(node) if program.planned_factors else None
     if isinstance(rule, Rule) and rule.declared is not None:
         return set(rule.declared.summed)
     divided = choice.factor is not None or any(isinstance(o, Partial | Owned) for o in choice.outputs)
@@ -70,14 +70,14 @@ def _varying(work: Work, node: Node, choice: Choice | None) -> set[int]:
 _DIFFERENTIABLE = ("param", "attribute", "user")
 
 
-def differentiable_values(work: Work) -> set[Node]:
+def differentiable_values(program: GlobalProgram) -> set[Node]:
     """Values through which a gradient may flow to a parameter or to an input."""
     found: set[Node] = set()
-    for node in work.graph.nodes:
+    for node in program.graph.nodes:
         if not is_tensor(node) and node.op != "call_function":
             continue
         if node.op == "placeholder":
-            if _carries_gradient(node) and work.sources[node].spec.kind in _DIFFERENTIABLE:
+            if _carries_gradient(node) and program.sources[node].spec.kind in _DIFFERENTIABLE:
                 found.add(node)
         elif node.op == "call_function" and node.target is not torch.ops.aten.detach.default:
             if any(i in found for i in node.all_input_nodes) and _carries_gradient(node):

@@ -12,8 +12,8 @@ from tpcompile.ir.graph_edit import call_behind, with_operands
 from tpcompile.ir.markers import Placements, reshard
 from tpcompile.ir.nodes import is_tensor, operands
 from tpcompile.ir.placements import R
+from tpcompile.planner.global_program import GlobalProgram, Pass
 from tpcompile.planner.search.facts import SHAPE_ONLY
-from tpcompile.planner.work import Pass, Work
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,24 @@ class InsertReshards(Pass):
 
     name = "insert-reshards"
 
-    def apply(self, work: Work) -> bool:
-        inserter = _Inserter(work)
-        for node in list(work.graph.nodes):
+    def apply(self, program: GlobalProgram) -> bool:
+        inserter = _Inserter(program)
+        for node in list(program.graph.nodes):
             if node.op == "output":
                 inserter.results(node)
             elif node.meta.get("choices") and node.target not in SHAPE_ONLY:
                 inserter.operands(node)
-        of_layers = _results_of_layers(work)
+        of_layers = _results_of_layers(program)
         for node in reversed(inserter.made.values()):
             if node not in of_layers:
                 _move_between_layers(node)
         return bool(inserter.made)
 
 
-def _results_of_layers(work: Work) -> set[object]:
+def _results_of_layers(program: GlobalProgram) -> set[object]:
     """The results of the program that every layer has, such as its part of a cache."""
-    shared = work.blocks.shared if work.blocks is not None else ()
-    return {work.outputs()[at] for at in shared}
+    shared = program.blocks.shared if program.blocks is not None else ()
+    return {program.outputs()[at] for at in shared}
 
 
 def _move_between_layers(node: Node) -> None:
@@ -60,34 +60,34 @@ def _move_between_layers(node: Node) -> None:
 
 
 class _Inserter:
-    def __init__(self, work: Work) -> None:
-        self.work = work
-        self.whole: Placements = (R,) * len(work.decisions)
+    def __init__(self, program: GlobalProgram) -> None:
+        self.program = program
+        self.whole: Placements = (R,) * len(program.decisions)
         self.made: dict[tuple[Node, Placements], Node] = {}
 
     def operands(self, node: Node) -> None:
         """Brings a call's operands to where its choices want them."""
         given = operands(node)
-        wants = (tuple(d.need(node, i) for d in self.work.decisions) for i in range(len(given)))
+        wants = (tuple(d.need(node, i) for d in self.program.decisions) for i in range(len(given)))
         node.args, node.kwargs = with_operands(node, map(self.bring, given, wants))
 
     def results(self, node: Node) -> None:
         """Brings the program's results to where the caller wants them: whole, caches as they lie."""
-        assert self.work.planned_factors is not None, "the program must be planned"
-        divided = self.work.handed_out(self.work.planned_factors)
+        assert self.program.planned_factors is not None, "the program must be planned"
+        divided = self.program.handed_out(self.program.planned_factors)
 
         def brought(out: Any) -> Any:
             is_value = isinstance(out, Node) and is_tensor(out)
             return self.bring(out, divided.get(out, self.whole)) if is_value else out
 
-        node.args = (tuple(brought(out) for out in self.work.outputs()),)
+        node.args = (tuple(brought(out) for out in self.program.outputs()),)
 
     def bring(self, value: Node, want: Placements) -> Node:
         """The value in a placement, by way of the one in which it is handed on."""
         own = value.meta["placement"]
         if want == own:
             return value
-        shared = tuple(d.shared.get(value, mine) for d, mine in zip(self.work.decisions, own, strict=True))
+        shared = tuple(d.shared.get(value, mine) for d, mine in zip(self.program.decisions, own, strict=True))
         return self._convert(self._convert(value, own, shared), shared, want)
 
     def _convert(self, value: Node, src: Placements, dst: Placements) -> Node:

@@ -10,7 +10,7 @@ from torch.fx import Node
 from tpcompile.ir.graph_edit import call
 from tpcompile.ir.layout.segment import Box, Segment
 from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout
-from tpcompile.planner.work import Pass, Work
+from tpcompile.planner.global_program import GlobalProgram, Pass
 
 from .split_packed_matmul import segment_placeholder
 
@@ -27,22 +27,22 @@ class JoinSegments(Pass):
     name = "join-segments"
     layout: WeightLayout
 
-    def apply(self, work: Work) -> bool:
-        pieces = {n: s.spec.name for n, s in work.sources.items() if s.segment is not None and s.order < 0}
+    def apply(self, program: GlobalProgram) -> bool:
+        pieces = {n: s.spec.name for n, s in program.sources.items() if s.segment is not None and s.order < 0}
         held = {
             n: self.layout.params[name] for n, name in pieces.items() if name not in self.layout.undecided
         }
         packed = {n: param for n, param in held.items() if len(param.segments) > 1}
         for node, param in packed.items():
-            _join(work, node, param)
+            _join(program, node, param)
         return bool(packed)
 
 
-def _join(work: Work, param: Node, layout: ParamLayout) -> None:
-    dim, graph = layout.packed_dim, work.graph
+def _join(program: GlobalProgram, param: Node, layout: ParamLayout) -> None:
+    dim, graph = layout.packed_dim, program.graph
     sizes, ranges = layout.segments[0].factors[dim], [_ranges(s, dim) for s in layout.segments]
     cut = next(i for i, size in enumerate(sizes) if ranges[0][i] != (0, size))
-    parts = [segment_placeholder(work, param, s, order) for order, s in enumerate(layout.segments)]
+    parts = [segment_placeholder(program, param, s, order) for order, s in enumerate(layout.segments)]
     user = next(iter(param.users), None)
     if user is not None:
         with graph.inserting_before(user):
@@ -56,8 +56,8 @@ def _join(work: Work, param: Node, layout: ParamLayout) -> None:
             if len(sizes) > 1:
                 whole = call(graph, aten.flatten.using_ints, (whole, dim, dim + len(sizes) - 1), like=user)
         param.replace_all_uses_with(whole)
-    work.packed_dims[layout.name] = dim
-    del work.sources[param]
+    program.packed_dims[layout.name] = dim
+    del program.sources[param]
     graph.erase_node(param)
 
 

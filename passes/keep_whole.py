@@ -9,8 +9,8 @@ from torch.fx import Node
 from tpcompile.ir.graph_edit import call_before, call_behind
 from tpcompile.ir.markers import keep_whole
 from tpcompile.ir.nodes import module_path, operands
+from tpcompile.planner.global_program import GlobalProgram, Pass
 from tpcompile.planner.search.must_divide import weight_root
-from tpcompile.planner.work import Pass, Work
 from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import rule_of
 
@@ -31,9 +31,9 @@ class KeepWhole(Pass):
     results: frozenset[str] = frozenset()
     inputs: frozenset[str] = frozenset()
 
-    def apply(self, work: Work) -> bool:
-        params = set(work.params())
-        found = [n for n in work.graph.nodes if _multiplies(n, params)]
+    def apply(self, program: GlobalProgram) -> bool:
+        params = set(program.params())
+        found = [n for n in program.graph.nodes if _multiplies(n, params)]
         before = [n for n in found if module_path(n) in self.inputs]
         after = [n for n in found if module_path(n) in self.results]
         for node in before:

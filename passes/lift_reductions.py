@@ -12,7 +12,7 @@ from tpcompile.ir.graph_edit import call_before, call_behind, replace
 from tpcompile.ir.markers import all_reduce, keep_first
 from tpcompile.ir.nodes import operands, shape
 from tpcompile.ir.placements import P, R
-from tpcompile.planner.work import Pass, Work
+from tpcompile.planner.global_program import GlobalProgram, Pass
 from tpcompile.rules.choices import Choice, whole
 from tpcompile.rules.rule import Rule
 
@@ -32,12 +32,12 @@ class LiftReductions(Pass):
 
     name = "lift-reductions"
 
-    def apply(self, work: Work) -> bool:
+    def apply(self, program: GlobalProgram) -> bool:
         changed = False
         # The last first: what is lifted out of it may leave an earlier one alone with its value.
-        for node in reversed(work.graph.find_nodes(op="call_function", target=all_reduce)):
+        for node in reversed(program.graph.find_nodes(op="call_function", target=all_reduce)):
             if node.args[2] == "sum":
-                changed = _behind_view(node) or _before_additions(work, node) or changed
+                changed = _behind_view(node) or _before_additions(program, node) or changed
         return changed
 
 
@@ -61,14 +61,14 @@ def _behind_view(node: Node) -> bool:
     return True
 
 
-def _before_additions(work: Work, node: Node) -> bool:
+def _before_additions(program: GlobalProgram, node: Node) -> bool:
     """Takes whole values out of a sum that is to be reduced; the same additions, in another order."""
     axes, total = node.args[1], node.args[0]
     assert isinstance(total, Node)
-    if len(total.users) > 1 or not _adds(work, total, total):
+    if len(total.users) > 1 or not _adds(program, total, total):
         return False
     additions, leaves = [total], []
-    for leaf in _leaves(work, total, additions):
+    for leaf in _leaves(program, total, additions):
         leaves.append((leaf, _whole(leaf, axes)))
     ready = [w for _, w in leaves if w is not None]
     sums = [leaf for leaf, w in leaves if w is None]
@@ -101,18 +101,18 @@ def _chain(first: Node, others: list[Node], additions: list[Node], placement: ob
     return first
 
 
-def _leaves(work: Work, total: Node, additions: list[Node]) -> Iterator[Node]:
+def _leaves(program: GlobalProgram, total: Node, additions: list[Node]) -> Iterator[Node]:
     """What a tree of additions adds up, each read by the next alone; notes the additions, latest first."""
     operand: Node
     for operand in total.args:  # type: ignore[assignment]
-        if len(operand.users) == 1 and _adds(work, operand, total):
+        if len(operand.users) == 1 and _adds(program, operand, total):
             additions.append(operand)
-            yield from _leaves(work, operand, additions)
+            yield from _leaves(program, operand, additions)
         else:
             yield operand
 
 
-def _adds(work: Work, node: Node, like: Node) -> bool:
+def _adds(program: GlobalProgram, node: Node, like: Node) -> bool:
     """Whether a call is the plain sum of two values, all of one shape and type, and all of it summands."""
     if node.target is not aten.add.Tensor or len(node.args) != 2 or node.kwargs:
         return False
@@ -120,7 +120,7 @@ def _adds(work: Work, node: Node, like: Node) -> bool:
     alike = len(both) == 2 and all(
         shape(n) == shape(like) and n.meta["val"].dtype == like.meta["val"].dtype for n in (node, *both)
     )
-    rules = work.planned_factors.rules if work.planned_factors else {}
+    rules = program.planned_factors.rules if program.planned_factors else {}
     return alike and isinstance(rules.get(node), Rule) and all(p == P for p in node.meta["placement"])
 
 

@@ -14,8 +14,8 @@ from tpcompile.ir.graph_edit import call
 from tpcompile.ir.markers import COMMUNICATING, matmul_merged, part_of
 from tpcompile.ir.nodes import tensor_of
 from tpcompile.ir.sizes import bytes_of
+from tpcompile.planner.global_program import GlobalProgram, Pass
 from tpcompile.planner.search.cost import PRESETS, CostModel
-from tpcompile.planner.work import Pass, Work
 
 aten = torch.ops.aten
 # Where the input, the weight and the bias stand, and the dimension of the weight that the result keeps.
@@ -41,9 +41,9 @@ class MergeMatmuls(Pass):
     name = "merge-matmuls"
     cost: CostModel = PRESETS["cpu"]
 
-    def apply(self, work: Work) -> bool:
-        found = [run for run in _runs(work) if self._pays(run)]
-        at = {node: i for i, node in enumerate(work.graph.nodes)} if found else {}
+    def apply(self, program: GlobalProgram) -> bool:
+        found = [run for run in _runs(program) if self._pays(run)]
+        at = {node: i for i, node in enumerate(program.graph.nodes)} if found else {}
         for run in found:
             _merge(run, before=min(run, key=at.__getitem__))
         return bool(found)
@@ -56,41 +56,43 @@ class MergeMatmuls(Pass):
         return saved > sum(2 * self.cost.touch(bytes_of(tensor_of(n))) for n in sent)
 
 
-def _runs(work: Work) -> Iterator[list[Node]]:
+def _runs(program: GlobalProgram) -> Iterator[list[Node]]:
     """Matmuls of the same input with segments that follow each other in one parameter."""
     groups: dict[Any, list[Node]] = {}
-    for node in work.graph.nodes:
-        if node.op == "call_function" and (key := _key(work, node)) is not None:
+    for node in program.graph.nodes:
+        if node.op == "call_function" and (key := _key(program, node)) is not None:
             groups.setdefault(key, []).append(node)
     for nodes in groups.values():
-        nodes.sort(key=lambda n: _order(work, n))
-        for _, numbered in itertools.groupby(enumerate(nodes), lambda pair: _order(work, pair[1]) - pair[0]):
+        nodes.sort(key=lambda n: _order(program, n))
+        for _, numbered in itertools.groupby(
+            enumerate(nodes), lambda pair: _order(program, pair[1]) - pair[0]
+        ):
             run = [node for _, node in numbered]
             if len(run) > 1:
                 yield run
 
 
-def _key(work: Work, node: Node) -> Any:
+def _key(program: GlobalProgram, node: Node) -> Any:
     """What matmuls must have in common to be merged; None for what cannot be."""
     if node.target not in _MATMULS or node.kwargs:
         return None
     x, weight, bias, kept = _MATMULS[node.target]
-    held = work.sources.get(node.args[weight])  # type: ignore[arg-type]
-    if held is None or held.order < 0 or work.packed_dims[held.spec.name] != kept:
+    held = program.sources.get(node.args[weight])  # type: ignore[arg-type]
+    if held is None or held.order < 0 or program.packed_dims[held.spec.name] != kept:
         return None
     if node.args[weight].meta["val"].ndim != 2:  # type: ignore[union-attr]
         return None
     name = None
     if bias is not None and len(node.args) > bias:
-        added = work.sources.get(node.args[bias])  # type: ignore[arg-type]
+        added = program.sources.get(node.args[bias])  # type: ignore[arg-type]
         if added is None or added.order != held.order or node.args[bias].meta["val"].ndim != 1:  # type: ignore[union-attr]
             return None
         name = added.spec.name
     return node.target, node.args[x], held.spec.name, name
 
 
-def _order(work: Work, node: Node) -> int:
-    return work.sources[node.args[_MATMULS[node.target][1]]].order  # type: ignore[index]
+def _order(program: GlobalProgram, node: Node) -> int:
+    return program.sources[node.args[_MATMULS[node.target][1]]].order  # type: ignore[index]
 
 
 def _merge(run: list[Node], before: Node) -> None:

@@ -19,7 +19,7 @@ from tpcompile.ir.nodes import is_tensor, operands, producer, results, shape, te
 from tpcompile.ir.placements import Replicate, Shard
 from tpcompile.ir.sizes import bytes_of, hint
 from tpcompile.ir.torch_internals import OpOverload
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.rules.choices import Choice
 from tpcompile.rules.factors import OpFactor
 from tpcompile.rules.rule import UNARY, Rule
@@ -50,14 +50,14 @@ class Positions:
     """Finds regions in a rewritten program.
 
     Args:
-        work: a planned program in which collectives have been chosen.
+        program: a planned program in which collectives have been chosen.
         norms: regions without a norm are left out.
     """
 
-    def __init__(self, work: Work, *, norms: bool = True) -> None:
-        assert work.planned_factors is not None, "the program must be planned"
-        self.work, self.factors, self.norms = work, work.planned_factors, norms
-        self.every = tuple(range(len(work.axes)))
+    def __init__(self, program: GlobalProgram, *, norms: bool = True) -> None:
+        assert program.planned_factors is not None, "the program must be planned"
+        self.program, self.factors, self.norms = program, program.planned_factors, norms
+        self.every = tuple(range(len(program.axes)))
         self._ranks: dict[Key, dict[Node, tuple[float, ...]]] = {}
 
     def regions(self) -> list[Region]:
@@ -84,7 +84,9 @@ class Positions:
 
     def entries(self) -> list[Node]:
         """All-reduces, and gathers of divided features, over all ranks."""
-        return [n for n in self.work.graph.nodes if n.target in (all_reduce, all_gather) and self._enters(n)]
+        return [
+            n for n in self.program.graph.nodes if n.target in (all_reduce, all_gather) and self._enters(n)
+        ]
 
     def _enters(self, node: Node) -> bool:
         if not is_tensor(node) or node.args[1] != self.every:
@@ -187,7 +189,7 @@ class Positions:
     def _grown(self, entries: Mapping[Node, Key]) -> dict[Node, Key]:
         """Everything that can be reached from entries, in the graph's order."""
         keys: dict[Node, Key] = {}
-        for node in self.work.graph.nodes:
+        for node in self.program.graph.nodes:
             if node.op != "call_function":
                 continue
             if node.target is operator.getitem:

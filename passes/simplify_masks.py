@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from tpcompile.ir.graph_edit import drop_unused
 from tpcompile.ir.nodes import argument, shape
-from tpcompile.planner.work import Pass, Work
+from tpcompile.planner.global_program import GlobalProgram, Pass
 
 from .evaluate_indices import IndexValues
 from .index_values import Affine, Truth
@@ -29,9 +29,9 @@ class SimplifyMasks(Pass):
 
     name = "simplify-masks"
 
-    def apply(self, work: Work) -> bool:
+    def apply(self, program: GlobalProgram) -> bool:
         values, changed = IndexValues(), False
-        for node in work.graph.find_nodes(op="call_function", target=SDPA):
+        for node in program.graph.find_nodes(op="call_function", target=SDPA):
             mask = argument(node, 3, "attn_mask")
             if mask is None or argument(node, 5, "is_causal", False):
                 continue
@@ -39,7 +39,7 @@ class SimplifyMasks(Pass):
             if kind != "other":
                 _replace(node, causal=kind == "causal")
                 changed = True
-        return drop_unused(work.graph) or changed
+        return drop_unused(program.graph) or changed
 
 
 def _kind(values: IndexValues, mask: Node) -> str:

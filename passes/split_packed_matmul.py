@@ -15,7 +15,7 @@ from tpcompile.ir.layout.segment import Segment, whole_segment
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.names import starred
 from tpcompile.ir.nodes import argument, module_path, operands, producer, results, shape
-from tpcompile.planner.work import Pass, Source, Work
+from tpcompile.planner.global_program import GlobalProgram, Pass, Source
 from tpcompile.rules.factors import Factors
 from tpcompile.rules.rule import Rule
 
@@ -52,26 +52,28 @@ class SplitPackedMatmul(Pass):
     groups: frozenset[str] = frozenset()
     layout: WeightLayout | None = None
 
-    def apply(self, work: Work) -> bool:
+    def apply(self, program: GlobalProgram) -> bool:
         changed = False
-        for value, cuts in packed_values(work):
-            splitter = _Splitter(work)
+        for value, cuts in packed_values(program):
+            splitter = _Splitter(program)
             if group_of(value) in self.groups and splitter.cuts_as(self.layout, value, cuts):
                 splitter.split(value, cuts)
                 changed = True
-        if drop_unused(work.graph) or changed:
-            _drop_split_params(work)
-        work.split_groups |= self.groups
+        if drop_unused(program.graph) or changed:
+            _drop_split_params(program)
+        program.split_groups |= self.groups
         return changed
 
 
-def _drop_split_params(work: Work) -> None:
+def _drop_split_params(program: GlobalProgram) -> None:
     """Removes the placeholders of parameters that now exist as segments."""
-    split = {s.spec.name for s in work.sources.values() if s.spec.name in work.packed_dims and s.order >= 0}
-    for node, source in list(work.sources.items()):
+    split = {
+        s.spec.name for s in program.sources.values() if s.spec.name in program.packed_dims and s.order >= 0
+    }
+    for node, source in list(program.sources.items()):
         if source.spec.name in split and source.order < 0 and not node.users:
-            del work.sources[node]
-            work.graph.erase_node(node)
+            del program.sources[node]
+            program.graph.erase_node(node)
 
 
 def group_of(node: Node) -> str:
@@ -79,9 +81,9 @@ def group_of(node: Node) -> str:
     return starred(module_path(node))
 
 
-def packed_values(work: Work) -> list[tuple[Node, list[Node]]]:
+def packed_values(program: GlobalProgram) -> list[tuple[Node, list[Node]]]:
     """Values whose every use is a slice of one dimension that leads back to parameters."""
-    return list(_packed(_Splitter(work)))
+    return list(_packed(_Splitter(program)))
 
 
 def _packed(splitter: _Splitter) -> Iterator[tuple[Node, list[Node]]]:
@@ -90,9 +92,9 @@ def _packed(splitter: _Splitter) -> Iterator[tuple[Node, list[Node]]]:
             yield value, cuts
 
 
-def packed_groups(work: Work, among: Container[str] | None = None) -> list[str]:
+def packed_groups(program: GlobalProgram, among: Container[str] | None = None) -> list[str]:
     """The groups of packed values, in the graph's order; those with parameters among some only, if given."""
-    splitter, names = _Splitter(work), dict[str, set[str]]()
+    splitter, names = _Splitter(program), dict[str, set[str]]()
     for value, cuts in _packed(splitter):
         names.setdefault(group_of(value), set()).update(splitter.params(value, cuts[0]))
     return [group for group, used in names.items() if among is None or all(n in among for n in used)]
@@ -138,9 +140,9 @@ def _in_order(cuts: list[Node]) -> list[tuple[Node, Part]]:
 class _Splitter:
     """Moves a part from a value up to the parameters that it comes from."""
 
-    def __init__(self, work: Work) -> None:
-        self.work, self.graph = work, work.graph
-        self.factors: Factors = work.factors()
+    def __init__(self, program: GlobalProgram) -> None:
+        self.program, self.graph = program, program.graph
+        self.factors: Factors = program.factors()
         self.memo: dict[tuple[Node, Part], Node] = {}
 
     def reaches_params(self, value: Node, cut: Node) -> bool:
@@ -148,7 +150,7 @@ class _Splitter:
         part = _part(cut)
         leaves = list(self._leaves(value, part)) if part else []
         return bool(leaves) and all(
-            leaf is not None and math.prod(leaf[1].sizes[: leaf[1].factor]) < self.work.ranks
+            leaf is not None and math.prod(leaf[1].sizes[: leaf[1].factor]) < self.program.ranks
             for leaf in leaves
         )
 
@@ -176,11 +178,11 @@ class _Splitter:
             with self.graph.inserting_before(cut):
                 new = self._compute(value, part, order)
             cut.replace_all_uses_with(new)
-        self.factors = self.work.factors()
+        self.factors = self.program.factors()
 
     def _leaves(self, value: Node, part: Part) -> Iterator[tuple[str, Part] | None]:
         """The part at every parameter it leads to, by name; None where it meets something else."""
-        source = self.work.sources.get(value)
+        source = self.program.sources.get(value)
         if source is not None:
             whole = source.segment is not None and len(source.segment.factors[part.dim]) == 1
             yield (source.spec.name, part) if whole and len(value.users) == 1 else None
@@ -214,7 +216,7 @@ class _Splitter:
     def _compute(self, value: Node, part: Part, order: int) -> Node:
         key = (value, part)
         if key not in self.memo:
-            if value in self.work.sources:
+            if value in self.program.sources:
                 self.memo[key] = self._cut_param(value, part, order)
             else:
                 self.memo[key] = self._recompute(value, part, order)
@@ -234,23 +236,23 @@ class _Splitter:
 
     def _cut_param(self, param: Node, part: Part, order: int) -> Node:
         """A placeholder for a slice of a parameter."""
-        source = self.work.sources[param]
+        source = self.program.sources[param]
         assert source.segment is not None
         segment = _cut_segment(source.segment, part)
-        self.work.packed_dims[source.spec.name] = part.dim
-        return segment_placeholder(self.work, param, segment, order)
+        self.program.packed_dims[source.spec.name] = part.dim
+        return segment_placeholder(self.program, param, segment, order)
 
 
-def segment_placeholder(work: Work, param: Node, segment: Segment, order: int) -> Node:
+def segment_placeholder(program: GlobalProgram, param: Node, segment: Segment, order: int) -> Node:
     """A placeholder for one of the segments of a parameter."""
-    first = next(n for n in work.graph.nodes if n.op == "call_function")
-    with work.graph.inserting_before(first):
-        node = work.graph.placeholder(f"{param.name}_part{order}")
+    first = next(n for n in program.graph.nodes if n.op == "call_function")
+    with program.graph.inserting_before(first):
+        node = program.graph.placeholder(f"{param.name}_part{order}")
     node.meta.update({k: param.meta[k] for k in KEPT_META if k in param.meta})
     full = param.meta["val"]
     with full.fake_mode:
         node.meta["val"] = torch.empty(segment.shape, dtype=full.dtype, device=full.device)
-    work.sources[node] = Source(work.sources[param].spec, segment, order)
+    program.sources[node] = Source(program.sources[param].spec, segment, order)
     return node
 
 

@@ -11,16 +11,16 @@ from torch.fx import Graph, Node
 from tpcompile.errors import TpCompileError
 from tpcompile.ir import markers
 from tpcompile.ir.nodes import module_path
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 
 
-def unmerged(work: Work) -> tuple[Graph, dict[Node, Node]]:
+def unmerged(program: GlobalProgram) -> tuple[Graph, dict[Node, Node]]:
     """A copy of the graph in which what travels or is multiplied together is apart, and the nodes' copies."""
     graph, copies = Graph(), dict[Node, Node]()
-    for node in work.graph.nodes:
+    for node in program.graph.nodes:
         owner = node.args[0] if node.args else None
         if node.target in (markers.matmul_merged, markers.all_reduce_coalesced):
-            _refuse_unordered(work, node)
+            _refuse_unordered(program, node)
             continue
         if node.target is markers.part_of or getattr(owner, "target", None) is markers.all_reduce_coalesced:
             target, args = _part(node)
@@ -43,11 +43,13 @@ def _part(node: Node) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return markers.all_reduce, (values[index], *options)  # type: ignore[index]
 
 
-def _refuse_unordered(work: Work, node: Node) -> None:
+def _refuse_unordered(program: GlobalProgram, node: Node) -> None:
     """Segments that are multiplied as one must lie in one parameter, in this order."""
     merged = node.target is markers.matmul_merged
     for joined in (a for a in node.args if merged and isinstance(a, list | tuple)):
-        held = [source for a in joined if isinstance(a, Node) and (source := work.sources.get(a)) is not None]
+        held = [
+            source for a in joined if isinstance(a, Node) and (source := program.sources.get(a)) is not None
+        ]
         orders = [source.order for source in held]
         together = len({source.spec.name for source in held}) == 1 and len(held) == len(joined)
         if not together or orders != list(range(orders[0], orders[0] + len(orders))):

@@ -6,16 +6,16 @@ import torch
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import FakeTensor
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 
 
-def verify_graph(work: Work, after: str) -> None:
+def verify_graph(program: GlobalProgram, after: str) -> None:
     """Checks topology, values and placeholders.
 
     Raises:
         TpCompileError: the graph is invalid; ``after`` names the passes that ran.
     """
-    graph = work.graph
+    graph = program.graph
     try:
         graph.lint()
     except RuntimeError as error:
@@ -25,7 +25,7 @@ def verify_graph(work: Work, after: str) -> None:
             raise TpCompileError(f"{node.op} node {node.name}", where=f"after {after}", todo="report this")
         if node.op != "output" and "val" not in node.meta:
             raise TpCompileError(f"node {node.name} has no value", where=f"after {after}", todo="report this")
-        if node.op == "placeholder" and node not in work.sources:
+        if node.op == "placeholder" and node not in program.sources:
             raise TpCompileError(
                 f"input {node.name} has no source", where=f"after {after}", todo="report this"
             )

@@ -23,8 +23,8 @@ from tpcompile.ir import markers
 from tpcompile.ir.nodes import is_tensor, module_path, operands, producer, results, shape, source_line
 from tpcompile.ir.placements import Filled, Owned, Partial, Placement, R, Shard
 from tpcompile.ir.proof import Proof
+from tpcompile.planner.global_program import GlobalProgram, alike
 from tpcompile.planner.options import rules_version
-from tpcompile.planner.work import Work, alike
 from tpcompile.rules.choices import Choice, choices
 from tpcompile.rules.factors import Factors, Known, Place
 from tpcompile.rules.rule import Letters, Rule
@@ -34,11 +34,11 @@ from .placement_types import MOVES, NONE, SUMMAND, WHOLE, Move, Type, Types, Unp
 from .unmerge import unmerged
 
 
-def verify_placements(work: Work, *, training: bool, after: str = "") -> Proof:
+def verify_placements(program: GlobalProgram, *, training: bool, after: str = "") -> Proof:
     """Derives the type of every value and refuses what does not follow.
 
     Args:
-        work: a rewritten program: planned, with collectives.
+        program: a rewritten program: planned, with collectives.
         training: gradients are recorded, so that they must come out whole, and once.
         after: the pass that ran last, for the error.
 
@@ -47,7 +47,7 @@ def verify_placements(work: Work, *, training: bool, after: str = "") -> Proof:
             line and the rule, and says what was expected and what was found.
     """
     began = time.perf_counter()
-    checker = _Checker(work, training, after)
+    checker = _Checker(program, training, after)
     values, moves, rules, unruled = checker.check(), Counter[str](), Counter[str](), set[str]()
     for node in checker.graph.nodes:
         rule = checker.factors.rules.get(node)
@@ -58,25 +58,27 @@ def verify_placements(work: Work, *, training: bool, after: str = "") -> Proof:
         elif rule is not None:
             unruled.add(str(node.target).removesuffix(".default"))
     seconds = time.perf_counter() - began
-    return Proof(values, work.axes, moves, rules, tuple(sorted(unruled)), training, rules_version(), seconds)
+    return Proof(
+        values, program.axes, moves, rules, tuple(sorted(unruled)), training, rules_version(), seconds
+    )
 
 
 class _Checker:
-    def __init__(self, work: Work, training: bool, after: str) -> None:
+    def __init__(self, program: GlobalProgram, training: bool, after: str) -> None:
         self.after = f"after {after}" if after else ""
-        self.work, self.training, self.axes = work, training, range(len(work.axes))
-        self.graph, self.copies = unmerged(work)
-        planned = work.planned_factors
+        self.program, self.training, self.axes = program, training, range(len(program.axes))
+        self.graph, self.copies = unmerged(program)
+        planned = program.planned_factors
         assert planned is not None, "the program must be planned"
-        inputs = work.graph.find_nodes(op="placeholder")
+        inputs = program.graph.find_nodes(op="placeholder")
         known = {
-            self.copies[n]: Known(planned.atom_sizes(n), _divided(work, n)) for n in inputs if is_tensor(n)
+            self.copies[n]: Known(planned.atom_sizes(n), _divided(program, n)) for n in inputs if is_tensor(n)
         }
-        self.factors = Factors(self.graph, known, lambda n: work.refused.get(alike(n)) or _rule_of(n))
-        self.given = {self.copies[n]: placements for n, placements in work.given(planned).items()}
-        self.sources = {self.copies[n]: source for n, source in work.sources.items()}
+        self.factors = Factors(self.graph, known, lambda n: program.refused.get(alike(n)) or _rule_of(n))
+        self.given = {self.copies[n]: placements for n, placements in program.given(planned).items()}
+        self.sources = {self.copies[n]: source for n, source in program.sources.items()}
         # The layout of the weights follows from this, whatever is noted on the nodes.
-        self.stored = {self.copies[n]: tuple(d.output(n) for d in work.decisions) for n in inputs}
+        self.stored = {self.copies[n]: tuple(d.output(n) for d in program.decisions) for n in inputs}
         self.types: dict[tuple[Node, int], Types] = {}
 
     def check(self) -> int:
@@ -183,7 +185,7 @@ class _Checker:
                 )
 
     def _choices(self, node: Node, axis: int) -> list[Choice]:
-        return choices(node, self.factors, lambda _: True, self.work.axes[: axis + 1])
+        return choices(node, self.factors, lambda _: True, self.program.axes[: axis + 1])
 
     # Moving.
 
@@ -225,9 +227,9 @@ class _Checker:
 
     def _results(self) -> None:
         """Results are whole, with a whole gradient, but for caches, which stay as they were handed out."""
-        assert self.work.planned_factors is not None
-        handed = {self.copies[n]: p for n, p in self.work.handed_out(self.work.planned_factors).items()}
-        for out, spec in zip(self.graph.output_node().args[0], self.work.captured.outputs, strict=True):  # type: ignore[arg-type]
+        assert self.program.planned_factors is not None
+        handed = {self.copies[n]: p for n, p in self.program.handed_out(self.program.planned_factors).items()}
+        for out, spec in zip(self.graph.output_node().args[0], self.program.captured.outputs, strict=True):  # type: ignore[arg-type]
             if not isinstance(out, Node) or not is_tensor(out):
                 continue
             wanted = handed.get(out, (R,) * len(self.axes)) if spec.divided else (R,) * len(self.axes)
@@ -254,9 +256,9 @@ class _Checker:
         )
 
 
-def _divided(work: Work, node: Node) -> list[tuple[Place | None, int]]:
+def _divided(program: GlobalProgram, node: Node) -> list[tuple[Place | None, int]]:
     """What is divided of an input, by how many ranks."""
-    stored = [(decision.output(node), decision.ranks) for decision in work.decisions]
+    stored = [(decision.output(node), decision.ranks) for decision in program.decisions]
     return [((p.dim, p.factor) if isinstance(p, Shard) else None, ranks) for p, ranks in stored]
 
 

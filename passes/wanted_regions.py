@@ -31,7 +31,7 @@ def missed(positions: Positions, regions: list[Region], modules: frozenset[str] 
         if not regions:
             yield f"the sequence is not divided anywhere: {_why_not(positions, 'a norm')}"
         return
-    blocks = positions.work.blocks
+    blocks = positions.program.blocks
     left = [m for m in sorted(modules) if not any(wanted(r, frozenset({m}), blocks) for r in regions)]
     for name in dict.fromkeys(map(starred, left)):
         yield f"the sequence is not divided at {name}: {_why_not(positions, 'it')}"
@@ -39,7 +39,7 @@ def missed(positions: Positions, regions: list[Region], modules: frozenset[str] 
 
 def _why_not(positions: Positions, goal: str) -> str:
     """Why there are no regions, or why they leave something out."""
-    sums = positions.work.graph.find_nodes(op="call_function", target=all_reduce)
+    sums = positions.program.graph.find_nodes(op="call_function", target=all_reduce)
     sums = [n for n in sums if is_tensor(n) and n.meta["val"].ndim >= 2]
     if not sums:
         return "the ranks complete no sums"

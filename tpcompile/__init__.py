@@ -17,11 +17,11 @@ from .ir.placements import Partial, Replicate, Shard
 from .lint_plan import PlanReport, lint_plan
 from .planner.dry_run.estimate import Estimate
 from .planner.dry_run.fitted import Fit
+from .planner.global_program import GlobalProgram, Pass
 from .planner.plan import Plan
 from .planner.search.calibrate import calibrate
 from .planner.search.cost import CostModel
 from .planner.to_hf_plan import to_hf_plan
-from .planner.work import Pass, Work
 from .rules.table import register_rule
 from .runtime.dry_run.fit import fit
 from .runtime.verify.check_rule import RuleReport, check_rule
@@ -37,6 +37,7 @@ __all__ = [
     "CostModel",
     "Estimate",
     "Fit",
+    "GlobalProgram",
     "ParallelInterface",
     "Partial",
     "Pass",
@@ -49,7 +50,6 @@ __all__ = [
     "Strategy",
     "TensorParallelLayer",
     "TpCompileError",
-    "Work",
     "calibrate",
     "check_rule",
     "checkpoint",

@@ -32,13 +32,13 @@ from .lowering.collective_lines import sent_by
 from .lowering.lower_graph import Lowered, lower_program
 from .pipeline import canonical, find_decisions, follow, known_layout, rewrite
 from .planner.compare_plans import outcome_of, worse
+from .planner.global_program import Alike, GlobalProgram
 from .planner.make_plan import make_plan
 from .planner.must_unroll import uneven_layers
 from .planner.options import Options
 from .planner.pins import Wishes, make_pins, unmet
 from .planner.plan import Plan, sequence_text
 from .planner.plan_layout import extended, layout_of, pins_from_layout
-from .planner.work import Alike, Work
 from .ranks.agree import compare, from_first, together
 from .ranks.compare_sent import compare_sent
 from .ranks.exchange import exchange
@@ -66,8 +66,8 @@ class Compiled:
         differentiable: whether its collectives are such that gradients come out right.
     """
 
-    planned: Work
-    rewritten: Work
+    planned: GlobalProgram
+    rewritten: GlobalProgram
     plan: Plan
     lowered: Lowered
     differentiable: bool = True
@@ -166,7 +166,7 @@ class Compiler:
 
     def _attempt(
         self,
-        base: Work,
+        base: GlobalProgram,
         layout: WeightLayout | None,
         fingerprint: str,
         tensors: Mapping[str, Tensor],
@@ -212,7 +212,7 @@ class Compiler:
         if self.axis is not None:
             compare_sent(self.group, sent_by(compiled.lowered.local.graph))
 
-    def _remark(self, base: Work, compiled: Compiled, tensors: Mapping[str, Tensor]) -> None:
+    def _remark(self, base: GlobalProgram, compiled: Compiled, tensors: Mapping[str, Tensor]) -> None:
         """Adds to a plan what its user should know of the rules that it follows, and warns of it once."""
 
         def remarks() -> list[str]:
@@ -229,7 +229,9 @@ class Compiler:
         if notes and self.rank == 0:
             warnings.warn("\n".join(notes), stacklevel=2)
 
-    def plan_captured(self, base: Work, tensors: Mapping[str, Tensor], *, coalesce: bool = True) -> Plan:
+    def plan_captured(
+        self, base: GlobalProgram, tensors: Mapping[str, Tensor], *, coalesce: bool = True
+    ) -> Plan:
         """A plan for a program that this rank has captured; other ranks are not asked."""
         data = find_decisions(base, self.options, self._wishes, "", tensors)
         planned, rewritten = follow(base, data), follow(base, data)
@@ -255,7 +257,7 @@ class Compiler:
         bound: dict[str, Any],
         layout: WeightLayout | None = None,
         caches: Mapping[str, Held] | None = None,
-    ) -> Work:
+    ) -> GlobalProgram:
         """The canonical program of one call signature."""
         captured = mark_layers(self.capture_call(model, bound), model, self.options.checkpointing)
         uneven = uneven_layers(captured, self._wishes, layout, caches or {})
@@ -285,7 +287,7 @@ class Compiler:
         if self.axis is not None and axes not in self._groups:
             self._groups[axes] = AxisGroups(self.axis, axes)
 
-    def lower(self, rewritten: Work) -> Lowered:
+    def lower(self, rewritten: GlobalProgram) -> Lowered:
         """This rank's graph; without a mesh the one at global shapes."""
         if self.axis is None:
             return Lowered(GraphModule(nn.Module(), rewritten.graph))

@@ -199,17 +199,17 @@ def _gathered(model: nn.Module, plan: Mapping[str, str]) -> tuple[str, ...]:
 
 def _repeated(plan: Plan) -> tuple[str, ...]:
     """Modules with arithmetic between activations that is not divided."""
-    work = plan.work
-    assert work is not None and work.planned_factors is not None
-    factors, params = work.planned_factors, set(work.params())
-    quantities = Quantities(work.graph, factors)
+    program = plan.planned
+    assert program is not None and program.planned_factors is not None
+    factors, params = program.planned_factors, set(program.params())
+    quantities = Quantities(program.graph, factors)
     found = []
-    for node in work.decisions[0].nodes:
+    for node in program.decisions[0].nodes:
         rule = factors.rules.get(node)
         if not isinstance(rule, Rule) or not rule.contraction or not quantities.operations(node):
             continue
         if any(weight_root(operand, params, rows=True) for operand in operands(node)):
             continue
-        if all(d.nodes[node].factor is None for d in work.decisions):
+        if all(d.nodes[node].factor is None for d in program.decisions):
             found.append(starred(module_path(node)))
     return tuple(dict.fromkeys(found))

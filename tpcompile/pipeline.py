@@ -34,13 +34,13 @@ from .passes.split_packed_matmul import SplitPackedMatmul, packed_groups
 from .passes.verify_placements import verify_placements
 from .planner.decide import Pins, decide, plan_on_axes, split_what_pays
 from .planner.decisions import decisions_from_data, decisions_to_data
+from .planner.global_program import GlobalProgram, Pass
 from .planner.options import Options
 from .planner.pins import Wishes, make_pins
 from .planner.plan import Plan
 from .planner.plan_layout import check_layout, completed, layout_of, pins_from_layout
 from .planner.search.cost import PRESETS, CostModel
 from .planner.store_plan import Decisions, plan_cached
-from .planner.work import Pass, Work
 
 
 def before_planning() -> list[Pass]:
@@ -68,22 +68,24 @@ def after_planning(
     return [*passes, *([CoalesceCollectives(cost)] if coalesce else []), MergeMatmuls(cost)]
 
 
-def canonical(captured: Captured, ranks: int, extra: Sequence[Pass] = (), **known: Any) -> Work:
+def canonical(captured: Captured, ranks: int, extra: Sequence[Pass] = (), **known: Any) -> GlobalProgram:
     """A captured program in the one form that everything after it expects.
 
     Args:
         captured: the program.
         ranks: how many ranks it is for.
         extra: the user's passes, of which those run that want to before planning.
-        known: other fields of the work.
+        known: other fields of the program.
     """
     # A copy, so that names of new nodes follow from the graph, not from how it came here: ranks compare them.
-    work = Work(captured, ranks, **known).copy()
-    run_passes(work, [*before_planning(), *(one for one in extra if one.before_planning)])
-    return work
+    program = GlobalProgram(captured, ranks, **known).copy()
+    run_passes(program, [*before_planning(), *(one for one in extra if one.before_planning)])
+    return program
 
 
-def split_copy(base: Work, groups: frozenset[str], layout: WeightLayout | None = None) -> Work:
+def split_copy(
+    base: GlobalProgram, groups: frozenset[str], layout: WeightLayout | None = None
+) -> GlobalProgram:
     """A copy of a program with some packed matmuls split, over weights that lie as a layout says."""
     copy = base.copy()
     join = [JoinSegments(layout)] if layout else []
@@ -93,8 +95,13 @@ def split_copy(base: Work, groups: frozenset[str], layout: WeightLayout | None =
 
 
 def plan_program(
-    base: Work, cost: CostModel, pins: Pins, layout: WeightLayout | None = None, *, divide_small: bool = False
-) -> Work:
+    base: GlobalProgram,
+    cost: CostModel,
+    pins: Pins,
+    layout: WeightLayout | None = None,
+    *,
+    divide_small: bool = False,
+) -> GlobalProgram:
     """A planned copy of a canonical program; nothing is rewritten for the plan yet.
 
     Args:
@@ -108,7 +115,7 @@ def plan_program(
     if layout is None:
         return decide(base, cost, [*packed_groups(base), *loss_groups(base)], split_copy, pins, divide_small)
 
-    def plan(chosen: frozenset[str], axes: tuple[int, ...]) -> Work:
+    def plan(chosen: frozenset[str], axes: tuple[int, ...]) -> GlobalProgram:
         return plan_on_axes(split_copy(base, chosen, layout), axes, cost, pins)
 
     used = {source.spec.name for node, source in base.sources.items() if node.users}
@@ -118,7 +125,7 @@ def plan_program(
 
 
 def rewrite(
-    work: Work,
+    program: GlobalProgram,
     training: bool,
     extra: Sequence[Pass] = (),
     cost: CostModel = PRESETS["cpu"],
@@ -129,7 +136,7 @@ def rewrite(
     """Carries a plan out in the graph: reshards, gradients, collectives, then the user's passes.
 
     Args:
-        work: the planned program.
+        program: the planned program.
         training: gradients are recorded.
         extra: the user's passes, of which those run that don't before planning.
         cost: the cost model.
@@ -140,19 +147,19 @@ def rewrite(
         TpCompileError: what a pass made cannot be proved, or a pass of the user's made calls that the planner
             has not seen.
     """
-    known = set(work.graph.nodes)
+    known = set(program.graph.nodes)
     last = [[one] for one in extra if not one.before_planning]
     for passes in ([*after_planning(training, cost, coalesce, sequence)], *last):
-        run_passes(work, passes)
+        run_passes(program, passes)
         if passes in last:
-            _refuse_unplanned(work, known, passes[0])
-        work.proof = verify_placements(work, training=training, after=passes[-1].name)
-        known = set(work.graph.nodes)
+            _refuse_unplanned(program, known, passes[0])
+        program.proof = verify_placements(program, training=training, after=passes[-1].name)
+        known = set(program.graph.nodes)
 
 
-def _refuse_unplanned(work: Work, known: set[Node], made_by: Pass) -> None:
+def _refuse_unplanned(program: GlobalProgram, known: set[Node], made_by: Pass) -> None:
     """Whatever computes was planned; behind the plan only changes of placement are new."""
-    for node in work.graph.nodes:
+    for node in program.graph.nodes:
         new = node.op == "call_function" and node not in known and origin(node) is node
         if new and isinstance(node.meta["val"], Tensor | tuple | list):  # not a size
             raise TpCompileError(
@@ -163,7 +170,7 @@ def _refuse_unplanned(work: Work, known: set[Node], made_by: Pass) -> None:
 
 
 def find_decisions(
-    base: Work,
+    base: GlobalProgram,
     options: Options,
     wishes: Wishes,
     fingerprint: str,
@@ -205,7 +212,7 @@ def find_decisions(
 
 
 def known_layout(
-    base: Work,
+    base: GlobalProgram,
     options: Options,
     fingerprint: str,
     tensors: Mapping[str, Tensor],
@@ -230,14 +237,14 @@ def known_layout(
     return whole if layout is None else completed(layout, whole)
 
 
-def _says_all(plan: Plan, base: Work, fingerprint: str) -> bool:
+def _says_all(plan: Plan, base: GlobalProgram, fingerprint: str) -> bool:
     """Whether a plan was made for this very program, and can be carried out."""
     return plan.fingerprint == fingerprint and not base.refused
 
 
 def _within_memory(
-    base: Work, cost: CostModel, pins: Pins, limit: float | None, tensors: Mapping[str, Tensor]
-) -> Work:
+    base: GlobalProgram, cost: CostModel, pins: Pins, limit: float | None, tensors: Mapping[str, Tensor]
+) -> GlobalProgram:
     planned = plan_program(base, cost, pins)
     if limit is None or layout_of(planned, tensors).fullest <= limit:
         return planned
@@ -253,7 +260,7 @@ def _within_memory(
     return tighter
 
 
-def follow(base: Work, data: Decisions, layout: WeightLayout | None = None) -> Work:
+def follow(base: GlobalProgram, data: Decisions, layout: WeightLayout | None = None) -> GlobalProgram:
     """A copy of a canonical program with decisions that were made for it, given where the weights lie."""
     groups, decisions = data
     copy = split_copy(base, frozenset(groups), layout)

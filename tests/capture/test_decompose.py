@@ -42,11 +42,11 @@ def _targets(model: nn.Module, x: Tensor) -> set[str]:
 
 def test_aliases_are_what_they_stand_for() -> None:
     model, x = Aliases().double(), torch.randn(2, 5, 12, dtype=torch.float64)
-    work = programs.planned(model, x)
-    assert work.planned_factors is not None
-    assert all(isinstance(rule, Rule) for rule in work.planned_factors.rules.values())
+    program = programs.planned(model, x)
+    assert program.planned_factors is not None
+    assert all(isinstance(rule, Rule) for rule in program.planned_factors.rules.values())
     with torch.no_grad():
-        torch.testing.assert_close(programs.run_whole(work, model, x), [model(x)])
+        torch.testing.assert_close(programs.run_whole(program, model, x), [model(x)])
 
 
 def test_a_users_rule_keeps_its_operator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,22 +201,22 @@ def test_calls_taken_apart_one_by_one_are_as_torch_has_them(
 
 
 def test_sizes_that_are_made_on_the_way() -> None:
-    work = programs.captured(Padded(), torch.randn(2, 5, 6), dynamic=True)
+    program = programs.captured(Padded(), torch.randn(2, 5, 6), dynamic=True)
     for sizes in ((2, 5, 6), (3, 9, 6)):
         x = torch.randn(sizes)
-        torch.testing.assert_close(programs.run_whole(work, Padded(), x), [Padded()(x)])
+        torch.testing.assert_close(programs.run_whole(program, Padded(), x), [Padded()(x)])
 
 
 @pytest.mark.parametrize(("model", "traces"), [(Keeps(), 0), (Shares(), 1), (Writes(), 1)])
 def test_writes(model: nn.Module, traces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _captured(model, {"x": torch.randn(2, 5, 6)}, monkeypatch)[0] == traces
-    work = programs.captured(model, torch.randn(2, 5, 6), dynamic=True)
+    program = programs.captured(model, torch.randn(2, 5, 6), dynamic=True)
     for sizes in ((2, 5, 6), (3, 9, 6)):
         x = torch.randn(sizes)
         expected = model(x)
-        found = programs.run_whole(work, model, x)
+        found = programs.run_whole(program, model, x)
         torch.testing.assert_close(found, [*expected] if isinstance(expected, tuple) else [expected])
-    assert not any(n.op == "call_function" and "_." in str(n.target) for n in work.graph.nodes)
+    assert not any(n.op == "call_function" and "_." in str(n.target) for n in program.graph.nodes)
 
 
 @pytest.mark.parametrize("parts", [False, True])
@@ -224,9 +224,11 @@ def test_written_buffers(parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they become is a result of the program."""
     x, model = torch.randn(2, 5, 6), Counts(parts)
     assert _captured(model, {"x": x}, monkeypatch)[0] == parts
-    work = programs.captured(model, x)
-    names = {spec.name: i for i, spec in enumerate(work.captured.outputs) if spec.kind == "buffer_mutation"}
-    found = programs.run_whole(work, model, x)
+    program = programs.captured(model, x)
+    names = {
+        spec.name: i for i, spec in enumerate(program.captured.outputs) if spec.kind == "buffer_mutation"
+    }
+    found = programs.run_whole(program, model, x)
     torch.testing.assert_close(found[0], model(x))
     torch.testing.assert_close(found[names["count"]], model.count)
     torch.testing.assert_close(found[names["sums"]], model.sums)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from tests.helpers.faults import Fault
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 
 
-def _left_out(work: Work) -> Iterator[Callable[[], Any]]:
+def _left_out(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
     """A call that leaves shape and type as they are is not there."""
-    for node in work.graph.nodes:
+    for node in program.graph.nodes:
         first = next(iter(node.all_input_nodes), None) if node.op == "call_function" else None
         if first is not None and isinstance(val := node.meta.get("val"), torch.Tensor) and node.users:
             other = first.meta.get("val")
@@ -21,9 +21,9 @@ def _left_out(work: Work) -> Iterator[Callable[[], Any]]:
                 yield lambda node=node, first=first: node.replace_all_uses_with(first)
 
 
-def _stopped(work: Work) -> Iterator[Callable[[], Any]]:
+def _stopped(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
     """No gradient flows through a call: as if its backward were lost."""
-    for node in work.graph.nodes:
+    for node in program.graph.nodes:
         val = node.meta.get("val")
         if node.op == "call_function" and isinstance(val, torch.Tensor) and val.is_floating_point():
             yield lambda node=node: _detach(node)

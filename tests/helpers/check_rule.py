@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpcompile.rules.choices import Choice
-from tpcompile.runtime.verify.rule_program import Operand, Program
+from tpcompile.runtime.verify.rule_program import Operand, RuleProgram
 
 
 def real(*shape: int) -> Operand:
@@ -83,7 +83,7 @@ def boolean(*shape: int) -> Operand:
     return Operand(shape, lambda s: torch.rand(s) < 0.5)
 
 
-def blame(program: Program, axes: tuple[int, ...], chosen: Sequence[Choice]) -> str:
+def blame(program: RuleProgram, axes: tuple[int, ...], chosen: Sequence[Choice]) -> str:
     """What failed: the call, its rule, the choices."""
     how = "  x  ".join(map(str, chosen))
     return f"\n{program.case}\n  rule     {program.rule}\n  choice {how}\n  ranks    {axes}"

@@ -12,10 +12,10 @@ from torch.fx import Node
 from tpcompile.ir import markers
 from tpcompile.ir.graph_edit import behind, call
 from tpcompile.ir.placements import R, Shard
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 
 aten = torch.ops.aten
-Fault = Callable[[Work], Iterator[Callable[[], Any]]]
+Fault = Callable[[GlobalProgram], Iterator[Callable[[], Any]]]
 """Gives the edits that put this fault into a program, one for each place where it can be put."""
 
 _NONLINEAR = {aten.gelu.default, aten.silu.default, aten.relu.default, aten.tanh.default}
@@ -25,15 +25,15 @@ def _other_dim(place: Any) -> Any:
     return replace(place, dim=place.dim - 1 if place.dim else 1)
 
 
-def _calls(work: Work, *targets: Any) -> list[Node]:
-    return [n for n in work.graph.nodes if n.op == "call_function" and n.target in targets]
+def _calls(program: GlobalProgram, *targets: Any) -> list[Node]:
+    return [n for n in program.graph.nodes if n.op == "call_function" and n.target in targets]
 
 
 def _dropped(*targets: Any) -> Fault:
     """What stands for a change of placement is not there."""
 
-    def fault(work: Work) -> Iterator[Callable[[], Any]]:
-        for node in _calls(work, *targets):
+    def fault(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
+        for node in _calls(program, *targets):
             yield lambda node=node: node.replace_all_uses_with(node.args[0])
 
     return fault
@@ -42,8 +42,8 @@ def _dropped(*targets: Any) -> Fault:
 def _twice(*targets: Any) -> Fault:
     """What stands for a change of placement is there twice."""
 
-    def fault(work: Work) -> Iterator[Callable[[], Any]]:
-        for node in _calls(work, *targets):
+    def fault(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
+        for node in _calls(program, *targets):
             yield lambda node=node: _again(node)
 
     return fault
@@ -59,8 +59,8 @@ def _again(node: Node) -> None:
 def _option(target: Any, index: int, change: Callable[[Any], Any]) -> Fault:
     """An option of a collective is another one."""
 
-    def fault(work: Work) -> Iterator[Callable[[], Any]]:
-        for node in _calls(work, target):
+    def fault(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
+        for node in _calls(program, target):
             if len(node.args) > index and change(node.args[index]) != node.args[index]:
                 yield lambda node=node: node.update_arg(index, change(node.args[index]))
 
@@ -70,8 +70,8 @@ def _option(target: Any, index: int, change: Callable[[Any], Any]) -> Fault:
 def _other_kind(before: Any, after: Any, *options: Any) -> Fault:
     """A collective is one of another kind."""
 
-    def fault(work: Work) -> Iterator[Callable[[], Any]]:
-        for node in _calls(work, before):
+    def fault(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
+        for node in _calls(program, before):
             yield lambda node=node: _retarget(node, after, (*node.args[:2], *options))
 
     return fault
@@ -81,9 +81,9 @@ def _retarget(node: Node, target: Any, args: tuple[Any, ...]) -> None:
     node.target, node.args = target, args
 
 
-def reduced_behind_nonlinear(work: Work) -> Iterator[Callable[[], Any]]:
+def reduced_behind_nonlinear(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
     """A sum over the ranks is completed behind an operator that is not linear."""
-    for node in _calls(work, markers.all_reduce):
+    for node in _calls(program, markers.all_reduce):
         for user in node.users:
             if user.target in _NONLINEAR:
                 yield lambda node=node, user=user: _behind(node, user)
@@ -96,22 +96,22 @@ def _behind(node: Node, user: Node) -> None:
     user.replace_all_uses_with(late, delete_user_cb=lambda u: u is not late)
 
 
-def added_on_every_rank(work: Work) -> Iterator[Callable[[], Any]]:
+def added_on_every_rank(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
     """A value that only the first rank is to add is added by all."""
-    yield from _dropped(markers.keep_first)(work)
+    yield from _dropped(markers.keep_first)(program)
 
 
-def copied_late(work: Work) -> Iterator[Callable[[], Any]]:
+def copied_late(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
     """The copy for gradients stands behind one use, which then has the whole value."""
-    for node in _calls(work, markers.copy_to_ranks):
+    for node in _calls(program, markers.copy_to_ranks):
         for user in node.users:
             yield lambda node=node, user=user: user.replace_input_with(node, node.args[0])
 
 
-def copied_where_whole(work: Work) -> Iterator[Callable[[], Any]]:
+def copied_where_whole(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
     """A copy for gradients where every rank has the whole gradient."""
-    every = tuple(range(len(work.axes)))
-    for node in list(work.graph.nodes):
+    every = tuple(range(len(program.axes)))
+    for node in list(program.graph.nodes):
         placement = node.meta.get("placement")
         if node.op == "call_function" and placement and all(p == R for p in placement) and node.users:
             if node.target not in markers.MARKERS and node.meta["val"].dtype.is_floating_point:
@@ -125,9 +125,9 @@ def _copy(node: Node, axes: tuple[int, ...]) -> None:
     node.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
 
 
-def segments_swapped(work: Work) -> Iterator[Callable[[], Any]]:
+def segments_swapped(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
     """What is multiplied together is joined in another order than it is stored in."""
-    for node in _calls(work, markers.matmul_merged):
+    for node in _calls(program, markers.matmul_merged):
         for index, joined in enumerate(node.args):
             if isinstance(joined, list | tuple):
                 yield lambda node=node, index=index, joined=joined: node.update_arg(index, [*joined[::-1]])

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from itertools import count
 
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 
 
-def stable_text(work: Work) -> str:
+def stable_text(program: GlobalProgram) -> str:
     """The graph as printed, inputs under the model's names for them, values and symbols numbered."""
     numbers = count()
     labels: dict[str, str] = {}
-    for node in work.graph.nodes:
+    for node in program.graph.nodes:
         if node.op == "placeholder":
-            source = work.sources[node]
+            source = program.sources[node]
             part = f"[{source.order}]" if source.order >= 0 else ""
             labels[node.name] = source.spec.name + part
         else:
@@ -28,5 +28,5 @@ def stable_text(work: Work) -> str:
         return symbols.setdefault(match[0], f"s{len(symbols)}")
 
     # A node may be named as its operator is: that is followed by a parenthesis or stands behind a dot.
-    text = re.sub(r"(?<![\w.%])[A-Za-z_]\w*(?![\w(.=])", label, work.text())
+    text = re.sub(r"(?<![\w.%])[A-Za-z_]\w*(?![\w(.=])", label, program.text())
     return re.sub(r"\b[su]\d+\b", symbol, text)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tpcompile.ir.placements import Partial, Placement, R, Shard
 from tpcompile.runtime.verify.assemble import RanksDiffer, Unknown, lay_out, put_together
-from tpcompile.runtime.verify.rule_program import TOLERANCE, Operand, Program, operands_of
+from tpcompile.runtime.verify.rule_program import TOLERANCE, Operand, RuleProgram, operands_of
 
 RANKS = 2
 SMALLEST_CONSTANT = 4
@@ -26,7 +26,7 @@ SMALLEST_CONSTANT = 4
 Pieces = list[list[Tensor]]
 
 
-def missing(program: Program) -> list[str]:
+def missing(program: RuleProgram) -> list[str]:
     """Divisions that work and are not offered, as ``(S(0), R) -> S(0)``."""
     offered = {tuple(w): [] for w in map(program.wants, program.choices()) if w}  # type: ignore[var-annotated]
     for choice in program.choices():
@@ -45,7 +45,7 @@ def _covered(outputs: tuple[Placement, ...], works: list[list[Placement]]) -> bo
     return all(o in w for o, w in zip(outputs, works, strict=True))
 
 
-def _choices(program: Program) -> Iterator[tuple[Placement, ...]]:
+def _choices(program: RuleProgram) -> Iterator[tuple[Placement, ...]]:
     """Placements of the operands: equal sizes cut together, or one of them, or nothing; the rest R or P."""
     operands = operands_of(program.case)
     sizes = {s for o in operands for s in o.shape if s and s % RANKS == 0}
@@ -64,7 +64,7 @@ def _kinds(operand: Operand, value: Tensor, size: int) -> list[Placement]:
     return [R, *shards, *([Partial()] if summable else [])]
 
 
-def _works(program: Program, placements: tuple[Placement, ...]) -> Iterator[list[list[Placement]]]:
+def _works(program: RuleProgram, placements: tuple[Placement, ...]) -> Iterator[list[list[Placement]]]:
     """For every reading of the constants with which it works: per result, all placements that fit."""
     torch.manual_seed(2)
     columns = [
@@ -95,7 +95,7 @@ def _halve(arg: Any, constant: int | None) -> Any:
     return arg // RANKS if type(arg) is int and arg == constant else arg
 
 
-def _run(program: Program, pieces: Pieces, constant: int | None) -> Pieces | None:
+def _run(program: RuleProgram, pieces: Pieces, constant: int | None) -> Pieces | None:
     case = program.case
     args, kwargs = _halve(case.args, constant), {k: _halve(v, constant) for k, v in case.kwargs.items()}
     ranks = []

@@ -14,38 +14,42 @@ from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.lowering import simulate
 from tpcompile.pipeline import canonical, plan_program
 from tpcompile.planner.decide import Pins
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.planner.plan_layout import layout_of
 from tpcompile.planner.search.cost import PRESETS, CostModel
-from tpcompile.planner.work import Work
 from tpcompile.runtime.verify.inputs import Inputs, undivided
 
 
-def captured(model: nn.Module, *args: Any, ranks: int = 2, dynamic: Any = False, **kwargs: Any) -> Work:
+def captured(
+    model: nn.Module, *args: Any, ranks: int = 2, dynamic: Any = False, **kwargs: Any
+) -> GlobalProgram:
     """The program of one call, as captured."""
-    return Work(capture(model, bind_call(model, args, kwargs), dynamic=dynamic), ranks)
+    return GlobalProgram(capture(model, bind_call(model, args, kwargs), dynamic=dynamic), ranks)
 
 
-def canonicalised(model: nn.Module, *args: Any, **options: Any) -> Work:
+def canonicalised(model: nn.Module, *args: Any, **options: Any) -> GlobalProgram:
     """The program of one call, in its canonical form."""
-    work = captured(model, *args, **options)
-    return canonical(work.captured, work.ranks)
+    program = captured(model, *args, **options)
+    return canonical(program.captured, program.ranks)
 
 
-def no_pins(work: Work, axis: int) -> dict[Any, Any]:
+def no_pins(program: GlobalProgram, axis: int) -> dict[Any, Any]:
     """Every placement is allowed."""
     return {}
 
 
 def planned(
     model: nn.Module, *args: Any, cost: CostModel = PRESETS["cpu"], pins: Pins = no_pins, **options: Any
-) -> Work:
+) -> GlobalProgram:
     """The planned program of one call; nothing is rewritten for the plan yet."""
     return planned_work(captured(model, *args, **options), cost, pins)
 
 
-def planned_work(work: Work, cost: CostModel = PRESETS["cpu"], pins: Pins = no_pins) -> Work:
+def planned_work(
+    program: GlobalProgram, cost: CostModel = PRESETS["cpu"], pins: Pins = no_pins
+) -> GlobalProgram:
     """A captured program, planned."""
-    return plan_program(canonical(work.captured, work.ranks), cost, pins)
+    return plan_program(canonical(program.captured, program.ranks), cost, pins)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -54,25 +58,29 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return params | dict(model.named_buffers(remove_duplicate=False))
 
 
-def run_whole(work: Work, model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
+def run_whole(program: GlobalProgram, model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
     """Runs the graph as it is, at global shapes, where markers are identities."""
-    inputs = _inputs(work, model, undivided(work, model), 0, args, kwargs)
-    return list(_interpret(work, inputs))
+    inputs = _inputs(program, model, undivided(program, model), 0, args, kwargs)
+    return list(_interpret(program, inputs))
 
 
 def run_ranks(
-    work: Work, model: nn.Module, *args: Any, lowered: list[GraphModule] | None = None, **kwargs: Any
+    program: GlobalProgram,
+    model: nn.Module,
+    *args: Any,
+    lowered: list[GraphModule] | None = None,
+    **kwargs: Any,
 ) -> list[list[Any]]:
     """Lowers a rewritten program for every rank and runs all in lockstep; the results by rank."""
-    layout, programs = layout_of(work, tensors_of(model)), lowered or simulate.lower_all(work)
+    layout, programs = layout_of(program, tensors_of(model)), lowered or simulate.lower_all(program)
     inputs = [
-        _inputs(work, model, layout, rank, args, kwargs).of(program.graph)
-        for rank, program in enumerate(programs)
+        _inputs(program, model, layout, rank, args, kwargs).of(local.graph)
+        for rank, local in enumerate(programs)
     ]
-    return [list(results) for results in simulate.run(work, inputs, programs)]
+    return [list(results) for results in simulate.run(program, inputs, programs)]
 
 
-def gradients_agree(work: Work, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+def gradients_agree(program: GlobalProgram, model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Each rank's gradients are its parts of the undivided program's.
 
     The loss is a sum of all results, weighted at random, which every rank computes.
@@ -83,12 +91,12 @@ def gradients_agree(work: Work, model: nn.Module, *args: Any, **kwargs: Any) -> 
         weighted = [(r * torch.randn(r.shape, generator=generator, dtype=r.dtype)).sum() for r in results]
         return torch.stack(weighted).sum()
 
-    whole = _inputs(work, model, undivided(work, model), 0, args, kwargs, learning=True)
-    loss(list(_interpret(work, whole))).backward()
-    layout, programs = layout_of(work, tensors_of(model)), simulate.lower_all(work)
-    ranks = [_inputs(work, model, layout, r, args, kwargs, learning=True) for r in range(layout.ranks)]
-    given = [mine.of(program.graph) for program, mine in zip(programs, ranks, strict=True)]
-    torch.stack([loss(list(results)) for results in simulate.run(work, given, programs)]).sum().backward()
+    whole = _inputs(program, model, undivided(program, model), 0, args, kwargs, learning=True)
+    loss(list(_interpret(program, whole))).backward()
+    layout, programs = layout_of(program, tensors_of(model)), simulate.lower_all(program)
+    ranks = [_inputs(program, model, layout, r, args, kwargs, learning=True) for r in range(layout.ranks)]
+    given = [mine.of(local.graph) for local, mine in zip(programs, ranks, strict=True)]
+    torch.stack([loss(list(results)) for results in simulate.run(program, given, programs)]).sum().backward()
     for rank, mine in enumerate(ranks):
         for (kind, name), full in whole.gradients().items():
             wanted = layout.shard(name, full, rank) if kind in ("param", "buffer") else full
@@ -98,7 +106,7 @@ def gradients_agree(work: Work, model: nn.Module, *args: Any, **kwargs: Any) -> 
 
 
 def _inputs(
-    work: Work,
+    program: GlobalProgram,
     model: nn.Module,
     layout: WeightLayout,
     rank: int,
@@ -107,10 +115,12 @@ def _inputs(
     learning: bool = False,
 ) -> Inputs:
     leaves, _ = flatten_call(bind_call(model, args, kwargs))
-    return Inputs(model, work.captured, leaves, layout, rank, learning)
+    return Inputs(model, program.captured, leaves, layout, rank, learning)
 
 
-def _interpret(work: Work, inputs: Inputs) -> tuple[Any, ...]:
-    values = [inputs.value(work.sources[n]) for n in work.graph.find_nodes(op="placeholder")]
-    results: tuple[Any, ...] = torch.fx.Interpreter(work.captured.graph_module, graph=work.graph).run(*values)
+def _interpret(program: GlobalProgram, inputs: Inputs) -> tuple[Any, ...]:
+    values = [inputs.value(program.sources[n]) for n in program.graph.find_nodes(op="placeholder")]
+    results: tuple[Any, ...] = torch.fx.Interpreter(program.captured.graph_module, graph=program.graph).run(
+        *values
+    )
     return results

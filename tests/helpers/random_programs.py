@@ -13,7 +13,7 @@ from torch.fx import Node
 from tests.helpers import programs
 from tpcompile.capture.export.specs import OutputSpec
 from tpcompile.ir.graph_edit import call
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 
 aten = torch.ops.aten
 WIDTHS = (6, 10)
@@ -43,13 +43,13 @@ INPUTS = [torch.randn(2, 3, width, dtype=torch.float64) for width in WIDTHS]
 _BASE = programs.captured(MODEL, *INPUTS)
 
 
-def random_program(seed: int, calls: int, ranks: int) -> Work:
+def random_program(seed: int, calls: int, ranks: int) -> GlobalProgram:
     """A program of about so many calls; every value that nothing uses is returned."""
     rng = random.Random(seed)
-    work = _BASE.copy()
-    graph, out = work.graph, work.graph.output_node()
-    by_name = {s.spec.name: n for n, s in work.sources.items()}
-    values = [n for n, s in work.sources.items() if s.spec.kind == "user"]
+    program = _BASE.copy()
+    graph, out = program.graph, program.graph.output_node()
+    by_name = {s.spec.name: n for n, s in program.sources.items()}
+    values = [n for n, s in program.sources.items() if s.spec.kind == "user"]
     old = [n for n in graph.nodes if n.op == "call_function"]
     fresh = list(MODEL.linears)
     rng.shuffle(fresh)
@@ -83,4 +83,4 @@ def random_program(seed: int, calls: int, ranks: int) -> Work:
     for node in reversed(old):
         graph.erase_node(node)
     outputs = tuple(OutputSpec("user", n.name) for n in results)
-    return replace(work, captured=replace(work.captured, outputs=outputs), ranks=ranks)
+    return replace(program, captured=replace(program.captured, outputs=outputs), ranks=ranks)

@@ -32,7 +32,7 @@ from tpcompile.ir.markers import Axes
 from tpcompile.ir.placements import Partial, Placement, Replicate
 from tpcompile.lowering.lower_graph import lower_graph
 from tpcompile.lowering.state import SOURCE, STANDS_FOR
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 
 aten, ops = torch.ops.aten, torch.ops.tpcompile
 
@@ -65,26 +65,26 @@ class _Groups:
         return 0
 
 
-def judge(work: Work) -> None:
+def judge(program: GlobalProgram) -> None:
     """Types the first rank's program of a rewritten graph, forward and backward.
 
     Raises:
         SpmdTypeError: a type does not fit, or is another one than the graph's placements say.
     """
-    with fake_mesh(work.axes) as mesh:
+    with fake_mesh(program.axes) as mesh:
         groups = _Groups(mesh)
-        program = lower_graph(work, (0,) * len(work.axes), groups)
+        local = lower_graph(program, (0,) * len(program.axes), groups)
         with spmd.set_current_mesh(mesh), typecheck():
-            _Judged(work, program, groups).run_all()
+            _Judged(program, local, groups).run_all()
 
 
 class _Judged:
     """One rank's program, each value of which has the library's type."""
 
-    def __init__(self, work: Work, program: GraphModule, groups: _Groups) -> None:
-        self.work, self.graph, self.groups = work, program.graph, groups
+    def __init__(self, program: GlobalProgram, local: GraphModule, groups: _Groups) -> None:
+        self.program, self.graph, self.groups = program, local.graph, groups
         self.held = {
-            s.spec.name: n.meta["placement"] for n, s in work.sources.items() if "placement" in n.meta
+            s.spec.name: n.meta["placement"] for n, s in program.sources.items() if "placement" in n.meta
         }
         self.node, self.values = next(iter(self.graph.nodes)), dict[Node, Any]()
 
@@ -109,10 +109,12 @@ class _Judged:
 
     def results(self, results: Any) -> None:
         """Results are whole, with a whole gradient, but for what stays divided."""
-        handed = self.work.handed_out(self.work.planned_factors)  # type: ignore[arg-type]
-        for end, result, spec in zip(self.work.outputs(), results, self.work.captured.outputs, strict=True):
+        handed = self.program.handed_out(self.program.planned_factors)  # type: ignore[arg-type]
+        for end, result, spec in zip(
+            self.program.outputs(), results, self.program.captured.outputs, strict=True
+        ):
             if isinstance(result, Tensor):
-                whole = (Replicate(),) * len(self.work.axes)
+                whole = (Replicate(),) * len(self.program.axes)
                 self.claim(result, handed.get(end, whole) if spec.divided else whole, whole=I)  # type: ignore[arg-type]
 
     def input(self, node: Node) -> Any:
@@ -125,7 +127,7 @@ class _Judged:
         value = torch.empty(shape, dtype=val.dtype, device="meta", requires_grad=learns)
         ((_, placements),) = node.meta.get(STANDS_FOR) or ((None, self.held.get(spec.name)),)
         kinds = {a: V if _divided(p) else I for a, p in enumerate(placements or ())}
-        spmd.assert_type(value, {self.axis(a): kinds.get(a, I) for a in range(len(self.work.axes))})
+        spmd.assert_type(value, {self.axis(a): kinds.get(a, I) for a in range(len(self.program.axes))})
         return value
 
     def axis(self, number: int) -> Any:
@@ -189,7 +191,7 @@ class _Judged:
         if name in ("keep_first", "pad_shard", "pad_positions", "gradient_once"):
             wanted = R if name == "gradient_once" else None
             now = spmd.get_local_type(x)
-            there = [(a, now[spmd.normalize_axis(self.axis(a))]) for a in range(len(self.work.axes))]
+            there = [(a, now[spmd.normalize_axis(self.axis(a))]) for a in range(len(self.program.axes))]
             into_sum = [p == Partial("sum") for p in self.claimed()]
             axes = tuple(a for a, t in there if t is wanted or (not wanted and into_sum[a] and t is not P))
         else:

@@ -14,7 +14,7 @@ from tests.helpers.faults import Fault
 from tests.helpers.local_faults import Edit, GraphFault
 from tpcompile.ir import markers
 from tpcompile.ir.graph_edit import call
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 
 aten, ops = torch.ops.aten, torch.ops.tpcompile
 SENDS = (
@@ -24,9 +24,9 @@ SENDS = (
 _SUMS = (markers.all_reduce, markers.reduce_scatter)
 
 
-def _reals(work: Work) -> list[Node]:
+def _reals(program: GlobalProgram) -> list[Node]:
     """The calls that give one tensor of real numbers."""
-    vals = [(n, n.meta.get("val")) for n in work.graph.nodes if n.op == "call_function" and n.users]
+    vals = [(n, n.meta.get("val")) for n in program.graph.nodes if n.op == "call_function" and n.users]
     return [n for n, v in vals if isinstance(v, Tensor) and v.is_floating_point() and n.meta.get("placement")]
 
 
@@ -41,19 +41,21 @@ def _after(value: Node, target: Any, *args: Any, users: Callable[[Node], bool] =
     return new
 
 
-def _behind(places: Callable[[Work], list[Node]], edit: Callable[[Work, Node], Any]) -> Fault:
-    def fault(work: Work) -> Iterator[Callable[[], Any]]:
-        for node in places(work):
-            yield lambda node=node: edit(work, node)
+def _behind(
+    places: Callable[[GlobalProgram], list[Node]], edit: Callable[[GlobalProgram, Node], Any]
+) -> Fault:
+    def fault(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
+        for node in places(program):
+            yield lambda node=node: edit(program, node)
 
     return fault
 
 
-def _sums(work: Work) -> list[Node]:
-    return [n for n in work.graph.nodes if n.target in _SUMS and n.users]
+def _sums(program: GlobalProgram) -> list[Node]:
+    return [n for n in program.graph.nodes if n.target in _SUMS and n.users]
 
 
-def _halved(work: Work, node: Node) -> None:
+def _halved(program: GlobalProgram, node: Node) -> None:
     """What is summed up is rounded to half precision before."""
     value = node.args[0]
     assert isinstance(value, Node)
@@ -65,7 +67,7 @@ def _halved(work: Work, node: Node) -> None:
     node.replace_input_with(value, back)
 
 
-def _gradient_doubled(work: Work, node: Node) -> None:
+def _gradient_doubled(program: GlobalProgram, node: Node) -> None:
     """Forward stays as it is: x + x - x, of which the last has no gradient."""
     readers = set(node.users)
     double = _after(node, aten.mul.Tensor, 2.0)
@@ -75,9 +77,9 @@ def _gradient_doubled(work: Work, node: Node) -> None:
     _after(double, aten.sub.Tensor, still, users=lambda user: user in readers)
 
 
-def weights_swapped(work: Work) -> Iterator[Callable[[], Any]]:
+def weights_swapped(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
     """Two weights of one shape and placement, each instead of the other."""
-    held = [n for n, s in work.sources.items() if s.spec.kind == "param" and n.users]
+    held = [n for n, s in program.sources.items() if s.spec.kind == "param" and n.users]
     for one, two in itertools.combinations(held, 2):
         same = one.meta["val"].shape == two.meta["val"].shape
         if same and one.meta["placement"] == two.meta["placement"]:
@@ -95,9 +97,9 @@ def _swap(one: Node, two: Node) -> None:
         user.args = torch.fx.node.map_arg(user.args, lambda n: exchanged.get(n, n))
 
 
-def stale_value(work: Work) -> Iterator[Callable[[], Any]]:
+def stale_value(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
     """A call reads an earlier value of the same shape and placement."""
-    reals = _reals(work)
+    reals = _reals(program)
     for at, value in enumerate(reals):
         for older in reversed(reals[:at]):
             alike = older.meta["placement"] == value.meta["placement"]
@@ -106,9 +108,9 @@ def stale_value(work: Work) -> Iterator[Callable[[], Any]]:
                 break
 
 
-def copied_elsewhere(work: Work) -> Iterator[Callable[[], Any]]:
+def copied_elsewhere(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
     """The copy for gradients stands before another operand."""
-    for node in work.graph.find_nodes(op="call_function", target=markers.copy_to_ranks):
+    for node in program.graph.find_nodes(op="call_function", target=markers.copy_to_ranks):
         for user in node.users:
             for other in user.all_input_nodes:
                 if other is not node and isinstance(other.meta.get("val"), Tensor):
@@ -120,18 +122,18 @@ def _copy_other(node: Node, user: Node, other: Node) -> None:
     _after(other, markers.copy_to_ranks, node.args[1], users=lambda u: u is user)
 
 
-def transposed(work: Work) -> Iterator[Callable[[], Any]]:
+def transposed(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
     """A square weight is read the other way round."""
-    for node, source in work.sources.items():
+    for node, source in program.sources.items():
         val = node.meta["val"]
         square = source.spec.kind == "param" and val.ndim == 2 and val.shape[0] == val.shape[1]
         if square and node.users and len(set(node.meta["placement"])) == 1:
             yield lambda node=node: _after(node, aten.t.default)
 
 
-def sums_swapped(work: Work) -> Iterator[Callable[[], Any]]:
+def sums_swapped(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
     """Two sums over the ranks, each of the other's operand."""
-    for one, two in itertools.pairwise(_sums(work)):
+    for one, two in itertools.pairwise(_sums(program)):
         a, b = one.args[0], two.args[0]
         if isinstance(a, Node) and isinstance(b, Node) and a.meta["val"].shape == b.meta["val"].shape:
             if one < two and b < one:
@@ -161,8 +163,8 @@ VALUES: dict[str, Fault] = {
 def _arguments(kind: type, change: Callable[[Any], Any]) -> GraphFault:
     """An argument of a call is another one."""
 
-    def fault(program: GraphModule) -> Iterator[Edit]:
-        for node in program.graph.nodes:
+    def fault(local: GraphModule) -> Iterator[Edit]:
+        for node in local.graph.nodes:
             for at, arg in enumerate(node.args if node.op == "call_function" else ()):
                 if type(arg) is kind:
                     yield lambda node=node, at=at, arg=arg: node.update_arg(at, change(arg))
@@ -170,38 +172,38 @@ def _arguments(kind: type, change: Callable[[Any], Any]) -> GraphFault:
     return fault
 
 
-def order_swapped(program: GraphModule) -> Iterator[Edit]:
+def order_swapped(local: GraphModule) -> Iterator[Edit]:
     """Of two collectives that do not need each other, the second comes first."""
-    sends = [n for n in program.graph.nodes if n.target in SENDS]
+    sends = [n for n in local.graph.nodes if n.target in SENDS]
     for one, two in itertools.pairwise(sends):
         needed = {two}
-        for node in reversed(list(program.graph.nodes)):
+        for node in reversed(list(local.graph.nodes)):
             if node in needed:
                 needed.update(node.all_input_nodes)
         if one not in needed:
-            yield lambda one=one, needed=needed: _hoist(program, one, needed)
+            yield lambda one=one, needed=needed: _hoist(local, one, needed)
 
 
-def _hoist(program: GraphModule, one: Node, needed: set[Node]) -> None:
+def _hoist(local: GraphModule, one: Node, needed: set[Node]) -> None:
     """Moves what a collective needs, and it, before another one."""
-    between = [n for n in program.graph.nodes if one < n and n in needed]
+    between = [n for n in local.graph.nodes if one < n and n in needed]
     for node in between:
         one.prepend(node)
 
 
-def another_group(program: GraphModule) -> Iterator[Edit]:
+def another_group(local: GraphModule) -> Iterator[Edit]:
     """A collective over other ranks."""
-    groups = sorted({str(n.args[1]) for n in program.graph.nodes if n.target in SENDS})
-    for node in program.graph.nodes:
+    groups = sorted({str(n.args[1]) for n in local.graph.nodes if n.target in SENDS})
+    for node in local.graph.nodes:
         for other in groups if node.target in SENDS else ():
             if other != node.args[1]:
                 yield lambda node=node, other=other: node.update_arg(1, other)
 
 
-def another_value(program: GraphModule) -> Iterator[Edit]:
+def another_value(local: GraphModule) -> Iterator[Edit]:
     """A call reads another value of the same shape and type."""
     seen = list[Node]()
-    for node in program.graph.nodes:
+    for node in local.graph.nodes:
         for value in node.all_input_nodes if node.op == "call_function" else ():
             val = value.meta.get("val")
             for other in seen if isinstance(val, Tensor) else ():

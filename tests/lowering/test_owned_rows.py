@@ -21,11 +21,11 @@ class _Chooses(nn.Module):
 
 def test_rows_are_counted_from_either_end() -> None:
     model, ids = _Chooses(), torch.tensor([3, -1, 0, -8, 5])
-    work = programs.planned(model, ids)
-    assert [str(d.params[n]) for d in work.decisions for n in d.params] == ["S(0)"]
-    rewrite(work, training=False)
-    for (found,) in programs.run_ranks(work, model, ids):
+    program = programs.planned(model, ids)
+    assert [str(d.params[n]) for d in program.decisions for n in d.params] == ["S(0)"]
+    rewrite(program, training=False)
+    for (found,) in programs.run_ranks(program, model, ids):
         torch.testing.assert_close(found, model(ids))
     for beyond in (8, -9, -16):
         with pytest.raises(IndexError):
-            programs.run_ranks(work, model, torch.tensor([3, 1, 0, beyond, 5]))
+            programs.run_ranks(program, model, torch.tensor([3, 1, 0, beyond, 5]))

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import tpcompile
 from tests.on_ranks.models import mesh
 from tpcompile import Partial, Shard, TpCompileError
-from tpcompile.planner.work import Pass
+from tpcompile.planner.global_program import Pass
 
 X = torch.ones(4, 16)
 

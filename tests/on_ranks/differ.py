@@ -17,7 +17,7 @@ from tests.on_ranks.models import mesh
 from tests.on_ranks.module_life import refusal
 from tpcompile.ir import markers
 from tpcompile.lowering import lower_markers
-from tpcompile.planner.work import Pass, Work
+from tpcompile.planner.global_program import GlobalProgram, Pass
 from tpcompile.ranks.compare_sent import Sent, compare_sent
 from tpcompile.ranks.turns import own_turn
 from tpcompile.rules import table
@@ -45,7 +45,7 @@ class Nothing(Pass):
     name: ClassVar[str] = "nothing"
     option: int = 0
 
-    def apply(self, work: Work) -> bool:
+    def apply(self, program: GlobalProgram) -> bool:
         return False
 
 
@@ -70,7 +70,7 @@ def given_other_things() -> dict[str, str]:
     @case
     def versions_of_a_pass() -> None:
         class Other(Nothing):
-            def apply(self, work: Work) -> bool:
+            def apply(self, program: GlobalProgram) -> bool:
                 return bool(0)
 
         Other.__qualname__ = Nothing.__qualname__

@@ -22,8 +22,8 @@ from tpcompile.ir.markers import all_reduce, all_reduce_coalesced, keep_first
 from tpcompile.ir.placements import R, Shard
 from tpcompile.passes.coalesce_collectives import CoalesceCollectives
 from tpcompile.passes.pipeline import run_passes
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.planner.search.cost import PRESETS, CostModel
-from tpcompile.planner.work import Work
 from tpcompile.rules.assignment import Assignment
 
 aten = torch.ops.aten
@@ -36,11 +36,11 @@ Recipe = Sequence[tuple[str, int, int]]
 AXES = {"reduce": (0,), "other": (1,), "both": (0, 1), "max": (0,), "parted": (0,)}
 
 
-def _program(recipe: Recipe, results: int | None = None) -> Work:
+def _program(recipe: Recipe, results: int | None = None) -> GlobalProgram:
     """Calls in the order of the recipe; every value is returned, or only the last ones."""
-    work = PROGRAM.copy()
-    work.decisions = [Assignment(2), Assignment(4)]
-    graph, start = work.graph, next(iter(work.sources))
+    program = PROGRAM.copy()
+    program.decisions = [Assignment(2), Assignment(4)]
+    graph, start = program.graph, next(iter(program.sources))
     start.meta["placement"] = (R, R)
     (old,) = (n for n in graph.nodes if n.op == "call_function")
     out, mode = graph.output_node(), start.meta["val"].fake_mode
@@ -57,10 +57,10 @@ def _program(recipe: Recipe, results: int | None = None) -> Work:
         values.append(node)
     out.args = (tuple(values[1:][-(results or 0) :]),)
     graph.erase_node(old)
-    return work
+    return program
 
 
-def _run(work: Work) -> list[torch.Tensor]:
+def _run(program: GlobalProgram) -> list[torch.Tensor]:
     """Runs the graph; an all-reduce multiplies, so that one too many or too few is seen.
 
     Keeping a value on the first rank divides by what the all-reduce that follows will multiply with.
@@ -79,11 +79,11 @@ def _run(work: Work) -> list[torch.Tensor]:
                 return args[0] / factor(args[1], "sum")
             return super().call_function(target, args, kwargs)
 
-    return list(Ranks(work.captured.graph_module, graph=work.graph).run(X))
+    return list(Ranks(program.captured.graph_module, graph=program.graph).run(X))
 
 
-def _collectives(work: Work) -> list[Node]:
-    return [n for n in work.graph.nodes if n.target in (all_reduce, all_reduce_coalesced)]
+def _collectives(program: GlobalProgram) -> list[Node]:
+    return [n for n in program.graph.nodes if n.target in (all_reduce, all_reduce_coalesced)]
 
 
 CALL = st.tuples(
@@ -94,21 +94,21 @@ CALL = st.tuples(
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(CALL, min_size=2, max_size=14))
 def test_results_and_order_stay_right(recipe: Recipe) -> None:
-    work = _program(recipe)
-    before, wanted = _collectives(work), _run(work)
+    program = _program(recipe)
+    before, wanted = _collectives(program), _run(program)
     # The runner's verifier refuses a node that stands before its operands.
-    run_passes(work, [CoalesceCollectives()])
-    torch.testing.assert_close(_run(work), wanted, rtol=0, atol=0)
-    after = _collectives(work)
+    run_passes(program, [CoalesceCollectives()])
+    torch.testing.assert_close(_run(program), wanted, rtol=0, atol=0)
+    after = _collectives(program)
     carried = sum(1 if n.target is all_reduce else len(n.args[0]) for n in after)  # type: ignore[arg-type]
     assert carried == len(before)
     assert all(len(n.args[0]) > 1 for n in after if n.target is all_reduce_coalesced)  # type: ignore[arg-type]
 
 
 def _text(recipe: Recipe, cost: CostModel = PRESETS["cpu"]) -> list[str]:
-    work = _program(recipe)
-    run_passes(work, [CoalesceCollectives(cost)])
-    return [f"{n.target.__name__}{n.args[1]}" for n in _collectives(work)]  # type: ignore[union-attr]
+    program = _program(recipe)
+    run_passes(program, [CoalesceCollectives(cost)])
+    return [f"{n.target.__name__}{n.args[1]}" for n in _collectives(program)]  # type: ignore[union-attr]
 
 
 def test_what_is_joined() -> None:
@@ -143,9 +143,9 @@ def test_other_sub_axes_join_where_it_pays() -> None:
 
 
 def test_large_values_travel_alone() -> None:
-    work = _program([("reduce", 0, 0), ("reduce", 0, 0)])
-    run_passes(work, [CoalesceCollectives(largest=15)])  # a value has 16 bytes
-    assert [n.target for n in _collectives(work)] == [all_reduce, all_reduce]
+    program = _program([("reduce", 0, 0), ("reduce", 0, 0)])
+    run_passes(program, [CoalesceCollectives(largest=15)])  # a value has 16 bytes
+    assert [n.target for n in _collectives(program)] == [all_reduce, all_reduce]
 
 
 def test_thousands_of_calls() -> None:
@@ -153,9 +153,9 @@ def test_thousands_of_calls() -> None:
     layer: Recipe = [("add", -1, 0), ("reduce", -1, 0), ("reduce", -2, 0), ("add", -1, -2), ("add", -1, 1)]
     counts = []
     for layers in (250, 1000):
-        work = _program(list(layer) * layers, results=1)
+        program = _program(list(layer) * layers, results=1)
         with cProfile.Profile() as profile:
-            assert CoalesceCollectives().apply(work)
+            assert CoalesceCollectives().apply(program)
         counts.append(sum(entry.callcount for entry in profile.getstats()))
-        assert len(_collectives(work)) == layers
+        assert len(_collectives(program)) == layers
     assert counts[1] < 5 * counts[0], counts

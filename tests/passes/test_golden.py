@@ -29,8 +29,8 @@ from tpcompile.passes.pipeline import run_passes
 from tpcompile.passes.simplify_masks import SimplifyMasks
 from tpcompile.passes.split_packed_matmul import SplitPackedMatmul, group_of, packed_values
 from tpcompile.pipeline import after_planning, rewrite
+from tpcompile.planner.global_program import GlobalProgram, Pass
 from tpcompile.planner.plan_layout import layout_of
-from tpcompile.planner.work import Pass, Work
 
 ANNOTATE, RESHARD, COPY, CHOOSE = (
     AnnotatePlacements(),
@@ -122,11 +122,11 @@ def _model(case: Case) -> tuple[nn.Module, list[Tensor]]:
     return case.module().eval(), [torch.randn(shape) for shape in case.shapes]
 
 
-def _before(case: Case, model: nn.Module, inputs: list[Tensor]) -> Work:
+def _before(case: Case, model: nn.Module, inputs: list[Tensor]) -> GlobalProgram:
     make = programs.planned if case.planned else programs.captured
-    work = make(model, *inputs, dynamic=case.dynamic, ranks=case.ranks)
-    run_passes(work, case.before)
-    return work
+    program = make(model, *inputs, dynamic=case.dynamic, ranks=case.ranks)
+    run_passes(program, case.before)
+    return program
 
 
 def _results(model: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
@@ -140,14 +140,14 @@ def test_pass(name: str, golden: Callable[[str, str], None]) -> None:
     """The text before and after, the calls added, and the graph's results at global shapes."""
     case = CASES[name]
     model, inputs = _model(case)
-    work = _before(case, model, inputs)
-    before, calls = stable_text(work), work.call_count()
-    same = programs.run_whole(work, model, *inputs)
-    run_passes(work, [case.one])
-    golden(name, f"before:\n{before}\n\nafter {case.one.name}:\n{stable_text(work)}")
-    assert work.call_count() - calls == case.added
+    program = _before(case, model, inputs)
+    before, calls = stable_text(program), program.call_count()
+    same = programs.run_whole(program, model, *inputs)
+    run_passes(program, [case.one])
+    golden(name, f"before:\n{before}\n\nafter {case.one.name}:\n{stable_text(program)}")
+    assert program.call_count() - calls == case.added
     for got, old, wanted in zip(
-        programs.run_whole(work, model, *inputs), same, _results(model, inputs), strict=True
+        programs.run_whole(program, model, *inputs), same, _results(model, inputs), strict=True
     ):
         torch.testing.assert_close(got, old, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
@@ -176,37 +176,37 @@ def test_all_passes_then_lowered(name: str, ranks: int) -> None:
     module, shapes = TOYS[name]
     torch.manual_seed(0)
     model, inputs = module().double().eval(), [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    work = programs.planned(model, *inputs, ranks=ranks)
-    rewrite(work, training=True)
+    program = programs.planned(model, *inputs, ranks=ranks)
+    rewrite(program, training=True)
     wanted = _results(model, inputs)
-    for results in programs.run_ranks(work, model, *inputs):
+    for results in programs.run_ranks(program, model, *inputs):
         for got, want in zip(results, wanted, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
-    programs.gradients_agree(work, model, *inputs)
+    programs.gradients_agree(program, model, *inputs)
 
 
 @pytest.mark.parametrize("ranks", [4, 8])
 def test_statistics_on_different_sub_axes_travel_together(ranks: int) -> None:
     """One collective for both, one for the result; values and gradients are those of the module."""
     model, inputs = _grouped_norms().double(), [torch.randn(3, 7, 20, dtype=torch.float64)]
-    work = programs.planned(model, *inputs, ranks=ranks)
-    assert work.axes == (2, ranks // 2)
-    rewrite(work, training=True)
-    assert [n.target for n in work.graph.nodes if n.target in COMMUNICATING] == [
+    program = programs.planned(model, *inputs, ranks=ranks)
+    assert program.axes == (2, ranks // 2)
+    rewrite(program, training=True)
+    assert [n.target for n in program.graph.nodes if n.target in COMMUNICATING] == [
         all_reduce_coalesced,
         all_reduce,
     ]
-    for results in programs.run_ranks(work, model, *inputs):
+    for results in programs.run_ranks(program, model, *inputs):
         torch.testing.assert_close(results, _results(model, inputs), rtol=1e-11, atol=1e-11)
-    programs.gradients_agree(work, model, *inputs)
+    programs.gradients_agree(program, model, *inputs)
 
 
 @pytest.mark.parametrize("left_out", ["insert-gradient-copies", "coalesce-collectives"])
 def test_optional_passes_change_no_result(left_out: str) -> None:
     model, inputs = toys.NormedHeads().double(), [torch.randn(3, 7, 20, dtype=torch.float64)]
-    work = programs.planned(model, *inputs)
-    run_passes(work, [p for p in after_planning(training=True) if p.name != left_out])
-    for results in programs.run_ranks(work, model, *inputs):
+    program = programs.planned(model, *inputs)
+    run_passes(program, [p for p in after_planning(training=True) if p.name != left_out])
+    for results in programs.run_ranks(program, model, *inputs):
         torch.testing.assert_close(results, _results(model, inputs), rtol=1e-11, atol=1e-11)
 
 
@@ -215,12 +215,12 @@ def test_what_is_kept_whole_is_gathered() -> None:
     model, inputs = toys.Mlp().double(), [torch.randn(3, 7, 12, dtype=torch.float64)]
     base = programs.canonicalised(model, *inputs)
     run_passes(base, [KEEP])
-    work = programs.planned_work(base)
-    rewrite(work, training=True)
-    assert work.text().count(" = all_gather(") == 2
-    for results in programs.run_ranks(work, model, *inputs):
+    program = programs.planned_work(base)
+    rewrite(program, training=True)
+    assert program.text().count(" = all_gather(") == 2
+    for results in programs.run_ranks(program, model, *inputs):
         torch.testing.assert_close(results, _results(model, inputs), rtol=1e-11, atol=1e-11)
-    programs.gradients_agree(work, model, *inputs)
+    programs.gradients_agree(program, model, *inputs)
 
 
 @pytest.mark.parametrize(
@@ -233,40 +233,40 @@ def test_what_is_kept_whole_is_gathered() -> None:
 )
 def test_a_weight_that_is_computed_is_divided(module: Callable[[], nn.Module], weight: str) -> None:
     model = module()
-    work = programs.planned(model, torch.randn(12, 7, 12), ranks=4)
-    layout = layout_of(work, programs.tensors_of(model))
+    program = programs.planned(model, torch.randn(12, 7, 12), ranks=4)
+    layout = layout_of(program, programs.tensors_of(model))
     assert layout.local_shape(weight, 0)[0] == 3
 
 
 def test_split_segments_lie_as_the_layout_says() -> None:
     """After the split, each segment is fed from the packed weight; nothing else of it is used."""
     model, inputs = toys.Attention(True).double(), [torch.randn(3, 7, 20, dtype=torch.float64)]
-    work = programs.canonicalised(model, *inputs)
-    run_passes(work, [SPLIT])
-    held = {(s.spec.name, s.order): s.segment.shape for s in work.sources.values() if s.segment}
+    program = programs.canonicalised(model, *inputs)
+    run_passes(program, [SPLIT])
+    held = {(s.spec.name, s.order): s.segment.shape for s in program.sources.values() if s.segment}
     assert held[("qkv.weight", 0)] == (30, 20)
     assert held[("qkv.weight", 2)] == (10, 20)
     assert ("qkv.weight", -1) not in held
-    torch.testing.assert_close(programs.run_whole(work, model, *inputs), _results(model, inputs))
+    torch.testing.assert_close(programs.run_whole(program, model, *inputs), _results(model, inputs))
 
 
 def test_a_second_run_changes_nothing() -> None:
     """Canonical form is reached in one go, and only what is named is split."""
     model, inputs = toys.Attention(True), [torch.randn(3, 7, 20)]
-    work = programs.canonicalised(model, *inputs)
-    before = work.text()
-    assert not CANONICAL.apply(work)
-    assert not SplitPackedMatmul().apply(work)
-    assert work.text() == before
-    assert [group_of(value) for value, _ in packed_values(work)] == ["qkv"]
+    program = programs.canonicalised(model, *inputs)
+    before = program.text()
+    assert not CANONICAL.apply(program)
+    assert not SplitPackedMatmul().apply(program)
+    assert program.text() == before
+    assert [group_of(value) for value, _ in packed_values(program)] == ["qkv"]
 
 
 def test_conversions_are_shared() -> None:
     """Query, key and value need one copy and one conversion of their input between them."""
     model = nn.Sequential(toys.Mlp(20, 28), toys.Attention(False))
-    work = programs.planned(model, torch.randn(3, 7, 20))
-    rewrite(work, training=True)
-    text = work.text()
+    program = programs.planned(model, torch.randn(3, 7, 20))
+    rewrite(program, training=True)
+    text = program.text()
     assert text.count(" = all_reduce(") == 2
     assert text.count(" = copy_to_ranks(") == 2
 
@@ -294,7 +294,7 @@ def test_what_is_no_part_of_a_value_is_not_read_by_strides(read: Callable[[Tenso
 
 def test_strides_from_an_open_place_on() -> None:
     model = _reads(lambda y: y.as_strided((y.shape[0] // 2, 8), (8, 1), y.shape[0] // 2 * 8))
-    work = programs.canonicalised(model, torch.randn(8, 8), dynamic=True)
+    program = programs.canonicalised(model, torch.randn(8, 8), dynamic=True)
     for rows in (8, 12):
         x = torch.randn(rows, 8)
-        torch.testing.assert_close(programs.run_whole(work, model, x), [model(x)])
+        torch.testing.assert_close(programs.run_whole(program, model, x), [model(x)])

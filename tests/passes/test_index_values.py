@@ -66,10 +66,10 @@ UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
 @cache
 def _found() -> tuple[dict[str, Known | None], dict[Any, int]]:
     """What is said of all of them, from one program; and the example's sizes of its symbols."""
-    work = programs.canonicalised(_Made(), torch.randn(3, 7, 4), dynamic=True)
-    values, outputs = IndexValues(), work.outputs()
+    program = programs.canonicalised(_Made(), torch.randn(3, 7, 4), dynamic=True)
+    values, outputs = IndexValues(), program.outputs()
     said = {name: values.of(out) for name, out in zip(KNOWN | UNKNOWN, outputs, strict=False)}
-    return said, symbol_hints(work.graph)
+    return said, symbol_hints(program.graph)
 
 
 def _evaluated(value: Affine, symbols: dict[Any, int], sizes: tuple[int, ...]) -> Tensor:

@@ -14,8 +14,8 @@ from tpcompile.lowering.state import SOURCE
 from tpcompile.passes.merge_matmuls import MergeMatmuls
 from tpcompile.passes.pipeline import run_passes
 from tpcompile.pipeline import after_planning, rewrite
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.planner.search.cost import PRESETS, CostModel
-from tpcompile.planner.work import Work
 
 aten = torch.ops.aten
 MATMULS = (aten.linear.default, aten.addmm.default)
@@ -32,36 +32,36 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, list[int]]
 
 def _rewritten(
     make: Callable[[], nn.Module], shape: tuple[int, ...], ranks: int
-) -> tuple[nn.Module, torch.Tensor, Work]:
+) -> tuple[nn.Module, torch.Tensor, GlobalProgram]:
     torch.manual_seed(0)
     model, x = make().to(F64), torch.randn(shape, dtype=F64)
-    work = programs.planned(model, x, ranks=ranks)
-    rewrite(work, training=True)
-    return model, x, work
+    program = programs.planned(model, x, ranks=ranks)
+    rewrite(program, training=True)
+    return model, x, program
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_the_packed_weight_is_used_as_it_lies(name: str, ranks: int) -> None:
     make, shape, weight, counts = CASES[name]
-    model, x, work = _rewritten(make, shape, ranks)
-    for program in simulate.lower_all(work):
-        fed = [n.meta[SOURCE] for n in program.graph.find_nodes(op="placeholder")]
+    model, x, program = _rewritten(make, shape, ranks)
+    for local in simulate.lower_all(program):
+        fed = [n.meta[SOURCE] for n in local.graph.find_nodes(op="placeholder")]
         mine = sorted((s.order, s.count) for s in fed if s.spec.name == weight)
         assert [count for _, count in mine] == counts
-        assert not any(n.target is aten.cat.default for n in program.graph.nodes)
+        assert not any(n.target is aten.cat.default for n in local.graph.nodes)
     with torch.no_grad():
         wanted = model(x)
-    for results in programs.run_ranks(work, model, x):
+    for results in programs.run_ranks(program, model, x):
         torch.testing.assert_close(results[0], wanted, rtol=1e-11, atol=1e-11)
-    programs.gradients_agree(work, model, x)
+    programs.gradients_agree(program, model, x)
 
 
 def test_not_where_nothing_is_saved() -> None:
     """Without a price on calls and on reading the input, several matmuls are as good as one."""
     free = CostModel("free", 1e12, float("inf"), 1e-5, 1e9, launch=0.0)
-    work = programs.planned(toys.Attention(True), torch.randn(3, 7, 20))
-    run_passes(work, [p for p in after_planning(training=True) if p.name != MergeMatmuls.name])
-    assert not MergeMatmuls(free).apply(work)
-    assert MergeMatmuls(PRESETS["h100"]).apply(work)
-    assert not MergeMatmuls(PRESETS["h100"]).apply(work)
+    program = programs.planned(toys.Attention(True), torch.randn(3, 7, 20))
+    run_passes(program, [p for p in after_planning(training=True) if p.name != MergeMatmuls.name])
+    assert not MergeMatmuls(free).apply(program)
+    assert MergeMatmuls(PRESETS["h100"]).apply(program)
+    assert not MergeMatmuls(PRESETS["h100"]).apply(program)

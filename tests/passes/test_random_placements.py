@@ -25,7 +25,7 @@ from tpcompile.ir.nodes import is_tensor
 from tpcompile.ir.placements import Placement, R, Shard
 from tpcompile.passes.verify_placements import verify_placements
 from tpcompile.pipeline import canonical, rewrite
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.rules.assignment import Assignment
 from tpcompile.rules.choices import choices
 
@@ -36,41 +36,43 @@ SETTINGS = settings(
 DRAWS = st.tuples(st.integers(0, 2**20), st.integers(3, 7), st.sampled_from(AXES), st.booleans())
 
 
-def placed(seed: int, calls: int, axes: tuple[int, ...], training: bool) -> Work:
+def placed(seed: int, calls: int, axes: tuple[int, ...], training: bool) -> GlobalProgram:
     """A random program, rewritten for placements that were drawn."""
     rng = Random(seed)
-    work = canonical(random_program(seed, calls, math.prod(axes)).captured, math.prod(axes))
-    factors = work.planned_factors = work.factors()
+    program = canonical(random_program(seed, calls, math.prod(axes)).captured, math.prod(axes))
+    factors = program.planned_factors = program.factors()
     for axis, ranks in enumerate(axes):
         drawn = Assignment(ranks)
-        for node in work.graph.nodes:
+        for node in program.graph.nodes:
             if node.op == "call_function" and is_tensor(node):
                 drawn.nodes[node] = rng.choice(choices(node, factors, lambda _: True, axes[: axis + 1]))
-        for param in work.params():
+        for param in program.params():
             dims = enumerate(factors.atom_sizes(param))
             shards = [Shard(dim, at) for dim, atoms in dims for at in range(len(atoms))]
             drawn.params[param] = rng.choice([R, *shards])
-        work.decisions.append(drawn)
-    rewrite(work, training=training)
-    return work
+        program.decisions.append(drawn)
+    rewrite(program, training=training)
+    return program
 
 
-def change_one(work: Work, rng: Random) -> str:
+def change_one(program: GlobalProgram, rng: Random) -> str:
     """Changes one placement, or one marker, at random; says which."""
-    every = [n for n in work.graph.nodes if n.target in markers.MARKERS]
+    every = [n for n in program.graph.nodes if n.target in markers.MARKERS]
     kind = rng.choice(["drop", "twice", "axes", "place", "kind", "insert", "param"] if every else ["insert"])
     node = rng.choice(every) if every else None
     if kind == "insert" or node is None:
-        return _inserted(work, rng)
+        return _inserted(program, rng)
     if kind == "param":
-        param, decision = rng.choice(list(work.params())), rng.choice(work.decisions)
-        sizes = enumerate(work.planned_factors.atom_sizes(param))  # type: ignore[union-attr]
+        param, decision = rng.choice(list(program.params())), rng.choice(program.decisions)
+        sizes = enumerate(program.planned_factors.atom_sizes(param))  # type: ignore[union-attr]
         decision.params[param] = rng.choice([R, *(Shard(dim) for dim, atoms in sizes if atoms)])
         return f"{param} is held as {decision.params[param]}"
     if kind == "drop" and isinstance(node.args[0], Node):
         node.replace_all_uses_with(node.args[0])
     elif kind == "axes":
-        node.update_arg(1, tuple(sorted(rng.sample(range(len(work.axes)), rng.randint(1, len(work.axes))))))
+        node.update_arg(
+            1, tuple(sorted(rng.sample(range(len(program.axes)), rng.randint(1, len(program.axes)))))
+        )
     elif kind == "place":
         at = [i for i, a in enumerate(node.args) if isinstance(a, Placement)]
         if at:
@@ -107,28 +109,28 @@ def _again(node: Node) -> None:
     node.replace_all_uses_with(second, delete_user_cb=lambda user: user is not second)
 
 
-def _inserted(work: Work, rng: Random) -> str:
+def _inserted(program: GlobalProgram, rng: Random) -> str:
     """A marker where none was, before one use of a value."""
     calls = [
-        n for n in work.graph.nodes if n.op == "call_function" and any(map(is_tensor, n.all_input_nodes))
+        n for n in program.graph.nodes if n.op == "call_function" and any(map(is_tensor, n.all_input_nodes))
     ]
     user = rng.choice(calls)
     value = rng.choice([n for n in user.all_input_nodes if is_tensor(n)])
-    axes = tuple(sorted(rng.sample(range(len(work.axes)), rng.randint(1, len(work.axes)))))
+    axes = tuple(sorted(rng.sample(range(len(program.axes)), rng.randint(1, len(program.axes)))))
     target, args = rng.choice(_markers(value, rng, axes))
-    with work.graph.inserting_before(user):
-        new = call(work.graph, target, (value, *args[1:]), like=value)
+    with program.graph.inserting_before(user):
+        new = call(program.graph, target, (value, *args[1:]), like=value)
     user.replace_input_with(value, new)
     return f"{target.__name__} of {value} before {user}"
 
 
-def differs(work: Work, whole: list[Any], training: bool) -> str:
+def differs(program: GlobalProgram, whole: list[Any], training: bool) -> str:
     """What is wrong on simulated ranks; "" if nothing is."""
     try:
-        for results in programs.run_ranks(work, MODEL, *INPUTS):
+        for results in programs.run_ranks(program, MODEL, *INPUTS):
             torch.testing.assert_close(results, whole, rtol=1e-9, atol=1e-9)
         if training:
-            programs.gradients_agree(work, MODEL, *INPUTS)
+            programs.gradients_agree(program, MODEL, *INPUTS)
     except Exception as error:  # a fault may fail in any way; here it counts that it does
         return f"{type(error).__name__}: {error}"
     return ""
@@ -142,18 +144,18 @@ def _whole(seed: int, calls: int, axes: tuple[int, ...]) -> list[Tensor]:
 @given(DRAWS)
 def test_random_placements_prove_and_are_right(drawn: tuple[int, int, tuple[int, ...], bool]) -> None:
     seed, calls, axes, training = drawn
-    work = placed(seed, calls, axes, training)  # which proves
-    assert not differs(work, _whole(seed, calls, axes), training)
+    program = placed(seed, calls, axes, training)  # which proves
+    assert not differs(program, _whole(seed, calls, axes), training)
 
 
 @settings(SETTINGS, max_examples=25)
 @given(DRAWS, st.integers(0, 2**20))
 def test_what_changes_a_number_is_not_proved(drawn: Any, change: int) -> None:
     seed, calls, axes, training = drawn
-    work = placed(seed, calls, axes, training)
-    what = change_one(work, Random(change))
+    program = placed(seed, calls, axes, training)
+    what = change_one(program, Random(change))
     try:
-        verify_placements(work, training=training)
+        verify_placements(program, training=training)
     except TpCompileError:
         return
-    assert not differs(work, _whole(seed, calls, axes), training), what
+    assert not differs(program, _whole(seed, calls, axes), training), what

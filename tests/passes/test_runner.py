@@ -17,46 +17,46 @@ from tpcompile.passes.canonicalise import Canonicalise
 from tpcompile.passes.pipeline import run_passes
 from tpcompile.passes.verify_graph import verify_graph
 from tpcompile.pipeline import after_planning, canonical, plan_program, rewrite
+from tpcompile.planner.global_program import GlobalProgram, Pass
 from tpcompile.planner.search.cost import PRESETS
-from tpcompile.planner.work import Pass, Work
 
 PROGRAM = programs.captured(toys.Mlp(), torch.randn(3, 7, 12))
 
 
-def _calls(work: Work) -> list[Node]:
-    return [n for n in work.graph.nodes if n.op == "call_function"]
+def _calls(program: GlobalProgram) -> list[Node]:
+    return [n for n in program.graph.nodes if n.op == "call_function"]
 
 
-def _users_first(work: Work) -> None:
-    last, first = _calls(work)[-1], _calls(work)[0]
+def _users_first(program: GlobalProgram) -> None:
+    last, first = _calls(program)[-1], _calls(program)[0]
     first.prepend(last)
 
 
-def _no_value(work: Work) -> None:
-    del _calls(work)[0].meta["val"]
+def _no_value(program: GlobalProgram) -> None:
+    del _calls(program)[0].meta["val"]
 
 
-def _real_value(work: Work) -> None:
-    _calls(work)[0].meta["val"] = torch.zeros(3)
+def _real_value(program: GlobalProgram) -> None:
+    _calls(program)[0].meta["val"] = torch.zeros(3)
 
 
-def _unknown_input(work: Work) -> None:
-    first = _calls(work)[0]
-    with work.graph.inserting_before(first):
-        work.graph.placeholder("surprise").meta["val"] = first.meta["val"]
+def _unknown_input(program: GlobalProgram) -> None:
+    first = _calls(program)[0]
+    with program.graph.inserting_before(first):
+        program.graph.placeholder("surprise").meta["val"] = first.meta["val"]
 
 
-def _attribute(work: Work) -> None:
-    with work.graph.inserting_before(_calls(work)[0]):
-        work.graph.create_node("get_attr", "weight").meta["val"] = _calls(work)[0].meta["val"]
+def _attribute(program: GlobalProgram) -> None:
+    with program.graph.inserting_before(_calls(program)[0]):
+        program.graph.create_node("get_attr", "weight").meta["val"] = _calls(program)[0].meta["val"]
 
 
-def _foreign_node(work: Work) -> None:
+def _foreign_node(program: GlobalProgram) -> None:
     other = PROGRAM.copy()
-    _calls(work)[1].args = (_calls(other)[0],)
+    _calls(program)[1].args = (_calls(other)[0],)
 
 
-BROKEN: dict[str, tuple[Callable[[Work], None], str]] = {
+BROKEN: dict[str, tuple[Callable[[GlobalProgram], None], str]] = {
     "users before operands": (_users_first, "before it has been defined"),
     "no value": (_no_value, "node linear has no value"),
     "real data": (_real_value, "linear holds real data"),
@@ -69,11 +69,11 @@ BROKEN: dict[str, tuple[Callable[[Work], None], str]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_graphs_are_refused(name: str) -> None:
     spoil, message = BROKEN[name]
-    work = PROGRAM.copy()
-    verify_graph(work, "capture")
-    spoil(work)
+    program = PROGRAM.copy()
+    verify_graph(program, "capture")
+    spoil(program)
     with pytest.raises(TpCompileError, match=message) as caught:
-        verify_graph(work, "capture -> spoil")
+        verify_graph(program, "capture -> spoil")
     assert "capture -> spoil" in str(caught.value)
 
 
@@ -82,11 +82,11 @@ class Spoil(Pass):
     """Leaves a graph that is wrong, or lies."""
 
     name = "spoil"
-    how: Callable[[Work], None]
+    how: Callable[[GlobalProgram], None]
     changed: bool = True
 
-    def apply(self, work: Work) -> bool:
-        self.how(work)
+    def apply(self, program: GlobalProgram) -> bool:
+        self.how(program)
         return self.changed
 
 
@@ -95,7 +95,7 @@ def test_the_error_names_the_passes() -> None:
         run_passes(PROGRAM.copy(), [Canonicalise(), Spoil(_no_value), Canonicalise()])
 
 
-def _fails(work: Work) -> None:
+def _fails(program: GlobalProgram) -> None:
     raise KeyError("x")
 
 
@@ -105,10 +105,10 @@ def test_any_error_of_a_pass_tells_where() -> None:
     assert caught.value.__notes__ == ["in the last of these passes: canonicalise -> spoil"]
 
 
-def _erases(work: Work) -> None:
-    relu = _calls(work)[1]
+def _erases(program: GlobalProgram) -> None:
+    relu = _calls(program)[1]
     relu.replace_all_uses_with(relu.args[0])  # type: ignore[arg-type]
-    work.graph.erase_node(relu)
+    program.graph.erase_node(relu)
 
 
 def test_a_pass_that_denies_its_change_is_refused() -> None:
@@ -119,9 +119,9 @@ def test_a_pass_that_denies_its_change_is_refused() -> None:
 
 def test_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pass that changed something leaves a numbered file, headed by its name and the calls added."""
-    work = programs.planned(toys.Mlp(), torch.randn(3, 7, 12))
+    program = programs.planned(toys.Mlp(), torch.randn(3, 7, 12))
     monkeypatch.setenv("TPCOMPILE_LOGS", str(tmp_path))
-    run_passes(work, after_planning(training=True))
+    run_passes(program, after_planning(training=True))
     files = sorted(tmp_path.iterdir())
     names = [f.stem.split("-", 1)[1] for f in files]
     nothing_to_do = ("coalesce-collectives", "merge-matmuls")
@@ -151,8 +151,8 @@ class AddNegations(Pass):
 
     name = "add-negations"
 
-    def apply(self, work: Work) -> bool:
-        first = next(n for n in _calls(work) if n.target is torch.ops.aten.linear.default)
+    def apply(self, program: GlobalProgram) -> bool:
+        first = next(n for n in _calls(program) if n.target is torch.ops.aten.linear.default)
         users = list(first.users)
         placement = first.meta.get("placement")
         once = call_behind(first, torch.ops.aten.neg.default, first, placement=placement)
@@ -170,9 +170,9 @@ class AddNegationsBeforePlanning(AddNegations):
 
 def test_a_pass_of_the_users_that_makes_calls_runs_before_planning() -> None:
     """And is planned: what it makes is divided as its operand is."""
-    work = programs.captured(toys.Mlp(), torch.randn(3, 7, 12))
+    program = programs.captured(toys.Mlp(), torch.randn(3, 7, 12))
     passes = [AddNegationsBeforePlanning()]
-    planned = plan_program(canonical(work.captured, 2, passes), PRESETS["cpu"], lambda *_: {})
+    planned = plan_program(canonical(program.captured, 2, passes), PRESETS["cpu"], lambda *_: {})
     rewrite(planned, training=False, extra=passes)
     made = [n.meta["placement"] for n in _calls(planned) if n.target is torch.ops.aten.neg.default]
     assert [str(p) for (p,) in made] == ["S(2)", "S(2)"]
@@ -180,8 +180,8 @@ def test_a_pass_of_the_users_that_makes_calls_runs_before_planning() -> None:
 
 def test_a_pass_behind_the_planner_makes_no_calls() -> None:
     """Nobody would know how they are divided: it was a KeyError while lowering."""
-    work = programs.captured(toys.Mlp(), torch.randn(3, 7, 12))
+    program = programs.captured(toys.Mlp(), torch.randn(3, 7, 12))
     passes = [AddNegations()]
-    planned = plan_program(canonical(work.captured, 2, passes), PRESETS["cpu"], lambda *_: {})
+    planned = plan_program(canonical(program.captured, 2, passes), PRESETS["cpu"], lambda *_: {})
     with pytest.raises(TpCompileError, match=r"add-negations adds a call of aten\.neg\.default"):
         rewrite(planned, training=False, extra=passes)

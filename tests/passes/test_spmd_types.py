@@ -11,7 +11,7 @@ from spmd_types import SpmdTypeError
 
 from tests.helpers.faults import FAULTS
 from tests.helpers.spmd_judge import judge
-from tests.passes.test_verify_placements import TOYS, program
+from tests.passes.test_verify_placements import TOYS, rewritten_toy
 from tests.whole.test_families_simulated import captured, followed
 from tpcompile.errors import TpCompileError
 from tpcompile.pipeline import plan_program, rewrite
@@ -31,15 +31,15 @@ def _quiet() -> None:
 @pytest.mark.parametrize("name", TOYS)
 def test_faults_are_complained_about(name: str) -> None:
     """Of a program as it is there is no complaint; of each fault in it that can be lowered there is one."""
-    right = program(name)
-    judge(program(name))
+    right = rewritten_toy(name)
+    judge(rewritten_toy(name))
     found, unseen = Counter[str](), set[str]()
     for kind, fault in FAULTS.items():
         for at in range(min(2, sum(1 for _ in fault(right)))):
-            work = program(name)
-            list(fault(work))[at]()
+            program = rewritten_toy(name)
+            list(fault(program))[at]()
             try:
-                judge(work)
+                judge(program)
             except SpmdTypeError:
                 found["complained about"] += 1
             except TpCompileError:  # its parts do not fit
@@ -55,6 +55,6 @@ def test_faults_are_complained_about(name: str) -> None:
 def test_families(name: str, ranks: int, sequence: bool) -> None:
     base = captured(name)[1]
     base.ranks = ranks
-    work = followed(base, plan_program(base, preset("cpu"), lambda _work, _axis: {}))
-    rewrite(work, training=True, sequence=sequence)
-    judge(work)
+    program = followed(base, plan_program(base, preset("cpu"), lambda _work, _axis: {}))
+    rewrite(program, training=True, sequence=sequence)
+    judge(program)

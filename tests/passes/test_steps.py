@@ -21,7 +21,7 @@ from tpcompile.ir.placements import P, Partial, Placement, R, Shard, split_evenl
 from tpcompile.lowering import simulate
 from tpcompile.passes.choose_collectives import ChooseCollectives
 from tpcompile.passes.pipeline import run_passes
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.rules.assignment import Assignment
 
 ATOMS = (5, 3, 4)  # a value of shape [5, 12], its second dimension (3 4)
@@ -39,11 +39,11 @@ class Viewed(nn.Module):
 PROGRAM = programs.captured(Viewed(), torch.randn(5, 12))
 
 
-def _resharding(axes: tuple[int, ...], src: Placements, dst: Placements) -> Work:
+def _resharding(axes: tuple[int, ...], src: Placements, dst: Placements) -> GlobalProgram:
     """A program that only changes the placement of its input."""
-    work = PROGRAM.copy()
-    factors = work.factors()
-    graph, value = work.graph, next(iter(work.sources))
+    program = PROGRAM.copy()
+    factors = program.factors()
+    graph, value = program.graph, next(iter(program.sources))
     out = graph.output_node()
     with graph.inserting_before(out):
         node = call(graph, markers.reshard, (value, src, dst), like=value)
@@ -53,7 +53,7 @@ def _resharding(axes: tuple[int, ...], src: Placements, dst: Placements) -> Work
         if unused.op == "call_function" and not unused.users:
             graph.erase_node(unused)
     decisions = [Assignment(ranks) for ranks in axes]
-    return replace(work, decisions=decisions, planned_factors=factors)
+    return replace(program, decisions=decisions, planned_factors=factors)
 
 
 def _cut(full: Tensor, axes: tuple[int, ...], at: tuple[int, ...], placements: Placements) -> Tensor:
@@ -99,12 +99,12 @@ def _distribute(full: Tensor, axes: tuple[int, ...], placements: Placements) -> 
     return found
 
 
-def _check(axes: tuple[int, ...], src: Placements, dst: Placements) -> Work:
+def _check(axes: tuple[int, ...], src: Placements, dst: Placements) -> GlobalProgram:
     full = torch.randint(-9, 10, (5, 12), generator=torch.Generator().manual_seed(1)).float()
-    work = _resharding(axes, src, dst)
-    run_passes(work, [ChooseCollectives()])
+    program = _resharding(axes, src, dst)
+    run_passes(program, [ChooseCollectives()])
     everyone = simulate.coordinates(axes)
-    results = [r[0] for r in simulate.run(work, [[x] for x in _distribute(full, axes, src)])]
+    results = [r[0] for r in simulate.run(program, [[x] for x in _distribute(full, axes, src)])]
     for at in everyone:
         # Ranks that differ only where the result is a sum hold its summands.
         group = [
@@ -113,7 +113,7 @@ def _check(axes: tuple[int, ...], src: Placements, dst: Placements) -> Work:
             if all(a == b or dst[k] == P for k, (a, b) in enumerate(zip(at, other, strict=True)))
         ]
         torch.testing.assert_close(torch.stack(group).sum(0), _cut(full, axes, at, dst), rtol=0, atol=0)
-    return work
+    return program
 
 
 PLACEMENT: st.SearchStrategy[Placement] = st.sampled_from([R, P, *PLACES])
@@ -216,9 +216,9 @@ STACKED = programs.captured(Stacked(), torch.randn(5, 12, 6), dynamic=True)
 def test_factors_beside_a_size_that_is_not_known(ranks: int) -> None:
     x = torch.randn(7, 12, 6)
     for src, dst in itertools.product([Shard(0), Shard(0, 1), Shard(1), R, P], repeat=2):
-        work = STACKED.copy()
-        graph, out = work.graph, work.graph.output_node()
-        (value,) = work.outputs()
+        program = STACKED.copy()
+        graph, out = program.graph, program.graph.output_node()
+        (value,) = program.outputs()
         for node in graph.nodes:
             node.meta["placement"] = (R,)
         path = (R, src, dst, R)
@@ -227,7 +227,7 @@ def test_factors_beside_a_size_that_is_not_known(ranks: int) -> None:
                 value = call(graph, markers.reshard, (value, (before,), (after,)), like=value)
             value.meta["placement"] = (after,)
         out.args = ((value,),)
-        work = replace(work, decisions=[Assignment(ranks)], planned_factors=work.factors())
-        ChooseCollectives().apply(work)
-        for (result,) in simulate.run(work, [[x]] * ranks):
+        program = replace(program, decisions=[Assignment(ranks)], planned_factors=program.factors())
+        ChooseCollectives().apply(program)
+        for (result,) in simulate.run(program, [[x]] * ranks):
             assert torch.allclose(result, Stacked()(x)), (src, dst)

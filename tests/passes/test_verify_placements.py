@@ -17,7 +17,7 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.placements import P, Shard
 from tpcompile.passes.verify_placements import verify_placements
 from tpcompile.pipeline import canonical, rewrite
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.rules.assignment import Assignment
 from tpcompile.rules.choices import choices
 
@@ -34,7 +34,7 @@ TOYS: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], int, bool]
 
 
 @functools.lru_cache(maxsize=1)
-def _planned(name: str) -> tuple[Work, Work, nn.Module, list[Any], list[Tensor]]:
+def _planned(name: str) -> tuple[GlobalProgram, GlobalProgram, nn.Module, list[Any], list[Tensor]]:
     module, shapes, ranks, _ = TOYS[name]
     torch.manual_seed(0)
     model = module().double().eval()
@@ -46,20 +46,20 @@ def _planned(name: str) -> tuple[Work, Work, nn.Module, list[Any], list[Tensor]]
     return base, programs.planned_work(captured), model, inputs, wanted
 
 
-def program(name: str) -> Work:
+def rewritten_toy(name: str) -> GlobalProgram:
     base, planned, *_ = _planned(name)
-    work = followed(base, planned)
-    rewrite(work, training=True, sequence=TOYS[name][3])
-    return work
+    program = followed(base, planned)
+    rewrite(program, training=True, sequence=TOYS[name][3])
+    return program
 
 
-def _runs_right(work: Work, name: str) -> bool:
+def _runs_right(program: GlobalProgram, name: str) -> bool:
     """Whether results and gradients are those of the module, on simulated ranks."""
     _, _, model, inputs, wanted = _planned(name)
     try:
-        for results in programs.run_ranks(work, model, *inputs):
+        for results in programs.run_ranks(program, model, *inputs):
             torch.testing.assert_close(results, wanted, rtol=1e-9, atol=1e-9)
-        programs.gradients_agree(work, model, *inputs)
+        programs.gradients_agree(program, model, *inputs)
     except Exception:  # a fault may fail in any way; here it counts that it does
         return False
     return True
@@ -68,19 +68,19 @@ def _runs_right(work: Work, name: str) -> bool:
 @pytest.mark.parametrize("name", TOYS)
 def test_faults(name: str) -> None:
     """Each fault is refused, or changes neither a result nor a gradient."""
-    right = program(name)
-    assert _runs_right(program(name), name)
+    right = rewritten_toy(name)
+    assert _runs_right(rewritten_toy(name), name)
     refused, missed = 0, []
     for kind, fault in FAULTS.items():
         for at in range(sum(1 for _ in fault(right))):
-            work = program(name)
-            list(fault(work))[at]()
+            program = rewritten_toy(name)
+            list(fault(program))[at]()
             try:
-                verify_placements(work, training=True)
+                verify_placements(program, training=True)
             except TpCompileError:
                 refused += 1
                 continue
-            if not _runs_right(work, name):
+            if not _runs_right(program, name):
                 missed.append(f"{kind}, place {at}")
     assert not missed
     assert refused >= 3, "hardly a fault could be put into this program"

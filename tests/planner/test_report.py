@@ -183,8 +183,8 @@ def test_bars_add_up(plan: Plan) -> None:
 
 def test_a_timeline_adds_up_to_the_modelled_time(plan: Plan) -> None:
     """Also where one layer stands for others, and where two sub-axes share every cost."""
-    assert plan.work is not None and plan.work.blocks is not None and len(plan.axes) == 2
-    stretches = timeline_of(plan.work, plan.cost)
+    assert plan.planned is not None and plan.planned.blocks is not None and len(plan.axes) == 2
+    stretches = timeline_of(plan.planned, plan.cost)
     assert sum(each.seconds() for each in stretches) == pytest.approx(plan.seconds, rel=1e-9)
     assert [(s.name, s.times) for s in stretches if s.name.startswith("layers")] == [
         ("layers.*", 1),
@@ -195,12 +195,12 @@ def test_a_timeline_adds_up_to_the_modelled_time(plan: Plan) -> None:
 
 
 def test_a_graph_is_drawn_with_all_its_collectives(plan: Plan) -> None:
-    work = plan.rewritten
-    assert work is not None
-    layers = dict(layers_of(work))
+    program = plan.rewritten
+    assert program is not None
+    layers = dict(layers_of(program))
     assert list(layers) == ["mixers.1", "layers.3"]
     for name, nodes in layers.items():
-        boxes = boxes_of(work, name, nodes)
+        boxes = boxes_of(program, name, nodes)
         assert sorted(n.name for b in boxes.boxes if b.kind not in ENDS for n in b.nodes) == sorted(
             n.name for n in nodes
         )
@@ -361,8 +361,8 @@ def test_pages_of_four_kinds_of_models(tmp_path: Path) -> None:
         parsed = Parsed(pages[name].read_text())
         weights = json.loads(next(parsed.find("script", id="plan"))[1])["weights"]
         assert sum(w["count"] * w["bytes"] for w in weights) == plan.layout.held(0)
-        assert plan.work is not None
-        modelled = sum(each.seconds() for each in timeline_of(plan.work, plan.cost))
+        assert plan.planned is not None
+        modelled = sum(each.seconds() for each in timeline_of(plan.planned, plan.cost))
         assert modelled == pytest.approx(plan.seconds, rel=1e-9)
         graphs = list(parsed.find("svg", class_="tpc-graph"))
         assert len(graphs) == (2 if name == "t5" else 1)

@@ -27,11 +27,11 @@ from tpcompile.pipeline import rewrite
 from tpcompile.planner.collective import collectives_of
 from tpcompile.planner.decide import _fits_together, plan_on_axes
 from tpcompile.planner.decisions import decisions_to_data
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.planner.search import axis_problem
 from tpcompile.planner.search.cost import PRESETS
 from tpcompile.planner.search.eliminate import Problem, solve
 from tpcompile.planner.search.facts import Facts
-from tpcompile.planner.work import Work
 
 Solution = tuple[dict[Hashable, int], float]
 MOST = 200_000
@@ -51,20 +51,20 @@ def _try_everything(problem: Problem) -> Solution:
     return {n: int(i[best]) for n, i in indices.items()}, float(total[best])  # type: ignore[index]
 
 
-def _plan(work: Work, preset: str = "cpu") -> Work:
-    return plan_on_axes(work, (work.ranks,), PRESETS[preset], programs.no_pins)
+def _plan(program: GlobalProgram, preset: str = "cpu") -> GlobalProgram:
+    return plan_on_axes(program, (program.ranks,), PRESETS[preset], programs.no_pins)
 
 
-def _worth(work: Work) -> float:
-    return sum(d.cost + d.price + d.penalty for d in work.decisions)
+def _worth(program: GlobalProgram) -> float:
+    return sum(d.cost + d.price + d.penalty for d in program.decisions)
 
 
 @pytest.mark.parametrize("preset", ["cpu", "h100"])
 def test_equals_trying_everything(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compared = 0
     for seed in range(150):
-        work = random_program(seed, calls=3 + seed % 4, ranks=2 + seed % 3)
-        found = _plan(work, preset)
+        program = random_program(seed, calls=3 + seed % 4, ranks=2 + seed % 3)
+        found = _plan(program, preset)
         sizes: list[int] = []
 
         def oracle(problem: Problem, sizes: list[int] = sizes) -> Solution:
@@ -73,7 +73,7 @@ def test_equals_trying_everything(preset: str, monkeypatch: pytest.MonkeyPatch) 
 
         with monkeypatch.context() as patch:
             patch.setattr(axis_problem, "solve", oracle)
-            best = _plan(work, preset)
+            best = _plan(program, preset)
         assert _worth(found) == pytest.approx(_worth(best), rel=1e-9, abs=1e-12)
         compared += sizes[0] <= MOST
     assert compared >= 60
@@ -83,9 +83,9 @@ def test_equals_trying_everything(preset: str, monkeypatch: pytest.MonkeyPatch) 
 def test_random_programs_run(ranks: int) -> None:
     """Planned, rewritten, lowered and run in lockstep: results and gradients are those of the whole."""
     for seed in range(16):
-        work = random_program(1000 + seed, calls=5 + seed % 12, ranks=ranks)
-        wanted = programs.run_whole(work, MODEL, *INPUTS)
-        planned = _plan(work)
+        program = random_program(1000 + seed, calls=5 + seed % 12, ranks=ranks)
+        wanted = programs.run_whole(program, MODEL, *INPUTS)
+        planned = _plan(program)
         rewrite(planned, training=True)
         for results in programs.run_ranks(planned, MODEL, *INPUTS):
             torch.testing.assert_close(results, wanted, rtol=1e-10, atol=1e-10)
@@ -95,21 +95,22 @@ def test_random_programs_run(ranks: int) -> None:
 # ------------------------------------------------------------------------------------------ known good plans
 
 
-def _llama(layers: int = 2, ranks: int = 2, **fields: Any) -> Work:
+def _llama(layers: int = 2, ranks: int = 2, **fields: Any) -> GlobalProgram:
     model = families.build("llama", num_hidden_layers=layers, **fields)
-    work = programs.captured(model, ranks=ranks, **families.causal_inputs())
-    return programs.planned_work(work, PRESETS["h100"])
+    program = programs.captured(model, ranks=ranks, **families.causal_inputs())
+    return programs.planned_work(program, PRESETS["h100"])
 
 
-def _placements(work: Work) -> dict[str, str]:
+def _placements(program: GlobalProgram) -> dict[str, str]:
     """Per parameter, its placement on each sub-axis."""
     return {
-        name: " x ".join(str(d.params[node]) for d in work.decisions) for node, name in work.params().items()
+        name: " x ".join(str(d.params[node]) for d in program.decisions)
+        for node, name in program.params().items()
     }
 
 
-def _collectives(work: Work) -> int:
-    return sum(n.target in COMMUNICATING for n in work.graph.nodes)
+def _collectives(program: GlobalProgram) -> int:
+    return sum(n.target in COMMUNICATING for n in program.graph.nodes)
 
 
 LAYER = {
@@ -130,35 +131,35 @@ def test_layers_left_out_of_the_graph_count() -> None:
     model = families.build("llama", num_hidden_layers=7)
     short = capture_repeated(model, bind_call(model, (), families.causal_inputs()), dynamic=False)
     assert short.blocks is not None
-    works = [programs.planned_work(Work(short, 2))]
-    works.append(programs.planned_work(Work(unroll_captured(short), 2)))
+    works = [programs.planned_work(GlobalProgram(short, 2))]
+    works.append(programs.planned_work(GlobalProgram(unroll_captured(short), 2)))
     placements = [_placements(w) for w in works]
     assert placements[1] == placements[1] | placements[0]
-    for work in works:
-        rewrite(work, training=False)
+    for program in works:
+        rewrite(program, training=False)
     seconds = [sum(d.cost for d in w.decisions) for w in works]
     assert seconds[0] == pytest.approx(seconds[1], rel=1e-9)
     assert collectives_of(works[0]) == collectives_of(works[1])
 
 
 def test_megatron_comes_out_by_itself() -> None:
-    work = _llama()
+    program = _llama()
     expected = {f"model.layers.{i}.{k}.weight": v for i in range(2) for k, v in LAYER.items()}
-    found = _placements(work)
+    found = _placements(program)
     assert {k: found[k] for k in expected} == expected
     assert found["model.norm.weight"] == "R"
     assert found["lm_head.weight"] == "S(0)"
     assert found["model.embed_tokens.weight"] in ("S(0)", "S(1)")
-    rewrite(work, training=True)
-    assert sum(n.target is copy_to_ranks for n in work.graph.nodes) == 5  # what backward reduces
-    assert _collectives(work) == 6
+    rewrite(program, training=True)
+    assert sum(n.target is copy_to_ranks for n in program.graph.nodes) == 5  # what backward reduces
+    assert _collectives(program) == 6
 
 
 def test_fewer_key_heads_than_ranks() -> None:
     """Keys are divided over the first sub-axis and whole on the second, queries over both."""
-    work = _llama(ranks=8, num_key_value_heads=2)
-    assert work.axes == (2, 4)
-    found = _placements(work)
+    program = _llama(ranks=8, num_key_value_heads=2)
+    assert program.axes == (2, 4)
+    found = _placements(program)
     assert found["model.layers.1.self_attn.q_proj.weight"] == "S(0) x S(0/1)"
     assert found["model.layers.1.self_attn.k_proj.weight"] == "S(0) x R"
     assert found["model.layers.1.self_attn.o_proj.weight"] == "S(1) x S(1/1)"
@@ -171,9 +172,9 @@ def test_identical_layers_are_planned_identically() -> None:
 
 
 def test_parallel_branches_share_one_all_reduce() -> None:
-    work = programs.planned(toys.Parallel(), torch.randn(3, 7, 20))
-    rewrite(work, training=False)
-    assert _collectives(work) == 1
+    program = programs.planned(toys.Parallel(), torch.randn(3, 7, 20))
+    rewrite(program, training=False)
+    assert _collectives(program) == 1
 
 
 def test_everything_is_paid_for() -> None:
@@ -188,8 +189,8 @@ def test_everything_is_paid_for() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(axis_problem, "solve", spy)
-        work = _plan(random_program(3, 6, 2))
-    (decision,) = work.decisions
+        program = _plan(random_program(3, 6, 2))
+    (decision,) = program.decisions
     assert decision.penalty == 0
     assert decision.cost + decision.price == pytest.approx(solved[0], rel=1e-12)
 
@@ -197,8 +198,8 @@ def test_everything_is_paid_for() -> None:
 def test_arithmetic_is_that_of_matmuls() -> None:
     """Attention counts as two matmuls, a look-up as none over the vocabulary."""
     model = families.build("llama", num_hidden_layers=1)
-    work = programs.canonicalised(model, **families.causal_inputs())
-    planner = Facts(work, work.factors(), PRESETS["cpu"])
+    program = programs.canonicalised(model, **families.causal_inputs())
+    planner = Facts(program, program.factors(), PRESETS["cpu"])
     counts = {str(n.target).split(".")[1]: planner.quantities.operations(n) for n in planner.live}
     tokens, heads, size = families.BATCH * families.SEQ, 8, 12
     assert counts["scaled_dot_product_attention"] == 4 * tokens * families.SEQ * heads * size
@@ -256,7 +257,7 @@ def _integer_program(problem: Problem) -> float:
 
 def test_equals_an_integer_program() -> None:
     model = families.build("llama")
-    work = programs.canonicalised(model, **families.causal_inputs())
+    program = programs.canonicalised(model, **families.causal_inputs())
     problems: list[tuple[Problem, float]] = []
 
     def spy(problem: Problem) -> Solution:
@@ -266,7 +267,7 @@ def test_equals_an_integer_program() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(axis_problem, "solve", spy)
-        _plan(work)
+        _plan(program)
     ((problem, cost),) = problems
     assert len(problem.domains) > 100
     assert _integer_program(problem) == pytest.approx(cost, rel=1e-6)
@@ -299,13 +300,13 @@ def test_the_hash_seed_decides_nothing() -> None:
 def test_packed_segments_must_fit_one_tensor() -> None:
     """Segments that are divided along different dimensions could not be held in one local tensor."""
     model = toys.Attention(True)
-    work = programs.planned(model, torch.randn(3, 7, 20))
-    assert work.packed_dims == {"qkv.weight": 0, "qkv.bias": 0}
-    assert _fits_together(work)
-    (decision,) = work.decisions
-    (first, *_) = [n for n, name in work.params().items() if name == "qkv.weight"]
+    program = programs.planned(model, torch.randn(3, 7, 20))
+    assert program.packed_dims == {"qkv.weight": 0, "qkv.bias": 0}
+    assert _fits_together(program)
+    (decision,) = program.decisions
+    (first, *_) = [n for n, name in program.params().items() if name == "qkv.weight"]
     turned = replace(decision, params={**decision.params, first: Shard(1)})
-    assert not _fits_together(replace(work, decisions=[turned]))
+    assert not _fits_together(replace(program, decisions=[turned]))
 
 
 def test_a_shape_that_data_decides_is_refused() -> None:

@@ -17,18 +17,18 @@ from tpcompile.ir.placements import Shard
 from tpcompile.pipeline import rewrite
 from tpcompile.planner.decide import plan_on_axes
 from tpcompile.planner.explain import explain_module
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.planner.search.axis_problem import solve_axis
 from tpcompile.planner.search.cost import PRESETS, CostModel
 from tpcompile.planner.search.facts import Facts
 from tpcompile.planner.search.solve_axes import solve_axes
-from tpcompile.planner.work import Work
 from tpcompile.rules.assignment import Assignment
 
 AXES = [(2, 2), (2, 3), (3, 2), (4, 2)]
 
 
-def _search(work: Work, preset: str) -> Facts:
-    return Facts(work, work.factors(), PRESETS[preset])
+def _search(program: GlobalProgram, preset: str) -> Facts:
+    return Facts(program, program.factors(), PRESETS[preset])
 
 
 def _solve(facts: Facts, axes: Sequence[int]) -> list[Assignment]:
@@ -54,9 +54,9 @@ class Largest(nn.Module):
 def test_no_rank_is_left_without_a_part(axes: tuple[int, int], divided: bool) -> None:
     """Of 6 rows 4 ranks have 2, 2, 1, 1: two ranks more could not all have a row."""
     model, x = Largest().double(), torch.randn(3, 7, 20, dtype=torch.float64)
-    work = programs.canonicalised(model, x, ranks=math.prod(axes))
+    program = programs.canonicalised(model, x, ranks=math.prod(axes))
     rows = frozenset({Shard(0)})
-    planned = plan_on_axes(work, axes, PRESETS["cpu"], lambda w, _: dict.fromkeys(w.params(), rows))
+    planned = plan_on_axes(program, axes, PRESETS["cpu"], lambda w, _: dict.fromkeys(w.params(), rows))
     rewrite(planned, training=False)
     assert ("P(max) x P(max) = aten.amax" in planned.text()) == divided
     for results in programs.run_ranks(planned, model, x):
@@ -67,8 +67,8 @@ def test_no_rank_is_left_without_a_part(axes: tuple[int, int], divided: bool) ->
 def test_as_good_as_all_axes_together(preset: str) -> None:
     for seed in range(40, 60):
         axes = AXES[seed % len(AXES)]
-        work = random_program(seed, calls=4 + seed % 9, ranks=math.prod(axes))
-        facts = _search(work, preset)
+        program = random_program(seed, calls=4 + seed % 9, ranks=math.prod(axes))
+        facts = _search(program, preset)
         best = JointPlan(facts, axes).worth()
         assert _worth(_solve(facts, axes)) == pytest.approx(best, rel=1e-9, abs=1e-12), seed
 
@@ -76,9 +76,9 @@ def test_as_good_as_all_axes_together(preset: str) -> None:
 def test_an_earlier_axis_is_solved_again() -> None:
     """Where bytes are what counts, the first sub-axis would rather have known what the second does."""
     model, x, axes = toys.NormedHeads(heads=8, groups=2), torch.randn(3, 7, 20), (2, 4)
-    work = programs.canonicalised(model, x, ranks=8)
+    program = programs.canonicalised(model, x, ranks=8)
     slow = CostModel("slow", flops=1e10, memory=1e7, latency=0.0, bandwidth=1e7)
-    facts = Facts(work, work.factors(), slow)
+    facts = Facts(program, program.factors(), slow)
     best = JointPlan(facts, axes).worth()
     once = solve_axis(facts, axes, 1, {0: solve_axis(facts, axes, 0, {})})
     assert _worth([once]) > 1.05 * best
@@ -92,17 +92,17 @@ def test_an_earlier_axis_is_solved_again() -> None:
 def test_fewer_collectives_come_before_memory() -> None:
     """A packed projection divided by its inputs would hold less, and repeat the attention on every rank."""
     model = families.EDGE_CASES["phi3_unequal_segments"]()
-    work = programs.planned(model, ranks=8, **families.causal_inputs())
-    assert work.axes == (4, 2)
-    rewrite(work, training=False)
-    assert sum(n.target in COMMUNICATING for n in work.graph.nodes) == 6
+    program = programs.planned(model, ranks=8, **families.causal_inputs())
+    assert program.axes == (4, 2)
+    rewrite(program, training=False)
+    assert sum(n.target in COMMUNICATING for n in program.graph.nodes) == 6
 
 
 def test_no_alternative_would_have_been_cheaper() -> None:
     """The explanation of a plan on sub-axes compares with the rest of the plan as it is."""
     model = families.build("llama", num_key_value_heads=2, num_hidden_layers=1)
-    work = programs.planned(model, ranks=4, **families.causal_inputs())
-    text = explain_module(work, PRESETS["cpu"], programs.no_pins, "model.layers.0.self_attn")
+    program = programs.planned(model, ranks=4, **families.causal_inputs())
+    text = explain_module(program, PRESETS["cpu"], programs.no_pins, "model.layers.0.self_attn")
     assert "chosen on sub-axis 0 of 2: S(0)" in text
     assert "chosen on sub-axis 1 of 2: R" in text  # keys and values, whose heads are spent
     assert "refused: nothing is left to divide" in text

@@ -56,8 +56,10 @@ class GroupedQueryAttention(nn.Module):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["static", "dynamic"])
 def attention(request: pytest.FixtureRequest) -> tuple[Factors, dict[str, Node]]:
-    work = programs.canonicalised(GroupedQueryAttention(), torch.randn(3, 5, HIDDEN), dynamic=request.param)
-    return work.factors(), {name: node for node, name in work.params().items()}
+    program = programs.canonicalised(
+        GroupedQueryAttention(), torch.randn(3, 5, HIDDEN), dynamic=request.param
+    )
+    return program.factors(), {name: node for node, name in program.params().items()}
 
 
 def test_query_heads_are_groups_and_repeats(attention: tuple[Factors, dict[str, Node]]) -> None:

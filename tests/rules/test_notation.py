@@ -18,7 +18,7 @@ from tpcompile.rules.notation import instantiate, parse_row
 from tpcompile.rules.randomness import random_nodes
 from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import register_rule
-from tpcompile.runtime.verify.rule_program import Case, Program, compare
+from tpcompile.runtime.verify.rule_program import Case, RuleProgram, compare
 
 aten = torch.ops.aten
 
@@ -125,7 +125,7 @@ def scan_case() -> Iterator[Case]:
 
 
 def test_operator_without_a_rule_is_whole(scan_case: Case) -> None:
-    program = Program(scan_case)
+    program = RuleProgram(scan_case)
     assert program.rule == "no rule for tptest.scaled_scan.default"
     assert list(map(str, program.choices())) == ["(R, R) -> R"]
 
@@ -136,7 +136,7 @@ SCAN_OP = torch.ops.tptest.scaled_scan
 @pytest.mark.parametrize("name", [SCAN_OP, SCAN_OP.default, "tptest.scaled_scan"], ids=str)
 def test_line_of_a_user(scan_case: Case, name: object) -> None:
     register_rule(name, SCAN)  # type: ignore[arg-type]
-    program = Program(scan_case)
+    program = RuleProgram(scan_case)
     found = program.choices()
     assert list(map(str, found)) == [
         "(R, R) -> R",
@@ -150,16 +150,16 @@ def test_line_of_a_user(scan_case: Case, name: object) -> None:
 
 def test_function_of_a_user_replaces_a_row() -> None:
     register_rule(aten.mm, lambda node: "not today")
-    assert Program(Case(aten.mm.default, (signed(4, 6), signed(6, 10)))).rule == "not today"
+    assert RuleProgram(Case(aten.mm.default, (signed(4, 6), signed(6, 10)))).rule == "not today"
 
 
 def test_rule_of_a_user_that_does_not_fit() -> None:
     register_rule("aten.mm", lambda node: Rule(((), ()), ((),), {}))
     with pytest.raises(TpCompileError, match="does not fit its shapes"):
-        Program(Case(aten.mm.default, (signed(4, 6), signed(6, 10))))
+        RuleProgram(Case(aten.mm.default, (signed(4, 6), signed(6, 10))))
     register_rule("aten.relu", lambda node: Rule((("a",),), (("a",),), {"a": 5}))
     with pytest.raises(TpCompileError, match="not a factorisation of 4"):
-        Program(Case(aten.relu.default, (signed(4),)))
+        RuleProgram(Case(aten.relu.default, (signed(4),)))
 
 
 class Scanner(nn.Module):
@@ -177,11 +177,11 @@ class Scanner(nn.Module):
 def test_planner_divides_a_custom_operator() -> None:
     register_rule(torch.ops.tptest.scaled_scan, SCAN)
     model, x = Scanner().double(), torch.randn(2, 5, 10, dtype=torch.float64)
-    work = programs.planned(model, x)
-    (scan,) = work.graph.find_nodes(op="call_function", target=torch.ops.tptest.scaled_scan.default)
-    assert work.decisions[0].nodes[scan].inputs == (Shard(2), Shard(0))
-    rewrite(work, training=False)
-    for (result,) in programs.run_ranks(work, model, x):
+    placed = programs.planned(model, x)
+    (scan,) = placed.graph.find_nodes(op="call_function", target=torch.ops.tptest.scaled_scan.default)
+    assert placed.decisions[0].nodes[scan].inputs == (Shard(2), Shard(0))
+    rewrite(placed, training=False)
+    for (result,) in programs.run_ranks(placed, model, x):
         torch.testing.assert_close(result, model(x), rtol=1e-12, atol=1e-12)
 
 
@@ -217,4 +217,4 @@ def test_random_nodes(training: bool, expected: list[str]) -> None:
     ],
 )
 def test_random_operators_are_never_divided(op: object, args: tuple[object, ...]) -> None:
-    assert Program(Case(op, args)).rule == "it draws random numbers"  # type: ignore[arg-type]
+    assert RuleProgram(Case(op, args)).rule == "it draws random numbers"  # type: ignore[arg-type]

@@ -15,16 +15,16 @@ from tests.helpers.rule_cases import CASES, EXCUSED, PAIRED, REFUSED, SAMPLED, W
 from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import ROWS
-from tpcompile.runtime.verify.rule_program import Case, Program, compare, compare_gradients
+from tpcompile.runtime.verify.rule_program import Case, RuleProgram, compare, compare_gradients
 
 Chosen = tuple[Choice, ...]
 
 
 def _try_all(
-    program: Program,
+    program: RuleProgram,
     axes: tuple[int, ...],
     choices: Iterable[Chosen],
-    check: Callable[[Program, tuple[int, ...], Chosen], None],
+    check: Callable[[RuleProgram, tuple[int, ...], Chosen], None],
 ) -> None:
     wrong = []
     for chosen in choices:
@@ -37,7 +37,7 @@ def _try_all(
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_strategies_compute_the_whole(case: Case) -> None:
-    program = Program(case)
+    program = RuleProgram(case)
     assert isinstance(program.rule, Rule), program.rule
     _try_all(program, (3,), [(s,) for s in program.choices(3)], compare)
     scarce = [s for s in program.choices(5) if s.factor is not None and s.factor.size < 5]
@@ -46,20 +46,20 @@ def test_strategies_compute_the_whole(case: Case) -> None:
 
 @pytest.mark.parametrize("case", SAMPLED, ids=str)
 def test_pointwise_operators_need_no_row(case: Case) -> None:
-    program = Program(case)
+    program = RuleProgram(case)
     assert isinstance(program.rule, Rule), program.rule
     _try_all(program, (3,), [(s,) for s in program.choices()], compare)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.gradients], ids=str)
 def test_gradients_are_those_of_the_whole(case: Case) -> None:
-    program = Program(case)
+    program = RuleProgram(case)
     _try_all(program, (2,), [(s,) for s in program.choices(2)], compare_gradients)
 
 
 @pytest.mark.parametrize("case", PAIRED, ids=str)
 def test_two_sub_axes(case: Case) -> None:
-    program = Program(case)
+    program = RuleProgram(case)
     found = program.choices(4)
     _try_all(program, (2, 2), list(itertools.product(found, found)), compare)
 
@@ -73,7 +73,7 @@ def test_no_division_is_missing(case: Case) -> None:
 
 @cache
 def _missing(case: Case, seed: int) -> list[str]:
-    return missing(Program(case, seed))
+    return missing(RuleProgram(case, seed))
 
 
 def _excused(case: Case, text: str) -> bool:
@@ -92,7 +92,7 @@ def test_every_excuse_is_needed() -> None:
 
 @pytest.mark.parametrize(("case", "why"), REFUSED.items(), ids=str)
 def test_refused(case: Case, why: str) -> None:
-    program = Program(case)
+    program = RuleProgram(case)
     assert isinstance(program.rule, str)
     assert why in program.rule
 

@@ -14,7 +14,7 @@ from tests.helpers.check_rule import signed
 from tpcompile.ir.sizes import Size
 from tpcompile.rules.rule import Labels, Letters, letters_of
 from tpcompile.rules.views import align
-from tpcompile.runtime.verify.rule_program import Case, Program, compare
+from tpcompile.runtime.verify.rule_program import Case, RuleProgram, compare
 
 SIZES = st.sampled_from([1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 12])
 FACTORS = st.lists(SIZES, max_size=5)
@@ -87,7 +87,7 @@ def test_any_shapes_do_not_crash(left: list[int], right: list[int]) -> None:
 @given(_two_views())
 def test_views_are_carried_out(shapes: tuple[list[int], list[int]]) -> None:
     left, right = shapes
-    program = Program(Case(torch.ops.aten.view.default, (signed(*left), right)))
+    program = RuleProgram(Case(torch.ops.aten.view.default, (signed(*left), right)))
     for choice in program.choices():
         compare(program, (2,), [choice])
 

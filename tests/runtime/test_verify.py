@@ -24,7 +24,7 @@ from tpcompile.ir.graph_edit import call_behind
 from tpcompile.ir.layout.segment import Segment
 from tpcompile.lowering.simulate import lower_all, sent
 from tpcompile.lowering.state import SOURCE
-from tpcompile.planner.work import Pass, Work
+from tpcompile.planner.global_program import GlobalProgram, Pass
 from tpcompile.ranks.compare_sent import refuse_unlike
 from tpcompile.rules import table
 from tpcompile.runtime.read_request import read_options
@@ -173,8 +173,8 @@ class SwapAddends(Pass):
 
     name = "swap-addends"
 
-    def apply(self, work: Work) -> bool:
-        found = work.graph.find_nodes(op="call_function", target=torch.ops.aten.sub.Tensor)
+    def apply(self, program: GlobalProgram) -> bool:
+        found = program.graph.find_nodes(op="call_function", target=torch.ops.aten.sub.Tensor)
         for node in found:
             node.args = (node.args[1], node.args[0])
         return bool(found)
@@ -201,7 +201,7 @@ def test_a_pass_that_changes_what_is_computed() -> None:
     assert len(first.agreed) == 2
 
 
-def _examined(model: nn.Module, ranks: int, lower: Callable[[Work], list[GraphModule]]) -> Report:
+def _examined(model: nn.Module, ranks: int, lower: Callable[[GlobalProgram], list[GraphModule]]) -> Report:
     options = read_options(model, "auto", None, "cpu", True, None, ())
     bound = bind_call(model, (torch.randn(X, dtype=torch.float64),), {})
     return examine(model, Request(bound, options, ranks, lower=lower))
@@ -210,8 +210,8 @@ def _examined(model: nn.Module, ranks: int, lower: Callable[[Work], list[GraphMo
 def test_one_ranks_graph() -> None:
     """A rank that computes another function than all others, in the second of its calls."""
 
-    def lower(work: Work) -> list[GraphModule]:
-        programs = lower_all(work)
+    def lower(program: GlobalProgram) -> list[GraphModule]:
+        programs = lower_all(program)
         for node in programs[1].graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
             node.target = torch.ops.aten.silu.default
         return programs
@@ -227,11 +227,11 @@ def test_one_ranks_graph() -> None:
 def test_a_gradient_that_no_rank_sums_up() -> None:
     """Forward is right; the first gradient that is wrong is the one that was not summed up."""
 
-    def lower(work: Work) -> list[GraphModule]:
-        programs = lower_all(work)
-        for program in programs:
+    def lower(program: GlobalProgram) -> list[GraphModule]:
+        programs = lower_all(program)
+        for local in programs:
             copies = torch.ops.tpcompile.copy_to_ranks.default
-            for node in program.graph.find_nodes(op="call_function", target=copies):
+            for node in local.graph.find_nodes(op="call_function", target=copies):
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         return programs
 
@@ -295,8 +295,8 @@ def test_what_does_not_run_on_parts_is_planned_again() -> None:
 
 
 def test_ranks_that_send_different_things() -> None:
-    def lower(work: Work) -> list[GraphModule]:
-        programs = lower_all(work)
+    def lower(program: GlobalProgram) -> list[GraphModule]:
+        programs = lower_all(program)
         reduces = torch.ops.tpcompile.all_reduce.default
         (node,) = programs[1].graph.find_nodes(op="call_function", target=reduces)
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
@@ -330,8 +330,8 @@ class Halved(Pass):
     name = "halved"
     before_planning = True
 
-    def apply(self, work: Work) -> bool:
-        found = work.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    def apply(self, program: GlobalProgram) -> bool:
+        found = program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
         for node in found:
             half = call_behind(node, torch.ops.aten.to.dtype, node, self.kind)
             back = call_behind(half, torch.ops.aten.to.dtype, half, node.meta["val"].dtype)
@@ -355,7 +355,7 @@ def test_collectives_are_told_by_what_they_send() -> None:
     x = torch.randn(X, dtype=torch.float64)
     compiler = SimulatedCompiler(read_options(model, "auto", None, "cpu", True, None, ()), 2)
     trial = Trial(model, bind_call(model, (x,), {}), compiler, True)
-    everyone = sent(trial.work.axes, trial.programs)
+    everyone = sent(trial.rewritten.axes, trial.programs)
     one, two = (i for i, each in enumerate(everyone[1]) if each.kind.startswith("all_reduce"))
     everyone[1][one], everyone[1][two] = everyone[1][two], everyone[1][one]
     with pytest.raises(TpCompileError, match="send different things"):

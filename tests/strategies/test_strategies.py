@@ -121,14 +121,14 @@ def placed(plan: tpcompile.Plan, name: str) -> str:
 
 def assert_right(model: nn.Module, rules: Any, ranks: int) -> None:
     """Results and gradients under rules, whatever they ask for."""
-    work = programs.planned(
+    program = programs.planned(
         model.double(), WORDS, ranks=ranks, pins=make_pins(read_rules(model, rules).wishes)
     )
-    rewrite(work, training=True)
+    rewrite(program, training=True)
     wanted = model(WORDS)
-    for results in programs.run_ranks(work, model, WORDS):
+    for results in programs.run_ranks(program, model, WORDS):
         torch.testing.assert_close(results[0], wanted, rtol=1e-11, atol=1e-11)
-    programs.gradients_agree(work, model, WORDS)
+    programs.gradients_agree(program, model, WORDS)
 
 
 def test_every_name_of_transformers_is_known() -> None:
@@ -264,8 +264,8 @@ def test_fewer_key_heads_than_ranks() -> None:
     rules = {f"model.layers.*.self_attn.{p}_proj": "colwise" for p in "qkv"}
     rules["model.layers.*.self_attn.o_proj"] = "rowwise"
     model, _ = captured("two_kv_heads")
-    model, work, layout = sharded("two_kv_heads", 4, read_rules(model, rules))
-    assert_equal_to_whole(model, work, simulate.lower_all(work), inputs("two_kv_heads", CAPTURED))
+    model, program, layout = sharded("two_kv_heads", 4, read_rules(model, rules))
+    assert_equal_to_whole(model, program, simulate.lower_all(program), inputs("two_kv_heads", CAPTURED))
     for name, param in layout.params.items():
         if "_proj.weight" in name and "self_attn" in name:
             atoms = [(d, a) for d, dim in enumerate(param.segments[0].atoms) for a in dim]

@@ -79,13 +79,13 @@ def test_results_and_gradients(grouped: bool, ranks: int) -> None:
     """7 experts, which no number of ranks divides, in forward and backward."""
     model, x = Experts(grouped).double(), torch.randn(9, 12, dtype=torch.float64)
     pins = make_pins(read_rules(model, ISOLATED).wishes)
-    work = programs.planned(model, x, ranks=ranks, pins=pins)
-    rewrite(work, training=True)
-    for results in programs.run_ranks(work, model, x):
+    program = programs.planned(model, x, ranks=ranks, pins=pins)
+    rewrite(program, training=True)
+    for results in programs.run_ranks(program, model, x):
         torch.testing.assert_close(results[0], model(x), rtol=1e-11, atol=1e-11)
-    programs.gradients_agree(work, model, x)
-    assert work.text().count(" = all_reduce(") == 1
-    assert work.text().count(" = mask_rows(") == 1
+    programs.gradients_agree(program, model, x)
+    assert program.text().count(" = all_reduce(") == 1
+    assert program.text().count(" = mask_rows(") == 1
 
 
 def test_one_row_of_tokens_may_choose_no_expert_of_a_rank() -> None:
@@ -93,11 +93,11 @@ def test_one_row_of_tokens_may_choose_no_expert_of_a_rank() -> None:
     model, x = Experts(True).double(), torch.randn(9, 12, dtype=torch.float64)
     nn.init.zeros_(model.gate.weight)
     pins = make_pins(read_rules(model, ISOLATED).wishes)
-    work = programs.planned(model, x, ranks=4, pins=pins)
-    rewrite(work, training=True)
-    for results in programs.run_ranks(work, model, x):
+    program = programs.planned(model, x, ranks=4, pins=pins)
+    rewrite(program, training=True)
+    for results in programs.run_ranks(program, model, x):
         torch.testing.assert_close(results[0], model(x), rtol=1e-11, atol=1e-11)
-    programs.gradients_agree(work, model, x)
+    programs.gradients_agree(program, model, x)
 
 
 class TwoGroupedMatmuls(nn.Module):
@@ -118,11 +118,11 @@ def test_widths_that_torchs_kernel_does_not_take(inner: int, kernels: set[str]) 
     """It wants rows of multiples of 16 bytes: of 24 columns, 48 bytes, a rank has 24 bytes."""
     model, given = TwoGroupedMatmuls(inner), (torch.randn(9, 16).bfloat16(), torch.tensor([2, 2, 9]).int())
     pins = make_pins(read_rules(model, {"up": tpcompile.Shard(2), "down": tpcompile.Shard(1)}).wishes)
-    work = programs.planned(model, *given, ranks=2, pins=pins)
-    rewrite(work, training=False)
-    for local in simulate.lower_all(work):
+    program = programs.planned(model, *given, ranks=2, pins=pins)
+    rewrite(program, training=False)
+    for local in simulate.lower_all(program):
         assert {str(n.target) for n in local.graph.nodes if "grouped_mm" in str(n.target)} == kernels
-    for results in programs.run_ranks(work, model, *given):
+    for results in programs.run_ranks(program, model, *given):
         torch.testing.assert_close(results[0], model(*given), rtol=2e-2, atol=2e-2)
 
 
@@ -161,17 +161,17 @@ def experts_of(model: nn.Module) -> dict[str, str]:
 
 def check_family(name: str, ranks: int, budget: int) -> float:
     model, _ = captured(name)
-    model, work, layout = sharded(name, ranks, read_rules(model, experts_of(model)))
+    model, program, layout = sharded(name, ranks, read_rules(model, experts_of(model)))
     for stack in experts_of(model):
         experts = layout.params[stack].shape[0]
         held = [layout.local_shape(stack, rank) for rank in range(ranks)]
         assert sum(h[0] for h in held) == experts
         assert all(h[1:] == layout.params[stack].shape[1:] for h in held)
-    assert collectives(work) <= budget
+    assert collectives(program) <= budget
     model.set_experts_implementation("batched_mm")  # type: ignore[operator]
-    lowered = simulate.lower_all(work)
-    share = assert_equal_to_whole(model, work, lowered, inputs(name, CAPTURED))
-    assert_equal_to_whole(model, work, lowered, inputs(name, OTHER))
+    lowered = simulate.lower_all(program)
+    share = assert_equal_to_whole(model, program, lowered, inputs(name, CAPTURED))
+    assert_equal_to_whole(model, program, lowered, inputs(name, OTHER))
     return share
 
 

@@ -30,11 +30,11 @@ from tpcompile.ir.module_tensors import whole_tensors
 from tpcompile.lowering import simulate
 from tpcompile.pipeline import canonical, plan_program, rewrite, split_copy
 from tpcompile.planner.decisions import decisions_from_data, decisions_to_data
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.planner.make_plan import fallbacks_of
 from tpcompile.planner.pins import make_pins
 from tpcompile.planner.plan_layout import layout_of, pins_from_layout
 from tpcompile.planner.search.cost import preset
-from tpcompile.planner.work import Work
 from tpcompile.strategies.hf_plan import hf_plan
 from tpcompile.strategies.read_rules import Rules, read_rules
 
@@ -45,7 +45,7 @@ NO_RULES = Rules()
 
 
 @functools.lru_cache(maxsize=1)
-def captured(name: str) -> tuple[nn.Module, Work]:
+def captured(name: str) -> tuple[nn.Module, GlobalProgram]:
     """A model in float64 and its canonical program, kept while tests of the same model follow one another."""
     model = families.build(name, F64) if name in families.FAMILIES else families.EDGE_CASES[name](dtype=F64)
     call = bind_call(model, (), inputs(name, CAPTURED))
@@ -57,75 +57,77 @@ def inputs(name: str, sizes: tuple[int, int]) -> dict[str, Any]:
     return families.inputs(name, *sizes, F64) if name in families.FAMILIES else families.causal_inputs(*sizes)
 
 
-def sharded(name: str, ranks: int, rules: Rules = NO_RULES) -> tuple[nn.Module, Work, WeightLayout]:
+def sharded(name: str, ranks: int, rules: Rules = NO_RULES) -> tuple[nn.Module, GlobalProgram, WeightLayout]:
     """The model with its rewritten program and layout for some ranks, under a plan's rules."""
     model, base = captured(name)
     base.ranks = ranks
     planned = plan_program(base, preset("cpu"), make_pins(rules.wishes))
-    work = followed(base, planned)
-    layout = layout_of(work, whole_tensors(model))
-    rewrite(work, training=False)
-    return model, work, layout
+    program = followed(base, planned)
+    layout = layout_of(program, whole_tensors(model))
+    rewrite(program, training=False)
+    return model, program, layout
 
 
-def over(layout: WeightLayout, name: str) -> Work:
+def over(layout: WeightLayout, name: str) -> GlobalProgram:
     """The rewritten program of another call, which finds the weights divided already."""
     _, base = captured(name)
-    work = followed(base, plan_program(base, preset("cpu"), pins_from_layout(layout), layout), layout)
-    rewrite(work, training=False)
-    return work
+    program = followed(base, plan_program(base, preset("cpu"), pins_from_layout(layout), layout), layout)
+    rewrite(program, training=False)
+    return program
 
 
-def followed(base: Work, planned: Work, layout: WeightLayout | None = None) -> Work:
+def followed(
+    base: GlobalProgram, planned: GlobalProgram, layout: WeightLayout | None = None
+) -> GlobalProgram:
     """A copy of a program with the decisions of a plan, which travel as data, as between ranks."""
-    work = split_copy(base, planned.split_groups, layout)
-    decisions_from_data(work, decisions_to_data(planned))
-    return work
+    program = split_copy(base, planned.split_groups, layout)
+    decisions_from_data(program, decisions_to_data(planned))
+    return program
 
 
-def tolerance(work: Work) -> float:
+def tolerance(program: GlobalProgram) -> float:
     """Rounding of float64, or of float32 where the model itself computes in it."""
-    vals = [n.meta.get("val") for n in work.graph.nodes]
+    vals = [n.meta.get("val") for n in program.graph.nodes]
     return 1e-6 if any(isinstance(v, Tensor) and v.dtype == torch.float32 for v in vals) else 1e-11
 
 
 def assert_equal_to_whole(
-    model: nn.Module, work: Work, lowered: list[GraphModule], call: dict[str, Any]
+    model: nn.Module, program: GlobalProgram, lowered: list[GraphModule], call: dict[str, Any]
 ) -> float:
     """Every rank's results against the unsharded model's; the share of arithmetic that a rank does."""
     # The fused encoder layer counts no operations, and rounds otherwise.
     with torch.no_grad(), no_fused_encoder(), FlopCounterMode(display=False) as alone:
         whole = torch.utils._pytree.tree_leaves(model(**call))
     with torch.no_grad(), FlopCounterMode(display=False) as together:
-        ranks = programs.run_ranks(work, model, lowered=lowered, **call)
+        ranks = programs.run_ranks(program, model, lowered=lowered, **call)
     for results in ranks:
         for mine, theirs in zip(results, whole, strict=True):
             if isinstance(theirs, Tensor):
                 assert mine.shape == theirs.shape
-                assert (mine - theirs).abs().max() <= tolerance(work) * theirs.abs().max()
+                assert (mine - theirs).abs().max() <= tolerance(program) * theirs.abs().max()
     return together.get_total_flops() / len(lowered) / alone.get_total_flops()
 
 
-def collectives(work: Work) -> int:
+def collectives(program: GlobalProgram) -> int:
     """How many collectives a forward issues."""
-    return sum(n.target in markers.COMMUNICATING for n in work.graph.nodes)
+    return sum(n.target in markers.COMMUNICATING for n in program.graph.nodes)
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_family_on_two_ranks(name: str) -> None:
     family = families.FAMILIES[name]
-    model, work, layout = sharded(name, 2)
-    lowered = simulate.lower_all(work)
-    assert not fallbacks_of(work)
-    share = assert_equal_to_whole(model, work, lowered, inputs(name, CAPTURED))
+    model, program, layout = sharded(name, 2)
+    lowered = simulate.lower_all(program)
+    assert not fallbacks_of(program)
+    share = assert_equal_to_whole(model, program, lowered, inputs(name, CAPTURED))
     assert share <= (0.65 if name in WHOLE_MIXERS else 0.55)
     if name != "mamba":  # its recurrence is a python loop: another length is another program
-        assert_equal_to_whole(model, work, lowered, inputs(name, OTHER))
+        assert_equal_to_whole(model, program, lowered, inputs(name, OTHER))
     again = over(layout, name)
     assert_equal_to_whole(model, again, simulate.lower_all(again), inputs(name, CAPTURED))
     if family.collectives is not None:
         assert collectives(again) <= family.collectives
-        assert collectives(work) <= family.collectives
+        assert collectives(program) <= family.collectives
         for ranks in (4, 8) if name in ALSO_ON_FOUR else (8,):
             assert collectives(sharded(name, ranks)[1]) <= family.collectives, ranks
     if family.dense and name != "qwen2_vl":  # text leaves its vision tower alone
@@ -156,8 +158,8 @@ def check_own_plan(name: str) -> None:
     model = captured(name)[0]
     rules = read_rules(model, hf_plan(model), own=True)
     assert rules.wishes
-    model, work, _ = sharded(name, 2, rules)
-    assert assert_equal_to_whole(model, work, simulate.lower_all(work), inputs(name, CAPTURED)) <= 0.55
+    model, program, _ = sharded(name, 2, rules)
+    assert assert_equal_to_whole(model, program, simulate.lower_all(program), inputs(name, CAPTURED)) <= 0.55
 
 
 # Their packed projection goes through one convolution, which is not split: each rank repeats the scan.
@@ -176,9 +178,9 @@ ODD = ("one_kv_head", "two_kv_heads", "three_heads", "fourteen_heads_two_kv", "f
     [(name, ranks) for name in families.EDGE_CASES for ranks in ((4, 3) if name in ODD else (4,))],
 )
 def test_edge_case(name: str, ranks: int) -> None:
-    model, work, layout = sharded(name, ranks)
-    assert not fallbacks_of(work)
-    for one in (work, over(layout, name)):
+    model, program, layout = sharded(name, ranks)
+    assert not fallbacks_of(program)
+    for one in (program, over(layout, name)):
         assert_equal_to_whole(model, one, simulate.lower_all(one), inputs(name, CAPTURED))
     whole = 0
     for param in layout.params.values():

@@ -53,10 +53,10 @@ def strays(names: tuple[str, ...]) -> dict[str, list[str]]:
         model = families.build(name).requires_grad_(False)  # this device has no autograd
         call = bind_call(model, (), families.inputs(name, *CAPTURED))
         captured = capture_repeated(model, call, device=device)
-        work = plan_program(canonical(captured, 2), preset("cpu"), lambda _work, _axis: {})
-        rewrite(work, training=False)
-        local = lower_graph(work, (1,) * len(work.axes), Alone())
-        values = {n.name: n.meta.get("val") for n in (*work.graph.nodes, *local.graph.nodes)}
+        program = plan_program(canonical(captured, 2), preset("cpu"), lambda _work, _axis: {})
+        rewrite(program, training=False)
+        local = lower_graph(program, (1,) * len(program.axes), Alone())
+        values = {n.name: n.meta.get("val") for n in (*program.graph.nodes, *local.graph.nodes)}
         wanted = {n.name: n.kwargs.get("device", device) for n in local.graph.nodes}
         found[name] = [k for k, v in values.items() if isinstance(v, Tensor) and v.device != device]
         found[name] += [k for k, d in wanted.items() if d not in (None, device)]

@@ -103,19 +103,19 @@ class Drops(nn.Module):
 
 
 def test_golden_text(golden: Callable[[str, str], None]) -> None:
-    work = captured(Drops().train(), torch.randn(3, 7, 12))
-    before, calls = stable_text(work), work.call_count()
+    program = captured(Drops().train(), torch.randn(3, 7, 12))
+    before, calls = stable_text(program), program.call_count()
     one = ExpandRandomness()
-    run_passes(work, [one])
-    assert work.call_count() - calls == 16
-    text = f"before {one.name}:\n{before}\n\nafter {one.name}:\n{stable_text(work)}\n"
+    run_passes(program, [one])
+    assert program.call_count() - calls == 16
+    text = f"before {one.name}:\n{before}\n\nafter {one.name}:\n{stable_text(program)}\n"
     golden("expand_randomness_drops", text)
 
 
 def unseeded(lowered: list[GraphModule]) -> list[GraphModule]:
     """Programs whose seed is zero, as that of a graph at global shapes."""
-    for program in lowered:
-        for node in program.graph.find_nodes(op="call_function", target=aten.randint.low):
+    for local in lowered:
+        for node in local.graph.find_nodes(op="call_function", target=aten.randint.low):
             node.target, node.args = aten.zeros.default, ([2],)
     return lowered
 
@@ -125,25 +125,25 @@ def unseeded(lowered: list[GraphModule]) -> list[GraphModule]:
 def test_ranks_draw_what_one_would(ranks: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = Block(causal).double().train()
-    work = planned(model, *inputs(), ranks=ranks)
-    drawn = work.graph.find_nodes(op="call_function", target=uniform.default)
-    assert len(drawn) == 7 and not random_nodes(work.graph)
-    divided = [n for n in drawn if any(d.nodes[n].factor for d in work.decisions if n in d.nodes)]
+    program = planned(model, *inputs(), ranks=ranks)
+    drawn = program.graph.find_nodes(op="call_function", target=uniform.default)
+    assert len(drawn) == 7 and not random_nodes(program.graph)
+    divided = [n for n in drawn if any(d.nodes[n].factor for d in program.decisions if n in d.nodes)]
     assert divided, "no mask is divided"
-    rewrite(work, training=True)
-    expected = run_whole(work, model, *inputs())
-    for mine in run_ranks(work, model, *inputs(), lowered=unseeded(simulate.lower_all(work))):
+    rewrite(program, training=True)
+    expected = run_whole(program, model, *inputs())
+    for mine in run_ranks(program, model, *inputs(), lowered=unseeded(simulate.lower_all(program))):
         torch.testing.assert_close(mine, expected, rtol=1e-11, atol=1e-11)
     lower_all = simulate.lower_all
     monkeypatch.setattr(simulate, "lower_all", lambda w: unseeded(lower_all(w)))
-    gradients_agree(work, model, *inputs())
+    gradients_agree(program, model, *inputs())
 
 
 def test_expanding_keeps_rates_and_expectations() -> None:
     model = nn.Sequential(nn.Dropout(0.25)).double().train()
     x = torch.ones(200, 200, dtype=torch.float64)
-    work = canonicalised(model, x)
-    (y,) = run_whole(work, model, x)
+    program = canonicalised(model, x)
+    (y,) = run_whole(program, model, x)
     assert set(y.unique().tolist()) == {0.0, 1 / 0.75}
     assert abs(float((y == 0).double().mean()) - 0.25) < 0.01
 

@@ -36,8 +36,8 @@ from tpcompile.lowering.lower_graph import lower_program
 from tpcompile.lowering.simulate import SimulatedGroups
 from tpcompile.lowering.state import SOURCE
 from tpcompile.pipeline import canonical, rewrite
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.planner.search.cost import CostModel
-from tpcompile.planner.work import Work
 
 transformers = pytest.importorskip("transformers")
 
@@ -478,10 +478,10 @@ def test_layers_are_planned_alike_whatever_a_mesh_costs(ranks: int) -> None:
     base = canonical(mark_caches(capture_repeated(model, bind_call(model, (), call))), ranks)
     kinds = set()
     for latency, bandwidth, memory in ((0, 1e7, 1e7), (0, 1e8, 1e9), (1e-5, 1e8, 1e7), (1e-5, 1e10, 1e6)):
-        work = programs.planned_work(base.copy(), CostModel("mesh", 1e10, memory, latency, bandwidth))
-        rewrite(work, training=False)
-        groups = SimulatedGroups(work.axes, (0,) * len(work.axes))
-        flat = lower_program(work, (0,) * len(work.axes), groups).local  # refuses layers that differ
+        program = programs.planned_work(base.copy(), CostModel("mesh", 1e10, memory, latency, bandwidth))
+        rewrite(program, training=False)
+        groups = SimulatedGroups(program.axes, (0,) * len(program.axes))
+        flat = lower_program(program, (0,) * len(program.axes), groups).local  # refuses layers that differ
         kinds.add(tuple(str(n.target) for n in flat.graph.nodes if "tpcompile" in str(n.target)))
     assert len(kinds) > 2  # the plans did differ
 
@@ -489,18 +489,22 @@ def test_layers_are_planned_alike_whatever_a_mesh_costs(ranks: int) -> None:
 # --------------------------------------------------------------------- layers as calls of one submodule
 
 
-def lowered(model: nn.Module, bound: dict[str, Any]) -> tuple[GraphModule, GraphModule | None, Work]:
+def lowered(model: nn.Module, bound: dict[str, Any]) -> tuple[GraphModule, GraphModule | None, GlobalProgram]:
     """The program of a single rank, as it is and outlined, and what it was lowered from."""
-    work = programs.planned_work(Work(mark_caches(capture_repeated(model, bound)), 1))
-    rewrite(work, training=True)
-    at = (0,) * len(work.axes)
-    program = lower_program(work, at, SimulatedGroups(work.axes, at))
-    return program.local, program.outlined, work
+    program = programs.planned_work(GlobalProgram(mark_caches(capture_repeated(model, bound)), 1))
+    rewrite(program, training=True)
+    at = (0,) * len(program.axes)
+    lowered = lower_program(program, at, SimulatedGroups(program.axes, at))
+    return lowered.local, lowered.outlined, program
 
 
-def feed(graph_module: GraphModule, model: nn.Module, bound: dict[str, Any], work: Work) -> list[Any]:
-    names = {s.name: leaf for s, leaf in zip(work.captured.user_inputs, flatten_call(bound)[0], strict=True)}
-    tables = names | dict(model.named_parameters()) | dict(model.named_buffers()) | work.captured.constants
+def feed(
+    graph_module: GraphModule, model: nn.Module, bound: dict[str, Any], program: GlobalProgram
+) -> list[Any]:
+    names = {
+        s.name: leaf for s, leaf in zip(program.captured.user_inputs, flatten_call(bound)[0], strict=True)
+    }
+    tables = names | dict(model.named_parameters()) | dict(model.named_buffers()) | program.captured.constants
     return [tables[n.meta[SOURCE].spec.name] for n in graph_module.graph.find_nodes(op="placeholder")]
 
 
@@ -517,7 +521,7 @@ def test_a_pin_on_one_layer_is_about_no_other(layer: int) -> None:
 def test_outlined_layers_compute_the_same(cached: bool) -> None:
     model = tiny("llama", 9)
     bound = bind_call(model, (), {"input_ids": tokens(2, 7), "use_cache": cached})
-    flat, outlined, work = lowered(model, bound)
+    flat, outlined, program = lowered(model, bound)
     assert outlined is not None
     body = outlined.get_submodule("layers_0")
     calls = outlined.graph.find_nodes(op="call_module", target="layers_0")
@@ -528,7 +532,7 @@ def test_outlined_layers_compute_the_same(cached: bool) -> None:
         for g in (flat, outlined, body)
     ]
     assert linears == [9 * 7 + 1, 7 + 1, 7]
-    results = [g(*feed(g, model, bound, work)) for g in (flat, outlined)]
+    results = [g(*feed(g, model, bound, program)) for g in (flat, outlined)]
     assert_same(*results)
     gradients = [torch.autograd.grad(r[0].sum(), list(model.parameters())) for r in results]
     assert_same(*gradients)

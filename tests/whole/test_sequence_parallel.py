@@ -23,8 +23,8 @@ from tpcompile.ir.calls import bind_call
 from tpcompile.ir.placements import Filled, parse_placement
 from tpcompile.lowering import simulate
 from tpcompile.pipeline import canonical, plan_program, rewrite
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.planner.search.cost import preset
-from tpcompile.planner.work import Work
 
 F64 = torch.float64
 TIMEOUT = 420
@@ -54,15 +54,15 @@ def tokens(batch: int, length: int) -> Tensor:
     return torch.randint(0, 23, (batch, length), generator=torch.Generator().manual_seed(batch + 7 * length))
 
 
-def divided_program(model: nn.Module, *args: Any, **options: Any) -> Work:
-    work = programs.planned(model, *args, **options)
-    rewrite(work, training=True, sequence=True)
-    return work
+def divided_program(model: nn.Module, *args: Any, **options: Any) -> GlobalProgram:
+    program = programs.planned(model, *args, **options)
+    rewrite(program, training=True, sequence=True)
+    return program
 
 
-def kinds(work: Work) -> Counter[str]:
+def kinds(program: GlobalProgram) -> Counter[str]:
     """How often each marker stands in a program."""
-    names = [n.target.__name__ for n in work.graph.nodes if n.target in markers.MARKERS]
+    names = [n.target.__name__ for n in program.graph.nodes if n.target in markers.MARKERS]
     return Counter(names)
 
 
@@ -74,34 +74,34 @@ def test_any_length(ranks: int) -> None:
     """
     torch.manual_seed(0)
     model = Decoder().double()
-    work = divided_program(model, tokens(3, ranks), ranks=ranks, dynamic=True)
-    found = kinds(work)
+    program = divided_program(model, tokens(3, ranks), ranks=ranks, dynamic=True)
+    found = kinds(program)
     assert found["reduce_scatter"] + found["all_to_all"] == 4 and found["all_reduce"] == 0
-    lowered = simulate.lower_all(work)
+    lowered = simulate.lower_all(program)
     for sizes in ((3, 16), (2, 13), (2, 3), (5, 2)):
-        expected = programs.run_whole(work, model, tokens(*sizes))
-        for mine in programs.run_ranks(work, model, tokens(*sizes), lowered=lowered):
+        expected = programs.run_whole(program, model, tokens(*sizes))
+        for mine in programs.run_ranks(program, model, tokens(*sizes), lowered=lowered):
             torch.testing.assert_close(mine, expected, rtol=1e-11, atol=1e-11)
-    programs.gradients_agree(work, model, tokens(2, 13))
+    programs.gradients_agree(program, model, tokens(2, 13))
 
 
 def test_an_input_that_is_added_has_its_gradient() -> None:
     torch.manual_seed(0)
     model, x = toys.Blocks().double(), torch.randn(3, 8, 12, dtype=F64)
-    work = divided_program(model, x, ranks=3, dynamic=True)
-    assert kinds(work)["take_shard"] == 1
-    programs.gradients_agree(work, model, x)
+    program = divided_program(model, x, ranks=3, dynamic=True)
+    assert kinds(program)["take_shard"] == 1
+    programs.gradients_agree(program, model, x)
 
 
 @pytest.mark.parametrize(("ranks", "length"), [(3, 13), (4, 3)])
 def test_fixed_lengths(ranks: int, length: int) -> None:
     torch.manual_seed(0)
     model = Decoder().double()
-    work = divided_program(model, tokens(2, length), ranks=ranks, dynamic=False)
-    expected = programs.run_whole(work, model, tokens(2, length))
-    for mine in programs.run_ranks(work, model, tokens(2, length)):
+    program = divided_program(model, tokens(2, length), ranks=ranks, dynamic=False)
+    expected = programs.run_whole(program, model, tokens(2, length))
+    for mine in programs.run_ranks(program, model, tokens(2, length)):
         torch.testing.assert_close(mine, expected, rtol=1e-11, atol=1e-11)
-    programs.gradients_agree(work, model, tokens(2, length))
+    programs.gradients_agree(program, model, tokens(2, length))
 
 
 class Picked(nn.Module):
@@ -120,9 +120,9 @@ class Picked(nn.Module):
 def test_what_is_indexed_is_whole() -> None:
     torch.manual_seed(0)
     model, x = Picked().double(), torch.randn(9, 12, dtype=F64)
-    work = divided_program(model, x, torch.arange(9).flip(0), ranks=2, dynamic=False)
-    assert kinds(work)["reduce_scatter"] == 2
-    programs.gradients_agree(work, model, x, torch.arange(9).flip(0))
+    program = divided_program(model, x, torch.arange(9).flip(0), ranks=2, dynamic=False)
+    assert kinds(program)["reduce_scatter"] == 2
+    programs.gradients_agree(program, model, x, torch.arange(9).flip(0))
 
 
 class Chunks(nn.Module):
@@ -138,9 +138,9 @@ class Chunks(nn.Module):
 
 
 def test_what_would_send_more_is_left_whole() -> None:
-    work = divided_program(Chunks(), torch.randn(3, 7, 12), dynamic=True)
-    assert kinds(work)["reduce_scatter"] == 0
-    assert "more than twice as many bytes" in work.captured.notes[0]
+    program = divided_program(Chunks(), torch.randn(3, 7, 12), dynamic=True)
+    assert kinds(program)["reduce_scatter"] == 0
+    assert "more than twice as many bytes" in program.captured.notes[0]
 
 
 # Collectives of a forward of two layers: parallel residuals, routed tokens, biases, sub-axes.
@@ -155,12 +155,12 @@ FAMILIES = {
 def test_families(name: str, ranks: int) -> None:
     model = families.build(name, F64) if name in families.FAMILIES else families.EDGE_CASES[name](dtype=F64)
     base = canonical(capture(model, bind_call(model, (), families.causal_inputs(2, 16))), ranks)
-    work = plan_program(base, preset("cpu"), programs.no_pins)
-    rewrite(work, training=True, sequence=True)
-    found = kinds(work)
+    program = plan_program(base, preset("cpu"), programs.no_pins)
+    rewrite(program, training=True, sequence=True)
+    found = kinds(program)
     assert {kind: found[kind] for kind in FAMILIES[name, ranks]} == FAMILIES[name, ranks]
     assert found["all_reduce"] == 0
-    assert_equal_to_whole(model, work, simulate.lower_all(work), families.causal_inputs(3, 13))
+    assert_equal_to_whole(model, program, simulate.lower_all(program), families.causal_inputs(3, 13))
 
 
 class Towers(nn.Module):
@@ -225,9 +225,10 @@ def test_a_plan_tells_what_is_sent() -> None:
 def test_the_placement_is_printed() -> None:
     assert str(Filled(1)) == "S(1+)" and parse_placement("S(1+)") == Filled(1)
     assert parse_placement("O(0 of 6 by ids)").units == 6  # type: ignore[union-attr]
-    work = divided_program(toys.Blocks(), torch.randn(3, 7, 12), dynamic=True)
+    program = divided_program(toys.Blocks(), torch.randn(3, 7, 12), dynamic=True)
     assert (
-        "f32[s77, s27, 12] S(1+) = reduce_scatter(" in work.text() or "S(1+) = reduce_scatter(" in work.text()
+        "f32[s77, s27, 12] S(1+) = reduce_scatter(" in program.text()
+        or "S(1+) = reduce_scatter(" in program.text()
     )
 
 

@@ -14,7 +14,7 @@ from tpcompile.ir.placements import Filled, Shard
 from tpcompile.ir.sizes import bytes_of
 from tpcompile.planner.search.cost import CostModel
 
-from .work import Work
+from .global_program import GlobalProgram
 
 WHEN_USED = " (when it is used)"
 """What is said of a result that is gathered by whoever uses it."""
@@ -37,22 +37,22 @@ class Collective:
     bytes: int
 
 
-def collectives_of(work: Work) -> tuple[Collective, ...]:
+def collectives_of(program: GlobalProgram) -> tuple[Collective, ...]:
     """What a rewritten program communicates in one forward, counted per place."""
     found: dict[tuple[str, str, int], int] = {}
-    later = _when_used(work)
-    for node in work.graph.nodes:
+    later = _when_used(program)
+    for node in program.graph.nodes:
         if node.op == "call_function" and node.target in markers.COMMUNICATING:
             where = starred(module_path(node)) + (WHEN_USED if node in later else "")
             key = (node.target.__name__, where, _moved(node))
-            found[key] = found.get(key, 0) + work.times(node)
+            found[key] = found.get(key, 0) + program.times(node)
     return tuple(Collective(kind, where, count, size) for (kind, where, size), count in found.items())
 
 
-def _when_used(work: Work) -> set[Node]:
+def _when_used(program: GlobalProgram) -> set[Node]:
     """The gathers of results that a loss is computed from: they are left to whoever uses the result."""
-    found, above = set[Node](), work.above_losses()
-    for out in work.outputs():
+    found, above = set[Node](), program.above_losses()
+    for out in program.outputs():
         gathers: list[Node] = []
         while isinstance(out, Node) and out.target is markers.all_gather and _serves_results(out):
             gathers.append(out)
@@ -68,12 +68,12 @@ def _serves_results(gather: Node) -> bool:
     return in_one_piece and all(u.op == "output" or u.target is markers.all_gather for u in gather.users)
 
 
-def sequence_seconds(work: Work, cost: CostModel) -> float:
+def sequence_seconds(program: GlobalProgram, cost: CostModel) -> float:
     """What the collectives along a divided sequence take more than those that were planned."""
     total = 0.0
-    for node in work.graph.nodes:
+    for node in program.graph.nodes:
         if node.op == "call_function" and any(isinstance(a, Filled) for a in node.args):
-            size, axes = _moved(node), [work.axes[a] for a in arguments(node)[1]]
+            size, axes = _moved(node), [program.axes[a] for a in arguments(node)[1]]
             ranks = math.prod(axes)
             match node.target:
                 case markers.reduce_scatter:  # after an all-reduce, which is planned axis by axis
@@ -84,7 +84,7 @@ def sequence_seconds(work: Work, cost: CostModel) -> float:
                     more = cost.all_gather(size, ranks)
                 case _:
                     more = 0.0
-            total += more * work.times(node)
+            total += more * program.times(node)
     return total
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tpcompile.ir.units import size_text, time_text
 
-from .planned import Planned
+from .plan_like import PlanLike
 
 # Below this share a difference is not worth a word.
 NOTABLE = 0.01
@@ -35,7 +35,7 @@ class Outcome:
         )
 
 
-def outcome_of(plan: Planned) -> Outcome:
+def outcome_of(plan: PlanLike) -> Outcome:
     """What a plan costs."""
     held = plan.layout.fullest
     moved = sum(c.count * c.bytes for c in plan.collectives)

@@ -16,20 +16,25 @@ from tpcompile.planner.search.solve_axes import solve_axes
 from tpcompile.planner.search.sub_axes import sub_axes, unit_counts
 from tpcompile.rules.declared import check_declared, declared_units, fits
 
-from .work import Work
+from .global_program import GlobalProgram
 
 # The placements allowed for parameters of a program, on one of its sub-axes.
-Pins = Callable[[Work, int], Mapping[Node, frozenset[Placement]]]
-Splitter = Callable[[Work, frozenset[str]], Work]
+Pins = Callable[[GlobalProgram, int], Mapping[Node, frozenset[Placement]]]
+Splitter = Callable[[GlobalProgram, frozenset[str]], GlobalProgram]
 
 
 def decide(
-    work: Work, cost: CostModel, groups: list[str], split: Splitter, pins: Pins, divide_small: bool = False
-) -> Work:
+    program: GlobalProgram,
+    cost: CostModel,
+    groups: list[str],
+    split: Splitter,
+    pins: Pins,
+    divide_small: bool = False,
+) -> GlobalProgram:
     """The program with the least penalty, then the least price and time, then the least memory.
 
     Args:
-        work: the canonical program.
+        program: the canonical program.
         cost: the cost model.
         groups: packed matmuls that could be split.
         split: gives a copy of a program with some groups split.
@@ -37,17 +42,17 @@ def decide(
         divide_small: small matrices must be divided too.
     """
 
-    def plan(chosen: frozenset[str], axes: tuple[int, ...]) -> Work:
-        return plan_on_axes(split(work, chosen), axes, cost, pins, divide_small)
+    def plan(chosen: frozenset[str], axes: tuple[int, ...]) -> GlobalProgram:
+        return plan_on_axes(split(program, chosen), axes, cost, pins, divide_small)
 
-    whole_axis, factors = (work.ranks,), work.factors()
+    whole_axis, factors = (program.ranks,), program.factors()
     if not fits(factors, whole_axis):
-        return split_what_pays(plan, sub_axes(work.ranks, declared_units(factors)), groups)
+        return split_what_pays(plan, sub_axes(program.ranks, declared_units(factors)), groups)
     best = split_what_pays(plan, whole_axis, groups)
     assert best.planned_factors is not None
     factors = best.planned_factors
     units = unit_counts(factors, best.params(), worth_dividing(factors, set(best.params())))
-    axes = sub_axes(work.ranks, units)
+    axes = sub_axes(program.ranks, units)
     if len(axes) > 1 and fits(factors, axes):
         other = split_what_pays(plan, axes, groups)
         if _worth(other) < _worth(best):
@@ -56,11 +61,11 @@ def decide(
 
 
 def split_what_pays(
-    plan: Callable[[frozenset[str], tuple[int, ...]], Work],
+    plan: Callable[[frozenset[str], tuple[int, ...]], GlobalProgram],
     axes: tuple[int, ...],
     groups: list[str],
     chosen: frozenset[str] = frozenset(),
-) -> Work:
+) -> GlobalProgram:
     """The program with those packed matmuls split whose splitting makes it better, one after the other.
 
     Args:
@@ -78,28 +83,31 @@ def split_what_pays(
 
 
 def plan_on_axes(
-    work: Work, axes: tuple[int, ...], cost: CostModel, pins: Pins, divide_small: bool = False
-) -> Work:
+    program: GlobalProgram, axes: tuple[int, ...], cost: CostModel, pins: Pins, divide_small: bool = False
+) -> GlobalProgram:
     """The program with the decisions on each sub-axis."""
-    factors = work.factors()
+    factors = program.factors()
     check_declared(factors, axes)
-    facts = Facts(work, factors, cost, divide_small)
-    decisions = solve_axes(facts, axes, lambda axis: pins(work, axis))
-    return replace(work, decisions=decisions, planned_factors=factors)
+    facts = Facts(program, factors, cost, divide_small)
+    decisions = solve_axes(facts, axes, lambda axis: pins(program, axis))
+    return replace(program, decisions=decisions, planned_factors=factors)
 
 
-def _penalty(work: Work) -> float:
-    return round(sum(d.penalty for d in work.decisions), 6)
+def _penalty(program: GlobalProgram) -> float:
+    return round(sum(d.penalty for d in program.decisions), 6)
 
 
-def _held(work: Work) -> float:
+def _held(program: GlobalProgram) -> float:
     """Bytes of parameters on the fullest rank, to three digits."""
-    assert work.planned_factors is not None
+    assert program.planned_factors is not None
     total = 0.0
-    for node in work.params():
+    for node in program.params():
         size = float(tensor_of(node).numel() * tensor_of(node).element_size())
-        left = {place: work.planned_factors.size(a) for place, a in work.planned_factors.places(node).items()}
-        for decision in work.decisions:
+        left = {
+            place: program.planned_factors.size(a)
+            for place, a in program.planned_factors.places(node).items()
+        }
+        for decision in program.decisions:
             placement = decision.params[node]
             if isinstance(placement, Shard):
                 units = left[placement.dim, placement.factor]
@@ -110,18 +118,18 @@ def _held(work: Work) -> float:
     return float(f"{total:.3g}")
 
 
-def _fits_together(work: Work) -> bool:
+def _fits_together(program: GlobalProgram) -> bool:
     """Whether the segments of every parameter can lie one behind the other in one local tensor.
 
     They may be divided differently along the dimension in which they differ; along any other all must be
     divided alike, or their local sizes there would not be the same.
     """
-    assert work.planned_factors is not None
+    assert program.planned_factors is not None
     held: dict[str, set[object]] = {}
-    for node, name in work.params().items():
-        if name in work.packed_dims:
-            layout = work.planned_factors.atom_sizes(node)
-            others = [_except(d.params[node], work.packed_dims[name]) for d in work.decisions]
+    for node, name in program.params().items():
+        if name in program.packed_dims:
+            layout = program.planned_factors.atom_sizes(node)
+            others = [_except(d.params[node], program.packed_dims[name]) for d in program.decisions]
             key = tuple((p, layout[p.dim][p.factor]) if p else None for p in others)
             held.setdefault(name, set()).add(key)
     return all(len(ways) == 1 for ways in held.values())
@@ -131,11 +139,11 @@ def _except(placement: Placement, dim: int) -> Shard | None:
     return placement if isinstance(placement, Shard) and placement.dim != dim else None
 
 
-def _score(work: Work) -> tuple[float, float]:
+def _score(program: GlobalProgram) -> tuple[float, float]:
     # Rounded, so that a split that changes nothing is not made for the last bit of a sum.
-    return _penalty(work), float(f"{sum(d.cost for d in work.decisions):.6g}")
+    return _penalty(program), float(f"{sum(d.cost for d in program.decisions):.6g}")
 
 
-def _worth(work: Work) -> tuple[float, float, float]:
+def _worth(program: GlobalProgram) -> tuple[float, float, float]:
     """What plans on other sub-axes are compared by."""
-    return _penalty(work), float(f"{sum(d.price + d.cost for d in work.decisions):.6g}"), _held(work)
+    return _penalty(program), float(f"{sum(d.price + d.cost for d in program.decisions):.6g}"), _held(program)

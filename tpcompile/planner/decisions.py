@@ -12,49 +12,51 @@ from tpcompile.ir.placements import parse_placement
 from tpcompile.rules.assignment import Assignment
 from tpcompile.rules.choices import choices
 
-from .work import Work
+from .global_program import GlobalProgram
 
 
-def decisions_to_data(work: Work) -> list[dict[str, Any]]:
+def decisions_to_data(program: GlobalProgram) -> list[dict[str, Any]]:
     """Per sub-axis: its size, every call's choice, every parameter's and shared value's placement."""
-    axes = work.axes
+    axes = program.axes
     return [
         {
             "ranks": d.ranks,
-            "nodes": {n.name: _index(work, n, d, axes[: i + 1]) for n in d.nodes if len(d.nodes[n].outputs)},
+            "nodes": {
+                n.name: _index(program, n, d, axes[: i + 1]) for n in d.nodes if len(d.nodes[n].outputs)
+            },
             "params": {n.name: str(p) for n, p in d.params.items()},
             "shared": {n.name: str(p) for n, p in d.shared.items()},
             "penalty": d.penalty,
             "price": d.price,
             "cost": d.cost,
         }
-        for i, d in enumerate(work.decisions)
+        for i, d in enumerate(program.decisions)
     ]
 
 
-def _options(work: Work, node: Node, axes: Sequence[int]) -> list[Any]:
-    assert work.planned_factors is not None
-    return choices(node, work.planned_factors, lambda _: True, axes)
+def _options(program: GlobalProgram, node: Node, axes: Sequence[int]) -> list[Any]:
+    assert program.planned_factors is not None
+    return choices(node, program.planned_factors, lambda _: True, axes)
 
 
-def _index(work: Work, node: Node, decision: Assignment, axes: Sequence[int]) -> int:
-    return _options(work, node, axes).index(decision.nodes[node])
+def _index(program: GlobalProgram, node: Node, decision: Assignment, axes: Sequence[int]) -> int:
+    return _options(program, node, axes).index(decision.nodes[node])
 
 
-def decisions_from_data(work: Work, data: list[dict[str, Any]]) -> None:
+def decisions_from_data(program: GlobalProgram, data: list[dict[str, Any]]) -> None:
     """Gives a program the decisions that were made elsewhere for the same graph.
 
     Raises:
         TpCompileError: they are not about this graph.
     """
-    work.planned_factors = work.factors()
-    by_name = {n.name: n for n in work.graph.nodes}
+    program.planned_factors = program.factors()
+    by_name = {n.name: n for n in program.graph.nodes}
     axes = [d["ranks"] for d in data]
     try:
-        work.decisions = [
+        program.decisions = [
             Assignment(
                 d["ranks"],
-                {by_name[n]: _options(work, by_name[n], axes[: a + 1])[i] for n, i in d["nodes"].items()},
+                {by_name[n]: _options(program, by_name[n], axes[: a + 1])[i] for n, i in d["nodes"].items()},
                 {by_name[n]: parse_placement(p) for n, p in d["params"].items()},
                 {by_name[n]: parse_placement(p) for n, p in d["shared"].items()},
                 d["penalty"],

@@ -18,7 +18,7 @@ from tpcompile.rules.factors import Factors
 from tpcompile.rules.rule import Rule
 
 from .decide import Pins
-from .work import Work
+from .global_program import GlobalProgram
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain_module(work: Work, cost: CostModel, pins: Pins, name: str) -> str:
+def explain_module(program: GlobalProgram, cost: CostModel, pins: Pins, name: str) -> str:
     """The explanation of ``Plan.explain``.
 
     Args:
-        work: the planned program, before it was rewritten.
+        program: the planned program, before it was rewritten.
         cost: the cost model it was planned with.
         pins: what parameters were held to; alternatives respect those of the others.
         name: a module or parameter.
@@ -73,8 +73,8 @@ def explain_module(work: Work, cost: CostModel, pins: Pins, name: str) -> str:
         TpCompileError: no parameter of the program belongs to that name.
     """
     # Of layers that repeat only some were planned: the others are explained by the one that they copy.
-    names = list(dict.fromkeys(work.params().values()))
-    copies = [] if work.blocks is None else work.blocks.left_out(names)
+    names = list(dict.fromkeys(program.params().values()))
+    copies = [] if program.blocks is None else program.blocks.left_out(names)
     like = {p: p for p in names} | {copy: kept for kept, copy in copies}
     wanted = {kept for p, kept in like.items() if p == name or p.startswith(name + ".")}
     if not wanted:
@@ -83,46 +83,52 @@ def explain_module(work: Work, cost: CostModel, pins: Pins, name: str) -> str:
             where="the plan",
             todo="name a module or parameter that the plan lists",
         )
-    return "\n".join(map(str, explanations(work, cost, pins, wanted)))
+    return "\n".join(map(str, explanations(program, cost, pins, wanted)))
 
 
-def explanations(work: Work, cost: CostModel, pins: Pins, names: Container[str]) -> Iterator[Explanation]:
+def explanations(
+    program: GlobalProgram, cost: CostModel, pins: Pins, names: Container[str]
+) -> Iterator[Explanation]:
     """Explains parameters of the program, in its order; see ``explain_module``."""
-    assert work.planned_factors is not None
-    facts = Facts(work, work.planned_factors, cost)
-    for param, name in work.params().items():
+    assert program.planned_factors is not None
+    facts = Facts(program, program.planned_factors, cost)
+    for param, name in program.params().items():
         if name in names:
-            yield _explain(work, facts, pins, param)
+            yield _explain(program, facts, pins, param)
 
 
-def _explain(work: Work, facts: Facts, pins: Pins, param: Node) -> Explanation:
+def _explain(program: GlobalProgram, facts: Facts, pins: Pins, param: Node) -> Explanation:
     factors, decisions = facts.factors, []
-    for axis, decision in enumerate(work.decisions):
+    for axis, decision in enumerate(program.decisions):
         others = [o for o in _options(factors, param) if o != decision.params[param]]
-        priced = tuple((option, _price(work, facts, pins, param, option, axis)) for option in others)
-        label = f" on sub-axis {axis} of {decision.ranks}" if len(work.decisions) > 1 else ""
+        priced = tuple((option, _price(program, facts, pins, param, option, axis)) for option in others)
+        label = f" on sub-axis {axis} of {decision.ranks}" if len(program.decisions) > 1 else ""
         decisions.append(Decision(label, decision.params[param], priced))
     uses = tuple(f"{u.name} = {target_text(u)}: {factors.rules.get(u, 'no call')}" for u in param.users)
-    return Explanation(work.sources[param].spec.name, _factored(factors, param), uses, tuple(decisions))
+    return Explanation(program.sources[param].spec.name, _factored(factors, param), uses, tuple(decisions))
 
 
 def _options(factors: Factors, param: Node) -> list[Placement]:
     return [R, *(Shard(*place) for place in factors.places(param))]
 
 
-def _price(work: Work, facts: Facts, pins: Pins, param: Node, option: Placement, axis: int) -> str:
-    others = {a: d for a, d in enumerate(work.decisions) if a != axis}
+def _price(
+    program: GlobalProgram, facts: Facts, pins: Pins, param: Node, option: Placement, axis: int
+) -> str:
+    others = {a: d for a, d in enumerate(program.decisions) if a != axis}
     if isinstance(option, Shard):
         atom = facts.factors.places(param)[option.dim, option.factor]
         if atom not in facts.candidates:
             return "refused: this dimension is dynamic, or no matmul has it"
     try:
-        other = solve_axis(facts, work.axes, axis, others, {**pins(work, axis), param: frozenset({option})})
+        other = solve_axis(
+            facts, program.axes, axis, others, {**pins(program, axis), param: frozenset({option})}
+        )
     except TpCompileError as error:
         spent = error.where == facts.params[param]
         return f"refused: {'nothing is left to divide' if spent else _refusal(facts, param)}"
-    extra = other.cost + other.price - sum(d.cost + d.price for d in work.decisions)
-    penalty = sum(d.penalty for d in work.decisions)
+    extra = other.cost + other.price - sum(d.cost + d.price for d in program.decisions)
+    penalty = sum(d.penalty for d in program.decisions)
     must = ", but a large matrix must be divided" if round(other.penalty - penalty, 6) > 0 else ""
     return f"{'+' if extra >= 0 else '-'}{time_text(abs(extra))}{must}"
 

@@ -20,7 +20,7 @@ from tpcompile.ir.placements import Partial, Placement, Shard
 from tpcompile.planner.search.must_divide import weight_root
 from tpcompile.rules.rule import Rule
 
-from .work import Work
+from .global_program import GlobalProgram
 
 LOST = "lost"
 """The style of what has none."""
@@ -52,15 +52,15 @@ class ExportedStyles:
     """The styles of a planned program.
 
     Args:
-        work: the program.
+        program: the program.
         ranks: how many ranks share it.
     """
 
-    def __init__(self, work: Work, ranks: int) -> None:
-        assert work.planned_factors is not None
-        self.work, self.ranks, self.factors = work, ranks, work.planned_factors
-        self.params = set(work.params())
-        self.calls = list(work.decisions[0].nodes)
+    def __init__(self, program: GlobalProgram, ranks: int) -> None:
+        assert program.planned_factors is not None
+        self.program, self.ranks, self.factors = program, ranks, program.planned_factors
+        self.params = set(program.params())
+        self.calls = list(program.decisions[0].nodes)
         self.uses = {node: use for node in self.calls if (use := self._use(node)) is not None}
         self._parent = {node: node for node in self.calls}
         self.broken: set[Node] = set()
@@ -93,14 +93,14 @@ class ExportedStyles:
             root = weight_root(operand, self.params, rows=True)
             if root is not None and i not in rule.once:
                 stack = root.meta["val"].ndim == 3
-                name = self.work.sources[root].spec.name if stack else module_path(node)
+                name = self.program.sources[root].spec.name if stack else module_path(node)
                 return Use(starred(name), self._style(node, root), stack)
         return None
 
     def _style(self, node: Node, root: Node) -> str:
-        places = {d.params[root] for d in self.work.decisions}
+        places = {d.params[root] for d in self.program.decisions}
         place = next(iter(places))
-        if len(places) > 1 or self.work.sources[root].order >= 0:
+        if len(places) > 1 or self.program.sources[root].order >= 0:
             return LOST
         if not isinstance(place, Shard):
             return "replicate"
@@ -129,7 +129,7 @@ class ExportedStyles:
                 self.broken.add(node)  # a statistic of what is divided
             for i, operand in enumerate(operands(node)):
                 self._edge(node, i, operand)
-        for out in self.work.outputs():
+        for out in self.program.outputs():
             if isinstance(out, Node) and producer(out)[0] in self._parent and self._divides(self._have(out)):
                 self._leave(producer(out)[0])
         for node in self.gathered:
@@ -138,7 +138,7 @@ class ExportedStyles:
 
     def _edge(self, node: Node, index: int, value: Node) -> None:
         have = self._have(value)
-        want = tuple(d.need(node, index) for d in self.work.decisions)
+        want = tuple(d.need(node, index) for d in self.program.decisions)
         if weight_root(value, self.params, rows=True) is not None:
             if self._divides(want) and node not in self.uses and not self._rearranges(node):
                 self.broken.add(node)  # another parameter's part
@@ -187,20 +187,23 @@ class ExportedStyles:
     # Placements.
 
     def _have(self, value: Node) -> Placements:
-        return tuple(d.output(value) for d in self.work.decisions)
+        return tuple(d.output(value) for d in self.program.decisions)
 
     def _wants(self, user: Node, value: Node) -> bool:
         """Whether a user takes a value divided."""
         wants = [
-            d.need(user, i) for d in self.work.decisions for i, o in enumerate(operands(user)) if o is value
+            d.need(user, i)
+            for d in self.program.decisions
+            for i, o in enumerate(operands(user))
+            if o is value
         ]
         return self._divides(tuple(wants))
 
     def _divided(self, node: Node) -> bool:
-        return any(d.nodes[node].factor is not None for d in self.work.decisions)
+        return any(d.nodes[node].factor is not None for d in self.program.decisions)
 
     def _sums(self, node: Node) -> bool:
-        return any(isinstance(o, Partial) for d in self.work.decisions for o in d.nodes[node].outputs)
+        return any(isinstance(o, Partial) for d in self.program.decisions for o in d.nodes[node].outputs)
 
     def _is(self, node: Node, style: str) -> bool:
         return node in self.uses and self.uses[node].style.endswith(style) and not self.uses[node].stack

@@ -20,9 +20,9 @@ from tpcompile.rules.rule import Rule
 from .collective import collectives_of, sequence_seconds
 from .decide import Pins
 from .decisions import decisions_to_data
+from .global_program import GlobalProgram
 from .options import Options
 from .plan import Plan
-from .work import Work
 
 _KINDS = {
     "buffer": "a buffer",
@@ -34,8 +34,8 @@ _ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default,)  # its mask 
 
 
 def make_plan(
-    work: Work,
-    rewritten: Work,
+    planned: GlobalProgram,
+    rewritten: GlobalProgram,
     layout: WeightLayout,
     options: Options,
     fingerprint: str,
@@ -45,16 +45,16 @@ def make_plan(
     """The plan of a program, from it as it was planned and as it was rewritten."""
     cost = options.cost
     gathered = _gathered_weights(rewritten)
-    seconds = sum(d.cost for d in work.decisions) - GATHERED * sum(map(rewritten.times, gathered))
+    seconds = sum(d.cost for d in planned.decisions) - GATHERED * sum(map(rewritten.times, gathered))
     return Plan(
         layout=layout,
-        decisions=decisions_to_data(work),
+        decisions=decisions_to_data(planned),
         fingerprint=fingerprint,
         collectives=collectives_of(rewritten),
-        fallbacks=fallbacks_of(work),
+        fallbacks=fallbacks_of(planned),
         notes=(
             *rewritten.captured.notes,
-            *dict.fromkeys([*gathered.values(), *_whole_weights(work, layout)]),
+            *dict.fromkeys([*gathered.values(), *_whole_weights(planned, layout)]),
         ),
         cost=cost,
         seconds=seconds + sequence_seconds(rewritten, cost),
@@ -62,27 +62,27 @@ def make_plan(
         recomputed=_recomputed(rewritten, options.checkpointing),
         proof=rewritten.proof,
         timings={"proof": rewritten.proof.seconds} if rewritten.proof is not None else {},
-        work=work,
+        planned=planned,
         pins=pins,
         rewritten=rewritten,
     )
 
 
-def _recomputed(work: Work, checkpointing: Checkpointing | None) -> tuple[str, ...]:
+def _recomputed(program: GlobalProgram, checkpointing: Checkpointing | None) -> tuple[str, ...]:
     """What is computed again in backward, one line for layers that are alike."""
     found: dict[str, int] = {}
-    for calls in members_of(work.graph).values():
+    for calls in members_of(program.graph).values():
         name = starred(where(calls)) or "calls of forward"
-        found[name] = found.get(name, 0) + max(map(work.times, calls))
+        found[name] = found.get(name, 0) + max(map(program.times, calls))
     but = f", but for {checkpointing.kept}" if checkpointing is not None and checkpointing.kept else ""
     return tuple(f"{name} ({count}){but}" for name, count in found.items())
 
 
-def _gathered_weights(work: Work) -> dict[Node, str]:
+def _gathered_weights(program: GlobalProgram) -> dict[Node, str]:
     """The collectives of weights that an earlier program divided as this one cannot use them, with a note."""
     found: dict[Node, str] = {}
-    params, roots = work.params(), set(work.params())
-    for node in work.graph.nodes:
+    params, roots = program.params(), set(program.params())
+    for node in program.graph.nodes:
         root = weight_root(origin(node), roots) if node.target in GATHERS and is_tensor(node) else None
         if root is not None:
             name = starred(params[root])
@@ -90,17 +90,23 @@ def _gathered_weights(work: Work) -> dict[Node, str]:
     return found
 
 
-def _whole_weights(work: Work, layout: WeightLayout) -> Iterator[str]:
+def _whole_weights(program: GlobalProgram, layout: WeightLayout) -> Iterator[str]:
     """Matrices that are used as weights, and stay whole on every rank, such as those of a quantised layer.
 
     Only parameters are divided, and only those that are weights as they are, not mixed with others first.
     """
-    assert work.planned_factors is not None
-    specs = {n: s.spec for n, s in work.sources.items() if s.spec.kind in _KINDS and matrix(n)}
+    assert program.planned_factors is not None
+    specs = {n: s.spec for n, s in program.sources.items() if s.spec.kind in _KINDS and matrix(n)}
     params = {n for n in specs if specs[n].kind == "param"}
-    made_of = _made_of(work, {n for n in specs if n not in params or layout.params[specs[n].name].is_whole})
-    for node, rule in work.planned_factors.rules.items():
-        if work.ranks == 1 or not (isinstance(rule, Rule) and rule.contraction) or node.target in _ATTENTION:
+    made_of = _made_of(
+        program, {n for n in specs if n not in params or layout.params[specs[n].name].is_whole}
+    )
+    for node, rule in program.planned_factors.rules.items():
+        if (
+            program.ranks == 1
+            or not (isinstance(rule, Rule) and rule.contraction)
+            or node.target in _ATTENTION
+        ):
             continue
         for operand in operands(node):
             if tensor_of(operand).is_floating_point() and not weight_root(operand, params):
@@ -110,13 +116,13 @@ def _whole_weights(work: Work, layout: WeightLayout) -> Iterator[str]:
                     yield f"{name} is {kind}, and whole on every rank ({size:.0f} bytes)"
 
 
-def _made_of(work: Work, weights: set[Node]) -> dict[Node, dict[Node, None] | None]:
+def _made_of(program: GlobalProgram, weights: set[Node]) -> dict[Node, dict[Node, None] | None]:
     """Of which of some weights each value is made; None for one that depends on the call's tensors."""
     found: dict[Node, dict[Node, None] | None] = {}
-    for node in work.graph.nodes:
+    for node in program.graph.nodes:
         parts = [found[o] for o in node.all_input_nodes]
-        if node in work.sources:
-            given = work.sources[node].spec.kind == "user"
+        if node in program.sources:
+            given = program.sources[node].spec.kind == "user"
             found[node] = None if given else {node: None} if node in weights else {}
         elif isinstance(node.meta.get("val"), torch.SymInt):
             found[node] = {}
@@ -125,15 +131,18 @@ def _made_of(work: Work, weights: set[Node]) -> dict[Node, dict[Node, None] | No
     return found
 
 
-def fallbacks_of(work: Work) -> tuple[str, ...]:
+def fallbacks_of(program: GlobalProgram) -> tuple[str, ...]:
     """Operators without a rule among the values that descend from parameters, one line each."""
-    assert work.planned_factors is not None
+    assert program.planned_factors is not None
     found: dict[tuple[str, str], tuple[int, float]] = {}
-    for node, rule in work.planned_factors.rules.items():
-        if isinstance(rule, str) and work.decisions and node in work.decisions[0].nodes:
+    for node, rule in program.planned_factors.rules.items():
+        if isinstance(rule, str) and program.decisions and node in program.decisions[0].nodes:
             gathered = sum(bytes_of(tensor_of(o)) for o in operands(node))
             count, size = found.get((str(node.target), rule), (0, 0))
-            found[str(node.target), rule] = (count + work.times(node), size + gathered * work.times(node))
+            found[str(node.target), rule] = (
+                count + program.times(node),
+                size + gathered * program.times(node),
+            )
     return tuple(
         f"{op}: replicated {count} times, {size:.0f} bytes of operands whole on every rank ({why})"
         for (op, why), (count, size) in found.items()

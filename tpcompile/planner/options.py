@@ -15,9 +15,9 @@ from tpcompile.rules.table import user_rows
 from tpcompile.strategies.read_rules import Rules
 
 from .disk_cache import own_sources
+from .global_program import Pass
 from .plan import Plan
 from .search.cost import CostModel
-from .work import Pass
 
 
 @dataclass(frozen=True)

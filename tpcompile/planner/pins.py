@@ -15,7 +15,7 @@ from tpcompile.rules.rule import Rule
 from tpcompile.strategies.read_rules import Wish
 
 from .decide import Pins
-from .work import Work
+from .global_program import GlobalProgram
 
 Wishes = Mapping[str, tuple[Wish, ...]]
 """Per parameter what is asked of it, once per name that it is tied to."""
@@ -27,21 +27,21 @@ def make_pins(wishes: Wishes) -> Pins:
     On later sub-axes a divided parameter may also be whole, where no units are left.
     """
 
-    def resolve(work: Work, axis: int) -> Mapping[Node, frozenset[Placement]]:
+    def resolve(program: GlobalProgram, axis: int) -> Mapping[Node, frozenset[Placement]]:
         if not wishes:
             return {}
-        found = {node: allowed for node, _, allowed, _ in _resolved(work, wishes) if allowed is not None}
-        _refuse_idle(wishes, work, found)
+        found = {node: allowed for node, _, allowed, _ in _resolved(program, wishes) if allowed is not None}
+        _refuse_idle(wishes, program, found)
         return found if axis == 0 else {node: allowed | {R} for node, allowed in found.items()}
 
     return resolve
 
 
-def unmet(work: Work, wishes: Wishes) -> list[str]:
+def unmet(program: GlobalProgram, wishes: Wishes) -> list[str]:
     """The wishes of a model's own plan that cannot be met, a line each."""
     lines = [
         f"{name} is not divided as the rule {wish.rule!r}: {wish.asked!r} asks: {why}"
-        for _, (name, wish), allowed, why in _resolved(work, wishes)
+        for _, (name, wish), allowed, why in _resolved(program, wishes)
         if allowed is None and why
     ]
     return list(dict.fromkeys(lines))
@@ -50,14 +50,14 @@ def unmet(work: Work, wishes: Wishes) -> list[str]:
 Resolved = tuple[Node, tuple[str, Wish], frozenset[Placement] | None, str]
 
 
-def _resolved(work: Work, wishes: Wishes) -> Iterator[Resolved]:
+def _resolved(program: GlobalProgram, wishes: Wishes) -> Iterator[Resolved]:
     """Per parameter and wish what is allowed: None where nothing follows, with the reason if it should."""
-    factors = work.factors()
-    candidates = worth_dividing(factors, set(work.params()))
+    factors = program.factors()
+    candidates = worth_dividing(factors, set(program.params()))
     stuck = factors.stuck_atoms()
-    for node, name in work.params().items():
+    for node, name in program.params().items():
         met: frozenset[Placement] | None = None
-        for wish in wishes.get(name, ()) if node.users and name not in work.custom.parts else ():
+        for wish in wishes.get(name, ()) if node.users and name not in program.custom.parts else ():
             allowed, why = _allowed(factors, node, wish, candidates, stuck)
             if why and not wish.optional:
                 raise TpCompileError(
@@ -166,12 +166,12 @@ def _through(rule: Rule, dim: int) -> int | None:
     return next((d for d, letters in enumerate(rule.inputs[0]) if letters == wanted), None)
 
 
-def _refuse_idle(wishes: Wishes, work: Work, found: Mapping[Node, object]) -> None:
+def _refuse_idle(wishes: Wishes, program: GlobalProgram, found: Mapping[Node, object]) -> None:
     """A user's rule from which nothing follows for any parameter of the call is a mistake."""
-    names = work.params()
+    names = program.params()
     met = {names[node] for node in found}
-    if work.blocks is not None:
-        met |= {copy for kept, copy in work.blocks.left_out(list(names.values())) if kept in met}
+    if program.blocks is not None:
+        met |= {copy for kept, copy in program.blocks.left_out(list(names.values())) if kept in met}
     every = [(wish, name) for name, several in wishes.items() for wish in several]
     useful = {w.rule for w, name in every if w.optional or w.want == "any" or name in met}
     idle = next((wish for wish, _ in every if wish.rule not in useful), None)

@@ -23,10 +23,10 @@ from .decide import Pins
 from .diff_plans import diff_text, plan_title
 from .dry_run.estimate import Estimate, Mode
 from .explain import explain_module
+from .global_program import GlobalProgram
 from .print_plan import collective_lines, layout_lines
 from .report.notebook import plan_html
 from .report.page import report_page
-from .work import Work
 from .write_file import check_place, write_whole
 
 VERSION = 2
@@ -52,7 +52,7 @@ class Plan:
         proof: that the rewritten program's placements follow from the rules; None for a plan from disk, which
             is proved again when it is followed.
         timings: seconds that the stages took where the plan was made.
-        work: the planned program, and
+        planned: the planned program, and
         pins: what its parameters were held to, for explanations; None for a plan from disk, as is
         rewritten: the program with its collectives.
         estimator: what ``estimate`` asks; None unless the plan comes from ``tpcompile.plan``.
@@ -70,9 +70,9 @@ class Plan:
     recomputed: tuple[str, ...] = ()
     proof: Proof | None = field(default=None, repr=False, compare=False)
     timings: dict[str, float] = field(default_factory=dict, compare=False)
-    work: Work | None = field(default=None, repr=False, compare=False)
+    planned: GlobalProgram | None = field(default=None, repr=False, compare=False)
     pins: Pins | None = field(default=None, repr=False, compare=False)
-    rewritten: Work | None = field(default=None, repr=False, compare=False)
+    rewritten: GlobalProgram | None = field(default=None, repr=False, compare=False)
     estimator: Callable[..., Estimate] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -100,13 +100,13 @@ class Plan:
         Raises:
             TpCompileError: there is no such module, or the plan was loaded from disk.
         """
-        if self.work is None or self.pins is None:
+        if self.planned is None or self.pins is None:
             raise TpCompileError(
                 "a plan from disk has no alternatives to compare",
                 where=name,
                 todo="make the plan again with tpcompile.plan",
             )
-        return explain_module(self.work, self.cost, self.pins, name)
+        return explain_module(self.planned, self.cost, self.pins, name)
 
     @checked
     def diff(self, other: Plan) -> str:

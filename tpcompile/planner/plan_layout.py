@@ -16,45 +16,45 @@ from tpcompile.ir.placements import Placement, R, Shard
 from tpcompile.rules.factors import Factors
 
 from .decide import Pins
-from .work import Source, Work
+from .global_program import GlobalProgram, Source
 
 
-def layout_of(work: Work, tensors: Mapping[str, Tensor]) -> WeightLayout:
+def layout_of(program: GlobalProgram, tensors: Mapping[str, Tensor]) -> WeightLayout:
     """The layout of all parameters and buffers of a model.
 
     Args:
-        work: a planned program.
+        program: a planned program.
         tensors: every parameter and buffer of the model by its original name (values do not matter);
             those that the program does not use are whole.
     """
     parts: dict[str, list[tuple[Source, Segment]]] = {}
     used: set[str] = set()
-    for node, source in work.sources.items():
+    for node, source in program.sources.items():
         if source.segment is not None:
             used |= {source.spec.name} if node.users else set()
-            placed = _placed(work, node, source.segment)
+            placed = _placed(program, node, source.segment)
             parts.setdefault(source.spec.name, []).append((source, placed))
     # Layers that were left out lie as the one that stands for them.
     like = {name: name for name in parts}
-    if work.blocks is not None:
-        like |= {left_out: name for name, left_out in work.blocks.left_out(list(parts))}
+    if program.blocks is not None:
+        like |= {left_out: name for name, left_out in program.blocks.left_out(list(parts))}
     unused = tuple(name for name, captured in like.items() if captured not in used)
     params: dict[str, ParamLayout] = {}
     for name, tensor in tensors.items():
-        layout = whole_layout(name, tensor, len(work.decisions))
+        layout = whole_layout(name, tensor, len(program.decisions))
         if name in like:
             captured = like[name]
             segments = tuple(s for _, s in sorted(parts[captured], key=lambda p: p[0].order))
-            layout = replace(layout, segments=segments, packed_dim=work.packed_dims.get(captured, 0))
-        if name in work.custom.parts:
-            layout = work.custom.layout(name, tensor, work.axes)
+            layout = replace(layout, segments=segments, packed_dim=program.packed_dims.get(captured, 0))
+        if name in program.custom.parts:
+            layout = program.custom.layout(name, tensor, program.axes)
         params[name] = layout
-    return WeightLayout(work.axes, params, tuple(sorted(work.split_groups)), unused)
+    return WeightLayout(program.axes, params, tuple(sorted(program.split_groups)), unused)
 
 
-def extended(layout: WeightLayout, work: Work, tensors: Mapping[str, Tensor]) -> WeightLayout:
+def extended(layout: WeightLayout, program: GlobalProgram, tensors: Mapping[str, Tensor]) -> WeightLayout:
     """A layout with the parameters that it left open, and that a later program uses, as that one has them."""
-    later = layout_of(work, tensors)
+    later = layout_of(program, tensors)
     decided = set(layout.undecided) - set(later.undecided)
     params = {name: later.params[name] if name in decided else p for name, p in layout.params.items()}
     undecided = tuple(n for n in layout.undecided if n not in decided)
@@ -70,23 +70,23 @@ def completed(layout: WeightLayout, given: WeightLayout) -> WeightLayout:
     return replace(layout, params=params, split_groups=groups, undecided=undecided)
 
 
-def check_layout(work: Work, layout: WeightLayout) -> None:
+def check_layout(program: GlobalProgram, layout: WeightLayout) -> None:
     """Refuses decisions for weights that lie otherwise: the program would take a rank's part for another.
 
     Args:
-        work: a planned program.
+        program: a planned program.
         layout: where the weights are.
 
     Raises:
         TpCompileError: with the first such weight.
     """
-    assert work.planned_factors is not None, "the program must be planned"
-    for node, source in work.sources.items():
-        open_ = source.spec.name in layout.undecided or source.spec.name in work.custom.parts
+    assert program.planned_factors is not None, "the program must be planned"
+    for node, source in program.sources.items():
+        open_ = source.spec.name in layout.undecided or source.spec.name in program.custom.parts
         if source.segment is None or open_ or not node.users:
             continue
-        for axis, decision in enumerate(work.decisions):
-            held = _placement(work.planned_factors, node, work.held_as(source), axis)
+        for axis, decision in enumerate(program.decisions):
+            held = _placement(program.planned_factors, node, program.held_as(source), axis)
             if decision.params[node] != held:
                 raise TpCompileError(
                     f"the plan of this call has the weight as {decision.params[node]}, it is held as {held}",
@@ -95,15 +95,15 @@ def check_layout(work: Work, layout: WeightLayout) -> None:
                 )
 
 
-def _placed(work: Work, node: Node, segment: Segment) -> Segment:
-    assert work.planned_factors is not None, "the program must be planned"
-    atoms = tuple(tuple(int(s) for s in dim) or (1,) for dim in work.planned_factors.atom_sizes(node))
+def _placed(program: GlobalProgram, node: Node, segment: Segment) -> Segment:
+    assert program.planned_factors is not None, "the program must be planned"
+    atoms = tuple(tuple(int(s) for s in dim) or (1,) for dim in program.planned_factors.atom_sizes(node))
     starts = [sum(len(d) for d in atoms[:i]) for i in range(len(atoms))]
 
     def flat(placement: Placement) -> int | None:
         return starts[placement.dim] + placement.factor if isinstance(placement, Shard) else None
 
-    return replace(segment, atoms=atoms, shards=tuple(flat(d.params[node]) for d in work.decisions))
+    return replace(segment, atoms=atoms, shards=tuple(flat(d.params[node]) for d in program.decisions))
 
 
 def pins_from_layout(layout: WeightLayout) -> Pins:
@@ -113,15 +113,15 @@ def pins_from_layout(layout: WeightLayout) -> Pins:
     """
     undecided = set(layout.undecided)
 
-    def resolve(work: Work, axis: int) -> Mapping[Node, frozenset[Placement]]:
-        factors = work.factors()
+    def resolve(program: GlobalProgram, axis: int) -> Mapping[Node, frozenset[Placement]]:
+        factors = program.factors()
         found: dict[Node, frozenset[Placement]] = {}
-        for node, source in work.sources.items():
-            if source.spec.name in work.custom.parts:
+        for node, source in program.sources.items():
+            if source.spec.name in program.custom.parts:
                 found[node] = frozenset({R})  # it lies as its strategy wants it
             elif source.segment is not None and node.users and source.spec.name not in undecided:
                 _refuse_selection(layout.params[source.spec.name])
-                found[node] = frozenset({_placement(factors, node, work.held_as(source), axis)})
+                found[node] = frozenset({_placement(factors, node, program.held_as(source), axis)})
         return found
 
     return resolve

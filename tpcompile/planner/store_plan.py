@@ -24,7 +24,7 @@ from tpcompile.planner.search.quantities import symbol_hints
 from tpcompile.rules.table import user_rows
 
 from .disk_cache import cache_folder, entry_name, own_sources, read_entry, write_entry
-from .work import Work
+from .global_program import GlobalProgram
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 Decisions = tuple[list[str], list[dict[str, Any]]]
 
 
-def plan_cached(decide: Callable[[], Decisions], base: Work, wishes: Mapping[str, Any]) -> Decisions:
+def plan_cached(decide: Callable[[], Decisions], base: GlobalProgram, wishes: Mapping[str, Any]) -> Decisions:
     """What ``decide`` gives, from disk if it was decided before.
 
     Args:
@@ -50,7 +50,7 @@ def plan_cached(decide: Callable[[], Decisions], base: Work, wishes: Mapping[str
     return found
 
 
-def _name(base: Work, wishes: Mapping[str, Any]) -> str | None:
+def _name(base: GlobalProgram, wishes: Mapping[str, Any]) -> str | None:
     """A name for everything that a plan follows from; None where that includes python code of the user's."""
     rules = user_rows()
     code = [f"the rule of {operator}" for operator, row in rules.items() if not isinstance(row, str)]
@@ -69,7 +69,7 @@ def _name(base: Work, wishes: Mapping[str, Any]) -> str | None:
     )
 
 
-def describe_work(base: Work) -> list[Any]:
+def describe_work(base: GlobalProgram) -> list[Any]:
     """All that the planner can see of a program: more than its text, which neither says the example's sizes
     nor what a weight is called nor how many layers one stands for."""
     nodes = [_describe_node(n) for n in base.graph.nodes]

@@ -24,13 +24,13 @@ def to_hf_plan(plan: Plan) -> dict[str, str]:
     Raises:
         TpCompileError: the plan comes from disk, which has no program to look at.
     """
-    if plan.work is None:
+    if plan.planned is None:
         raise TpCompileError(
             "a plan from disk does not say how its weights are used",
             where="plan",
             todo="make it again with tpcompile.plan",
         )
-    found = ExportedStyles(plan.work, plan.ranks).rules()
+    found = ExportedStyles(plan.planned, plan.ranks).rules()
     lost = [key for key, style in found.items() if style == LOST]
     if lost:
         warnings.warn(

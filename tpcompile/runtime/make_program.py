@@ -21,7 +21,7 @@ from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import tensors_by_name
 from tpcompile.lowering.local_shapes import LocalShapes
 from tpcompile.lowering.state import SOURCE
-from tpcompile.planner.work import Source, Work
+from tpcompile.planner.global_program import GlobalProgram, Source
 
 from .fetch_inputs import Feed
 from .program import Program, autocast_of, gradients_of, trained_weights
@@ -134,8 +134,8 @@ def _overwritten(compiled: Compiled) -> list[str]:
 def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: int) -> tuple[Feed | int, ...]:
     """Where each placeholder of a rank's graph gets its value."""
     places = tensors_by_name(model)
-    work, layout = compiled.planned, compiled.plan.layout
-    leaves = {spec.name: i for i, spec in enumerate(work.captured.user_inputs)}
+    planned, layout = compiled.planned, compiled.plan.layout
+    leaves = {spec.name: i for i, spec in enumerate(planned.captured.user_inputs)}
     overwritten = set(_overwritten(compiled))
 
     def feed(source: Source) -> Feed | int:
@@ -146,7 +146,7 @@ def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: i
             path, _, attribute = name.rpartition(".")
             return Feed(model.get_submodule(path), attribute)
         if source.spec.kind == "constant":
-            return Feed(None, name, work.captured.constants[name])
+            return Feed(None, name, planned.captured.constants[name])
         if source.order < 0:
             return Feed(*places[name], overwritten=name in overwritten)
         dim = layout.params[name].packed_dim
@@ -159,7 +159,7 @@ def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: i
     return tuple(feed(node.meta[SOURCE]) for node in local.graph.find_nodes(op="placeholder"))
 
 
-def hand_out(planned: Work) -> dict[str, Held]:
+def hand_out(planned: GlobalProgram) -> dict[str, Held]:
     """How the caches that a program returns lie."""
     factors = planned.planned_factors
     assert factors is not None, "the program must be planned"
@@ -171,17 +171,17 @@ def hand_out(planned: Work) -> dict[str, Held]:
 
 def local_extents(compiled: Compiled, rank: int) -> Captured:
     """The captured program, with the sizes of given caches as a rank holds them."""
-    work = compiled.planned
-    factors = work.planned_factors
+    planned = compiled.planned
+    factors = planned.planned_factors
     assert factors is not None, "the program must be planned"
-    shapes = LocalShapes(factors, work.axes, WeightLayout(work.axes, {}).coordinates(rank))
+    shapes = LocalShapes(factors, planned.axes, WeightLayout(planned.axes, {}).coordinates(rank))
     local = {
-        work.sources[n].spec.name: shapes.shape(n, placements)
-        for n, placements in work.given(factors).items()
+        planned.sources[n].spec.name: shapes.shape(n, placements)
+        for n, placements in planned.given(factors).items()
     }
-    whole = whole_captured(work)
-    if work.blocks is not None:
-        local |= {leaf: local[twin] for (twin, _), leaf in work.blocks.leaves.items() if twin in local}
+    whole = whole_captured(planned)
+    if planned.blocks is not None:
+        local |= {leaf: local[twin] for (twin, _), leaf in planned.blocks.leaves.items() if twin in local}
 
     def adapt(spec: InputSpec) -> InputSpec:
         sizes = local.get(spec.name)
@@ -196,7 +196,10 @@ def local_extents(compiled: Compiled, rank: int) -> Captured:
     return replace(whole, inputs=tuple(map(adapt, whole.inputs)))
 
 
-def whole_captured(work: Work) -> Captured:
+def whole_captured(planned: GlobalProgram) -> Captured:
     """The captured program with the inputs and outputs of the whole call, of all layers."""
-    inputs = (*(spec for spec in work.captured.inputs if spec.kind != "user"), *work.captured.user_inputs)
-    return replace(work.captured, inputs=inputs, outputs=work.captured.whole_outputs, blocks=None)
+    inputs = (
+        *(spec for spec in planned.captured.inputs if spec.kind != "user"),
+        *planned.captured.user_inputs,
+    )
+    return replace(planned.captured, inputs=inputs, outputs=planned.captured.whole_outputs, blocks=None)

@@ -16,10 +16,10 @@ from tpcompile.capture.export.dynamic_dims import check_dynamic
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import bind_call
 from tpcompile.ir.check import Must
+from tpcompile.planner.global_program import Pass
 from tpcompile.planner.options import Options
 from tpcompile.planner.plan import Plan
 from tpcompile.planner.search.cost import CostModel, preset
-from tpcompile.planner.work import Pass
 from tpcompile.strategies.custom.custom_strategy import split_plan
 from tpcompile.strategies.hf_plan import hf_plan
 from tpcompile.strategies.read_rules import Pin, Rules, read_rules

@@ -11,7 +11,7 @@ from tpcompile.ir import markers
 from tpcompile.ir.names import starred
 from tpcompile.ir.nodes import is_tensor, module_path
 from tpcompile.ir.print_graph import target_text
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.rules.rule import Rule
 
 from .timeline import layer_of
@@ -46,28 +46,28 @@ class Boxes:
     edges: Mapping[tuple[Box, Box], tuple[str, ...]]
 
 
-def layers_of(work: Work) -> list[tuple[str, list[Node]]]:
+def layers_of(program: GlobalProgram) -> list[tuple[str, list[Node]]]:
     """The last layer of each list in a rewritten program, by name; or all of a program without layers."""
-    names = work.params()
+    names = program.params()
     found: dict[str, list[Node]] = {}
-    for node in work.graph.nodes:
+    for node in program.graph.nodes:
         if node.op == "call_function" and (layer := layer_of(names.get(node) or module_path(node))):
             found.setdefault(layer, []).append(node)
     if not found:
-        return [("", [n for n in work.graph.nodes if n.op == "call_function"])]
+        return [("", [n for n in program.graph.nodes if n.op == "call_function"])]
     # Of layers that repeat the last is drawn: it is the one that stands for those that are left out.
     last = {starred(layer): layer for layer in found}
     return [(layer, found[layer]) for layer in last.values()]
 
 
-def boxes_of(work: Work, name: str, nodes: Collection[Node]) -> Boxes:
+def boxes_of(program: GlobalProgram, name: str, nodes: Collection[Node]) -> Boxes:
     """Some calls of a rewritten program as boxes.
 
     Calls that are neither matmuls nor changes of placement, and that are connected without one between them,
     are one box. So boxes form no circle: along every edge the number of matmuls and changes before it grows.
     """
     calls, prefix = [n for n in nodes if n.users], starred(name)
-    inside, alone = set(calls), {n: kind for n in calls if (kind := _kind(work, n))}
+    inside, alone = set(calls), {n: kind for n in calls if (kind := _kind(program, n))}
     level: dict[Node, int] = {}
     for node in calls:
         before = [level[i] + (i in alone) for i in node.all_input_nodes if i in inside]
@@ -87,18 +87,18 @@ def boxes_of(work: Work, name: str, nodes: Collection[Node]) -> Boxes:
     for each in dict.fromkeys(box.values()):
         if each.kind == "other":
             each.label, each.text = _described(prefix, each.nodes)
-    return _with_ends(work, name, calls, box)
+    return _with_ends(program, name, calls, box)
 
 
-def _kind(work: Work, node: Node) -> str:
+def _kind(program: GlobalProgram, node: Node) -> str:
     if node.target in markers.COMMUNICATING:
         return "collective"
     if node.target in markers.MARKERS:
         return "marker"
-    assert work.planned_factors is not None
+    assert program.planned_factors is not None
     if node.target in markers.MERGED:
         return "matmul" if node.target is markers.matmul_merged else ""
-    rule = work.planned_factors.rules.get(node)
+    rule = program.planned_factors.rules.get(node)
     return "matmul" if isinstance(rule, Rule) and rule.contraction else ""
 
 
@@ -128,9 +128,9 @@ def _described(name: str, nodes: list[Node]) -> tuple[str, str]:
     return ", ".join(named[:2]) + (" …" if len(named) > 2 else ""), ", ".join(words[:_MOST_WORDS]) + more
 
 
-def _with_ends(work: Work, name: str, calls: list[Node], box: dict[Node, Box]) -> Boxes:
+def _with_ends(program: GlobalProgram, name: str, calls: list[Node], box: dict[Node, Box]) -> Boxes:
     """Adds what comes from elsewhere and what goes there, and the edges; weights are named in their boxes."""
-    names, ends = work.params(), dict[Node, Box]()
+    names, ends = program.params(), dict[Node, Box]()
     edges: dict[tuple[Box, Box], dict[str, None]] = {}
     held: dict[Box, dict[str, None]] = {}
     for node in calls:
@@ -141,7 +141,7 @@ def _with_ends(work: Work, name: str, calls: list[Node], box: dict[Node, Box]) -
                 )
                 continue
             if source not in box and is_tensor(source):
-                ends.setdefault(source, Box("given", _origin(work, source), "", [source]))
+                ends.setdefault(source, Box("given", _origin(program, source), "", [source]))
             start = box.get(source) or ends.get(source)
             if start is not None and start is not box[node]:
                 placement = _placement(source if is_tensor(source) else node)
@@ -156,8 +156,8 @@ def _with_ends(work: Work, name: str, calls: list[Node], box: dict[Node, Box]) -
     return Boxes(name, tuple(dict.fromkeys(boxes)), {pair: tuple(each) for pair, each in edges.items()})
 
 
-def _origin(work: Work, source: Node) -> str:
-    given = work.sources.get(source)
+def _origin(program: GlobalProgram, source: Node) -> str:
+    given = program.sources.get(source)
     where = given.spec.name if given is not None else starred(module_path(source)) or target_text(source)
     return f"from {where}"
 

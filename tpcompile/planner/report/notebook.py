@@ -5,9 +5,9 @@ from __future__ import annotations
 from tpcompile.ir.units import size_text, time_text
 from tpcompile.planner.compare_plans import outcome_of
 from tpcompile.planner.diff_plans import plan_title
-from tpcompile.planner.planned import Planned
+from tpcompile.planner.global_program import GlobalProgram
+from tpcompile.planner.plan_like import PlanLike
 from tpcompile.planner.print_plan import placement_text
-from tpcompile.planner.work import Work
 
 from .draw_graph import draw_graph
 from .draw_partition import draw_partition
@@ -21,7 +21,7 @@ MOST_WEIGHTS = 24
 _SOFT = "color:#808a94"
 
 
-def plan_html(plan: Planned, name: str = "") -> str:
+def plan_html(plan: PlanLike, name: str = "") -> str:
     """The head line of a plan and a table of its weights.
 
     Args:
@@ -50,11 +50,11 @@ def plan_html(plan: Planned, name: str = "") -> str:
     return tag("div", tag("b", title), tag("p", head, style=_SOFT), tag("table", *rows), *last)
 
 
-def graph_html(work: Work) -> str:
+def graph_html(program: GlobalProgram) -> str:
     """The last kind of layer of a rewritten program, drawn, if it is not too large for that."""
-    name, nodes = layers_of(work)[-1]
-    boxes = boxes_of(work, name, nodes)
-    count = work.call_count()
+    name, nodes = layers_of(program)[-1]
+    boxes = boxes_of(program, name, nodes)
+    count = program.call_count()
     of = f"{name}, {len(nodes)} of {count} calls" if name else f"{count} calls"
     many = len(boxes.boxes) > MOST_BOXES
     drawn = tag("p", "too many for a drawing", style=_SOFT) if many else draw_graph(boxes)

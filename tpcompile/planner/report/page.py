@@ -8,7 +8,7 @@ from importlib.resources import files
 from tpcompile.ir.units import size_text, time_text
 from tpcompile.planner.compare_plans import outcome_of
 from tpcompile.planner.explain import Explanation, explanations
-from tpcompile.planner.planned import Planned
+from tpcompile.planner.plan_like import PlanLike
 from tpcompile.planner.print_plan import placement_text
 
 from .bars import memory_section
@@ -23,7 +23,7 @@ from .weights_section import Explained, weights_section
 
 
 def report_page(
-    plan: Planned, title: str = "", *, explain: bool = True, beside: Planned | None = None
+    plan: PlanLike, title: str = "", *, explain: bool = True, beside: PlanLike | None = None
 ) -> str:
     """A plan as a page of HTML.
 
@@ -36,8 +36,8 @@ def report_page(
     tree = tree_of(plan.layout.params)
     sections = {"Memory": memory_section(plan.layout, tree)}
     sections["Weights"] = weights_section(plan.layout, tree, _explained(plan, tree) if explain else {})
-    if plan.work is not None:
-        stretches = timeline_of(plan.work, plan.cost)
+    if plan.planned is not None:
+        stretches = timeline_of(plan.planned, plan.cost)
         sections["Step"] = timeline_section(stretches, plan.seconds, plan.cost.name)
     if plan.rewritten is not None:
         layers = layers_of(plan.rewritten)
@@ -63,16 +63,16 @@ def report_page(
     return join(Markup("<!doctype html>\n"), tag("html", tag("head", *head), body, lang="en"), "\n")
 
 
-def _explained(plan: Planned, tree: Module) -> Explained:
+def _explained(plan: PlanLike, tree: Module) -> Explained:
     found: dict[str, list[Explanation]] = {}
-    if plan.work is not None and plan.pins is not None:
+    if plan.planned is not None and plan.pins is not None:
         names = {weight.name for weight in tree.every_weight()}
-        for each in explanations(plan.work, plan.cost, plan.pins, names):
+        for each in explanations(plan.planned, plan.cost, plan.pins, names):
             found.setdefault(each.name, []).append(each)
     return found
 
 
-def _head(plan: Planned, title: str, sections: Iterable[str]) -> Markup:
+def _head(plan: PlanLike, title: str, sections: Iterable[str]) -> Markup:
     layout = plan.layout
     axes = "" if len(layout.axes) == 1 else f" as {' × '.join(map(str, layout.axes))}"
     outcome = outcome_of(plan)
@@ -99,7 +99,7 @@ def _head(plan: Planned, title: str, sections: Iterable[str]) -> Markup:
     )
 
 
-def _collectives(plan: Planned) -> Markup:
+def _collectives(plan: PlanLike) -> Markup:
     rows = [
         tag(
             "tr",
@@ -120,7 +120,7 @@ def _collectives(plan: Planned) -> Markup:
     )
 
 
-def _notes(plan: Planned) -> Markup:
+def _notes(plan: PlanLike) -> Markup:
     lines = [tag("li", tag("b", "computed whole "), line) for line in plan.fallbacks]
     lines += [tag("li", note) for note in plan.notes]
     none = tag("p", "Nothing was refused: every operator is computed on parts where its weights are divided.")
@@ -132,7 +132,7 @@ def _notes(plan: Planned) -> Markup:
     )
 
 
-def _data(plan: Planned, tree: Module) -> dict[str, object]:
+def _data(plan: PlanLike, tree: Module) -> dict[str, object]:
     """What scripts, and others, read from the page."""
     layout = plan.layout
     return {

@@ -14,10 +14,10 @@ from tpcompile.capture.repeats.blocks import block_of
 from tpcompile.ir.names import starred
 from tpcompile.ir.nodes import module_path
 from tpcompile.ir.print_graph import target_text
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.planner.search.cost import CostModel
 from tpcompile.planner.search.facts import Facts
 from tpcompile.planner.search.itemise import Item, itemise
-from tpcompile.planner.work import Work
 
 _LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.|$)")
 SHORT = 1e-9
@@ -67,13 +67,13 @@ class Stretch:
         return sum(e.seconds * e.times for e in self.events if lane in ("", e.lane))
 
 
-def timeline_of(work: Work, cost: CostModel) -> list[Stretch]:
+def timeline_of(program: GlobalProgram, cost: CostModel) -> list[Stretch]:
     """The stretches of a planned program; their times add up to what its decisions cost."""
-    assert work.planned_factors is not None
-    facts, names = Facts(work, work.planned_factors, cost), work.params()
-    layers = {node: _layer(work, node, names) for node in work.graph.nodes}
+    assert program.planned_factors is not None
+    facts, names = Facts(program, program.planned_factors, cost), program.params()
+    layers = {node: _layer(program, node, names) for node in program.graph.nodes}
     found: list[Stretch] = []
-    for stretch in _stretches(itemise(facts, work.decisions), names, layers):
+    for stretch in _stretches(itemise(facts, program.decisions), names, layers):
         before = found[-1] if found else Stretch("", ())
         if not _long(stretch) and found:
             found[-1] = Stretch(before.name, before.events + stretch.events)
@@ -102,12 +102,12 @@ def _once(stretch: Stretch) -> list[Event]:
     return [replace(event, times=1) for event in _long(stretch)]
 
 
-def _layer(work: Work, node: Node, names: Mapping[Node, str]) -> str:
+def _layer(program: GlobalProgram, node: Node, names: Mapping[Node, str]) -> str:
     """The layer of a node: by its name, or because it was captured with one, as sums between layers are."""
     path, block = names.get(node) or module_path(node), block_of(node)
-    if layer_of(path) or block is None or work.blocks is None:
+    if layer_of(path) or block is None or program.blocks is None:
         return layer_of(path)
-    repeat = work.blocks.repeats[block.repeat]
+    repeat = program.blocks.repeats[block.repeat]
     if path and not f"{repeat.path}.".startswith(f"{path}."):
         return ""  # of another module, which runs before the layers
     number = repeat.first + (block.period + 1) * repeat.period - 1

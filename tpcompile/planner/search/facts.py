@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from tpcompile.ir.nodes import operands, results
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.rules.factors import Factors
 
 from .cost import CostModel
@@ -24,7 +24,7 @@ class Facts:
     """What is known of a program's values and weights before anything is decided.
 
     Args:
-        work: the program.
+        program: the program.
         factors: its rules and factors.
         cost: the cost model.
         divide_small: small matrices must be divided too, whatever it costs.
@@ -44,17 +44,19 @@ class Facts:
         later: where the weights lie is decided already.
     """
 
-    def __init__(self, work: Work, factors: Factors, cost: CostModel, divide_small: bool = False) -> None:
-        self.graph, self.times, self.ties = work.graph, work.times, tie_layers(work)
-        self.factors, self.params, self.cost_model = factors, work.params(), cost
-        self.carried, self.given = work.carried(factors), work.given(factors)
+    def __init__(
+        self, program: GlobalProgram, factors: Factors, cost: CostModel, divide_small: bool = False
+    ) -> None:
+        self.graph, self.times, self.ties = program.graph, program.times, tie_layers(program)
+        self.factors, self.params, self.cost_model = factors, program.params(), cost
+        self.carried, self.given = program.carried(factors), program.given(factors)
         self.candidates = worth_dividing(factors, set(self.params))
         self.quantities = Quantities(self.graph, factors)
         self.live = descendants(self.graph, {*self.params, *self.given})
         self.bytes = {
             v: self.quantities.bytes(v) for v in (*self.params, *self.given, *self.live) if results(v)
         }
-        self.uses = self._uses(work.beside_losses())
+        self.uses = self._uses(program.beside_losses())
         own = held_elsewhere(factors)
         matrices = {v: self.bytes[v] for v in self.params if matrix(v) and v in self.uses and v not in own}
         share = shares(matrices, self.params)
@@ -62,7 +64,7 @@ class Facts:
         self.large = {v for v in matrices if share[v] >= limit}
         self.little = {v for v in matrices if share[v] < limit}
         roots = set(self.params)
-        self.later = work.layout is not None
+        self.later = program.layout is not None
         self.weights = {v for v in self.bytes if weight_root(v, roots) is not None}
 
     def _uses(self, free: set[Node]) -> dict[Node, list[tuple[Node, int]]]:

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from tpcompile.capture.repeats.match_periods import Match, match_periods
 from tpcompile.errors import TpCompileError
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 
 
 @dataclass
@@ -37,17 +37,17 @@ class Ties:
         return self.handed.get(value) or (value if value in self.handed.values() else None)
 
 
-def tie_layers(work: Work) -> Ties:
+def tie_layers(program: GlobalProgram) -> Ties:
     """The ties between the periods that a program has of its repeated layers.
 
     Raises:
         TpCompileError: the last two periods are not alike, so that the last cannot stand for others.
     """
     ties = Ties()
-    if work.blocks is None:
+    if program.blocks is None:
         return ties
-    for number, repeat in enumerate(work.blocks.repeats):
-        last = match_periods(work.graph, number, repeat.kept - 1)
+    for number, repeat in enumerate(program.blocks.repeats):
+        last = match_periods(program.graph, number, repeat.kept - 1)
         ties.decided |= last.pairs
         for given, before in last.carried.items():
             ties.handed[given] = before
@@ -55,14 +55,14 @@ def tie_layers(work: Work) -> Ties:
             if given in last.pairs:
                 ties.times[last.pairs[given]] = 1
         for period in range(1, repeat.kept - 1):
-            first = _try_match(work, number, period)
+            first = _try_match(program, number, period)
             ties.decided |= first.pairs if first is not None else {}
     return ties
 
 
-def _try_match(work: Work, number: int, period: int) -> Match | None:
+def _try_match(program: GlobalProgram, number: int, period: int) -> Match | None:
     """The first period may see other inputs than those after it, and then is planned by itself."""
     try:
-        return match_periods(work.graph, number, period)
+        return match_periods(program.graph, number, period)
     except TpCompileError:
         return None

@@ -14,7 +14,7 @@ from tpcompile.capture.export.default_example import default_example
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import bind_call
 from tpcompile.planner.dry_run.estimate import Mode
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.runtime.make_program import whole_captured
 
 
@@ -47,7 +47,9 @@ def sizes_of_call(model: nn.Module, bound: Mapping[str, Any]) -> tuple[int, int]
     return (int(ids.shape[0]), int(ids.shape[1])) if ids is not None and _is_tokens(ids) else None
 
 
-def next_call(model: nn.Module, before: Work, prompt: Mapping[str, Any], batch: int) -> dict[str, Any]:
+def next_call(
+    model: nn.Module, before: GlobalProgram, prompt: Mapping[str, Any], batch: int
+) -> dict[str, Any]:
     """The call for one more token, with the cache that a prompt's program has left.
 
     Args:

@@ -17,8 +17,8 @@ from tpcompile.compile_program import Compiled, Compiler
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.lowering.lower_graph import Lowered, lower_graph
 from tpcompile.lowering.simulate import SimulatedGroups
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.planner.options import Options
-from tpcompile.planner.work import Work
 
 from .shorten import Copies, left_out, samples, shortened
 
@@ -45,7 +45,7 @@ class DryCompiler(Compiler):
         self._captures = captures
         self._key: Hashable = None
         self._runs = True
-        self.programs: list[tuple[Copies, Work, GraphModule]] = []
+        self.programs: list[tuple[Copies, GlobalProgram, GraphModule]] = []
 
     def compile_as(
         self,
@@ -74,9 +74,9 @@ class DryCompiler(Compiler):
             with exportable_experts(model, torch.device(self._device_type)):
                 self._captures[self._key] = super().capture_call(model, bound)
         # A copy, because layers that are planned one by one are written into the graph.
-        return Work(self._captures[self._key], self.ranks).copy().captured
+        return GlobalProgram(self._captures[self._key], self.ranks).copy().captured
 
-    def lower(self, rewritten: Work) -> Lowered:
+    def lower(self, rewritten: GlobalProgram) -> Lowered:
         """The first rank's graphs; what does not run on its part is planned again."""
         first = (0,) * len(rewritten.axes)
         self.programs = []

@@ -187,25 +187,27 @@ class Estimator:
         training = step.mode == "train"
         leaves = flatten_call(bound)[0]
         layout = compiled.plan.layout
-        for _, work, module in compiler.programs:
-            inputs = FakeInputs(self.model, work.captured, leaves, layout, learning=training, caches=caches)
+        for _, program, module in compiler.programs:
+            inputs = FakeInputs(
+                self.model, program.captured, leaves, layout, learning=training, caches=caches
+            )
             optimizer = step.optimizer if training else None
             todo = "report the model; what can be had without a run is in the plan"
             with refusing("the program does not run without values", where=f"mode={step.mode!r}", todo=todo):
-                run = run_step(module, work.captured.whole_outputs, inputs, optimizer, step.checkpointing)
+                run = run_step(module, program.captured.whole_outputs, inputs, optimizer, step.checkpointing)
             yield run
 
 
 def _put_together(
     step: Step, compiler: DryCompiler, compiled: Compiled, runs: Sequence[Run], sizes: tuple[int, int] | None
 ) -> Estimate:
-    work, layout = compiled.rewritten, compiled.plan.layout
-    copies = left_out(work)
+    program, layout = compiled.rewritten, compiled.plan.layout
+    copies = left_out(program)
 
     def whole(of: Callable[[Run], float]) -> float:
         return extended([of(run) for run in runs], copies)
 
-    moment = highest([run.peaks for run in runs], [c for c, _, _ in compiler.programs], work)
+    moment = highest([run.peaks for run in runs], [c for c, _, _ in compiler.programs], program)
     cache, given = whole(lambda run: run.cache), whole(lambda run: run.given_cache)
     grown = (cache - given) / sizes[0] if step.mode == "decode" and sizes is not None else None
     memory = Memory(
@@ -230,7 +232,7 @@ def _put_together(
         collectives=_sent([run.sent for run in runs], copies),
         operations=whole(lambda run: sum(e.operations for e in run.events)),
         capacity=step.device.memory,
-        rests_on=tuple(_rests_on(step, copies, work.blocks is not None)),
+        rests_on=tuple(_rests_on(step, copies, program.blocks is not None)),
     )
 
 

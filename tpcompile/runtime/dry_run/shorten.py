@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tpcompile.capture.repeats.blocks import Block, RepeatedBlocks
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 
 from .recorder import Label, Moment
 
@@ -18,9 +18,9 @@ Copies = tuple[int, ...]
 """Per list of repeated layers, how many periods are added to those that were captured."""
 
 
-def left_out(work: Work) -> Copies:
+def left_out(program: GlobalProgram) -> Copies:
     """How many periods capture has left out."""
-    return () if work.blocks is None else tuple(repeat.copies for repeat in work.blocks.repeats)
+    return () if program.blocks is None else tuple(repeat.copies for repeat in program.blocks.repeats)
 
 
 def samples(copies: Copies) -> list[Copies]:
@@ -32,11 +32,11 @@ def samples(copies: Copies) -> list[Copies]:
     return [none, *one_more]
 
 
-def shortened(work: Work, copies: Copies) -> Work:
+def shortened(program: GlobalProgram, copies: Copies) -> GlobalProgram:
     """The same program with so many of the periods that were left out."""
-    blocks = work.blocks
+    blocks = program.blocks
     if blocks is None:
-        return work
+        return program
     repeats = tuple(replace(r, count=r.kept + c) for r, c in zip(blocks.repeats, copies, strict=True))
     kept = [d.repeat < 0 or d.copies <= copies[d.repeat] for d in blocks.results]
     fewer: RepeatedBlocks = replace(
@@ -45,7 +45,7 @@ def shortened(work: Work, copies: Copies) -> Work:
         outputs=tuple(spec for spec, keep in zip(blocks.outputs, kept, strict=True) if keep),
         results=tuple(each for each, keep in zip(blocks.results, kept, strict=True) if keep),
     )
-    return replace(work, captured=replace(work.captured, blocks=fewer))
+    return replace(program, captured=replace(program.captured, blocks=fewer))
 
 
 def extended(values: Sequence[float], copies: Copies) -> float:
@@ -57,15 +57,17 @@ def extended(values: Sequence[float], copies: Copies) -> float:
     return first + sum(count * (v - first) for v, count in zip(others, counts, strict=True))
 
 
-def highest(runs: Sequence[Mapping[Label, Moment]], taken: Sequence[Copies], work: Work) -> Moment:
+def highest(
+    runs: Sequence[Mapping[Label, Moment]], taken: Sequence[Copies], program: GlobalProgram
+) -> Moment:
     """The moment of the whole program when most is alive.
 
     From layer to layer what is alive changes by the same amount, so that the first or the last has most.
     """
-    copies = left_out(work)
+    copies = left_out(program)
     if len(runs) == 1:
         return max(runs[0].values())
-    ends = [_by_end(run, counts, work) for run, counts in zip(runs, taken, strict=True)]
+    ends = [_by_end(run, counts, program) for run, counts in zip(runs, taken, strict=True)]
     common = [label for label in ends[0] if all(label in end for end in ends)]
     return max(
         Moment(
@@ -76,18 +78,18 @@ def highest(runs: Sequence[Mapping[Label, Moment]], taken: Sequence[Copies], wor
     )
 
 
-def _by_end(run: Mapping[Label, Moment], copies: Copies, work: Work) -> dict[Label, Moment]:
+def _by_end(run: Mapping[Label, Moment], copies: Copies, program: GlobalProgram) -> dict[Label, Moment]:
     """The parts of a run; a list's last period under a name that it has in every run, those before the last
     that was captured under their numbers."""
     found: dict[Label, Moment] = {}
-    assert work.blocks is not None
+    assert program.blocks is not None
     for label, moment in run.items():
         phase, part = label
         if isinstance(part, Block):
-            last = work.blocks.repeats[part.repeat].kept - 1 + copies[part.repeat]
+            last = program.blocks.repeats[part.repeat].kept - 1 + copies[part.repeat]
             if part.period == last:
                 part = f"last of list {part.repeat}"
-            elif part.period >= work.blocks.repeats[part.repeat].kept - 1:
+            elif part.period >= program.blocks.repeats[part.repeat].kept - 1:
                 continue
         found[phase, part] = moment
     return found

@@ -18,12 +18,14 @@ from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import operator_of
 
-from .rule_program import Case, Operand, Program, compare, compare_gradients, operands_of
+from .rule_program import Case, Operand, RuleProgram, compare, compare_gradients, operands_of
 
 _MOST_PAIRS = 200
 """Of ways on two sub-axes: their number is the square of those on one."""
 
-Try = tuple[Callable[[Program, tuple[int, ...], Sequence[Choice]], None], tuple[int, ...], tuple[Choice, ...]]
+Try = tuple[
+    Callable[[RuleProgram, tuple[int, ...], Sequence[Choice]], None], tuple[int, ...], tuple[Choice, ...]
+]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def check_rule(
         return _tried(program, gradients)
 
 
-def _tried(program: Program, gradients: bool) -> RuleReport:
+def _tried(program: RuleProgram, gradients: bool) -> RuleReport:
     wrong: dict[str, None] = {}
     ways, runs = dict.fromkeys(map(str, program.choices())), 0
     for attempt, axes, chosen in _tries(program, gradients and _has_backward(program)):
@@ -101,7 +103,7 @@ def _tried(program: Program, gradients: bool) -> RuleReport:
     return RuleReport(op, text, tuple(ways), tuple(wrong), runs)
 
 
-def _program(op: OpOverload | OpOverloadPacket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+def _program(op: OpOverload | OpOverloadPacket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RuleProgram:
     """The example as a program: of a packet, the first overload that takes it."""
     made: dict[int, Operand] = {}
 
@@ -115,14 +117,14 @@ def _program(op: OpOverload | OpOverloadPacket, args: tuple[Any, ...], kwargs: d
     why = ""
     for overload in overloads:
         try:
-            return Program(Case(overload, given, named))
+            return RuleProgram(Case(overload, given, named))
         except Exception as error:  # the operator's own: anything may be wrong with the example
             why = why or next(iter(str(error).splitlines()), type(error).__name__)
     todo = "give arguments that the operator takes"
     raise TpCompileError(f"the example cannot be run: {why}", where=str(op), todo=todo)
 
 
-def _has_backward(program: Program) -> bool:
+def _has_backward(program: RuleProgram) -> bool:
     """Whether the whole operator has gradients."""
     case = program.case
     found = [x.clone().requires_grad_(x.is_floating_point()) for x in program.inputs]
@@ -136,7 +138,7 @@ def _has_backward(program: Program) -> bool:
     return True
 
 
-def _tries(program: Program, gradients: bool) -> Iterator[Try]:
+def _tries(program: RuleProgram, gradients: bool) -> Iterator[Try]:
     for ranks in (2, 3):
         yield from ((compare, (ranks,), (choice,)) for choice in program.choices(ranks))
     pairs = itertools.product(program.choices(4), repeat=2)

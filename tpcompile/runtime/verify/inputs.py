@@ -15,13 +15,13 @@ from tpcompile.capture.held_caches import Held
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import every_name
 from tpcompile.lowering.state import SOURCE
+from tpcompile.planner.global_program import GlobalProgram, Source
 from tpcompile.planner.plan_layout import layout_of
-from tpcompile.planner.work import Source, Work
 
 
-def undivided(work: Work, model: nn.Module) -> WeightLayout:
+def undivided(program: GlobalProgram, model: nn.Module) -> WeightLayout:
     """The layout of the same program on one rank: segments are held apart, and nothing is divided."""
-    alone = replace(work, decisions=[], planned_factors=work.planned_factors or work.factors())
+    alone = replace(program, decisions=[], planned_factors=program.planned_factors or program.factors())
     return layout_of(alone, dict(every_name(model)))
 
 

@@ -16,7 +16,7 @@ from tpcompile.ir.nodes import is_tensor, module_path, operands, source_line
 from tpcompile.ir.placements import Filled, P, Partial, Placement, R
 from tpcompile.ir.print_graph import node_text
 from tpcompile.lowering.state import STANDS_FOR
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.rules.rule import Rule
 
 from .assemble import RanksDiffer, Unknown, put_together, sizes_at
@@ -35,13 +35,13 @@ def locate(trial: Trial, want: Mapping[Key, Any]) -> tuple[Kind, Difference | No
         trial: a call that ranks compute wrong.
         want: what the model leaves behind as python.
     """
-    captured = Work(trial.captured(), 1)
+    captured = GlobalProgram(trial.captured(), 1)
     captured_values = Trace(trial.learning)
     whole = trial.whole(captured, captured_values)
     if any(not f.error <= trial.limit for f in trial.compare(want, whole)):
         return "capture", locate_capture(trial, captured_values)
     rewritten = Trace(trial.learning)
-    trial.whole(trial.work, rewritten)
+    trial.whole(trial.rewritten, rewritten)
     ranks = Trace(trial.learning)
     trial.on_ranks(ranks)
     return "rewrite", _Search(trial, captured, captured_values, rewritten, ranks).first()
@@ -50,7 +50,7 @@ def locate(trial: Trial, want: Mapping[Key, Any]) -> tuple[Kind, Difference | No
 @dataclass
 class _Search:
     trial: Trial
-    captured: Work
+    captured: GlobalProgram
     before: Trace
     whole: Trace
     ranks: Trace
@@ -76,7 +76,7 @@ class _Search:
         return self._first(self.captured, self.before, backward, error)
 
     def _by_ranks(self, backward: bool) -> Difference | None:
-        nodes = {node.name: node for node in self.trial.work.graph.nodes}
+        nodes = {node.name: node for node in self.trial.rewritten.graph.nodes}
 
         def error(name: Name, want: Tensor, scale: float) -> tuple[float, str]:
             held = self.ranks.values.get(name, {})
@@ -89,7 +89,7 @@ class _Search:
             except (Unknown, KeyError):
                 return 0.0, ""
 
-        return self._first(self.trial.work, self.whole, backward, error)
+        return self._first(self.trial.rewritten, self.whole, backward, error)
 
     def _apart(
         self,
@@ -101,7 +101,7 @@ class _Search:
         scale: float,
     ) -> tuple[float, str]:
         """How far what the ranks have is from the whole value."""
-        factors = self.trial.work.planned_factors
+        factors = self.trial.rewritten.planned_factors
         assert factors is not None, "the program is planned"
         sizes = sizes_at(want, factors.atom_sizes(origin(node)))
         least, why = math.inf, ""
@@ -118,14 +118,14 @@ class _Search:
 
     def _first(
         self,
-        work: Work,
+        program: GlobalProgram,
         trace: Trace,
         backward: bool,
         error: Callable[[Name, Tensor, float], tuple[float, str]],
     ) -> Difference | None:
         """The first of a graph's values, in the order of computation, with an error over the limit."""
-        program = whole_program(work)
-        found = {(names[0][0], n.meta.get("block")): n for n in program.graph.nodes if (names := _names(n))}
+        local = whole_program(program)
+        found = {(names[0][0], n.meta.get("block")): n for n in local.graph.nodes if (names := _names(n))}
         order = [(name, node) for name, node in found.items() if name in trace.values]
         gradients = [trace.values[name][0][0].grad for name, _ in order] if backward else []
         scale, agreed = 1e-2 * largest(gradients), set[Node]()
@@ -133,17 +133,24 @@ class _Search:
             want = _value(trace.values[name][0][0], backward)
             apart, why = error(name, want, scale)
             if not apart <= self.trial.limit:
-                return self._difference(work, name, node, apart, backward, agreed, why)
+                return self._difference(program, name, node, apart, backward, agreed, why)
             agreed.add(node)
         return None
 
     def _difference(
-        self, work: Work, name: Name, node: Node, error: float, backward: bool, agreed: set[Node], why: str
+        self,
+        program: GlobalProgram,
+        name: Name,
+        node: Node,
+        error: float,
+        backward: bool,
+        agreed: set[Node],
+        why: str,
     ) -> Difference:
-        global_node = next(n for n in work.graph.nodes if n.name == name[0])
-        factors = self.trial.work.planned_factors
+        global_node = next(n for n in program.graph.nodes if n.name == name[0])
+        factors = self.trial.rewritten.planned_factors
         rule = factors.rules.get(global_node) if factors is not None else None
-        source = work.sources.get(global_node)
+        source = program.sources.get(global_node)
         beside = list(node.users) if backward else operands(node)
         return Difference(
             node=name[0] if source is None else source.spec.name,

@@ -25,7 +25,7 @@ from tpcompile.ir.torch_internals import FakeTensorMode
 from tpcompile.lowering.simulate import run
 from tpcompile.passes.annotate_placements import AnnotatePlacements
 from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.rules.assignment import Assignment
 from tpcompile.rules.choices import Choice, choices
 from tpcompile.rules.factors import Factors
@@ -88,11 +88,11 @@ def operands_of(case: Case) -> list[Operand]:
     return list(found)
 
 
-class Program:
+class RuleProgram:
     """A case as a graph of one call, with values for its inputs.
 
     Attributes:
-        work: the program; ``placed`` gives copies that carry choices.
+        unplaced: the program; ``placed`` gives copies that carry choices.
         node: the call.
         inputs: the whole values of the placeholders.
         expected: the whole results, flat.
@@ -108,7 +108,7 @@ class Program:
         specs = tuple(InputSpec("param", f"x{i}", extents=o.shape) for i, o in enumerate(found))
         outputs = tuple(OutputSpec("user", f"y{i}") for i in range(len(self.expected)))
         module = GraphModule(torch.nn.Module(), graph)
-        self.work = Work(Captured(module, specs, outputs, None, None), 1)  # type: ignore[arg-type]
+        self.unplaced = GlobalProgram(Captured(module, specs, outputs, None, None), 1)  # type: ignore[arg-type]
         self.node = next(n for n in module.graph.nodes if n.op == "call_function")
         self.factors = Factors(module.graph)
         self.rule = self.factors.rules[self.node]
@@ -154,19 +154,21 @@ class Program:
         found = choices(self.node, self.factors, lambda factor: factor.size >= fewest, (fewest,))
         return [s for s in found if self.wants(s) is not None]
 
-    def placed(self, axes: tuple[int, ...], chosen: Sequence[Choice], gradients: bool = False) -> Work:
+    def placed(
+        self, axes: tuple[int, ...], chosen: Sequence[Choice], gradients: bool = False
+    ) -> GlobalProgram:
         """The program with one choice per sub-axis, its inputs lying as these want."""
-        work = self.work.copy()
-        node = next(n for n in work.graph.nodes if n.op == "call_function" and n.target is self.case.op)
-        places = work.graph.find_nodes(op="placeholder")
+        placed = self.unplaced.copy()
+        node = next(n for n in placed.graph.nodes if n.op == "call_function" and n.target is self.case.op)
+        places = placed.graph.find_nodes(op="placeholder")
         for ranks, choice in zip(axes, chosen, strict=True):
             params = dict(zip(places, self.wants(choice) or [], strict=True))
-            work.decisions.append(Assignment(ranks, {node: choice}, params))
-        work.planned_factors = Factors(work.graph)
-        AnnotatePlacements().apply(work)
-        InsertGradientCopies(gradients).apply(work)
-        _complete_extremes(work)
-        return work
+            placed.decisions.append(Assignment(ranks, {node: choice}, params))
+        placed.planned_factors = Factors(placed.graph)
+        AnnotatePlacements().apply(placed)
+        InsertGradientCopies(gradients).apply(placed)
+        _complete_extremes(placed)
+        return placed
 
     def wants(self, choice: Choice) -> list[Placement] | None:
         """The placement of every placeholder; None if one of them is wanted in two."""
@@ -177,24 +179,20 @@ class Program:
 
     def layouts(self) -> tuple[list[Any], list[Any]]:
         """The sizes of the factors of the inputs, and of the results."""
-        graph = self.work.graph
-        outputs = graph.output_node().args[0]
-        return (
-            [self.factors.atom_sizes(n) for n in graph.find_nodes(op="placeholder")],
-            [self.factors.atom_sizes(n) for n in outputs],  # type: ignore[union-attr,arg-type]
-        )
+        inputs, outputs = self.unplaced.graph.find_nodes(op="placeholder"), self.unplaced.outputs()
+        return list(map(self.factors.atom_sizes, inputs)), list(map(self.factors.atom_sizes, outputs))  # type: ignore[arg-type]
 
 
-def _complete_extremes(work: Work) -> None:
+def _complete_extremes(placed: GlobalProgram) -> None:
     """Maxima over ranks are completed: only then it is known who attains them, and gets the gradient."""
-    out = work.graph.output_node()
+    out = placed.graph.output_node()
     results: list[Node] = list(out.args[0])  # type: ignore[arg-type]
     for i, result in enumerate(results):
         for op in ("max", "min"):
             axes = tuple(a for a, p in enumerate(result.meta["placement"]) if p == Partial(op))
             if axes:
-                with work.graph.inserting_before(out):
-                    results[i] = call(work.graph, all_reduce, (result, axes, op), like=result)
+                with placed.graph.inserting_before(out):
+                    results[i] = call(placed.graph, all_reduce, (result, axes, op), like=result)
                 results[i].meta["placement"] = tuple(map(_completed, result.meta["placement"]))
     out.args = (tuple(results),)
 
@@ -207,19 +205,19 @@ def _tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [v for v in value if isinstance(v, Tensor)]
 
 
-def compare(program: Program, axes: tuple[int, ...], chosen: Sequence[Choice]) -> None:
+def compare(program: RuleProgram, axes: tuple[int, ...], chosen: Sequence[Choice]) -> None:
     """Runs a choice per sub-axis on all ranks and compares the values.
 
     Raises:
         AssertionError: the ranks do not compute the whole results.
     """
-    work = program.placed(axes, chosen)
+    placed = program.placed(axes, chosen)
     with torch.no_grad():
-        ranks = run(work, _feeds(program, work, axes))
+        ranks = run(placed, _feeds(program, placed, axes))
     _compare(program, axes, chosen, ranks)
 
 
-def compare_gradients(program: Program, axes: tuple[int, ...], chosen: Sequence[Choice]) -> None:
+def compare_gradients(program: RuleProgram, axes: tuple[int, ...], chosen: Sequence[Choice]) -> None:
     """The same for gradients: those of whole and partial values are whole, those of divided ones divided.
 
     Raises:
@@ -235,10 +233,10 @@ def compare_gradients(program: Program, axes: tuple[int, ...], chosen: Sequence[
     asked = [x for x in whole if x.requires_grad]
     expected = torch.autograd.grad([results[i] for i in used], asked, seeds, allow_unused=True)
 
-    work = program.placed(axes, chosen, gradients=True)
-    feeds = _feeds(program, work, axes)
+    placed = program.placed(axes, chosen, gradients=True)
+    feeds = _feeds(program, placed, axes)
     leaves = [[x.requires_grad_(_differentiable(x)) for x in feed] for feed in feeds]
-    ranks = run(work, leaves)
+    ranks = run(placed, leaves)
     layouts, out_layouts = program.layouts()
     outputs, gradients = [], []
     for i, seed in zip(used, seeds, strict=True):
@@ -274,18 +272,18 @@ def _gradient(placement: Placement) -> Placement:
     return placement if isinstance(placement, Shard) else Replicate()
 
 
-def _feeds(program: Program, work: Work, axes: tuple[int, ...]) -> list[list[Tensor]]:
+def _feeds(program: RuleProgram, placed: GlobalProgram, axes: tuple[int, ...]) -> list[list[Tensor]]:
     torch.manual_seed(1)
     layouts, _ = program.layouts()
     columns = []
     for node, value, layout in zip(
-        work.graph.find_nodes(op="placeholder"), program.inputs, layouts, strict=True
+        placed.graph.find_nodes(op="placeholder"), program.inputs, layouts, strict=True
     ):
-        columns.append(lay_out(value, layout, axes, [d.params[node] for d in work.decisions]))
+        columns.append(lay_out(value, layout, axes, [d.params[node] for d in placed.decisions]))
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _compare(program: Program, axes: tuple[int, ...], chosen: Sequence[Choice], ranks: list[Any]) -> None:
+def _compare(program: RuleProgram, axes: tuple[int, ...], chosen: Sequence[Choice], ranks: list[Any]) -> None:
     _, layouts = program.layouts()
     for i, want in enumerate(program.expected):
         placements = [_completed(s.outputs[i]) for s in chosen]

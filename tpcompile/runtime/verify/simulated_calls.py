@@ -22,7 +22,7 @@ from tpcompile.ir.calls import flatten_call, signature_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import named_tensor
 from tpcompile.lowering.simulate import run
-from tpcompile.planner.work import Work
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.runtime.make_program import hand_out, open_leaves, whole_captured
 
 from .assemble import RanksDiffer, put_together, sizes_at
@@ -36,7 +36,7 @@ class _Program:
     """One call signature.
 
     Attributes:
-        work: the rewritten program.
+        rewritten: the rewritten program.
         ranks: every rank's graph.
         captured: the whole call.
         names: the arguments that are given.
@@ -44,7 +44,7 @@ class _Program:
         limit: how far results of ranks may be from each other.
     """
 
-    work: Work
+    rewritten: GlobalProgram
     ranks: list[GraphModule]
     captured: Captured
     names: tuple[str, ...]
@@ -102,8 +102,8 @@ class SimulatedCalls:
         example = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in leaves)
         # Not the rewritten program's types: a pass may have put a cast there.
         limit = limit_of(kinds_of([node.meta.get("val") for node in compiled.planned.graph.nodes]))
-        work = compiled.rewritten
-        self.programs.append(_Program(work, ranks, captured, tuple(bound), example, limit))
+        rewritten = compiled.rewritten
+        self.programs.append(_Program(rewritten, ranks, captured, tuple(bound), example, limit))
         return self.programs[-1]
 
     def _run(self, program: _Program, leaves: Sequence[Any]) -> list[Any]:
@@ -116,7 +116,7 @@ class SimulatedCalls:
         ]
         feeds = [mine.of(graph.graph) for mine, graph in zip(ranks, program.ranks, strict=True)]
         with torch.no_grad():
-            columns = list(zip(*run(program.work, feeds, program.ranks), strict=True))
+            columns = list(zip(*run(program.rewritten, feeds, program.ranks), strict=True))
         return [
             self._whole(s, parts, program.limit) for s, parts in zip(captured.outputs, columns, strict=True)
         ]

@@ -24,8 +24,8 @@ from tpcompile.lowering.lower_graph import Lowered, copy_placeholder
 from tpcompile.lowering.lower_randomness import UNIFORM
 from tpcompile.lowering.simulate import Watch, lower_all, run, sent
 from tpcompile.lowering.state import SOURCE, STANDS_FOR
+from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.planner.options import Options
-from tpcompile.planner.work import Work
 from tpcompile.ranks.compare_sent import refuse_unlike
 from tpcompile.runtime.make_program import hand_out
 
@@ -34,7 +34,7 @@ from .compare import TypesSeen, difference, kinds_of, limit_of
 from .inputs import Inputs, undivided
 from .outcome import Finding, Key, backward, compared, learning_leaves, results_of, run_python, worst_of
 
-Lower = Callable[[Work], Sequence[GraphModule]]
+Lower = Callable[[GlobalProgram], Sequence[GraphModule]]
 
 
 class SimulatedCompiler(Compiler):
@@ -53,7 +53,7 @@ class SimulatedCompiler(Compiler):
         super().__init__(options, ranks)
         self._lower_all, self.programs = lower, list[GraphModule]()
 
-    def lower(self, rewritten: Work) -> Lowered:
+    def lower(self, rewritten: GlobalProgram) -> Lowered:
         """Lowers for every rank: what does not run on some rank's part is planned again."""
         self.programs = list(self._lower_all(rewritten))
         refuse_unlike(sent(rewritten.axes, self.programs))
@@ -81,11 +81,11 @@ class Trial:
         self.asked = gradients
         with torch.set_grad_enabled(gradients):
             self.compiled = compiler.compile(model, bound, None)
-        self.work, self.layout = self.compiled.rewritten, self.compiled.plan.layout
-        _refuse_randomness(self.work)
+        self.rewritten, self.layout = self.compiled.rewritten, self.compiled.plan.layout
+        _refuse_randomness(self.rewritten)
         self.programs = compiler.programs
         self.learning = gradients and self.compiled.differentiable
-        specs = self.specs = self.work.captured.whole_outputs
+        specs = self.specs = self.rewritten.captured.whole_outputs
         self.losses = frozenset(s.name for s in specs if s.kind == "user" and not s.divided)
         self.limit = math.nan
 
@@ -105,13 +105,13 @@ class Trial:
         with torch.set_grad_enabled(self.asked):
             return self.compiler.capture_call(self.model, self.bound)
 
-    def whole(self, work: Work, watch: Watch | None = None) -> dict[Key, Any]:
+    def whole(self, rewritten: GlobalProgram, watch: Watch | None = None) -> dict[Key, Any]:
         """What a graph at global shapes leaves behind on one rank, where markers are identities."""
-        program = whole_program(work)
-        inputs = self._inputs(work, 0, divided=False)
+        local = whole_program(rewritten)
+        inputs = self._inputs(rewritten, 0, divided=False)
         with torch.set_grad_enabled(self.learning):
-            (flat,) = run(work, [inputs.of(program.graph)], [program], watch)
-        found = self._buffers(inputs) | results_of(work.captured.whole_outputs, flat)
+            (flat,) = run(rewritten, [inputs.of(local.graph)], [local], watch)
+        found = self._buffers(inputs) | results_of(rewritten.captured.whole_outputs, flat)
         if self.learning:
             backward([found], self.losses)
             found |= self._gradients(inputs)
@@ -119,10 +119,10 @@ class Trial:
 
     def on_ranks(self, watch: Watch | None = None) -> list[dict[Key, Any]]:
         """What all ranks' programs leave behind, in lockstep."""
-        ranks = [self._inputs(self.work, r, divided=True) for r in range(self.layout.ranks)]
-        feeds = [mine.of(program.graph) for mine, program in zip(ranks, self.programs, strict=True)]
+        ranks = [self._inputs(self.rewritten, r, divided=True) for r in range(self.layout.ranks)]
+        feeds = [mine.of(local.graph) for mine, local in zip(ranks, self.programs, strict=True)]
         with torch.set_grad_enabled(self.learning):
-            flat = run(self.work, feeds, self.programs, watch)
+            flat = run(self.rewritten, feeds, self.programs, watch)
         found = [
             self._buffers(mine) | results_of(self.specs, one) for mine, one in zip(ranks, flat, strict=True)
         ]
@@ -131,10 +131,10 @@ class Trial:
             found = [one | self._gradients(mine) for one, mine in zip(found, ranks, strict=True)]
         return found
 
-    def _inputs(self, work: Work, rank: int, divided: bool) -> Inputs:
+    def _inputs(self, rewritten: GlobalProgram, rank: int, divided: bool) -> Inputs:
         leaves, learned = flatten_call(self.bound)[0], learning_leaves(self.bound)
-        layout = self.layout if divided else undivided(work, self.model)
-        return Inputs(self.model, work.captured, leaves, layout, rank, self.learning, learned)
+        layout = self.layout if divided else undivided(rewritten, self.model)
+        return Inputs(self.model, rewritten.captured, leaves, layout, rank, self.learning, learned)
 
     def _buffers(self, inputs: Inputs) -> dict[Key, Any]:
         """Every buffer as it was: what the program leaves alone stays so."""
@@ -184,23 +184,23 @@ class Trial:
         return Finding("result", name, error, 0 if error <= self.limit else len(parts))
 
 
-def whole_program(work: Work) -> GraphModule:
+def whole_program(rewritten: GlobalProgram) -> GraphModule:
     """A graph at global shapes with all layers, which says where its inputs come from."""
-    graph, moved = copied(work.graph)
+    graph, moved = copied(rewritten.graph)
     for old, new in moved.items():
         new.meta[STANDS_FOR] = ((old.name, old.meta.get("placement")),)
-        if old in work.sources:
-            new.meta[SOURCE] = work.sources[old]
+        if old in rewritten.sources:
+            new.meta[SOURCE] = rewritten.sources[old]
         if new.target is FUNCTION:
             key = new.args[2]
-            new.args = (*new.args[:2], work.captured.functions[key].handle, *new.args[3:])  # type: ignore[index]
-    if work.blocks is not None:
-        unroll(graph, work.blocks, copy_placeholder)
+            new.args = (*new.args[:2], rewritten.captured.functions[key].handle, *new.args[3:])  # type: ignore[index]
+    if rewritten.blocks is not None:
+        unroll(graph, rewritten.blocks, copy_placeholder)
     return GraphModule(nn.Module(), graph)
 
 
-def _refuse_randomness(work: Work) -> None:
-    draws = work.graph.find_nodes(op="call_function", target=UNIFORM)
+def _refuse_randomness(rewritten: GlobalProgram) -> None:
+    draws = rewritten.graph.find_nodes(op="call_function", target=UNIFORM)
     if draws:
         raise TpCompileError(
             "the model draws random numbers, and those of a sharded model are not torch's own",

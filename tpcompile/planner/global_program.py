@@ -55,7 +55,7 @@ def alike(node: Node) -> Alike:
 
 
 @dataclass
-class Work:
+class GlobalProgram:
     """A program on its way through the compiler.
 
     Attributes:
@@ -198,7 +198,7 @@ class Work:
         short = self.outputs()
         return list(short) if self.blocks is None else [short[d.output] for d in self.blocks.results]
 
-    def copy(self) -> Work:
+    def copy(self) -> GlobalProgram:
         """The same program on a graph of its own; fake tensors are shared."""
         graph, moved = copied(self.graph)
         module = torch.fx.GraphModule(torch.nn.Module(), graph)
@@ -244,5 +244,5 @@ class Pass(ABC):
     before_planning: ClassVar[bool] = False
 
     @abstractmethod
-    def apply(self, work: Work) -> bool:
+    def apply(self, program: GlobalProgram) -> bool:
         """Rewrites the graph in place; says whether anything changed."""

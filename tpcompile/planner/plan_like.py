@@ -10,10 +10,10 @@ from tpcompile.planner.search.cost import CostModel
 
 from .collective import Collective
 from .decide import Pins
-from .work import Work
+from .global_program import GlobalProgram
 
 
-class Planned(Protocol):
+class PlanLike(Protocol):
     """A plan as far as reports and comparisons are concerned: ``Plan`` imports them, and not they it."""
 
     @property
@@ -45,11 +45,11 @@ class Planned(Protocol):
         """That the placements follow from the rules; None for a plan from disk."""
 
     @property
-    def work(self) -> Work | None:
+    def planned(self) -> GlobalProgram | None:
         """The planned program; None for a plan from disk."""
 
     @property
-    def rewritten(self) -> Work | None:
+    def rewritten(self) -> GlobalProgram | None:
         """The program with its collectives; None for a plan from disk."""
 
     @property
