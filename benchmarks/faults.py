@@ -123,7 +123,7 @@ class Bench:
         except Exception:  # a fault may make anything fail; it does not come to a number
             return "lowering"
         try:
-            refuse_unlike(sent(self.trial.rewritten.axes, self.trial.programs))
+            refuse_unlike(sent(self.trial.rewritten.axis_sizes, self.trial.programs))
         except TpCompileError:
             return "ranks"
         try:

@@ -21,18 +21,18 @@ class LocalShapes:
 
     Attributes:
         factors: the factors of the graph's values.
-        axes: the sizes of the sub-axes.
+        axis_sizes: the sizes of the sub-axes.
         coordinates: the rank's position on each.
     """
 
     factors: Factors
-    axes: tuple[int, ...]
+    axis_sizes: tuple[int, ...]
     coordinates: tuple[int, ...]
 
     def atoms(self, value: Node, placements: Sequence[Placement]) -> list[list[Size]]:
         """The sizes of the factors of every dimension that this rank holds."""
         found = [list(dim) for dim in self.factors.atom_sizes(origin(value))]
-        for ranks, at, placement in zip(self.axes, self.coordinates, placements, strict=True):
+        for ranks, at, placement in zip(self.axis_sizes, self.coordinates, placements, strict=True):
             if isinstance(placement, Shard):
                 size = found[placement.dim][placement.factor]
                 assert isinstance(size, int), "only static sizes are divided"
@@ -44,7 +44,7 @@ class LocalShapes:
 
     def sharing(self, placements: Sequence[Placement], placement: Placement) -> int:
         """How many ranks the axes have that place a value in this way."""
-        return math.prod(n for n, p in zip(self.axes, placements, strict=True) if p == placement)
+        return math.prod(n for n, p in zip(self.axis_sizes, placements, strict=True) if p == placement)
 
     def shape(self, value: Node, placements: Sequence[Placement]) -> list[Size]:
         """The local shape."""
@@ -55,7 +55,7 @@ class LocalShapes:
         size = self.factors.atom_sizes(origin(value))[place.dim][place.factor]
         assert isinstance(size, int)
         first = 0
-        for ranks, at, placement in zip(self.axes, self.coordinates, placements, strict=True):
+        for ranks, at, placement in zip(self.axis_sizes, self.coordinates, placements, strict=True):
             if placement == place:
                 sizes = split_evenly(size, ranks)
                 first, size = first + sum(sizes[:at]), sizes[at]
@@ -69,7 +69,9 @@ class LocalShapes:
         size = self.factors.atom_sizes(origin(value))[place.dim][place.factor]
         assert isinstance(size, int)
         sizes = [size]
-        for a, (ranks, at, placement) in enumerate(zip(self.axes, self.coordinates, placements, strict=True)):
+        for a, (ranks, at, placement) in enumerate(
+            zip(self.axis_sizes, self.coordinates, placements, strict=True)
+        ):
             if placement == place:
                 parts = [split_evenly(s, ranks) for s in sizes]
                 sizes = [p for part in parts for p in part] if a in axes else [part[at] for part in parts]

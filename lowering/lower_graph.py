@@ -70,7 +70,7 @@ def lower_program(program: GlobalProgram, coordinates: tuple[int, ...], groups: 
         TpCompileError: an operator has other local shapes than its rule promised.
     """
     assert program.planned_factors is not None, "the program must be planned"
-    shapes = LocalShapes(program.planned_factors, program.axes, coordinates)
+    shapes = LocalShapes(program.planned_factors, program.axis_sizes, coordinates)
     local = _walk(Lowering(program, shapes, groups))
     lowered = Lowered(local)
     writes = any(spec.in_place for spec in program.captured.outputs)
@@ -80,7 +80,7 @@ def lower_program(program: GlobalProgram, coordinates: tuple[int, ...], groups: 
         if not writes and _may_outline(program, local.graph):
             lowered.outlined = outline(local.graph, lists)
         drop_unused(local.graph)  # of the last layer, what only the others return
-    seed_graph(local.graph, groups, len(program.axes))
+    seed_graph(local.graph, groups, len(program.axis_sizes))
     if regions:
         lowered.notes = join_regions(local.graph)
         lowered.recomputing = recomputing(local.graph, regions)
@@ -120,7 +120,7 @@ def _placeholder(low: Lowering, node: Node) -> Node:
     name = low.program.sources[node].spec.name
     custom = low.program.custom.parts.get(name)
     if custom is not None:
-        shape = custom[WeightLayout(low.program.axes, {}).rank(low.shapes.coordinates)].shape
+        shape = custom[WeightLayout(low.program.axis_sizes, {}).rank(low.shapes.coordinates)].shape
         new.meta["val"] = value_of(torch.Tensor.new_empty, (node.meta["val"], shape), {}, low.mode)
     elif is_tensor(node) and any(str(p) != "R" for p in node.meta["placement"]):
         new.meta["val"] = low.part(node)

@@ -33,7 +33,7 @@ def lower_positions(low: Lowering, node: Node) -> Node:
     x, axes, place, *rest = arguments(node)
     local, name, index = low.map(x), low.groups.name(axes), low.groups.index(axes)
     placed = [*node.meta["placement"], *x.meta["placement"]]
-    ranks = math.prod(low.program.axes[a] for a in axes)
+    ranks = math.prod(low.program.axis_sizes[a] for a in axes)
     args: tuple[Any, ...]
     if node.target is markers.all_to_all:
         before = x.meta["placement"]

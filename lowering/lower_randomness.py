@@ -57,7 +57,7 @@ def lower_uniform(low: Lowering, node: Node) -> Node:
     return low.emit(UNIFORM, low.map(like), None, 0, parts, like=node)
 
 
-def seed_graph(graph: Graph, groups: Groups, axes: int) -> None:
+def seed_graph(graph: Graph, groups: Groups, axis_count: int) -> None:
     """Draws a seed per call, the first rank's for all, and numbers the streams: no two calls share one.
 
     The seed comes from the default generator, on every rank, so that ``torch.manual_seed`` and what
@@ -68,7 +68,7 @@ def seed_graph(graph: Graph, groups: Groups, axes: int) -> None:
         return
     mode = fake_mode(graph)
     device = arguments(drawing[0])[0].meta["val"].device
-    every = tuple(range(axes))
+    every = tuple(range(axis_count))
     first = min(drawing, key={n: i for i, n in enumerate(graph.nodes)}.__getitem__)
 
     def add(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:

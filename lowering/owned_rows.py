@@ -25,7 +25,7 @@ def begins_rows(choice: Choice | None) -> bool:
 def owned_units(low: Lowering, placements: Sequence[Placement], place: Owned) -> tuple[int, int]:
     """The first expert that this rank holds, and how many; axes divide one after the other."""
     first, size = 0, place.units
-    for ranks, at, placement in zip(low.shapes.axes, low.shapes.coordinates, placements, strict=True):
+    for ranks, at, placement in zip(low.shapes.axis_sizes, low.shapes.coordinates, placements, strict=True):
         if isinstance(placement, Owned) and (placement.ids, placement.units) == (place.ids, place.units):
             sizes = split_evenly(size, ranks)
             first, size = first + sum(sizes[:at]), sizes[at]

@@ -31,7 +31,7 @@ Watch = Callable[[int, Node, Any], None]
 class SimulatedGroups:
     """Groups of one simulated rank; a group's name lists its axes."""
 
-    axes: tuple[int, ...]
+    axis_sizes: tuple[int, ...]
     coordinates: tuple[int, ...]
 
     def name(self, axes: Axes) -> str:
@@ -40,23 +40,26 @@ class SimulatedGroups:
     def index(self, axes: Axes) -> int:
         at = 0
         for a in axes:
-            at = at * self.axes[a] + self.coordinates[a]
+            at = at * self.axis_sizes[a] + self.coordinates[a]
         return at
 
 
-def coordinates(axes: tuple[int, ...]) -> list[tuple[int, ...]]:
+def coordinates(axis_sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
     """All ranks' coordinates, in rank order."""
-    return list(map(WeightLayout(axes, {}).coordinates, range(math.prod(axes))))
+    return list(map(WeightLayout(axis_sizes, {}).coordinates, range(math.prod(axis_sizes))))
 
 
 def lower_all(program: GlobalProgram) -> list[GraphModule]:
     """The programs of all ranks."""
-    return [lower_graph(program, at, SimulatedGroups(program.axes, at)) for at in coordinates(program.axes)]
+    return [
+        lower_graph(program, at, SimulatedGroups(program.axis_sizes, at))
+        for at in coordinates(program.axis_sizes)
+    ]
 
 
-def sent(axes: tuple[int, ...], lowered: Sequence[GraphModule]) -> list[list[Sent]]:
+def sent(axis_sizes: tuple[int, ...], lowered: Sequence[GraphModule]) -> list[list[Sent]]:
     """What the programs of all ranks send, for comparison."""
-    everyone = coordinates(axes)
+    everyone = coordinates(axis_sizes)
     return [
         sent_by(local.graph, lambda group, r=r: tuple(_members(group, everyone, r)))  # type: ignore[misc]
         for r, local in enumerate(lowered)
@@ -74,7 +77,7 @@ def run(
     Raises:
         TpCompileError: the ranks don't send the same.
     """
-    everyone = coordinates(program.axes)
+    everyone = coordinates(program.axis_sizes)
     ranks = [
         _Rank(r, local, iter(given), watch)
         for r, (local, given) in enumerate(zip(lowered or lower_all(program), inputs, strict=True))

@@ -103,7 +103,7 @@ class CoalesceCollectives(Pass):
 
     def _time(self, program: GlobalProgram, nodes: Sequence[Node], axes: Axes) -> float:
         """The modelled time of reducing several values on some sub-axes at once."""
-        ranks = math.prod(program.axes[a] for a in axes)
+        ranks = math.prod(program.axis_sizes[a] for a in axes)
         widened = [n for n in nodes if _axes(n) != axes]
         kept = sum(self.cost.launch + self.cost.touch(bytes_of(tensor_of(n))) for n in widened)
         return kept + self.cost.all_reduce(sum(bytes_of(tensor_of(n)) for n in nodes), ranks)

@@ -59,14 +59,14 @@ def verify_placements(program: GlobalProgram, *, training: bool, after: str = ""
             unruled.add(str(node.target).removesuffix(".default"))
     seconds = time.perf_counter() - began
     return Proof(
-        values, program.axes, moves, rules, tuple(sorted(unruled)), training, rules_version(), seconds
+        values, program.axis_sizes, moves, rules, tuple(sorted(unruled)), training, rules_version(), seconds
     )
 
 
 class _Checker:
     def __init__(self, program: GlobalProgram, training: bool, after: str) -> None:
         self.after = f"after {after}" if after else ""
-        self.program, self.training, self.axes = program, training, range(len(program.axes))
+        self.program, self.training, self.axes = program, training, range(len(program.axis_sizes))
         self.graph, self.copies = unmerged(program)
         planned = program.planned_factors
         assert planned is not None, "the program must be planned"
@@ -185,7 +185,7 @@ class _Checker:
                 )
 
     def _choices(self, node: Node, axis: int) -> list[Choice]:
-        return choices(node, self.factors, lambda _: True, self.program.axes[: axis + 1])
+        return choices(node, self.factors, lambda _: True, self.program.axis_sizes[: axis + 1])
 
     # Moving.
 

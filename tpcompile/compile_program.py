@@ -180,7 +180,7 @@ class Compiler:
         compare(self.group, "plans", [repr(data), f"sequence_parallel: {sequence_text(self.sequence)}"])
         seconds = time.perf_counter() - began
         planned = together(self.group, "follow the plan", lambda: follow(base, data, layout))
-        self._make_groups(planned.axes)
+        self._make_groups(planned.axis_sizes)
 
         def finish() -> Compiled | CannotLower:
             placed = layout_of(planned, tensors) if layout is None else extended(layout, planned, tensors)
@@ -282,17 +282,17 @@ class Compiler:
         kind = self.axis.device_type
         return next((p.device for p in model.parameters() if p.device.type == kind), local_device(kind))
 
-    def _make_groups(self, axes: tuple[int, ...]) -> None:
+    def _make_groups(self, axis_sizes: tuple[int, ...]) -> None:
         """Process groups of sub-axes are made by all ranks at the same point: it is a collective."""
-        if self.axis is not None and axes not in self._groups:
-            self._groups[axes] = AxisGroups(self.axis, axes)
+        if self.axis is not None and axis_sizes not in self._groups:
+            self._groups[axis_sizes] = AxisGroups(self.axis, axis_sizes)
 
     def lower(self, rewritten: GlobalProgram) -> Lowered:
         """This rank's graph; without a mesh the one at global shapes."""
         if self.axis is None:
             return Lowered(GraphModule(nn.Module(), rewritten.graph))
-        at = WeightLayout(rewritten.axes, {}).coordinates(self.rank)
-        return lower_program(rewritten, at, self._groups[rewritten.axes])
+        at = WeightLayout(rewritten.axis_sizes, {}).coordinates(self.rank)
+        return lower_program(rewritten, at, self._groups[rewritten.axis_sizes])
 
 
 def _wants_gradient(bound: dict[str, Any]) -> bool:

@@ -115,13 +115,13 @@ def plan_program(
     if layout is None:
         return decide(base, cost, [*packed_groups(base), *loss_groups(base)], split_copy, pins, divide_small)
 
-    def plan(chosen: frozenset[str], axes: tuple[int, ...]) -> GlobalProgram:
-        return plan_on_axes(split_copy(base, chosen, layout), axes, cost, pins)
+    def plan(chosen: frozenset[str], axis_sizes: tuple[int, ...]) -> GlobalProgram:
+        return plan_on_axes(split_copy(base, chosen, layout), axis_sizes, cost, pins)
 
     used = {source.spec.name for node, source in base.sources.items() if node.users}
     groups = packed_groups(base, layout.undecided) if used & set(layout.undecided) else []
     held = frozenset(group for group in layout.split_groups if not group.startswith(PREFIX))
-    return split_what_pays(plan, layout.axes, [*groups, *loss_groups(base)], held)
+    return split_what_pays(plan, layout.axis_sizes, [*groups, *loss_groups(base)], held)
 
 
 def rewrite(

@@ -83,7 +83,7 @@ def boolean(*shape: int) -> Operand:
     return Operand(shape, lambda s: torch.rand(s) < 0.5)
 
 
-def blame(program: RuleProgram, axes: tuple[int, ...], chosen: Sequence[Choice]) -> str:
+def blame(program: RuleProgram, axis_sizes: tuple[int, ...], chosen: Sequence[Choice]) -> str:
     """What failed: the call, its rule, the choices."""
     how = "  x  ".join(map(str, chosen))
-    return f"\n{program.case}\n  rule     {program.rule}\n  choice {how}\n  ranks    {axes}"
+    return f"\n{program.case}\n  rule     {program.rule}\n  choice {how}\n  ranks    {axis_sizes}"

@@ -110,7 +110,7 @@ def copied_late(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
 
 def copied_where_whole(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
     """A copy for gradients where every rank has the whole gradient."""
-    every = tuple(range(len(program.axes)))
+    every = tuple(range(len(program.axis_sizes)))
     for node in list(program.graph.nodes):
         placement = node.meta.get("placement")
         if node.op == "call_function" and placement and all(p == R for p in placement) and node.users:

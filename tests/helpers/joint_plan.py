@@ -31,14 +31,14 @@ class JointPlan:
 
     Args:
         facts: the program and the cost model.
-        axes: the sizes of the sub-axes.
+        axis_sizes: the sizes of the sub-axes.
     """
 
-    def __init__(self, facts: Facts, axes: Sequence[int]) -> None:
-        self.facts, self.axes = facts, axes
+    def __init__(self, facts: Facts, axis_sizes: Sequence[int]) -> None:
+        self.facts, self.axis_sizes = facts, axis_sizes
         self.problem, self.unavoidable = Problem(), 0.0
         # The choices and holdings that are possible on the first axis are all that there are.
-        alone = AxisProblem(facts, axes, 0, {}, {})
+        alone = AxisProblem(facts, axis_sizes, 0, {}, {})
         alone.solve()
         self.ways = {n: list(self._combine(o, self._possible(n))) for n, o in alone.options.items()}
         self.holdings = {p: list(self._combine(h, self._may_hold(p))) for p, h in alone.holdings.items()}
@@ -70,7 +70,7 @@ class JointPlan:
             node, result = producer(value)
             source, outs = ("node", node.name), [tuple(s.outputs[result] for s in w) for w in self.ways[node]]
         if len(uses) > 1:
-            wanted = [*outs, (R,) * len(self.axes), *(w for use in uses for w in self._wants(use))]
+            wanted = [*outs, (R,) * len(self.axis_sizes), *(w for use in uses for w in self._wants(use))]
             kinds = list(
                 itertools.product(*(sorted(set(each), key=_order) for each in zip(*wanted, strict=True)))
             )
@@ -87,7 +87,7 @@ class JointPlan:
         node, operand = use
         if node in self.ways:
             return [tuple(s.inputs[operand] for s in way) for way in self.ways[node]]
-        return [(R,) * len(self.axes)]
+        return [(R,) * len(self.axis_sizes)]
 
     def _conversions(self, src: list[Placed], dst: list[Placed], value: Node) -> np.ndarray:
         costs = self._last(value, {}, {})
@@ -98,18 +98,20 @@ class JointPlan:
 
     def _last(self, about: Node, way: Any, held: Any) -> AxisCosts:
         """The costs on the last axis, given what is chosen for one node on those before it."""
-        return self._costs(about, way, held, len(self.axes) - 1)
+        return self._costs(about, way, held, len(self.axis_sizes) - 1)
 
     def _costs(self, about: Node, way: Sequence[Choice], held: Placed, axis: int) -> AxisCosts:
         before = {
-            a: Assignment(self.axes[a], {about: way[a]} if way else {}, {about: held[a]} if held else {})
+            a: Assignment(
+                self.axis_sizes[a], {about: way[a]} if way else {}, {about: held[a]} if held else {}
+            )
             for a in range(axis)
         }
-        return AxisCosts(self.facts, self.axes[axis], before, axis)
+        return AxisCosts(self.facts, self.axis_sizes[axis], before, axis)
 
     def _combine(self, options: list[Any], possible: Callable[[tuple[Any, ...], Any], bool]) -> Iterator[Any]:
         """Tuples of options in which each entry is possible after those before it."""
-        for way in itertools.product(options, repeat=len(self.axes)):
+        for way in itertools.product(options, repeat=len(self.axis_sizes)):
             if all(possible(way[:axis], way[axis]) for axis in range(len(way))):
                 yield way
 

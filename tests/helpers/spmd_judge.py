@@ -71,9 +71,9 @@ def judge(program: GlobalProgram) -> None:
     Raises:
         SpmdTypeError: a type does not fit, or is another one than the graph's placements say.
     """
-    with fake_mesh(program.axes) as mesh:
+    with fake_mesh(program.axis_sizes) as mesh:
         groups = _Groups(mesh)
-        local = lower_graph(program, (0,) * len(program.axes), groups)
+        local = lower_graph(program, (0,) * len(program.axis_sizes), groups)
         with spmd.set_current_mesh(mesh), typecheck():
             _Judged(program, local, groups).run_all()
 
@@ -114,7 +114,7 @@ class _Judged:
             self.program.outputs(), results, self.program.captured.outputs, strict=True
         ):
             if isinstance(result, Tensor):
-                whole = (Replicate(),) * len(self.program.axes)
+                whole = (Replicate(),) * len(self.program.axis_sizes)
                 self.claim(result, handed.get(end, whole) if spec.divided else whole, whole=I)  # type: ignore[arg-type]
 
     def input(self, node: Node) -> Any:
@@ -127,7 +127,7 @@ class _Judged:
         value = torch.empty(shape, dtype=val.dtype, device="meta", requires_grad=learns)
         ((_, placements),) = node.meta.get(STANDS_FOR) or ((None, self.held.get(spec.name)),)
         kinds = {a: V if _divided(p) else I for a, p in enumerate(placements or ())}
-        spmd.assert_type(value, {self.axis(a): kinds.get(a, I) for a in range(len(self.program.axes))})
+        spmd.assert_type(value, {self.axis(a): kinds.get(a, I) for a in range(len(self.program.axis_sizes))})
         return value
 
     def axis(self, number: int) -> Any:
@@ -191,7 +191,7 @@ class _Judged:
         if name in ("keep_first", "pad_shard", "pad_positions", "gradient_once"):
             wanted = R if name == "gradient_once" else None
             now = spmd.get_local_type(x)
-            there = [(a, now[spmd.normalize_axis(self.axis(a))]) for a in range(len(self.program.axes))]
+            there = [(a, now[spmd.normalize_axis(self.axis(a))]) for a in range(len(self.program.axis_sizes))]
             into_sum = [p == Partial("sum") for p in self.claimed()]
             axes = tuple(a for a, t in there if t is wanted or (not wanted and into_sum[a] and t is not P))
         else:

@@ -33,11 +33,11 @@ def _segments(
     factors: tuple[tuple[int, ...], ...],
     boxes: list[Box],
     packed: int,
-    axes: tuple[int, ...],
+    axis_sizes: tuple[int, ...],
 ) -> tuple[Segment, ...]:
     """Each segment divided in a way of its own along the packed dimension, like the others along the rest."""
     others = [_factorise(draw, math.prod(dim)) for dim in factors]
-    along = [draw(st.none() | st.integers(0, len(factors) - 1)) for _ in axes]
+    along = [draw(st.none() | st.integers(0, len(factors) - 1)) for _ in axis_sizes]
     common = [None if d is None else draw(st.integers(0, len(others[d]) - 1)) for d in along]
     found = []
     for box in boxes:
@@ -57,7 +57,7 @@ def _segments(
 @st.composite
 def layouts(draw: st.DrawFn) -> WeightLayout:
     """One parameter: whole, or packed along one factor of one dimension, divided anyhow."""
-    axes = draw(st.sampled_from(AXES))
+    axis_sizes = draw(st.sampled_from(AXES))
     shape = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 4, 6, 7, 12]), min_size=1, max_size=3)))
     packed = draw(st.integers(0, len(shape) - 1))
     factors = tuple(_factorise(draw, size) if d == packed else (size,) for d, size in enumerate(shape))
@@ -68,9 +68,9 @@ def layouts(draw: st.DrawFn) -> WeightLayout:
     cuts = sorted(draw(st.sets(st.integers(1, size - 1), max_size=3))) if size > 1 else []
     ranges = list(zip([0, *cuts], [*cuts, size], strict=True))
     boxes = [(*whole[:at], r, *whole[at + 1 :]) for r in ranges]
-    segments = _segments(draw, factors, boxes, packed, axes)
+    segments = _segments(draw, factors, boxes, packed, axis_sizes)
     dtype = draw(st.sampled_from(DTYPES))
-    return WeightLayout(axes, {"w": ParamLayout("w", shape, dtype, segments, packed)})
+    return WeightLayout(axis_sizes, {"w": ParamLayout("w", shape, dtype, segments, packed)})
 
 
 def _random(layout: WeightLayout) -> Tensor:
@@ -104,7 +104,7 @@ def test_every_element_is_held(layout: WeightLayout) -> None:
     copies = torch.bincount(held, minlength=numbers.numel())
     assert copies.min() >= 1
     for segment in param.segments:
-        undivided = math.prod(a for a, s in zip(layout.axes, segment.shards, strict=True) if s is None)
+        undivided = math.prod(a for a, s in zip(layout.axis_sizes, segment.shards, strict=True) if s is None)
         (mine,) = [segment.take(numbers, tuple((0, a) for dim in segment.atoms for a in dim))]
         assert set(copies[mine.flatten()].tolist()) == {undivided}
 
@@ -142,10 +142,10 @@ def test_the_unit_is_a_head() -> None:
 def test_interleaved_packing() -> None:
     """``[..., ::2]`` is one factor of two; per head ``[q k v]`` is a middle factor of three."""
     full = torch.arange(12).reshape(12, 1)
-    factors, axes = ((2, 3, 2), (1,)), (2,)
+    factors, axis_sizes = ((2, 3, 2), (1,)), (2,)
     boxes = [((0, 2), (i, i + 1), (0, 2), (0, 1)) for i in range(3)]
     segments = tuple(Segment(factors, box, ((2, 2), (1,)), (0,)) for box in boxes)
-    layout = WeightLayout(axes, {"w": ParamLayout("w", (12, 1), torch.int64, segments)})
+    layout = WeightLayout(axis_sizes, {"w": ParamLayout("w", (12, 1), torch.int64, segments)})
     assert layout.shard("w", full, 0).flatten().tolist() == [0, 1, 2, 3, 4, 5]
     assert layout.shard("w", full, 1).flatten().tolist() == [6, 7, 8, 9, 10, 11]
     assert [s.flatten().tolist() for s in layout.segments_of("w", layout.shard("w", full, 1), 1)] == [

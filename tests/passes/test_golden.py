@@ -190,7 +190,7 @@ def test_statistics_on_different_sub_axes_travel_together(ranks: int) -> None:
     """One collective for both, one for the result; values and gradients are those of the module."""
     model, inputs = _grouped_norms().double(), [torch.randn(3, 7, 20, dtype=torch.float64)]
     program = programs.planned(model, *inputs, ranks=ranks)
-    assert program.axes == (2, ranks // 2)
+    assert program.axis_sizes == (2, ranks // 2)
     rewrite(program, training=True)
     assert [n.target for n in program.graph.nodes if n.target in COMMUNICATING] == [
         all_reduce_coalesced,

@@ -71,7 +71,10 @@ def change_one(program: GlobalProgram, rng: Random) -> str:
         node.replace_all_uses_with(node.args[0])
     elif kind == "axes":
         node.update_arg(
-            1, tuple(sorted(rng.sample(range(len(program.axes)), rng.randint(1, len(program.axes)))))
+            1,
+            tuple(
+                sorted(rng.sample(range(len(program.axis_sizes)), rng.randint(1, len(program.axis_sizes))))
+            ),
         )
     elif kind == "place":
         at = [i for i, a in enumerate(node.args) if isinstance(a, Placement)]
@@ -116,7 +119,7 @@ def _inserted(program: GlobalProgram, rng: Random) -> str:
     ]
     user = rng.choice(calls)
     value = rng.choice([n for n in user.all_input_nodes if is_tensor(n)])
-    axes = tuple(sorted(rng.sample(range(len(program.axes)), rng.randint(1, len(program.axes)))))
+    axes = tuple(sorted(rng.sample(range(len(program.axis_sizes)), rng.randint(1, len(program.axis_sizes)))))
     target, args = rng.choice(_markers(value, rng, axes))
     with program.graph.inserting_before(user):
         new = call(program.graph, target, (value, *args[1:]), like=value)

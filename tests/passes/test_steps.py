@@ -39,7 +39,7 @@ class Viewed(nn.Module):
 PROGRAM = programs.captured(Viewed(), torch.randn(5, 12))
 
 
-def _resharding(axes: tuple[int, ...], src: Placements, dst: Placements) -> GlobalProgram:
+def _resharding(axis_sizes: tuple[int, ...], src: Placements, dst: Placements) -> GlobalProgram:
     """A program that only changes the placement of its input."""
     program = PROGRAM.copy()
     factors = program.factors()
@@ -52,29 +52,31 @@ def _resharding(axes: tuple[int, ...], src: Placements, dst: Placements) -> Glob
     for unused in reversed(list(graph.nodes)):
         if unused.op == "call_function" and not unused.users:
             graph.erase_node(unused)
-    decisions = [Assignment(ranks) for ranks in axes]
+    decisions = [Assignment(ranks) for ranks in axis_sizes]
     return replace(program, decisions=decisions, planned_factors=factors)
 
 
-def _cut(full: Tensor, axes: tuple[int, ...], at: tuple[int, ...], placements: Placements) -> Tensor:
+def _cut(full: Tensor, axis_sizes: tuple[int, ...], at: tuple[int, ...], placements: Placements) -> Tensor:
     """What a rank holds of a value, sums left out: axes divide one after the other."""
     part = full.view(ATOMS)
-    for ranks, i, placement in zip(axes, at, placements, strict=True):
+    for ranks, i, placement in zip(axis_sizes, at, placements, strict=True):
         if isinstance(placement, Shard):
             dim = PLACES[placement]
             part = part.split(split_evenly(part.shape[dim], ranks), dim)[i]
     return part.flatten(1)
 
 
-def _summands(full: Tensor, axes: tuple[int, ...], placements: Placements) -> dict[tuple[int, ...], Tensor]:
+def _summands(
+    full: Tensor, axis_sizes: tuple[int, ...], placements: Placements
+) -> dict[tuple[int, ...], Tensor]:
     """Per coordinates on the axes with partial values, a value of which the reduction is the whole."""
     partial = [a for a, p in enumerate(placements) if isinstance(p, Partial)]
     summed = [a for a in partial if placements[a] == P]
     found = {}
-    for at in itertools.product(*(range(axes[a]) for a in partial)):
+    for at in itertools.product(*(range(axis_sizes[a]) for a in partial)):
         where = dict(zip(partial, at, strict=True))
         noise = torch.randint(1, 9, full.shape, generator=torch.Generator().manual_seed(hash(at) % 1000))
-        largest = all(where[a] == axes[a] - 1 for a in partial if a not in summed)
+        largest = all(where[a] == axis_sizes[a] - 1 for a in partial if a not in summed)
         found[at] = (full if largest else full - noise) if all(where[a] == 0 for a in summed) else 0 * full
         if summed and any(where[a] for a in summed):
             found[at] = noise.to(full.dtype)
@@ -90,21 +92,21 @@ def _summands(full: Tensor, axes: tuple[int, ...], placements: Placements) -> di
     return found
 
 
-def _distribute(full: Tensor, axes: tuple[int, ...], placements: Placements) -> list[Tensor]:
-    summands = _summands(full, axes, placements)
+def _distribute(full: Tensor, axis_sizes: tuple[int, ...], placements: Placements) -> list[Tensor]:
+    summands = _summands(full, axis_sizes, placements)
     found = []
-    for at in simulate.coordinates(axes):
+    for at in simulate.coordinates(axis_sizes):
         key = tuple(c for c, p in zip(at, placements, strict=True) if isinstance(p, Partial))
-        found.append(_cut(summands[key], axes, at, placements).clone())
+        found.append(_cut(summands[key], axis_sizes, at, placements).clone())
     return found
 
 
-def _check(axes: tuple[int, ...], src: Placements, dst: Placements) -> GlobalProgram:
+def _check(axis_sizes: tuple[int, ...], src: Placements, dst: Placements) -> GlobalProgram:
     full = torch.randint(-9, 10, (5, 12), generator=torch.Generator().manual_seed(1)).float()
-    program = _resharding(axes, src, dst)
+    program = _resharding(axis_sizes, src, dst)
     run_passes(program, [ChooseCollectives()])
-    everyone = simulate.coordinates(axes)
-    results = [r[0] for r in simulate.run(program, [[x] for x in _distribute(full, axes, src)])]
+    everyone = simulate.coordinates(axis_sizes)
+    results = [r[0] for r in simulate.run(program, [[x] for x in _distribute(full, axis_sizes, src)])]
     for at in everyone:
         # Ranks that differ only where the result is a sum hold its summands.
         group = [
@@ -112,7 +114,7 @@ def _check(axes: tuple[int, ...], src: Placements, dst: Placements) -> GlobalPro
             for i, other in enumerate(everyone)
             if all(a == b or dst[k] == P for k, (a, b) in enumerate(zip(at, other, strict=True)))
         ]
-        torch.testing.assert_close(torch.stack(group).sum(0), _cut(full, axes, at, dst), rtol=0, atol=0)
+        torch.testing.assert_close(torch.stack(group).sum(0), _cut(full, axis_sizes, at, dst), rtol=0, atol=0)
     return program
 
 
@@ -122,16 +124,16 @@ PLACEMENT: st.SearchStrategy[Placement] = st.sampled_from([R, P, *PLACES])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_steps_bring_any_placement_to_any_other(data: st.DataObject) -> None:
-    axes = data.draw(st.sampled_from([(2,), (3,), (2, 2), (2, 3), (3, 2), (2, 2, 2)]))
-    placements = st.tuples(*[PLACEMENT] * len(axes))
-    _check(axes, data.draw(placements), data.draw(placements))
+    axis_sizes = data.draw(st.sampled_from([(2,), (3,), (2, 2), (2, 3), (3, 2), (2, 2, 2)]))
+    placements = st.tuples(*[PLACEMENT] * len(axis_sizes))
+    _check(axis_sizes, data.draw(placements), data.draw(placements))
 
 
-@pytest.mark.parametrize("axes", [(2,), (2, 2)])
-def test_all_pairs_of_few_placements(axes: tuple[int, ...]) -> None:
-    tuples = list(itertools.product([R, P, Shard(0)], repeat=len(axes)))
+@pytest.mark.parametrize("axis_sizes", [(2,), (2, 2)])
+def test_all_pairs_of_few_placements(axis_sizes: tuple[int, ...]) -> None:
+    tuples = list(itertools.product([R, P, Shard(0)], repeat=len(axis_sizes)))
     for src, dst in itertools.product(tuples, tuples):
-        _check(axes, src, dst)
+        _check(axis_sizes, src, dst)
 
 
 @pytest.mark.parametrize("dst", [(R, R), (R, Shard(0)), (Shard(0), R)])

@@ -183,7 +183,7 @@ def test_bars_add_up(plan: Plan) -> None:
 
 def test_a_timeline_adds_up_to_the_modelled_time(plan: Plan) -> None:
     """Also where one layer stands for others, and where two sub-axes share every cost."""
-    assert plan.planned is not None and plan.planned.blocks is not None and len(plan.axes) == 2
+    assert plan.planned is not None and plan.planned.blocks is not None and len(plan.axis_sizes) == 2
     stretches = timeline_of(plan.planned, plan.cost)
     assert sum(each.seconds() for each in stretches) == pytest.approx(plan.seconds, rel=1e-9)
     assert [(s.name, s.times) for s in stretches if s.name.startswith("layers")] == [

@@ -158,7 +158,7 @@ def test_megatron_comes_out_by_itself() -> None:
 def test_fewer_key_heads_than_ranks() -> None:
     """Keys are divided over the first sub-axis and whole on the second, queries over both."""
     program = _llama(ranks=8, num_key_value_heads=2)
-    assert program.axes == (2, 4)
+    assert program.axis_sizes == (2, 4)
     found = _placements(program)
     assert found["model.layers.1.self_attn.q_proj.weight"] == "S(0) x S(0/1)"
     assert found["model.layers.1.self_attn.k_proj.weight"] == "S(0) x R"

@@ -31,8 +31,8 @@ def _search(program: GlobalProgram, preset: str) -> Facts:
     return Facts(program, program.factors(), PRESETS[preset])
 
 
-def _solve(facts: Facts, axes: Sequence[int]) -> list[Assignment]:
-    return solve_axes(facts, axes, lambda _: {})
+def _solve(facts: Facts, axis_sizes: Sequence[int]) -> list[Assignment]:
+    return solve_axes(facts, axis_sizes, lambda _: {})
 
 
 def _worth(decisions: Sequence[Assignment]) -> float:
@@ -50,13 +50,13 @@ class Largest(nn.Module):
         return self.up(x).amax(-1)
 
 
-@pytest.mark.parametrize(("axes", "divided"), [((2, 2), True), ((4, 2), False)])
-def test_no_rank_is_left_without_a_part(axes: tuple[int, int], divided: bool) -> None:
+@pytest.mark.parametrize(("axis_sizes", "divided"), [((2, 2), True), ((4, 2), False)])
+def test_no_rank_is_left_without_a_part(axis_sizes: tuple[int, int], divided: bool) -> None:
     """Of 6 rows 4 ranks have 2, 2, 1, 1: two ranks more could not all have a row."""
     model, x = Largest().double(), torch.randn(3, 7, 20, dtype=torch.float64)
-    program = programs.canonicalised(model, x, ranks=math.prod(axes))
+    program = programs.canonicalised(model, x, ranks=math.prod(axis_sizes))
     rows = frozenset({Shard(0)})
-    planned = plan_on_axes(program, axes, PRESETS["cpu"], lambda w, _: dict.fromkeys(w.params(), rows))
+    planned = plan_on_axes(program, axis_sizes, PRESETS["cpu"], lambda w, _: dict.fromkeys(w.params(), rows))
     rewrite(planned, training=False)
     assert ("P(max) x P(max) = aten.amax" in planned.text()) == divided
     for results in programs.run_ranks(planned, model, x):
@@ -66,26 +66,26 @@ def test_no_rank_is_left_without_a_part(axes: tuple[int, int], divided: bool) ->
 @pytest.mark.parametrize("preset", ["cpu", "h100"])
 def test_as_good_as_all_axes_together(preset: str) -> None:
     for seed in range(40, 60):
-        axes = AXES[seed % len(AXES)]
-        program = random_program(seed, calls=4 + seed % 9, ranks=math.prod(axes))
+        axis_sizes = AXES[seed % len(AXES)]
+        program = random_program(seed, calls=4 + seed % 9, ranks=math.prod(axis_sizes))
         facts = _search(program, preset)
-        best = JointPlan(facts, axes).worth()
-        assert _worth(_solve(facts, axes)) == pytest.approx(best, rel=1e-9, abs=1e-12), seed
+        best = JointPlan(facts, axis_sizes).worth()
+        assert _worth(_solve(facts, axis_sizes)) == pytest.approx(best, rel=1e-9, abs=1e-12), seed
 
 
 def test_an_earlier_axis_is_solved_again() -> None:
     """Where bytes are what counts, the first sub-axis would rather have known what the second does."""
-    model, x, axes = toys.NormedHeads(heads=8, groups=2), torch.randn(3, 7, 20), (2, 4)
+    model, x, axis_sizes = toys.NormedHeads(heads=8, groups=2), torch.randn(3, 7, 20), (2, 4)
     program = programs.canonicalised(model, x, ranks=8)
     slow = CostModel("slow", flops=1e10, memory=1e7, latency=0.0, bandwidth=1e7)
     facts = Facts(program, program.factors(), slow)
-    best = JointPlan(facts, axes).worth()
-    once = solve_axis(facts, axes, 1, {0: solve_axis(facts, axes, 0, {})})
+    best = JointPlan(facts, axis_sizes).worth()
+    once = solve_axis(facts, axis_sizes, 1, {0: solve_axis(facts, axis_sizes, 0, {})})
     assert _worth([once]) > 1.05 * best
-    found = _solve(facts, axes)
+    found = _solve(facts, axis_sizes)
     assert _worth(found) == pytest.approx(best, rel=1e-9)
     for axis in range(2):  # nothing is left to improve, and the parts add up to the whole
-        again = solve_axis(facts, axes, axis, {1 - axis: found[1 - axis]})
+        again = solve_axis(facts, axis_sizes, axis, {1 - axis: found[1 - axis]})
         assert _worth([again]) == pytest.approx(best, rel=1e-9)
 
 
@@ -93,7 +93,7 @@ def test_fewer_collectives_come_before_memory() -> None:
     """A packed projection divided by its inputs would hold less, and repeat the attention on every rank."""
     model = families.EDGE_CASES["phi3_unequal_segments"]()
     program = programs.planned(model, ranks=8, **families.causal_inputs())
-    assert program.axes == (4, 2)
+    assert program.axis_sizes == (4, 2)
     rewrite(program, training=False)
     assert sum(n.target in COMMUNICATING for n in program.graph.nodes) == 6
 

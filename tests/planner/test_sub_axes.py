@@ -37,9 +37,9 @@ def test_examples(ranks: int, units: set[int], expected: tuple[int, ...]) -> Non
 
 @given(st.integers(1, 64), st.sets(st.integers(1, 64), max_size=4))
 def test_they_make_up_the_axis(ranks: int, units: set[int]) -> None:
-    axes = sub_axes(ranks, units)
-    assert math.prod(axes) == ranks
-    assert all(a > 1 for a in axes) or axes == (1,)
+    axis_sizes = sub_axes(ranks, units)
+    assert math.prod(axis_sizes) == ranks
+    assert all(a > 1 for a in axis_sizes) or axis_sizes == (1,)
 
 
 @given(st.integers(2, 64), st.integers(2, 64))

@@ -22,16 +22,16 @@ Chosen = tuple[Choice, ...]
 
 def _try_all(
     program: RuleProgram,
-    axes: tuple[int, ...],
+    axis_sizes: tuple[int, ...],
     choices: Iterable[Chosen],
     check: Callable[[RuleProgram, tuple[int, ...], Chosen], None],
 ) -> None:
     wrong = []
     for chosen in choices:
         try:
-            check(program, axes, chosen)
+            check(program, axis_sizes, chosen)
         except Exception as error:
-            wrong.append(f"{blame(program, axes, chosen)}\n  {type(error).__name__}: {error}")
+            wrong.append(f"{blame(program, axis_sizes, chosen)}\n  {type(error).__name__}: {error}")
     assert not wrong, "".join(wrong)
 
 

@@ -114,16 +114,16 @@ def test_refusals() -> None:
 def test_parts_of_a_whole_cache(shards: tuple[tuple[int, int] | None, ...]) -> None:
     """All ranks' parts together are the whole; a part stays as it is; anything else is refused."""
     held = Held(((), (4, 3), (), (5,)), shards)
-    axes = (2, 2)[: len(shards)]
+    axis_sizes = (2, 2)[: len(shards)]
     whole = torch.arange(2 * 12 * 3 * 5).reshape(2, 12, 3, 5)
     seen = torch.zeros(2, 12, 3, 5, dtype=torch.long)
-    for at in itertools.product(*map(range, axes)):
-        part = held.part(whole, axes, at)
+    for at in itertools.product(*map(range, axis_sizes)):
+        part = held.part(whole, axis_sizes, at)
         seen.view(-1)[part.reshape(-1)] = 1
-        assert torch.equal(held.part(part, axes, at), part)
+        assert torch.equal(held.part(part, axis_sizes, at), part)
         assert part.shape[1] <= 12 and part.is_contiguous()
         with pytest.raises(TpCompileError, match="handed out to this rank"):
-            held.part(whole[:, :11], axes, at)
+            held.part(whole[:, :11], axis_sizes, at)
     assert bool(seen.all())
 
 

@@ -355,7 +355,7 @@ def test_collectives_are_told_by_what_they_send() -> None:
     x = torch.randn(X, dtype=torch.float64)
     compiler = SimulatedCompiler(read_options(model, "auto", None, "cpu", True, None, ()), 2)
     trial = Trial(model, bind_call(model, (x,), {}), compiler, True)
-    everyone = sent(trial.rewritten.axes, trial.programs)
+    everyone = sent(trial.rewritten.axis_sizes, trial.programs)
     one, two = (i for i, each in enumerate(everyone[1]) if each.kind.startswith("all_reduce"))
     everyone[1][one], everyone[1][two] = everyone[1][two], everyone[1][one]
     with pytest.raises(TpCompileError, match="send different things"):

@@ -78,7 +78,7 @@ def test_ranges_are_the_fewest(layout: WeightLayout) -> None:
     param = layout.params["w"]
     if len(param.segments) > 1:
         param = ParamLayout("w", param.shape, param.dtype, param.segments[:1], param.packed_dim)
-        layout = WeightLayout(layout.axes, {"w": param})
+        layout = WeightLayout(layout.axis_sizes, {"w": param})
     full = numbered(layout)
     for rank in range(layout.ranks):
         mask = torch.zeros(param.shape, dtype=torch.bool).flatten()
@@ -215,8 +215,10 @@ def test_pieces_go_through_files(dtype: torch.dtype, tmp_path: Path) -> None:
 @given(layouts(), st.integers(2, 5))
 def test_writing_is_spread(layout: WeightLayout, count: int) -> None:
     """Of equal parameters that ranks hold in common every rank writes its share."""
-    params = {f"w{i}": whole_layout(f"w{i}", torch.empty(6), len(layout.axes)) for i in range(count * 6)}
-    many = WeightLayout(layout.axes, params)
+    params = {
+        f"w{i}": whole_layout(f"w{i}", torch.empty(6), len(layout.axis_sizes)) for i in range(count * 6)
+    }
+    many = WeightLayout(layout.axis_sizes, params)
     planners = [dcp.DefaultSavePlanner() for _ in range(many.ranks)]
     for rank, planner in enumerate(planners):
         state = {name: part(many, rank, torch.empty(6), name) for name in params}
@@ -238,13 +240,15 @@ def planned(name: str, ranks: int) -> WeightLayout:
 
 def fewer(layout: WeightLayout, ranks: int) -> WeightLayout:
     """The same plan over fewer ranks: capturing again would take most of the time."""
-    kept = len(layout.axes) - 1 if layout.axes == (2, 2) and ranks == 2 else len(layout.axes)
-    axes = layout.axes[:kept] if kept < len(layout.axes) else (ranks,) + (1,) * (kept - 1)
+    kept = (
+        len(layout.axis_sizes) - 1 if layout.axis_sizes == (2, 2) and ranks == 2 else len(layout.axis_sizes)
+    )
+    axis_sizes = layout.axis_sizes[:kept] if kept < len(layout.axis_sizes) else (ranks,) + (1,) * (kept - 1)
     params = {
         name: replace(p, segments=tuple(replace(s, shards=s.shards[:kept]) for s in p.segments))
         for name, p in layout.params.items()
     }
-    return WeightLayout(axes, params, layout.split_groups)
+    return WeightLayout(axis_sizes, params, layout.split_groups)
 
 
 CASES = [

@@ -188,7 +188,9 @@ def test_edge_case(name: str, ranks: int) -> None:
             divided = {s for s in segment.shards if s is not None}
             atoms = [a for dim in segment.atoms for a in dim]
             units = math.prod(atoms[s] for s in divided)
-            most = math.prod(segment.local_shape(segment.local_box(layout.axes, (0,) * len(layout.axes))))
+            most = math.prod(
+                segment.local_shape(segment.local_box(layout.axis_sizes, (0,) * len(layout.axis_sizes)))
+            )
             assert most / math.prod(segment.shape) <= math.ceil(units / ranks) / units
             whole += 0 if divided else math.prod(segment.shape)
     # Norms, routers, latent projections, and the only key and value head of many query heads.

@@ -55,7 +55,7 @@ def strays(names: tuple[str, ...]) -> dict[str, list[str]]:
         captured = capture_repeated(model, call, device=device)
         program = plan_program(canonical(captured, 2), preset("cpu"), lambda _work, _axis: {})
         rewrite(program, training=False)
-        local = lower_graph(program, (1,) * len(program.axes), Alone())
+        local = lower_graph(program, (1,) * len(program.axis_sizes), Alone())
         values = {n.name: n.meta.get("val") for n in (*program.graph.nodes, *local.graph.nodes)}
         wanted = {n.name: n.kwargs.get("device", device) for n in local.graph.nodes}
         found[name] = [k for k, v in values.items() if isinstance(v, Tensor) and v.device != device]

@@ -480,8 +480,10 @@ def test_layers_are_planned_alike_whatever_a_mesh_costs(ranks: int) -> None:
     for latency, bandwidth, memory in ((0, 1e7, 1e7), (0, 1e8, 1e9), (1e-5, 1e8, 1e7), (1e-5, 1e10, 1e6)):
         program = programs.planned_work(base.copy(), CostModel("mesh", 1e10, memory, latency, bandwidth))
         rewrite(program, training=False)
-        groups = SimulatedGroups(program.axes, (0,) * len(program.axes))
-        flat = lower_program(program, (0,) * len(program.axes), groups).local  # refuses layers that differ
+        groups = SimulatedGroups(program.axis_sizes, (0,) * len(program.axis_sizes))
+        flat = lower_program(
+            program, (0,) * len(program.axis_sizes), groups
+        ).local  # refuses layers that differ
         kinds.add(tuple(str(n.target) for n in flat.graph.nodes if "tpcompile" in str(n.target)))
     assert len(kinds) > 2  # the plans did differ
 
@@ -493,8 +495,8 @@ def lowered(model: nn.Module, bound: dict[str, Any]) -> tuple[GraphModule, Graph
     """The program of a single rank, as it is and outlined, and what it was lowered from."""
     program = programs.planned_work(GlobalProgram(mark_caches(capture_repeated(model, bound)), 1))
     rewrite(program, training=True)
-    at = (0,) * len(program.axes)
-    lowered = lower_program(program, at, SimulatedGroups(program.axes, at))
+    at = (0,) * len(program.axis_sizes)
+    lowered = lower_program(program, at, SimulatedGroups(program.axis_sizes, at))
     return lowered.local, lowered.outlined, program
 
 

@@ -27,11 +27,11 @@ def divide_caches(bound: dict[str, Any], held: Mapping[str, Held], layout: Weigh
     Raises:
         TpCompileError: a cache is of another size than this model's.
     """
-    axes, at = layout.axes, layout.coordinates(rank)
+    axis_sizes, at = layout.axis_sizes, layout.coordinates(rank)
     for name, cache in given_caches(bound).items():
         own = {name: cache}
         mine = [
-            held[leaf_name].part(leaf, axes, at) if leaf_name in held else leaf
+            held[leaf_name].part(leaf, axis_sizes, at) if leaf_name in held else leaf
             for leaf_name, leaf in zip(leaf_names(own), flatten_call(own)[0], strict=True)
         ]
         left = iter(mine)

@@ -48,12 +48,12 @@ class Held:
         shape = [math.prod(self.atoms[d]) if d in self.divided else s for d, s in enumerate(local.shape)]
         return torch.empty(shape, dtype=local.dtype, device="meta")
 
-    def part(self, given: Tensor, axes: Sequence[int], coordinates: Sequence[int]) -> Tensor:
+    def part(self, given: Tensor, axis_sizes: Sequence[int], coordinates: Sequence[int]) -> Tensor:
         """A rank's part, from the whole tensor; what is a part already comes back as it is.
 
         Args:
             given: what the caller brings.
-            axes: the sizes of the sub-axes.
+            axis_sizes: the sizes of the sub-axes.
             coordinates: the rank's position on each.
 
         Raises:
@@ -63,7 +63,7 @@ class Held:
         part, local = given, list(whole.shape)
         for dim in self.divided:
             sizes, first = list(self.atoms[dim]), [0] * len(self.atoms[dim])
-            for ranks, at, shard in zip(axes, coordinates, self.places, strict=True):
+            for ranks, at, shard in zip(axis_sizes, coordinates, self.places, strict=True):
                 if shard is not None and shard[0] == dim:
                     mine = split_evenly(sizes[shard[1]], ranks)
                     first[shard[1]] += sum(mine[:at])

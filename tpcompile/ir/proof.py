@@ -14,7 +14,7 @@ class Proof:
 
     Attributes:
         values: how many values have a type on every sub-axis.
-        axes: the sub-axes.
+        axis_sizes: the sizes of the sub-axes.
         collectives: how many collectives and other changes of placement were checked, by kind.
         rules: how many calls each rule was used for, by operator.
         unruled: the operators without a rule, which take whole values only.
@@ -24,7 +24,7 @@ class Proof:
     """
 
     values: int
-    axes: tuple[int, ...]
+    axis_sizes: tuple[int, ...]
     collectives: Mapping[str, int]
     rules: Mapping[str, int]
     unruled: tuple[str, ...]
@@ -43,7 +43,7 @@ class Proof:
         )
 
     def __str__(self) -> str:
-        axes = " x ".join(map(str, self.axes)) or "1"
+        axes = " x ".join(map(str, self.axis_sizes)) or "1"
         lines = [self.head, f"  on {axes} ranks, in {time_text(self.seconds)}"]
         for name, counts in (("moves", self.collectives), ("rules", self.rules)):
             if counts:

@@ -73,11 +73,11 @@ def sequence_seconds(program: GlobalProgram, cost: CostModel) -> float:
     total = 0.0
     for node in program.graph.nodes:
         if node.op == "call_function" and any(isinstance(a, Filled) for a in node.args):
-            size, axes = _moved(node), [program.axes[a] for a in arguments(node)[1]]
-            ranks = math.prod(axes)
+            size, axis_sizes = _moved(node), [program.axis_sizes[a] for a in arguments(node)[1]]
+            ranks = math.prod(axis_sizes)
             match node.target:
                 case markers.reduce_scatter:  # after an all-reduce, which is planned axis by axis
-                    more = cost.all_gather(size, ranks) - sum(cost.all_reduce(size, a) for a in axes)
+                    more = cost.all_gather(size, ranks) - sum(cost.all_reduce(size, a) for a in axis_sizes)
                 case markers.all_to_all:
                     more = cost.all_to_all(size, ranks) - cost.all_gather(size, ranks)
                 case markers.all_gather:

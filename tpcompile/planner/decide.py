@@ -42,8 +42,8 @@ def decide(
         divide_small: small matrices must be divided too.
     """
 
-    def plan(chosen: frozenset[str], axes: tuple[int, ...]) -> GlobalProgram:
-        return plan_on_axes(split(program, chosen), axes, cost, pins, divide_small)
+    def plan(chosen: frozenset[str], axis_sizes: tuple[int, ...]) -> GlobalProgram:
+        return plan_on_axes(split(program, chosen), axis_sizes, cost, pins, divide_small)
 
     whole_axis, factors = (program.ranks,), program.factors()
     if not fits(factors, whole_axis):
@@ -52,9 +52,9 @@ def decide(
     assert best.planned_factors is not None
     factors = best.planned_factors
     units = unit_counts(factors, best.params(), worth_dividing(factors, set(best.params())))
-    axes = sub_axes(program.ranks, units)
-    if len(axes) > 1 and fits(factors, axes):
-        other = split_what_pays(plan, axes, groups)
+    axis_sizes = sub_axes(program.ranks, units)
+    if len(axis_sizes) > 1 and fits(factors, axis_sizes):
+        other = split_what_pays(plan, axis_sizes, groups)
         if _worth(other) < _worth(best):
             best = other
     return best
@@ -62,7 +62,7 @@ def decide(
 
 def split_what_pays(
     plan: Callable[[frozenset[str], tuple[int, ...]], GlobalProgram],
-    axes: tuple[int, ...],
+    axis_sizes: tuple[int, ...],
     groups: list[str],
     chosen: frozenset[str] = frozenset(),
 ) -> GlobalProgram:
@@ -70,26 +70,30 @@ def split_what_pays(
 
     Args:
         plan: plans a program with some groups split.
-        axes: the sub-axes to plan on.
+        axis_sizes: the sub-axes to plan on.
         groups: what could be split.
         chosen: what is split in any case.
     """
-    best = plan(chosen, axes)
+    best = plan(chosen, axis_sizes)
     for group in (g for g in groups if g not in chosen):
-        trial = plan(chosen | {group}, axes)
+        trial = plan(chosen | {group}, axis_sizes)
         if _score(trial) < _score(best) and _fits_together(trial):
             best, chosen = trial, chosen | {group}
     return best
 
 
 def plan_on_axes(
-    program: GlobalProgram, axes: tuple[int, ...], cost: CostModel, pins: Pins, divide_small: bool = False
+    program: GlobalProgram,
+    axis_sizes: tuple[int, ...],
+    cost: CostModel,
+    pins: Pins,
+    divide_small: bool = False,
 ) -> GlobalProgram:
     """The program with the decisions on each sub-axis."""
     factors = program.factors()
-    check_declared(factors, axes)
+    check_declared(factors, axis_sizes)
     facts = Facts(program, factors, cost, divide_small)
-    decisions = solve_axes(facts, axes, lambda axis: pins(program, axis))
+    decisions = solve_axes(facts, axis_sizes, lambda axis: pins(program, axis))
     return replace(program, decisions=decisions, planned_factors=factors)
 
 

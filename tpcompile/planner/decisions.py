@@ -17,12 +17,12 @@ from .global_program import GlobalProgram
 
 def decisions_to_data(program: GlobalProgram) -> list[dict[str, Any]]:
     """Per sub-axis: its size, every call's choice, every parameter's and shared value's placement."""
-    axes = program.axes
+    axis_sizes = program.axis_sizes
     return [
         {
             "ranks": d.ranks,
             "nodes": {
-                n.name: _index(program, n, d, axes[: i + 1]) for n in d.nodes if len(d.nodes[n].outputs)
+                n.name: _index(program, n, d, axis_sizes[: i + 1]) for n in d.nodes if len(d.nodes[n].outputs)
             },
             "params": {n.name: str(p) for n, p in d.params.items()},
             "shared": {n.name: str(p) for n, p in d.shared.items()},
@@ -34,13 +34,13 @@ def decisions_to_data(program: GlobalProgram) -> list[dict[str, Any]]:
     ]
 
 
-def _options(program: GlobalProgram, node: Node, axes: Sequence[int]) -> list[Any]:
+def _options(program: GlobalProgram, node: Node, axis_sizes: Sequence[int]) -> list[Any]:
     assert program.planned_factors is not None
-    return choices(node, program.planned_factors, lambda _: True, axes)
+    return choices(node, program.planned_factors, lambda _: True, axis_sizes)
 
 
-def _index(program: GlobalProgram, node: Node, decision: Assignment, axes: Sequence[int]) -> int:
-    return _options(program, node, axes).index(decision.nodes[node])
+def _index(program: GlobalProgram, node: Node, decision: Assignment, axis_sizes: Sequence[int]) -> int:
+    return _options(program, node, axis_sizes).index(decision.nodes[node])
 
 
 def decisions_from_data(program: GlobalProgram, data: list[dict[str, Any]]) -> None:
@@ -51,12 +51,15 @@ def decisions_from_data(program: GlobalProgram, data: list[dict[str, Any]]) -> N
     """
     program.planned_factors = program.factors()
     by_name = {n.name: n for n in program.graph.nodes}
-    axes = [d["ranks"] for d in data]
+    axis_sizes = [d["ranks"] for d in data]
     try:
         program.decisions = [
             Assignment(
                 d["ranks"],
-                {by_name[n]: _options(program, by_name[n], axes[: a + 1])[i] for n, i in d["nodes"].items()},
+                {
+                    by_name[n]: _options(program, by_name[n], axis_sizes[: a + 1])[i]
+                    for n, i in d["nodes"].items()
+                },
                 {by_name[n]: parse_placement(p) for n, p in d["params"].items()},
                 {by_name[n]: parse_placement(p) for n, p in d["shared"].items()},
                 d["penalty"],

@@ -40,7 +40,7 @@ def changes(one: WeightLayout, other: WeightLayout) -> list[Change]:
     found: dict[tuple[str, str, str], list[str]] = {}
     for name in dict.fromkeys([*one.params, *other.params]):
         both = one.params.get(name), other.params.get(name)
-        if one.axes != other.axes or both[0] != both[1]:
+        if one.axis_sizes != other.axis_sizes or both[0] != both[1]:
             texts = held_text(one, name), held_text(other, name)
             if texts[0] == texts[1] and both[0] != both[1]:
                 texts = f"{texts[0]}, one way", f"{texts[1]}, another way"
@@ -70,9 +70,9 @@ def _line(one: Collective) -> str:
 
 def plan_title(plan: PlanLike) -> str:
     """``8 ranks as 2 x 4``."""
-    axes = plan.layout.axes
+    axis_sizes = plan.layout.axis_sizes
     ranks = f"{plan.layout.ranks} rank{'s' if plan.layout.ranks > 1 else ''}"
-    return ranks if len(axes) == 1 else f"{ranks} as {' x '.join(map(str, axes))}"
+    return ranks if len(axis_sizes) == 1 else f"{ranks} as {' x '.join(map(str, axis_sizes))}"
 
 
 def diff_text(one: PlanLike, other: PlanLike) -> str:

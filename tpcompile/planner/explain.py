@@ -122,7 +122,7 @@ def _price(
             return "refused: this dimension is dynamic, or no matmul has it"
     try:
         other = solve_axis(
-            facts, program.axes, axis, others, {**pins(program, axis), param: frozenset({option})}
+            facts, program.axis_sizes, axis, others, {**pins(program, axis), param: frozenset({option})}
         )
     except TpCompileError as error:
         spent = error.where == facts.params[param]

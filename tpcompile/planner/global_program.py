@@ -101,7 +101,7 @@ class GlobalProgram:
         return self.captured.graph_module.graph
 
     @property
-    def axes(self) -> tuple[int, ...]:
+    def axis_sizes(self) -> tuple[int, ...]:
         """The sizes of the sub-axes that were planned."""
         return tuple(d.ranks for d in self.decisions)
 
@@ -125,14 +125,16 @@ class GlobalProgram:
     def factors(self) -> Factors:
         """Rules and factors of the graph as it is now."""
         known: dict[Node, Known] = {}
-        axes = self.layout.axes if self.layout is not None else ()
+        axis_sizes = self.layout.axis_sizes if self.layout is not None else ()
         for node, cache in self._given_as().items():
-            known[node] = Known(cache.atoms, tuple(zip(cache.places, axes, strict=False)))
+            known[node] = Known(cache.atoms, tuple(zip(cache.places, axis_sizes, strict=False)))
         for node, source in self.sources.items():
             decided = self.layout is not None and source.spec.name not in self.layout.undecided
             if decided and source.segment is not None:
                 held = self.held_as(source)
-                known[node] = Known(held.atoms, [(held.place(a), ranks) for a, ranks in enumerate(axes)])
+                known[node] = Known(
+                    held.atoms, [(held.place(a), ranks) for a, ranks in enumerate(axis_sizes)]
+                )
         return Factors(self.graph, known, lambda node: self.refused.get(alike(node)) or rule_of(node))
 
     def held_as(self, source: Source) -> Segment:

@@ -81,9 +81,9 @@ class Plan:
         return self.layout.ranks
 
     @property
-    def axes(self) -> tuple[int, ...]:
+    def axis_sizes(self) -> tuple[int, ...]:
         """The sub-axes of the mesh axis, major first."""
-        return self.layout.axes
+        return self.layout.axis_sizes
 
     @property
     def model_bytes(self) -> int:

@@ -47,9 +47,9 @@ def layout_of(program: GlobalProgram, tensors: Mapping[str, Tensor]) -> WeightLa
             segments = tuple(s for _, s in sorted(parts[captured], key=lambda p: p[0].order))
             layout = replace(layout, segments=segments, packed_dim=program.packed_dims.get(captured, 0))
         if name in program.custom.parts:
-            layout = program.custom.layout(name, tensor, program.axes)
+            layout = program.custom.layout(name, tensor, program.axis_sizes)
         params[name] = layout
-    return WeightLayout(program.axes, params, tuple(sorted(program.split_groups)), unused)
+    return WeightLayout(program.axis_sizes, params, tuple(sorted(program.split_groups)), unused)
 
 
 def extended(layout: WeightLayout, program: GlobalProgram, tensors: Mapping[str, Tensor]) -> WeightLayout:

@@ -17,7 +17,7 @@ def layout_lines(layout: WeightLayout, model_bytes: int) -> list[str]:
     """Memory, and a table of the parameters; equal blocks share a line."""
     held = layout.fullest
     times = held * layout.ranks / max(model_bytes, 1)
-    axes = "" if len(layout.axes) == 1 else f" as {' x '.join(map(str, layout.axes))}"
+    axes = "" if len(layout.axis_sizes) == 1 else f" as {' x '.join(map(str, layout.axis_sizes))}"
     return [
         f"plan for {layout.ranks} ranks{axes}: {size_text(model_bytes)} of parameters and buffers, "
         f"{size_text(held)} on the fullest rank ({times:.3f} x its share)",

@@ -35,7 +35,7 @@ class Choice:
 
 
 def choices(
-    node: Node, factors: Factors, may_divide: Callable[[OpFactor], bool], axes: Sequence[int]
+    node: Node, factors: Factors, may_divide: Callable[[OpFactor], bool], axis_sizes: Sequence[int]
 ) -> list[Choice]:
     """All ways to compute a call node, in the order that breaks ties: whole, divided, partial, owned.
 
@@ -43,7 +43,7 @@ def choices(
         node: the call.
         factors: the factors of its graph.
         may_divide: which factors may be divided.
-        axes: the sizes of the sub-axes before this one, and its own.
+        axis_sizes: the sizes of the sub-axes before this one, and its own.
     """
     arity, width = len(operands(node)), len(results(node))
     found = [whole(arity, width)]
@@ -51,7 +51,7 @@ def choices(
     if not isinstance(rule, Rule):
         return found
     if rule.declared is not None:
-        lie = tuple(placements_on(factors, node, rule.declared, axes))
+        lie = tuple(placements_on(factors, node, rule.declared, axis_sizes))
         return [Choice(lie[:arity], lie[arity:])]
     for factor in factors.op_factors(node):
         if may_divide(factor) and _reduces_numbers(node, factor):

@@ -21,7 +21,9 @@ from .factors import Factors
 from .rule import Declared, Rule
 
 
-def placements_on(factors: Factors, node: Node, declared: Declared, axes: Sequence[int]) -> list[Placement]:
+def placements_on(
+    factors: Factors, node: Node, declared: Declared, axis_sizes: Sequence[int]
+) -> list[Placement]:
     """The declared placements of operands, then results, on the last of these sub-axes.
 
     Raises:
@@ -30,28 +32,28 @@ def placements_on(factors: Factors, node: Node, declared: Declared, axes: Sequen
     found: list[Placement] = []
     for value, placement in _declared(node, declared):
         if isinstance(placement, Shard):
-            divided = _divide(factors.atom_sizes(value)[placement.dim], placement.factor, axes)
+            divided = _divide(factors.atom_sizes(value)[placement.dim], placement.factor, axis_sizes)
             if divided is None:
-                raise _misfit(factors, node, value, placement, axes)
+                raise _misfit(factors, node, value, placement, axis_sizes)
             placement = Shard(placement.dim, divided[-1])
         found.append(placement)
     return found
 
 
-def check_declared(factors: Factors, axes: Sequence[int]) -> None:
+def check_declared(factors: Factors, axis_sizes: Sequence[int]) -> None:
     """Refuses declared placements that this program's values cannot have on these sub-axes.
 
     Raises:
         TpCompileError: a unit would lie on two ranks, or sizes are not known.
     """
     for node, declared in _nodes(factors):
-        placements_on(factors, node, declared, axes)
+        placements_on(factors, node, declared, axis_sizes)
 
 
-def fits(factors: Factors, axes: Sequence[int]) -> bool:
+def fits(factors: Factors, axis_sizes: Sequence[int]) -> bool:
     """Whether declared placements can be had on these sub-axes."""
     try:
-        check_declared(factors, axes)
+        check_declared(factors, axis_sizes)
     except TpCompileError:
         return False
     return True
@@ -82,11 +84,11 @@ def _declared(node: Node, declared: Declared) -> Iterator[tuple[Node, Placement]
     yield node, declared.outputs[0]
 
 
-def _divide(sizes: Sequence[Size], first: int, axes: Sequence[int]) -> list[int] | None:
+def _divide(sizes: Sequence[Size], first: int, axis_sizes: Sequence[int]) -> list[int] | None:
     """Per sub-axis, the factor that it divides; None if there is no such way."""
     at, left = first, sizes[first] if first < len(sizes) else 1
     found = []
-    for ranks in axes:
+    for ranks in axis_sizes:
         while left == 1 and ranks > 1 and at + 1 < len(sizes):
             at, left = at + 1, sizes[at + 1]
         if not isinstance(left, int) or left % ranks:
@@ -97,10 +99,10 @@ def _divide(sizes: Sequence[Size], first: int, axes: Sequence[int]) -> list[int]
 
 
 def _misfit(
-    factors: Factors, node: Node, value: Node, placement: Shard, axes: Sequence[int]
+    factors: Factors, node: Node, value: Node, placement: Shard, axis_sizes: Sequence[int]
 ) -> TpCompileError:
     sizes = " x ".join(map(str, factors.atom_sizes(value)[placement.dim])) or "1"
-    ranks = " x ".join(map(str, axes))
+    ranks = " x ".join(map(str, axis_sizes))
     side = "output_layouts" if value is node else "input_layouts"
     return TpCompileError(
         f"a custom strategy declares {placement} of a value whose dimension {placement.dim} is {sizes}, "

@@ -19,7 +19,7 @@ def plan_data(found: Plan) -> dict[str, Any]:
     layout = found.layout
     return {
         "ranks": found.ranks,
-        "axes": found.axes,
+        "axes": found.axis_sizes,
         "model_bytes": found.model_bytes,
         "bytes_of_fullest_rank": layout.fullest,
         "seconds": found.seconds,

@@ -174,7 +174,7 @@ def local_extents(compiled: Compiled, rank: int) -> Captured:
     planned = compiled.planned
     factors = planned.planned_factors
     assert factors is not None, "the program must be planned"
-    shapes = LocalShapes(factors, planned.axes, WeightLayout(planned.axes, {}).coordinates(rank))
+    shapes = LocalShapes(factors, planned.axis_sizes, WeightLayout(planned.axis_sizes, {}).coordinates(rank))
     local = {
         planned.sources[n].spec.name: shapes.shape(n, placements)
         for n, placements in planned.given(factors).items()

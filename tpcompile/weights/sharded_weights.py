@@ -48,4 +48,4 @@ class ShardedWeights:
 
     def of(self, name: str) -> TensorLayout:
         """The layout of one tensor."""
-        return TensorLayout(self.layout.params[name], self.layout.axes, self.axis, self.custom)
+        return TensorLayout(self.layout.params[name], self.layout.axis_sizes, self.axis, self.custom)

@@ -47,7 +47,7 @@ class TensorLayout:
 
     Args:
         param: its segments, from the layout of the model.
-        axes: the sizes of the sub-axes.
+        axis_sizes: the sizes of the sub-axes.
         axis: the mesh axis.
         custom: cuts what only a custom strategy can.
 
@@ -59,15 +59,22 @@ class TensorLayout:
     """
 
     def __init__(
-        self, param: ParamLayout, axes: Sequence[int], axis: MeshAxis, custom: CustomModules
+        self, param: ParamLayout, axis_sizes: Sequence[int], axis: MeshAxis, custom: CustomModules
     ) -> None:
         self.param, self.axis, self.custom = param, axis, custom
-        self.layout = WeightLayout(tuple(axes), {param.name: param})
+        self.layout = WeightLayout(tuple(axis_sizes), {param.name: param})
         self.name, self.rank, self.shape = param.name, axis.rank, torch.Size(param.shape)
         self.local_shape = torch.Size(self.layout.local_shape(param.name, axis.rank))
         self.whole = param.is_whole
         self.computed = param.selection is not None and param.selection.runs is None
-        self._key = (self.layout.axes, param.shape, param.segments, param.packed_dim, param.selection, axis)
+        self._key = (
+            self.layout.axis_sizes,
+            param.shape,
+            param.segments,
+            param.packed_dim,
+            param.selection,
+            axis,
+        )
         self._hash = hash(self._key[:4])
         self._specs: dict[torch.dtype, DTensorSpec] = {}
 
@@ -156,8 +163,8 @@ class TensorLayout:
     @functools.cached_property
     def copies(self) -> list[int]:
         """How many ranks hold the same of each segment."""
-        axes = self.layout.axes
-        return [math.prod(axes[i] for i in copied_along(s, axes)) for s in self.param.segments]
+        axis_sizes = self.layout.axis_sizes
+        return [math.prod(axis_sizes[i] for i in copied_along(s, axis_sizes)) for s in self.param.segments]
 
     def spec(self, dtype: torch.dtype) -> DTensorSpec:
         """The layout as ``DTensor`` would have it; where it cannot, one that must not be divided further."""

@@ -92,7 +92,7 @@ def regions(
     shape: tuple[int, ...],
     segments: Sequence[Segment],
     dim: int,
-    axes: Sequence[int],
+    axis_sizes: Sequence[int],
     at: Sequence[int],
 ) -> list[Region]:
     """The fewest regions that make up what the rank at these coordinates holds of a parameter.
@@ -101,7 +101,7 @@ def regions(
         shape: the shape of the whole parameter.
         segments: its segments, and
         dim: the dimension in which they differ.
-        axes: the sizes of the sub-axes.
+        axis_sizes: the sizes of the sub-axes.
         at: the rank's coordinates on them.
 
     Segments that are copied along different axes are kept apart, so that regions of two ranks are the same
@@ -109,14 +109,14 @@ def regions(
     """
     zeros = (0,) * len(shape)
     if 0 in shape:
-        return [Region(zeros, shape, zeros, 0, (), tuple(range(len(axes))))]
+        return [Region(zeros, shape, zeros, 0, (), tuple(range(len(axis_sizes))))]
     if not shape:
-        return [Region((), (), (), 0, (), copied_along(segments[0], axes))]
+        return [Region((), (), (), 0, (), copied_along(segments[0], axis_sizes))]
     position = 0
     packed: dict[tuple[tuple[int, ...], tuple[tuple[Run, ...], ...]], list[Run]] = {}
     for segment in segments:
-        runs = segment_runs(segment, segment.local_box(axes, at))
-        key = copied_along(segment, axes), runs[:dim] + ((Run(0, 0, 1),),) + runs[dim + 1 :]
+        runs = segment_runs(segment, segment.local_box(axis_sizes, at))
+        key = copied_along(segment, axis_sizes), runs[:dim] + ((Run(0, 0, 1),),) + runs[dim + 1 :]
         moved = [Run(r.start, r.at + position, r.length) for r in runs[dim]]
         packed.setdefault(key, []).extend(moved)
         position += sum(r.length for r in runs[dim])
@@ -129,10 +129,12 @@ def regions(
     return sorted(found, key=lambda r: r.offsets)
 
 
-def copied_along(segment: Segment, axes: Sequence[int]) -> tuple[int, ...]:
+def copied_along(segment: Segment, axis_sizes: Sequence[int]) -> tuple[int, ...]:
     """The axes of more than one rank that do not divide a segment."""
     return tuple(
-        i for i, (n, atom) in enumerate(zip(axes, segment.shards, strict=True)) if n > 1 and atom is None
+        i
+        for i, (n, atom) in enumerate(zip(axis_sizes, segment.shards, strict=True))
+        if n > 1 and atom is None
     )
 
 

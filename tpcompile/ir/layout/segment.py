@@ -42,10 +42,10 @@ class Segment:
         flat = [(dim, at) for dim, atoms in enumerate(self.atoms) for at in range(len(atoms))]
         return flat[atom]
 
-    def local_box(self, axes: Sequence[int], coordinates: Sequence[int]) -> Box:
+    def local_box(self, axis_sizes: Sequence[int], coordinates: Sequence[int]) -> Box:
         """The ranges of atoms that the rank at these coordinates holds; axes divide one after the other."""
         box = [(0, a) for dim in self.atoms for a in dim]
-        for ranks, at, atom in zip(axes, coordinates, self.shards, strict=True):
+        for ranks, at, atom in zip(axis_sizes, coordinates, self.shards, strict=True):
             if atom is not None:
                 start, stop = box[atom]
                 sizes = split_evenly(stop - start, ranks)
@@ -71,10 +71,10 @@ class Segment:
         target.copy_(segment.reshape(target.shape))
 
 
-def whole_segment(shape: Sequence[int], axes: int) -> Segment:
+def whole_segment(shape: Sequence[int], axis_count: int) -> Segment:
     """The segment that is the whole parameter, divided nowhere."""
     factors = tuple((int(s),) for s in shape)
-    return Segment(factors, tuple((0, int(s)) for s in shape), factors, (None,) * axes)
+    return Segment(factors, tuple((0, int(s)) for s in shape), factors, (None,) * axis_count)
 
 
 def _flat(factors: tuple[tuple[int, ...], ...]) -> list[int]:

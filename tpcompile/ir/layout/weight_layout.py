@@ -61,13 +61,13 @@ class WeightLayout:
     """Where every parameter and buffer of a model lies.
 
     Attributes:
-        axes: the sizes of the mesh axis' sub-axes, major first; their product is its size.
+        axis_sizes: the sizes of the mesh axis' sub-axes, major first; their product is its size.
         params: per original name, its layout.
         split_groups: the packed matmuls whose parameters are held in segments.
         undecided: parameters that no program has used yet: whole, until the first one that does decides.
     """
 
-    axes: tuple[int, ...]
+    axis_sizes: tuple[int, ...]
     params: Mapping[str, ParamLayout]
     split_groups: tuple[str, ...] = ()
     undecided: tuple[str, ...] = ()
@@ -75,12 +75,12 @@ class WeightLayout:
     @property
     def ranks(self) -> int:
         """How many ranks share the model."""
-        return math.prod(self.axes)
+        return math.prod(self.axis_sizes)
 
     def coordinates(self, rank: int) -> tuple[int, ...]:
         """A rank's position on every sub-axis."""
         found = []
-        for size in reversed(self.axes):
+        for size in reversed(self.axis_sizes):
             rank, at = divmod(rank, size)
             found.append(at)
         return tuple(reversed(found))
@@ -88,14 +88,14 @@ class WeightLayout:
     def rank(self, coordinates: Sequence[int]) -> int:
         """The rank at a position on every sub-axis."""
         found = 0
-        for size, at in zip(self.axes, coordinates, strict=True):
+        for size, at in zip(self.axis_sizes, coordinates, strict=True):
             found = found * size + at
         return found
 
     def boxes(self, name: str, rank: int) -> list[tuple[Segment, Box]]:
         """What a rank holds of a parameter: per segment the index ranges of its factors."""
         at = self.coordinates(rank)
-        return [(s, s.local_box(self.axes, at)) for s in self.params[name].segments]
+        return [(s, s.local_box(self.axis_sizes, at)) for s in self.params[name].segments]
 
     def segment_shapes(self, name: str, rank: int) -> list[tuple[int, ...]]:
         """The local shape of each segment."""
@@ -169,7 +169,7 @@ class WeightLayout:
         if (selection := self.params[name].selection) is not None:
             selection.refuse_regions(name)
         param = self.params[name]
-        return regions(param.shape, param.segments, param.packed_dim, self.axes, self.coordinates(rank))
+        return regions(param.shape, param.segments, param.packed_dim, self.axis_sizes, self.coordinates(rank))
 
     def check_model(self, model: nn.Module) -> None:
         """Refuses a model that this is not a layout of.
@@ -208,7 +208,7 @@ class WeightLayout:
     def to_json(self) -> dict[str, Any]:
         """A form for ``json``; ``from_json`` reads it."""
         return {
-            "axes": list(self.axes),
+            "axes": list(self.axis_sizes),
             "groups": list(self.split_groups),
             "open": list(self.undecided),
             "params": [
@@ -251,7 +251,7 @@ class WeightLayout:
         return WeightLayout(tuple(data["axes"]), params, tuple(data["groups"]), tuple(data.get("open", ())))
 
 
-def whole_layout(name: str, tensor: Tensor, axes: int) -> ParamLayout:
+def whole_layout(name: str, tensor: Tensor, axis_count: int) -> ParamLayout:
     """The layout of a parameter that every rank holds as a whole."""
     shape = tuple(int(s) for s in tensor.shape)
-    return ParamLayout(name, shape, tensor.dtype, (whole_segment(shape, axes),))
+    return ParamLayout(name, shape, tensor.dtype, (whole_segment(shape, axis_count),))

@@ -66,7 +66,7 @@ def _held(layout: WeightLayout, name: str, rank: int) -> Iterator[tuple[int, int
         yield 1 if runs is None else runs.count(runs[rank]), layout.local_bytes(name, rank)
         return
     for segment, shape in zip(param.segments, layout.segment_shapes(name, rank), strict=True):
-        copies = (n for n, shard in zip(layout.axes, segment.shards, strict=True) if shard is None)
+        copies = (n for n, shard in zip(layout.axis_sizes, segment.shards, strict=True) if shard is None)
         yield math.prod(copies), math.prod(shape) * param.dtype.itemsize
 
 

@@ -74,7 +74,7 @@ def _explained(plan: PlanLike, tree: Module) -> Explained:
 
 def _head(plan: PlanLike, title: str, sections: Iterable[str]) -> Markup:
     layout = plan.layout
-    axes = "" if len(layout.axes) == 1 else f" as {' × '.join(map(str, layout.axes))}"
+    axes = "" if len(layout.axis_sizes) == 1 else f" as {' × '.join(map(str, layout.axis_sizes))}"
     outcome = outcome_of(plan)
     share = outcome.held * layout.ranks / max(plan.model_bytes, 1)
     figures = (
@@ -137,7 +137,7 @@ def _data(plan: PlanLike, tree: Module) -> dict[str, object]:
     layout = plan.layout
     return {
         "ranks": layout.ranks,
-        "axes": layout.axes,
+        "axes": layout.axis_sizes,
         "seconds": plan.seconds,
         "cost": plan.cost.name,
         "weights": [

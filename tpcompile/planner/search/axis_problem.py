@@ -30,7 +30,7 @@ Name = tuple[str, str]
 
 def solve_axis(
     facts: Facts,
-    axes: Sequence[int],
+    axis_sizes: Sequence[int],
     axis: int,
     others: Mapping[int, Assignment],
     pins: Mapping[Node, frozenset[Placement]] | None = None,
@@ -39,7 +39,7 @@ def solve_axis(
 
     Args:
         facts: the program and the cost model.
-        axes: the sizes of all axes.
+        axis_sizes: the sizes of all axes.
         axis: which of them to decide on.
         others: what is decided on others already.
         pins: the placements that parameters may have on this axis.
@@ -50,7 +50,7 @@ def solve_axis(
     Raises:
         TpCompileError: the pins cannot be met.
     """
-    return AxisProblem(facts, axes, axis, others, pins or {}).solve()
+    return AxisProblem(facts, axis_sizes, axis, others, pins or {}).solve()
 
 
 class AxisProblem:
@@ -59,13 +59,13 @@ class AxisProblem:
     def __init__(
         self,
         facts: Facts,
-        axes: Sequence[int],
+        axis_sizes: Sequence[int],
         axis: int,
         others: Mapping[int, Assignment],
         pins: Mapping[Node, frozenset[Placement]],
     ) -> None:
-        self.facts, self.axes, self.axis, self.ties = facts, axes, axis, facts.ties
-        self.ranks, self.others = axes[axis], {a: others[a] for a in sorted(others)}
+        self.facts, self.axis_sizes, self.axis, self.ties = facts, axis_sizes, axis, facts.ties
+        self.ranks, self.others = axis_sizes[axis], {a: others[a] for a in sorted(others)}
         self.pins: dict[Node, frozenset[Placement]] = {}
         for param, allowed in pins.items():
             leader = self.ties.leader(param)
@@ -140,7 +140,7 @@ class AxisProblem:
             everywhere = nonempty or not (factor.reduce or None not in factor.outputs)
             return self.costs.left_in(node, factor, fewest=everywhere) >= (self.ranks if everywhere else 2)
 
-        return choices(node, self.factors, may_divide, self.axes[: self.axis + 1])
+        return choices(node, self.factors, may_divide, self.axis_sizes[: self.axis + 1])
 
     def _held(self, param: Node) -> list[Placement]:
         places = self.factors.places(param)

@@ -17,7 +17,7 @@ Worth = tuple[float, float, float]
 
 
 def solve_axes(
-    facts: Facts, axes: Sequence[int], pins: Callable[[int], Mapping[Node, frozenset[Placement]]]
+    facts: Facts, axis_sizes: Sequence[int], pins: Callable[[int], Mapping[Node, frozenset[Placement]]]
 ) -> list[Assignment]:
     """The decisions on every axis: none of them can be improved while the others stay.
 
@@ -26,18 +26,18 @@ def solve_axes(
     """
     found: dict[int, Assignment] = {}
     worth: Worth = (0.0, 0.0, 0.0)
-    for axis in range(len(axes)):
-        best = solve_axis(facts, axes, axis, found, pins(axis))
+    for axis in range(len(axis_sizes)):
+        best = solve_axis(facts, axis_sizes, axis, found, pins(axis))
         found[axis] = _adding(best, worth, (0.0, 0.0, 0.0))
         worth = worth_of(best)
     settled, axis = 1, 0  # the last one was solved given all others
-    while settled < len(axes):
-        best = solve_axis(facts, axes, axis, {a: d for a, d in found.items() if a != axis}, pins(axis))
+    while settled < len(axis_sizes):
+        best = solve_axis(facts, axis_sizes, axis, {a: d for a, d in found.items() if a != axis}, pins(axis))
         if _better(worth_of(best), worth):
             found[axis] = _adding(best, worth, worth_of(found[axis]))
             worth, settled = worth_of(best), 0
-        settled, axis = settled + 1, (axis + 1) % len(axes)
-    return [found[a] for a in range(len(axes))]
+        settled, axis = settled + 1, (axis + 1) % len(axis_sizes)
+    return [found[a] for a in range(len(axis_sizes))]
 
 
 def worth_of(decision: Assignment) -> Worth:

@@ -78,11 +78,11 @@ class DryCompiler(Compiler):
 
     def lower(self, rewritten: GlobalProgram) -> Lowered:
         """The first rank's graphs; what does not run on its part is planned again."""
-        first = (0,) * len(rewritten.axes)
+        first = (0,) * len(rewritten.axis_sizes)
         self.programs = []
         wanted = samples(left_out(rewritten))
         for copies in wanted if self._runs else wanted[:1]:
             short = shortened(rewritten, copies)
-            graph = lower_graph(short, first, SimulatedGroups(rewritten.axes, first))
+            graph = lower_graph(short, first, SimulatedGroups(rewritten.axis_sizes, first))
             self.programs.append((copies, short, graph))
         return super().lower(rewritten)

@@ -69,7 +69,7 @@ class Recorder(LiveBytes):
 
     Args:
         where: says in which part of the program an operator is that is run now.
-        axes: the sizes of the sub-axes, by which groups of ranks are named.
+        axis_sizes: the sizes of the sub-axes, by which groups of ranks are named.
 
     Attributes:
         events: what was run, in order.
@@ -77,12 +77,12 @@ class Recorder(LiveBytes):
         gradients: bytes of gradients that weights have by now.
     """
 
-    def __init__(self, where: Callable[[], Label], axes: Sequence[int]) -> None:
+    def __init__(self, where: Callable[[], Label], axis_sizes: Sequence[int]) -> None:
         super().__init__()
         self.events: list[Event] = []
         self.peaks: dict[Label, Moment] = {}
         self.gradients = 0
-        self._where, self._axes = where, axes
+        self._where, self._axes = where, axis_sizes
         self._writers: dict[int, int] = {}
         self._turn: tuple[Label, int] = (("", None), 0)
 

@@ -66,7 +66,7 @@ def run_step(
         TpCompileError: there is no loss, or nothing to train.
     """
     program = LocalProgram(module, recompute)
-    recorder = Recorder(program.where, inputs.layout.axes)
+    recorder = Recorder(program.where, inputs.layout.axis_sizes)
     given = inputs.of(module.graph)
     for value in (*given, *inputs.given.values()):
         if isinstance(value, Tensor):

@@ -26,11 +26,11 @@ class Unknown(Exception):
 
 
 def lay_out(
-    value: Tensor, layout: Atoms, axes: tuple[int, ...], placements: Sequence[Placement]
+    value: Tensor, layout: Atoms, axis_sizes: tuple[int, ...], placements: Sequence[Placement]
 ) -> list[Tensor]:
     """What each rank holds of a value; where it is a sum, the summands are random."""
     pieces = [(value, [list(d) for d in layout])]
-    for ranks, placement in zip(axes, placements, strict=True):
+    for ranks, placement in zip(axis_sizes, placements, strict=True):
         pieces = [part for piece in pieces for part in _cut(*piece, ranks, placement)]
     return [piece.clone(memory_format=torch.contiguous_format) for piece, _ in pieces]
 
@@ -70,7 +70,7 @@ def _opened(value: Tensor, atoms: Atoms) -> Tensor:
 def put_together(
     parts: Sequence[Tensor],
     layout: Atoms,
-    axes: tuple[int, ...],
+    axis_sizes: tuple[int, ...],
     placements: Sequence[Placement],
     tolerance: float = 1e-10,
 ) -> Tensor:
@@ -87,7 +87,7 @@ def put_together(
         if isinstance(placement, Filled):
             atoms[placement.dim] = [parts[0].shape[placement.dim]]
     try:
-        return _join(list(parts), atoms, list(zip(axes, placements, strict=True)), tolerance)
+        return _join(list(parts), atoms, list(zip(axis_sizes, placements, strict=True)), tolerance)
     except RuntimeError as error:  # of torch: sizes that do not fit
         raise Unknown(str(error)) from error
 

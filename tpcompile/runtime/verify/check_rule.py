@@ -89,13 +89,13 @@ def check_rule(
 def _tried(program: RuleProgram, gradients: bool) -> RuleReport:
     wrong: dict[str, None] = {}
     ways, runs = dict.fromkeys(map(str, program.choices())), 0
-    for attempt, axes, chosen in _tries(program, gradients and _has_backward(program)):
+    for attempt, axis_sizes, chosen in _tries(program, gradients and _has_backward(program)):
         runs += 1
         try:
-            attempt(program, axes, chosen)
+            attempt(program, axis_sizes, chosen)
         except Exception as error:  # an operator may fail on parts in any way; that it does is what counts
             text = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            ranks = " x ".join(map(str, axes))
+            ranks = " x ".join(map(str, axis_sizes))
             wrong[f"{'  x  '.join(map(str, chosen))} on {ranks} ranks: {text}"] = None
     rule = program.rule
     text = str(rule) if isinstance(rule, Rule) else f"whole operands only: {rule}"

@@ -87,7 +87,7 @@ class Inputs:
         value = self.call[name]
         if name in self.caches:
             held = self.caches[name]
-            return held.part(value, self.layout.axes, self.layout.coordinates(self.rank))
+            return held.part(value, self.layout.axis_sizes, self.layout.coordinates(self.rank))
         # A copy: programs write into the caches that they are given, and every rank has its own.
         return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
 

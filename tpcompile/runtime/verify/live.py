@@ -85,8 +85,8 @@ def _side_by_side(
         mine[key] = part.full_tensor() if isinstance(part, DTensor) else part
         held = runtime.caches.get(key[1]) if key[0] == "result" else None
         if held is not None and isinstance(value, Tensor) and runtime.layout is not None:
-            axes = runtime.layout.axes
-            value = held.part(value, axes, runtime.layout.coordinates(runtime.compiler.rank))
+            axis_sizes = runtime.layout.axis_sizes
+            value = held.part(value, axis_sizes, runtime.layout.coordinates(runtime.compiler.rank))
         theirs[key] = value
     return mine, theirs
 

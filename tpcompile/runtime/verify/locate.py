@@ -107,7 +107,7 @@ class _Search:
         least, why = math.inf, ""
         for reading in _readings(placements) if backward else [tuple(placements)]:
             try:
-                got = put_together(parts, sizes, self.trial.layout.axes, reading, self.trial.limit)
+                got = put_together(parts, sizes, self.trial.layout.axis_sizes, reading, self.trial.limit)
             except RanksDiffer as error:
                 why = str(error)
                 continue

@@ -155,13 +155,13 @@ class RuleProgram:
         return [s for s in found if self.wants(s) is not None]
 
     def placed(
-        self, axes: tuple[int, ...], chosen: Sequence[Choice], gradients: bool = False
+        self, axis_sizes: tuple[int, ...], chosen: Sequence[Choice], gradients: bool = False
     ) -> GlobalProgram:
         """The program with one choice per sub-axis, its inputs lying as these want."""
         placed = self.unplaced.copy()
         node = next(n for n in placed.graph.nodes if n.op == "call_function" and n.target is self.case.op)
         places = placed.graph.find_nodes(op="placeholder")
-        for ranks, choice in zip(axes, chosen, strict=True):
+        for ranks, choice in zip(axis_sizes, chosen, strict=True):
             params = dict(zip(places, self.wants(choice) or [], strict=True))
             placed.decisions.append(Assignment(ranks, {node: choice}, params))
         placed.planned_factors = Factors(placed.graph)
@@ -205,19 +205,19 @@ def _tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [v for v in value if isinstance(v, Tensor)]
 
 
-def compare(program: RuleProgram, axes: tuple[int, ...], chosen: Sequence[Choice]) -> None:
+def compare(program: RuleProgram, axis_sizes: tuple[int, ...], chosen: Sequence[Choice]) -> None:
     """Runs a choice per sub-axis on all ranks and compares the values.
 
     Raises:
         AssertionError: the ranks do not compute the whole results.
     """
-    placed = program.placed(axes, chosen)
+    placed = program.placed(axis_sizes, chosen)
     with torch.no_grad():
-        ranks = run(placed, _feeds(program, placed, axes))
-    _compare(program, axes, chosen, ranks)
+        ranks = run(placed, _feeds(program, placed, axis_sizes))
+    _compare(program, axis_sizes, chosen, ranks)
 
 
-def compare_gradients(program: RuleProgram, axes: tuple[int, ...], chosen: Sequence[Choice]) -> None:
+def compare_gradients(program: RuleProgram, axis_sizes: tuple[int, ...], chosen: Sequence[Choice]) -> None:
     """The same for gradients: those of whole and partial values are whole, those of divided ones divided.
 
     Raises:
@@ -233,15 +233,15 @@ def compare_gradients(program: RuleProgram, axes: tuple[int, ...], chosen: Seque
     asked = [x for x in whole if x.requires_grad]
     expected = torch.autograd.grad([results[i] for i in used], asked, seeds, allow_unused=True)
 
-    placed = program.placed(axes, chosen, gradients=True)
-    feeds = _feeds(program, placed, axes)
+    placed = program.placed(axis_sizes, chosen, gradients=True)
+    feeds = _feeds(program, placed, axis_sizes)
     leaves = [[x.requires_grad_(_differentiable(x)) for x in feed] for feed in feeds]
     ranks = run(placed, leaves)
     layouts, out_layouts = program.layouts()
     outputs, gradients = [], []
     for i, seed in zip(used, seeds, strict=True):
         placements = [_gradient(s.outputs[i]) for s in chosen]
-        gradients += lay_out(seed, out_layouts[i], axes, placements)
+        gradients += lay_out(seed, out_layouts[i], axis_sizes, placements)
         outputs += [r[i] for r in ranks]
     pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
     flat = [x for feed in leaves for x in feed if x.requires_grad]
@@ -259,7 +259,7 @@ def compare_gradients(program: RuleProgram, axes: tuple[int, ...], chosen: Seque
             for feed, grad in zip(leaves, by_rank, strict=True)
         ]
         placements = [_gradient(w[k]) for w in wants]
-        whole_gradient = put_together(parts, layouts[k], axes, placements, program.tolerance)  # type: ignore[arg-type]
+        whole_gradient = put_together(parts, layouts[k], axis_sizes, placements, program.tolerance)  # type: ignore[arg-type]
         wanted_gradient = torch.zeros_like(x) if want is None else want
         _close(whole_gradient, wanted_gradient, f"gradient of operand {k}", program.tolerance)
 
@@ -272,22 +272,24 @@ def _gradient(placement: Placement) -> Placement:
     return placement if isinstance(placement, Shard) else Replicate()
 
 
-def _feeds(program: RuleProgram, placed: GlobalProgram, axes: tuple[int, ...]) -> list[list[Tensor]]:
+def _feeds(program: RuleProgram, placed: GlobalProgram, axis_sizes: tuple[int, ...]) -> list[list[Tensor]]:
     torch.manual_seed(1)
     layouts, _ = program.layouts()
     columns = []
     for node, value, layout in zip(
         placed.graph.find_nodes(op="placeholder"), program.inputs, layouts, strict=True
     ):
-        columns.append(lay_out(value, layout, axes, [d.params[node] for d in placed.decisions]))
+        columns.append(lay_out(value, layout, axis_sizes, [d.params[node] for d in placed.decisions]))
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _compare(program: RuleProgram, axes: tuple[int, ...], chosen: Sequence[Choice], ranks: list[Any]) -> None:
+def _compare(
+    program: RuleProgram, axis_sizes: tuple[int, ...], chosen: Sequence[Choice], ranks: list[Any]
+) -> None:
     _, layouts = program.layouts()
     for i, want in enumerate(program.expected):
         placements = [_completed(s.outputs[i]) for s in chosen]
-        got = put_together([r[i] for r in ranks], layouts[i], axes, placements, program.tolerance)
+        got = put_together([r[i] for r in ranks], layouts[i], axis_sizes, placements, program.tolerance)
         assert got.dtype == want.dtype, f"result {i} is {got.dtype}, not {want.dtype}"
         _close(got, want, f"result {i}", program.tolerance)
 

@@ -134,7 +134,7 @@ class SimulatedCalls:
                 raise RanksDiffer(spec.name)
             return parts[0]
         sizes = sizes_at(held.whole(parts[0]), held.atoms)
-        return put_together(parts, sizes, self.layout.axes, held.placed, limit)
+        return put_together(parts, sizes, self.layout.axis_sizes, held.placed, limit)
 
 
 @contextmanager

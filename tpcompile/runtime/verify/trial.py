@@ -56,7 +56,7 @@ class SimulatedCompiler(Compiler):
     def lower(self, rewritten: GlobalProgram) -> Lowered:
         """Lowers for every rank: what does not run on some rank's part is planned again."""
         self.programs = list(self._lower_all(rewritten))
-        refuse_unlike(sent(rewritten.axes, self.programs))
+        refuse_unlike(sent(rewritten.axis_sizes, self.programs))
         return super().lower(rewritten)
 
 
@@ -178,7 +178,9 @@ class Trial:
         """A tensor of a cache, put together from what the ranks hand out."""
         try:
             sizes = sizes_at(whole, held.atoms)
-            error = difference(put_together(parts, sizes, self.layout.axes, held.placed, self.limit), whole)
+            error = difference(
+                put_together(parts, sizes, self.layout.axis_sizes, held.placed, self.limit), whole
+            )
         except (RanksDiffer, Unknown):
             error = math.inf
         return Finding("result", name, error, 0 if error <= self.limit else len(parts))

@@ -47,10 +47,10 @@ class CustomModules:
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     mesh: DeviceMesh | None = None
 
-    def layout(self, name: str, tensor: Tensor, axes: tuple[int, ...]) -> ParamLayout:
+    def layout(self, name: str, tensor: Tensor, axis_sizes: tuple[int, ...]) -> ParamLayout:
         """How a parameter lies, on sub-axes of these sizes."""
         strategy, _ = self.of_parameter(name)
-        return layout_from(name, tensor, axes, self.parts[name], strategy.name)
+        return layout_from(name, tensor, axis_sizes, self.parts[name], strategy.name)
 
     def of_parameter(self, name: str) -> tuple[CustomStrategy, str]:
         """The strategy that a parameter belongs to, and the parameter's own name in its module."""

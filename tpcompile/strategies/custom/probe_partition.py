@@ -115,13 +115,13 @@ def _runs(indices: Sequence[int]) -> Runs:
 
 
 def layout_from(
-    name: str, tensor: Tensor, axes: tuple[int, ...], parts: Sequence[Part], strategy: str
+    name: str, tensor: Tensor, axis_sizes: tuple[int, ...], parts: Sequence[Part], strategy: str
 ) -> ParamLayout:
     """The layout that follows from what each rank holds: an ordinary one, where segments can say it."""
-    layout = whole_layout(name, tensor, len(axes))
+    layout = whole_layout(name, tensor, len(axis_sizes))
     if all(p.runs is not None for p in parts):
-        for segment in _segments(layout.shape, axes, parts):
-            if _describes(segment, axes, parts):
+        for segment in _segments(layout.shape, axis_sizes, parts):
+            if _describes(segment, axis_sizes, parts):
                 return ParamLayout(name, layout.shape, layout.dtype, (segment,))
     runs = [p.runs for p in parts if p.runs is not None]
     known = tuple(runs) if len(runs) == len(parts) else None
@@ -129,9 +129,9 @@ def layout_from(
     return ParamLayout(name, layout.shape, layout.dtype, layout.segments, selection=selection)
 
 
-def _segments(shape: tuple[int, ...], axes: tuple[int, ...], parts: Sequence[Part]) -> list[Segment]:
+def _segments(shape: tuple[int, ...], axis_sizes: tuple[int, ...], parts: Sequence[Part]) -> list[Segment]:
     """Ways to hold the parameter that the compiler knows: whole, one dimension divided, or packed blocks."""
-    whole = whole_segment(shape, len(axes))
+    whole = whole_segment(shape, len(axis_sizes))
     found = [whole]
     for dim, size in enumerate(shape):
         blocks = len(parts[0].runs[dim]) if parts[0].runs else 0
@@ -139,14 +139,14 @@ def _segments(shape: tuple[int, ...], axes: tuple[int, ...], parts: Sequence[Par
             atoms: list[tuple[int, ...]] = [(s,) for s in shape]
             atoms[dim] = (blocks, size // blocks) if blocks > 1 else (size,)
             flat = dim + (blocks > 1)
-            found.append(Segment(whole.factors, whole.box, tuple(atoms), (flat,) * len(axes)))
+            found.append(Segment(whole.factors, whole.box, tuple(atoms), (flat,) * len(axis_sizes)))
     return found
 
 
-def _describes(segment: Segment, axes: tuple[int, ...], parts: Sequence[Part]) -> bool:
-    layout = WeightLayout(axes, {})
+def _describes(segment: Segment, axis_sizes: tuple[int, ...], parts: Sequence[Part]) -> bool:
+    layout = WeightLayout(axis_sizes, {})
     for rank, part in enumerate(parts):
-        runs = segment_runs(segment, segment.local_box(axes, layout.coordinates(rank)))
+        runs = segment_runs(segment, segment.local_box(axis_sizes, layout.coordinates(rank)))
         if tuple(tuple((r.start, r.length) for r in dim) for dim in runs) != part.runs:
             return False
     return True
