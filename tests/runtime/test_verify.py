@@ -201,6 +201,34 @@ def test_a_pass_that_changes_what_is_computed() -> None:
     assert len(first.agreed) == 2
 
 
+class Autocast(Minus):
+    """Float32 weights, of which python makes bfloat16 on the way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+class SubtractMore(Pass):
+    """Makes differences wrong by a hundredth."""
+
+    name = "subtract-more"
+
+    def apply(self, program: GlobalProgram) -> bool:
+        found = program.graph.find_nodes(op="call_function", target=torch.ops.aten.sub.Tensor)
+        for node in found:
+            node.kwargs = {"alpha": 1.01}
+        return bool(found)
+
+
+def test_half_precision_on_the_way_hides_nothing() -> None:
+    """What a model computes in bfloat16 in between sets a limit of 6 %; without rounding there is none."""
+    x = torch.randn(X)
+    assert tpcompile.verify(Autocast(), 2, (x,)).ok
+    report = tpcompile.verify(Autocast(), 2, (x,), passes=[SubtractMore()])
+    assert (report.ok, report.kind) == (False, "rewrite")
+
+
 def _examined(model: nn.Module, ranks: int, lower: Callable[[GlobalProgram], list[GraphModule]]) -> Report:
     options = read_options(model, "auto", None, "cpu", True, None, ())
     bound = bind_call(model, (torch.randn(X, dtype=torch.float64),), {})

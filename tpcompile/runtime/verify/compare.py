@@ -57,6 +57,11 @@ def limit_of(kinds: Iterable[torch.dtype]) -> float:
     return max((LIMITS.get(kind, 0.1) for kind in kinds if kind.is_floating_point), default=0.0)
 
 
+def is_rough(limit: float) -> bool:
+    """Whether a limit is that of half precision or less, which can hide a wrong number."""
+    return limit > LIMITS[torch.float32]
+
+
 def largest(values: Iterable[Any]) -> float:
     """The largest number among values."""
     real = (v for v in values if isinstance(v, Tensor) and v.numel() and v.dtype.is_floating_point)

@@ -19,8 +19,8 @@ from tpcompile.ranks.exchange import exchange
 from tpcompile.runtime.copy_model import as_original
 from tpcompile.runtime.guards import without_guards
 
-from .compare import TypesSeen, kinds_of, limit_of
-from .one_process import HALF, Request, examine
+from .compare import TypesSeen, is_rough, kinds_of, limit_of
+from .one_process import Request, examine
 from .outcome import Finding, Key, compared, run_python, worst_of
 from .report import Report
 from .tokens import greedy
@@ -56,7 +56,7 @@ def verify_live(
     findings = tuple(worst_of(everyone, limit))
     precision = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in whole.parameters()}))
     report = Report(runtime.compiler.ranks, precision, findings, limit, "")
-    if report.wrong or any(p.dtype in HALF for p in whole.parameters()):
+    if report.wrong or is_rough(limit):
         report = _explained(report, whole, bound, runtime, learning)
         if group is not None:
             report = exchange(group, "verify: where it begins", report)[0]

@@ -21,14 +21,13 @@ from tpcompile.planner.search.cost import CostModel
 from tpcompile.runtime.read_request import Bytes, Dynamic, Passes, PlanLike, Ranks, example_call, read_options
 
 from .assemble import RanksDiffer
+from .compare import is_rough
 from .locate import locate
 from .outcome import Finding
 from .report import Difference, Report
 from .simulated_calls import simulated
 from .tokens import Steps, greedy
 from .trial import Lower, SimulatedCompiler, Trial
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 @checked
@@ -108,8 +107,7 @@ def examine(model: nn.Module, request: Request) -> Report:
     """See ``verify``; the model has weights."""
     began = time.perf_counter()
     report = _examined(model, request)
-    rough = any(p.dtype in HALF for p in model.parameters())
-    if rough or report.wrong:
+    if is_rough(report.limit) or report.wrong:
         exact = _in_double(model, request)
         if exact is not None and exact.ok and report.wrong:
             report = replace(report, kind="numerics", first_difference=None)
