@@ -23,6 +23,8 @@ from .planner.search.calibrate import calibrate
 from .planner.search.cost import CostModel
 from .planner.to_hf_plan import to_hf_plan
 from .rules.table import register_rule
+from .runtime.artifacts.load_program import load_program
+from .runtime.artifacts.loaded_program import LoadedProgram
 from .runtime.dry_run.fit import fit
 from .runtime.verify.check_rule import RuleReport, check_rule
 from .runtime.verify.one_process import verify
@@ -38,6 +40,7 @@ __all__ = [
     "Estimate",
     "Fit",
     "GlobalProgram",
+    "LoadedProgram",
     "ParallelInterface",
     "Partial",
     "Pass",
@@ -59,6 +62,7 @@ __all__ = [
     "get_tensor_shard",
     "hf_plan",
     "lint_plan",
+    "load_program",
     "parallelize",
     "plan",
     "register_rule",

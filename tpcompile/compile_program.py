@@ -85,6 +85,7 @@ class Compiler:
 
     Attributes:
         whole: parameters that are not to be divided, because python that is not captured has read them.
+        groups: the process groups of sub-axes, by the sizes of these.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Compiler:
         self._mesh = line if options.custom else None  # custom strategies are given the mesh itself
         self.sequence = options.sequence or (options.plan.sequence if options.plan is not None else False)
         self.whole: frozenset[str] = frozenset()
-        self._groups: dict[tuple[int, ...], AxisGroups] = {}
+        self.groups: dict[tuple[int, ...], AxisGroups] = {}
         self._custom: CustomModules | None = None
 
     @property
@@ -284,15 +285,15 @@ class Compiler:
 
     def _make_groups(self, axis_sizes: tuple[int, ...]) -> None:
         """Process groups of sub-axes are made by all ranks at the same point: it is a collective."""
-        if self.axis is not None and axis_sizes not in self._groups:
-            self._groups[axis_sizes] = AxisGroups(self.axis, axis_sizes)
+        if self.axis is not None and axis_sizes not in self.groups:
+            self.groups[axis_sizes] = AxisGroups(self.axis, axis_sizes)
 
     def lower(self, rewritten: GlobalProgram) -> Lowered:
         """This rank's graph; without a mesh the one at global shapes."""
         if self.axis is None:
             return Lowered(GraphModule(nn.Module(), rewritten.graph))
         at = WeightLayout(rewritten.axis_sizes, {}).coordinates(self.rank)
-        return lower_program(rewritten, at, self._groups[rewritten.axis_sizes])
+        return lower_program(rewritten, at, self.groups[rewritten.axis_sizes])
 
 
 def _wants_gradient(bound: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from torch import _TorchCompileWrapper as OtherBackend
 from torch._C import DisableTorchFunction, DisableTorchFunctionSubclass, DispatchKey
 from torch._C import _current_autograd_node as current_autograd_node
 from torch._C import _disabled_torch_function_impl as disabled_torch_function_impl
+from torch._C import _dispatch_has_kernel as dispatch_has_kernel
 from torch._C import _dispatch_has_kernel_for_dispatch_key as dispatch_has_kernel_for_dispatch_key
 from torch._C import _get_tracing_state as get_tracing_state
 from torch._C import _is_alias_of as is_alias_of  # type: ignore[attr-defined]
@@ -91,6 +92,7 @@ __all__ = [
     "detect_fake_mode",
     "dict_version",
     "disabled_torch_function_impl",
+    "dispatch_has_kernel",
     "dispatch_has_kernel_for_dispatch_key",
     "enable_python_dispatcher",
     "export_trace",

@@ -22,6 +22,7 @@ from tpcompile.weights.dcp import sharded_state_dict
 from tpcompile.weights.gather import gathered
 from tpcompile.weights.saving.adapters import has_adapters, save_adapters
 
+from .artifacts.save_program import save_programs
 from .copy_model import copy_model
 from .print_model import model_text
 from .program import Program
@@ -196,6 +197,24 @@ class ShardedModule(WatchedModule):
         ]
         with alike(self._tp.compiler.group, "save_pretrained", lines):
             save_pretrained(self, self._tp.compiler.axis, self._tp.original, wishes)
+
+    @checked
+    def save_program(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the calls that were captured, for ``tpcompile.load_program``, which needs no model.
+
+        All ranks must call it. What is written: each rank's graphs and slices of the weights, of all calls of
+        the model that were captured in evaluation mode, without gradients (``docs/artifacts.md``).
+
+        Args:
+            folder: a new or empty folder, or one with a program, which is replaced.
+
+        Raises:
+            TpCompileError: on every rank; nothing was captured, a program runs code that is not torch's, or
+                the folder cannot be written.
+        """
+        lines = [f"folder: {os.fspath(folder)!r}"]
+        with alike(self._tp.compiler.group, "save_program", lines):
+            save_programs(self._tp, os.fspath(folder))
 
     @checked
     def clip_grad_norm_(

@@ -1,0 +1,237 @@
+"""What the ranks do in ``test_artifacts``: they save programs, load them, and compare every bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import DynamicCache, StaticCache
+
+import tpcompile
+from tests.helpers import families
+from tests.helpers.toys import Attention, Mlp
+from tests.on_ranks.models import call, mesh
+from tpcompile.runtime.artifacts.save_program import digest_of, file_digest
+
+DAMAGES = ("flip", "cut", "more", "gone", "other")
+CALLS = [
+    ["aten.from_file.default", ["a file", True, 1], {}],
+    ["tpcompile.local_module.default", [], {}],
+    ["aten.save.default", [], {}],
+    ["operator.attrgetter", ["system"], {}],
+    ["os.system", ["true"], {}],
+]
+STRUCTURES = [["pathlib.Path", "a file", [None]], ["transformers.pipelines.Pipeline", None, []]]
+VALUES = [
+    *(
+        {"device": "cuda:9"},
+        {"dtype": "load"},
+        {"node": 10**9},
+        {"group": [7]},
+        {"float": "1"},
+        {"slice": []},
+    ),
+    *(None, -1, 10**30, 0.5, [], {}, True, "s28", "aten.add.Tensor"),
+]
+
+
+class Counted(nn.Module):
+    """A packed attention and an MLP; a buffer that calls change; weights whose memory is not in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp, self.drop = Attention(packed=True), Mlp(20, 36), nn.Dropout(0.5)
+        self.odd = nn.Parameter(torch.randn(7, 20).t())
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor, *, scale: float = 1.0, style: Tensor | None = None) -> dict[str, Any]:
+        self.calls += 1
+        y = self.mlp(self.attention(x)) * scale
+        y = y if style is None else y + style
+        return {"y": self.drop(y), "more": (y @ self.odd, self.calls.clone())}
+
+
+class Writes(nn.Module):
+    """Keeps what it saw last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.last = Mlp(), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(x)
+        self.last = y
+        return y
+
+
+def bits(mine: Any, theirs: Any) -> bool:
+    """Whether all tensors of two results are the same, and the results of one type."""
+    pairs = zip(families.tensors(mine).items(), families.tensors(theirs).items(), strict=True)
+    return type(mine) is type(theirs) and all(n == m and torch.equal(x, y) for (n, x), (m, y) in pairs)
+
+
+def refusal(act: Any) -> str:
+    """What is said against it."""
+    try:
+        act()
+    except tpcompile.TpCompileError as error:
+        return str(error)
+    return "accepted"
+
+
+def toy(folder: str) -> dict[str, Any]:
+    """Two calls of a toy, and what is refused."""
+    torch.manual_seed(0)
+    sharded = tpcompile.parallelize(Counted().eval(), mesh(), (torch.randn(3, 5, 20),))
+    x, style = torch.randn(4, 9, 20), torch.randn(20)
+    with torch.no_grad():
+        sharded(x, style=style, scale=0.5)
+        sharded.save_program(folder)
+        loaded = tpcompile.load_program(folder, mesh())
+        same = [
+            bits(loaded(x), sharded(x)),
+            bits(loaded(x[:2], scale=0.5, style=style), sharded(x[:2], scale=0.5, style=style)),
+        ]
+        counted = [int(model(x)["more"][1]) for model in (loaded, sharded)]
+        expected = {"x": x, "y": sharded(x)["y"], "more": sharded(x)["more"][0]}
+    if dist.get_rank() == 0:
+        save_file(expected, f"{folder}-expected.safetensors")
+    halves = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"), backend_override={"tp": "gloo"})
+    found: dict[str, Any] = {"same": same, "counted": counted, "text": repr(loaded)}
+    found["refused"] = [
+        refusal(lambda: loaded(x, scale=0.25)),
+        refusal(lambda: loaded(x.double())),
+        refusal(lambda: loaded(x.clone().requires_grad_())),
+        refusal(lambda: loaded(x[dist.get_rank() :, :8])),
+        refusal(lambda: tpcompile.load_program(folder, halves, axis="dp")),
+        refusal(lambda: sharded.save_program(str(Path(folder).parent))),
+    ]
+    writing = tpcompile.parallelize(Writes().eval(), mesh(), (torch.randn(3, 12),))
+    other = tpcompile.parallelize(Mlp(), mesh(), (torch.randn(3, 12),))
+    for model in (writing, other):
+        found["refused"].append(refusal(lambda model=model: model.save_program(f"{folder}-other")))  # type: ignore[misc]
+    return found
+
+
+def fuzz(folder: str, scratch: str) -> dict[str, Any]:
+    """What becomes of damaged folders, and of such as somebody has made up: refused, or as it was."""
+    torch.manual_seed(0)
+    sharded = tpcompile.parallelize(Counted().eval(), mesh(), (torch.randn(3, 5, 20),))
+    x = torch.randn(4, 9, 20)
+    with torch.no_grad():
+        sharded.save_program(folder)
+        wanted = sharded(x)
+    mine, trap = Path(scratch) / str(dist.get_rank()), Path(scratch) / "trap"
+    files = sorted(path.name for path in Path(folder).iterdir())
+    texts = [name for name in files if name.endswith(".json")]
+    outcomes: dict[str, int] = {}
+
+    def judge() -> None:
+        try:
+            loaded = tpcompile.load_program(str(mine), mesh())
+            found = "the same" if bits(loaded(x), wanted) else "wrong"
+        except tpcompile.TpCompileError:
+            found = "refused"
+        outcomes[found] = outcomes.get(found, 0) + 1
+        assert found != "wrong"
+
+    def renew() -> None:
+        shutil.rmtree(mine, ignore_errors=True)
+        shutil.copytree(folder, mine)
+
+    @settings(max_examples=60, derandomize=True, database=None, deadline=None)
+    @given(st.sampled_from(files), st.sampled_from(DAMAGES), st.integers(0), st.integers(1, 255))
+    def damaged(name: str, how: str, at: int, by: int) -> None:
+        renew()
+        content = bytearray((mine / name).read_bytes())
+        at %= len(content)
+        if how == "flip":
+            content[at] ^= by
+        elif how == "cut":
+            del content[at:]
+        elif how == "more":
+            content[at:at] = bytes([by])
+        if how == "gone":
+            (mine / name).unlink()
+        else:
+            other = (mine / files[by % len(files)]).read_bytes()
+            (mine / name).write_bytes(other if how == "other" else bytes(content))
+        judge()
+
+    def change(name: str, places: Any, value: Any) -> str:
+        """What is said to a folder with another value, and digests that fit."""
+        renew()
+        data = json.loads((mine / name).read_text())
+        holder, key = places(data)
+        holder[key] = value
+        (mine / name).write_text(json.dumps(data))
+        manifest = json.loads((mine / "program.json").read_text())
+        if name != "program.json":
+            manifest["files"][name] = file_digest(mine / name)
+        (mine / "program.json").write_text(json.dumps(manifest | {"digest": digest_of(manifest)}))
+        said = refusal(lambda: tpcompile.load_program(str(mine), mesh()))
+        assert not trap.exists()
+        return said
+
+    @settings(max_examples=100, derandomize=True, database=None, deadline=None)
+    @given(st.sampled_from(texts), st.integers(0), st.sampled_from([*CALLS, *STRUCTURES, *VALUES]))
+    def made_up(name: str, at: int, value: Any) -> None:
+        change(name, lambda data: (every := list(places_in(data)))[at % len(every)], value)
+
+    damaged()
+    made_up()
+    code = f"__import__('pathlib').Path({str(trap)!r}).touch()"
+    calls = [*CALLS, ["aten.add.Tensor", [], {f"x={code} or self": 1}]]
+    hostile = [change(f"rank-{rank}.json", _first_call, call) for rank in range(2) for call in calls]
+    for key, value in (("guards", [code]), ("guards", [f"s28 < 9 or {code}"]), ("ranges", [[code, 2, 9]])):
+        hostile.append(change("program.json", lambda data, key=key: (data["calls"][0], key), value))
+    for value in STRUCTURES:
+        hostile.append(change("program.json", lambda data: (data["calls"][0], "result"), value))
+    return {**outcomes, "hostile": hostile}
+
+
+def _first_call(data: Any) -> Any:
+    return data["programs"][0]["graph"]["calls"], 0
+
+
+def places_in(data: Any) -> Any:
+    """All places of a JSON value: the container, and the key there."""
+    for key, value in list(data.items() if isinstance(data, dict) else enumerate(data)):
+        yield data, key
+        if isinstance(value, dict | list):
+            yield from places_in(value)
+
+
+def model_family(name: str, folder: str) -> list[bool]:
+    """A model of transformers: a prompt, and the next token, with both kinds of caches."""
+    model = tpcompile.parallelize(
+        families.build(name, num_hidden_layers=1), mesh(), example_kwargs=call(name, (2, 7))
+    )
+    ids, more = families.token_ids(3, 6), families.token_ids(3, 1)
+    caches = [
+        lambda: DynamicCache(config=model.config),
+        lambda: StaticCache(config=model.config, max_cache_len=16),
+    ]
+    with torch.no_grad():
+
+        def run(runs: Any) -> list[Any]:
+            results = []
+            for make in caches:
+                cache = make()
+                for tokens in (ids, more):
+                    results.append(runs(input_ids=tokens, past_key_values=cache, use_cache=True).logits)
+            return results
+
+        wanted = run(model)
+        model.save_program(folder)
+        loaded = tpcompile.load_program(folder, mesh())
+        return [bits(x, y) for x, y in zip(run(loaded), wanted, strict=True)]

@@ -1,0 +1,65 @@
+"""Saved programs: the same bits without the model, and whatever is wrong with a folder is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch._C._distributed_c10d import TCPStore
+
+from tests.helpers.run_ranks import run_spmd
+from tests.on_ranks import artifacts
+
+FRESH = """
+import sys, torch, tpcompile
+from safetensors.torch import load_file
+loaded = tpcompile.load_program(sys.argv[1])
+for names in ("tests.on_ranks.artifacts", "tests"):
+    assert names not in sys.modules
+expected = load_file(sys.argv[1] + "-expected.safetensors")
+found = loaded(expected["x"])
+assert torch.equal(found["y"], expected["y"]) and torch.equal(found["more"][0], expected["more"])
+print("the same")
+"""
+
+
+def test_a_toy_and_what_is_refused(tmp_path: Path) -> None:
+    refused = ["it takes x, scale, style", "x is of another type", "records no gradients", "different calls"]
+    refused += [
+        "was saved for 2 ranks",
+        "something else in the folder",
+        "forward changes",
+        "in evaluation mode",
+    ]
+    folder = tmp_path / "program"
+    for rank, found in enumerate(run_spmd(artifacts.toy, 2, str(folder))):
+        assert found["same"] == [True, True]
+        assert found["counted"][0] == found["counted"][1] > 1
+        assert f"saved Counted, rank {rank} of 2" in found["text"]
+        for text, part in zip(found["refused"], refused, strict=True):
+            assert part in text
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    command = [sys.executable, "-c", FRESH, str(folder)]
+    started = [
+        subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in started:
+        assert process.communicate(timeout=240)[0] == "the same\n"
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_a_family_with_its_caches(tmp_path: Path, name: str) -> None:
+    for found in run_spmd(artifacts.model_family, 2, name, str(tmp_path / name)):
+        assert all(found)
+
+
+def test_damaged_and_made_up_folders(tmp_path: Path) -> None:
+    for rank, outcomes in enumerate(run_spmd(artifacts.fuzz, 2, str(tmp_path / "program"), str(tmp_path))):
+        assert outcomes["refused"] > 40
+        assert "accepted" not in outcomes["hostile"], rank

@@ -1,0 +1,1 @@
+"""A sharded model's programs on disk, and run without the model."""

@@ -1,0 +1,161 @@
+"""Reads what ``save_program`` wrote. Nothing in the folder is executed, and nothing damaged is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from tpcompile.capture.caches.register import register_cache_support
+from tpcompile.errors import TpCompileError, refusing
+from tpcompile.ir.check import checked
+from tpcompile.planner.plan import Plan
+from tpcompile.ranks.agree import compare, together
+from tpcompile.ranks.groups import AxisGroups
+from tpcompile.ranks.mesh import check_mesh, default_mesh, local_device
+from tpcompile.ranks.mesh_axis import MeshAxis
+from tpcompile.ranks.own_groups import TIMEOUT, seconds_of
+
+from .call_data import captured_of, example_of, signature_of_data
+from .graph_data import graph_of
+from .loaded_program import LoadedCall, LoadedProgram, TensorFeed
+from .save_program import FORMAT, MANIFEST, VERSION, digest_of, versions
+from .values import decode
+
+_TODO = "copy the folder again, or save the program again"
+
+
+@checked
+def load_program(
+    folder: str | PathLike[str],
+    mesh: DeviceMesh | None = None,
+    *,
+    axis: str | None = None,
+    timeout: float | timedelta = TIMEOUT,
+) -> LoadedProgram:
+    """A sharded model's programs, as ``model.save_program(folder)`` has written them.
+
+    It needs neither the model's class nor a checkpoint, and captures and plans nothing. It is called as the
+    model was, for inference, and gives the same, bit for bit. All ranks must call this.
+
+    Args:
+        folder: what was written.
+        mesh: the device mesh, of as many ranks as the model had; by default one axis over all processes.
+        axis: the name of the mesh axis, for a mesh of several.
+        timeout: seconds that ranks wait for each other.
+
+    Raises:
+        TpCompileError: on all ranks: the folder holds something else, is damaged, or was written by another
+            version, or for another number of ranks or type of device.
+    """
+    path = Path(folder)
+    mesh = mesh if mesh is not None else default_mesh()
+    ranks, place = check_mesh(mesh, axis), MeshAxis.of(mesh, axis, seconds_of(timeout))
+    data = together(place.group, "read the program", lambda: _read_manifest(path, ranks, place.device_type))
+    compare(place.group, "saved programs", [data["digest"]], "give every rank the same folder")
+    groups = AxisGroups(place, tuple(data["axes"]))
+    return together(place.group, "load the program", lambda: _load(path, data, place, groups))
+
+
+def _read_manifest(folder: Path, ranks: int, device: str) -> dict[str, Any]:
+    file = folder / MANIFEST
+    with refusing("not a saved program", where=str(file), todo="give a folder that save_program has written"):
+        data = json.loads(file.read_bytes())
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"it is not a {FORMAT}")
+        if data.get("version") != VERSION:
+            raise ValueError(f"version {data.get('version')!r} of the format, this is {VERSION}")
+        if data.get("digest") != digest_of(data):
+            raise ValueError("it was changed, or is damaged")
+        wanted, axes = {str(k): str(v) for k, v in data["versions"].items()}, tuple(data["axes"])
+        if math.prod(axes) != data["ranks"] or not all(type(n) is int and n > 0 for n in axes):
+            raise ValueError(f"the sub-axes {axes} do not make up {data['ranks']} ranks")
+    found, todo = versions(), "save the program again from the model, as it is to be run"
+    for name in {**wanted, **found}:
+        if wanted.get(name) != found.get(name):
+            what = f"saved with {name} {str(wanted.get(name))[:12]}, this is {str(found.get(name))[:12]}"
+            raise TpCompileError(f"the program was {what}", where=str(file), todo=todo)
+    if (data["ranks"], data["device"]) != (ranks, device):
+        what = f"for {data['ranks']} ranks on {data['device']}, the mesh has {ranks} on {device}"
+        raise TpCompileError(f"the program was saved {what}", where=str(file), todo=todo)
+    return data
+
+
+def _load(folder: Path, data: Mapping[str, Any], axis: MeshAxis, groups: AxisGroups) -> LoadedProgram:
+    register_cache_support()
+    device = local_device(axis.device_type)
+    with refusing("the saved program cannot be read", where=str(folder), todo=_TODO):
+        texts, stored = (
+            _read_file(folder / f"rank-{axis.rank}.{kind}", data["files"]) for kind in ("json", "safetensors")
+        )
+        mine = json.loads(texts)
+        tensors = {n: _restore(t, mine["orders"][n], device) for n, t in load_tensors(stored).items()}
+        pairs = zip(data["calls"], mine["programs"], strict=True)
+        calls = [_call(call, part, tensors, groups.name, device) for call, part in pairs]
+        plan = Plan.from_json(data["plan"])
+        return LoadedProgram(
+            str(data["model"]), signature_of_data(data["signature"]), calls, tensors, plan, axis
+        )
+
+
+def _read_file(path: Path, digests: Mapping[str, str]) -> bytes:
+    """A file, which is read once: what was checked is what is used.
+
+    Raises:
+        ValueError: it is not the one that was written.
+    """
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digests[path.name]:
+        raise ValueError(f"{path.name} was changed, or is damaged")
+    return content
+
+
+def _restore(tensor: Tensor, order: list[int] | None, device: torch.device) -> Tensor:
+    """A tensor with its dimensions in the order, in memory, that they had: kernels go by that."""
+    if order is not None:
+        tensor = tensor.permute(sorted(range(len(order)), key=order.__getitem__))
+    return tensor.to(device)
+
+
+def _call(
+    data: Mapping[str, Any],
+    mine: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    group_name: Callable[[tuple[int, ...]], str],
+    device: torch.device,
+) -> LoadedCall:
+    graph = graph_of(mine["graph"], len(mine["feeds"]), group_name, device)
+    leaves = len(data["inputs"])
+
+    def feed(source: Any) -> TensorFeed | int:
+        if type(source) is int and 0 <= source < leaves:
+            return source
+        name, segment, overwritten = source
+        return TensorFeed(
+            tensors[name], None if segment is None else tuple(map(int, segment)), bool(overwritten)
+        )
+
+    return LoadedCall(
+        captured_of(data, graph, device),
+        graph,
+        tuple(map(feed, mine["feeds"])),
+        tuple(tensors[name] for name in mine["mutated"]),
+        tuple(map(str, data["names"])),
+        example_of(data, device),
+        frozenset(map(int, data["numbers"])),
+        tuple(map(int, data["loose"])),
+        {int(at): int(before) for at, before in data["same"]},
+        None if data["wanted"] is None else [bool(each) for each in data["wanted"]],
+        decode(data["autocast"], device),
+        decode(data["default"], device),
+    )

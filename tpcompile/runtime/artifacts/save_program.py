@@ -1,0 +1,233 @@
+"""Writes what a sharded model runs, so that it runs in another process without the model.
+
+A folder has ``program.json``, which says what it is and is written last, and for each rank a file of graphs
+and one of tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tpcompile.errors import TpCompileError, refusing
+from tpcompile.ir.calls import CallSignature
+from tpcompile.lowering.state import SOURCE
+from tpcompile.planner.disk_cache import own_sources
+from tpcompile.planner.write_file import write_whole
+from tpcompile.ranks.agree import together
+from tpcompile.ranks.exchange import exchange
+from tpcompile.ranks.groups import AxisGroups
+from tpcompile.ranks.mesh_axis import MeshAxis
+from tpcompile.weights.sharded_parameter import local_tensor
+
+from ..fetch_inputs import Feed
+from ..guards import hooks_below
+from ..program import Program
+from ..state import State
+from .call_data import call_data, signature_data
+from .graph_data import graph_data
+
+FORMAT = "tpcompile program"
+VERSION = 1
+MANIFEST = "program.json"
+_TODO = "give a folder of its own, with room in it"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is saved.
+
+    Attributes:
+        programs: the call signatures.
+        axis: the ranks.
+        groups: the process groups of the sub-axes.
+        signature: of the model's forward.
+        name: the model's class, for people.
+    """
+
+    programs: Sequence[Program]
+    axis: MeshAxis
+    groups: AxisGroups
+    signature: CallSignature
+    name: str
+
+
+def save_programs(model: State, folder: str) -> None:
+    """Writes the programs of a sharded model; all of its ranks call this.
+
+    Args:
+        model: what it knows.
+        folder: where to.
+
+    Raises:
+        TpCompileError: see ``save_program``; or there are none.
+    """
+    programs = [program for program in model.programs if _is_current(program, model)]
+    if not programs or model.compiler.axis is None:
+        raise TpCompileError(
+            "no call of the model, as it is now, was captured in evaluation mode",
+            where="save_program",
+            todo="call model.eval(), then the model under torch.no_grad()",
+        )
+    root = programs[0].root
+    hooks = [*root._forward_hooks, *root._forward_pre_hooks]
+    if model.foreign or model.lent or model.composed or hooks or hooks_below(root, "", model.hooks):
+        raise TpCompileError(
+            "the model does not run as programs alone",
+            where="save_program",
+            todo="save one without hooks that is captured whole and that nothing else has divided",
+        )
+    groups = model.compiler.groups[programs[0].plan.axis_sizes]
+    name = model.original.__name__
+    save_program(Path(folder), Saved(programs, model.compiler.axis, groups, model.signature, name))
+
+
+def save_program(folder: Path, saved: Saved) -> None:
+    """Writes a folder; all ranks of the axis call this.
+
+    Raises:
+        TpCompileError: on all ranks: a program cannot be saved, or the folder cannot be written; what is no
+            saved program is left as it is.
+    """
+    axis, writes = saved.axis, saved.axis.replica == 0
+    tensors: dict[str, Tensor] = {}
+
+    def describe() -> tuple[list[Any], list[Any]]:
+        kept: dict[int, str] = {}
+        calls = [call_data(program) for program in saved.programs]
+        return calls, [_rank_data(program, saved, tensors, kept) for program in saved.programs]
+
+    calls, mine = together(axis.group, "describe the programs", describe)
+    _prepare(folder, axis, writes)
+    files = together(
+        axis.group, "write the program", lambda: _write(folder, axis.rank, mine, tensors, writes)
+    )
+    everyone = exchange(axis.group, "write the program: files", files)
+    digests = {name: digest for each in everyone for name, digest in each.items()}
+
+    def finish() -> None:
+        if writes and axis.rank == 0:
+            with refusing("the program cannot be written", where=str(folder), todo=_TODO):
+                write_whole(folder / MANIFEST, json.dumps(_manifest(saved, calls, digests)))
+
+    together(axis.group, "finish the program", finish)
+
+
+def _is_current(program: Program, model: State) -> bool:
+    """Whether a program would run in a call of the model as it is now, without gradients."""
+    whole = not program.entry and not program.training and program.types == model.settings.types
+    quiet = program.gradients is None or not program.gradients[0]
+    return whole and quiet and program.reads.hold(model.settings.state)
+
+
+def digest_of(data: Mapping[str, Any]) -> str:
+    """Of a manifest without its digest."""
+    text = json.dumps({key: value for key, value in data.items() if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What a saved program depends on; of torch without the kind of device that it was built for."""
+    found = {"torch": torch.__version__.partition("+")[0], "tpcompile": own_sources()}
+    return found | {"transformers": importlib.metadata.version("transformers")}
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _rank_data(
+    program: Program, saved: Saved, tensors: dict[str, Tensor], kept: dict[int, str]
+) -> dict[str, Any]:
+    """A rank's graph of one call, and where its inputs come from; their tensors join the others."""
+    graph = program.graph_module.graph
+    placeholders = graph.find_nodes(op="placeholder")
+
+    def feed(source: Feed | int, name: str) -> Any:
+        if isinstance(source, int):
+            return source
+        held = source.held()
+        if id(held) not in kept:
+            kept[id(held)] = name if name not in tensors else f"{name} {len(tensors)}"
+            tensors[kept[id(held)]] = local_tensor(held).detach()
+        return [kept[id(held)], source.segment, source.overwritten]
+
+    names = [node.meta[SOURCE].spec.name for node in placeholders]
+    return {
+        "graph": graph_data(graph, _axes_of(saved.groups)),
+        "feeds": [feed(source, name) for source, name in zip(program.feeds, names, strict=True)],
+        "mutated": [feed(source, source.name)[0] for source in program.mutated],
+    }
+
+
+def _axes_of(groups: AxisGroups) -> dict[str, tuple[int, ...]]:
+    every = range(len(groups.axis_sizes))
+    subsets = [axes for size in range(1, len(groups.axis_sizes) + 1) for axes in combinations(every, size)]
+    return {groups.name(axes): axes for axes in subsets}
+
+
+def _prepare(folder: Path, axis: MeshAxis, writes: bool) -> None:
+    """Makes the folder; a program in it is not one any more from now on."""
+
+    def prepare() -> None:
+        with refusing("the program cannot be written", where=str(folder), todo=_TODO):
+            if not writes or axis.rank:
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+                raise TpCompileError("there is something else in the folder", where=str(folder), todo=_TODO)
+            (folder / MANIFEST).unlink(missing_ok=True)
+            for path in (*folder.glob("rank-*.json"), *folder.glob("rank-*.safetensors")):
+                path.unlink()
+
+    together(axis.group, "make the program's folder", prepare)
+
+
+def _write(
+    folder: Path, rank: int, programs: list[Any], tensors: Mapping[str, Tensor], writes: bool
+) -> dict[str, str]:
+    """Writes a rank's files; their digests by their names."""
+    if not writes:
+        return {}
+    with refusing("the program cannot be written", where=str(folder), todo=_TODO):
+        orders, stored = {}, {}
+        for name, tensor in tensors.items():
+            strides = tensor.stride()
+            order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
+            orders[name] = order if order != sorted(order) else None
+            stored[name] = tensor.permute(order).contiguous().clone()
+        path = folder / f"rank-{rank}.safetensors"
+        save_file(stored, path)
+        text = folder / f"rank-{rank}.json"
+        text.write_text(json.dumps({"programs": programs, "orders": orders}))
+        return {each.name: file_digest(each) for each in (path, text)}
+
+
+def _manifest(saved: Saved, calls: list[Any], files: Mapping[str, str]) -> dict[str, Any]:
+    plan = saved.programs[-1].plan
+    data = {
+        "format": FORMAT,
+        "version": VERSION,
+        "versions": versions(),
+        "model": saved.name,
+        "device": saved.axis.device_type,
+        "ranks": len(saved.axis.rows[0]),
+        "axes": list(saved.groups.axis_sizes),
+        "signature": signature_data(saved.signature),
+        "calls": calls,
+        "plan": plan.to_json(),
+        "files": dict(sorted(files.items())),
+    }
+    return data | {"digest": digest_of(data)}
