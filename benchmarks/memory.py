@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tpcompile
-from benchmarks.megatron import Local
+from benchmarks.megatron import Layer, Trained
 
 RANKS = 2
 
@@ -63,27 +63,16 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-class ByHand(Local):
-    """The hand-written module as it is trained: Megatron-LM's f and g, layers under torch's checkpointing."""
+class ByHand(Trained):
+    """The hand-written module with its layers under torch's checkpointing."""
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return torch.ops.tpcompile.all_reduce(x, self.group)
-
-    def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.ops.tpcompile.copy_to_ranks(super()._normalised(x, weight), self.group)
+    def run(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        result: Tensor = checkpoint(layer, x, cos, sin, use_reentrant=False)
+        return result
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        local = input_ids - self.first
-        mine = (local >= 0) & (local < self.embed.shape[0])
-        x = self.all_reduce(F.embedding(local * mine, self.embed) * mine.unsqueeze(-1))
-        angles = torch.outer(torch.arange(input_ids.shape[1]).float(), self.get_buffer("inv_freq"))
-        angles = torch.cat([angles, angles], -1)
-        cos, sin = angles.cos(), angles.sin()
-        for layer in self.layers:
-            x = checkpoint(layer, x, cos, sin, use_reentrant=False)
-        part = F.linear(self._normalised(x, self.norm), self.head)
         sizes = [self.head.shape[0]] * self.ranks
-        return torch.ops.tpcompile.all_gather(part, self.group, 2, sizes, self.rank)
+        return torch.ops.tpcompile.all_gather(self.logits(input_ids), self.group, 2, sizes, self.rank)
 
 
 def measure(model: Any, logits: Callable[[Tensor], Tensor], ids: Tensor) -> tuple[int, int]:
