@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Partial, Replicate
@@ -334,43 +333,3 @@ def _load_from_another_rank(model: Any) -> None:
 def _read_under_a_hook(weight: Tensor) -> None:
     weight.register_post_accumulate_grad_hook(lambda p: None)
     weight.square().sum().backward()
-
-
-def around() -> dict[str, dict[str, float]]:
-    """Data parallelism of each kind over the other axis of a mesh.
-
-    All over one mesh: what torch finds out for a mesh it keeps for equal ones, whose groups may be gone.
-    """
-    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    return {kind: _around(kind, both) for kind in ("ddp", "whole", "layers")}
-
-
-def _around(kind: str, both: DeviceMesh) -> dict[str, float]:
-    """The errors of gradients, and of weights that are gathered after a step."""
-    torch.manual_seed(0)
-    whole = nn.Sequential(Mlp(inner=20), Mlp(inner=16)).double()
-    batches = torch.randn(2, 3, 5, 12, dtype=F64)
-    sharded: Any = tpcompile.parallelize(copy.deepcopy(whole), both, (batches[0],), axis="tensor")
-    wrapped: Any = sharded
-    if kind == "ddp":
-        wrapped = DistributedDataParallel(sharded, process_group=both.get_group("data"))
-    elif kind == "layers":
-        for layer in sharded:
-            fully_shard(layer, mesh=both["data"])
-    if kind != "ddp":
-        fully_shard(sharded, mesh=both["data"])
-    run: Any = [torch.optim.SGD(each.parameters(), 0.1) for each in (wrapped, whole)]
-    wrapped(batches[both.get_local_rank("data")]).square().sum().backward()
-    (sum(whole(b).square().sum() for b in batches) / 2).backward()
-    named = dict(sharded.named_parameters())
-    found = {"gradients": max(error(_whole(named[n].grad), p.grad) for n, p in whole.named_parameters())}
-    for optimizer in run:
-        optimizer.step()
-    found["weights"] = error(sharded.full_state_dict(), whole.state_dict())
-    if kind != "ddp":
-        parts = {name: _whole(value) for name, value in sharded.sharded_state_dict().items()}
-        found["sharded_state_dict"] = error(parts, whole.state_dict())
-        gathered = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
-        if dist.get_rank() == 0:
-            found["get_model_state_dict"] = error(gathered, whole.state_dict())
-    return found

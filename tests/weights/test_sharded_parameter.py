@@ -74,11 +74,6 @@ def test_a_call_that_is_refused_divides_nothing() -> None:
         assert whole and worst <= 1e-5
 
 
-def test_data_parallelism_over_another_axis() -> None:
-    for found in run_spmd(spmd.around, 4):
-        assert max(error for errors in found.values() for error in errors.values()) <= CLOSE, found
-
-
 @pytest.mark.parametrize("order, said", [([0, 1], True), ([1, 0], False)])
 def test_a_mesh_in_another_order_is_not_divided_further(order: list[int], said: bool) -> None:
     """DTensor's parts go by the mesh, ours by ascending ranks."""

@@ -24,6 +24,7 @@ from torch.optim import optimizer
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import foreach_utils, fully_shard
+from tpcompile.ir.when_imported import when_imported
 
 from .clipping import tell_clipping
 from .optimizer_state import parts_of_state
@@ -58,6 +59,7 @@ def guard_torch() -> None:
     autograd._engine_run_backward = functools.partial(_run_backward, autograd._engine_run_backward)
     graph: Any = torch.autograd.graph
     graph._get_grad_fn_or_grad_acc = functools.partial(_find_node, graph._get_grad_fn_or_grad_acc)
+    when_imported("torch.distributed.pipelining.stage", _tell_pipelining)
 
 
 Construct = Callable[[Callable[[], None], dict[str, Any]], None]
@@ -200,6 +202,23 @@ def _find_node(original: Any, tensor: Any) -> Any:
     if isinstance(tensor, ShardedParameter) and tensor.is_leaf:
         _refuse("torch.autograd.graph waits for", tensor, "use a hook on each: parameter.register_hook(...)")
     return original(tensor)
+
+
+def _tell_pipelining(module: Any) -> None:
+    """Schedules that compute gradients of weights later look for where these arrive: at the leaves."""
+    of_inputs, of_weights = module.stage_backward_input, module.stage_backward_weight
+
+    def stage_backward_input(outputs: Any, grads: Any, inputs: Any, weights: Iterable[Tensor]) -> Any:
+        return of_inputs(outputs, grads, inputs, map(_leaf, weights))
+
+    def stage_backward_weight(weights: Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
+        return of_weights(map(_leaf, weights), *args, **kwargs)
+
+    module.stage_backward_input, module.stage_backward_weight = stage_backward_input, stage_backward_weight
+
+
+def _leaf(p: Tensor) -> Tensor:
+    return local_tensor(p) if isinstance(p, ShardedParameter) else p
 
 
 def _refuse_result(tensor: Any) -> None:
