@@ -53,6 +53,8 @@ from benchmarks.megatron import Trained
 from benchmarks.step import AGAIN, Times, ratios
 
 RANKS = 2
+USUAL, SMALL = (1024, 4, 32000, (2, 512)), (256, 2, 4096, (2, 128))
+"""Width, layers, vocabulary, and batch."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,18 @@ def dtensor(wanted: Wanted, mesh: DeviceMesh, compiled: bool, sequence: bool) ->
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
         "lm_head": ColwiseParallel(input_layouts=between, output_layouts=Shard(-1), use_local_output=False),
     }
-    inside = {"self_attn.q_proj": column, "self_attn.k_proj": column, "self_attn.v_proj": column}
+    inside: dict[str, Any] = {
+        "self_attn.q_proj": column,
+        "self_attn.k_proj": column,
+        "self_attn.v_proj": column,
+    }
     inside |= {"mlp.gate_proj": column, "mlp.up_proj": column, "mlp.down_proj": row, "self_attn.o_proj": row}
     if sequence:
-        gathered = {"hidden_states": between}, {"hidden_states": Replicate()}
+        given: dict[str, Any] = {"hidden_states": between}
+        gathered: dict[str, Any] = {"hidden_states": Replicate()}
         inside |= {"input_layernorm": SequenceParallel(), "post_attention_layernorm": SequenceParallel()}
         inside["self_attn"] = PrepareModuleInput(
-            input_kwarg_layouts=gathered[0], desired_input_kwarg_layouts=gathered[1]
+            input_kwarg_layouts=given, desired_input_kwarg_layouts=gathered
         )
         inside["mlp"] = PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),))
         plan["model.norm"] = SequenceParallel()
@@ -208,7 +215,7 @@ class Training:
         gc.collect()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             self.step(ids)
-        events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+        events = seen.profiler.kineto_results.events()
         now = most = 0
         for event in events:
             if event.name() == "[memory]":
@@ -307,11 +314,13 @@ def main() -> None:
     if "Hugging Face tp_plan" in names and find_spec("accelerate") is None:
         print("Hugging Face tp_plan is left out: pip install accelerate", file=sys.stderr)
         names.remove("Hugging Face tp_plan")
-    sizes: Any = (256, 2, 4096, (2, 128)) if asked.small else (1024, 4, 32000, (2, 512))
+    width, layers, vocabulary, batch = SMALL if asked.small else USUAL
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(TORCHINDUCTOR_CACHE_DIR=f"{folder}/inductor", TPCOMPILE_CACHE="0")
         modes = tuple(asked.mode or ("eager", "compiled"))
-        wanted = Wanted(*sizes, asked.rounds, modes, tuple(names), f"{folder}/model")
+        wanted = Wanted(
+            width, layers, vocabulary, batch, asked.rounds, modes, tuple(names), f"{folder}/model"
+        )
         whole_model(wanted).save_pretrained(wanted.folder)
         mp.spawn(measure, args=(29000 + os.getpid() % 1000, wanted), nprocs=RANKS)
 
