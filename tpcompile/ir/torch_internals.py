@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import _resolve_process_group as resolve_process
 from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards, dict_version
 from torch._C._functorch import peek_interpreter_stack
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import config as dynamo_config
 from torch._dynamo import mark_static_address
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.source import ConstantSource
@@ -94,6 +95,7 @@ __all__ = [
     "disabled_torch_function_impl",
     "dispatch_has_kernel",
     "dispatch_has_kernel_for_dispatch_key",
+    "dynamo_config",
     "enable_python_dispatcher",
     "export_trace",
     "flatten_state_dict",

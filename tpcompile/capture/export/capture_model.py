@@ -7,7 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.caches.register import register_cache_support
 from tpcompile.errors import OnlyInParts, TpCompileError
 from tpcompile.ir.calls import OpenNumber, flatten_call, identical, leaf_names
-from tpcompile.ir.torch_internals import FakeTensorMode
+from tpcompile.ir.torch_internals import FakeTensorMode, dynamo_config
 
 from .autograd_functions import kept_functions
 from .captured import Captured
@@ -159,7 +159,7 @@ def _export(
     )
     flat = FlatModel(model, leaves, structure, attempt)
     with lend_fake_weights(model, device), _quiet(), no_fused_encoder(), kept_functions() as kept:
-        with watched_calls() as watch:
+        with watched_calls() as watch, _cached_results(attempt):
             exported = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
         _inline(exported)
         program = decompose(exported)
@@ -202,6 +202,15 @@ def _inline(program: ExportedProgram) -> None:
         if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].requires_grad
     }
     inline_regions(program.graph_module, grad_enabled=torch.is_grad_enabled(), tainted=tainted)
+
+
+def _cached_results(attempt: Attempt) -> AbstractContextManager[object]:
+    """Whether fake tensors use torch's cache of what calls give, also later, in lowering.
+
+    To keep a result whose sizes are symbols takes longer than most calls: captures took up to twice as long.
+    """
+    static = all(spec is None for spec in attempt.dynamic)
+    return dynamo_config.patch(fake_tensor_cache_enabled=static)
 
 
 @contextmanager
