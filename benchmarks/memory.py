@@ -11,56 +11,24 @@ from __future__ import annotations
 
 import argparse
 import copy
-import tempfile
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tpcompile
 from benchmarks.megatron import Layer, Trained
+from benchmarks.predicted import local_parts
+from tests.helpers.run_ranks import run_spmd
+from tpcompile.runtime.dry_run.live_bytes import LiveBytes
 
 RANKS = 2
-
-
-class Alive(TorchDispatchMode):
-    """Counts the bytes of tensors that were made under it and are still there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                self._count(x.untyped_storage(), given)
-        return result
-
-    def _count(self, storage: Any, given: set[int]) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known or key in given:
-            return
-        self.known.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 class ByHand(Trained):
@@ -82,16 +50,18 @@ def measure(model: Any, logits: Callable[[Tensor], Tensor], ids: Tensor) -> tupl
         return F.cross_entropy(logits(ids).flatten(0, 1), ids.flatten())
 
     loss().backward()  # so that gradients are there, and what is captured and cached
-    with Alive() as alive:
+    live = LiveBytes()
+    for each in local_parts(p for one in model.parameters() for p in (one, one.grad) if p is not None):
+        live.hold(each, counts=False)
+    with live:
         result = loss()
-        kept = alive.now
+        kept = live.live
         result.backward()
-    return kept, alive.most
+    return kept, live.peak
 
 
-def work(rank: int, store: str, given: argparse.Namespace) -> None:
+def measure_all(given: argparse.Namespace) -> None:
     """One rank's measurements; the first rank prints them."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=given.width,
@@ -107,7 +77,7 @@ def work(rank: int, store: str, given: argparse.Namespace) -> None:
     mesh = init_device_mesh("cpu", (RANKS,))
 
     def say(name: str, found: tuple[int, int]) -> None:
-        if rank == 0:
+        if dist.get_rank() == 0:
             print(f"| {name} | {found[0] / 2**20:.1f} | {found[1] / 2**20:.1f} |", flush=True)
 
     def call(model: Any) -> Callable[[Tensor], Tensor]:
@@ -131,7 +101,6 @@ def work(rank: int, store: str, given: argparse.Namespace) -> None:
         example = {"input_ids": ids, "use_cache": False}
         model = tpcompile.parallelize(copy.deepcopy(whole), mesh, example_kwargs=example, **options)
         say(name, measure(model, call(model), ids))
-    dist.destroy_process_group()
 
 
 def main() -> None:
@@ -142,8 +111,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     given = parser.parse_args()
     print("| | kept for backward, MiB | most at once, MiB |\n|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (f"{folder}/store", given), nprocs=RANKS)
+    run_spmd(measure_all, RANKS, given, timeout=3600)
 
 
 if __name__ == "__main__":

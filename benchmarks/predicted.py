@@ -11,16 +11,11 @@ The ratio is predicted / measured, for the rank that takes most.
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -28,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tpcompile
 from benchmarks.wire import Wire
+from tests.helpers.run_ranks import run_spmd
 from tpcompile.ir.units import size_text
 from tpcompile.planner.dry_run.estimate import Mode
 from tpcompile.runtime.dry_run.live_bytes import LiveBytes
@@ -112,31 +108,24 @@ def _step(known: list[Tensor], ranks: int, call: Callable[[], object]) -> tuple[
     return _bytes(known) + live.peak, _sent_text(wire.count, wire.sent)
 
 
-def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
+def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This rank's parts."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def measure(rank: int, family: str, ranks: int, layers: int, port: int, folder: str) -> None:
-    """Runs everything on one rank, and leaves what it took in a file."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+def measure(family: str, ranks: int, layers: int) -> Taken:
+    """The same as ``predicted``, measured on this rank."""
     torch.manual_seed(0)
     model: Any = model_of(family, layers)
     tpcompile.parallelize(model, init_device_mesh("cpu", (ranks,)))
-    torch.save(steps(model, torch.randint(1000, (BATCH, LENGTH)), ranks), Path(folder) / str(rank))
-    dist.destroy_process_group()
-
-
-def steps(model: Any, ids: Tensor, ranks: int) -> Taken:
-    """What the weights and each kind of step take on this rank, of a sharded model that generates."""
+    ids = torch.randint(1000, (BATCH, LENGTH))
     train = training(model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss, ranks)
     return {**generating(model, ids, ranks), "train": train}
 
 
 def generating(model: Any, ids: Tensor, ranks: int) -> Taken:
     """What the weights, a prompt and the token behind it take on this rank, each for the second time."""
-    weights = _local((*model.parameters(), *model.buffers()))
+    weights = local_parts((*model.parameters(), *model.buffers()))
     found = {"weights": (float(_bytes(weights)), "")}
     with torch.no_grad():
         _next(model, ids, _prompt(model, ids))
@@ -156,8 +145,8 @@ def training(model: Any, loss: Callable[[], Tensor], ranks: int) -> tuple[float,
         optimizer.zero_grad()
 
     train()
-    states = _local(v for state in optimizer.state.values() for v in state.values() if v.ndim)
-    weights = _local((*model.parameters(), *model.buffers()))
+    states = local_parts(v for state in optimizer.state.values() for v in state.values() if v.ndim)
+    weights = local_parts((*model.parameters(), *model.buffers()))
     return _step([*weights, *states], ranks, train)
 
 
@@ -180,13 +169,6 @@ def _tensors(caches: dict[str, Any]) -> list[Tensor]:
     return [x for x in flat if isinstance(x, Tensor)]
 
 
-def measured(family: str, ranks: int, layers: int, port: int) -> list[Taken]:
-    """The same as ``predicted``, of each rank."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(measure, args=(family, ranks, layers, port, folder), nprocs=ranks)
-        return [torch.load(Path(folder) / str(rank)) for rank in range(ranks)]
-
-
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -195,11 +177,11 @@ def main() -> None:
     parser.add_argument("--family", action="append")
     options = parser.parse_args()
     print("| family | what | predicted | measured | ratio | what is sent |\n|---|---|---|---|---|---|")
-    for number, family in enumerate(options.family or FAMILIES):
+    for family in options.family or FAMILIES:
         with torch.device("meta"):
             model = model_of(family, options.layers)
         expected = predicted(model, options.ranks)
-        took = measured(family, options.ranks, options.layers, 29000 + os.getpid() % 900 + number)
+        took = run_spmd(measure, options.ranks, family, options.ranks, options.layers, timeout=3600)
         for what, (size, sent) in expected.items():
             most = max(each[what][0] for each in took)
             others = {each[what][1] for each in took} - {sent}

@@ -161,13 +161,22 @@ def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def versions() -> str:
+    """What a page was measured with."""
+    return ", ".join(f"{each.__name__} {each.__version__}" for each in (torch, transformers, tpcompile))
+
+
+def rows_text(rows: dict[tuple[str, int], str]) -> str:
+    """The rows of a table, families in their own order."""
+    order = {name: i for i, name in enumerate(families.FAMILIES)}
+    return "".join(rows[key] + "\n" for key in sorted(rows, key=lambda key: (order[key[0]], key[1])))
+
+
 def heading() -> str:
     """What stands above the table; rows below another one are of other versions."""
-    packages = (torch, transformers, tpcompile)
-    versions = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
     return f"""# What works
 
-Every row was measured by `python -m benchmarks.support_matrix` with {versions}: tiny two-layer models
+Every row was measured by `python -m benchmarks.support_matrix` with {versions()}: tiny two-layer models
 (`tests/helpers/families.py`) on gloo processes of one machine, float32, eager, without a cache.
 
 - right: the largest difference from the unsharded model over its largest value, at the captured sizes
@@ -194,12 +203,10 @@ def measured(text: str) -> dict[tuple[str, int], str]:
 
 
 def write(rows: dict[tuple[str, int], str]) -> None:
-    """Writes the page, families in their own order."""
-    order = {name: i for i, name in enumerate(families.FAMILIES)}
-    keys = sorted(rows, key=lambda key: (order[key[0]], key[1]))
+    """Writes the page."""
     PAGE.parent.mkdir(exist_ok=True)
     _, section, below = (PAGE.read_text() if PAGE.exists() else "").partition("\n## ")  # see verified_matrix
-    PAGE.write_text(heading() + "".join(rows[key] + "\n" for key in keys) + section + below)
+    PAGE.write_text(heading() + rows_text(rows) + section + below)
 
 
 def main() -> None:

@@ -12,10 +12,9 @@ import argparse
 import time
 
 import torch
-import transformers
 
 import tpcompile
-from benchmarks.support_matrix import PAGE, first_line, line
+from benchmarks.support_matrix import PAGE, first_line, line, rows_text, versions
 from tests.helpers import families
 
 SIZES = (2, 16)
@@ -25,10 +24,8 @@ COLUMNS = ("family", "ranks", "proved and verified", "with sequence parallelism"
 
 def heading() -> str:
     """What stands above the table; rows below another one are of other versions."""
-    packages = (torch, transformers, tpcompile)
-    versions = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
     return f"""{SECTION}
-Every row was measured by `python -m benchmarks.verified_matrix` with {versions}:
+Every row was measured by `python -m benchmarks.verified_matrix` with {versions()}:
 `tpcompile.verify` on simulated ranks in one process, float64, results and gradients. A program that cannot be
 [proved](proof.md) is not run. The number is the largest difference of a result or a gradient from the model's
 python, relative to the largest value.
@@ -59,10 +56,8 @@ def measured(text: str) -> dict[tuple[str, int], str]:
 
 def write(rows: dict[tuple[str, int], str]) -> None:
     """Writes the table behind what the page has above it."""
-    order = {name: i for i, name in enumerate(families.FAMILIES)}
     above = PAGE.read_text().partition(SECTION)[0]
-    keys = sorted(rows, key=lambda key: (order[key[0]], key[1]))
-    PAGE.write_text(above + heading() + "".join(rows[key] + "\n" for key in keys))
+    PAGE.write_text(above + heading() + rows_text(rows))
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from tpcompile.capture.repeats.unroll_layers import Unrolled, delay_readers
+from tpcompile.capture.repeats.unroll_layers import Unrolled
+from tpcompile.ir.graph_edit import delay_readers
 
 from .take_out import take_out
 

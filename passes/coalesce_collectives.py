@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
 
-from tpcompile.ir.graph_edit import call
+from tpcompile.ir.graph_edit import between, call, move_behind, readers_among
 from tpcompile.ir.markers import Axes, all_reduce, all_reduce_coalesced, keep_first
 from tpcompile.ir.nodes import tensor_of
 from tpcompile.ir.placements import P, Replicate
@@ -123,7 +123,6 @@ def _join(graph: Graph, run: _Run) -> None:
     """Puts one collective in the place of the last of several, and behind it what waits for any of them."""
     nodes = run.nodes
     first, last = nodes[0], nodes[-1]
-    between = list(_between(first, last))
     with graph.inserting_before(last):
         operands = [_widened(graph, node, run.axes) for node in nodes]
         joined = call(graph, all_reduce_coalesced, (operands, run.axes, first.args[2]), like=last)
@@ -131,13 +130,7 @@ def _join(graph: Graph, run: _Run) -> None:
     for node, part in zip(nodes, parts, strict=True):
         part.meta["placement"] = node.meta["placement"]
         node.replace_all_uses_with(part)
-    late = set(parts)
-    anchor = parts[-1]
-    for node in between:
-        if any(i in late for i in node.all_input_nodes):
-            late.add(node)
-            anchor.append(node)
-            anchor = node
+    move_behind(parts[-1], readers_among(between(first, last), parts))
     for node in nodes:
         graph.erase_node(node)
 
@@ -152,10 +145,3 @@ def _widened(graph: Graph, node: Node, axes: Axes) -> Node:
     kept = call(graph, keep_first, (value, others), like=node)
     kept.meta["placement"] = tuple(P if a in axes else p for a, p in enumerate(node.meta["placement"]))
     return kept
-
-
-def _between(first: Node, last: Node) -> Iterator[Node]:
-    node = first.next
-    while node is not last:
-        yield node
-        node = node.next

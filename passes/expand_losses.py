@@ -106,13 +106,31 @@ def _share(new: Iterable[Node]) -> None:
 
 def _shifted(node: Node) -> tuple[Node, Node, int]:
     """A softmax's operand less its largest element, the sum of the exponentials, and the dimension."""
-    x, dim = operands(node)[0], _dim(node, operands(node)[0])
-    given = option(node, "dtype") or x.meta["val"].dtype
-    x = cast_before(node, x, torch.promote_types(given, torch.float32))
-    # A softmax does not change with what is subtracted: no gradient has to go through the maximum.
-    top = call_before(node, aten.amax.default, call_before(node, aten.detach.default, x), [dim], True)
+    x, top, dim = _maximum(node)
     shifted = call_before(node, aten.sub.Tensor, x, top)
     return shifted, _summed(node, call_before(node, aten.exp.default, shifted), dim, True), dim
+
+
+def _widened(node: Node) -> Node:
+    """The operand, in the type that is added up in."""
+    x = operands(node)[0]
+    return cast_before(
+        node, x, torch.promote_types(option(node, "dtype") or x.meta["val"].dtype, torch.float32)
+    )
+
+
+def _maximum(node: Node) -> tuple[Node, Node, int]:
+    """The widened operand, its largest element, and the dimension.
+
+    Nothing changes with what is subtracted: no gradient has to go through the maximum.
+    """
+    x = _widened(node)
+    dim = _dim(node, x)
+    return (
+        x,
+        call_before(node, aten.amax.default, call_before(node, aten.detach.default, x), [dim], True),
+        dim,
+    )
 
 
 def _log_softmax(node: Node) -> Node:
@@ -131,9 +149,7 @@ def _softmax(node: Node) -> Node:
 
 
 def _logsumexp(node: Node) -> Node:
-    x, dim = operands(node)[0], _dim(node, operands(node)[0])
-    wide = cast_before(node, x, torch.promote_types(x.meta["val"].dtype, torch.float32))
-    top = call_before(node, aten.amax.default, call_before(node, aten.detach.default, wide), [dim], True)
+    wide, top, dim = _maximum(node)
     infinite = call_before(node, aten.eq.Scalar, call_before(node, aten.abs.default, top), math.inf)
     top = call_before(node, aten.masked_fill.Scalar, top, infinite, 0)
     powers = call_before(node, aten.exp.default, call_before(node, aten.sub.Tensor, wide, top))
@@ -159,18 +175,21 @@ def _cross_entropy(node: Node) -> Node:
 
 
 def _nll(node: Node) -> Node:
-    x, target = operands(node)[:2]
-    x = cast_before(node, x, torch.promote_types(x.meta["val"].dtype, torch.float32))
+    x, target = _widened(node), operands(node)[1]
     return _by_index(node, call_before(node, aten.neg.default, _picked(node, x, target, _dim(node, x))))
 
 
 def _picked(node: Node, x: Node, target: Node, dim: int) -> Node:
     """Each target's element of ``x``; of an ignored one that of the first class."""
-    safe = call_before(
+    index = call_before(node, aten.unsqueeze.default, _safe(node, target), dim)
+    return call_before(node, aten.squeeze.dim, call_before(node, aten.gather.default, x, dim, index), dim)
+
+
+def _safe(node: Node, target: Node) -> Node:
+    """The targets, of which ignored ones are the first class."""
+    return call_before(
         node, aten.masked_fill.Scalar, cast_before(node, target, torch.int64), _ignored(node), 0
     )
-    index = call_before(node, aten.unsqueeze.default, safe, dim)
-    return call_before(node, aten.squeeze.dim, call_before(node, aten.gather.default, x, dim, index), dim)
 
 
 def _ignored(node: Node) -> Node:
@@ -190,8 +209,7 @@ def _by_index(node: Node, losses: Node, spread: Node | None = None) -> Node:
     counts = call_before(node, aten.logical_not.default, ignored)
     counts = cast_before(node, counts, losses.meta["val"].dtype)
     if weight:
-        safe = call_before(node, aten.masked_fill.Scalar, cast_before(node, target, torch.int64), ignored, 0)
-        each = call_before(node, aten.index.Tensor, weight[0], [safe])
+        each = call_before(node, aten.index.Tensor, weight[0], [_safe(node, target)])
         counts = call_before(node, aten.mul.Tensor, counts, each)
         losses = call_before(node, aten.mul.Tensor, losses, each)
     if spread is not None:
@@ -209,19 +227,22 @@ def _by_index(node: Node, losses: Node, spread: Node | None = None) -> Node:
 def _spread(node: Node, logs: Node, dim: int) -> Node:
     """What label smoothing adds: the losses of all classes, weighted, in equal shares."""
     total = _summed(node, _weighted(node, logs, dim), dim)
+    share = option(node, "label_smoothing", 0.0) / _classes(logs, dim)
+    return call_before(node, aten.mul.Tensor, total, -share)
+
+
+def _classes(logs: Node, dim: int) -> int:
     classes = shape(logs)[dim]
     assert isinstance(classes, int), "a dimension of a weight"
-    return call_before(node, aten.mul.Tensor, total, -option(node, "label_smoothing", 0.0) / classes)
+    return classes
 
 
 def _soft_labels(node: Node, target: Node, smoothing: float) -> Node:
     """The loss of targets that are probabilities: nothing is ignored, and a mean is over the samples."""
     logs, dim = _log_probabilities(node)
-    classes = shape(logs)[dim]
-    assert isinstance(classes, int), "a dimension of a weight"
     if smoothing:
         target = call_before(node, aten.mul.Tensor, target, 1 - smoothing)
-        target = call_before(node, aten.add.Tensor, target, smoothing / classes)
+        target = call_before(node, aten.add.Tensor, target, smoothing / _classes(logs, dim))
     products = call_before(node, aten.mul.Tensor, _weighted(node, logs, dim), target)
     losses = call_before(node, aten.neg.default, _summed(node, products, dim))
     how = option(node, "reduction", MEAN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,37 @@ def behind(value: Node) -> Node:
     while after.op == "placeholder":
         after = after.next
     return after
+
+
+def between(first: Node, last: Node) -> Iterator[Node]:
+    """The nodes behind one and before another."""
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
+
+
+def readers_among(nodes: Iterable[Node], values: Collection[Node]) -> list[Node]:
+    """Those of some nodes, given in the graph's order, that are computed from some values."""
+    late, found = set(values), []
+    for node in nodes:
+        if node not in late and not late.isdisjoint(node.all_input_nodes):
+            late.add(node)
+            found.append(node)
+    return found
+
+
+def delay_readers(calls: Sequence[Node]) -> Node:
+    """Moves what reads calls' results behind the last of them; returns the node that follows it."""
+    first, last = calls[0], calls[-1]
+    move_behind(last, readers_among(between(first, last), calls))
+    return last.next
+
+
+def move_behind(value: Node, nodes: Sequence[Node]) -> None:
+    """Moves nodes behind another one, in their order."""
+    for node in reversed(nodes):
+        value.append(node)
 
 
 def drop_unused(graph: Graph) -> bool:

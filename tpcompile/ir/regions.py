@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from .graph_edit import move_behind, readers_among
+
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 REGION = "tpcompile_region"
 """The key in ``node.meta["custom"]`` under which the name of a node's region is."""
@@ -103,15 +105,11 @@ def _without_sizes(calls: Collection[Node]) -> set[Node]:
 def _complete(inside: set[Node], region: Region) -> str | None:
     """Adds what stands between calls of a region and is needed there; says why that cannot be."""
     span = _span(inside)
-    behind: set[Node] = set()
-    for node in span:
-        if any(n in inside or n in behind for n in node.all_input_nodes):
-            behind.add(node)
     before: set[Node] = set()
     for node in reversed(span):
         if any(user in inside or user in before for user in node.users):
             before.add(node)
-    for node in [n for n in span if n in behind and n in before and n not in inside]:
+    for node in [n for n in readers_among(span, inside) if n in before]:
         if region_of(node) not in (None, region):
             return f"{node} of {where([node])}, which is computed by itself, stands between its calls"
         _add(node, inside, region)
@@ -131,17 +129,11 @@ def _add(node: Node, inside: set[Node], region: Region) -> None:
 def _bring_together(inside: set[Node]) -> None:
     """Moves what depends on calls of a region behind the last of them, everything else before the first."""
     span = _span(inside)
-    late = set(inside)
-    end = span[-1]
+    late = readers_among(span, inside)
     for node in span:
-        if node in inside:
-            continue
-        if late.intersection(node.all_input_nodes):
-            late.add(node)
-            end.append(node)
-            end = node
-        else:
+        if node not in inside and node not in late:
             span[0].prepend(node)
+    move_behind(span[-1], late)
 
 
 def _span(inside: set[Node]) -> list[Node]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
+from tpcompile.ir.graph_edit import delay_readers
+
 from .blocks import BLOCK, Block, Derived, RepeatedBlocks
 from .match_periods import Match, match_periods, tag_by_flow
 
@@ -139,20 +141,6 @@ class _Unroller:
                 shifted[new_key] = (moved, kind)
             self.stacks[key] = shifted
         return self.stacks[key]
-
-
-def delay_readers(calls: Sequence[Node]) -> Node:
-    """Moves what reads the calls' results behind the last of them; returns the node that follows it."""
-    members, late, moved = set(calls), set(), []
-    node, last = calls[0], calls[-1]
-    while node is not last:
-        if node not in members and any(n in members or n in late for n in node.all_input_nodes):
-            late.add(node)
-            moved.append(node)
-        node = node.next
-    for reader in reversed(moved):
-        last.append(reader)
-    return last.next
 
 
 def _flat(path: str) -> str:

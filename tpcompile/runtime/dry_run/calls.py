@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from tpcompile.capture.caches.register import is_cache
 from tpcompile.capture.export.default_example import default_example
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import bind_call
@@ -65,7 +66,7 @@ def next_call(
     result = whole_captured(before).unflatten(results, dict(prompt))
     names = inspect.signature(model.forward).parameters
     caches = {n: getattr(result, n, None) for n in names}
-    found = {n: cache for n, cache in caches.items() if _is_cache(cache)}
+    found = {n: cache for n, cache in caches.items() if is_cache(cache)}
     ids = getattr(model, "main_input_name", "")
     if not found or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TpCompileError(
@@ -88,10 +89,6 @@ def _without_values(value: Any) -> Any:
 
 def _is_tokens(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.long and value.ndim == 2
-
-
-def _is_cache(value: Any) -> bool:
-    return any(kind.__name__ == "Cache" for kind in type(value).__mro__)
 
 
 def _has_head(model: Any) -> bool:
