@@ -69,7 +69,6 @@ def lower_program(program: GlobalProgram, coordinates: tuple[int, ...], groups: 
         CannotLower: an operator does not run on local shapes; it does where it is whole.
         TpCompileError: an operator has other local shapes than its rule promised.
     """
-    assert program.planned_factors is not None, "the program must be planned"
     shapes = LocalShapes(program.planned_factors, program.axis_sizes, coordinates)
     local = _walk(Lowering(program, shapes, groups))
     lowered = Lowered(local)

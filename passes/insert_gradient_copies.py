@@ -59,7 +59,7 @@ def _varying(program: GlobalProgram, node: Node, choice: Choice | None) -> set[i
     """Operands that are whole on an axis on which the computation is divided or partial."""
     if choice is None:
         return set()
-    rule = program.planned_factors.rules.get(node) if program.planned_factors else None
+    rule = program.decided.rules.get(node) if program.decided else None
     if isinstance(rule, Rule) and rule.declared is not None:
         return set(rule.declared.summed)
     divided = choice.factor is not None or any(isinstance(o, Partial | Owned) for o in choice.outputs)

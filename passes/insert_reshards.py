@@ -73,8 +73,7 @@ class _Inserter:
 
     def results(self, node: Node) -> None:
         """Brings the program's results to where the caller wants them: whole, caches as they lie."""
-        assert self.program.planned_factors is not None, "the program must be planned"
-        divided = self.program.handed_out(self.program.planned_factors)
+        divided = self.program.handed_out()
 
         def brought(out: Any) -> Any:
             is_value = isinstance(out, Node) and is_tensor(out)

@@ -120,7 +120,7 @@ def _adds(program: GlobalProgram, node: Node, like: Node) -> bool:
     alike = len(both) == 2 and all(
         shape(n) == shape(like) and n.meta["val"].dtype == like.meta["val"].dtype for n in (node, *both)
     )
-    rules = program.planned_factors.rules if program.planned_factors else {}
+    rules = program.decided.rules if program.decided else {}
     return alike and isinstance(rules.get(node), Rule) and all(p == P for p in node.meta["placement"])
 
 

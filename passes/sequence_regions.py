@@ -55,7 +55,6 @@ class Positions:
     """
 
     def __init__(self, program: GlobalProgram, *, norms: bool = True) -> None:
-        assert program.planned_factors is not None, "the program must be planned"
         self.program, self.factors, self.norms = program, program.planned_factors, norms
         self.every = tuple(range(len(program.axis_sizes)))
         self._ranks: dict[Key, dict[Node, tuple[float, ...]]] = {}

@@ -69,7 +69,6 @@ class _Checker:
         self.program, self.training, self.axes = program, training, range(len(program.axis_sizes))
         self.graph, self.copies = unmerged(program)
         planned = program.planned_factors
-        assert planned is not None, "the program must be planned"
         inputs = program.graph.find_nodes(op="placeholder")
         known = {
             self.copies[n]: Known(planned.atom_sizes(n), _divided(program, n)) for n in inputs if is_tensor(n)
@@ -227,8 +226,7 @@ class _Checker:
 
     def _results(self) -> None:
         """Results are whole, with a whole gradient, but for caches, which stay as they were handed out."""
-        assert self.program.planned_factors is not None
-        handed = {self.copies[n]: p for n, p in self.program.handed_out(self.program.planned_factors).items()}
+        handed = {self.copies[n]: p for n, p in self.program.handed_out().items()}
         for out, spec in zip(self.graph.output_node().args[0], self.program.captured.outputs, strict=True):  # type: ignore[arg-type]
             if not isinstance(out, Node) or not is_tensor(out):
                 continue

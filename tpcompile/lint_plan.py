@@ -200,7 +200,7 @@ def _gathered(model: nn.Module, plan: Mapping[str, str]) -> tuple[str, ...]:
 def _repeated(plan: Plan) -> tuple[str, ...]:
     """Modules with arithmetic between activations that is not divided."""
     program = plan.planned
-    assert program is not None and program.planned_factors is not None
+    assert program is not None
     factors, params = program.planned_factors, set(program.params())
     quantities = Quantities(program.graph, factors)
     found = []

@@ -109,7 +109,7 @@ class _Judged:
 
     def results(self, results: Any) -> None:
         """Results are whole, with a whole gradient, but for what stays divided."""
-        handed = self.program.handed_out(self.program.planned_factors)  # type: ignore[arg-type]
+        handed = self.program.handed_out()
         for end, result, spec in zip(
             self.program.outputs(), results, self.program.captured.outputs, strict=True
         ):

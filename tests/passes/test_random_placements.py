@@ -40,7 +40,7 @@ def placed(seed: int, calls: int, axes: tuple[int, ...], training: bool) -> Glob
     """A random program, rewritten for placements that were drawn."""
     rng = Random(seed)
     program = canonical(random_program(seed, calls, math.prod(axes)).captured, math.prod(axes))
-    factors = program.planned_factors = program.factors()
+    factors = program.decided = program.factors()
     for axis, ranks in enumerate(axes):
         drawn = Assignment(ranks)
         for node in program.graph.nodes:
@@ -64,7 +64,7 @@ def change_one(program: GlobalProgram, rng: Random) -> str:
         return _inserted(program, rng)
     if kind == "param":
         param, decision = rng.choice(list(program.params())), rng.choice(program.decisions)
-        sizes = enumerate(program.planned_factors.atom_sizes(param))  # type: ignore[union-attr]
+        sizes = enumerate(program.planned_factors.atom_sizes(param))
         decision.params[param] = rng.choice([R, *(Shard(dim) for dim, atoms in sizes if atoms)])
         return f"{param} is held as {decision.params[param]}"
     if kind == "drop" and isinstance(node.args[0], Node):

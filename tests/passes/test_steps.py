@@ -53,7 +53,7 @@ def _resharding(axis_sizes: tuple[int, ...], src: Placements, dst: Placements) -
         if unused.op == "call_function" and not unused.users:
             graph.erase_node(unused)
     decisions = [Assignment(ranks) for ranks in axis_sizes]
-    return replace(program, decisions=decisions, planned_factors=factors)
+    return replace(program, decisions=decisions, decided=factors)
 
 
 def _cut(full: Tensor, axis_sizes: tuple[int, ...], at: tuple[int, ...], placements: Placements) -> Tensor:
@@ -229,7 +229,7 @@ def test_factors_beside_a_size_that_is_not_known(ranks: int) -> None:
                 value = call(graph, markers.reshard, (value, (before,), (after,)), like=value)
             value.meta["placement"] = (after,)
         out.args = ((value,),)
-        program = replace(program, decisions=[Assignment(ranks)], planned_factors=program.factors())
+        program = replace(program, decisions=[Assignment(ranks)], decided=program.factors())
         ChooseCollectives().apply(program)
         for (result,) in simulate.run(program, [[x]] * ranks):
             assert torch.allclose(result, Stacked()(x)), (src, dst)

@@ -101,7 +101,7 @@ class Centred(nn.Module):
 def test_the_way_that_is_noted_is_the_one_that_is_proved(summands: bool) -> None:
     """Lowering divides by the whole size where a mean is noted to be over parts, else by the parts' own."""
     base = canonical(programs.captured(Centred().double(), torch.randn(X12, dtype=torch.float64)).captured, 2)
-    factors = base.planned_factors = base.factors()
+    factors = base.decided = base.factors()
     linear, mean = (node for node in base.graph.nodes if node.op == "call_function")
     ways = {node: choices(node, factors, lambda _: True, (2,)) for node in (linear, mean)}
     divided = {node: next(c for c in ways[node] if Shard(2) in (*c.inputs, *c.outputs)) for node in ways}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tpcompile.ir.units import size_text, time_text
 
-from .plan_like import PlanLike
+from .plan_data import PlanData
 
 # Below this share a difference is not worth a word.
 NOTABLE = 0.01
@@ -35,7 +35,7 @@ class Outcome:
         )
 
 
-def outcome_of(plan: PlanLike) -> Outcome:
+def outcome_of(plan: PlanData) -> Outcome:
     """What a plan costs."""
     held = plan.layout.fullest
     moved = sum(c.count * c.bytes for c in plan.collectives)

@@ -49,7 +49,6 @@ def decide(
     if not fits(factors, whole_axis):
         return split_what_pays(plan, sub_axes(program.ranks, declared_units(factors)), groups)
     best = split_what_pays(plan, whole_axis, groups)
-    assert best.planned_factors is not None
     factors = best.planned_factors
     units = unit_counts(factors, best.params(), worth_dividing(factors, set(best.params())))
     axis_sizes = sub_axes(program.ranks, units)
@@ -94,7 +93,7 @@ def plan_on_axes(
     check_declared(factors, axis_sizes)
     facts = Facts(program, factors, cost, divide_small)
     decisions = solve_axes(facts, axis_sizes, lambda axis: pins(program, axis))
-    return replace(program, decisions=decisions, planned_factors=factors)
+    return replace(program, decisions=decisions, decided=factors)
 
 
 def _penalty(program: GlobalProgram) -> float:
@@ -103,7 +102,6 @@ def _penalty(program: GlobalProgram) -> float:
 
 def _held(program: GlobalProgram) -> float:
     """Bytes of parameters on the fullest rank, to three digits."""
-    assert program.planned_factors is not None
     total = 0.0
     for node in program.params():
         size = float(tensor_of(node).numel() * tensor_of(node).element_size())
@@ -128,7 +126,6 @@ def _fits_together(program: GlobalProgram) -> bool:
     They may be divided differently along the dimension in which they differ; along any other all must be
     divided alike, or their local sizes there would not be the same.
     """
-    assert program.planned_factors is not None
     held: dict[str, set[object]] = {}
     for node, name in program.params().items():
         if name in program.packed_dims:

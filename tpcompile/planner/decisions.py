@@ -35,7 +35,6 @@ def decisions_to_data(program: GlobalProgram) -> list[dict[str, Any]]:
 
 
 def _options(program: GlobalProgram, node: Node, axis_sizes: Sequence[int]) -> list[Any]:
-    assert program.planned_factors is not None
     return choices(node, program.planned_factors, lambda _: True, axis_sizes)
 
 
@@ -49,7 +48,7 @@ def decisions_from_data(program: GlobalProgram, data: list[dict[str, Any]]) -> N
     Raises:
         TpCompileError: they are not about this graph.
     """
-    program.planned_factors = program.factors()
+    program.decided = program.factors()
     by_name = {n.name: n for n in program.graph.nodes}
     axis_sizes = [d["ranks"] for d in data]
     try:

@@ -12,7 +12,7 @@ from tpcompile.ir.units import size_text
 
 from .collective import Collective
 from .compare_plans import outcome_of
-from .plan_like import PlanLike
+from .plan_data import PlanData
 from .print_plan import placement_text
 
 
@@ -57,7 +57,7 @@ def held_text(layout: WeightLayout, name: str) -> str:
     return f"{placement_text(param)} {local} {str(param.dtype).removeprefix('torch.')}"
 
 
-def communicated(one: PlanLike, other: PlanLike) -> Iterator[tuple[str, str]]:
+def communicated(one: PlanData, other: PlanData) -> Iterator[tuple[str, str]]:
     """Collectives that only one of the plans has: ``-`` for the first, ``+`` for the second."""
     mine, theirs = (Counter(map(_line, plan.collectives)) for plan in (one, other))
     yield from (("-", line) for line in (mine - theirs).elements())
@@ -68,14 +68,14 @@ def _line(one: Collective) -> str:
     return f"{one.kind} x {one.count} of {size_text(one.bytes)} in {one.where or '(top)'}"
 
 
-def plan_title(plan: PlanLike) -> str:
+def plan_title(plan: PlanData) -> str:
     """``8 ranks as 2 x 4``."""
     axis_sizes = plan.layout.axis_sizes
     ranks = f"{plan.layout.ranks} rank{'s' if plan.layout.ranks > 1 else ''}"
     return ranks if len(axis_sizes) == 1 else f"{ranks} as {' x '.join(map(str, axis_sizes))}"
 
 
-def diff_text(one: PlanLike, other: PlanLike) -> str:
+def diff_text(one: PlanData, other: PlanData) -> str:
     """What differs, ``-`` for the first plan and ``+`` for the second."""
     lines = [
         f"{sign} {plan_title(p)}: {outcome_of(p)} ({p.cost.name})" for sign, p in (("-", one), ("+", other))

@@ -90,7 +90,6 @@ def explanations(
     program: GlobalProgram, cost: CostModel, pins: Pins, names: Container[str]
 ) -> Iterator[Explanation]:
     """Explains parameters of the program, in its order; see ``explain_module``."""
-    assert program.planned_factors is not None
     facts = Facts(program, program.planned_factors, cost)
     for param, name in program.params().items():
         if name in names:

@@ -57,7 +57,6 @@ class ExportedStyles:
     """
 
     def __init__(self, program: GlobalProgram, ranks: int) -> None:
-        assert program.planned_factors is not None
         self.program, self.ranks, self.factors = program, ranks, program.planned_factors
         self.params = set(program.params())
         self.calls = list(program.decisions[0].nodes)

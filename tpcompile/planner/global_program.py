@@ -63,7 +63,7 @@ class GlobalProgram:
         ranks: the size of the mesh axis.
         sources: per placeholder, where its value comes from.
         decisions: per sub-axis, what the planner decided (empty before planning).
-        planned_factors: the factors that the decisions are about.
+        decided: the factors that the decisions are about; None before planning.
         packed_dims: per parameter that was split into segments, the dimension in which they differ.
         split_groups: the packed matmuls that were split.
         layout: where the weights already lie, if another program decided that.
@@ -77,7 +77,7 @@ class GlobalProgram:
     ranks: int
     sources: dict[Node, Source] = field(default_factory=dict)
     decisions: list[Assignment] = field(default_factory=list)
-    planned_factors: Factors | None = None
+    decided: Factors | None = None
     packed_dims: dict[str, int] = field(default_factory=dict)
     split_groups: frozenset[str] = frozenset()
     layout: WeightLayout | None = None
@@ -137,6 +137,12 @@ class GlobalProgram:
                 )
         return Factors(self.graph, known, lambda node: self.refused.get(alike(node)) or rule_of(node))
 
+    @property
+    def planned_factors(self) -> Factors:
+        """The factors that the decisions are about."""
+        assert self.decided is not None, "the program must be planned"
+        return self.decided
+
     def held_as(self, source: Source) -> Segment:
         """The segment of the given layout that a parameter placeholder is."""
         assert self.layout is not None
@@ -151,17 +157,14 @@ class GlobalProgram:
                 found[out] = held.placements(factors, out) if held else None
         return found
 
-    def handed_out(self, factors: Factors) -> dict[Node, tuple[Placement, ...]]:
+    def handed_out(self) -> dict[Node, tuple[Placement, ...]]:
         """The placements of the results that stay divided, once planned: a sum is completed before."""
-        planned = {
-            out: tuple(decision.output(out) for decision in self.decisions)
-            for out, placements in self.carried(factors).items()
-            if placements is None
-        }
-        completed = {
-            out: tuple(R if isinstance(p, Partial) else p for p in each) for out, each in planned.items()
-        }
-        return {out: placements or completed[out] for out, placements in self.carried(factors).items()}
+
+        def planned(out: Node) -> tuple[Placement, ...]:
+            each = (decision.output(out) for decision in self.decisions)
+            return tuple(R if isinstance(p, Partial) else p for p in each)
+
+        return {out: known or planned(out) for out, known in self.carried(self.planned_factors).items()}
 
     def given(self, factors: Factors) -> dict[Node, tuple[Placement, ...]]:
         """Inputs that come divided: what an earlier program handed out."""
@@ -209,7 +212,7 @@ class GlobalProgram:
             captured=replace(self.captured, graph_module=module),
             sources={moved[n]: s for n, s in self.sources.items()},
             decisions=[],
-            planned_factors=None,
+            decided=None,
             packed_dims=dict(self.packed_dims),
         )
 

@@ -95,7 +95,6 @@ def _whole_weights(program: GlobalProgram, layout: WeightLayout) -> Iterator[str
 
     Only parameters are divided, and only those that are weights as they are, not mixed with others first.
     """
-    assert program.planned_factors is not None
     specs = {n: s.spec for n, s in program.sources.items() if s.spec.kind in _KINDS and matrix(n)}
     params = {n for n in specs if specs[n].kind == "param"}
     made_of = _made_of(
@@ -133,7 +132,6 @@ def _made_of(program: GlobalProgram, weights: set[Node]) -> dict[Node, dict[Node
 
 def fallbacks_of(program: GlobalProgram) -> tuple[str, ...]:
     """Operators without a rule among the values that descend from parameters, one line each."""
-    assert program.planned_factors is not None
     found: dict[tuple[str, str], tuple[int, float]] = {}
     for node, rule in program.planned_factors.rules.items():
         if isinstance(rule, str) and program.decisions and node in program.decisions[0].nodes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -14,16 +14,14 @@ from typing import Annotated, Any
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import Must, checked, short
 from tpcompile.ir.layout.weight_layout import WeightLayout
-from tpcompile.ir.proof import Proof
 from tpcompile.ir.units import size_text, time_text
 from tpcompile.planner.search.cost import CostModel
 
 from .collective import Collective
-from .decide import Pins
 from .diff_plans import diff_text, plan_title
 from .dry_run.estimate import Estimate, Mode
 from .explain import explain_module
-from .global_program import GlobalProgram
+from .plan_data import PlanData
 from .print_plan import collective_lines, layout_lines
 from .report.notebook import plan_html
 from .report.page import report_page
@@ -35,7 +33,7 @@ Count = Annotated[int, Must("a whole number from 1 on", lambda count: count > 0)
 
 
 @dataclass
-class Plan:
+class Plan(PlanData):
     """The placements of a model on a mesh axis, and of one program on it.
 
     Attributes:
@@ -57,38 +55,6 @@ class Plan:
         rewritten: the program with its collectives.
         estimator: what ``estimate`` asks; None unless the plan comes from ``tpcompile.plan``.
     """
-
-    layout: WeightLayout
-    decisions: list[dict[str, Any]]
-    fingerprint: str
-    collectives: tuple[Collective, ...]
-    fallbacks: tuple[str, ...]
-    notes: tuple[str, ...]
-    cost: CostModel
-    seconds: float
-    sequence: bool | frozenset[str] = False
-    recomputed: tuple[str, ...] = ()
-    proof: Proof | None = field(default=None, repr=False, compare=False)
-    timings: dict[str, float] = field(default_factory=dict, compare=False)
-    planned: GlobalProgram | None = field(default=None, repr=False, compare=False)
-    pins: Pins | None = field(default=None, repr=False, compare=False)
-    rewritten: GlobalProgram | None = field(default=None, repr=False, compare=False)
-    estimator: Callable[..., Estimate] | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def ranks(self) -> int:
-        """How many ranks share the model."""
-        return self.layout.ranks
-
-    @property
-    def axis_sizes(self) -> tuple[int, ...]:
-        """The sub-axes of the mesh axis, major first."""
-        return self.layout.axis_sizes
-
-    @property
-    def model_bytes(self) -> int:
-        """Bytes of all parameters and buffers."""
-        return sum(p.bytes for p in self.layout.params.values())
 
     @checked
     def explain(self, name: str) -> str:

@@ -80,7 +80,6 @@ def check_layout(program: GlobalProgram, layout: WeightLayout) -> None:
     Raises:
         TpCompileError: with the first such weight.
     """
-    assert program.planned_factors is not None, "the program must be planned"
     for node, source in program.sources.items():
         open_ = source.spec.name in layout.undecided or source.spec.name in program.custom.parts
         if source.segment is None or open_ or not node.users:
@@ -96,7 +95,6 @@ def check_layout(program: GlobalProgram, layout: WeightLayout) -> None:
 
 
 def _placed(program: GlobalProgram, node: Node, segment: Segment) -> Segment:
-    assert program.planned_factors is not None, "the program must be planned"
     atoms = tuple(tuple(int(s) for s in dim) or (1,) for dim in program.planned_factors.atom_sizes(node))
     starts = [sum(len(d) for d in atoms[:i]) for i in range(len(atoms))]
 

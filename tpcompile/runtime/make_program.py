@@ -161,19 +161,16 @@ def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: i
 
 def hand_out(planned: GlobalProgram) -> dict[str, Held]:
     """How the caches that a program returns lie."""
-    factors = planned.planned_factors
-    assert factors is not None, "the program must be planned"
-    placements = planned.handed_out(factors)
+    placements = planned.handed_out()
     every = zip(planned.captured.whole_outputs, planned.whole_outputs(), strict=True)
     named = [(s.name, out) for s, out in every if isinstance(out, Node) and out in placements]
-    return held_outputs(named, factors, placements)
+    return held_outputs(named, planned.planned_factors, placements)
 
 
 def local_extents(compiled: Compiled, rank: int) -> Captured:
     """The captured program, with the sizes of given caches as a rank holds them."""
     planned = compiled.planned
     factors = planned.planned_factors
-    assert factors is not None, "the program must be planned"
     shapes = LocalShapes(factors, planned.axis_sizes, WeightLayout(planned.axis_sizes, {}).coordinates(rank))
     local = {
         planned.sources[n].spec.name: shapes.shape(n, placements)

@@ -8,7 +8,7 @@ from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.units import size_text, time_text
 from tpcompile.planner.compare_plans import Outcome, outcome_of
 from tpcompile.planner.diff_plans import Change, changes, communicated, plan_title
-from tpcompile.planner.plan_like import PlanLike
+from tpcompile.planner.plan_data import PlanData
 
 from .draw_partition import draw_partition
 from .markup import Markup, table_head, tag
@@ -22,7 +22,7 @@ _FIGURES: tuple[tuple[str, Callable[[Outcome], str]], ...] = (
 )
 
 
-def beside_section(one: PlanLike, other: PlanLike) -> Markup:
+def beside_section(one: PlanData, other: PlanData) -> Markup:
     """The section: what both cost, and the weights and collectives that differ."""
     titles = (f"this plan: {plan_title(one)}", f"the other: {plan_title(other)}")
     outcomes = outcome_of(one), outcome_of(other)

@@ -95,7 +95,6 @@ def _kind(program: GlobalProgram, node: Node) -> str:
         return "collective"
     if node.target in markers.MARKERS:
         return "marker"
-    assert program.planned_factors is not None
     if node.target in markers.MERGED:
         return "matmul" if node.target is markers.matmul_merged else ""
     rule = program.planned_factors.rules.get(node)

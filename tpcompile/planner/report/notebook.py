@@ -6,7 +6,7 @@ from tpcompile.ir.units import size_text, time_text
 from tpcompile.planner.compare_plans import outcome_of
 from tpcompile.planner.diff_plans import plan_title
 from tpcompile.planner.global_program import GlobalProgram
-from tpcompile.planner.plan_like import PlanLike
+from tpcompile.planner.plan_data import PlanData
 from tpcompile.planner.print_plan import placement_text
 
 from .draw_graph import draw_graph
@@ -21,7 +21,7 @@ MOST_WEIGHTS = 24
 _SOFT = "color:#808a94"
 
 
-def plan_html(plan: PlanLike, name: str = "") -> str:
+def plan_html(plan: PlanData, name: str = "") -> str:
     """The head line of a plan and a table of its weights.
 
     Args:

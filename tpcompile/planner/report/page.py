@@ -8,7 +8,7 @@ from importlib.resources import files
 from tpcompile.ir.units import size_text, time_text
 from tpcompile.planner.compare_plans import outcome_of
 from tpcompile.planner.explain import Explanation, explanations
-from tpcompile.planner.plan_like import PlanLike
+from tpcompile.planner.plan_data import PlanData
 from tpcompile.planner.print_plan import placement_text
 
 from .bars import memory_section
@@ -23,7 +23,7 @@ from .weights_section import Explained, weights_section
 
 
 def report_page(
-    plan: PlanLike, title: str = "", *, explain: bool = True, beside: PlanLike | None = None
+    plan: PlanData, title: str = "", *, explain: bool = True, beside: PlanData | None = None
 ) -> str:
     """A plan as a page of HTML.
 
@@ -63,7 +63,7 @@ def report_page(
     return join(Markup("<!doctype html>\n"), tag("html", tag("head", *head), body, lang="en"), "\n")
 
 
-def _explained(plan: PlanLike, tree: Module) -> Explained:
+def _explained(plan: PlanData, tree: Module) -> Explained:
     found: dict[str, list[Explanation]] = {}
     if plan.planned is not None and plan.pins is not None:
         names = {weight.name for weight in tree.every_weight()}
@@ -72,7 +72,7 @@ def _explained(plan: PlanLike, tree: Module) -> Explained:
     return found
 
 
-def _head(plan: PlanLike, title: str, sections: Iterable[str]) -> Markup:
+def _head(plan: PlanData, title: str, sections: Iterable[str]) -> Markup:
     layout = plan.layout
     axes = "" if len(layout.axis_sizes) == 1 else f" as {' × '.join(map(str, layout.axis_sizes))}"
     outcome = outcome_of(plan)
@@ -99,7 +99,7 @@ def _head(plan: PlanLike, title: str, sections: Iterable[str]) -> Markup:
     )
 
 
-def _collectives(plan: PlanLike) -> Markup:
+def _collectives(plan: PlanData) -> Markup:
     rows = [
         tag(
             "tr",
@@ -120,7 +120,7 @@ def _collectives(plan: PlanLike) -> Markup:
     )
 
 
-def _notes(plan: PlanLike) -> Markup:
+def _notes(plan: PlanData) -> Markup:
     lines = [tag("li", tag("b", "computed whole "), line) for line in plan.fallbacks]
     lines += [tag("li", note) for note in plan.notes]
     none = tag("p", "Nothing was refused: every operator is computed on parts where its weights are divided.")
@@ -132,7 +132,7 @@ def _notes(plan: PlanLike) -> Markup:
     )
 
 
-def _data(plan: PlanLike, tree: Module) -> dict[str, object]:
+def _data(plan: PlanData, tree: Module) -> dict[str, object]:
     """What scripts, and others, read from the page."""
     layout = plan.layout
     return {

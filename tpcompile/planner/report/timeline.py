@@ -69,7 +69,6 @@ class Stretch:
 
 def timeline_of(program: GlobalProgram, cost: CostModel) -> list[Stretch]:
     """The stretches of a planned program; their times add up to what its decisions cost."""
-    assert program.planned_factors is not None
     facts, names = Facts(program, program.planned_factors, cost), program.params()
     layers = {node: _layer(program, node, names) for node in program.graph.nodes}
     found: list[Stretch] = []

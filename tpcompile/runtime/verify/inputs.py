@@ -21,7 +21,7 @@ from tpcompile.planner.plan_layout import layout_of
 
 def undivided(program: GlobalProgram, model: nn.Module) -> WeightLayout:
     """The layout of the same program on one rank: segments are held apart, and nothing is divided."""
-    alone = replace(program, decisions=[], planned_factors=program.planned_factors or program.factors())
+    alone = replace(program, decisions=[], decided=program.decided or program.factors())
     return layout_of(alone, dict(every_name(model)))
 
 

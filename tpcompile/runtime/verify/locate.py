@@ -102,7 +102,6 @@ class _Search:
     ) -> tuple[float, str]:
         """How far what the ranks have is from the whole value."""
         factors = self.trial.rewritten.planned_factors
-        assert factors is not None, "the program is planned"
         sizes = sizes_at(want, factors.atom_sizes(origin(node)))
         least, why = math.inf, ""
         for reading in _readings(placements) if backward else [tuple(placements)]:
@@ -148,8 +147,7 @@ class _Search:
         why: str,
     ) -> Difference:
         global_node = next(n for n in program.graph.nodes if n.name == name[0])
-        factors = self.trial.rewritten.planned_factors
-        rule = factors.rules.get(global_node) if factors is not None else None
+        rule = self.trial.rewritten.planned_factors.rules.get(global_node)
         source = program.sources.get(global_node)
         beside = list(node.users) if backward else operands(node)
         return Difference(

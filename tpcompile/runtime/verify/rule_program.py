@@ -164,7 +164,7 @@ class RuleProgram:
         for ranks, choice in zip(axis_sizes, chosen, strict=True):
             params = dict(zip(places, self.wants(choice) or [], strict=True))
             placed.decisions.append(Assignment(ranks, {node: choice}, params))
-        placed.planned_factors = Factors(placed.graph)
+        placed.decided = Factors(placed.graph)
         AnnotatePlacements().apply(placed)
         InsertGradientCopies(gradients).apply(placed)
         _complete_extremes(placed)
