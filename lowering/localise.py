@@ -189,7 +189,7 @@ def _with_units(low: Lowering, node: Node, name: str) -> Node:
     places = [(f.inputs[0], f.outputs[0]) for _, f in low.divided(node)]
     if not any(place and made and place[0] == made[0] == 1 for place, made in places):
         return unchanged(low, node)
-    held = _held_units(low, operands(node)[0], 1, option(node, name, 1))
+    held = _held_units(low, operands(node)[0], option(node, name, 1))
     declared = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = dict(zip(declared, low.map(node.args), strict=False)) | low.map(node.kwargs)
     at = declared.index(name)
@@ -199,10 +199,10 @@ def _with_units(low: Lowering, node: Node, name: str) -> Node:
     )
 
 
-def _held_units(low: Lowering, value: Node, dim: int, units: int) -> int:
-    """How many of the ``units`` that a dimension starts with lie on this rank."""
-    whole = low.shapes.factors.atom_sizes(origin(value))[dim]
-    part = low.shapes.atoms(value, value.meta["placement"])[dim]
+def _held_units(low: Lowering, value: Node, units: int) -> int:
+    """How many of the ``units`` that dimension 1 starts with are on this rank."""
+    whole = low.shapes.factors.atom_sizes(origin(value))[1]
+    part = low.shapes.atoms(value, value.meta["placement"])[1]
     total, held = 1, 1
     for all_of_it, mine in zip(whole, part, strict=True):
         if total == units:

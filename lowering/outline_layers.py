@@ -39,13 +39,12 @@ def as_region(body: GraphModule, count: int) -> GraphModule:
     return body
 
 
-def outline(whole: Graph, lists: Sequence[Unrolled], fewest: int = FEWEST) -> GraphModule | None:
+def outline(whole: Graph, lists: Sequence[Unrolled]) -> GraphModule | None:
     """A copy of a program in which long lists of layers are calls of a submodule each (``layers_0``, ...).
 
     Args:
         whole: a rank's graph with all layers.
         lists: which nodes of it are copies of which, as ``unroll`` says.
-        fewest: the number of calls from which on a list is outlined.
 
     Returns:
         The program; None if there is nothing to outline. A list stays as it is if its layers hand on views
@@ -59,7 +58,7 @@ def outline(whole: Graph, lists: Sequence[Unrolled], fewest: int = FEWEST) -> Gr
     for number, one in enumerate(lists):
         periods = [{moved[k]: moved[v] for k, v in period.items()} for period in one.periods]
         layers = _Layers([moved[node] for node in one.calls], periods)
-        if len(periods) >= fewest and layers.fit():
+        if len(periods) >= FEWEST and layers.fit():
             name = f"layers_{number}"
             setattr(root, name, as_region(layers.body(), len(periods)))
             layers.replace(graph, name)

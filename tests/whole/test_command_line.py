@@ -150,7 +150,7 @@ def test_fit_says_by_its_code_whether_any_size_fits(config: str) -> None:
 def test_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TPCOMPILE_CACHE", "1")
     monkeypatch.setenv("TPCOMPILE_CACHE_DIR", str(tmp_path / "kept"))
-    write_entry(entry_name("plan", "a test"), b"12")
+    write_entry(entry_name("a test"), b"12")
     assert data_of("cache")["plans"] == 1
     found = data_of("cache", "--clear")
     assert (found["removed"], found["bytes"] > 2) == (True, True)

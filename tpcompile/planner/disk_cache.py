@@ -49,9 +49,9 @@ def cache_folder() -> Path | None:
     return folder
 
 
-def entry_name(kind: str, *facts: object) -> str:
-    """The name of what depends on nothing but these facts (of which the representation counts)."""
-    return f"{kind}-{hashlib.sha256(repr(facts).encode()).hexdigest()}"
+def entry_name(*facts: object) -> str:
+    """The name of a plan that depends on nothing but these facts (of which the representation counts)."""
+    return f"plan-{hashlib.sha256(repr(facts).encode()).hexdigest()}"
 
 
 @functools.cache

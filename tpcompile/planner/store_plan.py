@@ -64,12 +64,10 @@ def _name(base: GlobalProgram, wishes: Mapping[str, Any]) -> str | None:
         log.debug("the plan is not kept on disk: %s", code or "the cache is off")
         return None
     versions = (platform.python_version(), torch.__version__, np.__version__, sympy.__version__)
-    return entry_name(
-        "plan", versions, own_sources(), sorted(rules.items()), describe_work(base), dict(wishes)
-    )
+    return entry_name(versions, own_sources(), sorted(rules.items()), describe_program(base), dict(wishes))
 
 
-def describe_work(base: GlobalProgram) -> list[Any]:
+def describe_program(base: GlobalProgram) -> list[Any]:
     """All that the planner can see of a program: more than its text, which neither says the example's sizes
     nor what a weight is called nor how many layers one stands for."""
     nodes = [_describe_node(n) for n in base.graph.nodes]

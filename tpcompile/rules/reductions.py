@@ -94,25 +94,20 @@ def _named(node: Node, name: str, rank: int) -> list[int]:
     return [d % rank for d in found] if found and rank else list(range(rank))
 
 
-def last_dims_whole(count: int, linear: bool = False) -> Callable[[Node], Rule]:
-    """A maker of rules for operators that keep the shape and work on the last dimensions (tril)."""
-
-    def rule(node: Node) -> Rule:
-        letters = Letters()
-        dims = letters.dims(shape(operands(node)[0]))
-        whole = letters_of(dims[-count:])
-        return Rule((dims,), (dims,), letters.sizes, whole=whole, linear=UNARY if linear else ())
-
-    return rule
+def triangle(node: Node) -> Rule:
+    """The last two dimensions of tril and triu are whole."""
+    letters = Letters()
+    dims = letters.dims(shape(operands(node)[0]))
+    return Rule((dims,), (dims,), letters.sizes, whole=letters_of(dims[-2:]), linear=UNARY)
 
 
-def changed_dims(name: str = "dim", linear: bool = False) -> Callable[[Node], Rule]:
+def changed_dims(linear: bool = False) -> Callable[[Node], Rule]:
     """Like ``whole_dim`` for operators that change the size of these dimensions (topk, diff, fft)."""
 
     def rule(node: Node) -> Rule:
         letters = Letters()
         source = shape(operands(node)[0])
-        dims = _named(node, name, len(source))
+        dims = _named(node, "dim", len(source))
         kept = letters.dims([1 if d in dims else s for d, s in enumerate(source)])
 
         def labels(sizes: tuple[Any, ...]) -> Labels:

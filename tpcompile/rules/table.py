@@ -109,7 +109,7 @@ PARTS: dict[str, Row] = {
     **_rows(reductions.whole_dim("dims", linear=True), "roll flip"),
     "aten.unfold": parts.unfold,
     "aten.diagonal": parts.diagonal,
-    **_rows(reductions.last_dims_whole(2, linear=True), "tril triu"),
+    **_rows(reductions.triangle, "tril triu"),
     "aten.meshgrid": parts.meshgrid,
     "aten.index_select": indexing.index_select,
     "aten.index": indexing.index,

@@ -60,20 +60,13 @@ class Rules:
     notes: tuple[str, ...] = ()
 
 
-def read_rules(
-    model: nn.Module,
-    rules: Mapping[str, Pin],
-    *,
-    own: bool = False,
-    strategies: Mapping[str, Any] = STRATEGIES,
-) -> Rules:
+def read_rules(model: nn.Module, rules: Mapping[str, Pin], *, own: bool = False) -> Rules:
     """Reads rules against a model; neither is changed.
 
     Args:
         model: the model.
         rules: glob of modules or parameters -> a placement or the name of a strategy.
         own: it is the model's default plan: rules that name nothing are noted, not refused.
-        strategies: what names mean.
 
     Raises:
         TpCompileError: a rule names nothing, or asks for something unknown.
@@ -88,7 +81,7 @@ def read_rules(
             raise TpCompileError(
                 f"the rule {glob!r} is not a name", where="plan", todo="give globs of modules or parameters"
             )
-        strategy = _strategy(glob, pin, strategies)
+        strategy = _strategy(glob, pin)
         targets, modules = names.targets(glob), names.modules_of(glob)
         if isinstance(strategy, Strategy):
             whole["inputs"] += modules if strategy.whole_input else []
@@ -111,18 +104,18 @@ def read_rules(
     return Rules(wishes, tuple(whole["inputs"]), tuple(whole["results"]), found, tuple(notes))
 
 
-def _strategy(glob: str, pin: Pin, strategies: Mapping[str, Any]) -> Strategy | int:
+def _strategy(glob: str, pin: Pin) -> Strategy | int:
     """The strategy that a rule names, or the dimension that it divides; a custom one pins nothing."""
     if isinstance(pin, str):
-        if pin in strategies:
-            found = strategies[pin]
+        if pin in STRATEGIES:
+            found = STRATEGIES[pin]
             return found if isinstance(found, Strategy) else Strategy("any")
-        near = difflib.get_close_matches(pin, strategies, n=1)
+        near = difflib.get_close_matches(pin, STRATEGIES, n=1)
         raise TpCompileError(
             f"the rule {glob!r} asks for {pin!r}, which is neither a placement nor a strategy",
             where="plan",
             todo=(f"did you mean {near[0]!r}? " if near else "")
-            + f"use Shard(dim), Replicate() or one of {', '.join(sorted(strategies))}",
+            + f"use Shard(dim), Replicate() or one of {', '.join(sorted(STRATEGIES))}",
         )
     if isinstance(pin, Replicate | dtensor.Replicate):
         return Strategy("whole")
@@ -133,7 +126,7 @@ def _strategy(glob: str, pin: Pin, strategies: Mapping[str, Any]) -> Strategy | 
     raise TpCompileError(
         f"the pin for {glob!r} is {pin!r}, which is not a placement",
         where="plan",
-        todo=f"use Shard(dim), Replicate() or one of {', '.join(sorted(strategies))}",
+        todo=f"use Shard(dim), Replicate() or one of {', '.join(sorted(STRATEGIES))}",
     )
 
 

@@ -6,7 +6,6 @@ import linecache
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
 
 import torch
 from torch import nn
@@ -48,7 +47,8 @@ def explain_failure(
     text = _first_lines(str(error))
     for index, name in enumerate(names):
         text = text.replace(f"leaves[{index}]", name).replace(f"leaves_{index}.", f"{name}.")
-    advice = next((todo for words, todo in _ADVICE if any(w in _all_text(error) for w in words)), "")
+    said = " ".join(f"{type(e).__name__} {e}" for e in _chain(error))
+    advice = next((todo for words, todo in _ADVICE if any(w in said for w in words)), "")
     what = f"the model's forward cannot be captured: {type(error).__name__}: {text}"
     if len(tried) > 1:
         what += f" (tried with {', then '.join(tried)})"
@@ -75,10 +75,6 @@ def _chain(error: BaseException) -> list[BaseException]:
     return found
 
 
-def _all_text(error: BaseException) -> str:
-    return " ".join(f"{type(e).__name__} {e}" for e in _chain(error))
-
-
 def _first_lines(text: str) -> str:
     for noise in ("Caused by:", "For more information, run with", "  (Size-like"):
         text = text.split(noise)[0]
@@ -95,7 +91,7 @@ def _place(error: BaseException, model: nn.Module) -> str:
     best = innermost = ""
     for link in reversed(_chain(error)):
         owner = ""
-        for frame, line in _frames(link.__traceback__):
+        for frame, line in traceback.walk_tb(link.__traceback__):
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module) and id(module) in paths:
                 innermost = f"{paths[id(module)] or 'the model'} ({type(module).__name__})"
@@ -105,7 +101,3 @@ def _place(error: BaseException, model: nn.Module) -> str:
                 source = linecache.getline(file, line).strip()
                 best = f"{owner}{file}:{line} in {frame.f_code.co_name}: {source}"
     return best or innermost or type(model).__name__
-
-
-def _frames(trace: TracebackType | None) -> list[tuple[FrameType, int]]:
-    return list(traceback.walk_tb(trace))

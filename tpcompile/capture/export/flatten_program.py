@@ -189,7 +189,9 @@ def _order_outputs(
                 todo="clone the tensor before changing it",
             )
     traced = iter(user)
-    flat = [next(traced) if result.is_traced else _constant_result(result.value) for result in results]
+    flat = [
+        next(traced) if r.is_traced else None if isinstance(r.value, GivenCache) else r.value for r in results
+    ]
     specs = [
         OutputSpec(
             r.kind,
@@ -202,10 +204,6 @@ def _order_outputs(
     output.args = ((*flat, *(value for _, value in mutations)),)
     output.meta["val"] = tuple(v.meta.get("val") if isinstance(v, Node) else v for v in output.args[0])
     return [*specs, *(spec for spec, _ in mutations)]
-
-
-def _constant_result(value: Any) -> Any:
-    return None if isinstance(value, GivenCache) else value
 
 
 def _drop_checks(graph: Graph) -> None:

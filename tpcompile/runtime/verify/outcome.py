@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,16 +41,11 @@ class Finding:
     ranks: int = 0
 
 
-def results_of(
-    specs: Sequence[OutputSpec], flat: Sequence[Any], whole: Callable[[OutputSpec, Any], Any] | None = None
-) -> dict[Key, Any]:
+def results_of(specs: Sequence[OutputSpec], flat: Sequence[Any]) -> dict[Key, Any]:
     """A program's flat results by what they are."""
     sorts = {"user": "result", "state": "result", "buffer_mutation": "buffer", "attribute": "attribute"}
-    found = {}
-    for spec, value in zip(specs, flat, strict=True):
-        if not isinstance(spec.value, GivenCache):
-            found[sorts[spec.kind], spec.name] = whole(spec, value) if whole is not None else value
-    return found
+    pairs = zip(specs, flat, strict=True)
+    return {(sorts[s.kind], s.name): value for s, value in pairs if not isinstance(s.value, GivenCache)}
 
 
 def copied_call(bound: Mapping[str, Any]) -> dict[str, Any]:
