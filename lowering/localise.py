@@ -160,7 +160,7 @@ def _find(
 ) -> tuple[tuple[Node, Node], Node]:
     """This rank's part of a table, where to look in it, and which of the wanted positions are in it.
 
-    What is no position of the whole is none of any part, so that looking it up fails here as it does there.
+    A position that the whole does not have, no part has, so that looking it up fails here as it does there.
     """
     table, index, dim = low.map(wanted[0]), low.map(wanted[1]), wanted[2]
     first, count = held

@@ -137,7 +137,7 @@ def _keep_whole(low: Lowering, node: Node) -> Any:
 
 
 def _matmul_merged(low: Lowering, node: Node) -> list[Node]:
-    """One matmul on segments that lie together; its results stand beside each other in the last dimension."""
+    """One matmul on segments that are together; its results stand beside each other in the last dimension."""
     target, *args = arguments(node)
     groups = [a for a in args if isinstance(a, list | tuple)]
     packed = {id(g): low.program.packed_dims[low.program.sources[g[0]].spec.name] for g in groups}

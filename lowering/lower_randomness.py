@@ -24,10 +24,10 @@ SEED = 1 << 32
 
 
 def lower_uniform(low: Lowering, node: Node) -> Node:
-    """The local call: which elements of the whole this rank has; the seed comes in the end.
+    """The local call: which elements of the whole this rank has; the seed comes last.
 
     Raises:
-        TpCompileError: the elements cannot be numbered: a dynamic factor lies inside of a sharded one.
+        TpCompileError: the elements cannot be numbered: a dynamic factor is inside of a sharded one.
     """
     like: Node = arguments(node)[0]
     placements = node.meta["placement"]
@@ -53,7 +53,7 @@ def lower_uniform(low: Lowering, node: Node) -> Node:
         size = low.emit(aten.sym_size.int, local, place.dim, like=node)
         first = low.emit(operator.mul, size, low.groups.index(axes), like=node)
         parts += [place.dim, 1, 0, 1, first]
-    # Seed and stream follow in the end: layers that repeat must look alike until then.
+    # Seed and stream come last: layers that repeat must look alike until then.
     return low.emit(UNIFORM, low.map(like), None, 0, parts, like=node)
 
 

@@ -109,7 +109,7 @@ class _Layers:
         return take_out(self.calls, self.operands, self.results, "Layer")
 
     def replace(self, graph: Graph, name: str) -> None:
-        """Puts a call in the place of every period."""
+        """Puts a call where every period is."""
         for period, members in zip(self.periods, self.members, strict=True):
             own = [period[node] for node in self.calls]
             given = {

@@ -46,7 +46,7 @@ def recomputing(whole: Graph, contexts: Mapping[str, ContextFn | None]) -> Graph
 
 
 def _replace(graph: Graph, calls: Sequence[Node], context: ContextFn | None, number: int) -> None:
-    """Puts one call that is checkpointed in the place of a region's."""
+    """Puts one call that is checkpointed where a region's calls are."""
     inside = set(calls)
     operands = list(dict.fromkeys(n for call in calls for n in call.all_input_nodes if n not in inside))
     results = [call for call in calls if any(user not in inside for user in call.users)]

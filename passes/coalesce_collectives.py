@@ -120,7 +120,7 @@ def _whole_on_the_others(node: Node, axes: Axes) -> bool:
 
 
 def _join(graph: Graph, run: _Run) -> None:
-    """Puts one collective in the place of the last of several, and behind it what waits for any of them."""
+    """Puts one collective where the last of several is, and behind it what waits for any of them."""
     nodes = run.nodes
     first, last = nodes[0], nodes[-1]
     with graph.inserting_before(last):

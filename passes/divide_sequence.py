@@ -106,7 +106,7 @@ class _Divider:
         return call_before(first, aten.sym_size.int, source, place.dim)
 
     def _enter(self, node: Node) -> Node:
-        """A collective that leads into the region, in the place of one that leads to the whole value."""
+        """A collective that leads into the region, instead of one that leads to the whole value."""
         target, options = (reduce_scatter, ()) if node.target is all_reduce else (all_to_all, node.args[2:3])
         new = call_before(node, target, node.args[0], self.axes, *options, self._place(node))
         replace(node, new)

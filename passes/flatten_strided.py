@@ -24,9 +24,9 @@ _WRITE = aten.as_strided_scatter.default
 class FlattenStrided(Pass):
     """Replaces ``as_strided(x, ...)`` by ``as_strided(reshape(permute(x), [-1]), ...)``.
 
-    ``as_strided`` reads the elements of ``x`` in the order in which they lie in memory. Other passes keep
+    ``as_strided`` reads the elements of ``x`` in the order in which they are in memory. Other passes keep
     values, not their memory: a gathered value is contiguous, whatever it was. The elements in that order as
-    a flat value have only one way to lie. Runs first, while strides are those of the capture.
+    a flat value have only one order. Runs first, while strides are those of the capture.
 
     Raises:
         CannotCapture: a value has gaps in memory, is written by strides, or read beyond its elements.
@@ -91,7 +91,7 @@ def _given(size: int | Node) -> Size:
 
 
 def _memory_order(source: Node) -> list[int] | None:
-    """The dimensions of a value as they lie in memory, major first; None if there are gaps."""
+    """The dimensions of a value as they are in memory, major first; None if there are gaps."""
     sizes, strides = shape(source), [size_of(s) for s in source.meta["val"].stride()]
     waiting, order = list(range(len(sizes))), list[int]()
     covered: Size = 1

@@ -72,7 +72,7 @@ class _Inserter:
         node.args, node.kwargs = with_operands(node, map(self.bring, given, wants))
 
     def results(self, node: Node) -> None:
-        """Brings the program's results to where the caller wants them: whole, caches as they lie."""
+        """Brings the program's results to where the caller wants them: whole, caches as they are."""
         divided = self.program.handed_out()
 
         def brought(out: Any) -> Any:

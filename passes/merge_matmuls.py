@@ -29,7 +29,7 @@ _MATMULS: dict[Any, tuple[int, int, int | None, int]] = {
 
 @dataclass(frozen=True)
 class MergeMatmuls(Pass):
-    """Replaces ``op(x, W0)``, ``op(x, W1)``, ... by one ``op(x, [W0 W1 ...])`` where these lie together.
+    """Replaces ``op(x, W0)``, ``op(x, W1)``, ... by one ``op(x, [W0 W1 ...])`` where these are together.
 
     They do where they are segments of one parameter, as ``split-packed-matmul`` cut it: on every rank the
     local segments stand one behind the other in one tensor, so that one matmul on it gives all results, each

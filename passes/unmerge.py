@@ -44,7 +44,7 @@ def _part(node: Node) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 
 def _refuse_unordered(program: GlobalProgram, node: Node) -> None:
-    """Segments that are multiplied as one must lie in one parameter, in this order."""
+    """Segments that are multiplied as one must be in one parameter, in this order."""
     merged = node.target is markers.matmul_merged
     for joined in (a for a in node.args if merged and isinstance(a, list | tuple)):
         held = [

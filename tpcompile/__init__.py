@@ -6,7 +6,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HERE = Path(__file__).parent
-# In a checkout passes/ and lowering/ lie beside this folder, where an install has them inside.
+# In a checkout passes/ and lowering/ are beside this folder, where an install has them inside.
 if not (_HERE / "passes").is_dir() and (_HERE.parent / "passes").is_dir():
     __path__.append(str(_HERE.parent))
 

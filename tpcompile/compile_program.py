@@ -130,8 +130,8 @@ class Compiler:
         Args:
             model: the model with its original class and whole weights (their values do not matter).
             bound: the example call.
-            layout: where the weights already lie, or None if this program is to decide it.
-            caches: how the tensors of caches lie that earlier programs handed out, by name.
+            layout: where the weights already are, or None if this program is to decide it.
+            caches: how the tensors of caches are placed that earlier programs handed out, by name.
 
         Raises:
             TpCompileError: on all ranks, if any of them fails or they disagree.

@@ -74,7 +74,7 @@ def from_pretrained(
             started them.
         dtype: the type of the model; None or ``"auto"``: the checkpoint's.
         plan: see ``parallelize``, as for ``axis`` and all from ``dynamic`` to ``compare_calls``.
-        config: a configuration in the place of the checkpoint's.
+        config: a configuration instead of the checkpoint's.
         model_class: the model's class, or an ``AutoModelFor...``; by default the checkpoint's.
         axis: the name of the mesh axis to divide over, for a mesh of several.
         example_args: positional arguments of a typical call.
@@ -90,7 +90,7 @@ def from_pretrained(
         checkpointing: compute layers again in backward.
         timeout: seconds that ranks wait for one that does not come.
         attn_implementation: ``"sdpa"``, ``"eager"``, or one that you registered with transformers.
-        generation_config: in the place of the checkpoint's.
+        generation_config: instead of the checkpoint's.
         key_mapping: patterns of keys in the checkpoint -> what they become.
         trust_remote_code: whether code that comes with the checkpoint may run.
         variant: reads ``model.<variant>.safetensors``.

@@ -86,7 +86,7 @@ def canonical(captured: Captured, ranks: int, extra: Sequence[Pass] = (), **know
 def split_copy(
     base: GlobalProgram, groups: frozenset[str], layout: WeightLayout | None = None
 ) -> GlobalProgram:
-    """A copy of a program with some packed matmuls split, over weights that lie as a layout says."""
+    """A copy of a program with some packed matmuls split, over weights that are placed as a layout says."""
     copy = base.copy()
     join = [JoinSegments(layout)] if layout else []
     run_passes(copy, [SplitPackedMatmul(groups, layout), *join, ExpandLosses(groups)])
@@ -108,7 +108,7 @@ def plan_program(
         base: the program.
         cost: the cost model.
         pins: the placements that parameters may have.
-        layout: where the weights already lie: only activations are planned then, and weights that no program
+        layout: where the weights already are: only activations are planned then, and weights that no program
             has used yet.
         divide_small: small matrices must be divided too.
     """
@@ -185,7 +185,7 @@ def find_decisions(
         wishes: what is asked of single parameters.
         fingerprint: the captured graph's: a plan that was made for it is followed to the letter.
         tensors: the model's whole parameters and buffers; their values do not matter.
-        layout: where the weights already lie.
+        layout: where the weights already are.
 
     Raises:
         TpCompileError: the plan is for another number of ranks, or more memory is needed than allowed.
@@ -218,7 +218,7 @@ def known_layout(
     tensors: Mapping[str, Tensor],
     layout: WeightLayout | None,
 ) -> WeightLayout | None:
-    """Where the weights lie, as programs before and the plan that was given say; None: nobody does.
+    """Where the weights are, as programs before and the plan that was given say; None: nobody does.
 
     Args:
         base: the canonical program.
@@ -261,7 +261,7 @@ def _within_memory(
 
 
 def follow(base: GlobalProgram, data: Decisions, layout: WeightLayout | None = None) -> GlobalProgram:
-    """A copy of a canonical program with decisions that were made for it, given where the weights lie."""
+    """A copy of a canonical program with decisions that were made for it, given where the weights are."""
     groups, decisions = data
     copy = split_copy(base, frozenset(groups), layout)
     decisions_from_data(copy, decisions)

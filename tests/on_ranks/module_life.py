@@ -140,7 +140,7 @@ def checkpointed() -> float:
     whole = Block().eval()
     sharded = tpcompile.parallelize(copy.deepcopy(whole), mesh())
     x = torch.randn(X)
-    with torch.inference_mode():  # decides where the weights lie, which are to be trained all the same
+    with torch.inference_mode():  # decides where the weights are, which are to be trained all the same
         sharded(torch.zeros(2, 12))
     for model in (whole, sharded):
         checkpoint(model, x, use_reentrant=False).square().sum().backward()

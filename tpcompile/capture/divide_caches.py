@@ -20,8 +20,8 @@ def divide_caches(bound: dict[str, Any], held: Mapping[str, Held], layout: Weigh
 
     Args:
         bound: the call.
-        held: how the tensors of caches lie, by name.
-        layout: where the weights lie.
+        held: how the tensors of caches are placed, by name.
+        layout: where the weights are.
         rank: this rank, in the layout.
 
     Raises:
@@ -40,11 +40,11 @@ def divide_caches(bound: dict[str, Any], held: Mapping[str, Held], layout: Weigh
 
 
 def whole_caches(bound: dict[str, Any], held: Mapping[str, Held]) -> dict[str, Any]:
-    """The call with tensors of whole, valueless caches in the place of a rank's parts.
+    """The call with tensors of whole, valueless caches instead of a rank's parts.
 
     Args:
         bound: the call.
-        held: how the tensors of caches lie, by name.
+        held: how the tensors of caches are placed, by name.
 
     Raises:
         TpCompileError: a cache has other dimensions than the one that was handed out.

@@ -23,7 +23,7 @@ from .export.captured import Captured
 
 @dataclass(frozen=True)
 class Held:
-    """How a carried tensor lies.
+    """How a carried tensor is placed.
 
     Attributes:
         atoms: per dimension its factors, empty for a dynamic dimension (which is never divided).
@@ -117,7 +117,7 @@ class Held:
 def same_place(finer: Sequence[Size], atoms: Sequence[int], factor: int) -> int | None:
     """The position of a factor of one factorisation in a finer one of the same dimension.
 
-    If it is split there, then in units that lie on one rank each (see ``Factors``): these are divided alike.
+    If it is split there, then in units that are on one rank each (see ``Factors``): these are divided alike.
     """
     major, product = math.prod(atoms[:factor]), 1
     for position, size in enumerate(finer):
@@ -160,7 +160,7 @@ def _given_back(name: str) -> str:
 
 
 def cache_leaves(spec: TreeSpec, inside: bool = False) -> list[bool]:
-    """Per leaf of a structure, whether it lies in a cache: a class that calls itself one."""
+    """Per leaf of a structure, whether it is in a cache: a class that calls itself one."""
     if spec.is_leaf():
         return [inside]
     within = inside or (isinstance(spec.type, type) and any(c.__name__ == "Cache" for c in spec.type.__mro__))
@@ -170,7 +170,7 @@ def cache_leaves(spec: TreeSpec, inside: bool = False) -> list[bool]:
 def held_outputs(
     names: Sequence[tuple[str, Any]], factors: Factors, placements: Mapping[Any, Sequence[Placement]]
 ) -> dict[str, Held]:
-    """How the marked results of a program lie.
+    """How the marked results of a program are placed.
 
     Args:
         names: name and value of each marked result.

@@ -91,7 +91,7 @@ def keep_whole(x: Tensor) -> Tensor:
 
 
 def matmul_merged(matmul: Callable[..., Tensor], *args: Any) -> list[Tensor]:
-    """Several calls of one matmul: operands that differ are lists, and lie one behind the other on a rank."""
+    """Several calls of one matmul: operands that differ are lists, and follow each other on a rank."""
     count = next(len(a) for a in args if isinstance(a, list | tuple))
     return [matmul(*(a[i] if isinstance(a, list | tuple) else a for a in args)) for i in range(count)]
 

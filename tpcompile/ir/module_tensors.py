@@ -42,7 +42,7 @@ def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def replace_tensors(model: nn.Module, new: dict[int, Tensor]) -> None:
-    """Puts tensors in the place of others (by identity), tied ones everywhere."""
+    """Replaces tensors by others (by identity), tied ones everywhere."""
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
@@ -59,7 +59,7 @@ def named_tensor(module: nn.Module, name: str) -> Tensor:
 
 @contextmanager
 def lent(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Puts other tensors in the place of a module's parameters and buffers, as long as the block runs."""
+    """Replaces a module's parameters and buffers by other tensors, as long as the block runs."""
     places = []
     for name, tensor in tensors.items():
         path, _, attribute = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""How one value lies on one axis of the mesh: divided, whole, or as summands.
+"""How one value is placed on one axis of the mesh: divided, whole, or as summands.
 
 The notation is DTensor's: ``S(0)``, ``R``, ``P(sum)``. Two things are added: a dimension may be a
 product of factors, major first (``(heads head_dim)``), and ``S(1/1)`` divides the second factor of

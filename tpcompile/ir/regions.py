@@ -59,7 +59,7 @@ def members_of(graph: Graph) -> dict[Region, list[Node]]:
 
 
 def join_regions(graph: Graph) -> tuple[str, ...]:
-    """Moves each region's calls together, in place; one that needs something between its calls is no region.
+    """Moves each region's calls together, in place; one that needs something in between is not a region.
 
     Sizes that follow from a region's operands are taken out of it, so that others can read them.
 

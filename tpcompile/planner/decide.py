@@ -121,7 +121,7 @@ def _held(program: GlobalProgram) -> float:
 
 
 def _fits_together(program: GlobalProgram) -> bool:
-    """Whether the segments of every parameter can lie one behind the other in one local tensor.
+    """Whether the segments of every parameter can stand one behind the other in one local tensor.
 
     They may be divided differently along the dimension in which they differ; along any other all must be
     divided alike, or their local sizes there would not be the same.

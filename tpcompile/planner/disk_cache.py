@@ -95,7 +95,7 @@ def read_entry(name: str) -> bytes | None:
 
 
 def write_entry(name: str, payload: bytes) -> None:
-    """Stores an entry in the place of the one of that name; others see the old one, or the new one."""
+    """Stores an entry instead of the one of that name; others see the old one, or the new one."""
     folder = cache_folder()
     if folder is None or len(payload) > MOST_BYTES:
         return

@@ -1,4 +1,4 @@
-"""Says why a parameter lies as it does: what the alternatives would have cost, what rules refused."""
+"""Says why a parameter is placed as it is: what the alternatives would have cost, what rules refused."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ class GlobalProgram:
         decided: the factors that the decisions are about; None before planning.
         packed_dims: per parameter that was split into segments, the dimension in which they differ.
         split_groups: the packed matmuls that were split.
-        layout: where the weights already lie, if another program decided that.
-        caches: how tensors lie that callers carry from an earlier program to this one, by name.
+        layout: where the weights already are, if another program decided that.
+        caches: how tensors are placed that callers carry from an earlier program to this one, by name.
         custom: the modules that the plan gives to custom strategies.
         refused: calls that are not to be divided, because lowering could not, with the reason.
         proof: what was proved of the program as it is now, once it is rewritten.

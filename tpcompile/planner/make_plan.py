@@ -30,7 +30,7 @@ _KINDS = {
     "constant": "a constant",
     "param": "mixed with others before it is used",
 }
-_ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default,)  # its mask is no weight
+_ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default,)  # its mask is not a weight
 
 
 def make_plan(

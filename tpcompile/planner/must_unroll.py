@@ -1,4 +1,4 @@
-"""Whether repeated layers are wished for, and lie, as the captured one that stands for those left out."""
+"""Whether repeated layers are wished for, and placed, as the captured one that stands for those left out."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def uneven_layers(
     Args:
         captured: a program in which layers may be left out.
         wishes: what a plan's rules ask of each parameter; one may be about a single layer.
-        layout: where the weights lie already, as an earlier program decided.
-        caches: how tensors lie that earlier programs handed out.
+        layout: where the weights already are, as an earlier program decided.
+        caches: how tensors are placed that earlier programs handed out.
     """
     blocks = captured.blocks
     if blocks is None:
@@ -34,13 +34,13 @@ def uneven_layers(
         if layout is not None:
             one, two = layout.params[kept], layout.params[name]
             if (one.segments, one.packed_dim) != (two.segments, two.packed_dim):
-                return f"{name} lies otherwise than {kept}"
+                return f"{name} is placed otherwise than {kept}"
     carried = [(twin, leaf) for (twin, _), leaf in blocks.leaves.items()]
     pairs = zip(blocks.results, blocks.outputs, strict=True)
     carried += [(captured.outputs[d.output].name, spec.name) for d, spec in pairs if d.copies]
     for kept, name in carried:
         if caches.get(kept) != caches.get(name):
-            return f"{name} lies otherwise than {kept}"
+            return f"{name} is placed otherwise than {kept}"
     return None
 
 

@@ -125,7 +125,7 @@ def _dim(factors: Factors, param: Node, wish: Wish) -> int | str | None:
 
 
 def _is_bias(factors: Factors, param: Node) -> bool:
-    """Whether no matmul multiplies with the parameter: it lies as what it is added to."""
+    """Whether no matmul multiplies with the parameter: it is placed as what it is added to."""
     rules = [(factors.rules.get(user), user) for user in param.users]
     return not any(isinstance(r, Rule) and r.contraction and _multiplied(r, u, param) for r, u in rules)
 

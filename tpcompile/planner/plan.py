@@ -37,7 +37,7 @@ class Plan(PlanData):
     """The placements of a model on a mesh axis, and of one program on it.
 
     Attributes:
-        layout: where every parameter and buffer lies.
+        layout: where every parameter and buffer is.
         decisions: per sub-axis, the choices made for the program's calls.
         fingerprint: of the captured graph that the decisions are about.
         collectives: what one forward communicates.
@@ -58,7 +58,7 @@ class Plan(PlanData):
 
     @checked
     def explain(self, name: str) -> str:
-        """Why a module's parameters lie as they do: alternatives with their cost, and refusals.
+        """Why a module's parameters are placed as they are: alternatives with their cost, and refusals.
 
         Args:
             name: a module or a parameter, by its qualified name.

@@ -34,7 +34,7 @@ def layout_of(program: GlobalProgram, tensors: Mapping[str, Tensor]) -> WeightLa
             used |= {source.spec.name} if node.users else set()
             placed = _placed(program, node, source.segment)
             parts.setdefault(source.spec.name, []).append((source, placed))
-    # Layers that were left out lie as the one that stands for them.
+    # Layers that were left out are placed as the one that stands for them.
     like = {name: name for name in parts}
     if program.blocks is not None:
         like |= {left_out: name for name, left_out in program.blocks.left_out(list(parts))}
@@ -71,7 +71,7 @@ def completed(layout: WeightLayout, given: WeightLayout) -> WeightLayout:
 
 
 def check_layout(program: GlobalProgram, layout: WeightLayout) -> None:
-    """Refuses decisions for weights that lie otherwise: the program would take a rank's part for another.
+    """Refuses decisions for weights placed otherwise: the program would take a rank's part for another.
 
     Args:
         program: a planned program.
@@ -105,7 +105,7 @@ def _placed(program: GlobalProgram, node: Node, segment: Segment) -> Segment:
 
 
 def pins_from_layout(layout: WeightLayout) -> Pins:
-    """Pins that keep every parameter where it lies: a later program plans its activations only.
+    """Pins that keep every parameter where it is: a later program plans its activations only.
 
     Parameters that no program has used yet are planned as in a first one.
     """
@@ -116,7 +116,7 @@ def pins_from_layout(layout: WeightLayout) -> Pins:
         found: dict[Node, frozenset[Placement]] = {}
         for node, source in program.sources.items():
             if source.spec.name in program.custom.parts:
-                found[node] = frozenset({R})  # it lies as its strategy wants it
+                found[node] = frozenset({R})  # it is placed as its strategy wants it
             elif source.segment is not None and node.users and source.spec.name not in undecided:
                 _refuse_selection(layout.params[source.spec.name])
                 found[node] = frozenset({_placement(factors, node, program.held_as(source), axis)})

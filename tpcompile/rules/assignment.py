@@ -21,8 +21,8 @@ class Assignment:
         nodes: per call node, how it is computed.
         params: per parameter placeholder, how it is held.
         shared: per value with several uses, the placement in which it is handed on.
-        penalty: what large parameters that are not divided were held to cost: over all axes, the sum counts.
-        price: what small parameters that are not divided were held to cost, likewise.
+        penalty: what large parameters that are not divided were charged: over all axes, the sum counts.
+        price: what small parameters that are not divided were charged, likewise.
         cost: the modelled time in seconds, likewise.
     """
 

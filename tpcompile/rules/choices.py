@@ -110,7 +110,7 @@ def _divided(factor: OpFactor, rule: Rule) -> Choice:
 
 
 def _missing(result: int, factor: OpFactor, rule: Rule) -> Placement:
-    """How a result lies that does not have the divided factor."""
+    """How a result is placed that does not have the divided factor."""
     return R if result in rule.fixed else Partial(factor.reduce)
 
 

@@ -136,7 +136,7 @@ def convolution(node: Node) -> Rule | str:
 
 
 def embedding(node: Node) -> Rule:
-    """``v d, ... -> ... d``: a divided vocabulary is looked up where it lies, elsewhere there are zeros."""
+    """``v d, ... -> ... d``: a divided vocabulary is looked up where it is, elsewhere there are zeros."""
     letters = Letters()
     table, picked = (shape(o) for o in operands(node))
     vocabulary, features, *places = letters.dims((*table, *picked))

@@ -3,7 +3,7 @@
 A declared shard is cut over all ranks by rows. In the compiler's terms that is a division of the dimension's
 factors, major first, by one sub-axis after the other: with 2 key heads of 4 query heads each, 4 ranks as
 ``2 x 2`` divide the first factor, then the second. Where the ranks cannot be cut like that, some unit would
-lie on two of them, and the plan has no name for it.
+be on two of them, and the plan has no name for it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check_declared(factors: Factors, axis_sizes: Sequence[int]) -> None:
     """Refuses declared placements that this program's values cannot have on these sub-axes.
 
     Raises:
-        TpCompileError: a unit would lie on two ranks, or sizes are not known.
+        TpCompileError: a unit would be on two ranks, or sizes are not known.
     """
     for node, declared in _nodes(factors):
         placements_on(factors, node, declared, axis_sizes)

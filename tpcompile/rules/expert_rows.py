@@ -2,7 +2,7 @@
 
 ``weights[ids]`` with whole experts divided over the ranks gives every rank all rows, of which only those are
 right whose expert it holds. Calls that treat rows one by one may go on with such a value, whatever the
-others contain; in the end it is masked, and is then an ordinary sum over the ranks. ``Owned`` is the
+others contain; at the end it is masked, and is then an ordinary sum over the ranks. ``Owned`` is the
 placement of such a value; this file finds the calls that can begin or carry it.
 """
 

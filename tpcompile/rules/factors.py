@@ -60,7 +60,7 @@ class Known:
 class Factors:
     """Rules and factors of all nodes of one graph.
 
-    What is divided already stays in one piece, or is split in units that lie on one rank each. A call that
+    What is divided already stays in one piece, or is split in units that are on one rank each. A call that
     would have it in others cannot divide it.
 
     Args:
@@ -189,7 +189,7 @@ class Factors:
         return not a and not b
 
     def _split(self, atom: int, major: int) -> bool:
-        """Splits an atom into another and a rest, if it has one and no unit of it lies on two ranks."""
+        """Splits an atom into another and a rest, if it has one and no unit of it is on two ranks."""
         rest = divide(self._size[atom], self._size[major])
         if rest is None or (atom in self._ranks and divide(self._size[major], self._ranks[atom]) is None):
             return False

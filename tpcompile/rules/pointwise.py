@@ -46,7 +46,7 @@ def autograd_function(node: Node) -> Rule | str:
 
 
 def type_as(node: Node) -> Rule:
-    """``x.type_as(y)``: of y nothing but its type is used; it lies like x where it has x's shape."""
+    """``x.type_as(y)``: of y nothing but its type is used; it is placed like x where it has x's shape."""
     x, y = operands(node)
     letters = Letters()
     dims = letters.dims(shape(x))
@@ -94,7 +94,7 @@ def _both(node: Node, ops: list[Node]) -> Linear:
 
 
 def _each(node: Node, ops: list[Node]) -> Linear:
-    """Not times infinity: of summands with two signs, ranks would make one that is no number."""
+    """Not times infinity: of summands with two signs, ranks would make one that is not a number."""
     if any(isinstance(a, float) and not math.isfinite(a) for a in node.args):
         return []
     return [frozenset({i}) for i in range(len(ops))]

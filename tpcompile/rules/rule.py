@@ -32,7 +32,7 @@ class Declared:
         inputs: per operand.
         outputs: per result.
         summed: whole operands of whose gradients every rank has a summand.
-        weights: the number of the first operand that lies in a way of its own, whatever is said of it.
+        weights: the number of the first operand that is placed in a way of its own, whatever is said of it.
     """
 
     inputs: tuple[Placement, ...]

@@ -1,4 +1,4 @@
-"""The first call of its kind: it is captured, and the first one of all decides where the weights lie."""
+"""The first call of its kind: it is captured, and the first one of all decides where the weights are."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MOST_STATES = 4
 
 
 def capture_call(runtime: State, model: nn.Module, bound: dict[str, Any], path: str = "") -> Program:
-    """Compiles a program for a call; the first one also decides where the weights lie.
+    """Compiles a program for a call; the first one also decides where the weights are.
 
     Args:
         runtime: the model's.
@@ -92,7 +92,7 @@ def _keep_whole(runtime: State, model: nn.Module) -> None:
 
 
 def _divide(runtime: State, model: nn.Module, compiled: Compiled) -> WeightLayout:
-    """Cuts the parameters of which a program has decided how they lie; how they lie from now on."""
+    """Cuts the parameters of which a program has decided how they are placed; how they are from now on."""
     layout = compiled.plan.layout
     decided = None if runtime.layout is None else set(runtime.layout.undecided) - set(layout.undecided)
     weights = replace(runtime.weights(layout), custom=compiled.planned.custom)

@@ -99,7 +99,7 @@ class FixedTable(dict[str, Any]):
             return
         if not isinstance(value, DTensor):
             raise TpCompileError(
-                "a plain tensor is put in the place of a sharded weight, behind its module's back",
+                "a plain tensor is put where a sharded weight was, behind its module's back",
                 where=old.placing.name,
                 todo="assign it as an attribute of the module, or use torch.func.functional_call",
             )

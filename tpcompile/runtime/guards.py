@@ -175,7 +175,7 @@ def _held(module: nn.Module) -> list[torch.Tensor | None]:
 
 
 def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:
-    """The paths of all modules with matrices in them of which nobody has decided where they lie."""
+    """The paths of all modules with matrices in them of which nobody has decided where they are."""
     found: set[str] = set()
     for name, param in root.named_parameters():
         if param.ndim > 1 and (layout is None or name in layout.undecided):

@@ -160,7 +160,7 @@ def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: i
 
 
 def hand_out(planned: GlobalProgram) -> dict[str, Held]:
-    """How the caches that a program returns lie."""
+    """How the caches that a program returns are placed."""
     placements = planned.handed_out()
     every = zip(planned.captured.whole_outputs, planned.whole_outputs(), strict=True)
     named = [(s.name, out) for s, out in every if isinstance(out, Node) and out in placements]

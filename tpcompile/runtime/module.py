@@ -163,7 +163,7 @@ class ShardedModule(WatchedModule):
         and what was in the folder before stays intact until the new checkpoint is complete.
 
         Args:
-            save_directory: the folder; whatever else lies in it stays.
+            save_directory: the folder; whatever else is in it stays.
             is_main_process: whether this rank may write; the first that may does.
             state_dict: refused, as ``push_to_hub`` and ``distributed_checkpoint`` are.
             push_to_hub: refused.

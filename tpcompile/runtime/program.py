@@ -113,7 +113,7 @@ class Program:
         return next(found, "")
 
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
-        """Whether a call is one of this program's, by its structure apart; dynamo can trace it."""
+        """Whether a call is one of this program's, apart from its structure; dynamo can trace it."""
         if names != self.names or training != self.training or len(leaves) != len(self.example):
             return False
         if autocast_of(leaves) != self.autocast or torch.get_default_dtype() != self.default:
@@ -169,7 +169,7 @@ class Program:
         if self.captured.detached and torch.is_grad_enabled():
             name = self.captured.detached[0]
             raise TpCompileError(
-                f"forward uses a tensor that wants a gradient and is no part of the model ({name})",
+                f"forward uses a tensor that wants a gradient and is not a part of the model ({name})",
                 where=name,
                 todo="let it be a parameter, and modules in lists be in an nn.ModuleList; "
                 "or call the model under torch.no_grad()",

@@ -1,4 +1,4 @@
-"""What a sharded model knows: how it was made, where its weights lie, its programs."""
+"""What a sharded model knows: how it was made, where its weights are, its programs."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class State:
         compiler: makes programs for this model on this mesh.
         signature: the original forward's.
         original: the original class of the module.
-        layout: where the weights lie; None until the first program decides it.
+        layout: where the weights are; None until the first program decides it.
         programs: one per call signature.
-        caches: how tensors lie that programs handed out to be given back, by name.
+        caches: how tensors are placed that programs handed out to be given back, by name.
         divided: the paths of modules with divided weights in them.
         composed: the modules, with the arguments given, that run as python over their parts.
         pieces: the paths of modules that get programs under them although nothing of them is divided yet.

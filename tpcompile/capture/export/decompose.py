@@ -25,7 +25,7 @@ from .take_apart import CannotTakeApart, Sizes, take_apart
 
 # Taken apart, these would become a loop over time steps, of as many as the example has.
 _LOOPS = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
-# These look at their results and raise an error, which is no operator of a functional graph.
+# These look at their results and raise an error, which is not an operator of a functional graph.
 _CHECKING = (
     *("aten.linalg_inv", "aten.inverse", "aten.linalg_solve", "aten.linalg_cholesky"),
     *("aten.linalg_ldl_factor", "aten.linalg_lu_factor", "aten.linalg_tensorinv", "aten.linalg_tensorsolve"),

@@ -26,7 +26,7 @@ def drop_writes(graph: Graph, mode: FakeTensorMode, changeable: Collection[Node]
         changeable: the placeholders that may be written; writes into others stay.
 
     Returns:
-        Per placeholder that was written, the value that it has in the end.
+        Per placeholder that was written, the value that it has at the end.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     given: dict[Node, Node] = {}  # value -> the placeholder whose value it is

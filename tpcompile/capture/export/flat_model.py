@@ -206,7 +206,7 @@ def _write_assigned(before: Sequence[_Buffer], results: Sequence[Any]) -> list[A
 
 
 def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors lie in the same memory."""
+    """Whether two tensors share memory."""
     return bool(is_alias_of(one, other))
 
 

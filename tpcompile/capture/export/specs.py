@@ -41,7 +41,7 @@ class OutputSpec:
             cache's tensor in the arguments.
         value: the python value, for a result that is not a tensor (its graph output is that constant), or a
             ``GivenCache`` where a cache of the caller's is returned (its graph output is None).
-        divided: the result belongs to a cache, which stays divided: it is handed back as it lies.
+        divided: the result belongs to a cache, which stays divided: it is handed back as it is.
         in_place: the model has written this state into the tensor that it was given.
     """
 

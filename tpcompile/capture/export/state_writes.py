@@ -120,7 +120,7 @@ def collect_writes(state: PythonState, first: int) -> tuple[list[StateWrite], li
 
 def _refuse_bookkeeping(change: Change, name: str) -> None:
     table = change.steps[0][1]
-    # A buffer that is None is no input of the program, which could not give it a value.
+    # A buffer that is None is not an input of the program, which could not give it a value.
     kept = all(isinstance(value, torch.Tensor) for value in (change.old, change.value))
     added = table == "_buffers" and not kept
     if table in ("_parameters", "_modules") or added:

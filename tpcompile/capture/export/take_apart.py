@@ -98,7 +98,7 @@ def take_apart(node: Node, sizes: Sizes, mode: FakeTensorMode) -> None:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes the calls that reach the kernels into a graph, in the place of one call."""
+    """Writes the calls that reach the kernels into a graph, instead of one call."""
 
     def __init__(self, graph: Graph, node: Node, sizes: Sizes) -> None:
         super().__init__()

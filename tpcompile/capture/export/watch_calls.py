@@ -61,7 +61,7 @@ class Watch(TorchFunctionMode):
     Attributes:
         peeked: the constant tensors whose values its python has asked for, by identity.
         computed: it has also asked for values that were computed of constants.
-        wanting: the storages of tensors that want gradients and are no part of the model.
+        wanting: the storages of tensors that want gradients and are not part of the model.
         asks_gradients: it has asked whether gradients are recorded, or wanted.
     """
 

@@ -248,7 +248,7 @@ class _Matcher:
 
 
 def _own_args(node: Node) -> tuple[Any, ...]:
-    """Arguments but for the number of a random stream: every layer has its own, given in the end."""
+    """Arguments but for the number of a random stream: every layer has its own, which is given at the end."""
     return (*node.args[:2], *node.args[3:]) if node.target is _UNIFORM else node.args
 
 

@@ -1,4 +1,4 @@
-"""The boxes of a whole parameter that a rank holds, and where they lie in its local tensor.
+"""The boxes of a whole parameter that a rank holds, and where they are in its local tensor.
 
 A segment is a box in the parameter seen as the product of its factors, divided as the product of its atoms
 (see ``layout``). Both products are per dimension, so what a rank holds of a segment is a product too: of runs

@@ -1,4 +1,4 @@
-"""How the parameters of a model lie on the ranks: an artefact of its own, apart from any program.
+"""How the parameters of a model are placed on the ranks: an artefact of its own, apart from any program.
 
 A parameter is one or more segments (a packed ``[q k v]`` has three). A segment is a box in the
 parameter seen as the product of its factors; on each axis of the mesh one factor of it may be
@@ -58,7 +58,7 @@ class ParamLayout:
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Where every parameter and buffer of a model lies.
+    """Where every parameter and buffer of a model is.
 
     Attributes:
         axis_sizes: the sizes of the mesh axis' sub-axes, major first; their product is its size.
@@ -161,7 +161,7 @@ class WeightLayout:
         return [part for region in self.regions(name, rank) for part in region.ranges()]
 
     def regions(self, name: str, rank: int) -> list[Region]:
-        """As ``ranges``, but fewer: a box of the whole may lie in pieces in the local tensor.
+        """As ``ranges``, but fewer: a box of the whole may be in pieces in the local tensor.
 
         Raises:
             TpCompileError: a custom strategy divides the parameter in a way that no boxes say.

@@ -204,7 +204,7 @@ class AxisProblem:
     def _edge(
         self, source: Name, outs: list[Placement], use: tuple[Node, int], value: Node, lie: Placements
     ) -> None:
-        """A use of a value, which lies so on the other axes."""
+        """A use of a value, which is placed so on the other axes."""
         wants = self._wants(use, value)
         wanted = tuple(self._wanted(use, value, axis) for axis in self.others)
         table = self._conversions(outs, wants, value, (lie, wanted))

@@ -41,7 +41,7 @@ class Facts:
         large: matrices that must be divided, and
         little: those that may stay whole for a price.
         weights: values that are rearranged parameters.
-        later: where the weights lie is decided already.
+        later: it is decided already where the weights are.
     """
 
     def __init__(

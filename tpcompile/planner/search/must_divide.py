@@ -15,7 +15,7 @@ from tpcompile.rules.rule import Rule
 # A parameter below this share of the parameters beside it stays whole if dividing it would take a
 # collective of its own (a router, MLA's latent projections, the only key head of many query heads).
 SMALL = 0.2
-# What a whole small parameter is held to cost, as a share of gathering its matmul's result: below one, so
+# What a whole small parameter is charged, as a share of gathering its matmul's result: below one, so
 # that a collective for it alone does not pay; above one half, so that one for two of them does.
 SMALL_PRICE = 0.6
 # Seconds; larger than any modelled step, so that dividing comes before time.
@@ -106,7 +106,7 @@ def matrix(value: Node) -> bool:
 
 
 def held_elsewhere(factors: Factors) -> set[Node]:
-    """Parameters that lie as a custom strategy wants it, whatever the plan says of them."""
+    """Parameters that are placed as a custom strategy wants it, whatever the plan says of them."""
     found: set[Node] = set()
     for node, rule in factors.rules.items():
         if isinstance(rule, Rule) and rule.declared is not None:

@@ -13,7 +13,7 @@ from tpcompile.planner.global_program import GlobalProgram
 
 @dataclass
 class Ties:
-    """Which nodes are decided together, and how often what lies between two layers comes.
+    """Which nodes are decided together, and how often what is between two layers comes.
 
     Attributes:
         decided: nodes of earlier periods, with the node of a later one that is computed, or held, alike.

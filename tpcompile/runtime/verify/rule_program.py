@@ -157,7 +157,7 @@ class RuleProgram:
     def placed(
         self, axis_sizes: tuple[int, ...], chosen: Sequence[Choice], gradients: bool = False
     ) -> GlobalProgram:
-        """The program with one choice per sub-axis, its inputs lying as these want."""
+        """The program with one choice per sub-axis, its inputs placed as these want."""
         placed = self.unplaced.copy()
         node = next(n for n in placed.graph.nodes if n.op == "call_function" and n.target is self.case.op)
         places = placed.graph.find_nodes(op="placeholder")

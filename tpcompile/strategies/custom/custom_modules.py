@@ -1,4 +1,4 @@
-"""The modules of a model that a plan gives to custom strategies, and how their weights lie."""
+"""The modules of a model that a plan gives to custom strategies, and how their weights are placed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class CustomModules:
     mesh: DeviceMesh | None = None
 
     def layout(self, name: str, tensor: Tensor, axis_sizes: tuple[int, ...]) -> ParamLayout:
-        """How a parameter lies, on sub-axes of these sizes."""
+        """How a parameter is placed, on sub-axes of these sizes."""
         strategy, _ = self.of_parameter(name)
         return layout_from(name, tensor, axis_sizes, self.parts[name], strategy.name)
 
@@ -160,7 +160,7 @@ def _check_apart(
     inside = next((p for p in strategies if p.startswith(path + ".")), None)
     if inside is not None:
         raise TpCompileError(
-            f"{inside} lies inside of {path}", where="plan", todo="give a strategy to one of them"
+            f"{inside} is inside of {path}", where="plan", todo="give a strategy to one of them"
         )
     if "forward" in module.__dict__:
         raise TpCompileError("the module's forward was replaced", where=path, todo="leave it to the planner")

@@ -28,8 +28,8 @@ class CustomStrategy:
     Attributes:
         name: the name in the plan.
         layer: the user's object.
-        input: how the first input lies; a shard's dimension may be negative.
-        output: how the result lies, likewise.
+        input: how the first input is placed; a shard's dimension may be negative.
+        output: how the result is placed, likewise.
     """
 
     name: str

@@ -24,7 +24,7 @@ _CAPTURED: dict[str, nn.Module] = {}
 class Wrapped:
     """A module of a custom strategy, for the time of a capture.
 
-    It stands in the place of the module's forward. All its fields are plain: they, and not what a
+    It stands for the module's forward. All its fields are plain: they, and not what a
     strategy does, are what the captured graph depends on.
 
     Attributes:
@@ -33,8 +33,8 @@ class Wrapped:
         path: its name in the model.
         weights: its parameters and buffers by name.
         whole: numbers of the weights that all ranks hold as they are.
-        input: how the first input lies.
-        output: how the result lies.
+        input: how the first input is placed.
+        output: how the result is placed.
         summed: whether ranks have summands of the gradients of what is whole.
     """
 
@@ -48,7 +48,7 @@ class Wrapped:
     summed: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The operator in the place of the module."""
+        """The operator that stands for the module."""
         if torch.is_autocast_enabled(args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"):
             raise TpCompileError(
                 "a custom strategy's module cannot be captured under autocast",

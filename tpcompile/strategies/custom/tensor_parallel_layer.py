@@ -2,7 +2,7 @@
 
 A strategy of this kind does its own arithmetic: it says how a module's parameters are cut, and what happens
 before and after the module's forward. The compiler takes the module as one opaque operator whose input and
-output lie as the strategy declares.
+output are placed as the strategy declares.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class TensorParallelLayer:
     """Inherit, set the attributes in ``__init__``, implement the three methods, register, name it in a plan.
 
     Attributes:
-        input_layouts: how the first input lies when it comes, a tuple with one placement (of
+        input_layouts: how the first input is placed when it comes, a tuple with one placement (of
             ``torch.distributed.tensor``, or of ours); further inputs are whole. The compiler delivers it.
         desired_input_layouts: what ``_prepare_input_fn`` is given under this name; nothing else reads it.
-        output_layouts: how the result of ``_prepare_output_fn`` lies, likewise. A result that is packed
+        output_layouts: how the result of ``_prepare_output_fn`` is placed, likewise. A result that is packed
             in blocks of which every rank has a part is ``tpcompile.Shard(dim, 1)``.
         use_local_output: handed to ``_prepare_output_fn``.
         use_dtensor: yours to read; by convention whether ``partition_tensor`` returns DTensors.
@@ -60,7 +60,7 @@ class TensorParallelLayer:
     ) -> nn.Parameter | Tensor:
         """This rank's part of a parameter, a plain tensor or a DTensor.
 
-        It is also called for tensors that hold indices in the place of values, to learn which elements a
+        It is also called for tensors that hold indices instead of values, to learn which elements a
         rank holds; from this follow checkpoints. It must not communicate.
 
         Args:

@@ -93,7 +93,7 @@ class Apply(Expression):
 
     Attributes:
         func: the operator.
-        args: its arguments, expressions in the place of tensors.
+        args: its arguments, expressions instead of tensors.
         kwargs: its keyword arguments.
         index: which of several results this is, or None.
     """

@@ -33,7 +33,7 @@ def load_slices(
 ) -> None:
     """Reads this rank's slices.
 
-    Slices that lie in one piece in their file, for a CPU and in the type that is wanted, stay mapped. Beside
+    Slices that are in one piece in their file, for a CPU and in the type that is wanted, stay mapped. Beside
     the others it needs memory for one whole parameter at a time, and for that only where a conversion is
     more than joining, cutting and transposing, or where a custom strategy cuts the parameter.
 
@@ -86,7 +86,7 @@ def _read(
     device: torch.device,
     read: Callable[[Stored], Tensor],
 ) -> Tensor:
-    """A rank's slice: memory of the file where it lies there in one piece and on a CPU, else a copy."""
+    """A rank's slice: memory of the file where it is in one piece there and on a CPU, else a copy."""
     name, shape = where.name, where.local_shape
     if where.param.selection is not None:
         return where.cut(_whole(name, expression, read)).to(device, like.dtype)

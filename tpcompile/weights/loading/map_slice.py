@@ -1,4 +1,4 @@
-"""Takes a slice that lies in one piece in a file as it is: mapped, not copied."""
+"""Takes a slice that is in one piece in a file as it is: mapped, not copied."""
 
 from __future__ import annotations
 

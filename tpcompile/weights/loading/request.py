@@ -89,7 +89,7 @@ class Request:
         config: a configuration, where to find it, or None.
         model_class: the model's class, an ``AutoModel...``, or None.
         attn_implementation: the attention implementation, or None.
-        generation_config: in the place of the checkpoint's.
+        generation_config: instead of the checkpoint's.
         key_mapping: patterns of keys to rename.
         trust_remote_code: whether code that comes with the checkpoint may run.
         variant: of the weights.
