@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from tpcompile.ir.torch_internals import pytree
+
 Parts = dict[str, Any]
 """Tensors by role, and python flags that select the program."""
 Facts = tuple[Hashable, ...]
@@ -24,3 +26,16 @@ class LayerForm:
     take: Callable[[Any], tuple[Parts, Facts]]
     make: Callable[[Facts, Parts], Any]
     put: Callable[[Any, Parts, Facts], None]
+
+
+def register_pytree(kind: Any, flatten: Any, unflatten: Any, flatten_with_keys: Any) -> None:
+    """Registers a class with pytree, instead of what it may be registered with already."""
+    known = pytree.SUPPORTED_NODES.get(kind)
+    if known is not None and known.flatten_fn is flatten:
+        return
+    if known is not None:
+        pytree._deregister_pytree_node(kind)
+    name = f"{kind.__module__}.{kind.__name__}"
+    pytree.register_pytree_node(
+        kind, flatten, unflatten, serialized_type_name=name, flatten_with_keys_fn=flatten_with_keys
+    )

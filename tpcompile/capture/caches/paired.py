@@ -10,6 +10,8 @@ from typing import Any
 
 from tpcompile.ir.torch_internals import pytree
 
+from .form import register_pytree
+
 PAIR = ("self_attention_cache", "cross_attention_cache")
 FLAGS = "is_updated"
 _KEYS = ("self", "cross", "updated")
@@ -27,11 +29,6 @@ def is_cross(name: str) -> bool:
 
 def register_paired_cache(kind: Any) -> None:
     """Registers ``EncoderDecoderCache`` as a pytree of its caches and its flags."""
-    known = pytree.SUPPORTED_NODES.get(kind)
-    if known is not None and known.flatten_fn is _flatten:
-        return
-    if known is not None:
-        pytree._deregister_pytree_node(kind)
 
     def unflatten(values: Any, context: tuple[int, ...]) -> Any:
         own, cross, flags = values
@@ -40,13 +37,7 @@ def register_paired_cache(kind: Any) -> None:
         cache.is_updated = dict(zip(context, flags, strict=True))
         return cache
 
-    pytree.register_pytree_node(
-        kind,
-        _flatten,
-        unflatten,
-        serialized_type_name=f"{kind.__module__}.{kind.__name__}",
-        flatten_with_keys_fn=_flatten_with_keys,
-    )
+    register_pytree(kind, _flatten, unflatten, _flatten_with_keys)
 
 
 def _flatten(cache: Any) -> tuple[list[Any], tuple[int, ...]]:

@@ -9,7 +9,7 @@ from typing import Any
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import pytree
 
-from .form import Facts, Parts
+from .form import Facts, Parts, register_pytree
 from .layers import make_layer, take_layer
 from .paired import register_paired_cache
 
@@ -31,27 +31,14 @@ def register_cache_support() -> None:
     except ImportError:
         return
     for name in _CACHES:
-        _register(getattr(cache_utils, name))
+        kind = getattr(cache_utils, name)
+        register_pytree(
+            kind,
+            _flatten,
+            lambda parts, context, kind=kind: _make_cache(kind, parts, context),
+            _flatten_with_keys,
+        )
     register_paired_cache(cache_utils.EncoderDecoderCache)
-
-
-def _register(kind: Any) -> None:
-    known = pytree.SUPPORTED_NODES.get(kind)
-    if known is not None and known.flatten_fn is _flatten:
-        return
-    if known is not None:
-        pytree._deregister_pytree_node(kind)
-
-    def unflatten(values: Any, context: _Context) -> Any:
-        return _make_cache(kind, values, context)
-
-    pytree.register_pytree_node(
-        kind,
-        _flatten,
-        unflatten,
-        serialized_type_name=f"{kind.__module__}.{kind.__name__}",
-        flatten_with_keys_fn=_flatten_with_keys,
-    )
 
 
 def _flatten(cache: Any) -> tuple[list[Parts], _Context]:
