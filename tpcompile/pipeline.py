@@ -32,6 +32,7 @@ from .passes.pipeline import run_passes
 from .passes.simplify_masks import SimplifyMasks
 from .passes.split_packed_matmul import SplitPackedMatmul, packed_groups
 from .passes.verify_placements import verify_placements
+from .planner.buffer_weights import find_buffer_weights, mark_divided_buffers
 from .planner.decide import Pins, decide, plan_on_axes, split_what_pays
 from .planner.decisions import decisions_from_data, decisions_to_data
 from .planner.global_program import GlobalProgram, Pass
@@ -80,6 +81,7 @@ def canonical(captured: Captured, ranks: int, extra: Sequence[Pass] = (), **know
     # A copy, so that names of new nodes follow from the graph, not from how it came here: ranks compare them.
     program = GlobalProgram(captured, ranks, **known).copy()
     run_passes(program, [*before_planning(), *(one for one in extra if one.before_planning)])
+    find_buffer_weights(program)
     return program
 
 
@@ -88,6 +90,8 @@ def split_copy(
 ) -> GlobalProgram:
     """A copy of a program with some packed matmuls split, over weights that are placed as a layout says."""
     copy = base.copy()
+    if layout is not None:
+        mark_divided_buffers(copy, layout)
     join = [JoinSegments(layout)] if layout else []
     run_passes(copy, [SplitPackedMatmul(groups, layout), *join, ExpandLosses(groups)])
     copy.layout = layout  # not before: it knows packed parameters by their segments

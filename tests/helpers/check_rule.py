@@ -68,6 +68,11 @@ def ints(high: int, *shape: int) -> Operand:
     return Operand(shape, lambda s: torch.randint(high, s))
 
 
+def bytes_(*shape: int) -> Operand:
+    """Whole numbers of eight bits."""
+    return Operand(shape, lambda s: torch.randint(-100, 100, s, dtype=torch.int8))
+
+
 def distinct(high: int, *shape: int) -> Operand:
     """Whole numbers below ``high``, none twice in the last dimension (where they are written to)."""
     return Operand(shape, lambda s: torch.rand(*s[:-1], high).argsort(-1)[..., : s[-1]])

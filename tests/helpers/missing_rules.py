@@ -60,7 +60,7 @@ def _choices(program: RuleProgram) -> Iterator[tuple[Placement, ...]]:
 
 def _kinds(operand: Operand, value: Tensor, size: int) -> list[Placement]:
     shards: list[Placement] = [Shard(d) for d, s in enumerate(operand.shape) if s == size]
-    summable = value.dtype.is_floating_point or value.dtype.is_complex
+    summable = value.dtype.itemsize > 1 and (value.dtype.is_floating_point or value.dtype.is_complex)
     return [R, *shards, *([Partial()] if summable else [])]
 
 

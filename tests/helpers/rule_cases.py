@@ -15,6 +15,7 @@ from tests.helpers.check_rule import (
     ascending,
     boolean,
     broken,
+    bytes_,
     complex_,
     distinct,
     ints,
@@ -42,6 +43,10 @@ def _case(op: object, *args: object, **kwargs: object) -> Case:
 _SAME = signed(6, 10)
 _SQUARE = signed(6, 6)
 _OFFSETS = Operand((2,), lambda _: torch.tensor([4, 14], dtype=torch.int32))
+_EIGHT = (
+    Operand((6, 10), lambda s: torch.randn(s).to(torch.float8_e4m3fn)),
+    Operand((10, 14), lambda s: torch.randn(s[::-1]).to(torch.float8_e4m3fn).t()),
+)
 _STATISTICS = (None, None, None, None)
 
 MATMULS = [
@@ -52,6 +57,11 @@ MATMULS = [
     _case(aten.bilinear.default, signed(4, 3, 10), signed(4, 3, 6), signed(14, 10, 6)),
     _case(aten.mm.default, signed(6, 10), signed(10, 14)),
     _case(aten.mv.default, signed(6, 10), signed(10)),
+    _values(aten._int_mm.default, bytes_(6, 10), bytes_(10, 14)),
+    _values(aten._scaled_mm.default, *_EIGHT, single(), single(1), out_dtype=torch.float32),
+    _values(
+        aten._scaled_mm.default, *_EIGHT, single(6, 1), single(1, 14), single(14), out_dtype=torch.float32
+    ),
     _case(aten.bmm.default, signed(4, 6, 10), signed(4, 10, 14)),
     _case(aten.addmm.default, signed(14), signed(6, 10), signed(10, 14)),
     _case(aten.addmm.default, signed(6, 14), signed(6, 10), signed(10, 14), beta=0.5, alpha=2.0),

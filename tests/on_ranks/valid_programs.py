@@ -194,7 +194,7 @@ def later_calls() -> dict[str, list[str]]:
 
 
 class Weights(nn.Module):
-    """Weights in buffers (of eight bits, packed, looked up), in an attribute, and such as are mixed first."""
+    """Weights in buffers (of eight bits, packed, looked up), joined ones, and such as stay whole."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,20 +204,33 @@ class Weights(nn.Module):
         self.register_buffer("scale", noise(8))
         self.one, self.other = nn.Parameter(noise(3, 6)), nn.Parameter(noise(3, 6))
         self.first, self.plain = nn.Linear(6, 6), noise(6, 6)
+        self.register_buffer("derived", noise(6, 6), persistent=False)
         self.bilinear, self.bag = nn.Bilinear(6, 6, 6), nn.EmbeddingBag(9, 6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(x, torch.cat([self.one, self.other]))
+    def forward(self, x: Tensor, write: bool = False) -> Tensor:
+        if write:
+            self.weight.add_(1)
+        x = F.linear(F.linear(x, torch.cat([self.one, self.other])), self.derived)
         x = self.first(x + F.embedding(torch.zeros(4, dtype=torch.long), self.table)) @ self.plain
         x = self.bilinear(x, x) + self.bag(torch.tensor([[1, 5]] * 4))
-        x = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        x = F.linear(x, (self.weight.to(x.dtype) - 3 * self.scale[:, None]) / self.scale[:, None])
         halves = torch.stack([self.packed & 15, self.packed >> 4], -1).flatten(1)
         return F.linear(x, halves.to(x.dtype))
 
 
-def whole_weights() -> tuple[list[str], list[str]]:
-    """What the plan says of weights that are not divided; which parameters are."""
+def weights_elsewhere() -> tuple[list[str], list[str]]:
+    """What the plan says of weights that are not divided; which are, and go on living as weights do."""
     model, whole = sharded(Weights(), noise(4, 6), dynamic=False)
-    agree(model, whole, noise(4, 6))
+    x = noise(4, 6)
+    agree(model, whole, x)
+    state = {name: value.flip(0) if value.ndim else value for name, value in whole.state_dict().items()}
+    for each in (model, whole):
+        each.load_state_dict(state)
+        each.table = each.table + 1
+        each.weight.copy_(torch.arange(48).view(8, 6).to(torch.int8))
+    agree(model, whole, x)
+    agree(model, whole, x, True)  # a later call writes what the first has divided
+    agree(copy.deepcopy(model), whole, x)
+    torch.testing.assert_close(model.full_state_dict(), whole.state_dict())
     divided = [name for name, held in model.plan.layout.params.items() if not held.is_whole]
     return list(model.plan.notes), divided

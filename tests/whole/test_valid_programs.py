@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import tpcompile
 from tests.helpers.run_ranks import run_spmd
@@ -39,17 +40,42 @@ def test_later_calls_that_cannot_use_the_layout() -> None:
         assert all("is gathered for this call" in note for said in notes.values() for note in said)
 
 
-def test_weights_that_are_not_divided_are_reported() -> None:
-    for notes, divided in run_spmd(valid_programs.whole_weights, 2):
+def test_weights_in_buffers_and_joined_ones_are_divided_others_are_reported() -> None:
+    for notes, divided in run_spmd(valid_programs.weights_elsewhere, 2):
         told = [note.partition(" ")[0] for note in notes if "whole on every rank" in note]
-        assert sorted(told) == ["one", "other", "packed", "plain", "table", "weight"]
-        assert {"bilinear.weight", "bag.weight"} <= set(divided)
+        assert sorted(told) == ["derived", "plain"]
+        assert {"weight", "table", "one", "other", "bilinear.weight", "bag.weight"} <= set(divided)
+
+
+class _Quantised(nn.Module):
+    """Two layers of numbers of four and of eight bits, with scales of groups and of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("packed", torch.randint(0, 255, (32, 6), dtype=torch.uint8))
+        self.register_buffer("groups", torch.rand(32, 3, 1, dtype=torch.float64))
+        self.register_buffer("small", torch.randn(12, 32).to(torch.float8_e4m3fn))
+        self.register_buffer("scale", torch.rand(12, 1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = torch.stack([self.packed & 15, self.packed >> 4], -1).flatten(1).to(x.dtype) - 8
+        first = (halves.view(32, 3, 4) * self.groups).flatten(1)
+        return F.linear(F.silu(F.linear(x, first)), self.small.to(x.dtype) * self.scale)
+
+
+def test_quantised_layers_are_divided_as_others() -> None:
+    x = torch.randn(3, 12, dtype=torch.float64)
+    plan = tpcompile.plan(_Quantised(), 2, (x,))
+    assert [c.kind for c in plan.collectives] == ["all_reduce"]
+    assert not any(plan.layout.params[name].is_whole for name in ("packed", "small"))
+    assert tpcompile.verify(_Quantised(), 3, (x,)).ok
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_recurrent_layers_are_whole_and_reported(kind: type[nn.Module]) -> None:
     (told,) = tpcompile.plan(kind(6, 8), 2, (torch.randn(3, 4, 6),)).fallbacks
     assert told.startswith(f"aten.{kind.__name__.lower()}.input: replicated")
+    assert "whole at every time step" in told
 
 
 class _Checked(nn.Module):

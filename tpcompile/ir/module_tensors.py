@@ -17,6 +17,17 @@ def every_name(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*params, *module.named_buffers(remove_duplicate=False)]
 
 
+def persistent_names(module: nn.Module) -> list[str]:
+    """The names of the buffers that a state dict has; tied ones under each of their names."""
+    parts = module.named_modules(remove_duplicate=False)
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in parts
+        for name in part._buffers
+        if name not in part._non_persistent_buffers_set
+    ]
+
+
 def first_names(module: nn.Module) -> dict[str, str]:
     """Per name of a parameter or buffer the first name of the same tensor."""
     first: dict[int, str] = {}

@@ -33,7 +33,8 @@ class Source:
 
     Attributes:
         spec: the captured input.
-        segment: for a parameter or buffer, which part of it (placements are filled in by the layout).
+        segment: for a parameter, or a buffer that is divided like one, which part of it (placements are
+            filled in by the layout).
         order: segments of one parameter are held in this order; -1 for a parameter in one piece.
         count: how many segments, from ``order`` on, the placeholder stands for (more than one only in a
             lowered graph, where they are one tensor).
@@ -119,8 +120,8 @@ class GlobalProgram:
         return 1 + repeat.copies if block.period == repeat.kept - 1 else 1
 
     def params(self) -> dict[Node, str]:
-        """Parameter placeholders (segments) with the original name of their parameter."""
-        return {n: s.spec.name for n, s in self.sources.items() if s.spec.kind == "param"}
+        """Placeholders of parameters (segments), and of weights in buffers, with their original name."""
+        return {n: s.spec.name for n, s in self.sources.items() if s.segment is not None}
 
     def factors(self) -> Factors:
         """Rules and factors of the graph as it is now."""

@@ -17,6 +17,7 @@ from tpcompile.ir.sizes import bytes_of
 from tpcompile.planner.search.must_divide import GATHERED, GATHERS, matrix, weight_root
 from tpcompile.rules.rule import Rule
 
+from .buffer_weights import ATTENTION
 from .collective import collectives_of, sequence_seconds
 from .decide import Pins
 from .decisions import decisions_to_data
@@ -30,7 +31,6 @@ _KINDS = {
     "constant": "a constant",
     "param": "mixed with others before it is used",
 }
-_ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default,)  # its mask is not a weight
 
 
 def make_plan(
@@ -91,12 +91,12 @@ def _gathered_weights(program: GlobalProgram) -> dict[Node, str]:
 
 
 def _whole_weights(program: GlobalProgram, layout: WeightLayout) -> Iterator[str]:
-    """Matrices that are used as weights, and stay whole on every rank, such as those of a quantised layer.
+    """Matrices that are used as weights, and stay whole on every rank, such as those in plain attributes.
 
-    Only parameters are divided, and only those that are weights as they are, not mixed with others first.
+    Parameters and saved buffers are divided where they are weights as they are, not mixed with others first.
     """
     specs = {n: s.spec for n, s in program.sources.items() if s.spec.kind in _KINDS and matrix(n)}
-    params = {n for n in specs if specs[n].kind == "param"}
+    params = specs.keys() & program.params().keys()
     made_of = _made_of(
         program, {n for n in specs if n not in params or layout.params[specs[n].name].is_whole}
     )
@@ -104,7 +104,7 @@ def _whole_weights(program: GlobalProgram, layout: WeightLayout) -> Iterator[str
         if (
             program.ranks == 1
             or not (isinstance(rule, Rule) and rule.contraction)
-            or node.target in _ATTENTION
+            or node.target in ATTENTION
         ):
             continue
         for operand in operands(node):

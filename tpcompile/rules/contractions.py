@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Sequence
 
@@ -38,6 +39,26 @@ def matmul(node: Node) -> Rule:
         letters.sizes,
         reduce=dict.fromkeys(k, "sum"),
         linear=EACH,
+        contraction=True,
+    )
+
+
+def scaled_matmul(node: Node) -> Rule | str:
+    """``(a[i k] * s) @ (b[k n] * t) + bias[n]`` of eight bits, with scales of all, of rows and of columns."""
+    if option(node, "scale_result") is not None:
+        return "the result is rounded to eight bits"
+    letters = Letters()
+    rows, columns = shape(node)
+    (i, k), n = letters.dims(shape(operands(node)[0])), letters.dim(columns)
+    beside = [shape(o) for o in operands(node)[2:]]
+    if any(math.prod(s) != 1 and s not in ((rows, 1), (1, columns), (columns,)) for s in beside):
+        return "its scales are those of blocks"
+    return Rule(
+        ((i, k), (k, n), *(aligned(sizes, (i, n)) for sizes in beside)),
+        ((i, n),),
+        letters.sizes,
+        reduce=dict.fromkeys(k, "sum"),
+        once=frozenset({4}),
         contraction=True,
     )
 

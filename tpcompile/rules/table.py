@@ -44,8 +44,12 @@ _GROUPED = "t k, e k n, e? -> t n; whole t e; linear 0; contraction; localize gr
 
 MATMULS: dict[str, Row] = {
     "aten.linear": "... k, n k, n? -> ... n; once 2; linear 0,2; contraction",
+    # Taken apart, these would become a loop over time steps, of as many as the example has.
+    **_rows(refuse("its state is needed whole at every time step"), "lstm gru rnn_tanh rnn_relu"),
     "aten.bilinear": "... i, ... j, n i j, n? -> ... n; once 3; linear 0,3|1,3; contraction",
     "aten.mm": "i k, k n -> i n; linear 0|1; contraction",
+    "aten._int_mm": "i k, k n -> i n; contraction",
+    "aten._scaled_mm": contractions.scaled_matmul,
     "aten.mv": "i k, k -> i; linear 0|1; contraction",
     "aten.bmm": "b i k, b k n -> b i n; linear 0|1; contraction",
     "aten.dot": "k, k -> ; linear 0|1; contraction",

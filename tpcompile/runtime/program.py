@@ -234,9 +234,10 @@ class Program:
 
     def _write_buffers(self, flat: Sequence[Any]) -> None:
         buffers = self.fetch_mutated(())
-        for buffer, new in zip(buffers, flat[len(flat) - len(buffers) :], strict=True):
+        for feed, buffer, new in zip(self.mutated, buffers, flat[len(flat) - len(buffers) :], strict=True):
             with torch.no_grad():
-                buffer.copy_(new)
+                # One that an earlier program has divided takes its part of the whole value.
+                (buffer if buffer.shape == new.shape else getattr(feed.module, feed.name)).copy_(new)
 
     def _repr_html_(self) -> str:
         return graph_html(self.compiled.rewritten)

@@ -23,8 +23,6 @@ from .aliases import alias_depends, is_composite
 from .drop_writes import drop_writes
 from .take_apart import CannotTakeApart, Sizes, take_apart
 
-# Taken apart, these would become a loop over time steps, of as many as the example has.
-_LOOPS = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
 # These look at their results and raise an error, which is not an operator of a functional graph.
 _CHECKING = (
     *("aten.linalg_inv", "aten.inverse", "aten.linalg_solve", "aten.linalg_cholesky"),
@@ -164,7 +162,6 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     ``multiply`` becomes ``mul``, ``fft_fftn`` becomes ``_fft_c2c``; ``linear`` and attention, which have
     rules, stay. A rule that a user registers keeps its operator.
     """
-    whole = (*_LOOPS, *_CHECKING)
     return {
-        op: how for op, how in _composites().items() if not has_rule(op) and not str(op).startswith(whole)
+        op: how for op, how in _composites().items() if not has_rule(op) and not str(op).startswith(_CHECKING)
     }

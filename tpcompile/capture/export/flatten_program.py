@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from tpcompile.capture.caches.call_results import GivenCache
 from tpcompile.errors import CannotCapture, TpCompileError
-from tpcompile.ir.module_tensors import first_names
+from tpcompile.ir.module_tensors import first_names, persistent_names
 from tpcompile.ir.torch_internals import FakeTensor
 
 from .read_guards import to_python
@@ -134,7 +134,8 @@ def _order_placeholders(
             where="forward",
             todo="tensor subclasses as parameters (quantised weights, DTensor) are not supported",
         )
-    inputs = [InputSpec(kind, name) for kind, name in order]  # type: ignore[arg-type]
+    saved = set(persistent_names(model))
+    inputs = [InputSpec(kind, name, saved=kind != "buffer" or name in saved) for kind, name in order]  # type: ignore[arg-type]
     nodes = [keyed[key] for key in order]
     body = next((n for n in graph.nodes if n.op != "placeholder"), graph.output_node())
     for name, leaf in zip(leaf_names, leaves, strict=True):

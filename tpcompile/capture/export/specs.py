@@ -22,12 +22,14 @@ class InputSpec:
             pytree key path of the argument, such as ``input_ids`` or ``inputs[0]`` (user).
         value: the python value that was baked into the graph, for a user input that is not a tensor.
         extents: the sizes that a user tensor must have; None if the input is not a tensor.
+        saved: whether a state dict has it (buffers that are not persistent are left out).
     """
 
     kind: InputKind
     name: str
     value: Any = None
     extents: tuple[Extent, ...] | None = None
+    saved: bool = True
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ SMALL_PRICE = 0.6
 MUST_DIVIDE = 1e4
 # Seconds that a later call is held to lose with a weight that it has to gather; far more than it does.
 GATHERED = 0.1
+_SCALES = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor, torch.ops.aten.sub.Tensor)
+_JOINS = (torch.ops.aten.cat.default, torch.ops.aten.stack.default)
 GATHERS = markers.COMMUNICATING - {markers.all_reduce, markers.all_reduce_coalesced}
 """What brings parts of a weight to other ranks."""
 
@@ -53,26 +55,46 @@ def shares(sizes: Mapping[Node, float], names: Mapping[Node, str]) -> dict[Node,
 
 
 def weight_root(value: Node, params: set[Node], *, rows: bool = False) -> Node | None:
-    """The parameter that a value is a rearrangement of (views, casts, slices), scaled or not, if it is one.
+    """The first of a value's ``weight_roots``, if it has some."""
+    return next(iter(weight_roots(value, params, rows=rows)), None)
+
+
+def weight_roots(value: Node, params: set[Node], *, rows: bool = False) -> dict[Node, None]:
+    """The parameters that a value is a rearrangement of (views, casts, slices, joined ones), scaled or not.
 
     Args:
         value: the value.
         params: the parameters.
         rows: also look through a choice of rows by integers, such as each token's expert.
+
+    Returns:
+        None of them if something else is in it.
     """
-    while value not in params:
+    found: dict[Node, None] = {}
+    waiting, seen = [value], set[Node]()
+    while waiting:
+        value = waiting.pop()
+        if value in params:
+            found[value] = None
+            continue
         value = producer(value)[0]
+        if value in seen:
+            continue
+        seen.add(value)
         ops = operands(value) if value.op == "call_function" else []
         chosen = rows and value.target is torch.ops.aten.index.Tensor
-        if len(ops) != 1 and not chosen and not _scales(value, ops):
-            return None
-        value = ops[0]
-    return value
+        if value.target in _JOINS:
+            waiting += ops[::-1]
+        elif len(ops) == 1 or chosen or _scales(value, ops):
+            waiting.append(ops[0])
+        else:
+            return {}
+    return found
 
 
 def _scales(value: Node, ops: list[Node]) -> bool:
-    """Whether a value is its first operand times something smaller, such as a length per row."""
-    if value.target is not torch.ops.aten.mul.Tensor or len(ops) != 2:
+    """Whether a value is its first operand times something smaller, or less it, such as a length per row."""
+    if value.target not in _SCALES or len(ops) != 2:
         return False
     first, second = shape(ops[0]), shape(ops[1])
     return first == shape(value) and second != first
@@ -89,7 +111,7 @@ def worth_dividing(factors: Factors, params: set[Node]) -> set[int]:
         if not (isinstance(rule, Rule) and rule.contraction):
             continue
         for operand in operands(node):
-            if (root := weight_root(operand, params, rows=True)) is not None:
+            for root in weight_roots(operand, params, rows=True):
                 own = set(factors.places(root).values())
                 found.update(own.intersection(factors.places(operand).values()))
     for node, carriers in factors.carriers.items():
