@@ -154,4 +154,21 @@ def test_what_is_kept_goes_with_every_module_of_the_compiler() -> None:
     root = Path(__file__).parents[2]
     folders = map(root.joinpath, ("tpcompile", "passes", "lowering"))
     every = {path.resolve() for folder in folders for path in folder.rglob("*.py")}
-    assert {path.resolve() for path in disk_cache.own_files()} == every
+    assert {path.resolve() for path in disk_cache.own_files(root / "tpcompile").values()} == every
+
+
+def test_what_is_kept_goes_with_contents_wherever_they_are(tmp_path: Path) -> None:
+    """A checkout, a wheel, another folder: ranks compare this, and may have any of them."""
+    hashes = []
+    for name, beside in (("checkout", ""), ("wheel", "tpcompile"), ("other", "")):
+        for module in (
+            "tpcompile/api",
+            "tpcompile/ir/nodes",
+            f"{beside}/passes/one",
+            f"{beside}/lowering/two",
+        ):
+            path = tmp_path / name / f"{module.lstrip('/')}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{path.name} {name == 'other' and path.stem == 'two'}")
+        hashes.append(disk_cache.hash_of(disk_cache.own_files(tmp_path / name / "tpcompile")))
+    assert hashes[0] == hashes[1] != hashes[2]

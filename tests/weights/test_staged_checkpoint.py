@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import sys
@@ -43,12 +44,12 @@ sys.addaudithook(_on_event)
 def stopped_at_every_change(folder: Path, stops: Path) -> Iterator[None]:
     """Copies a folder before every change of any file: what a process that was killed there would have left.
 
-    Changes in subfolders that begin with a dot alone are left out: nothing points there, or it is finished.
+    Changes in subfolders of a save alone are left out: nothing points there, or it is finished.
     """
     before: list[Any] = []
 
     def look() -> None:
-        places = [path for path in folder.rglob("*") if not path.parent.name.startswith(".")]
+        places = [path for path in folder.rglob("*") if not path.parent.name.startswith("saving-")]
         now = [(path.name, (facts := path.lstat()).st_ino, facts.st_size, facts.st_mtime) for path in places]
         if folder.exists() and now not in before:
             shutil.copytree(folder, stops / f"{len(before):03}", symlinks=True)
@@ -134,12 +135,81 @@ def test_stopped_anywhere(
         assert before is None or (stop / "notes" / "mine").read_text() == "mine"
     assert seen == sorted(seen) and seen[-1] == 1
     assert before is None or seen[0] == 0
-    assert not [name for name in entries(folder) if name.startswith(".")], "something is left"
+    assert not [name for name in entries(folder) if "saving" in name], "something is left"
     # What a stopped save has left does not disturb the next one, which removes it.
     middle = sorted(stops.iterdir())[len(seen) // 4 + 1]
     new.save_pretrained(middle, **after)
     assert entries(middle) == entries(folder)
     assert states_equal(load(middle, **variant), wanted[1])
+
+
+CODE = """
+import torch
+from transformers import PreTrainedModel
+from .configuration_own import NAME, OwnConfig
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        setattr(self, NAME, torch.nn.Linear(config.width, config.width))
+        self.post_init()
+
+    def forward(self, x):
+        return getattr(self, NAME)(x)
+"""
+CONFIGURATION = """
+from transformers import PreTrainedConfig
+NAME = "{name}"
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own_code"
+    width: int = 4
+"""
+
+
+def own_model(folder: Path, name: str, width: int) -> Any:
+    """A model whose code is written here, and says how its layer is called."""
+    folder.mkdir()
+    (folder / "modeling_own.py").write_text(CODE)
+    (folder / "configuration_own.py").write_text(CONFIGURATION.format(name=name))
+    code = importlib.import_module(f"{folder.name}.modeling_own")
+    code.OwnConfig.register_for_auto_class()
+    code.OwnModel.register_for_auto_class("AutoModel")
+    torch.manual_seed(0)
+    return shell(code.OwnModel(code.OwnConfig(width=width)))
+
+
+@pytest.mark.parametrize("width", [4, 6])
+def test_stopped_anywhere_with_code_of_its_own(
+    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, configuration and code are those of one checkpoint, also where only the code differs."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    folder, stops = tmp_path / "model", tmp_path / "stops"
+    old, new = (
+        own_model(tmp_path / f"old{width}", "first", 4),
+        own_model(tmp_path / f"new{width}", "second", width),
+    )
+    wanted, seen = [old.state_dict(), new.state_dict()], []
+    old.save_pretrained(folder)
+    with stopped_at_every_change(folder, stops):
+        new.save_pretrained(folder)
+    shutil.copytree(folder, stops / "done")
+    for stop in sorted(stops.iterdir()):
+        model = transformers.AutoModel.from_pretrained(stop, trust_remote_code=True)
+        ours = load_ours(stop, trust_remote_code=True)
+        for found in (model.state_dict(), ours):
+            which = [states_equal(found, state) for state in wanted]
+            assert any(which), f"{stop.name}: neither the old checkpoint nor the new one"
+            seen.append(which.index(True))
+    assert seen == sorted(seen) and (seen[0], seen[-1]) == (0, 1) and len(seen) > 10
+    assert not [name for name in entries(folder) if "saving" in name], "something is left"
 
 
 def test_another_variant_stays(tmp_path: Path) -> None:
@@ -151,7 +221,7 @@ def test_another_variant_stays(tmp_path: Path) -> None:
     with stopped_at_every_change(folder, stops):
         one.save_pretrained(folder, max_shard_size=FILES, variant="x")
     index = "model.safetensors.index.x.json"
-    midway = [stop for stop in sorted(stops.iterdir()) if ".saving-" in (stop / index).read_text()]
+    midway = [stop for stop in sorted(stops.iterdir()) if "saving-" in (stop / index).read_text()]
     for stop in (midway[0], midway[-1]):
         two.save_pretrained(stop)
         assert states_equal(load(stop, variant="x"), states[0]) and states_equal(load(stop), states[1])

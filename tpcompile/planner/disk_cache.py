@@ -15,6 +15,7 @@ import re
 import stat
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -57,17 +58,25 @@ def entry_name(*facts: object) -> str:
 @functools.cache
 def own_sources() -> str:
     """The hash of all of tpcompile's files: hardly one has no say in a plan."""
+    return hash_of(own_files(Path(__file__).parents[1]))
+
+
+def hash_of(files: Mapping[str, Path]) -> str:
+    """The hash of some files and of their names, wherever they are: ranks may have other folders."""
     digest = hashlib.sha256()
-    for path in own_files():
-        digest.update(f"{path}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    for name, path in sorted(files.items()):
+        digest.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
-def own_files() -> list[Path]:
-    """All of tpcompile's modules; a checkout has some of its packages beside it."""
-    here = Path(__file__).parents[1]
-    beside = [here.parent / name for name in ("passes", "lowering") if not (here / name).is_dir()]
-    return sorted(path for folder in (here, *beside) for path in folder.rglob("*.py"))
+def own_files(package: Path) -> dict[str, Path]:
+    """All of tpcompile's modules, as they are named inside of it; a checkout has some packages beside it."""
+    beside = [package.parent / name for name in ("passes", "lowering") if not (package / name).is_dir()]
+    return {
+        path.relative_to(root).as_posix(): path
+        for folder, root in ((package, package), *((each, package.parent) for each in beside))
+        for path in folder.rglob("*.py")
+    }
 
 
 def entries() -> list[Path]:

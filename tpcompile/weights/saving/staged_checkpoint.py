@@ -1,9 +1,9 @@
 """A checkpoint on its way into its folder; at every moment the old one or the new one loads.
 
 Files cannot be replaced together. But loaders follow pointers, and a pointer is one file: the configuration
-may name the weights' file (``transformers_weights``), and an index names all of its files. So a checkpoint
-is written to a subfolder; then pointers are turned to the files there; the files get their usual names; and
-the pointers are turned back.
+may name the weights' file (``transformers_weights``) and the model's own code (``auto_map``), and an index
+names all of its files. So a checkpoint is written to a subfolder; then pointers are turned to the files
+there; the files get their usual names; and the pointers are turned back.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tpcompile.errors import TpCompileError
 from tpcompile.weights.loading.find_files import CONFIG, INDEX, POINTER, SINGLE, variant_of
 
 from .plan_files import File
 
-_STAGE = re.compile(r"\.saving-[0-9a-f]{8}")
+_STAGE = re.compile(r"\.?saving-[0-9a-f]{8}")  # without a dot, where auto_map would see another one
 _TODO = "make room, or save elsewhere; what was there before is still there"
 
 
@@ -46,7 +47,7 @@ class StagedCheckpoint:
     def __init__(
         self, folder: Path, weights: list[File], others: Mapping[str, bytes], variant: str | None
     ) -> None:
-        self.path = folder / f".saving-{uuid.uuid4().hex[:8]}"
+        self.path = folder / f"saving-{uuid.uuid4().hex[:8]}"
         self._folder, self._weights, self._others = folder, [file.name for file in weights], others
         self._single, self._index = variant_of(SINGLE, variant), variant_of(INDEX, variant)
         self._size = sum(file.size for file in weights)
@@ -111,7 +112,8 @@ class StagedCheckpoint:
     def _switch(self) -> None:
         several = len(self._weights) > 1
         config = self._folder / CONFIG
-        changed = config.exists() and config.read_bytes() != self._others[CONFIG]
+        own = [CONFIG, *(name for name in self._others if name.endswith(".py"))]
+        changed = config.exists() and any(map(self._is_other, own))
         clash = several and any((self._folder / name).exists() for name in self._weights)
         if changed:  # the new checkpoint loads from here on
             self._point_config()
@@ -123,17 +125,33 @@ class StagedCheckpoint:
             self._move(self._index)
             (self._folder / self._single).unlink(missing_ok=True)
         for name in sorted(self._others.keys() - {CONFIG, self._index}):
-            self._move(name)
+            (self._link if changed and name in own else self._move)(name)
         self._move(CONFIG)
 
+    def _is_other(self, name: str) -> bool:
+        """Whether the folder does not have a file as it is to be."""
+        path = self._folder / name
+        return not path.is_file() or path.read_bytes() != self._others[name]
+
     def _point_config(self) -> None:
-        """Lets a configuration that differs from the old one point to the weights that belong to it."""
+        """Lets a configuration, in place of the old one, point to the weights and the code of its own."""
         weights = self._weights[0]
         if len(self._weights) > 1:
             weights = f"staged.{INDEX}"
             self._write(self.path / weights, self._staged_index())
-        config = json.loads(self._others[CONFIG]) | {POINTER: f"{self.path.name}/{weights}"}
+        config = json.loads(self._others[CONFIG])
+        config |= {POINTER: f"{self.path.name}/{weights}"}
+        config |= {key: self._staged_code(config[key]) for key in ("auto_map",) if key in config}
         self._put(self._folder / CONFIG, json.dumps(config, indent=2).encode())
+
+    def _staged_code(self, place: Any) -> Any:
+        """Where the configuration finds its classes (``module.Class``), if that is in the checkpoint."""
+        if isinstance(place, Mapping):
+            return {key: self._staged_code(each) for key, each in place.items()}
+        if isinstance(place, list):
+            return [self._staged_code(each) for each in place]
+        ours = isinstance(place, str) and f"{place.partition('.')[0]}.py" in self._others
+        return f"{self.path.name}/{place}" if ours else place
 
     def _staged_index(self) -> bytes:
         index = json.loads(self._others[self._index])
