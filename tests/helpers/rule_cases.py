@@ -520,8 +520,25 @@ _INTEGERS = {
 
 SAMPLED = _sampled()
 
+
+def _recurrent(op: object, gates: int, *state: Operand) -> Case:
+    """A recurrent layer without biases."""
+    weights = [signed(gates * 10, 6), signed(gates * 10, 10)]
+    given = (list(state) if len(state) > 1 else state[0], weights, False, 1, 0.0, False, False, True)
+    return _case(op, signed(4, 3, 6), *given)
+
+
+_STATE = signed(1, 4, 10)
+
 # Calls that are always computed whole, with what the reason says.
 REFUSED = {
+    _recurrent(aten.lstm.input, 4, _STATE, _STATE): "at every time step",
+    _recurrent(aten.gru.input, 3, _STATE): "at every time step",
+    _recurrent(aten.rnn_tanh.input, 1, _STATE): "at every time step",
+    _recurrent(aten.rnn_relu.input, 1, _STATE): "at every time step",
+    _values(
+        aten._scaled_mm.default, *_EIGHT, single(), single(), None, single(), out_dtype=torch.float8_e4m3fn
+    ): "rounded to eight bits",
     _case(aten.index.Tensor, signed(4, 6), [boolean(4)]): "data-dependent",
     _case(aten.nonzero.default, ints(3, 4, 6)): "depends on the data",
     _case(aten.masked_select.default, signed(4, 6), boolean(4, 6)): "depends on the data",
