@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+import random
+from array import array
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -50,6 +54,38 @@ def test_it_is_refused(where: str, box: Any, act: Callable[..., Any]) -> None:
     model = Toy(act)
     with pytest.raises(CannotCapture, match=rf"(argument |removes _buffers\.){where}"):
         capture(model, bind_call(model, (X, box), {}))
+
+
+NUMBERS = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    ("held", "act"),
+    [
+        (np.zeros(2), lambda model, x, box: x * float(model.held.__iadd__(1)[0])),
+        (bytearray(b"0"), lambda model, x, box: model.held.append(1)),
+        ([array("d", [1.0])], lambda model, x, box: model.held[0].append(1)),
+        ({"draw": random.Random(0)}, lambda model, x, box: x * model.held["draw"].random()),
+        (np.random.default_rng(0), lambda model, x, box: x * model.held.random()),
+        (None, lambda model, x, box: x * NUMBERS.random()),
+    ],
+)
+def test_what_shows_no_change_is_refused(held: Any, act: Callable[..., Any]) -> None:
+    model = Toy(act)
+    model.held = held
+    before = pickle.dumps((model.held, NUMBERS))
+    with pytest.raises(CannotCapture, match=r"held|NUMBERS"):
+        capture(model, bind_call(model, (X,), {}))
+    assert pickle.dumps((model.held, NUMBERS)) == before
+
+
+def test_a_set_that_grows_is_left_behind() -> None:
+    model = Toy(lambda model, x, box: model.held.add(x.dim()))
+    model.held = {7}
+    captured = capture(model, bind_call(model, (X,), {}))
+    assert model.held == {7}
+    captured.writes[0].write(model, [])
+    assert model.held == {2, 7}
 
 
 def test_what_is_only_read_is_not() -> None:

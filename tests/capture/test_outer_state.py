@@ -70,7 +70,7 @@ class Child(Parent):
         (Choices, "width", 4),
         (f"{__name__}", "BASE", 3.0),
         (f"{__name__}", "FACTOR", torch.tensor(3.0)),
-        (f"{__name__}", "TABLE", np.ones(3)),
+        (f"{__name__}", "TABLE", np.zeros(3)),
         (Parent, "scale", torch.sin),
     ],
 )
@@ -91,6 +91,20 @@ def test_tensors_and_lists_of_classes_are_compared() -> None:
         assert not reads.hold(0)
     Parent.limits.add_(1)
     assert not reads.hold(0)
+
+
+def test_arrays_are_compared_by_what_is_in_them() -> None:
+    model = Child()
+    model.numbers = np.ones(2)
+    captured = capture(model, bind_call(model, (torch.ones(3, 2),), {}))
+    captured.reads |= {("", "numbers")}
+    reads = Reads(model, captured, lambda path: type(model.get_submodule(path)))
+    for array in (TABLE, model.numbers):
+        assert reads.hold(0)
+        assert reads.hold(0)
+        array += 1
+        assert not reads.hold(0)
+        array -= 1
 
 
 class Peeking(nn.Module):

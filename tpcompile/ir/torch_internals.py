@@ -32,7 +32,15 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._higher_order_ops import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    unset_fake_temporarily,
+)
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._storage_utils import _storage_setup as storage_setup
@@ -64,9 +72,11 @@ __all__ = [
     "CeilDiv",
     "ConstantSource",
     "DTensorSpec",
+    "DataDependentOutputException",
     "DisableTorchFunction",
     "DisableTorchFunctionSubclass",
     "DispatchKey",
+    "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "FloorDiv",
@@ -89,6 +99,8 @@ __all__ = [
     "TorchDispatchMode",
     "TracingContext",
     "TreeSpec",
+    "UnsupportedFakeTensorException",
+    "UnsupportedOperatorException",
     "current_autograd_node",
     "detect_fake_mode",
     "dict_version",

@@ -56,12 +56,14 @@ class _Guarded:
     """What was made for one kind of call, and how to know such a call.
 
     Attributes:
+        precision: that of matmuls, of which the modes do not tell "high" from "medium".
         state: torch's modes: gradients, autocast, deterministic algorithms, threads.
         tensors: types, devices, fixed sizes and strides of all inputs, and that none comes twice.
         sizes: what was assumed of sizes that are open.
         step: takes the values of all placeholders.
     """
 
+    precision: str
     state: Any
     tensors: Any
     sizes: Callable[[Sequence[Tensor]], bool]
@@ -99,9 +101,14 @@ class CompiledSteps:
         """Runs a call, compiled first if nothing fits; None if it is to run as it is."""
         if len_torch_dispatch_stack() or get_tracing_state() is not None:
             return None  # somebody looks at single operators, which compiled code does not show
-        values = self.fetch(given)
+        values, precision = self.fetch(given), torch.get_float32_matmul_precision()
         for one in self.guarded:
-            if one.state.check() and one.tensors.check(*values) and one.sizes(values):
+            if (
+                one.precision == precision
+                and one.state.check()
+                and one.tensors.check(*values)
+                and one.sizes(values)
+            ):
                 return one.step(values)
         step = self._step_for(values)
         return None if step is None else step(values)
@@ -131,7 +138,8 @@ class CompiledSteps:
             dynamic_dims_sizes=found.traced.static_sizes,
             dynamic_dims_strides=found.traced.static_strides,
         )
-        new = _Guarded(GlobalStateGuard(), tensors, found.traced.sizes, found.step)
+        precision = torch.get_float32_matmul_precision()
+        new = _Guarded(precision, GlobalStateGuard(), tensors, found.traced.sizes, found.step)
         self.guarded = [new, *self.guarded[: 4 * MOST]]
         return found.step
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from tpcompile.capture.export.look_inside import PLAIN, Attributes, content
+from tpcompile.capture.export.opaque_values import is_opaque
 from tpcompile.capture.export.python_state import DEEPEST, MISSING, shot
 from tpcompile.ir.torch_internals import dict_version
 
@@ -121,7 +122,11 @@ class QuickLook:
         inside = content(value)
         if isinstance(value, Tensor) and baked is None and not value.is_inference():
             self._tensors.append(value)
-        elif isinstance(value, Tensor) or (isinstance(inside, set | Attributes) and depth <= DEEPEST):
+        elif (
+            isinstance(value, Tensor)
+            or is_opaque(value)
+            or (isinstance(inside, set | Attributes) and depth <= DEEPEST)
+        ):
             self._slow.append(partial(shot(value, baked, depth), value))
         elif inside is None or depth > DEEPEST:
             return

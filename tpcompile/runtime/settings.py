@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.look_inside import PLAIN, content, same
+from tpcompile.capture.export.opaque_values import is_opaque
 from tpcompile.capture.export.outer_state import Outer
 from tpcompile.capture.export.python_state import MISSING, Shot, form_shot, shot, storage
 
@@ -109,7 +110,7 @@ class Reads:
         self, own: dict[str, Any], name: str, values: dict[str, Any], fed: bool, baked: frozenset[int] | None
     ) -> None:
         value = own.get(name, MISSING)
-        if isinstance(value, Tensor) or content(value) is not None:
+        if isinstance(value, Tensor) or is_opaque(value) or content(value) is not None:
             if id(value) not in self._shots:
                 self._shots[id(value)] = value, form_shot(value) if fed else shot(value, baked)
             self._deep.append((own, name, self._shots[id(value)][1], fed))

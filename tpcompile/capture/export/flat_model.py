@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from tpcompile.ir.torch_internals import TreeSpec, is_alias_of, tree_flatten, tr
 
 from .dynamic_dims import Attempt, Place
 from .flatten_program import PREFIX, UserResult
+from .open_sizes import OPEN, types_of_numbers
 from .outer_state import Outer, unchanged_outside
 from .python_state import PythonState, hooked, recorded_reads
 from .specs import OutputKind
 from .state_writes import TRACED, StateWrite, collect_writes
 from .switch_experts import install_output_hooks
-from .watch_calls import OPEN
 
 PYTHON_VALUES = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 
@@ -87,10 +88,16 @@ class FlatModel(nn.Module):
         install_output_hooks(model)
         given = _contents(call)
         state = PythonState(model)
-        with unchanged_outside(model) as self.seen.outer, recorded_reads(model) as self.seen.reads:
+        functions: list[FunctionType] = []
+        with (
+            unchanged_outside(model, functions) as self.seen.outer,
+            types_of_numbers(functions, any(spec is not None for spec in self._attempt.dynamic)),
+            recorded_reads(model) as self.seen.reads,
+        ):
             taken = take_results(call, call_model(model, call))
         _refuse_changed(given, _contents(call))
         state.refuse_iterators(self.seen.reads)
+        state.refuse_opaque()
         self.seen.reads |= hooked(model)
         self.seen.lost = [buffer.path for buffer in before if buffer.has_other_form()]
         taken.values[:] = _write_assigned(before, taken.values)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .opaque_values import is_opaque
+
 PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, range, slice, torch.dtype, torch.device)
 _CONTAINERS = (dict, list, tuple, set, deque)
 _CLOSED = (
@@ -73,7 +75,7 @@ def content(value: Any) -> Any:
         return content(value.__self__)
     if isinstance(value, functools.partial):
         return value.func, value.args, value.keywords
-    if isinstance(value, _CLOSED) or is_librarys(type(value).__module__):
+    if isinstance(value, _CLOSED) or is_opaque(value) or is_librarys(type(value).__module__):
         return None
     kind: Any = type(value)
     if _slots(kind):

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from tpcompile.errors import CannotCapture
 
-from .python_state import MISSING, is_iterator, refuse_iterator, shot
+from .opaque_values import is_iterator, is_opaque, put_back, refuse_iterator, snapshot
+from .python_state import MISSING, shot
 
 _LIBRARIES = {"torch", "numpy", "typing", "collections", "functools", "logging", "warnings", "os", "sys"}
 _LIBRARIES |= {"math", "builtins", "tpcompile"}
@@ -63,8 +64,13 @@ class Outer(NamedTuple):
             self.owner[self.key] = value
 
 
-def outer_places(model: nn.Module) -> list[Outer]:
-    """All that the functions of a model name, and the functions that these name, but for libraries'."""
+def outer_places(model: nn.Module, walked: list[types.FunctionType] | None = None) -> list[Outer]:
+    """All that the functions of a model name, and the functions that these name, but for libraries'.
+
+    Args:
+        model: the model.
+        walked: is given these functions.
+    """
     functions: list[types.FunctionType] = []
     methods: list[tuple[type, str]] = []
     for module in model.modules():
@@ -93,6 +99,8 @@ def outer_places(model: nn.Module) -> list[Outer]:
                 found.setdefault((id(kind), name), place)
         while functions:
             function = functions.pop()
+            if walked is not None:
+                walked.append(function)
             methods += _methods(function)
             for place in _named(function):
                 if found.setdefault((id(place.owner), place.key), place) is place:
@@ -114,8 +122,14 @@ def without_traced_results(places: Iterable[Outer]) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged_outside(model: nn.Module) -> Iterator[list[Outer]]:
+def unchanged_outside(
+    model: nn.Module, walked: list[types.FunctionType] | None = None
+) -> Iterator[list[Outer]]:
     """Puts back what the block changes outside of the model's modules.
+
+    Args:
+        model: the model.
+        walked: is given the model's functions.
 
     Yields:
         The places that its functions name.
@@ -123,14 +137,14 @@ def unchanged_outside(model: nn.Module) -> Iterator[list[Outer]]:
     Raises:
         CannotCapture: there is such a change, or an iterator; or random numbers are drawn.
     """
-    before, places, drawn = [], outer_places(model), _generators()
+    before, places, drawn = [], outer_places(model, walked), _generators()
     seeded = torch.get_rng_state()
     for place in places:
         value = place.look()
         if is_iterator(value):
             refuse_iterator(place.name)
-        copied = type(value)(value) if type(value) in _REFILLED else None
-        before.append((place, value, copied, shot(value)))
+        copied: Any = type(value)(value) if type(value) in _REFILLED else None
+        before.append((place, value, snapshot(value) if is_opaque(value) else copied, shot(value)))
     changed = []
     try:
         with without_traced_results(places):
@@ -141,7 +155,9 @@ def unchanged_outside(model: nn.Module) -> Iterator[list[Outer]]:
                 changed.append(place.name)
                 if place.look() is not value:
                     place.put(value)
-                if copied is not None:
+                if is_opaque(value):
+                    put_back(value, copied)
+                elif copied is not None:
                     value.clear()
                     value.extend(copied) if isinstance(value, list | deque) else value.update(copied)
     if not torch.equal(torch.get_rng_state(), seeded):  # what is traced draws nothing by itself
@@ -274,7 +290,7 @@ def _matters(value: Any) -> bool:
     """Whether a value can change what a program computes."""
     kinds = (types.ModuleType, type, nn.Module, types.BuiltinFunctionType)
     of_kind = _is_librarys(type(value), "builtins", "functools")
-    if isinstance(value, Tensor | np.ndarray | np.generic):
+    if isinstance(value, Tensor | np.generic) or is_opaque(value):
         return True
     return not isinstance(value, kinds) and not _is_librarys(value) and not of_kind
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import operator
 import sys
 import types
@@ -10,14 +9,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 from unittest.mock import patch
 
 from torch import Tensor, nn
 
-from tpcompile.errors import CannotCapture
-
 from .look_inside import PLAIN, Attributes, content, is_librarys, same
+from .opaque_values import is_iterator, is_opaque, put_back, refuse_changed, refuse_iterator, snapshot
 
 MISSING: Any = object()
 BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"} | {"_flat_weights", "_flat_weight_refs"}
@@ -52,6 +50,9 @@ def shot(value: Any, baked: frozenset[int] | None = None, depth: int = 0) -> Sho
             return form_shot(value)
         version = _version(value)
         return lambda now: now is value and _version(now) == version
+    if is_opaque(value):
+        taken = snapshot(value)
+        return lambda now: type(now) is type(value) and snapshot(now) == taken
     if inside is None or depth > DEEPEST:
         return lambda now: same(now, value)
     kind = type(value)
@@ -154,6 +155,7 @@ class PythonState:
         self._known: dict[int, Any] = {}  # kept alive, so that no other object gets its id
         self._seen: set[int] = set()
         self._iterators: dict[tuple[str, str], str] = {}
+        self._opaque: list[tuple[str, Any, bytes]] = []
         for path, module in model.named_modules():
             self._add(path, (), module.__dict__)
 
@@ -171,6 +173,8 @@ class PythonState:
             if is_iterator(value):
                 place = steps[0][1] if steps else str(key)
                 self._iterators[path, place] = str(Change(path, steps, key, value))
+            if is_opaque(value):
+                self._opaque.append((str(Change(path, steps, key, value)), value, snapshot(value)))
             if inside is not value:
                 self._known.setdefault(id(value), value)
             if inside is not None and len(steps) < DEEPEST:
@@ -190,8 +194,19 @@ class PythonState:
             if place in reads:
                 refuse_iterator(name)
 
+    def refuse_opaque(self) -> None:
+        """Refuses changes of what does not show them.
+
+        Raises:
+            CannotCapture: there is one.
+        """
+        for name, value, taken in self._opaque:
+            refuse_changed(name, value, taken)
+
     def restore(self) -> None:
         """Puts everything back."""
+        for _, value, taken in self._opaque:
+            put_back(value, taken)
         for table in self._tables:
             live, before = table.live, table.before
             if isinstance(live, tuple) or _same_items(_now(live), before):
@@ -222,30 +237,12 @@ class PythonState:
                 )
                 yield Change(table.path, table.steps, kept, list(live)[kept:])
             else:
-                yield Change(table.path, table.steps, None, live)
+                yield Change(table.path, table.steps, None, frozenset(live))
 
 
 def _now(live: Any) -> Any:
     """A container as it is now: the one that it is, or a copy of an object's attributes."""
     return dict(live) if isinstance(live, Attributes) else live
-
-
-def is_iterator(value: Any) -> bool:
-    """Whether a value is used up as it is read, and does not show how far it is."""
-    return isinstance(value, Iterator) and not isinstance(value, io.IOBase | nn.Module)
-
-
-def refuse_iterator(name: str) -> NoReturn:
-    """Refuses an iterator that forward reads.
-
-    Raises:
-        CannotCapture: always.
-    """
-    raise CannotCapture(
-        f"the model's forward reads {name}, an iterator, which does not show where it is",
-        where=name,
-        todo="use a number or a list that is an attribute of a module",
-    )
 
 
 def _same_items(one: Any, other: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import CodeType, FrameType
 from typing import Any
 from unittest.mock import patch
@@ -13,17 +13,23 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 
 from tpcompile.errors import CannotCapture
-from tpcompile.ir.torch_internals import FakeTensor, tree_leaves
+from tpcompile.ir.torch_internals import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    tree_leaves,
+)
 
 from .explain_failure import here
 from .look_inside import PLAIN, is_librarys
+from .open_sizes import is_message, sizes_as_numbers, unseen
 from .python_state import storage
-
-OPEN = "open size "
-"""What the text of an open size begins with, where the model's python makes text of it."""
 
 _TENSOR: Any = Tensor
 _PARTS = "parallelize(compose=True) lets this module run as the python that it is"
@@ -37,6 +43,7 @@ _REFUSED: dict[Any, tuple[str, str]] = {
     torch.autograd.grad: ("takes a gradient (torch.autograd.grad)", _PARTS),
     _TENSOR.data.__set__: ("assigns to a tensor's data", "compute a new tensor, or write with copy_"),
 }
+_INFERENCE = ("asks for the inference mode", f"ask torch.is_grad_enabled(); or {_PARTS}")
 _GRAD_FN = _TENSOR.grad_fn.__get__
 _GRAD = _TENSOR.grad.__get__
 _DATA = _TENSOR.data.__get__
@@ -51,7 +58,13 @@ _PEEKS = {
         torch.is_nonzero,
     ),
 }
+_SPELLS = (Tensor.__repr__, Tensor.__format__)
 _ASKS = (_TENSOR.requires_grad.__get__, _TENSOR.is_leaf.__get__)
+_TRACING_ERRORS = (
+    *(CannotCapture, GuardOnDataDependentSymNode, DataDependentOutputException),
+    *(DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException),
+)
+_DECISIONS = ("__bool__", "__int__", "__index__", "__float__")
 _NEEDS_GRAD = (Tensor.requires_grad_, _TENSOR.requires_grad.__set__)
 
 
@@ -63,6 +76,7 @@ class Watch(TorchFunctionMode):
         computed: it has also asked for values that were computed of constants.
         wanting: the storages of tensors that want gradients and are not part of the model.
         asks_gradients: it has asked whether gradients are recorded, or wanted.
+        errors: what went wrong in a call of torch because it was traced; its python may have gone on.
     """
 
     def __init__(self) -> None:
@@ -71,11 +85,48 @@ class Watch(TorchFunctionMode):
         self.computed = False
         self.wanting: set[int] = set()
         self.asks_gradients = False
+        self.errors: list[Exception] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if get_proxy_mode() is None:  # torch's own, below what is traced
             return func(*args, **kwargs)
+        try:
+            return self._call(func, args, kwargs)
+        except Exception as error:
+            if func in _PEEKS or isinstance(error, _TRACING_ERRORS):
+                self.errors.append(error)
+            raise
+
+    def refuse(self, what: str, todo: str) -> None:
+        """Refuses what a graph cannot say, also if the model's python catches that.
+
+        Raises:
+            CannotCapture: always.
+        """
+        try:
+            _refuse(what, todo)
+        except CannotCapture as error:
+            self.errors.append(error)
+            raise
+
+    def refuse_swallowed(self) -> None:
+        """Refuses a trace that has gone on after an error that only tracing has (``except Exception``).
+
+        Raises:
+            CannotCapture: this is one.
+        """
+        for error in self.errors:
+            if isinstance(error, CannotCapture):
+                raise error
+            what = str(error).strip().split("\n")[0]
+            raise CannotCapture(
+                f"the model's forward catches an error that it has only while it is traced ({what})",
+                where="a try statement in forward",
+                todo=f"compute it with tensors, without looking at values; or {_PARTS}",
+            ) from error
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         real = [x for x in given if not isinstance(x, FakeTensor)]
         self.wanting.update(storage(x) for x in real if x.requires_grad)
@@ -83,7 +134,11 @@ class Watch(TorchFunctionMode):
             _refuse(
                 "reads the gradient of a tensor (grad)", f"give it to the model as an argument; or {_PARTS}"
             )
+        if func is Tensor.is_inference and not is_librarys(_caller(), "tpcompile"):
+            _refuse(*_INFERENCE)
         self.asks_gradients |= func in _ASKS and not is_librarys(_caller(), "tpcompile")
+        if func in _SPELLS and len(real) < len(given) and not _is_message():
+            _refuse("makes text of a tensor's values", f"compute it with tensors; or {_PARTS}")
         if func in _PEEKS:
             self.peeked.update((id(x), x) for x in real)
         if func == _DATA:
@@ -121,7 +176,22 @@ def _refuse(what: str, todo: str) -> None:
 
 def _caller() -> str:
     """The python module that has called what is being looked at."""
-    return str(_calling(sys._getframe(2)).f_globals.get("__name__"))
+    return _module(_calling(sys._getframe(2)))
+
+
+def _is_message() -> bool:
+    """Whether the text of a tensor is made by torch, or for a message."""
+    frame = _calling(sys._getframe(2))
+    while frame.f_back is not None and _module(frame) in (
+        "torch._tensor",
+        "torch.overrides",
+    ):
+        frame = _calling(frame.f_back)
+    return is_librarys(_module(frame)) or is_message(frame)
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
 
 
 def _calling(frame: FrameType) -> FrameType:
@@ -131,15 +201,26 @@ def _calling(frame: FrameType) -> FrameType:
     return frame
 
 
-def _spelling(original: Callable[[Any], str]) -> Callable[[Any], str]:
-    """Text of an open size that can be told from other text, for the model's python."""
+@contextmanager
+def _noted_decisions(watch: Watch) -> Iterator[None]:
+    """Lets the errors be noted of python that asks for the value of a symbol which has none."""
 
-    def spell(size: Any) -> str:
-        text = original(size)
-        number = text.replace(".", "").isdigit()
-        return text if number or is_librarys(_caller(), "sympy", "tpcompile") else f"{OPEN}{text}"
+    def noting(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def decide(symbol: Any) -> Any:
+            try:
+                return original(symbol)
+            except GuardOnDataDependentSymNode as error:
+                if not is_librarys(_caller(), "sympy"):
+                    watch.errors.append(error)
+                raise
 
-    return spell
+        return unseen(decide)
+
+    with ExitStack() as stack:
+        for kind in (torch.SymInt, torch.SymFloat, torch.SymBool):
+            for name in {*_DECISIONS} & {*vars(kind)}:
+                stack.enter_context(patch.object(kind, name, noting(getattr(kind, name))))
+        yield
 
 
 @contextmanager
@@ -159,18 +240,25 @@ def watched_calls() -> Iterator[Watch]:
             _refuse("changes what autograd saves (saved_tensors_hooks)", _PARTS)
         return enter(self)
 
-    asked = torch.is_grad_enabled
+    asked, inferring = torch.is_grad_enabled, torch.is_inference_mode_enabled
 
     def is_grad_enabled() -> bool:
         watch.asks_gradients |= get_proxy_mode() is not None and not is_librarys(_caller(), "tpcompile")
         return asked()
 
+    def is_inference_mode_enabled() -> bool:
+        if get_proxy_mode() is not None and not is_librarys(_caller(), "tpcompile"):
+            watch.refuse(*_INFERENCE)
+        return inferring()
+
     watch = Watch()
     with (
-        patch.object(torch.SymInt, "__repr__", _spelling(torch.SymInt.__repr__)),
-        patch.object(torch.SymFloat, "__repr__", _spelling(torch.SymFloat.__repr__)),
+        sizes_as_numbers(),
         patch.object(saved_tensors_hooks, "__enter__", only_torchs),
         patch.object(torch, "is_grad_enabled", is_grad_enabled),
+        patch.object(torch, "is_inference_mode_enabled", is_inference_mode_enabled),
+        _noted_decisions(watch),
         watch,
     ):
         yield watch
+    watch.refuse_swallowed()
