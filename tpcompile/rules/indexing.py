@@ -7,14 +7,13 @@ from torch.fx import Node
 from tpcompile.ir.nodes import op_name, operands, option, shape
 from tpcompile.ir.sizes import Size
 
-from .labels import dim_of, replaced, without
+from .labels import dim_of, labelled, replaced, without
 from .rule import UNARY, Dim, Labels, Letters, Rule, aligned, letters_of
 
 
 def index_select(node: Node) -> Rule:
     """index_select: the dimension is replaced by the index's, which may be a number."""
-    letters = Letters()
-    source = letters.dims(shape(operands(node)[0]))
+    letters, source = labelled(node)
     dim = dim_of(node, len(source))
     new = letters.dim(shape(node)[dim])
     return Rule(
@@ -165,8 +164,7 @@ def _linear(node: Node) -> bool:
 
 def scatter_rows(node: Node) -> Rule:
     """index_add, index_copy: rows of a whole dimension are added or replaced."""
-    letters = Letters()
-    into = letters.dims(shape(operands(node)[0]))
+    letters, into = labelled(node)
     dim = dim_of(node, len(into))
     rows = letters.dim(shape(operands(node)[1])[0] if shape(operands(node)[1]) else 1)
     adds = _adds(node)
@@ -184,8 +182,7 @@ def scatter_rows(node: Node) -> Rule:
 
 def fill_rows(node: Node) -> Rule:
     """index_fill: rows of a whole dimension get one value."""
-    letters = Letters()
-    into = letters.dims(shape(operands(node)[0]))
+    letters, into = labelled(node)
     dim = dim_of(node, len(into))
     others = [letters.dims(shape(o)) for o in operands(node)[1:]]
     whole = frozenset(into[dim]) | letters_of(d for o in others for d in o)
@@ -212,8 +209,7 @@ def slice_scatter(node: Node) -> Rule:
 
 def select_scatter(node: Node) -> Rule:
     """``select_scatter(x, row)``: like ``slice_scatter`` for one position."""
-    letters = Letters()
-    dims = letters.dims(shape(operands(node)[0]))
+    letters, dims = labelled(node)
     dim = dim_of(node, len(dims))
     return Rule(
         (dims, without(dims, dim)),

@@ -6,10 +6,16 @@ from collections.abc import Iterable, Sequence
 
 from torch.fx import Node
 
-from tpcompile.ir.nodes import option
+from tpcompile.ir.nodes import operands, option, shape
 from tpcompile.ir.sizes import Size
 
 from .rule import Dim, Labels, Letters
+
+
+def labelled(node: Node) -> tuple[Letters, Labels]:
+    """Letters for a rule, and those of the first operand's dimensions."""
+    letters = Letters()
+    return letters, letters.dims(shape(operands(node)[0]))
 
 
 def dim_of(node: Node, rank: int, name: str = "dim") -> int:

@@ -7,7 +7,7 @@ from torch.fx import Node
 from tpcompile.ir.nodes import operands, option, results, shape
 from tpcompile.ir.sizes import Size, divide, sizes_of
 
-from .labels import dim_of, fresh_except, replaced, without
+from .labels import dim_of, fresh_except, labelled, replaced, without
 from .rule import UNARY, Dim, Labels, Letters, Rule, letters_of
 
 
@@ -45,16 +45,14 @@ def slice_(node: Node) -> Rule:
 
 def select(node: Node) -> Rule:
     """``x[:, i]``: the dimension goes."""
-    letters = Letters()
-    source = letters.dims(shape(operands(node)[0]))
+    letters, source = labelled(node)
     dim = dim_of(node, len(source))
     return Rule((source,), (without(source, dim),), letters.sizes, whole=frozenset(source[dim]), linear=UNARY)
 
 
 def unbind(node: Node) -> Rule:
     """``unbind``: all selections along one dimension."""
-    letters = Letters()
-    source = letters.dims(shape(operands(node)[0]))
+    letters, source = labelled(node)
     dim = dim_of(node, len(source))
     outputs = tuple(without(source, dim) for _ in results(node))
     return Rule((source,), outputs, letters.sizes, whole=frozenset(source[dim]), linear=UNARY)
@@ -171,8 +169,7 @@ def unfold(node: Node) -> Rule:
 
 def diagonal(node: Node) -> Rule:
     """``diagonal``: two whole dimensions become one behind all others."""
-    letters = Letters()
-    source = letters.dims(shape(operands(node)[0]))
+    letters, source = labelled(node)
     pair = sorted(dim_of(node, len(source), name) for name in ("dim1", "dim2"))
     behind = letters.dim(shape(node)[-1])
     target = (*without(without(source, pair[1]), pair[0]), behind)

@@ -109,11 +109,7 @@ def _add_product(node: Node, ops: list[Node]) -> Linear:
     return [frozenset({0, 1}), frozenset({0, 2})]
 
 
-def _add_quotient(node: Node, ops: list[Node]) -> Linear:
-    return [frozenset({0, 1})]
-
-
-def _interpolate(node: Node, ops: list[Node]) -> Linear:
+def _first_two(node: Node, ops: list[Node]) -> Linear:
     return [frozenset({0, 1})]
 
 
@@ -165,8 +161,8 @@ _LINEAR: dict[str, Callable[[Node, list[Node]], Linear]] = {
     "mul": _each,
     "div": _numerator,
     "addcmul": _add_product,
-    "addcdiv": _add_quotient,
-    "lerp": _interpolate,
+    "addcdiv": _first_two,
+    "lerp": _first_two,
     "where": _choose,
     "masked_fill": _fill,
     "copy": _copy,

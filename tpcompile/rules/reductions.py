@@ -11,6 +11,7 @@ from torch.fx import Node
 from tpcompile.ir.nodes import op_name, operands, option, results, shape
 from tpcompile.ir.sizes import sizes_of
 
+from .labels import labelled
 from .rule import UNARY, Labels, Letters, Rule, letters_of
 
 # How a divided dimension is completed. Not here, because ranks would need more than one number of each
@@ -36,8 +37,7 @@ def reduction(node: Node) -> Rule:
     A divided ``mean`` becomes a local sum divided by the whole count (uneven parts count right).
     Other reductions (var, argmax, prod, ...) want their dimensions whole.
     """
-    letters = Letters()
-    source = letters.dims(shape(operands(node)[0]))
+    letters, source = labelled(node)
     dims = set(reduced_dims(node))
     keep = len(sizes_of(results(node)[0])) == len(source)
     target: Labels = tuple(() if i in dims else d for i, d in enumerate(source) if keep or i not in dims)
@@ -67,8 +67,7 @@ def whole_dim(name: str = "dim", linear: bool = False) -> Callable[[Node], Rule]
     """A maker of rules for operators that keep their operand's shape and want the named dimensions whole."""
 
     def rule(node: Node) -> Rule:
-        letters = Letters()
-        source = letters.dims(shape(operands(node)[0]))
+        letters, source = labelled(node)
         dims = _named(node, name, len(source))
         return Rule(
             inputs=tuple(source for _ in operands(node)),
@@ -96,8 +95,7 @@ def _named(node: Node, name: str, rank: int) -> list[int]:
 
 def triangle(node: Node) -> Rule:
     """The last two dimensions of tril and triu are whole."""
-    letters = Letters()
-    dims = letters.dims(shape(operands(node)[0]))
+    letters, dims = labelled(node)
     return Rule((dims,), (dims,), letters.sizes, whole=letters_of(dims[-2:]), linear=UNARY)
 
 
@@ -195,8 +193,7 @@ def batch_norm(node: Node) -> Rule | str:
 
 def histogram(node: Node) -> Rule:
     """``histc``: what falls into each bin may be counted by parts, if the bins are given."""
-    letters = Letters()
-    source = letters.dims(shape(operands(node)[0]))
+    letters, source = labelled(node)
     bins = letters.dims(shape(node))
     given = option(node, "min", 0) < option(node, "max", 0)
     counted = letters_of(source)

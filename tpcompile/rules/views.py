@@ -10,6 +10,7 @@ from torch.fx import Node
 from tpcompile.ir.nodes import op_name, operands, option, results, shape
 from tpcompile.ir.sizes import Size, divide, sizes_of
 
+from .labels import labelled
 from .rule import UNARY, Dim, Labels, Letters, Rule, aligned, letters_of
 
 
@@ -107,8 +108,7 @@ def permute(node: Node) -> Rule:
 
 def keep_sized_dims(node: Node) -> Rule | str:
     """squeeze and unsqueeze: dimensions of size 1 come and go, the others keep their order."""
-    letters = Letters()
-    dims = letters.dims(shape(operands(node)[0]))
+    letters, dims = labelled(node)
     sized = iter([d for d in dims if d])
     target = [() if size == 1 else next(sized, None) for size in shape(node)]
     if None in target or next(sized, None) is not None:
@@ -163,15 +163,13 @@ def _repeated(source: Sequence[Size], target: Sequence[Size], rank: int, outside
 
 def same_shape(node: Node) -> Rule:
     """clone, alias, contiguous, detach: nothing moves."""
-    letters = Letters()
-    dims = letters.dims(shape(operands(node)[0]))
+    letters, dims = labelled(node)
     return Rule((dims,), tuple(dims for _ in results(node)), letters.sizes, linear=UNARY)
 
 
 def kept_whole(node: Node) -> Rule:
     """The marker ``keep_whole``: nothing may be divided or partial."""
-    letters = Letters()
-    dims = letters.dims(shape(operands(node)[0]))
+    letters, dims = labelled(node)
     return Rule((dims,), (dims,), letters.sizes, whole=frozenset(letters.sizes))
 
 
@@ -222,7 +220,6 @@ def windows(node: Node) -> Rule | str:
 
 def create(node: Node) -> Rule:
     """``x.new_zeros(sizes)`` and its like: of x only the type is used, the result is divided at will."""
-    letters = Letters()
-    source = letters.dims(shape(operands(node)[0]))
+    letters, source = labelled(node)
     result = letters.dims(sizes_of(results(node)[0]))
     return Rule((source,), (result,), letters.sizes, linear=UNARY, fixed=frozenset({0}), localize="sizes")
