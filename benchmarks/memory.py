@@ -51,7 +51,8 @@ def measure(model: Any, logits: Callable[[Tensor], Tensor], ids: Tensor) -> tupl
 
     loss().backward()  # so that gradients are there, and what is captured and cached
     live = LiveBytes()
-    for each in local_parts(p for one in model.parameters() for p in (one, one.grad) if p is not None):
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    for each in local_parts((*model.parameters(), *grads, *model.buffers(), ids)):
         live.hold(each, counts=False)
     with live:
         result = loss()
