@@ -154,6 +154,55 @@ def test_no_grad_regions_keep_their_meaning() -> None:
         torch.testing.assert_close(mine, p.grad)
 
 
+class HandsBack(nn.Module):
+    """Operators that hand back what they were given, gradient and all, in regions that record none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def size(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return x.float().abs().mean()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        size = self.size(h)  # behind it, export calls h by the name of h.float()
+        with torch.no_grad():
+            same, doubled = nn.functional.dropout(torch.atleast_1d(h), 0.5, False), 2 * h.float()
+            view = h.view_as(h)
+            with torch.autocast("cpu", torch.bfloat16):
+                largest = h.float().max()
+        return self.b(h) * size + h * same * doubled + view * largest
+
+
+class Infers(HandsBack):
+    """The same for inference mode, which export does not see: as a block and as a decorator."""
+
+    @torch.inference_mode()
+    def size(self, x: torch.Tensor) -> torch.Tensor:
+        return x.abs().mean() + 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        with torch.inference_mode():
+            doubled = 2 * h
+            with torch.inference_mode(False):
+                scale = doubled.sum()
+        return self.b(h) * (self.size(h).clone() + doubled.clone()) * scale.clone()
+
+
+@pytest.mark.parametrize("kind", [HandsBack, Infers])
+def test_gradients_flow_around_regions_without(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(4, 5)
+    (got,) = run_flat(capture(model, bind_call(model, (x,), {})), model, {"x": x})
+    expected = model(x)
+    grads = [torch.autograd.grad(result.sum(), list(model.parameters())) for result in (got, expected)]
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(*grads)
+
+
 def test_ambient_autocast_is_in_the_graph() -> None:
     model, x = nn.Linear(5, 3), torch.randn(4, 5)
     with torch.autocast("cpu", torch.bfloat16):

@@ -229,6 +229,23 @@ def test_half_precision_on_the_way_hides_nothing() -> None:
     assert (report.ok, report.kind) == (False, "rewrite")
 
 
+class FillsIn(Minus):
+    """Fills an empty tensor, which functionalised is ``aten.copy``: it has no derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        filled = x.new_empty(*x.shape[:-1], 2 * x.shape[-1])
+        filled[..., : x.shape[-1]].copy_(super().forward(x))
+        filled[..., x.shape[-1] :].copy_(x)
+        return filled
+
+
+def test_faults_are_found_where_values_are_copied() -> None:
+    x = torch.randn(X, dtype=torch.float64)
+    report = tpcompile.verify(FillsIn().double(), 2, (x,), passes=[SubtractMore()])
+    assert (report.ok, report.kind) == (False, "rewrite")
+    assert report.first_difference is not None and "aten.sub" in report.first_difference.text
+
+
 def _examined(model: nn.Module, ranks: int, lower: Callable[[GlobalProgram], list[GraphModule]]) -> Report:
     options = read_options(model, "auto", None, "cpu", True, None, ())
     bound = bind_call(model, (torch.randn(X, dtype=torch.float64),), {})

@@ -224,6 +224,31 @@ def _noted_decisions(watch: Watch) -> Iterator[None]:
 
 
 @contextmanager
+def recorded_inference_mode() -> Iterator[None]:
+    """Lets a traced model's ``inference_mode`` be what a graph can say of it: ``no_grad``.
+
+    Export does not see it: gradients would flow where the model's python has none.
+    """
+    kind, inside = torch.inference_mode, dict[int, Any]()
+    enter, leave = kind.__enter__, kind.__exit__
+
+    def enter_recorded(self: torch.inference_mode) -> None:
+        if get_proxy_mode() is None:
+            return enter(self)
+        inside[id(self)] = torch.set_grad_enabled(not self.mode)
+        return None
+
+    def leave_recorded(self: torch.inference_mode, *raised: Any) -> None:
+        if id(self) not in inside:
+            return leave(self, *raised)
+        inside.pop(id(self)).__exit__(*raised)
+        return None
+
+    with patch.object(kind, "__enter__", enter_recorded), patch.object(kind, "__exit__", leave_recorded):
+        yield
+
+
+@contextmanager
 def watched_calls() -> Iterator[Watch]:
     """Watches what a model calls inside of the block.
 
@@ -258,6 +283,7 @@ def watched_calls() -> Iterator[Watch]:
         patch.object(torch, "is_grad_enabled", is_grad_enabled),
         patch.object(torch, "is_inference_mode_enabled", is_inference_mode_enabled),
         _noted_decisions(watch),
+        recorded_inference_mode(),
         watch,
     ):
         yield watch

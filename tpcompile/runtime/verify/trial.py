@@ -196,9 +196,16 @@ def whole_program(rewritten: GlobalProgram) -> GraphModule:
         if new.target is FUNCTION:
             key = new.args[2]
             new.args = (*new.args[:2], rewritten.captured.functions[key].handle, *new.args[3:])  # type: ignore[index]
+        if new.target is torch.ops.aten.copy.default:
+            new.target = _copied
     if rewritten.blocks is not None:
         unroll(graph, rewritten.blocks, copy_placeholder)
     return GraphModule(nn.Module(), graph)
+
+
+def _copied(into: Tensor, source: Tensor) -> Tensor:
+    """``aten.copy``, which is in graphs before any pass, and has no derivative."""
+    return source.expand_as(into).to(into, copy=True)
 
 
 def _refuse_randomness(rewritten: GlobalProgram) -> None:
