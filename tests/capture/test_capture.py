@@ -203,6 +203,36 @@ def test_gradients_flow_around_regions_without(kind: type[nn.Module]) -> None:
     torch.testing.assert_close(*grads)
 
 
+class Wraps(torch.autograd.Function):
+    """Of whole numbers, and under vmap, where no gradient can be asked for: as torch indexes in masks."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(at: torch.Tensor) -> torch.Tensor:
+        return at % 3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        raise AssertionError("there is no gradient")
+
+
+class Masks(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(x.shape[-1])
+        return torch.where(torch.vmap(lambda at: Wraps.apply(at) > 0)(places), x, 0.0)
+
+
+def test_a_function_of_whole_numbers_has_no_backward_to_keep() -> None:
+    model, x = Masks(), torch.randn(4, 5)
+    (got,) = run_flat(capture(model, bind_call(model, (x,), {})), model, {"x": x})
+    torch.testing.assert_close(got, model(x))
+
+
 def test_ambient_autocast_is_in_the_graph() -> None:
     model, x = nn.Linear(5, 3), torch.randn(4, 5)
     with torch.autocast("cpu", torch.bfloat16):

@@ -146,6 +146,8 @@ def kept_functions(note: Note | None = None) -> Iterator[Kept]:
             return checkpoints.reentrant(*args)
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not any(x.is_floating_point() or x.is_complex() for x in tensors):  # and so no gradient
+            return _APPLY(function, *args, **kwargs)
         call = _find(found, function, leaves, spec, tensors)
         if note is not None:
             note(call.key, tensors)
