@@ -122,6 +122,9 @@ def given_other_things() -> dict[str, str]:
     cases["sizes_of_a_later_call"] = lambda: model.train()(X.repeat(2 + rank, 1))
     cases["modes_of_a_later_call"] = lambda: model.train(not rank)(X.repeat(5, 1))
     cases["numbers"] = lambda: model.eval()(X, scale=2 + rank)
+    cases["batches"] = lambda: model.eval()(X.repeat(3, 1) * (1 + rank))
+    cases["lines_of_a_batch"] = lambda: model.eval()(X.repeat(4, 1).roll(rank, 1))
+    cases["rounding"] = lambda: model.eval()(X.repeat(5, 1) * (1 + 1e-3 * rank))
     cases["gradients"] = lambda: model.eval()(X.clone().requires_grad_(not rank))
 
     @case

@@ -30,6 +30,9 @@ def test_ranks_that_are_given_other_things() -> None:
         "sizes_of_a_later_call": "rank 0 has 'x: torch.float32 [4, 12]'",
         "modes_of_a_later_call": "rank 0 has 'Scaled in train mode",
         "numbers": "rank 0 has 'scale: 2', rank 1 has 'scale: 3'",
+        "batches": "rank 0 has 'x: -1, ",
+        "lines_of_a_batch": "give all ranks that share the model the same batch",
+        "rounding": "accepted",
         "gradients": "rank 0 has 'x: torch.float32 [2, 12] with gradient', rank 1 has",
         "autocast": "rank 1 has 'Scaled in eval mode, gradients True, autocast torch.bfloat16'",
     }

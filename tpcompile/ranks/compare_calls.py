@@ -10,10 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import detect_fake_mode, get_tracing_state, peek_interpreter_stack
 
 from .agree import compare
 from .describe import describe_value
+from .exchange import exchange
+
+_SAMPLE = 64
+_APART = 0.02
+"""How far numbers that are the same but for rounding may be apart, as a part of their sizes."""
 
 
 def compare_weights(group: dist.ProcessGroup | None, tensors: Mapping[str, Tensor]) -> None:
@@ -33,9 +39,10 @@ def compare_weights(group: dist.ProcessGroup | None, tensors: Mapping[str, Tenso
 def compare_call(
     group: dist.ProcessGroup | None, act: str, what: str, names: Sequence[str], leaves: Sequence[Any]
 ) -> None:
-    """Compares the arguments of a call over the ranks: shapes, and contents where equality means something.
+    """Compares the arguments of a call over the ranks: shapes, and contents.
 
-    Floating point numbers that every rank has computed for itself may differ in their last digits.
+    Floating point numbers that every rank has computed for itself may differ in their last digits. Those of
+    calls that are to run must be about the same; in one that is to be captured they are examples.
 
     Args:
         group: the ranks.
@@ -60,6 +67,38 @@ def compare_call(
         lines,
         "call the model with the same arguments, in the same mode, on every rank",
     )
+    if act == "run":
+        _compare_numbers(group, {n: x for n, x in zip(names, leaves, strict=True) if _has_numbers(x)})
+
+
+def _compare_numbers(group: dist.ProcessGroup, tensors: Mapping[str, Tensor]) -> None:
+    """Finds out that ranks have other batches: samples of the numbers, which differ by more than rounding."""
+    if not tensors:
+        return
+    samples = {name: _sample(tensor) for name, tensor in tensors.items()}
+    everyone = exchange(group, "compare numbers in the call", samples)
+    for name, first in everyone[0].items():
+        for rank, other in enumerate(everyone):
+            apart = sum(abs(a - b) for a, b in zip(first, other[name], strict=True))
+            if apart > _APART * sum(map(abs, (*first, *other[name]))):
+                one, two = (", ".join(f"{x:.4g}" for x in some[:3]) for some in (first, other[name]))
+                raise TpCompileError(
+                    f"the ranks were given different numbers: rank 0 has '{name}: {one}, ...', "
+                    f"rank {rank} has '{name}: {two}, ...'",
+                    where="the call",
+                    todo="give all ranks that share the model the same batch",
+                )
+
+
+def _has_numbers(leaf: Any) -> bool:
+    plain = type(leaf) in (Tensor, torch.nn.Parameter)
+    return plain and leaf.is_floating_point() and leaf.numel() > 0
+
+
+def _sample(tensor: Tensor) -> list[float]:
+    flat = tensor.detach().flatten()
+    at = torch.linspace(0, len(flat) - 1, min(len(flat), _SAMPLE)).long()
+    return flat[at.to(flat.device)].double().tolist()
 
 
 def can_compare(leaves: Sequence[Any]) -> bool:

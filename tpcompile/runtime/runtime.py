@@ -153,7 +153,6 @@ def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], 
     if program is None:
         try:
             program = runtime.capture(model, bound, path)
-            program.seen.add(sizes_of_call(leaves))
         except TpCompileError as error:
             empty = not path and not any(isinstance(leaf, Tensor) for leaf in leaves)
             if empty or not compose_call(runtime, model, path, tuple(bound), error):
