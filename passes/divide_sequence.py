@@ -29,7 +29,7 @@ from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
 
 from .insert_gradient_copies import differentiable_values
-from .sequence_regions import Positions, Region, is_whole
+from .sequence_regions import Positions, SequenceRegion, is_whole
 from .wanted_regions import missed, wanted
 
 aten = torch.ops.aten
@@ -65,7 +65,7 @@ class DivideSequence(Pass):
 class _Divider:
     """Divides one region."""
 
-    def __init__(self, positions: Positions, region: Region, differentiable: set[Node]) -> None:
+    def __init__(self, positions: Positions, region: SequenceRegion, differentiable: set[Node]) -> None:
         self.positions, self.region, self.differentiable = positions, region, differentiable
         self.graph, self.axes = positions.program.graph, positions.every
         self.nodes = list(region.nodes)

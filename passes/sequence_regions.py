@@ -34,7 +34,7 @@ _LOCALISED = ("", "sizes", "split", "mean")
 
 
 @dataclass
-class Region:
+class SequenceRegion:
     """Nodes that may be computed for some of the positions.
 
     Attributes:
@@ -59,7 +59,7 @@ class Positions:
         self.every = tuple(range(len(program.axis_sizes)))
         self._ranks: dict[Key, dict[Node, tuple[float, ...]]] = {}
 
-    def regions(self) -> list[Region]:
+    def regions(self) -> list[SequenceRegion]:
         """All regions that sums lead into; with ``norms``, in which something is done across features."""
         return list(self._regions({entry: key for entry in self.entries() if (key := self.entry_key(entry))}))
 
@@ -113,17 +113,17 @@ class Positions:
             found |= dict.fromkeys(entries, (float(len(entries)), float(inner), float(len(region.nodes))))
         return found
 
-    def along_all(self, most: float = MOST) -> Iterator[Region]:
+    def along_all(self, most: float = MOST) -> Iterator[SequenceRegion]:
         """The regions along any dimension."""
         for key in dict.fromkeys(k for e in self.entries() for k in self.entry_keys(e)):
             yield from self._regions({e: key for e in self.entries() if key in self.entry_keys(e)}, most)
 
-    def _regions(self, entries: Mapping[Node, Key], most: float = MOST) -> Iterator[Region]:
+    def _regions(self, entries: Mapping[Node, Key], most: float = MOST) -> Iterator[SequenceRegion]:
         keys = self._trimmed(self._grown(entries), entries)
         for nodes in _connected(keys):
             if any(n.target is all_reduce for n in nodes) and self._does_much(nodes):
                 if self._sent(nodes, entries) <= most:
-                    yield Region(keys[nodes[0]], nodes)
+                    yield SequenceRegion(keys[nodes[0]], nodes)
 
     def _sent(self, nodes: list[Node], entries: Mapping[Node, Key]) -> float:
         """Bytes that a forward sends for a region if it is divided, as a multiple of those otherwise."""

@@ -12,10 +12,10 @@ from tpcompile.ir.markers import all_reduce
 from tpcompile.ir.names import starred
 from tpcompile.ir.nodes import is_tensor, module_path, shape
 
-from .sequence_regions import Positions, Region
+from .sequence_regions import Positions, SequenceRegion
 
 
-def wanted(region: Region, modules: frozenset[str] | None, blocks: RepeatedBlocks | None) -> bool:
+def wanted(region: SequenceRegion, modules: frozenset[str] | None, blocks: RepeatedBlocks | None) -> bool:
     """Whether a region has something of these modules in it (of layers left out: of those kept for them)."""
     if modules is None:
         return True
@@ -25,7 +25,9 @@ def wanted(region: Region, modules: frozenset[str] | None, blocks: RepeatedBlock
     return bool(found & modules)
 
 
-def missed(positions: Positions, regions: list[Region], modules: frozenset[str] | None) -> Iterator[str]:
+def missed(
+    positions: Positions, regions: list[SequenceRegion], modules: frozenset[str] | None
+) -> Iterator[str]:
     """What was asked for and is not divided, and why: a line each."""
     if modules is None:
         if not regions:

@@ -27,7 +27,7 @@ from tests.on_ranks import checkpoint as spmd_checkpoint
 from tests.on_ranks.models import CAPTURED, build, call
 from tpcompile.ir.layout.segment import Segment
 from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout, whole_layout
-from tpcompile.weights.checkpoint_boxes import region_of
+from tpcompile.weights.checkpoint_boxes import held_box
 from tpcompile.weights.sharded_parameter import ShardedParameter
 
 TIMEOUT = 300
@@ -111,27 +111,27 @@ def interleaved(ranks: int) -> WeightLayout:
     return WeightLayout((ranks,), {"w": ParamLayout("w", (12, 4), torch.int64, segments)})
 
 
-def test_an_interleaved_packing_is_one_region() -> None:
+def test_an_interleaved_packing_is_one_box() -> None:
     layout = interleaved(2)
     assert len(layout.ranges("w", 1)) == 6
-    (region,) = layout.regions("w", 1)
-    assert (region.offsets, region.sizes) == ((6, 0), (6, 4))
+    (box,) = layout.pieced_boxes("w", 1)
+    assert (box.offsets, box.sizes) == ((6, 0), (6, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.bool, torch.int64])
-def test_regions_read_and_write_the_local_tensor(dtype: torch.dtype) -> None:
+def test_boxes_read_and_write_the_local_tensor(dtype: torch.dtype) -> None:
     layout = interleaved(2)
     full = (numbered(layout) % 2).to(dtype) if dtype == torch.bool else numbered(layout).to(dtype)
     local = layout.shard("w", full, 1)
-    (region,) = layout.regions("w", 1)
-    joined = region_of(local, region)
-    expected = box_of(full, region.offsets, region.sizes)
+    (box,) = layout.pieced_boxes("w", 1)
+    joined = held_box(local, box)
+    expected = box_of(full, box.offsets, box.sizes)
     for plain in (joined.cpu(), joined.clone(), joined.to("cpu")):
         assert type(plain) is Tensor
         assert torch.equal(plain.float(), expected.float())
     target = torch.zeros_like(local)
     for rows in ((0, 2), (2, 4)):
-        part = region_of(target, region).narrow(0, *rows).narrow(1, 1, 3)
+        part = held_box(target, box).narrow(0, *rows).narrow(1, 1, 3)
         part.detach().copy_(expected.narrow(0, *rows).narrow(1, 1, 3))
     assert torch.equal(target[:, 1:].float(), local[:, 1:].float())
     assert (target[:, 0].float() == 0).all()

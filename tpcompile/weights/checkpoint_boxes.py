@@ -14,41 +14,41 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from tpcompile.ir.layout.index_ranges import Region
+from tpcompile.ir.layout.index_ranges import PiecedBox
 from tpcompile.ir.torch_internals import disabled_torch_function_impl, tree_map_only
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def write_items(name: str, local: Tensor, shape: torch.Size, regions: Sequence[Region]) -> list[WriteItem]:
+def write_items(name: str, local: Tensor, shape: torch.Size, boxes: Sequence[PiecedBox]) -> list[WriteItem]:
     """What a rank can save of a parameter. Of boxes that several ranks hold, DCP's planner keeps one."""
     properties = TensorProperties.create_from_tensor(local)
     return [
         WriteItem(
-            MetadataIndex(name, region.offsets),
+            MetadataIndex(name, box.offsets),
             WriteItemType.SHARD,
-            tensor_data=TensorWriteData(_chunk(region), properties, shape),
+            tensor_data=TensorWriteData(_chunk(box), properties, shape),
         )
-        for region in regions
+        for box in boxes
     ]
 
 
-def chunks(regions: Sequence[Region]) -> list[ChunkStorageMetadata]:
+def chunks(boxes: Sequence[PiecedBox]) -> list[ChunkStorageMetadata]:
     """What a rank wants to load."""
-    return [_chunk(region) for region in regions]
+    return [_chunk(box) for box in boxes]
 
 
-def region_at(local: Tensor, regions: Sequence[Region], index: MetadataIndex) -> Tensor:
+def box_at(local: Tensor, boxes: Sequence[PiecedBox], index: MetadataIndex) -> Tensor:
     """A box of a local tensor, to read or to write."""
-    return region_of(local, next(r for r in regions if r.offsets == tuple(index.offset or ())))
+    return held_box(local, next(r for r in boxes if r.offsets == tuple(index.offset or ())))
 
 
-def _chunk(region: Region) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size(region.offsets), torch.Size(region.sizes))
+def _chunk(box: PiecedBox) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
 
 
 class PiecedTensor(Tensor):
-    """A region in several pieces, as one tensor: a copy into it is divided, any other use sees it joined.
+    """A box in several pieces, as one tensor: a copy into it is divided, any other use sees it joined.
 
     DCP's readers call ``narrow``, ``detach``, ``size`` and ``copy_`` on what they fill, its writers turn
     what they save into a plain tensor on the CPU.
@@ -60,7 +60,7 @@ class PiecedTensor(Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, dim: int, order: Tensor) -> PiecedTensor:
-        """A local tensor, narrowed to the region but for ``dim``, and the indices of the region there."""
+        """A local tensor, narrowed to the box but for ``dim``, and the indices of the box there."""
         shape = local.shape[:dim] + order.shape + local.shape[dim + 1 :]
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
         made.local, made.along, made.order = local, dim, order
@@ -112,13 +112,13 @@ class PiecedTensor(Tensor):
         return func(*joined[0], **joined[1])
 
 
-def region_of(local: Tensor, region: Region) -> Tensor:
-    """A region as a tensor that shares the local tensor's memory."""
-    pieces = region.pieces
-    for dim, (start, size) in enumerate(zip(region.starts, region.sizes, strict=True)):
-        if len(pieces) < 2 or dim != region.dim:
+def held_box(local: Tensor, box: PiecedBox) -> Tensor:
+    """A box as a tensor that shares the local tensor's memory."""
+    pieces = box.pieces
+    for dim, (start, size) in enumerate(zip(box.starts, box.sizes, strict=True)):
+        if len(pieces) < 2 or dim != box.dim:
             local = local.narrow(dim, start, min(size, local.shape[dim]))
     if len(pieces) < 2:
         return local
     order = [torch.arange(p.at, p.at + p.length, device=local.device) for p in pieces]
-    return PiecedTensor(local, region.dim, torch.cat(order))
+    return PiecedTensor(local, box.dim, torch.cat(order))

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from tpcompile.errors import TpCompileError
 
-from .checkpoint_boxes import chunks, region_at, write_items
+from .checkpoint_boxes import box_at, chunks, write_items
 from .dispatch import dispatch
 from .stored_part import stored_part
 from .tensor_layout import TensorLayout
@@ -254,18 +254,18 @@ class ShardedParameter(DTensor):
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         """What this rank can save; of equal boxes DCP writes one."""
-        return write_items(fqn, self._local_tensor, self.size(), self._regions())
+        return write_items(fqn, self._local_tensor, self.size(), self._boxes())
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         """What this rank wants to load."""
-        return chunks(self._regions())
+        return chunks(self._boxes())
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         """A box, to read or to write."""
-        return region_at(self._local_tensor.detach(), self._regions(), index)
+        return box_at(self._local_tensor.detach(), self._boxes(), index)
 
-    def _regions(self) -> Any:
-        return self.placing.layout.regions(self.placing.name, self.placing.rank)
+    def _boxes(self) -> Any:
+        return self.placing.layout.pieced_boxes(self.placing.name, self.placing.rank)
 
 
 def _move_gradient(parameter: Tensor) -> None:

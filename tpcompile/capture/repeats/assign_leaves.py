@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .blocks import Repeat
-from .cut_run import NotRepeated, Place, Regions, atoms
+from .cut_run import CutRun, NotRepeated, Place, atoms
 from .record_run import Input, Ref
 
 
@@ -50,18 +50,18 @@ class Leaves:
         return found
 
 
-def assign_leaves(regions: Regions, facts: Mapping[int, str], names: Sequence[str]) -> Leaves:
+def assign_leaves(cut: CutRun, facts: Mapping[int, str], names: Sequence[str]) -> Leaves:
     """Find the leaves that a single period uses; one that no operator uses goes by the result of its name.
 
     That is a cache's way: what comes in under a name goes out, changed, under the same name.
 
     Args:
-        regions: the run of the whole model.
+        cut: the run of the whole model.
         facts: shape and type of every tensor among the leaves.
         names: the names of all leaves.
     """
     uses: dict[int, set[Place]] = {}
-    for event, (place, _) in zip(regions.run.events, regions.places, strict=True):
+    for event, (place, _) in zip(cut.run.events, cut.places, strict=True):
         for token in atoms(event):
             if isinstance(token, Input):
                 uses.setdefault(token.leaf, set()).add(place)
@@ -71,8 +71,8 @@ def assign_leaves(regions: Regions, facts: Mapping[int, str], names: Sequence[st
         if len(places) == 1 and place.repeat >= 0:
             owned.setdefault(place, []).append(leaf)
     leaves = Leaves(owned, dict(facts))
-    results = zip(regions.run.names, regions.run.results, strict=True)
-    made = {name: period_of(token, regions, leaves) for name, token in results}
+    results = zip(cut.run.names, cut.run.results, strict=True)
+    made = {name: period_of(token, cut, leaves) for name, token in results}
     for leaf in facts:
         owner = made.get(names[leaf])
         if leaf not in uses and owner is not None:
@@ -80,10 +80,10 @@ def assign_leaves(regions: Regions, facts: Mapping[int, str], names: Sequence[st
     return Leaves(owned, dict(facts))
 
 
-def period_of(token: Any, regions: Regions, leaves: Leaves) -> Place | None:
+def period_of(token: Any, cut: CutRun, leaves: Leaves) -> Place | None:
     """The only period whose tensors are in a token, if there is one and nothing else is."""
     places = {
-        regions.places[atom.event][0] if isinstance(atom, Ref) else leaves.owner.get(atom.leaf)
+        cut.places[atom.event][0] if isinstance(atom, Ref) else leaves.owner.get(atom.leaf)
         for atom in atoms(token)
         if isinstance(atom, (Ref, Input))
     }

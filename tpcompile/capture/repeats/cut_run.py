@@ -20,7 +20,7 @@ class Place(NamedTuple):
     period: int
 
 
-class Regions:
+class CutRun:
     """A run, cut.
 
     A period ends with its last layer: what the model does between two layers belongs to the later one,

@@ -22,7 +22,7 @@ from tpcompile.ir.torch_internals import TreeSpec, tree_unflatten
 
 from .assign_leaves import Leaves, assign_leaves, period_of
 from .blocks import Repeat
-from .cut_run import NotRepeated, Place, Regions
+from .cut_run import CutRun, NotRepeated, Place
 from .find_repeats import truncated
 from .match_results import Recipe, Seen, match_results
 from .record_run import Input, Ref, Run, Weight, record_run
@@ -63,7 +63,7 @@ def compare_layers(
     whole = record_run(model, repeats, leaves, in_spec, device, names)
     if whole.left:
         raise NotRepeated(f"forward leaves a tensor in {whole.left[0]}")
-    full = Regions(repeats, whole)
+    full = CutRun(repeats, whole)
     tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
     facts = {i: f"{tuple(leaf.shape)} {leaf.dtype} {leaf.device}" for i, leaf in tensors.items()}
     owned = assign_leaves(full, facts, leaf_names(tree_unflatten(list(leaves), in_spec)))
@@ -71,7 +71,7 @@ def compare_layers(
     given = {leaf: twin for leaf, (twin, _) in twins.items()}
     with truncated(model, repeats):
         run = record_run(model, repeats, leaves, in_spec, device, names, given)
-    comparison = _Comparison(repeats, owned, Regions(repeats, run), full)
+    comparison = _Comparison(repeats, owned, CutRun(repeats, run), full)
     comparison.check()
     recipe = match_results(repeats, comparison.results(comparison.short), comparison.results(full))
     return Evidence(owned, twins, recipe, whole, run)
@@ -99,7 +99,7 @@ _OWN, _BEFORE = Place(-2, 0), Place(-2, -1)
 class _Comparison:
     """Compares the full run with the truncated one."""
 
-    def __init__(self, repeats: Sequence[Repeat], leaves: Leaves, short: Regions, full: Regions) -> None:
+    def __init__(self, repeats: Sequence[Repeat], leaves: Leaves, short: CutRun, full: CutRun) -> None:
         self.repeats, self.leaves, self.short, self.full = repeats, leaves, short, full
 
     def check(self) -> None:
@@ -122,13 +122,13 @@ class _Comparison:
                     f"what runs {where} depends on the number of layers (after {self._last_op(span)})"
                 )
 
-    def results(self, regions: Regions) -> list[Seen]:
+    def results(self, cut: CutRun) -> list[Seen]:
         """The results of one of the runs, to be compared with those of the other."""
-        run, seen = regions.run, []
+        run, seen = cut.run, []
         for name, value, token in zip(run.names, run.values, run.results, strict=True):
-            place = period_of(token, regions, self.leaves)
-            relative = None if place is None else self._seen_from(token, regions, place)
-            seen.append(Seen(name, value, self._token(token, regions, -1), place, relative))
+            place = period_of(token, cut, self.leaves)
+            relative = None if place is None else self._seen_from(token, cut, place)
+            seen.append(Seen(name, value, self._token(token, cut, -1), place, relative))
         return seen
 
     def _check_periods(self, number: int, repeat: Repeat) -> None:
@@ -144,28 +144,28 @@ class _Comparison:
         events = self.short.run.events[span.start : span.stop]
         return str(events[-1][0]) if events else "nothing"
 
-    def _absolute(self, regions: Regions, place: Place) -> list[Any]:
-        span = regions.spans[place]
-        return [self._token(e, regions, place.repeat) for e in regions.run.events[span.start : span.stop]]
+    def _absolute(self, cut: CutRun, place: Place) -> list[Any]:
+        span = cut.spans[place]
+        return [self._token(e, cut, place.repeat) for e in cut.run.events[span.start : span.stop]]
 
-    def _token(self, token: Any, regions: Regions, here: int) -> Any:
+    def _token(self, token: Any, cut: CutRun, here: int) -> Any:
         """Operands by the place where they were made.
 
         Seen from elsewhere, the full run's last period of a list is the last kept one, and what stands
         between has no counterpart.
         """
         if isinstance(token, Ref):
-            place, position = regions.places[token.event]
-            if regions is self.full and place.repeat not in (-1, here):
+            place, position = cut.places[token.event]
+            if cut is self.full and place.repeat not in (-1, here):
                 place = self._counterpart(place)
             return _Operand(place, position, token.output, token.needs_grad)
         if isinstance(token, Input) and token.leaf in self.leaves.owner:
             place = self.leaves.owner[token.leaf]
-            if regions is self.full and place.repeat != here:
+            if cut is self.full and place.repeat != here:
                 place = self._counterpart(place)
             return (place, self._own_leaf(token))
         if type(token) is tuple:
-            return tuple([self._token(item, regions, here) for item in token])
+            return tuple([self._token(item, cut, here) for item in token])
         return token
 
     def _counterpart(self, place: Place) -> Place:
@@ -186,10 +186,10 @@ class _Comparison:
             self._seen_from(event, self.full, place) for event in self.full.run.events[span.start : span.stop]
         ]
 
-    def _seen_from(self, token: Any, regions: Regions, here: Place) -> Any:
+    def _seen_from(self, token: Any, cut: CutRun, here: Place) -> Any:
         repeat = self.repeats[here.repeat]
         if isinstance(token, Ref):
-            place, position = regions.places[token.event]
+            place, position = cut.places[token.event]
             distance = here.period - place.period if place.repeat == here.repeat else -1
             source = {0: _OWN, 1: _BEFORE}.get(distance, place)
             return _Operand(source, position, token.output, token.needs_grad)
@@ -199,7 +199,7 @@ class _Comparison:
         if isinstance(token, Input) and self.leaves.owner.get(token.leaf) == here:
             return self._own_leaf(token)
         if type(token) is tuple:
-            return tuple([self._seen_from(item, regions, here) for item in token])
+            return tuple([self._seen_from(item, cut, here) for item in token])
         return token
 
 

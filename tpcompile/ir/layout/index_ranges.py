@@ -59,7 +59,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Region:
+class PiecedBox:
     """A box of the whole parameter that a rank holds, perhaps in several pieces along one dimension.
 
     Attributes:
@@ -68,7 +68,7 @@ class Region:
         starts: where it begins in the local tensor; along ``dim`` the first piece.
         dim: the dimension of the pieces.
         pieces: the runs along ``dim``, in the order of the whole parameter.
-        copies: the axes of the mesh along which every rank holds the same region.
+        copies: the axes of the mesh along which every rank holds the same box.
     """
 
     offsets: tuple[int, ...]
@@ -79,7 +79,7 @@ class Region:
     copies: tuple[int, ...]
 
     def ranges(self) -> Iterator[Range]:
-        """The region's pieces, as boxes of the local tensor."""
+        """The box's pieces, as boxes of the local tensor."""
         for piece in self.pieces or (None,):
             offsets, sizes, starts = list(self.offsets), list(self.sizes), list(self.starts)
             if piece is not None:
@@ -88,14 +88,14 @@ class Region:
             yield Range(tuple(offsets), tuple(sizes), where)
 
 
-def regions(
+def pieced_boxes(
     shape: tuple[int, ...],
     segments: Sequence[Segment],
     dim: int,
     axis_sizes: Sequence[int],
     at: Sequence[int],
-) -> list[Region]:
-    """The fewest regions that make up what the rank at these coordinates holds of a parameter.
+) -> list[PiecedBox]:
+    """The fewest boxes that make up what the rank at these coordinates holds of a parameter.
 
     Args:
         shape: the shape of the whole parameter.
@@ -104,14 +104,14 @@ def regions(
         axis_sizes: the sizes of the sub-axes.
         at: the rank's coordinates on them.
 
-    Segments that are copied along different axes are kept apart, so that regions of two ranks are the same
-    or have nothing in common. A parameter without elements is one empty region.
+    Segments that are copied along different axes are kept apart, so that boxes of two ranks are the same
+    or have nothing in common. A parameter without elements is one empty box.
     """
     zeros = (0,) * len(shape)
     if 0 in shape:
-        return [Region(zeros, shape, zeros, 0, (), tuple(range(len(axis_sizes))))]
+        return [PiecedBox(zeros, shape, zeros, 0, (), tuple(range(len(axis_sizes))))]
     if not shape:
-        return [Region((), (), (), 0, (), copied_along(segments[0], axis_sizes))]
+        return [PiecedBox((), (), (), 0, (), copied_along(segments[0], axis_sizes))]
     position = 0
     packed: dict[tuple[tuple[int, ...], tuple[tuple[Run, ...], ...]], list[Run]] = {}
     for segment in segments:
@@ -121,7 +121,7 @@ def regions(
         packed.setdefault(key, []).extend(moved)
         position += sum(r.length for r in runs[dim])
     found = [
-        _region(chosen, dim, pieces, copies)
+        _pieced_box(chosen, dim, pieces, copies)
         for (copies, others), moved in packed.items()
         for pieces in _touching(moved)
         for chosen in itertools.product(*others)
@@ -138,12 +138,12 @@ def copied_along(segment: Segment, axis_sizes: Sequence[int]) -> tuple[int, ...]
     )
 
 
-def _region(runs: Sequence[Run], dim: int, pieces: tuple[Run, ...], copies: tuple[int, ...]) -> Region:
-    """One region, from a run per dimension, except along ``dim``."""
+def _pieced_box(runs: Sequence[Run], dim: int, pieces: tuple[Run, ...], copies: tuple[int, ...]) -> PiecedBox:
+    """One box, from a run per dimension, except along ``dim``."""
     length = sum(p.length for p in pieces)
     own = [Run(pieces[0].start, pieces[0].at, length) if d == dim else r for d, r in enumerate(runs)]
     offsets, starts, sizes = (tuple(getattr(r, key) for r in own) for key in ("start", "at", "length"))
-    return Region(offsets, sizes, starts, dim, pieces, copies)
+    return PiecedBox(offsets, sizes, starts, dim, pieces, copies)
 
 
 def _touching(runs: Sequence[Run]) -> Iterator[tuple[Run, ...]]:

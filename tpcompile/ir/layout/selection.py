@@ -87,7 +87,7 @@ class Selection:
             for box in itertools.product(*dims)
         ]
 
-    def refuse_regions(self, name: str) -> NoReturn:
+    def refuse_boxes(self, name: str) -> NoReturn:
         """Boxes of such a parameter are not boxes of the local tensor.
 
         Raises:

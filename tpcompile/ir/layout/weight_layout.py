@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tpcompile.errors import TpCompileError
 
-from .index_ranges import Range, Region, regions
+from .index_ranges import PiecedBox, Range, pieced_boxes
 from .segment import Box, Segment, whole_segment
 from .selection import Selection, selection_from_json
 
@@ -158,18 +158,20 @@ class WeightLayout:
         """
         if (selection := self.params[name].selection) is not None:
             return selection.ranges(name, rank)
-        return [part for region in self.regions(name, rank) for part in region.ranges()]
+        return [part for box in self.pieced_boxes(name, rank) for part in box.ranges()]
 
-    def regions(self, name: str, rank: int) -> list[Region]:
+    def pieced_boxes(self, name: str, rank: int) -> list[PiecedBox]:
         """As ``ranges``, but fewer: a box of the whole may be in pieces in the local tensor.
 
         Raises:
             TpCompileError: a custom strategy divides the parameter in a way that no boxes say.
         """
         if (selection := self.params[name].selection) is not None:
-            selection.refuse_regions(name)
+            selection.refuse_boxes(name)
         param = self.params[name]
-        return regions(param.shape, param.segments, param.packed_dim, self.axis_sizes, self.coordinates(rank))
+        return pieced_boxes(
+            param.shape, param.segments, param.packed_dim, self.axis_sizes, self.coordinates(rank)
+        )
 
     def check_model(self, model: nn.Module) -> None:
         """Refuses a model that this is not a layout of.
