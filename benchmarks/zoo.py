@@ -45,7 +45,7 @@ from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.planner.make_plan import fallbacks_of
 from tpcompile.planner.plan_layout import layout_of
 from tpcompile.runtime.read_request import read_options
-from tpcompile.runtime.verify.one_process import Request, examine
+from tpcompile.runtime.verify.one_process import VerifyRequest, examine
 
 AUTO = {
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
@@ -87,7 +87,7 @@ def measure(kind: str, auto: str, dynamic: bool, ranks: int, stages: list[str]) 
         return simulate.lower_all(program)
 
     options = read_options(model, "auto", None, "cpu", dynamic, None, ())
-    report = examine(model, Request(call, options, ranks, lower=lower))
+    report = examine(model, VerifyRequest(call, options, ranks, lower=lower))
     program = programs[-1]
     layout = layout_of(program, whole_tensors(model))
     used = [name for name, _ in model.named_parameters(remove_duplicate=False) if name in _used(layout)]

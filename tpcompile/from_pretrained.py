@@ -121,14 +121,17 @@ def _build(group: dist.ProcessGroup, asked: Mapping[str, Any], device: torch.dev
     # transformers takes seconds to import, and tpcompile can be used without it.
     from .weights.loading.compare_files import compare_files
     from .weights.loading.match_keys import warn_unexpected
-    from .weights.loading.request import Opened, Request
+    from .weights.loading.request import CheckpointRequest, Opened
 
-    def read() -> tuple[Request, Opened]:
+    def read() -> tuple[CheckpointRequest, Opened]:
         check_arguments(from_pretrained, asked)
-        given = {name: asked[name] for name in inspect.signature(Request).parameters.keys() & asked.keys()}
+        given = {
+            name: asked[name]
+            for name in inspect.signature(CheckpointRequest).parameters.keys() & asked.keys()
+        }
         older = asked["others"].pop("torch_dtype", None)
         given["dtype"] = older if asked["dtype"] is None else asked["dtype"]
-        request = Request(fspath(asked["name_or_path"]), **given)
+        request = CheckpointRequest(fspath(asked["name_or_path"]), **given)
         return request, request.open()
 
     request, opened = together(group, "open the checkpoint", read)

@@ -19,7 +19,7 @@ from tests.on_ranks.dry_run import BATCH, LENGTH, Deep, X, llama
 from tpcompile import CostModel, Estimate, TpCompileError
 from tpcompile.planner.dry_run.devices import DEVICES
 from tpcompile.runtime.dry_run import compiler
-from tpcompile.runtime.dry_run.recorder import Event, Sent
+from tpcompile.runtime.dry_run.recorder import Operation, Transfer
 from tpcompile.runtime.dry_run.step_time import time_of
 
 COST = CostModel("mine", 1e9, 1e9, 1e-4, 1e8, 1e-6)
@@ -118,10 +118,10 @@ def test_optimizers_have_their_states(plans: dict[str, tpcompile.Plan]) -> None:
 
 def test_what_could_overlap() -> None:
     device = DEVICES["cpu"]
-    first = Event(("forward", 0), 5e10, 0.0, torch.float32, False, ())
-    sent = Event(("forward", 0), 0.0, 0.0, torch.float32, False, (0,), Sent("all_reduce", 10**9, 2))
-    beside = Event(("forward", 0), 1e11, 0.0, torch.float32, False, (0,))
-    behind = Event(("forward", 0), 0.0, 8e9, torch.float32, True, (1,))
+    first = Operation(("forward", 0), 5e10, 0.0, torch.float32, False, ())
+    sent = Operation(("forward", 0), 0.0, 0.0, torch.float32, False, (0,), Transfer("all_reduce", 10**9, 2))
+    beside = Operation(("forward", 0), 1e11, 0.0, torch.float32, False, (0,))
+    behind = Operation(("forward", 0), 0.0, 8e9, torch.float32, True, (1,))
     found = time_of([first, sent, beside, behind], device)
     assert (found.compute, found.memory, found.elementwise) == pytest.approx((3.0, 1.0, 1.0))
     assert found.communication == pytest.approx(1.0, rel=1e-3)

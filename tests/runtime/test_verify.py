@@ -29,7 +29,7 @@ from tpcompile.ranks.compare_sent import refuse_unlike
 from tpcompile.rules import table
 from tpcompile.runtime.read_request import read_options
 from tpcompile.runtime.verify.compare import difference
-from tpcompile.runtime.verify.one_process import Request, _tokens, examine
+from tpcompile.runtime.verify.one_process import VerifyRequest, _tokens, examine
 from tpcompile.runtime.verify.report import Report
 from tpcompile.runtime.verify.trial import SimulatedCompiler, Trial
 
@@ -91,7 +91,7 @@ def test_a_model_that_generates(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Held.part
     monkeypatch.setattr(Held, "part", lambda *args: right(*args) * 1e3)
     options = read_options(model, "auto", None, "cpu", True, None, ())
-    assert _tokens(model, Request(call, options, 2, generate=3)).error > 0
+    assert _tokens(model, VerifyRequest(call, options, 2, generate=3)).error > 0
 
 
 class Forgets(Counted):
@@ -249,7 +249,7 @@ def test_faults_are_found_where_values_are_copied() -> None:
 def _examined(model: nn.Module, ranks: int, lower: Callable[[GlobalProgram], list[GraphModule]]) -> Report:
     options = read_options(model, "auto", None, "cpu", True, None, ())
     bound = bind_call(model, (torch.randn(X, dtype=torch.float64),), {})
-    return examine(model, Request(bound, options, ranks, lower=lower))
+    return examine(model, VerifyRequest(bound, options, ranks, lower=lower))
 
 
 def test_one_ranks_graph() -> None:

@@ -35,7 +35,7 @@ from tpcompile.weights.loading.load_slices import load_slices
 from tpcompile.weights.loading.map_slice import map_slice
 from tpcompile.weights.loading.match_keys import warn_unexpected
 from tpcompile.weights.loading.read_headers import MappedFiles, read_header
-from tpcompile.weights.loading.request import Built, Request
+from tpcompile.weights.loading.request import Built, CheckpointRequest
 from tpcompile.weights.shard import shard_weights
 from tpcompile.weights.sharded_parameter import local_tensor
 
@@ -136,7 +136,7 @@ def checkpoint_of(name: str, folder: Path, dtype: torch.dtype = torch.float32) -
 
 def opened(folder: Path, **wishes: Any) -> Built:
     """A checkpoint's model on ``meta``."""
-    request = Request(str(folder), **wishes)
+    request = CheckpointRequest(str(folder), **wishes)
     return request.build(request.open(), CPU)
 
 

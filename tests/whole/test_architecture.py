@@ -61,6 +61,17 @@ def test_files_form_no_circle() -> None:
     assert not [sorted(circle) for circle in circles if len(circle) > 1]
 
 
+def test_classes_have_names_of_their_own() -> None:
+    """A word that is the name of two classes has two meanings."""
+    classes = [
+        node.name
+        for path in MODULES.values()
+        for node in parsed(path).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert sorted(set(classes)) == sorted(classes)
+
+
 def test_nothing_imports_the_checkout_folders() -> None:
     """`import passes` works in a checkout only by accident, and is another module than `tpcompile.passes`."""
     found = {

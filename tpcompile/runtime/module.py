@@ -183,11 +183,14 @@ class ShardedModule(WatchedModule):
             options = {name: value for name, value in asked.items() if value is not None}
             save = super().save_pretrained  # type: ignore[misc]
             return save_adapters(save, self._tp.compiler.axis, save_directory, is_main_process, options)
-        from tpcompile.weights.saving.save_pretrained import Wishes, save_pretrained  # imports transformers
+        from tpcompile.weights.saving.save_pretrained import (  # imports transformers
+            SaveRequest,
+            save_pretrained,
+        )
 
         refused = {"state_dict": state_dict, "push_to_hub": push_to_hub}
         refused |= {"distributed_checkpoint": distributed_checkpoint, **kwargs}
-        wishes = Wishes(
+        wishes = SaveRequest(
             save_directory, is_main_process, max_shard_size, variant, save_original_format, refused
         )
         lines = [

@@ -18,7 +18,7 @@ from .tensor_layout import TensorLayout
 _MAY_DRAW = ("attention", "sdp", "rnn")
 
 
-class Source:
+class GatheredTensor:
     """A gathered tensor.
 
     Args:
@@ -66,10 +66,10 @@ class GatheredView(Tensor):
     """
 
     viewed: Tensor
-    source: Source
+    source: GatheredTensor
 
     @staticmethod
-    def __new__(cls, viewed: Tensor, source: Source) -> GatheredView:
+    def __new__(cls, viewed: Tensor, source: GatheredTensor) -> GatheredView:
         """See the attributes."""
         with torch.inference_mode(False):  # autograd takes it for a view of a parameter, which has versions
             made = Tensor._make_wrapper_subclass(
@@ -141,13 +141,13 @@ class GatheredView(Tensor):
 
 def gathered(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """On whole tensors. What is written is cut again."""
-    sources: dict[int, Source] = {}
+    sources: dict[int, GatheredTensor] = {}
 
     def whole(a: Any) -> Any:
         if not isinstance(a, kind):
             return a
         if id(a) not in sources:
-            sources[id(a)] = Source(a._local_tensor, a.placing)
+            sources[id(a)] = GatheredTensor(a._local_tensor, a.placing)
         return sources[id(a)].whole
 
     with torch.no_grad():

@@ -15,7 +15,7 @@ from typing import Any
 from tpcompile.ir.calls import join_path, leaf_names, leaf_paths
 from tpcompile.ir.torch_internals import TreeSpec, tree_flatten
 
-from .form import Facts
+from .form import LayerFacts
 from .layers import make_layer, put_layer, take_layer
 from .paired import FLAGS, PAIR, is_paired
 from .register import is_cache
@@ -40,7 +40,7 @@ class CacheState:
     """
 
     argument: str
-    layers: tuple[tuple[tuple[str, ...], tuple[str, Facts]], ...] = ()
+    layers: tuple[tuple[tuple[str, ...], tuple[str, LayerFacts]], ...] = ()
     part: str = ""
     flags: tuple[int, ...] = ()
 

@@ -10,7 +10,7 @@ from tpcompile.ir.torch_internals import pytree
 
 Parts = dict[str, Any]
 """Tensors by role, and python flags that select the program."""
-Facts = tuple[Hashable, ...]
+LayerFacts = tuple[Hashable, ...]
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class LayerForm:
         put: gives a layer the state that ``take`` took from another one with the same facts.
     """
 
-    take: Callable[[Any], tuple[Parts, Facts]]
-    make: Callable[[Facts, Parts], Any]
-    put: Callable[[Any, Parts, Facts], None]
+    take: Callable[[Any], tuple[Parts, LayerFacts]]
+    make: Callable[[LayerFacts, Parts], Any]
+    put: Callable[[Any, Parts, LayerFacts], None]
 
 
 def register_pytree(kind: Any, flatten: Any, unflatten: Any, flatten_with_keys: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import mark_static_address
 
-from .form import Facts, LayerForm, Parts
+from .form import LayerFacts, LayerForm, Parts
 from .state_layers import state_forms
 
 COUNT = "_count"
@@ -29,7 +29,7 @@ CAPACITY = "capacity" + COUNT
 """Tokens that a static layer without data will hold; later the size of its keys says so."""
 
 
-def take_layer(layer: Any) -> tuple[Parts, tuple[str, Facts]]:
+def take_layer(layer: Any) -> tuple[Parts, tuple[str, LayerFacts]]:
     """A layer's tensors by role, and its class with its facts.
 
     Raises:
@@ -44,7 +44,7 @@ def take_layer(layer: Any) -> tuple[Parts, tuple[str, Facts]]:
     return parts, (name, facts)
 
 
-def make_layer(parts: Parts, context: tuple[str, Facts]) -> Any:
+def make_layer(parts: Parts, context: tuple[str, LayerFacts]) -> Any:
     """A layer as ``take_layer`` took it apart."""
     name, facts = context
     layer = LAYER_FORMS[name].make(facts, parts)
@@ -52,7 +52,7 @@ def make_layer(parts: Parts, context: tuple[str, Facts]) -> Any:
     return layer
 
 
-def put_layer(layer: Any, parts: Parts, context: tuple[str, Facts]) -> None:
+def put_layer(layer: Any, parts: Parts, context: tuple[str, LayerFacts]) -> None:
     """Gives an existing layer another state; one without data stays as it is."""
     if parts.keys() - {CAPACITY}:
         name, facts = context
@@ -86,22 +86,22 @@ def _put_tensors(layer: Any, parts: Parts) -> None:
     layer.is_initialized = True
 
 
-def _take_dynamic(layer: Any) -> tuple[Parts, Facts]:
+def _take_dynamic(layer: Any) -> tuple[Parts, LayerFacts]:
     parts = {"keys": layer.keys, "values": layer.values} if _has_data(layer) else {}
     return parts, ()
 
 
-def _make_dynamic(facts: Facts, parts: Parts) -> Any:
+def _make_dynamic(facts: LayerFacts, parts: Parts) -> Any:
     from transformers.cache_utils import DynamicLayer
 
     return DynamicLayer()
 
 
-def _put_dynamic(layer: Any, parts: Parts, facts: Facts) -> None:
+def _put_dynamic(layer: Any, parts: Parts, facts: LayerFacts) -> None:
     _put_tensors(layer, parts)
 
 
-def _take_sliding(layer: Any) -> tuple[Parts, Facts]:
+def _take_sliding(layer: Any) -> tuple[Parts, LayerFacts]:
     facts = (layer.sliding_window, getattr(layer, "record_past", False))
     if not _has_data(layer):
         return {}, facts
@@ -109,7 +109,7 @@ def _take_sliding(layer: Any) -> tuple[Parts, Facts]:
     return {"keys": layer.keys, "values": layer.values, SEEN: seen}, facts
 
 
-def _make_sliding(facts: Facts, parts: Parts) -> Any:
+def _make_sliding(facts: LayerFacts, parts: Parts) -> Any:
     from transformers.cache_utils import DynamicSlidingWindowLayer
 
     layer: Any = DynamicSlidingWindowLayer(sliding_window=facts[0])
@@ -118,18 +118,18 @@ def _make_sliding(facts: Facts, parts: Parts) -> Any:
     return layer
 
 
-def _put_sliding(layer: Any, parts: Parts, facts: Facts) -> None:
+def _put_sliding(layer: Any, parts: Parts, facts: LayerFacts) -> None:
     _put_tensors(layer, parts)
     layer.cumulative_length = parts[SEEN].shape[0]
 
 
-def _take_static(layer: Any) -> tuple[Parts, Facts]:
+def _take_static(layer: Any) -> tuple[Parts, LayerFacts]:
     if not _has_data(layer):
         return {CAPACITY: as_count(layer.max_cache_len)}, ()
     return {"keys": layer.keys, "values": layer.values, "cumulative_length": layer.cumulative_length}, ()
 
 
-def _make_static(facts: Facts, parts: Parts) -> Any:
+def _make_static(facts: LayerFacts, parts: Parts) -> Any:
     from transformers.cache_utils import StaticLayer
 
     return StaticLayer(max_cache_len=_capacity(parts))
@@ -139,7 +139,7 @@ def _capacity(parts: Parts) -> int:
     return parts["keys"].shape[2] if "keys" in parts else parts[CAPACITY].shape[0]
 
 
-def _put_static(layer: Any, parts: Parts, facts: Facts) -> None:
+def _put_static(layer: Any, parts: Parts, facts: LayerFacts) -> None:
     """A static layer keeps its tensors: compiled programs and CUDA graphs know them by their address."""
     if _has_data(layer) and layer.keys.shape == parts["keys"].shape:
         for name in ("keys", "values", "cumulative_length"):
@@ -160,21 +160,21 @@ def _refill(old: Tensor, new: Tensor) -> None:
             old.copy_(new)
 
 
-def _take_static_sliding(layer: Any) -> tuple[Parts, Facts]:
+def _take_static_sliding(layer: Any) -> tuple[Parts, LayerFacts]:
     parts, facts = _take_static(layer)
     if _has_data(layer):
         parts[WRITTEN] = as_count(layer.cumulative_length_int, layer.keys)
     return parts, facts
 
 
-def _make_static_sliding(facts: Facts, parts: Parts) -> Any:
+def _make_static_sliding(facts: LayerFacts, parts: Parts) -> Any:
     from transformers.cache_utils import StaticSlidingWindowLayer
 
     capacity = _capacity(parts)
     return StaticSlidingWindowLayer(max_cache_len=capacity, sliding_window=capacity)
 
 
-def _put_static_sliding(layer: Any, parts: Parts, facts: Facts) -> None:
+def _put_static_sliding(layer: Any, parts: Parts, facts: LayerFacts) -> None:
     _put_static(layer, parts, facts)
     layer.cumulative_length_int = parts[WRITTEN].shape[0]
 

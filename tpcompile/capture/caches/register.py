@@ -9,11 +9,11 @@ from typing import Any
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import pytree
 
-from .form import Facts, Parts, register_pytree
+from .form import LayerFacts, Parts, register_pytree
 from .layers import make_layer, take_layer
 from .paired import register_paired_cache
 
-_Context = tuple[tuple[str, Facts], ...]
+_Context = tuple[tuple[str, LayerFacts], ...]
 _CACHES = ("DynamicCache", "StaticCache")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .form import Facts, LayerForm, Parts
+from .form import LayerFacts, LayerForm, Parts
 
 _STATE = "_state"
 _TABLES = ("conv", "recurrent")
@@ -30,19 +30,19 @@ def state_form(attention: LayerForm | None = None, kind: str = "LinearAttentionL
         kind: the name of its class.
     """
 
-    def take(layer: Any) -> tuple[Parts, Facts]:
+    def take(layer: Any) -> tuple[Parts, LayerFacts]:
         parts: Parts = {f"{k}{_STATE}{i}": t for k, i, t in _states(layer)}
         if parts:
             # A leaf and no fact: it decides between two programs, and must be seen under torch.compile too.
             parts |= {f"used{i}": flag for i, flag in layer.has_previous_state.items()}
         kernels = tuple(layer.conv_kernel_size.items())
-        facts: Facts = (layer.number_of_states, kernels, layer.record_past)
+        facts: LayerFacts = (layer.number_of_states, kernels, layer.record_past)
         if attention is None:
             return parts, facts
         more, others = attention.take(layer)
         return parts | more, (*facts, others)
 
-    def make(facts: Facts, parts: Parts) -> Any:
+    def make(facts: LayerFacts, parts: Parts) -> Any:
         from transformers import cache_utils
 
         window = {"sliding_window": facts[3][0]} if "SlidingWindow" in kind else {}  # type: ignore[index]
@@ -51,7 +51,7 @@ def state_form(attention: LayerForm | None = None, kind: str = "LinearAttentionL
             layer.activate_past_recording()
         return layer
 
-    def put(layer: Any, parts: Parts, facts: Facts) -> None:
+    def put(layer: Any, parts: Parts, facts: LayerFacts) -> None:
         _put_states(layer, parts, facts)
         if attention is not None and "keys" in parts:
             attention.put(layer, parts, facts[3])  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def _states(layer: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
             yield "recurrent", i, layer.recurrent_states[i]
 
 
-def _put_states(layer: Any, parts: Parts, facts: Facts) -> None:
+def _put_states(layer: Any, parts: Parts, facts: LayerFacts) -> None:
     layer.conv_kernel_size = dict(facts[1])  # type: ignore[call-overload]
     for kind in _TABLES:
         for i in range(layer.number_of_states):
@@ -96,7 +96,7 @@ _HYBRIDS = {
 }
 
 
-def _make_nothing(facts: Facts, parts: Parts) -> Any:
+def _make_nothing(facts: LayerFacts, parts: Parts) -> Any:
     from transformers.cache_utils import DummyLayer
 
     return DummyLayer()

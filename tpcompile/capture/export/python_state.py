@@ -116,7 +116,7 @@ def _version(tensor: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class Change:
+class StateChange:
     """A value that forward has changed.
 
     Attributes:
@@ -172,9 +172,9 @@ class PythonState:
             inside = content(value)
             if is_iterator(value):
                 place = steps[0][1] if steps else str(key)
-                self._iterators[path, place] = str(Change(path, steps, key, value))
+                self._iterators[path, place] = str(StateChange(path, steps, key, value))
             if is_opaque(value):
-                self._opaque.append((str(Change(path, steps, key, value)), value, snapshot(value)))
+                self._opaque.append((str(StateChange(path, steps, key, value)), value, snapshot(value)))
             if inside is not value:
                 self._known.setdefault(id(value), value)
             if inside is not None and len(steps) < DEEPEST:
@@ -219,7 +219,7 @@ class PythonState:
             live.clear()
             live.extend(before) if isinstance(live, list | deque) else live.update(before)
 
-    def changes(self) -> Iterator[Change]:
+    def changes(self) -> Iterator[StateChange]:
         """What has changed since; parameters, buffers, modules and hooks under their tables' names."""
         for table in self._tables:
             live, before = _now(table.live), table.before
@@ -229,15 +229,15 @@ class PythonState:
                 for key in [*before, *(key for key in live if key not in before)]:
                     old, new = dict.get(before, key, MISSING), dict.get(live, key, MISSING)
                     if not same(old, new) and (table.steps or not is_ours(key)):
-                        yield Change(table.path, table.steps, key, new, old)
+                        yield StateChange(table.path, table.steps, key, new, old)
             elif isinstance(live, list | deque):
                 pairs = zip(before, live, strict=False)
                 kept = next(
                     (i for i, pair in enumerate(pairs) if not same(*pair)), min(len(before), len(live))
                 )
-                yield Change(table.path, table.steps, kept, list(live)[kept:])
+                yield StateChange(table.path, table.steps, kept, list(live)[kept:])
             else:
-                yield Change(table.path, table.steps, None, frozenset(live))
+                yield StateChange(table.path, table.steps, None, frozenset(live))
 
 
 def _now(live: Any) -> Any:

@@ -14,7 +14,7 @@ from tpcompile.errors import CannotCapture
 from tpcompile.ir.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 
 from .look_inside import PLAIN, Attributes
-from .python_state import BOOKKEEPING, MISSING, Change, PythonState, Step, table_at
+from .python_state import BOOKKEEPING, MISSING, PythonState, StateChange, Step, table_at
 
 TRACED = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 _HOOKS = tuple(name for name in BOOKKEEPING if "hooks" in name)
@@ -118,7 +118,7 @@ def collect_writes(state: PythonState, first: int) -> tuple[list[StateWrite], li
     return writes, values
 
 
-def _refuse_bookkeeping(change: Change, name: str) -> None:
+def _refuse_bookkeeping(change: StateChange, name: str) -> None:
     table = change.steps[0][1]
     # A buffer that is None is not an input of the program, which could not give it a value.
     kept = all(isinstance(value, torch.Tensor) for value in (change.old, change.value))

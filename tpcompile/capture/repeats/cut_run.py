@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from .blocks import Repeat
-from .record_run import Mark, Run
+from .record_run import Mark, RecordedRun
 
 
 class NotRepeated(Exception):
@@ -32,7 +32,7 @@ class CutRun:
         places: per event, where it stands and at which position there.
     """
 
-    def __init__(self, repeats: Sequence[Repeat], run: Run) -> None:
+    def __init__(self, repeats: Sequence[Repeat], run: RecordedRun) -> None:
         self.run = run
         self.spans: dict[Place, range] = {}
         cuts = sorted(

@@ -11,10 +11,12 @@ from torch import nn
 _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _DEEPEST = 5
-Facts = dict[str, Hashable]
+Fingerprint = dict[str, Hashable]
 
 
-def fingerprints(layers: Sequence[nn.Module], owners: Mapping[int, frozenset[str]], path: str) -> list[Facts]:
+def fingerprints(
+    layers: Sequence[nn.Module], owners: Mapping[int, frozenset[str]], path: str
+) -> list[Fingerprint]:
     """Return one description per layer of the list at ``path``; layers that may differ differ in it.
 
     A number that grows evenly with the position (``layer_idx``) counts as equal: most models only look
@@ -37,7 +39,7 @@ def fingerprints(layers: Sequence[nn.Module], owners: Mapping[int, frozenset[str
     ]
 
 
-def fingerprint(layer: nn.Module, owners: Mapping[int, frozenset[str]], path: str) -> Facts:
+def fingerprint(layer: nn.Module, owners: Mapping[int, frozenset[str]], path: str) -> Fingerprint:
     """Return the description of one layer by itself: numbers as they are, objects by their identity."""
     facts, ints = _describe(layer, owners, path, exact=True)
     return facts | {key: ("int", n) for key, n in ints.items()}
@@ -68,8 +70,8 @@ def _even_growth(numbers: Sequence[Mapping[str, int]]) -> dict[str, int]:
 
 def _describe(
     layer: nn.Module, owners: Mapping[int, frozenset[str]], path: str, exact: bool = False
-) -> tuple[Facts, dict[str, int]]:
-    facts: Facts = {}
+) -> tuple[Fingerprint, dict[str, int]]:
+    facts: Fingerprint = {}
     ints: dict[str, int] = {}
     for name, module in layer.named_modules():
         facts[f"{name}:class"] = _qualified(type(module))
@@ -91,7 +93,7 @@ def _weight(tensor: torch.Tensor, owners: Mapping[int, frozenset[str]], path: st
     return (type(tensor).__name__, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, shared)
 
 
-def _add(key: str, value: Any, facts: Facts, ints: dict[str, int], exact: bool, depth: int = 0) -> None:
+def _add(key: str, value: Any, facts: Fingerprint, ints: dict[str, int], exact: bool, depth: int = 0) -> None:
     """Adds what is to be said of one attribute; containers are taken apart."""
     if isinstance(value, int) and type(value) is int:
         ints[key] = value

@@ -51,7 +51,7 @@ class Input(NamedTuple):
     facts: str
 
 
-class Weight(NamedTuple):
+class WeightRef(NamedTuple):
     """A parameter or buffer, under its first name."""
 
     name: str
@@ -73,7 +73,7 @@ class Mark(NamedTuple):
 
 
 @dataclass
-class Run:
+class RecordedRun:
     """What one run of the model did; an event is an operator, its operands, and the grad mode.
 
     Attributes:
@@ -106,7 +106,7 @@ class Run:
 class _Recorder(TorchDispatchMode):
     """Writes every operator down; tensors appear as who made them."""
 
-    def __init__(self, run: Run, known: dict[int, Any], leaves: int) -> None:
+    def __init__(self, run: RecordedRun, known: dict[int, Any], leaves: int) -> None:
         super().__init__()
         self.run, self.known, self.leaves = run, known, leaves
         self.alive: list[Any] = []  # an id is only a name for as long as its object lives
@@ -178,7 +178,7 @@ def record_run(
     device: torch.device,
     names: Mapping[int, str],
     twins: Mapping[int, int] | None = None,
-) -> Run:
+) -> RecordedRun:
     """Run the model once without data, as far as possible as export does, and leave it as it was.
 
     Args:
@@ -192,7 +192,7 @@ def record_run(
     """
     # Sizes that depend on data become symbols instead of errors; those of the inputs stay numbers.
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
-    run = Run()
+    run = RecordedRun()
     known: dict[int, Any] = {}
     with ExitStack() as stack:
         stack.enter_context(restore_after(model))
@@ -201,7 +201,7 @@ def record_run(
         fakes = {id(tensor): fake_weight(mode, tensor, device, requires_grad=False) for tensor in real}
         for tensor in real:
             facts = f"{tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}"
-            known[id(fakes[id(tensor)])] = Weight(names[id(tensor)], facts)
+            known[id(fakes[id(tensor)])] = WeightRef(names[id(tensor)], facts)
         replace_tensors(model, fakes)
         flat = [fake_input(mode, leaf, device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         for i, leaf in enumerate(flat):
@@ -240,7 +240,7 @@ def _note_results(recorder: _Recorder, taken: Results) -> None:
 
 
 @contextmanager
-def _marking(model: nn.Module, repeats: Sequence[Repeat], run: Run) -> Iterator[None]:
+def _marking(model: nn.Module, repeats: Sequence[Repeat], run: RecordedRun) -> Iterator[None]:
     """Notes where in the run each layer begins and ends."""
 
     def note(number: int, layer: int, begins: bool) -> Callable[..., None]:

@@ -25,7 +25,7 @@ from .blocks import Repeat
 from .cut_run import CutRun, NotRepeated, Place
 from .find_repeats import truncated
 from .match_results import Recipe, Seen, match_results
-from .record_run import Input, Ref, Run, Weight, record_run
+from .record_run import Input, RecordedRun, Ref, WeightRef, record_run
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Evidence:
     leaves: Leaves
     twins: dict[int, tuple[int, int]]
     recipe: Recipe
-    whole: Run
-    short: Run
+    whole: RecordedRun
+    short: RecordedRun
 
 
 def compare_layers(
@@ -193,9 +193,9 @@ class _Comparison:
             distance = here.period - place.period if place.repeat == here.repeat else -1
             source = {0: _OWN, 1: _BEFORE}.get(distance, place)
             return _Operand(source, position, token.output, token.needs_grad)
-        if isinstance(token, Weight):
+        if isinstance(token, WeightRef):
             own = repeat.period_of(token.name) == here.period
-            return Weight(repeat.shifted(token.name, -here.period) if own else token.name, token.facts)
+            return WeightRef(repeat.shifted(token.name, -here.period) if own else token.name, token.facts)
         if isinstance(token, Input) and self.leaves.owner.get(token.leaf) == here:
             return self._own_leaf(token)
         if type(token) is tuple:

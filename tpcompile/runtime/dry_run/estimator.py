@@ -29,8 +29,8 @@ from .calls import next_call, sizes_of_call, token_call
 from .compiler import Captures, DryCompiler
 from .inputs import FakeInputs
 from .optimizers import read_optimizer
-from .recorder import Sent
-from .run_step import Optimizer, Run, run_step
+from .recorder import Transfer
+from .run_step import Optimizer, StepRun, run_step
 from .shorten import extended, highest, left_out
 from .step_time import time_of
 
@@ -183,7 +183,7 @@ class Estimator:
         bound: dict[str, Any],
         caches: Mapping[str, Held],
         step: Step,
-    ) -> Iterator[Run]:
+    ) -> Iterator[StepRun]:
         training = step.mode == "train"
         leaves = flatten_call(bound)[0]
         layout = compiled.plan.layout
@@ -199,12 +199,16 @@ class Estimator:
 
 
 def _put_together(
-    step: Step, compiler: DryCompiler, compiled: Compiled, runs: Sequence[Run], sizes: tuple[int, int] | None
+    step: Step,
+    compiler: DryCompiler,
+    compiled: Compiled,
+    runs: Sequence[StepRun],
+    sizes: tuple[int, int] | None,
 ) -> Estimate:
     program, layout = compiled.rewritten, compiled.plan.layout
     copies = left_out(program)
 
-    def whole(of: Callable[[Run], float]) -> float:
+    def whole(of: Callable[[StepRun], float]) -> float:
         return extended([of(run) for run in runs], copies)
 
     moment = highest([run.peaks for run in runs], [c for c, _, _ in compiler.programs], program)
@@ -236,7 +240,7 @@ def _put_together(
     )
 
 
-def _sent(counts: Sequence[Counter[Sent]], copies: tuple[int, ...]) -> tuple[Sends, ...]:
+def _sent(counts: Sequence[Counter[Transfer]], copies: tuple[int, ...]) -> tuple[Sends, ...]:
     every = dict.fromkeys(sent for count in counts for sent in count)
     return tuple(
         Sends(s.kind, round(extended([c[s] for c in counts], copies)), s.bytes, s.ranks) for s in every

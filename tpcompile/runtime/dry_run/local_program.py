@@ -22,7 +22,7 @@ _ACCUMULATES = 2**63
 
 
 @dataclass
-class Stretch:
+class LayerStretch:
     """Calls that stand together in a graph: a period of repeated layers, or what is between two.
 
     Attributes:
@@ -38,7 +38,7 @@ class Stretch:
     handed: list[Node] = field(default_factory=list)
 
 
-def stretches(graph: Graph) -> list[Stretch]:
+def stretches(graph: Graph) -> list[LayerStretch]:
     """The calls of a graph, period by period.
 
     A call of no period that stands between two of the same one is counted with it.
@@ -47,28 +47,28 @@ def stretches(graph: Graph) -> list[Stretch]:
     following: list[Block | None] = [None]
     for node in reversed(calls):
         following.append(block_of(node) or following[-1])
-    found: list[Stretch] = []
+    found: list[LayerStretch] = []
     for node, after in zip(calls, reversed(following[1:]), strict=True):
         block = block_of(node)
         if block is None and found and after == found[-1].block:
             block = after
         if not found or block != found[-1].block:
-            found.append(Stretch(block))
+            found.append(LayerStretch(block))
         found[-1].calls.append(node)
     return found
 
 
-def gathered(parts: Sequence[Stretch]) -> list[Stretch]:
+def gathered(parts: Sequence[LayerStretch]) -> list[LayerStretch]:
     """The same calls with those of a period in one stretch: what comes early and only it reads is delayed.
 
     Raises:
         TpCompileError: periods cannot be told apart like this.
     """
-    longest: dict[Block, Stretch] = {}
+    longest: dict[Block, LayerStretch] = {}
     for one in parts:
-        if one.block is not None and len(one.calls) > len(longest.get(one.block, Stretch(None)).calls):
+        if one.block is not None and len(one.calls) > len(longest.get(one.block, LayerStretch(None)).calls):
             longest[one.block] = one
-    found: list[Stretch] = []
+    found: list[LayerStretch] = []
     early: dict[Block, list[Node]] = {}
     apart = not longest
     for one in parts:
@@ -78,7 +78,7 @@ def gathered(parts: Sequence[Stretch]) -> list[Stretch]:
             early.setdefault(one.block, []).extend(one.calls)
         else:
             delayed = early.pop(one.block, [])
-            found.append(Stretch(one.block, [*delayed, *one.calls]))
+            found.append(LayerStretch(one.block, [*delayed, *one.calls]))
             mine = set(found[-1].calls)
             apart = apart or any(user not in mine for node in delayed for user in node.users)
     if early or apart:
@@ -158,7 +158,7 @@ class LocalProgram:
         self._begun.append(get_sequence_nr())
         self._labels.append(label)
 
-    def _part(self, part: Stretch, given: Sequence[Any]) -> tuple[Any, ...]:
+    def _part(self, part: LayerStretch, given: Sequence[Any]) -> tuple[Any, ...]:
         env = dict(zip(part.given, given, strict=True))
         self._evaluate(env, part.calls, keep=set(part.handed))
         return tuple(env[n] for n in part.handed)

@@ -26,7 +26,7 @@ _SENDS = {
 }
 
 
-class Sent(NamedTuple):
+class Transfer(NamedTuple):
     """A collective: its kind, the bytes of the whole value, and how many ranks take part."""
 
     kind: str
@@ -35,7 +35,7 @@ class Sent(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Event:
+class Operation:
     """An operator that was run.
 
     Attributes:
@@ -54,7 +54,7 @@ class Event:
     dtype: torch.dtype
     fused: bool
     after: tuple[int, ...]
-    sent: Sent | None = None
+    sent: Transfer | None = None
 
 
 class Moment(NamedTuple):
@@ -79,7 +79,7 @@ class Recorder(LiveBytes):
 
     def __init__(self, where: Callable[[], Label], axis_sizes: Sequence[int]) -> None:
         super().__init__()
-        self.events: list[Event] = []
+        self.events: list[Operation] = []
         self.peaks: dict[Label, Moment] = {}
         self.gradients = 0
         self._where, self._axes = where, axis_sizes
@@ -121,7 +121,7 @@ class Recorder(LiveBytes):
         moved = 0.0 if sent is not None else traffic(func, given, returned)
         work = arithmetic(func, args, result)
         fused = is_fused(func)
-        self.events.append(Event(label, work, moved, one, fused, after, sent))
+        self.events.append(Operation(label, work, moved, one, fused, after, sent))
         written = returned if not func._schema.is_mutable else [*returned, given[0]]
         for value in written:
             self._writers[value.untyped_storage()._cdata] = len(self.events) - 1
@@ -139,13 +139,13 @@ class Recorder(LiveBytes):
             written = {*written, self._turn[1]}
         return tuple(sorted(written))
 
-    def _sent(self, func: Any, args: Any, given: list[Tensor], returned: list[Tensor]) -> Sent | None:
+    def _sent(self, func: Any, args: Any, given: list[Tensor], returned: list[Tensor]) -> Transfer | None:
         kind = _SENDS.get(func._opname)
         if kind is None:
             return None
         ranks = math.prod(self._axes[int(axis)] for axis in str(args[-1]).split(","))
         size = extent(returned[0]) if kind == "all_gather" else extent(given[0])
-        return Sent(kind, size * ranks if kind == "all_to_all" else size, ranks)
+        return Transfer(kind, size * ranks if kind == "all_to_all" else size, ranks)
 
     def _release(self, key: int, size: int) -> None:
         super()._release(key, size)

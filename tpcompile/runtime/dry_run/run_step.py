@@ -17,13 +17,13 @@ from tpcompile.errors import TpCompileError
 from .inputs import FakeInputs
 from .local_program import LocalProgram
 from .operations import extent
-from .recorder import Event, Label, Moment, Recorder, Sent
+from .recorder import Label, Moment, Operation, Recorder, Transfer
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
-class Run:
+class StepRun:
     """What a step has taken.
 
     Attributes:
@@ -37,9 +37,9 @@ class Run:
         states: bytes of the optimizer's states.
     """
 
-    events: list[Event]
+    events: list[Operation]
     peaks: Mapping[Label, Moment]
-    sent: Counter[Sent]
+    sent: Counter[Transfer]
     cache: int
     given_cache: int
     result: int
@@ -52,7 +52,7 @@ def run_step(
     inputs: FakeInputs,
     optimizer: Optimizer | None,
     recompute: bool,
-) -> Run:
+) -> StepRun:
     """Runs a forward, and with an optimizer a backward and its update.
 
     Args:
@@ -86,7 +86,7 @@ def run_step(
             _backward(others, params, recorder)
     states = _update(optimizer, params, recorder, program) if optimizer is not None else 0
     sent = Counter(event.sent for event in recorder.events if event.sent is not None)
-    return Run(recorder.events, recorder.peaks, sent, after, before, max(sizes, default=0), states)
+    return StepRun(recorder.events, recorder.peaks, sent, after, before, max(sizes, default=0), states)
 
 
 def _backward(results: list[Any], params: list[Tensor], recorder: Recorder) -> None:

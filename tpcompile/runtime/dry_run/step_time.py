@@ -9,10 +9,10 @@ from tpcompile.planner.dry_run.devices import Device
 from tpcompile.planner.dry_run.estimate import Time
 from tpcompile.planner.search.cost import CostModel
 
-from .recorder import Event, Sent
+from .recorder import Operation, Transfer
 
 
-def time_of(events: Sequence[Event], device: Device) -> Time:
+def time_of(events: Sequence[Operation], device: Device) -> Time:
     """The seconds of a run, by what each operator waits for."""
     parts = {"compute": 0.0, "memory": 0.0, "launch": 0.0, "communication": 0.0}
     elementwise = 0.0
@@ -24,7 +24,7 @@ def time_of(events: Sequence[Event], device: Device) -> Time:
     return Time(**parts, could_overlap=could_overlap, elementwise=elementwise)
 
 
-def _bound(event: Event, device: Device) -> tuple[str, float]:
+def _bound(event: Operation, device: Device) -> tuple[str, float]:
     """What an operator waits for, and how long."""
     if event.sent is not None:
         return "communication", sending(event.sent, device.cost)
@@ -37,7 +37,7 @@ def _bound(event: Event, device: Device) -> tuple[str, float]:
     return most, times[most]
 
 
-def sending(sent: Sent, cost: CostModel) -> float:
+def sending(sent: Transfer, cost: CostModel) -> float:
     """Seconds of a collective."""
     if sent.kind == "all_reduce":
         return cost.all_reduce(sent.bytes, sent.ranks)
@@ -46,7 +46,7 @@ def sending(sent: Sent, cost: CostModel) -> float:
     return cost.all_gather(sent.bytes, sent.ranks)
 
 
-def _overlapped(events: Sequence[Event], seconds: Sequence[float]) -> float:
+def _overlapped(events: Sequence[Operation], seconds: Sequence[float]) -> float:
     """Seconds of a run in which collectives run beside operators.
 
     Both go in the order of the program; those whose operands are not there yet are passed over.

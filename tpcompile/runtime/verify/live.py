@@ -20,7 +20,7 @@ from tpcompile.runtime.copy_model import as_original
 from tpcompile.runtime.guards import without_guards
 
 from .compare import TypesSeen, is_rough, kinds_of, limit_of
-from .one_process import Request, examine
+from .one_process import VerifyRequest, examine
 from .outcome import Finding, Key, compared, run_python, worst_of
 from .report import Report
 from .tokens import greedy
@@ -100,7 +100,7 @@ def _explained(
     """
     compiler = runtime.compiler
     try:
-        simulated = examine(whole, Request(bound, compiler.options, compiler.ranks, learning))
+        simulated = examine(whole, VerifyRequest(bound, compiler.options, compiler.ranks, learning))
     except TpCompileError as error:
         where = "where the difference begins" if report.wrong else "what rounding hides"
         noted = replace(report, notes=(f"it cannot be said {where}: {error.what}",))

@@ -79,11 +79,11 @@ def verify(
             todo="parallelize the model, and call its verify()",
         )
     bound = example_call(model, example_args, example_kwargs, dynamic)
-    return examine(model, Request(bound, options, ranks, gradients, generate))
+    return examine(model, VerifyRequest(bound, options, ranks, gradients, generate))
 
 
 @dataclass(frozen=True)
-class Request:
+class VerifyRequest:
     """What to examine.
 
     Attributes:
@@ -103,7 +103,7 @@ class Request:
     lower: Lower = lower_all
 
 
-def examine(model: nn.Module, request: Request) -> Report:
+def examine(model: nn.Module, request: VerifyRequest) -> Report:
     """See ``verify``; the model has weights."""
     began = time.perf_counter()
     report = _examined(model, request)
@@ -116,7 +116,7 @@ def examine(model: nn.Module, request: Request) -> Report:
     return replace(report, seconds=time.perf_counter() - began)
 
 
-def _examined(model: nn.Module, request: Request) -> Report:
+def _examined(model: nn.Module, request: VerifyRequest) -> Report:
     """The report for a model in its own precision."""
     compiler = SimulatedCompiler(request.options, request.ranks, request.lower)
     trial = Trial(copy.deepcopy(model), request.bound, compiler, request.gradients)
@@ -140,7 +140,7 @@ def _worst(report: Report) -> Difference:
     return Difference(f"the {finding.sort} {finding.name}", "", "", "", "", "", finding.error, why=why)
 
 
-def _tokens(model: nn.Module, request: Request) -> Finding:
+def _tokens(model: nn.Module, request: VerifyRequest) -> Finding:
     """Whether all ranks together generate the tokens that the model does."""
     wanted = greedy(copy.deepcopy(model), request.bound, request.generate)
     try:
@@ -151,7 +151,7 @@ def _tokens(model: nn.Module, request: Request) -> Finding:
     return Finding("token", f"{request.generate} tokens", 0.0 if same else math.inf)
 
 
-def _in_double(model: nn.Module, request: Request) -> Report | None:
+def _in_double(model: nn.Module, request: VerifyRequest) -> Report | None:
     """The report in float64; None if the model is in float64, or cannot be run in it."""
     if all(p.dtype == torch.float64 for p in model.parameters() if p.is_floating_point()):
         return None

@@ -24,7 +24,7 @@ from tpcompile.ranks.exchange import exchange
 
 from .custom_strategy import CustomStrategy, resolve
 from .opaque_module import Wrapped, captured_as_operators
-from .probe_partition import Part, layout_from, local_of, probe
+from .probe_partition import RankPart, layout_from, local_of, probe
 
 
 @dataclass
@@ -43,7 +43,7 @@ class CustomModules:
     strategies: dict[str, CustomStrategy] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     templates: dict[str, tuple[str, nn.Module]] = field(default_factory=dict)
-    parts: dict[str, list[Part]] = field(default_factory=dict)
+    parts: dict[str, list[RankPart]] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     mesh: DeviceMesh | None = None
 
@@ -102,7 +102,7 @@ class CustomModules:
         )
 
 
-def _is_whole(parts: Sequence[Part] | None, shape: Sequence[int]) -> bool:
+def _is_whole(parts: Sequence[RankPart] | None, shape: Sequence[int]) -> bool:
     """Whether all ranks hold a weight as it is; buffers always are."""
     if parts is None:
         return True
@@ -110,7 +110,7 @@ def _is_whole(parts: Sequence[Part] | None, shape: Sequence[int]) -> bool:
     return all(p.runs == same for p in parts)
 
 
-def _summed(strategy: CustomStrategy, parts: Sequence[Sequence[Part]]) -> bool:
+def _summed(strategy: CustomStrategy, parts: Sequence[Sequence[RankPart]]) -> bool:
     """Whether backward leaves summands of the gradients of whole operands."""
     declared = getattr(strategy.layer, "whole_input_gradient", None)
     if declared is not None:
@@ -211,10 +211,10 @@ def _silent_mesh(ranks: int, rank: int) -> DeviceMesh:
     return DeviceMesh("cpu", torch.arange(ranks), mesh_dim_names=("tp",), _init_backend=False, _rank=rank)
 
 
-def _probe(model: nn.Module, own: CustomModules, rank: int, mesh: DeviceMesh) -> dict[str, Part]:
+def _probe(model: nn.Module, own: CustomModules, rank: int, mesh: DeviceMesh) -> dict[str, RankPart]:
     """What this rank holds of every parameter; parameters that look alike are asked about once."""
-    known: dict[object, Part] = {}
-    found: dict[str, Part] = {}
+    known: dict[object, RankPart] = {}
+    found: dict[str, RankPart] = {}
     for path, strategy in own.strategies.items():
         for name, param in model.get_submodule(path).named_parameters():
             kind = name.rpartition(".")[2]
@@ -227,7 +227,9 @@ def _probe(model: nn.Module, own: CustomModules, rank: int, mesh: DeviceMesh) ->
     return found
 
 
-def _refuse_packed(path: str, strategy: CustomStrategy, module: nn.Module, parts: Mapping[str, Part]) -> None:
+def _refuse_packed(
+    path: str, strategy: CustomStrategy, module: nn.Module, parts: Mapping[str, RankPart]
+) -> None:
     """Packed weights with contiguous inputs or outputs contradict each other."""
     packed = [
         name

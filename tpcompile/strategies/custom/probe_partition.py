@@ -29,7 +29,7 @@ _EXACT = 1 << 24
 
 
 @dataclass(frozen=True)
-class Part:
+class RankPart:
     """What one rank holds of a parameter.
 
     Attributes:
@@ -43,7 +43,7 @@ class Part:
     placements: tuple[Any, ...] | None
 
 
-def probe(strategy: CustomStrategy, param: Tensor, param_type: str, rank: int, mesh: DeviceMesh) -> Part:
+def probe(strategy: CustomStrategy, param: Tensor, param_type: str, rank: int, mesh: DeviceMesh) -> RankPart:
     """A rank's part of a parameter.
 
     Raises:
@@ -53,7 +53,7 @@ def probe(strategy: CustomStrategy, param: Tensor, param_type: str, rank: int, m
         part = strategy.partition(param.detach(), param_type, rank, mesh)
         placements = tuple(part.placements) if isinstance(part, DTensor) else None
         shape = tuple(local_of(part).shape)
-        return Part(shape, _find_runs(strategy, param, param_type, rank, mesh, shape), placements)
+        return RankPart(shape, _find_runs(strategy, param, param_type, rank, mesh, shape), placements)
 
 
 def local_of(part: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def _runs(indices: Sequence[int]) -> Runs:
 
 
 def layout_from(
-    name: str, tensor: Tensor, axis_sizes: tuple[int, ...], parts: Sequence[Part], strategy: str
+    name: str, tensor: Tensor, axis_sizes: tuple[int, ...], parts: Sequence[RankPart], strategy: str
 ) -> ParamLayout:
     """The layout that follows from what each rank holds: an ordinary one, where segments can say it."""
     layout = whole_layout(name, tensor, len(axis_sizes))
@@ -129,7 +129,9 @@ def layout_from(
     return ParamLayout(name, layout.shape, layout.dtype, layout.segments, selection=selection)
 
 
-def _segments(shape: tuple[int, ...], axis_sizes: tuple[int, ...], parts: Sequence[Part]) -> list[Segment]:
+def _segments(
+    shape: tuple[int, ...], axis_sizes: tuple[int, ...], parts: Sequence[RankPart]
+) -> list[Segment]:
     """Ways to hold the parameter that the compiler knows: whole, one dimension divided, or packed blocks."""
     whole = whole_segment(shape, len(axis_sizes))
     found = [whole]
@@ -143,7 +145,7 @@ def _segments(shape: tuple[int, ...], axis_sizes: tuple[int, ...], parts: Sequen
     return found
 
 
-def _describes(segment: Segment, axis_sizes: tuple[int, ...], parts: Sequence[Part]) -> bool:
+def _describes(segment: Segment, axis_sizes: tuple[int, ...], parts: Sequence[RankPart]) -> bool:
     layout = WeightLayout(axis_sizes, {})
     for rank, part in enumerate(parts):
         runs = segment_runs(segment, segment.local_box(axis_sizes, layout.coordinates(rank)))

@@ -80,7 +80,7 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Request:
+class CheckpointRequest:
     """What the user asked ``from_pretrained`` for; see there.
 
     Attributes:

@@ -43,7 +43,7 @@ def save_adapters(
     Raises:
         TpCompileError: on every rank; an argument is refused, or a rank has failed.
     """
-    from .save_pretrained import Wishes, find_writer  # imports transformers
+    from .save_pretrained import SaveRequest, find_writer  # imports transformers
 
     if refused := options.keys() & {"state_dict", "push_to_hub"}:
         raise TpCompileError(
@@ -52,7 +52,7 @@ def save_adapters(
             todo="leave it out: what is in the model is written to the folder",
         )
     group, rank = (None, 0) if axis is None else (axis.group, axis.rank)
-    writer = find_writer(axis, Wishes(save_directory, is_main_process))
+    writer = find_writer(axis, SaveRequest(save_directory, is_main_process))
     together(
         group,
         "save the adapters",

@@ -33,7 +33,7 @@ from .staged_checkpoint import StagedCheckpoint, refusal
 
 
 @dataclass(frozen=True)
-class Wishes:
+class SaveRequest:
     """Arguments of transformers' ``save_pretrained``; see there.
 
     Attributes:
@@ -61,7 +61,7 @@ _REFUSED = {
 }
 
 
-def save_pretrained(model: Any, axis: MeshAxis | None, original: type, wishes: Wishes) -> None:
+def save_pretrained(model: Any, axis: MeshAxis | None, original: type, wishes: SaveRequest) -> None:
     """Writes a checkpoint that transformers, and ``tpcompile.from_pretrained`` at any size, can load.
 
     One rank writes; it holds one whole parameter (or one converted tensor's parameters) at a time. The
@@ -82,7 +82,7 @@ def save_pretrained(model: Any, axis: MeshAxis | None, original: type, wishes: W
 
 
 def _prepare(
-    model: Any, axis: MeshAxis | None, original: type, wishes: Wishes
+    model: Any, axis: MeshAxis | None, original: type, wishes: SaveRequest
 ) -> tuple[Path, list[File], dict[str, bytes]]:
     """Checks what can be checked; gives the folder, the files of weights, the contents of all others."""
     if not isinstance(model, PreTrainedModel):
@@ -91,7 +91,7 @@ def _prepare(
             where="save_pretrained",
             todo="write full_state_dict(), or use torch.distributed.checkpoint with sharded_state_dict()",
         )
-    check_arguments(Wishes, vars(wishes), "save_pretrained")
+    check_arguments(SaveRequest, vars(wishes), "save_pretrained")
     for name, value in (wishes.refused or {}).items():
         asked = value is False if name == "safe_serialization" else value is not None and value is not False
         if asked:
@@ -136,7 +136,7 @@ def _tensors(model: Any, original: type, original_format: bool) -> tuple[dict[st
     return {key: value.expression for key, value in lazy.items()}, parameters
 
 
-def find_writer(axis: MeshAxis | None, wishes: Wishes) -> int | None:
+def find_writer(axis: MeshAxis | None, wishes: SaveRequest) -> int | None:
     """The rank of the group that writes; None if another replica of the model does.
 
     Raises:
@@ -171,7 +171,7 @@ def _save(
     target: Path,
     files: list[File],
     others: dict[str, bytes],
-    wishes: Wishes,
+    wishes: SaveRequest,
 ) -> None:
     writer = find_writer(axis, wishes)
     if writer is None:
