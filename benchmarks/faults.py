@@ -105,7 +105,7 @@ class Bench:
         self.right = self.trial.programs
         self.groups = list(self.trial.compiled.planned.split_groups)
         self.data = decisions_to_data(self.trial.compiled.planned)
-        self.base = self.trial.compiler.capture(self.model, self.bound)
+        self.base = self.trial.compiler.canonical(self.model, self.bound)
         self.numbers = self.trial.on_ranks()
         assert self.outcome(lambda: self.right) == "equal", f"{name} is not right as it is"
 

@@ -138,7 +138,7 @@ class Compiler:
         """
         began = time.perf_counter()
         self._custom_modules(model)  # of all ranks together
-        base = together(self.group, "capture the model", lambda: self.capture(model, bound, layout, caches))
+        base = together(self.group, "capture the model", lambda: self.canonical(model, bound, layout, caches))
         captured = time.perf_counter()
         fingerprint = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
         if constants := base.captured.constant_lines():
@@ -252,7 +252,7 @@ class Compiler:
             self._custom = partition_modules(model, self.options.custom, *where)
         return self._custom.with_names(model)
 
-    def capture(
+    def canonical(
         self,
         model: nn.Module,
         bound: dict[str, Any],

@@ -145,7 +145,7 @@ def lint_plan(
     rules = _literal(model, read_rules(model, known, own=True))
     cost = cost_model if isinstance(cost_model, CostModel) else preset(cost_model)
     compiler = Compiler(Options(cost, rules), ranks)
-    base = compiler.capture(model, example_call(model, example_args, example_kwargs))
+    base = compiler.canonical(model, example_call(model, example_args, example_kwargs))
     tensors = whole_tensors(model)
     best = compiler.without_rules().plan_captured(base, tensors)
     refused = tuple(unmet(base, rules.wishes))
