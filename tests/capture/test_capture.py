@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._export.wrappers import allow_in_pre_dispatch_graph
 
 from tests.helpers import toys
 from tpcompile.capture.export.capture_model import capture
@@ -219,6 +220,11 @@ class Wraps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> None:
         raise AssertionError("there is no gradient")
+
+    @classmethod
+    @allow_in_pre_dispatch_graph
+    def apply(cls, *args: Any) -> Any:
+        return super().apply(*args)
 
 
 class Masks(nn.Module):

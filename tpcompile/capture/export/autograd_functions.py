@@ -146,8 +146,10 @@ def kept_functions(note: Note | None = None) -> Iterator[Kept]:
             return checkpoints.reentrant(*args)
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if not any(x.is_floating_point() or x.is_complex() for x in tensors):  # and so no gradient
-            return _APPLY(function, *args, **kwargs)
+        if not any(map(_can_learn, tensors)):
+            result = _APPLY(function, *args, **kwargs)
+            if not any(map(_can_learn, tree_flatten(result)[0])):  # there is no gradient to keep
+                return result
         call = _find(found, function, leaves, spec, tensors)
         if note is not None:
             note(call.key, tensors)
@@ -158,6 +160,10 @@ def kept_functions(note: Note | None = None) -> Iterator[Kept]:
 
     with _instead_of_apply(apply), checkpoints.watching():
         yield Kept(found, checkpoints.found)
+
+
+def _can_learn(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 @contextmanager
