@@ -76,13 +76,15 @@ _VARIANTS: tuple[dict[str, int | None], ...] = (
     {"num_key_value_heads": 8},
     {"head_dim": None},
     {"intermediate_size": 256, "num_heads": 16},
+    {"hidden_dim": None},
+    {"embedding_size": 128},
     {"hidden_size": 96, "d_model": 96, "embed_dim": 96, "hidden_dim": 96, "dim": 96},
 )
 
 
 def _shrunk(config: PreTrainedConfig, variant: dict[str, int | None]) -> dict[str, Any]:
     """What to change of a configuration and of its parts."""
-    sizes = {name: variant.get(name, size) for name, size in _SIZES.items()}
+    sizes: dict[str, int | None] = {**_SIZES, **variant}
     if "qk_rope_head_dim" in vars(config):  # what is called the size of a head follows from this one
         sizes |= {"head_dim": sizes["qk_rope_head_dim"], "num_key_value_heads": sizes["num_attention_heads"]}
     new: dict[str, Any] = {}
@@ -203,7 +205,9 @@ def inputs_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
 def _other_input(name: str, config: Any) -> Tensor:
     """A picture of a size that the configuration does not say, sound, or a sequence of features."""
     if name == "pixel_values":
-        return torch.zeros(BATCH, _size(config, "num_channels") or 3, 64, 64)
+        return torch.zeros(
+            BATCH, _size(config, "num_channels") or 3, *_square(_size(config, "image_size") or 64)
+        )
     if name == "input_values" and not _size(config, "max_length"):
         return torch.zeros(BATCH, 4000)
     width = _size(config, "num_mel_bins") or _size(config, "feature_size") or 80
