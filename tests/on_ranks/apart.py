@@ -67,12 +67,20 @@ def out_of_step() -> list[str]:
         y = model(X.requires_grad_())
         return y.sum().backward() if dist.get_rank() == 0 else None
 
+    def log(model: Any) -> Any:
+        return model.up.weight.norm()
+
+    def step(model: Any) -> Any:
+        torch.optim.SGD(model.parameters(), 0.1).step()
+
     messages = [
         apart(call, nothing),
         apart(ahead, ahead),
         apart(capture, train),
         apart(call, late, timeout=timedelta(seconds=LIMIT)),
         apart(gather, capture),
+        apart(log, call),
+        apart(step, call),
     ]
     group = dist.new_group()
     if dist.get_rank() == 0:

@@ -127,6 +127,28 @@ def given_other_things() -> dict[str, str]:
     cases["rounding"] = lambda: model.eval()(X.repeat(5, 1) * (1 + 1e-3 * rank))
     cases["gradients"] = lambda: model.eval()(X.clone().requires_grad_(not rank))
 
+    def one(second: str = "down") -> Any:
+        return model.get_submodule(second if rank else "up").weight
+
+    cases["weights_that_are_gathered"] = lambda: one().full_tensor()
+    cases["rows_of_weights"] = lambda: one()[0]
+    cases["weights_that_are_compared"] = lambda: torch.equal(one(), one().clone())
+    cases["what_is_asked_of_weights"] = lambda: one().norm() if rank else torch.equal(one(), one().clone())
+    cases["learning_rates"] = lambda: torch.optim.SGD(model.parameters(), 0.1 + rank).step()
+    cases["optimizers"] = lambda: (torch.optim.Adam if rank else torch.optim.SGD)(model.parameters()).step()
+
+    @case
+    def orders_of_parameters() -> None:
+        parameters = list(model.parameters())
+        torch.optim.SGD(parameters[::-1] if rank else parameters, 0.1).step()
+
+    @case
+    def later_steps() -> None:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for step in range(4):
+            optimizer.param_groups[0]["lr"] = 0.1 if step < 2 else 0.1 + rank
+            optimizer.step()
+
     @case
     def autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(rank)):

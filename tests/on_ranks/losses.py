@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tpcompile
 from tests.on_ranks.models import error
+from tests.on_ranks.module_life import refusal
 from tpcompile.runtime.sharded_result import ShardedResult
 from tpcompile.weights.sharded_parameter import ShardedParameter
 
@@ -94,6 +96,9 @@ def use(classes: int) -> None:
         errors = [error(found[name], wanted[name]) for name in wanted]
         assert max(errors) < 1e-6, (name, errors)
     _inspect(sharded, whole, x, labels)
+    results = [sharded(x, labels)[1] for _ in "ab"]
+    told = refusal(lambda: results[min(dist.get_rank(), 1)].sum())  # a part of each, if it were not refused
+    assert "rank 0 is to gather result 1 of call" in told and ", rank 1 is to gather result 1 of call" in told
 
 
 def _gradients(

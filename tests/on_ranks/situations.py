@@ -150,6 +150,9 @@ def _functional() -> None:
         torch.testing.assert_close(found, want)
         torch.testing.assert_close([p.grad for p in mine.values()], [p.grad for p in theirs.values()])
     torch.testing.assert_close(torch.func.functional_call(sharded, parts, (x,)), want)
+    part = {name: p.detach() * 2 for name, p in whole.up.named_parameters()}
+    found, want = (torch.func.functional_call(each.up, dict(part), (x,)) for each in (sharded, whole))
+    torch.testing.assert_close(found, want)
     torch.testing.assert_close(sharded(x), whole(x))
 
 

@@ -34,6 +34,14 @@ def test_ranks_that_are_given_other_things() -> None:
         "lines_of_a_batch": "give all ranks that share the model the same batch",
         "rounding": "accepted",
         "gradients": "rank 0 has 'x: torch.float32 [2, 12] with gradient', rank 1 has",
+        "weights_that_are_gathered": "gather up.weight (torch.float32), rank 1 is to gather down.weight",
+        "rows_of_weights": "gather up.weight (torch.float32), rank 1 is to gather down.weight",
+        "weights_that_are_compared": "compare different weights: up.weight, down.weight",
+        "what_is_asked_of_weights": "is to compare weights, rank 1 is to add up",
+        "learning_rates": "rank 0 has 'lr: 0.1', rank 1 has 'lr: 1.1'",
+        "optimizers": "rank 0 has 'step 1 of SGD', rank 1 has 'step 1 of Adam'",
+        "orders_of_parameters": "different steps of an optimizer",
+        "later_steps": "rank 0 has 'lr: 0.1', rank 1 has 'lr: 1.1'",
         "autocast": "rank 1 has 'Scaled in eval mode, gradients True, autocast torch.bfloat16'",
     }
     for found in run_spmd(differ.given_other_things, 2):

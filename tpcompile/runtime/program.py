@@ -57,6 +57,7 @@ class Program:
         root: the model.
         differentiable: whether gradients through it come out right.
         seen: the sizes of calls of it whose arguments ranks have compared.
+        calls: how many had results of which ranks keep a part.
     """
 
     compiled: Compiled
@@ -84,6 +85,7 @@ class Program:
     steps: dict[str, CompiledSteps] = field(default_factory=dict)
     differentiable: bool = True
     seen: set[tuple[torch.Size, ...]] = field(default_factory=set)
+    calls: int = 0
 
     def __post_init__(self) -> None:
         outlined = self.outlined[0] if self.outlined is not None else None
@@ -186,8 +188,16 @@ class Program:
         if self.mutated:
             self._write_buffers(flat)
         if gathers:
-            flat = [ShardedResult.of(x, gathers[i]) if i in gathers else x for i, x in enumerate(flat)]
+            flat = self._sharded(flat, gathers)
         return self._rebuild(flat, bound)
+
+    def _sharded(self, flat: Sequence[Any], gathers: Mapping[int, Gathers]) -> list[Any]:
+        """Results of which this rank has a part, as such; they are told apart by the number of the call."""
+        self.calls += 1
+        name = f"gather result {{}} of call {self.calls} of {self}"
+        return [
+            ShardedResult.of(x, gathers[i], name.format(i)) if i in gathers else x for i, x in enumerate(flat)
+        ]
 
     def _compiled(self, options: dict[str, Any]) -> tuple[CompiledSteps, dict[int, Gathers]]:
         grad = torch.is_grad_enabled()

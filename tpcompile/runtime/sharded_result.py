@@ -19,8 +19,15 @@ from torch.utils.hooks import RemovableHandle
 from tpcompile.capture.export.specs import OutputSpec
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.nodes import ancestors, is_number
-from tpcompile.ir.torch_internals import DisableTorchFunctionSubclass, tree_leaves, tree_map
+from tpcompile.ir.torch_internals import (
+    DisableTorchFunctionSubclass,
+    resolve_process_group,
+    tree_leaves,
+    tree_map,
+)
 from tpcompile.lowering.collective_moves import own_slice
+from tpcompile.ranks.exchange import exchange
+from tpcompile.ranks.lost_ranks import telling
 
 all_gather = torch.ops.tpcompile.all_gather.default
 
@@ -42,10 +49,17 @@ class Gathers:
             found[dim] = sum(sizes)
         return found
 
-    def gather(self, part: Tensor) -> Tensor:
-        """The whole tensor; every rank must ask for it."""
+    def gather(self, part: Tensor, what: str) -> Tensor:
+        """The whole tensor; every rank must ask for it.
+
+        Raises:
+            RanksApart: one asks for another result, runs a program, or does not come.
+        """
         for group, dim, sizes, index in self.steps:
-            part = all_gather(part, group, dim, list(sizes), index)
+            ranks = resolve_process_group(group)  # type: ignore[arg-type]
+            exchange(ranks, what, None)
+            with telling(ranks, what):
+                part = all_gather(part, group, dim, list(sizes), index)
         return part
 
     def cut(self, whole: Tensor) -> Tensor:
@@ -61,40 +75,46 @@ class ShardedResult(Tensor):
     Attributes:
         part: this rank's part, through which gradients flow.
         gathers: how the whole is put together.
+        asked: what ranks are to do that gather it, equal on all of them.
     """
 
     GRADIENT_AT_PART: ClassVar = True  # what tells autograd's functions that ask for it of the result
 
     part: Tensor
     gathers: Gathers
+    asked: str
     _whole: Tensor | None
 
     @staticmethod
-    def of(part: Tensor, gathers: Gathers) -> ShardedResult:
-        """The result of which this is a part."""
+    def of(part: Tensor, gathers: Gathers, asked: str) -> ShardedResult:
+        """The result of which this is a part; see the attributes."""
         made: ShardedResult = _Whole.apply(part, gathers)
-        made.part, made.gathers, made._whole = part, gathers, None
+        made.part, made.gathers, made.asked, made._whole = part, gathers, asked, None
         return made
+
+    def _like(self, part: Tensor) -> ShardedResult:
+        """What follows from this result, or its gradient."""
+        return ShardedResult.of(part, self.gathers, f"{self.asked} or what follows from it")
 
     def whole(self) -> Tensor:
         """The whole tensor; all ranks gather it together when it is first asked for."""
         if self._whole is None:
             # Whoever asks first may not want a gradient, but somebody else may, of what is the same tensor.
             with torch.inference_mode(False), torch.enable_grad():
-                self._whole = self.gathers.gather(self.part)
+                self._whole = self.gathers.gather(self.part, self.asked)
         return self._whole
 
     def float(self, *args: Any, **kwargs: Any) -> Tensor:
         """As of any tensor; who trains in mixed precision casts all results."""
         if args or kwargs or self._whole is not None:
             return self.whole().float(*args, **kwargs)
-        return self if self.dtype == torch.float32 else ShardedResult.of(self.part.float(), self.gathers)
+        return self if self.dtype == torch.float32 else self._like(self.part.float())
 
     @property
     def grad(self) -> Tensor | None:  # type: ignore[override]
         """The gradient, if ``retain_grad`` was called."""
         grad = self.part.grad if self.part.retains_grad else None
-        return None if grad is None else ShardedResult.of(grad, self.gathers)
+        return None if grad is None else self._like(grad)
 
     def retain_grad(self) -> None:
         """As of any tensor."""
@@ -108,7 +128,7 @@ class ShardedResult(Tensor):
         """
 
         def run(grad: Tensor) -> None:
-            given = ShardedResult.of(grad, self.gathers)
+            given = self._like(grad)
             new = hook(given)
             if new is not None and new is not given:
                 _refuse(

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import RanksApart, TpCompileError
 from tpcompile.ir.torch_internals import tree_leaves, tree_map
+from tpcompile.ranks.exchange import exchange
 
 from .elementwise import by_list, new, pointwise
 from .gathered_view import draws, gathered, local, refuse_random
@@ -139,13 +139,19 @@ def _unscale(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     """``GradScaler``: an overflow on one rank is one on all."""
     func(*tree_map(local(kind), args), **kwargs)
     where = _first(kind, args, kwargs).placing
-    dist.all_reduce(args[1], dist.ReduceOp.MAX, group=where.group)
+    args[1].fill_(max(exchange(where.group, "look for gradients that are not finite", args[1].item())))
 
 
 def _equal(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     first, second = args
     if not (isinstance(first, kind) and isinstance(second, kind) and first.placing == second.placing):
         return bool(gathered(kind, func, args, kwargs))
-    same = torch.tensor(float(torch.equal(first._local_tensor, second._local_tensor)), device=first.device)
-    dist.all_reduce(same, dist.ReduceOp.MIN, group=first.placing.group)
-    return bool(same)
+    mine = (first.placing.name, torch.equal(first._local_tensor, second._local_tensor))
+    everyone = exchange(first.placing.group, "compare weights", mine)
+    if len({name for name, _ in everyone}) > 1:
+        raise RanksApart(
+            f"the ranks compare different weights: {', '.join(name for name, _ in everyone)}",
+            where=first.placing.name,
+            todo="compare the same weights on every rank",
+        )
+    return all(same for _, same in everyone)

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tpcompile.errors import RanksApart, TpCompileError
 from tpcompile.ranks.agree import compare
-from tpcompile.ranks.lost_ranks import telling
+from tpcompile.ranks.exchange import exchange
 
 from .tensor_layout import TensorLayout
 
@@ -145,6 +144,9 @@ def total(tensor: Any, dtype: torch.dtype | None = None) -> Tensor:
 def _over_ranks(found: Tensor, order: float, shared: TensorLayout | None, asked: list[str]) -> Tensor:
     """What all ranks have found together, with a checksum of what they were asked in the same message.
 
+    It is a message of its own kind (``exchange``): a sum of gloo's would be taken for one of a program's on a
+    rank that runs one.
+
     Args:
         found: sums of powers; for infinite orders norms.
         order: of the norms.
@@ -155,22 +157,15 @@ def _over_ranks(found: Tensor, order: float, shared: TensorLayout | None, asked:
         RanksApart: it is not.
     """
     largest = math.isinf(order)
-    if shared is None:
-        return found if largest else found.pow(1 / order)
-    mark = zlib.crc32(repr((order, asked)).encode())
-    if largest:  # a NaN need not be the largest number on the way
-        sent = torch.cat([found.nan_to_num(0.0, math.inf), found.isnan(), found.new_tensor([mark, -mark])])
-    else:
-        sent = torch.cat([found, found.new_tensor([mark])])
-    with telling(shared.group, f"add up {asked[0]}"):
-        dist.all_reduce(sent, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=shared.group)
-    same = [mark, -mark] if largest else [mark * shared.layout.ranks]
-    if sent[-len(same) :].tolist() != same:
-        raise RanksApart(
-            "the ranks take norms of different parameters, or clip them differently",
-            where=asked[0],
-            todo="call it with the same parameters and arguments on every rank",
-        )
-    if largest:
-        return sent[: len(found)].masked_fill(sent[len(found) : 2 * len(found)] > 0, math.nan)
-    return sent[: len(found)].pow(1 / order)
+    if shared is not None:
+        mark = zlib.crc32(repr((order, asked)).encode())
+        everyone = exchange(shared.group, "add up norms or sums of weights", (mark, found.tolist()))
+        if len({each for each, _ in everyone}) > 1:
+            raise RanksApart(
+                "the ranks take norms of different parameters, or clip them differently",
+                where=asked[0],
+                todo="call it with the same parameters and arguments on every rank",
+            )
+        parts = found.new_tensor([numbers for _, numbers in everyone])
+        found = parts.amax(0) if largest else parts.sum(0)
+    return found if largest else found.pow(1 / order)

@@ -95,7 +95,7 @@ def unsharded(model: nn.Module, original: type[nn.Module]) -> Iterator[None]:
     for module, attribute in tensors_by_name(model).values():
         held = getattr(module, attribute)
         if isinstance(held, DTensor):
-            plain = _plain(held)
+            plain = _plain(held, attribute in module._parameters)
             lent[id(held)], back[id(plain)] = plain, held
     replace_tensors(model, lent)
     model.__class__ = original
@@ -106,12 +106,12 @@ def unsharded(model: nn.Module, original: type[nn.Module]) -> Iterator[None]:
         replace_tensors(model, back)
 
 
-def _plain(held: DTensor) -> Tensor:
-    """A plain tensor in the shape of the whole one."""
-    if isinstance(held, ShardedParameter) and held.placing.whole:
+def _plain(held: DTensor, parameter: bool) -> Tensor:
+    """A plain tensor in the shape of the whole one; a parameter, where there is one."""
+    if isinstance(held, ShardedParameter) and held.placing.whole and parameter is held._is_param:
         return held._local_tensor
     whole: Tensor = torch.empty(held.shape, dtype=held.dtype, device="meta")
-    return nn.Parameter(whole, held.requires_grad) if isinstance(held, nn.Parameter) else whole
+    return nn.Parameter(whole, held.requires_grad) if parameter else whole
 
 
 @contextmanager

@@ -243,6 +243,16 @@ class ShardedParameter(DTensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return stored_part, (self._local_tensor.detach(), self.placing.rank, self.placing.text())
 
+    def __copy__(self) -> ShardedParameter:
+        local, wants = self._local_tensor.detach(), self.requires_grad
+        return (ShardedParameter.parameter if self._is_param else ShardedParameter)(
+            local, self.placing, wants
+        )
+
+    def data_ptr(self) -> int:
+        """Where it is in memory, if every rank has all of it; a part is refused: memory would be read."""
+        return self._local_tensor.data_ptr() if self.placing.whole else self.numpy()
+
     def numpy(self, *, force: bool = False) -> NoReturn:
         """Refused: what reads memory would take the part for the whole."""
         self._refuse("be read as memory, or traced (torch.export)")

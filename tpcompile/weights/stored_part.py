@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpcompile.errors import TpCompileError
+
 
 @dataclass(frozen=True)
 class StoredPart:
@@ -22,6 +24,15 @@ class StoredPart:
     local: Tensor
     rank: int
     layout: str
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(Tensor, name) and not name.startswith("_"):
+            raise TpCompileError(
+                "a part of a weight that came through pickle is used as a tensor",
+                where=f"{name} of what rank {self.rank} has pickled",
+                todo="pickle full_tensor(), or model.full_state_dict(), which all ranks must call",
+            )
+        raise AttributeError(name)
 
 
 def stored_part(*fields: Any) -> StoredPart:

@@ -21,6 +21,8 @@ from tpcompile.ir.torch_internals import (
     TensorMeta,
     is_traceable_wrapper_subclass,
 )
+from tpcompile.ranks.exchange import exchange
+from tpcompile.ranks.lost_ranks import telling
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.strategies.custom.custom_modules import CustomModules
 
@@ -139,7 +141,10 @@ class TensorLayout:
                 where=self.name,
                 todo="read it outside of the traced code, by full_tensor()",
             )
-        whole = gather(local, self)
+        what = f"gather {self.name} ({local.dtype})"
+        exchange(self.group, what, None)  # another weight's part would be taken for one of this one
+        with telling(self.group, what):
+            whole = gather(local, self)
         assert whole is not None, "all ranks get it"
         return whole
 

@@ -27,6 +27,7 @@ from tpcompile.ir.torch_internals import foreach_utils, fully_shard
 from tpcompile.ir.when_imported import when_imported
 
 from .clipping import tell_clipping
+from .compare_steps import compare_step
 from .optimizer_state import parts_of_state
 from .optimizer_updates import tell_optimizers
 from .sharded_parameter import ShardedParameter, local_tensor
@@ -47,6 +48,7 @@ def guard_torch() -> None:
         supported.append(ShardedParameter)
     tell_optimizers()
     optimizer.register_optimizer_step_pre_hook(_refuse_replaced)
+    optimizer.register_optimizer_step_pre_hook(compare_step)
     tell_clipping()
     _OPTIMIZER.load_state_dict = _loads_parts(_OPTIMIZER.load_state_dict)
     _around(DistributedDataParallel, _construct_ddp)
