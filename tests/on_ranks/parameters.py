@@ -283,6 +283,7 @@ def refusals() -> list[str]:
         refusal(lambda: dist.all_reduce(weight.data)),
         refusal(lambda: weight.detach().numpy()),
         refusal(lambda: weight.data_ptr()),
+        refusal(lambda: setattr(model.down.weight, "data", weight.data.t())),
         refusal(lambda: torch.load(_file(weight.detach()), weights_only=False).sum()),
         refusal(lambda: weight.full_tensor(grad_placements=[Partial()])),
         refusal(lambda: weight.to_local(grad_placements=[Partial()])),

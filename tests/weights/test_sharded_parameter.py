@@ -49,6 +49,7 @@ def test_what_cannot_be_right_is_refused() -> None:
         *["draw numbers"] * 4,
         "as if it were all of it",
         *["read as memory"] * 2,
+        "the memory of another one",
         "used as a tensor",
         *["in other placements"] * 2,
         *["over another mesh, or have other types"] * 2,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.torch_internals import disabled_torch_function_impl, tree_leaves, tree_map
+from tpcompile.ir.torch_internals import disabled_torch_function_impl, is_alias_of, tree_leaves, tree_map
 
 from .tensor_layout import TensorLayout
 
@@ -77,6 +77,19 @@ class GatheredView(Tensor):
             )
         made.viewed, made.source = viewed, source
         return made
+
+    def refuse_other(self, local: Tensor) -> None:
+        """Refuses to become the data of a weight, unless it is a view of that weight.
+
+        Raises:
+            TpCompileError: it is of another one, whose memory the weight would share.
+        """
+        if not is_alias_of(self.source.local, local):
+            raise TpCompileError(
+                "a weight is given the memory of another one, and would get a copy of it",
+                where=self.source.placing.name,
+                todo="copy the values (copy_), or tie the weights before parallelize",
+            )
 
     def _now(self) -> Tensor:
         self.source.check()

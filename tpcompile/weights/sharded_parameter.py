@@ -21,6 +21,7 @@ from tpcompile.errors import TpCompileError
 
 from .checkpoint_boxes import box_at, chunks, write_items
 from .dispatch import dispatch
+from .gathered_view import GatheredView
 from .stored_part import stored_part
 from .tensor_layout import TensorLayout
 from .whole_and_part import FromWhole, Gathered, ToLocal
@@ -131,6 +132,8 @@ class ShardedParameter(DTensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        if isinstance(value, GatheredView):
+            value.refuse_other(self._local_tensor)
         local = self.part_of(value)
         if local.dtype != self.dtype or local.device != self.device:
             _TENSOR.data.__set__(self, ShardedParameter(local, self.placing))
@@ -140,7 +143,7 @@ class ShardedParameter(DTensor):
         self._local_tensor.data = local
 
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
-        """As of any tensor; the hook sees the gradient with this layout."""
+        """As of any tensor; its gradient has this layout."""
         if not self._is_param:
             return Tensor.register_hook(self, hook)
 
@@ -173,11 +176,8 @@ class ShardedParameter(DTensor):
             TpCompileError: the tensor has another shape.
         """
         if isinstance(value, ShardedParameter):
-            return (
-                value._local_tensor
-                if value.placing == self.placing
-                else self.placing.cut(value.full_tensor())
-            )
+            alike = value.placing == self.placing
+            return value._local_tensor if alike else self.placing.cut(value.full_tensor())
         if isinstance(value, DTensor):
             value = value.full_tensor()
         self.placing.check_whole(value)
@@ -233,9 +233,7 @@ class ShardedParameter(DTensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedParameter:
         if id(self) not in memo:
-            local = self._local_tensor.detach().clone()
-            make = ShardedParameter.parameter if self._is_param else ShardedParameter
-            memo[id(self)] = new = make(local, self.placing, self.requires_grad)
+            memo[id(self)] = new = self._with(self._local_tensor.detach().clone())
             gradient = self._local_tensor.grad
             new._local_tensor.grad = None if gradient is None else gradient.clone()
         return memo[id(self)]
@@ -244,10 +242,11 @@ class ShardedParameter(DTensor):
         return stored_part, (self._local_tensor.detach(), self.placing.rank, self.placing.text())
 
     def __copy__(self) -> ShardedParameter:
-        local, wants = self._local_tensor.detach(), self.requires_grad
-        return (ShardedParameter.parameter if self._is_param else ShardedParameter)(
-            local, self.placing, wants
-        )
+        return self._with(self._local_tensor.detach())
+
+    def _with(self, local: Tensor) -> ShardedParameter:
+        make = ShardedParameter.parameter if self._is_param else ShardedParameter
+        return make(local, self.placing, self.requires_grad)
 
     def data_ptr(self) -> int:
         """Where it is in memory, if every rank has all of it; a part is refused: memory would be read."""
@@ -263,15 +262,12 @@ class ShardedParameter(DTensor):
         raise TpCompileError(f"a rank's part of a weight cannot {what}", where=self.placing.name, todo=_TODO)
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        """What this rank can save; of equal boxes DCP writes one."""
         return write_items(fqn, self._local_tensor, self.size(), self._boxes())
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """What this rank wants to load."""
         return chunks(self._boxes())
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        """A box, to read or to write."""
         return box_at(self._local_tensor.detach(), self._boxes(), index)
 
     def _boxes(self) -> Any:
