@@ -152,6 +152,17 @@ class Normed(nn.Module):
         return x.contiguous(), self.norm(x)
 
 
+class Shifts(nn.Module):
+    """Moves positions on, as a cache that is full does, writes behind them, and puts all in its place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        cache, moved, other = x.clone(), x.roll(-1, 1), x.clone()
+        moved[:, torch.tensor([-1])] = x[:, :1] * 2
+        other[:, :, torch.tensor([0, 2])] = x[:, :, 3:5]
+        cache.copy_(moved)
+        return cache + other
+
+
 def _captured(
     model: nn.Module, call: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[int, list[str]]:
@@ -206,7 +217,7 @@ def test_sizes_that_are_made_on_the_way() -> None:
         torch.testing.assert_close(programs.run_whole(program, Padded(), x), [Padded()(x)])
 
 
-@pytest.mark.parametrize(("model", "traces"), [(Keeps(), 0), (Shares(), 1), (Writes(), 1)])
+@pytest.mark.parametrize(("model", "traces"), [(Keeps(), 0), (Shares(), 1), (Shifts(), 0), (Writes(), 1)])
 def test_writes(model: nn.Module, traces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _captured(model, {"x": torch.randn(2, 5, 6)}, monkeypatch)[0] == traces
     program = programs.captured(model, torch.randn(2, 5, 6), dynamic=True)

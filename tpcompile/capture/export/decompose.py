@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from tpcompile.ir.torch_internals import FakeTensorMode, Max, Min, OpOverload, i
 from tpcompile.rules.table import has_rule
 
 from .aliases import alias_depends, is_composite
-from .drop_writes import drop_writes
+from .drop_writes import drop_writes, without_write
 from .take_apart import CannotTakeApart, Sizes, take_apart
 
 # These look at their results and raise an error, which is not an operator of a functional graph.
@@ -76,7 +77,7 @@ def _make_functional(program: ExportedProgram) -> None:
     graph = program.graph
     mode = fake_mode(graph)
     for node in list(graph.nodes):
-        if _casts_nothing(node):  # its result is its input, which may be written
+        if _casts_nothing(node) or _is_written_whole(node):  # its result is its input, which may be written
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     changeable = {
@@ -108,6 +109,13 @@ def _casts_nothing(node: Node) -> bool:
     asked, found = (n.meta["val"] for n in (node, given["self"]))
     same = (asked.dtype, asked.device, asked.layout) == (found.dtype, found.device, found.layout)
     return same and not given.get("copy") and given.get("memory_format") is None
+
+
+def _is_written_whole(node: Node) -> bool:
+    """Whether a call is the ``:`` of something like ``x[:, index] = y``: a slice of all there is."""
+    if node.target is not torch.ops.aten.slice.Tensor or node.kwargs or node.args[2:] != (0, sys.maxsize):
+        return False
+    return any(_is_written_whole(u) or (u.args[0] is node and without_write(u.target)) for u in node.users)
 
 
 def _is_tensor_call(node: Node) -> bool:

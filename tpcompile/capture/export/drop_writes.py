@@ -58,7 +58,8 @@ def without_write(op: object) -> OpOverload | None:
         return None
     written = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
     name = op._schema.name.removeprefix("aten::")
-    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
+    writes = name.endswith("_") and name != "set_"  # which has its argument share another one's memory
+    packet = getattr(torch.ops.aten, name[:-1], None) if writes else None
     if (
         written[:1] != [True]
         or any(written[1:])
@@ -72,7 +73,7 @@ def without_write(op: object) -> OpOverload | None:
 def _is_private(tensor: Node, writer: Node) -> bool:
     """Whether nobody else sees a tensor's memory: it is new or given, or the only view of what is new; it
     has no views."""
-    if tensor.op == "get_attr" or any(may_alias(user) for user in tensor.users if user is not writer):
+    if tensor.op == "get_attr" or any(_may_view(user, tensor) for user in tensor.users if user is not writer):
         return False
     if tensor.op == "placeholder" or not may_alias(tensor):
         return True
@@ -80,6 +81,12 @@ def _is_private(tensor: Node, writer: Node) -> bool:
     if not isinstance(viewed, Node) or viewed.op == "placeholder" or len(viewed.users) > 1:
         return False
     return _is_private(viewed, tensor)
+
+
+def _may_view(user: Node, tensor: Node) -> bool:
+    """Whether a call's result may be a view of a tensor: of what a write only reads it is none."""
+    reads = without_write(user.target) is not None and user.args[0] is not tensor
+    return may_alias(user) and not reads
 
 
 def _are_alike(one: Node, other: Node) -> bool:
