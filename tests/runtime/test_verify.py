@@ -320,6 +320,30 @@ def test_rounding_is_told_from_faults() -> None:
     assert report.wrong
 
 
+class Cancels(nn.Module):
+    """Two ways to the same value, whose difference is rounding; a small part of it is what counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.other = toys.Mlp(), toys.Mlp()
+        weights, turned = self.mlp.state_dict(), torch.arange(20).flip(0)
+        weights |= {name: weights[name][turned] for name in ("up.weight", "up.bias")}
+        self.other.load_state_dict(weights | {"down.weight": weights["down.weight"][:, turned]})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.mlp(x) - self.other(x)) + 1e-8 * self.mlp(x)
+
+
+def test_a_model_that_amplifies_rounding() -> None:
+    """What the model's own python does when weights change in their last bit is no fault; more is."""
+    x = torch.randn(X, dtype=torch.float64)
+    report = tpcompile.verify(Cancels().double(), 2, (x,), gradients=False)
+    assert (report.ok, report.kind) == (True, "numerics")
+    assert report.wrong and "last bits" in str(report)
+    report = tpcompile.verify(Cancels().double(), 2, (x,), gradients=False, passes=[SubtractMore()])
+    assert (report.ok, report.kind) == (False, "rewrite")
+
+
 def test_what_is_refused() -> None:
     x = torch.randn(X)
     with torch.device("meta"), pytest.raises(TpCompileError, match="no weights"):

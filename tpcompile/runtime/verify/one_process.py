@@ -25,6 +25,7 @@ from .compare import is_rough
 from .locate import locate
 from .outcome import Finding
 from .report import Difference, Report
+from .sensitivity import sensitive
 from .simulated_calls import simulated
 from .tokens import Steps, greedy
 from .trial import Lower, SimulatedCompiler, Trial
@@ -127,7 +128,9 @@ def _examined(model: nn.Module, request: VerifyRequest) -> Report:
     kinds = {t.dtype for t in (*model.parameters(), *want.values()) if isinstance(t, Tensor)}
     precision = ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds if k.is_floating_point))
     report = Report(request.ranks, precision, tuple(findings), trial.limit, "")
-    if report.wrong:
+    if report.wrong and (note := sensitive(trial, want, report)):
+        report = replace(report, kind="numerics", notes=(note,))
+    elif report.wrong:
         kind, first = locate(trial, want)
         report = replace(report, kind=kind, first_difference=first or _worst(report))
     return report

@@ -14,7 +14,7 @@ Kind = Literal["", "capture", "rewrite", "numerics", "execution"]
 
 _KINDS = {
     "": "the same as the unsharded model",
-    "numerics": "the same as the unsharded model in float64; what differs is rounding",
+    "numerics": "the same as the unsharded model; what differs is rounding",
     "capture": "NOT the unsharded model: capture changed what it computes",
     "execution": "NOT the unsharded model: simulated, it is: look at what runs around its programs",
     "rewrite": "NOT the unsharded model: the plan, a pass, a rule or lowering changed what it computes",
