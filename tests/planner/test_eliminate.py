@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tpcompile.errors import TpCompileError
 from tpcompile.planner.search import eliminate
-from tpcompile.planner.search.eliminate import Problem, solve
+from tpcompile.planner.search.eliminate import Problem, extras, solve
 
 COST = st.one_of(st.integers(0, 3).map(float), st.just(float("inf")))
 
@@ -53,6 +53,20 @@ def test_equals_brute_force(problem: Problem) -> None:
     assert cost == wanted
     assert problem.cost(values) == wanted
     assert values.keys() == problem.domains.keys()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(problems())
+def test_extras_are_those_of_all_assignments(problem: Problem) -> None:
+    best = brute_force(problem)
+    if best == float("inf"):
+        return
+    found = extras(problem)
+    for name, size in problem.domains.items():
+        for value in range(size):
+            wish = np.where(np.arange(size) == value, 0.0, np.inf)
+            held = Problem(problem.domains, [*problem.tables, ((name,), wish)])
+            assert found[name][value] == brute_force(held) - best
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

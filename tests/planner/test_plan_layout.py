@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tpcompile
+from tests.helpers.toys import Mlp
 from tpcompile.compile_program import Compiled, Compiler
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import bind_call
@@ -78,3 +79,10 @@ def test_decisions_for_weights_that_lie_otherwise_are_refused() -> None:
     with pytest.raises(TpCompileError, match=r"as S\(0/1\), it is held as S\(0\)"):
         check_layout(other, whole.plan.layout)
     check_layout(replace(halves.planned, layout=halves.plan.layout), halves.plan.layout)
+
+
+def test_a_plan_names_ranks_that_have_no_part() -> None:
+    text = str(tpcompile.plan(Mlp(), 32, (torch.zeros(2, 3, 12),)))
+    assert "note: no part of up.weight on ranks 20\N{EN DASH}31 of 32" in text
+    assert "note: no part of down.weight on ranks 20\N{EN DASH}31 of 32" in text
+    assert "no part of" not in str(tpcompile.plan(Mlp(), 4, (torch.zeros(2, 3, 12),)))

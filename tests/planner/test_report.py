@@ -24,6 +24,7 @@ from tpcompile import Plan, TpCompileError
 from tpcompile.ir import markers
 from tpcompile.ir.layout.segment import Segment
 from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout, whole_layout
+from tpcompile.ir.units import ranks_text
 from tpcompile.planner.report import notebook
 from tpcompile.planner.report.bars import loads
 from tpcompile.planner.report.draw_graph import draw_graph
@@ -32,7 +33,7 @@ from tpcompile.planner.report.graph_boxes import boxes_of, layers_of
 from tpcompile.planner.report.graph_layout import lay_out
 from tpcompile.planner.report.markup import data, tag
 from tpcompile.planner.report.notebook import graph_html
-from tpcompile.planner.report.partition import MOST_CELLS, Partition, partition_of, ranks_text
+from tpcompile.planner.report.partition import MOST_CELLS, Partition, partition_of
 from tpcompile.planner.report.timeline import timeline_of
 from tpcompile.planner.report.tree import tree_of
 from tpcompile.planner.report.weights_section import weights_section

@@ -18,7 +18,7 @@ from tpcompile.pipeline import rewrite
 from tpcompile.planner.decide import plan_on_axes
 from tpcompile.planner.explain import explain_module
 from tpcompile.planner.global_program import GlobalProgram
-from tpcompile.planner.search.axis_problem import solve_axis
+from tpcompile.planner.search.axis_problem import AxisProblem, solve_axis
 from tpcompile.planner.search.cost import PRESETS, CostModel
 from tpcompile.planner.search.facts import Facts
 from tpcompile.planner.search.solve_axes import solve_axes
@@ -96,6 +96,23 @@ def test_fewer_collectives_come_before_memory() -> None:
     assert program.axis_sizes == (4, 2)
     rewrite(program, training=False)
     assert sum(n.target in COMMUNICATING for n in program.graph.nodes) == 6
+
+
+def test_prices_of_all_alternatives_at_once_are_those_of_each() -> None:
+    """On sub-axes, with units that ranks share: what two passes say, and what planning anew does."""
+    program = programs.planned(toys.Attention(packed=True), torch.zeros(2, 3, 20), ranks=4)
+    assert len(program.axis_sizes) == 2 and program.planned_factors is not None
+    facts = Facts(program, program.planned_factors, PRESETS["cpu"])
+    for axis in range(2):
+        others = {1 - axis: program.decisions[1 - axis]}
+        problem = AxisProblem(facts, program.axis_sizes, axis, others, {}).build()
+        best = problem.solve()
+        for param, costs in problem.extras().items():
+            for option, extra in costs.items():
+                pins = {param: frozenset({option})}
+                wanted = solve_axis(facts, program.axis_sizes, axis, others, pins)
+                assert _worth([problem.solve(param, option)]) == pytest.approx(_worth([wanted]))
+                assert _worth([wanted]) - _worth([best]) == pytest.approx(extra, abs=1e-9)
 
 
 def test_no_alternative_would_have_been_cheaper() -> None:

@@ -1,4 +1,4 @@
-"""Sizes and times as people read them."""
+"""Sizes, times and ranks as people read them."""
 
 from __future__ import annotations
 
@@ -42,3 +42,19 @@ def read_bytes(size: str | float, where: str) -> float:
         todo = "give a positive number of bytes, or text such as 80GiB"
         raise TpCompileError(f"{str(size)[:40]!r} is not a size of memory", where=where, todo=todo)
     return found
+
+
+def ranks_named(ranks: tuple[int, ...]) -> str:
+    """``rank 2``, or ``ranks 0-3``."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {ranks_text(ranks)}"
+
+
+def ranks_text(ranks: tuple[int, ...]) -> str:
+    """``0-3`` for ranks that follow each other, else ``0, 2``."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][1] + 1 == rank:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}\N{EN DASH}{b}" for a, b in runs)

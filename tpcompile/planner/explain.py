@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+import math
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -11,14 +12,18 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.placements import Placement, R, Shard
 from tpcompile.ir.print_graph import target_text
 from tpcompile.ir.units import time_text
-from tpcompile.planner.search.axis_problem import solve_axis
+from tpcompile.planner.search.axis_problem import AxisProblem, solve_axis
 from tpcompile.planner.search.cost import CostModel
 from tpcompile.planner.search.facts import Facts
+from tpcompile.rules.assignment import Assignment
 from tpcompile.rules.factors import Factors
 from tpcompile.rules.rule import Rule
 
 from .decide import Pins
 from .global_program import GlobalProgram
+
+_PENALTY = 1.0
+"""Seconds: what costs as much is held to a penalty, which is not time; no modelled step differs by that."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +96,17 @@ def explanations(
 ) -> Iterator[Explanation]:
     """Explains parameters of the program, in its order; see ``explain_module``."""
     facts = Facts(program, program.planned_factors, cost)
+    prices = [_Prices(program, facts, pins, axis) for axis in range(len(program.decisions))]
     for param, name in program.params().items():
         if name in names:
-            yield _explain(program, facts, pins, param)
+            yield _explain(program, facts, prices, param)
 
 
-def _explain(program: GlobalProgram, facts: Facts, pins: Pins, param: Node) -> Explanation:
+def _explain(program: GlobalProgram, facts: Facts, prices: Sequence[_Prices], param: Node) -> Explanation:
     factors, decisions = facts.factors, []
     for axis, decision in enumerate(program.decisions):
         others = [o for o in _options(factors, param) if o != decision.params[param]]
-        priced = tuple((option, _price(program, facts, pins, param, option, axis)) for option in others)
+        priced = tuple((option, prices[axis].of(param, option)) for option in others)
         label = f" on sub-axis {axis} of {decision.ranks}" if len(program.decisions) > 1 else ""
         decisions.append(Decision(label, decision.params[param], priced))
     uses = tuple(f"{u.name} = {target_text(u)}: {factors.rules.get(u, 'no call')}" for u in param.users)
@@ -111,25 +117,43 @@ def _options(factors: Factors, param: Node) -> list[Placement]:
     return [R, *(Shard(*place) for place in factors.places(param))]
 
 
-def _price(
-    program: GlobalProgram, facts: Facts, pins: Pins, param: Node, option: Placement, axis: int
-) -> str:
-    others = {a: d for a, d in enumerate(program.decisions) if a != axis}
-    if isinstance(option, Shard):
-        atom = facts.factors.places(param)[option.dim, option.factor]
-        if atom not in facts.candidates:
-            return "refused: this dimension is dynamic, or no matmul has it"
-    try:
-        other = solve_axis(
-            facts, program.axis_sizes, axis, others, {**pins(program, axis), param: frozenset({option})}
-        )
-    except TpCompileError as error:
-        spent = error.where == facts.params[param]
-        return f"refused: {'nothing is left to divide' if spent else _refusal(facts, param)}"
-    extra = other.cost + other.price - sum(d.cost + d.price for d in program.decisions)
-    penalty = sum(d.penalty for d in program.decisions)
-    must = ", but a large matrix must be divided" if round(other.penalty - penalty, 6) > 0 else ""
-    return f"{'+' if extra >= 0 else '-'}{time_text(abs(extra))}{must}"
+class _Prices:
+    """What the alternatives on one sub-axis cost: those of all parameters at once, where that says enough."""
+
+    def __init__(self, program: GlobalProgram, facts: Facts, pins: Pins, axis: int) -> None:
+        self._program, self._facts, self._pins, self._axis = program, facts, pins(program, axis), axis
+        others = {a: d for a, d in enumerate(program.decisions) if a != axis}
+        self._others = others
+        self._problem = AxisProblem(facts, program.axis_sizes, axis, others, self._pins).build()
+        self._extras = self._problem.extras()
+
+    def of(self, param: Node, option: Placement) -> str:
+        """What it costs to hold a parameter so, or why it is refused."""
+        facts = self._facts
+        if isinstance(option, Shard):
+            atom = facts.factors.places(param)[option.dim, option.factor]
+            if atom not in facts.candidates:
+                return "refused: this dimension is dynamic, or no matmul has it"
+        extra = self._extras[param].get(option, math.inf)
+        if extra < _PENALTY:
+            return f"+{time_text(extra)}"
+        try:
+            other = self._with(param, option)
+        except TpCompileError as error:
+            spent = error.where == facts.params[param]
+            return f"refused: {'nothing is left to divide' if spent else _refusal(facts, param)}"
+        decisions = self._program.decisions
+        extra = other.cost + other.price - sum(d.cost + d.price for d in decisions)
+        penalty = sum(d.penalty for d in decisions)
+        must = ", but a large matrix must be divided" if round(other.penalty - penalty, 6) > 0 else ""
+        return f"{'+' if extra >= 0 else '-'}{time_text(abs(extra))}{must}"
+
+    def _with(self, param: Node, option: Placement) -> Assignment:
+        """The best decisions that hold a parameter so, whatever was asked of it."""
+        if option in self._problem.holdings[param]:
+            return self._problem.solve(param, option)
+        pins = {**self._pins, param: frozenset({option})}
+        return solve_axis(self._facts, self._program.axis_sizes, self._axis, self._others, pins)
 
 
 def _refusal(facts: Facts, param: Node) -> str:

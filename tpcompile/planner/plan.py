@@ -22,7 +22,7 @@ from .diff_plans import diff_text, plan_title
 from .dry_run.estimate import Estimate, Mode
 from .explain import explain_module
 from .plan_data import PlanData
-from .print_plan import collective_lines, layout_lines
+from .print_plan import collective_lines, idle_lines, layout_lines
 from .report.notebook import plan_html
 from .report.page import report_page
 from .write_file import check_place, write_whole
@@ -221,7 +221,7 @@ class Plan(PlanData):
         lines += [self.proof.head] if self.proof is not None else []
         lines += [f"recomputed in backward: {line}" for line in self.recomputed]
         lines += [f"fallback: {line}" for line in self.fallbacks]
-        lines += [f"note: {line}" for line in self.notes]
+        lines += [f"note: {line}" for line in (*self.notes, *idle_lines(self.layout))]
         return "\n".join(lines)
 
 

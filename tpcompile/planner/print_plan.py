@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from tpcompile.ir.layout.segment import Segment
 from tpcompile.ir.layout.weight_layout import ParamLayout, WeightLayout
 from tpcompile.ir.names import starred
 from tpcompile.ir.placements import Shard
-from tpcompile.ir.units import size_text
+from tpcompile.ir.units import ranks_named, size_text
 
 from .collective import Collective
 
@@ -30,6 +31,18 @@ def collective_lines(collectives: Sequence[Collective]) -> list[str]:
     """A table of what one forward communicates."""
     rows = [(c.kind, str(c.count), c.where or "(top)", size_text(c.bytes)) for c in collectives]
     return _table(("collective", "x", "where", "bytes each"), rows)
+
+
+def idle_lines(layout: WeightLayout) -> list[str]:
+    """Weights of which some ranks have no part: these wait for the others there."""
+    without: dict[tuple[str, ParamLayout], tuple[int, ...]] = {}
+    for name, param in layout.params.items():
+        alike = starred(name), replace(param, name="")
+        if alike not in without and not param.is_whole and 0 not in param.shape:
+            shapes = enumerate(layout.local_shape(name, rank) for rank in range(layout.ranks))
+            without[alike] = tuple(rank for rank, shape in shapes if 0 in shape)
+    found = dict.fromkeys((name, ranks) for (name, _), ranks in without.items() if ranks)
+    return [f"no part of {name} on {ranks_named(ranks)} of {layout.ranks}" for name, ranks in found]
 
 
 def _param_rows(layout: WeightLayout) -> list[tuple[str, ...]]:

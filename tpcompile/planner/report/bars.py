@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tpcompile.ir.layout.weight_layout import WeightLayout
-from tpcompile.ir.units import size_text
+from tpcompile.ir.units import ranks_named, size_text
 
 from .markup import Markup, join, tag
-from .partition import ranks_named
 from .tree import Module
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
+from tpcompile.ir.units import ranks_named, ranks_text
+
 from .markup import Markup, join, tag
-from .partition import Cell, Partition, ranks_named, ranks_text
+from .partition import Cell, Partition
 
 # Perceived lightness grows evenly along these, whatever colours an eye tells apart (after viridis).
 _RAMP = ("#453781", "#39568c", "#2d708e", "#238a8d", "#20a387", "#3cbc75", "#74d055", "#b8de29")

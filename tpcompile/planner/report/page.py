@@ -9,7 +9,7 @@ from tpcompile.ir.units import size_text, time_text
 from tpcompile.planner.compare_plans import outcome_of
 from tpcompile.planner.explain import Explanation, explanations
 from tpcompile.planner.plan_data import PlanData
-from tpcompile.planner.print_plan import placement_text
+from tpcompile.planner.print_plan import idle_lines, placement_text
 
 from .bars import memory_section
 from .beside_section import beside_section
@@ -122,7 +122,7 @@ def _collectives(plan: PlanData) -> Markup:
 
 def _notes(plan: PlanData) -> Markup:
     lines = [tag("li", tag("b", "computed whole "), line) for line in plan.fallbacks]
-    lines += [tag("li", note) for note in plan.notes]
+    lines += [tag("li", note) for note in (*plan.notes, *idle_lines(plan.layout))]
     none = tag("p", "Nothing was refused: every operator is computed on parts where its weights are divided.")
     return tag(
         "section",

@@ -107,19 +107,3 @@ def _borders(param: ParamLayout) -> tuple[int, ...]:
         for run in segment_runs(segment, whole)[param.packed_dim]:
             ends |= {run.start, run.start + run.length}
     return tuple(sorted(ends - {0, param.shape[param.packed_dim]}))[:MOST_CELLS]
-
-
-def ranks_named(ranks: tuple[int, ...]) -> str:
-    """``rank 2``, or ``ranks 0-3``."""
-    return f"rank{'s' if len(ranks) > 1 else ''} {ranks_text(ranks)}"
-
-
-def ranks_text(ranks: tuple[int, ...]) -> str:
-    """``0-3`` for ranks that follow each other, else ``0, 2``."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and runs[-1][1] + 1 == rank:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    return ", ".join(str(a) if a == b else f"{a}\N{EN DASH}{b}" for a, b in runs)

@@ -6,8 +6,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from tpcompile.ir.layout.weight_layout import ParamLayout
-
-from .partition import ranks_text
+from tpcompile.ir.units import ranks_text
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tpcompile.ir.layout.weight_layout import WeightLayout
-from tpcompile.ir.units import size_text
+from tpcompile.ir.units import ranks_named, size_text
 from tpcompile.planner.explain import Decision, Explanation
 from tpcompile.planner.print_plan import placement_text
 
 from .draw_partition import Drawings, describe, rank_colour
 from .markup import Markup, join, tag
-from .partition import Partition, partition_of, ranks_named
+from .partition import Partition, partition_of
 from .tree import Module, Weight
 
 Explained = Mapping[str, Sequence[Explanation]]

@@ -21,7 +21,7 @@ from tpcompile.rules.factors import OpFactor
 from tpcompile.rules.rule import Rule
 
 from .axis_costs import AxisCosts, exact
-from .eliminate import Problem, Table, solve
+from .eliminate import Problem, Table, extras, solve
 from .facts import Facts
 
 Name = tuple[str, str]
@@ -50,7 +50,7 @@ def solve_axis(
     Raises:
         TpCompileError: the pins cannot be met.
     """
-    return AxisProblem(facts, axis_sizes, axis, others, pins or {}).solve()
+    return AxisProblem(facts, axis_sizes, axis, others, pins or {}).build().solve()
 
 
 class AxisProblem:
@@ -84,8 +84,12 @@ class AxisProblem:
         shards = [(param, p) for param, allowed in self.pins.items() for p in allowed if isinstance(p, Shard)]
         return {self.factors.places(param)[p.dim, p.factor] for param, p in shards}
 
-    def solve(self) -> Assignment:
-        """The decisions of least cost."""
+    def build(self) -> AxisProblem:
+        """Lists all choices and what they cost.
+
+        Raises:
+            TpCompileError: the pins cannot be met.
+        """
         self._list_options()
         for node in self.options:
             self._compute(node)
@@ -96,7 +100,26 @@ class AxisProblem:
         for value, uses in self.facts.uses.items():
             if value in self.holdings or producer(value)[0] in self.options:
                 self._connect(value, uses)
-        chosen, cost = solve(self.problem)
+        return self
+
+    def extras(self) -> dict[Node, dict[Placement, float]]:
+        """What every placement of every parameter costs more than the best one, penalties included."""
+        found = extras(self.problem)
+        costs = {param: found[self._name("param", param)] for param in self.facts.params}
+        return {p: dict(zip(self.holdings[p], map(float, row), strict=True)) for p, row in costs.items()}
+
+    def solve(self, param: Node | None = None, held: Placement | None = None) -> Assignment:
+        """The decisions of least cost; of those with which a parameter is held so, if one is given.
+
+        Raises:
+            TpCompileError: there are none.
+        """
+        problem = self.problem
+        if param is not None and held is not None:
+            costs = np.array([0.0 if option == held else np.inf for option in self.holdings[param]])
+            wish = ((self._name("param", param),), costs)
+            problem = Problem(problem.domains, [*problem.tables, wish])
+        chosen, cost = solve(problem)
         params = {n: h[chosen[self._name("param", n)]] for n, h in self.holdings.items()}
         penalty = sum(self.facts.times(n) * self.costs.penalty(n, p) for n, p in params.items())
         price = sum(self.facts.times(n) * self.costs.price(n, p) for n, p in params.items())

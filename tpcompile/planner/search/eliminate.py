@@ -68,6 +68,37 @@ def solve(problem: Problem) -> tuple[dict[Hashable, int], float]:
     return _read_back(done), buckets.constant
 
 
+def extras(problem: Problem) -> dict[Hashable, Table]:
+    """For every value of every variable, what the best assignment with it costs more than the best of all.
+
+    Two passes over the same buckets: a bucket's table has the costs of those before it, which they handed up;
+    it is then told what all others cost, by the bucket that took over its neighbours.
+
+    Raises:
+        OnlyInParts: a bucket would not fit in memory.
+    """
+    done = list(_Buckets(problem).eliminate())
+    rank = {name: at for at, (name, _, _) in enumerate(done)}
+    totals: dict[Hashable, tuple[list[Hashable], Table]] = {}
+    for name, others, total in reversed(done):
+        if others:
+            up = total.min(axis=0)
+            finite = np.isfinite(up)  # what is not is impossible already
+            best = _least(*totals[min(others, key=rank.__getitem__)], others)
+            total = total + np.where(finite, best - np.where(finite, up, 0.0), np.inf)
+        totals[name] = [name, *others], total
+    least = {name: _least(*totals[name], [name]) for name in totals}
+    return {name: costs - costs.min() for name, costs in least.items()}
+
+
+def _least(axes: list[Hashable], total: Table, kept: Sequence[Hashable]) -> Table:
+    """The least of a table for all values of some of its variables, in their order."""
+    gone = tuple(at for at, name in enumerate(axes) if name not in kept)
+    left = [name for name in axes if name in kept]
+    table: Table = total.min(axis=gone)
+    return np.transpose(table, [left.index(name) for name in kept])
+
+
 def _read_back(done: list[_Eliminated]) -> dict[Hashable, int]:
     """The best value of each variable, given those of its neighbours, which were eliminated after it."""
     values: dict[Hashable, int] = {}
