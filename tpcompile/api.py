@@ -17,6 +17,7 @@ from .planner.options import Options
 from .planner.plan import Plan
 from .planner.search.cost import CostModel
 from .ranks.agree import compare, together
+from .ranks.compare_order import number_of_model
 from .ranks.mesh import check_mesh, default_mesh
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
@@ -115,6 +116,7 @@ def parallelize(
     signature, original, lifted = signature_of(model), type(model), model.__dict__.get("forward")
     compiler = Compiler(options, ranks, mesh, axis, seconds)
     runtime = Runtime(compiler, signature, original, lifted=lifted, hooks=hooks, compare_calls=compare_calls)
+    runtime.number = number_of_model(runtime.group_name)
     failed = try_first(runtime, model, example) if example is not None else None
     model.__dict__.pop("forward", None)
     model._tp = runtime  # type: ignore[assignment]

@@ -138,6 +138,13 @@ def given_other_things() -> dict[str, str]:
     cases["optimizers"] = lambda: (torch.optim.Adam if rank else torch.optim.SGD)(model.parameters()).step()
 
     @case
+    def orders_of_models() -> None:
+        over = mesh()
+        torch.manual_seed(0)
+        models = [tpcompile.parallelize(Mlp(), over, (X,)) for _ in "ab"]
+        models[1 if rank else 0](X)
+
+    @case
     def orders_of_parameters() -> None:
         parameters = list(model.parameters())
         torch.optim.SGD(parameters[::-1] if rank else parameters, 0.1).step()

@@ -75,6 +75,8 @@ def capture_call(runtime: State, model: nn.Module, bound: dict[str, Any], path: 
     if runtime.foreign:
         program.bind(False)
     runtime.settings.read |= program.captured.reads
+    runtime.captured += 1
+    program.number = runtime.captured
     runtime.programs.append(program)
     if (note := forget_values(runtime.programs, bound)) and runtime.compiler.rank == 0:
         warnings.warn(note, stacklevel=2)

@@ -57,6 +57,7 @@ class Program:
         root: the model.
         differentiable: whether gradients through it come out right.
         seen: the sizes of calls of it whose arguments ranks have compared.
+        number: tells it from other programs of the model; equal on all ranks.
         calls: how many had results of which ranks keep a part.
     """
 
@@ -86,6 +87,7 @@ class Program:
     differentiable: bool = True
     seen: set[tuple[torch.Size, ...]] = field(default_factory=set)
     calls: int = 0
+    number: int = 0
 
     def __post_init__(self) -> None:
         outlined = self.outlined[0] if self.outlined is not None else None

@@ -16,6 +16,7 @@ from tpcompile.errors import RanksApart, TpCompileError
 from tpcompile.ir.calls import flatten_call, leaf_names
 from tpcompile.ir.torch_internals import peek_interpreter_stack
 from tpcompile.ranks.compare_calls import can_compare
+from tpcompile.ranks.compare_order import compare_order
 from tpcompile.ranks.lost_ranks import is_loss, lost
 from tpcompile.ranks.turns import own_turn
 
@@ -82,15 +83,18 @@ class Runtime(State):
 
         Raises:
             RanksApart: a rank does not take part in it, or is gone.
+            TpCompileError: ranks have run programs in different orders.
         """
         if torch.compiler.is_dynamo_compiling():
             return program.run(leaves, bound, self.compile_options)
+        axis = self.compiler.axis
+        if axis is not None and program.plan.collectives:
+            compare_order(axis.group, f"model {self.number}, {program.entry} {program.number}")
         try:
             return program.run(leaves, bound, None if self.lent else self.compile_options)
         except RuntimeError as error:
             if not isinstance(error, RanksApart) and not is_loss(error):
                 raise
-            axis = self.compiler.axis
             assert axis is not None, "a sharded model has a mesh"
             apart = error if isinstance(error, RanksApart) else lost(axis.group, f"run {program}", error)
             raise RanksApart(

@@ -50,6 +50,8 @@ class State:
             compiled holds the weights themselves, and is not used then.
         steering: the streamer and the user's logits processors of the generation that runs.
         retyped: the ``ShardedParameter.retyped`` that the settings take into account.
+        number: tells the model from others over the same ranks; equal on all of them.
+        captured: how many programs it has had.
         running: how many calls are being worked on: what the model's own code changes is not a new setting.
     """
 
@@ -69,6 +71,8 @@ class State:
     hooks: list[Hook] = field(default_factory=list)
     steering: tuple[Any, Sequence[Any]] = (None, ())
     retyped: int = -1
+    number: int = 0
+    captured: int = 0
     running: int = 0
     custom: CustomModules = field(default_factory=CustomModules)
     foreign: bool = False
