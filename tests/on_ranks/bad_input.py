@@ -75,6 +75,11 @@ PARALLELIZE: list[dict[str, Any]] = [
     {"compose": "no"},
     {"compare_calls": 1},
     {"sequence_parallel": "yes"},
+    {"checkpointing": 5},
+    {"checkpointing": "half"},
+    {"checkpointing": ["aten.no_such_operator"]},
+    {"timeout": "60"},
+    {"timeout": -1.0},
 ]
 
 FROM_PRETRAINED: list[dict[str, Any]] = [

@@ -126,6 +126,15 @@ VERIFY: dict[str, tuple[Callable[[Any], Any], Accepts]] = {
     "example_kwargs": (lambda v: tpcompile.verify(Two(), 2, (), v), never),
     "gradients": (lambda v: tpcompile.verify(Two(), 2, (X,), gradients=v), truth),
     "generate": (lambda v: tpcompile.verify(Two(), 2, (X,), generate=v), lambda v: whole(v) and v >= 0),
+    "plan": (lambda v: tpcompile.verify(Two(), 2, (X,), plan=v), empty),
+    "dynamic": (lambda v: tpcompile.verify(Two(), 2, (X,), dynamic=v), lambda v: truth(v) or empty(v)),
+    "cost_model": (lambda v: tpcompile.verify(Two(), 2, (X,), cost_model=v), nothing),
+    "memory": (lambda v: tpcompile.verify(Two(), 2, (X,), memory=v), lambda v: nothing(v) or positive(v)),
+    "passes": (
+        lambda v: tpcompile.verify(Two(), 2, (X,), passes=v),
+        lambda v: isinstance(v, list | tuple) and not v,
+    ),
+    "sequence_parallel": (lambda v: tpcompile.verify(Two(), 2, (X,), sequence_parallel=v), truth),
     "op": (lambda v: tpcompile.check_rule(v, (X,)), never),
     "args of an op": (lambda v: tpcompile.check_rule("aten.relu", v), never),
     "kwargs of an op": (
