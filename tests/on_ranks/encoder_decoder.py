@@ -17,9 +17,15 @@ from tests.on_ranks.models import error, mesh
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
-def tokens(name: str, beams: int) -> dict[str, Any]:
-    """Generates with the whole and the sharded model; what they say, the programs, the cache."""
-    model = families.build(name)
+def tokens(name: str, beams: int, fields: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Generates with the whole and the sharded model; what they say, the programs, the cache.
+
+    Args:
+        name: a family.
+        beams: how many beams.
+        fields: of the model's configuration, other than the family's.
+    """
+    model = families.build(name, **fields or {})
     whole = copy.deepcopy(model)
     sharded = tpcompile.parallelize(model, mesh(), example_kwargs=families.inputs(name, 2, 16))
     drop = ("decoder_input_ids", "use_cache")

@@ -21,7 +21,8 @@ def test_encoder_decoder_generates() -> None:
 
 def test_the_first_argument_may_have_another_name() -> None:
     """Whisper's ``generate`` takes ``input_features``."""
-    for found in run_spmd(spmd_encoder_decoder.tokens, 2, "whisper", 1, timeout=400):
+    layers = {"encoder_layers": 1, "decoder_layers": 1}
+    for found in run_spmd(spmd_encoder_decoder.tokens, 2, "whisper", 1, layers, timeout=400):
         assert found["same"]
 
 
