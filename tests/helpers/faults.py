@@ -56,7 +56,7 @@ def _again(node: Node) -> None:
     node.replace_all_uses_with(second, delete_user_cb=lambda user: user is not second)
 
 
-def _option(target: Any, index: int, change: Callable[[Any], Any]) -> Fault:
+def edits_of_options(target: Any, index: int, change: Callable[[Any], Any]) -> Fault:
     """An option of a collective is another one."""
 
     def fault(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
@@ -136,20 +136,22 @@ def segments_swapped(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
 FAULTS: dict[str, Fault] = {
     "all-reduce dropped": _dropped(markers.all_reduce),
     "all-reduce twice": _twice(markers.all_reduce),
-    "all-reduce of the largest": _option(markers.all_reduce, 2, lambda _: "max"),
-    "all-reduce on other sub-axes": _option(markers.all_reduce, 1, lambda axes: axes[1:] or (axes[0] + 1,)),
+    "all-reduce of the largest": edits_of_options(markers.all_reduce, 2, lambda _: "max"),
+    "all-reduce on other sub-axes": edits_of_options(
+        markers.all_reduce, 1, lambda axes: axes[1:] or (axes[0] + 1,)
+    ),
     "all-reduce behind a nonlinearity": reduced_behind_nonlinear,
     "all-gather dropped": _dropped(markers.all_gather),
-    "all-gather along another dimension": _option(markers.all_gather, 2, _other_dim),
-    "all-gather for other gradients": _option(markers.all_gather, 4, lambda partial: not partial),
+    "all-gather along another dimension": edits_of_options(markers.all_gather, 2, _other_dim),
+    "all-gather for other gradients": edits_of_options(markers.all_gather, 4, lambda partial: not partial),
     "reduce-scatter dropped": _dropped(markers.reduce_scatter),
-    "reduce-scatter along another dimension": _option(markers.reduce_scatter, 2, _other_dim),
+    "reduce-scatter along another dimension": edits_of_options(markers.reduce_scatter, 2, _other_dim),
     "reduce-scatter instead of all-reduce": _other_kind(markers.all_reduce, markers.reduce_scatter, Shard(0)),
     "all-reduce instead of reduce-scatter": _other_kind(markers.reduce_scatter, markers.all_reduce, "sum"),
     "all-to-all dropped": _dropped(markers.all_to_all),
-    "all-to-all to another dimension": _option(markers.all_to_all, 3, _other_dim),
+    "all-to-all to another dimension": edits_of_options(markers.all_to_all, 3, _other_dim),
     "shard not taken": _dropped(markers.take_shard),
-    "shard of another dimension": _option(markers.take_shard, 2, _other_dim),
+    "shard of another dimension": edits_of_options(markers.take_shard, 2, _other_dim),
     "added on every rank": added_on_every_rank,
     "kept by the first rank twice": _twice(markers.keep_first),
     "not filled up with zeros": _dropped(markers.pad_shard),

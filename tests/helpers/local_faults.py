@@ -36,7 +36,7 @@ def _leave_out(node: Node) -> None:
     node.graph.erase_node(node)
 
 
-def _retargeted(before: Any, after: Any) -> GraphFault:
+def retargeted(before: Any, after: Any) -> GraphFault:
     def fault(program: GraphModule) -> Iterator[Edit]:
         for node in _calls(program, before):
             yield lambda node=node: setattr(node, "target", after)
@@ -111,9 +111,9 @@ ONE_RANK: dict[str, GraphFault] = {
     "collective left out": _left_out(ops.all_reduce.default, ops.all_gather.default),
     "collective of other sizes": collective_of_other_sizes,
     "gradients not summed up": _left_out(ops.copy_to_ranks.default),
-    "another activation": _retargeted(aten.relu.default, aten.silu.default),
-    "another activation (silu)": _retargeted(aten.silu.default, aten.relu.default),
-    "added, not subtracted": _retargeted(aten.add.Tensor, aten.sub.Tensor),
+    "another activation": retargeted(aten.relu.default, aten.silu.default),
+    "another activation (silu)": retargeted(aten.silu.default, aten.relu.default),
+    "added, not subtracted": retargeted(aten.add.Tensor, aten.sub.Tensor),
     "operands exchanged": operands_exchanged,
     "constant changed": constant_changed,
     "slice shifted": slice_shifted,
@@ -154,15 +154,52 @@ def _head(inputs: Inputs, name: str, size: int) -> int:
     return atoms[0] if atoms and size > atoms[0] else 1
 
 
+def _of_another_unit(inputs: Inputs, name: str, part: Tensor) -> Tensor:
+    """The first head, or expert, of a part is one that another rank holds."""
+    layout, whole = inputs.layout, inputs.tensors[name].detach()
+    dims = [d for d, (w, p) in enumerate(zip(whole.shape, part.shape, strict=True)) if w != p and p]
+    for rank in range(layout.ranks) if dims else ():
+        other = layout.shard(name, whole, rank)
+        if other.shape == part.shape and not torch.equal(other, part):
+            size = _head(inputs, name, part.shape[dims[0]])
+            theirs = other.narrow(dims[0], 0, size)
+            return torch.cat([theirs, part.narrow(dims[0], size, part.shape[dims[0]] - size)], dims[0])
+    return part
+
+
+def _of_another_group(inputs: Inputs, name: str, part: Tensor) -> Tensor:
+    """Of what several ranks hold alike, such as a key head, what other ranks hold."""
+    layout, whole = inputs.layout, inputs.tensors[name].detach()
+    others = [layout.shard(name, whole, r) for r in range(layout.ranks) if r != inputs.rank]
+    alike = [o for o in others if o.shape == part.shape and torch.equal(o, part)]
+    apart = [o for o in others if o.shape == part.shape and not torch.equal(o, part)]
+    return apart[0] if alike and apart else part
+
+
 SLICES: dict[str, SliceFault] = {
     "slices: off by one": _rolled(lambda *_: 1),
     "slices: another rank's": _of_another_rank,
     "slices: segments swapped": _segments_swapped,
     "slices: heads or experts in another order": _rolled(_head),
+    "slices: a head or rows of another expert": _of_another_unit,
+    "slices: kv head of another group": _of_another_group,
+    "slices: transposed": lambda inputs, name, part: (
+        part.mT if part.ndim == 2 and part.shape[0] == part.shape[1] else part
+    ),
+    "slices: a row is zero": lambda inputs, name, part: (
+        torch.cat([part[:-1], 0 * part[-1:]]) if part.ndim else part
+    ),
     "slices: scaled": lambda inputs, name, part: part * 1.001 if part.is_floating_point() else part,
 }
 
 RULES: dict[str, dict[str, str]] = {
+    "rule: exp is linear": {"aten.exp": "... -> ...; linear 0", "aten.gelu": "... -> ...; linear 0"},
+    "rule: an attention mixes no keys": {
+        "aten.scaled_dot_product_attention": "b h q d, b h k d, b h k e -> b h q e",
+    },
+    "rule: an embedding's rows need no look-up": {"aten.embedding": "v d, ... -> ... d"},
+    "rule: positions are free": {"aten.cumsum": "... -> ...", "aten.cumprod": "... -> ..."},
+    "rule: a difference is a product": {"aten.sub": "..., ... -> ...; linear 0|1"},
     "rule: a softmax's rows are free": {"aten._softmax": "... d -> ... d", "aten.softmax": "... d -> ... d"},
     "rule: a norm's rows are free": {"aten.layer_norm": "... d, *, d?, d? -> ... d"},
     "rule: relu is linear": {"aten.relu": "... -> ...; linear 0"},

@@ -14,7 +14,9 @@ from tests.helpers.faults import Fault
 from tests.helpers.local_faults import Edit, GraphFault
 from tpcompile.ir import markers
 from tpcompile.ir.graph_edit import call
+from tpcompile.ir.nodes import operands
 from tpcompile.planner.global_program import GlobalProgram
+from tpcompile.rules.choices import Choice
 
 aten, ops = torch.ops.aten, torch.ops.tpcompile
 SENDS = (
@@ -24,26 +26,32 @@ SENDS = (
 _SUMS = (markers.all_reduce, markers.reduce_scatter)
 
 
-def _reals(program: GlobalProgram) -> list[Node]:
+def reals(program: GlobalProgram) -> list[Node]:
     """The calls that give one tensor of real numbers."""
     vals = [(n, n.meta.get("val")) for n in program.graph.nodes if n.op == "call_function" and n.users]
     return [n for n, v in vals if isinstance(v, Tensor) and v.is_floating_point() and n.meta.get("placement")]
 
 
-def _after(value: Node, target: Any, *args: Any, users: Callable[[Node], bool] = lambda _: True) -> Node:
+def after(value: Node, target: Any, *args: Any, users: Callable[[Node], bool] = lambda _: True) -> Node:
     """Has users read what a call makes of a value."""
     readers = [user for user in value.users if users(user)]
     with value.graph.inserting_before(min(readers)):
         new = call(value.graph, target, (value, *args), like=value)
-    new.meta["placement"] = value.meta["placement"]
+    _as_placed(new, value)
     for user in readers:
         user.replace_input_with(value, new)
     return new
 
 
-def _behind(
-    places: Callable[[GlobalProgram], list[Node]], edit: Callable[[GlobalProgram, Node], Any]
-) -> Fault:
+def _as_placed(new: Node, value: Node) -> None:
+    """Notes a call as a planned one, whose operands are placed as a value is."""
+    placements, tensors = value.meta["placement"], len(operands(new))
+    new.meta["placement"] = placements
+    if new.target not in markers.MARKERS:
+        new.meta["choices"] = tuple(Choice((p,) * tensors, (p,)) for p in placements)
+
+
+def each(places: Callable[[GlobalProgram], list[Node]], edit: Callable[[GlobalProgram, Node], Any]) -> Fault:
     def fault(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
         for node in places(program):
             yield lambda node=node: edit(program, node)
@@ -51,7 +59,7 @@ def _behind(
     return fault
 
 
-def _sums(program: GlobalProgram) -> list[Node]:
+def sums(program: GlobalProgram) -> list[Node]:
     return [n for n in program.graph.nodes if n.target in _SUMS and n.users]
 
 
@@ -63,18 +71,19 @@ def _halved(program: GlobalProgram, node: Node) -> None:
     with node.graph.inserting_before(node):
         half = call(node.graph, aten.to.dtype, (value, torch.bfloat16), like=value)
         back = call(node.graph, aten.to.dtype, (half, kind), like=value)
-    half.meta["placement"] = back.meta["placement"] = value.meta["placement"]
+    _as_placed(half, value)
+    _as_placed(back, value)
     node.replace_input_with(value, back)
 
 
 def _gradient_doubled(program: GlobalProgram, node: Node) -> None:
     """Forward stays as it is: x + x - x, of which the last has no gradient."""
     readers = set(node.users)
-    double = _after(node, aten.mul.Tensor, 2.0)
+    double = after(node, aten.mul.Tensor, 2.0)
     with node.graph.inserting_before(double):
         still = call(node.graph, aten.detach.default, (node,), like=node)
-    still.meta["placement"] = node.meta["placement"]
-    _after(double, aten.sub.Tensor, still, users=lambda user: user in readers)
+    _as_placed(still, node)
+    after(double, aten.sub.Tensor, still, users=lambda user: user in readers)
 
 
 def weights_swapped(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
@@ -99,9 +108,9 @@ def _swap(one: Node, two: Node) -> None:
 
 def stale_value(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
     """A call reads an earlier value of the same shape and placement."""
-    reals = _reals(program)
-    for at, value in enumerate(reals):
-        for older in reversed(reals[:at]):
+    found = reals(program)
+    for at, value in enumerate(found):
+        for older in reversed(found[:at]):
             alike = older.meta["placement"] == value.meta["placement"]
             if alike and older.meta["val"].shape == value.meta["val"].shape:
                 yield lambda older=older, value=value: value.replace_all_uses_with(older)
@@ -119,7 +128,7 @@ def copied_elsewhere(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
 
 def _copy_other(node: Node, user: Node, other: Node) -> None:
     user.replace_input_with(node, node.args[0])  # type: ignore[arg-type]
-    _after(other, markers.copy_to_ranks, node.args[1], users=lambda u: u is user)
+    after(other, markers.copy_to_ranks, node.args[1], users=lambda u: u is user)
 
 
 def transposed(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
@@ -128,12 +137,12 @@ def transposed(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
         val = node.meta["val"]
         square = source.spec.kind == "param" and val.ndim == 2 and val.shape[0] == val.shape[1]
         if square and node.users and len(set(node.meta["placement"])) == 1:
-            yield lambda node=node: _after(node, aten.t.default)
+            yield lambda node=node: after(node, aten.t.default)
 
 
 def sums_swapped(program: GlobalProgram) -> Iterator[Callable[[], Any]]:
     """Two sums over the ranks, each of the other's operand."""
-    for one, two in itertools.pairwise(_sums(program)):
+    for one, two in itertools.pairwise(sums(program)):
         a, b = one.args[0], two.args[0]
         if isinstance(a, Node) and isinstance(b, Node) and a.meta["val"].shape == b.meta["val"].shape:
             if one < two and b < one:
@@ -146,11 +155,11 @@ def _exchange_operands(one: Node, two: Node, a: Node, b: Node) -> None:
 
 
 VALUES: dict[str, Fault] = {
-    "half precision before a sum": _behind(_sums, _halved),
-    "a sum over the ranks is a mean": _behind(_sums, lambda w, n: _after(n, aten.div.Tensor, w.ranks)),
-    "a sum times the ranks": _behind(_sums, lambda w, n: _after(n, aten.mul.Tensor, w.ranks)),
-    "a gradient stops": _behind(_reals, lambda _, n: _after(n, aten.detach.default)),
-    "a gradient counts twice": _behind(_reals, _gradient_doubled),
+    "half precision before a sum": each(sums, _halved),
+    "a sum over the ranks is a mean": each(sums, lambda w, n: after(n, aten.div.Tensor, w.ranks)),
+    "a sum times the ranks": each(sums, lambda w, n: after(n, aten.mul.Tensor, w.ranks)),
+    "a gradient stops": each(reals, lambda _, n: after(n, aten.detach.default)),
+    "a gradient counts twice": each(reals, _gradient_doubled),
     "weights swapped": weights_swapped,
     "an older value": stale_value,
     "gradient copy of another operand": copied_elsewhere,

@@ -344,6 +344,57 @@ def test_a_model_that_amplifies_rounding() -> None:
     assert (report.ok, report.kind) == (False, "rewrite")
 
 
+class Normed(nn.Module):
+    """An MLP behind a norm that is computed in float32, whatever comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = toys.Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        return self.mlp((wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype))
+
+
+class LargerEpsilon(Pass):
+    """Adds more than the model does before it takes a root: a fault smaller than float32's rounding."""
+
+    name = "larger-epsilon"
+
+    def apply(self, program: GlobalProgram) -> bool:
+        found = [n for n in program.graph.nodes if len(n.args) > 1 and n.args[1] == 1e-6]
+        for node in found:
+            node.update_arg(1, 2e-6)
+        return bool(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_what_is_smaller_than_rounding(dtype: torch.dtype) -> None:
+    """The model runs in float64, also where its python asks for float32."""
+    model, x = Normed().to(dtype), torch.randn(X, dtype=dtype)
+    right = tpcompile.verify(model, 2, (x,))
+    assert right.ok
+    assert "in float64 the error is" in right.notes[0]
+    report = tpcompile.verify(model, 2, (x,), passes=[LargerEpsilon()])
+    assert (report.ok, report.kind, report.precision) == (False, "rewrite", "float64")
+    assert report.first_difference is not None
+    assert "aten.add" in report.first_difference.text
+
+
+class Picky(Normed):
+    """Takes nothing but float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.float32
+        return super().forward(x)
+
+
+def test_what_does_not_run_in_float64() -> None:
+    report = tpcompile.verify(Picky(), 2, (torch.randn(X),))
+    assert report.ok
+    assert "does not run in float64" in str(report)
+
+
 def test_what_is_refused() -> None:
     x = torch.randn(X)
     with torch.device("meta"), pytest.raises(TpCompileError, match="no weights"):

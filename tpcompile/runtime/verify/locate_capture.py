@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from tpcompile.ir.torch_internals import tree_leaves
 
 from .compare import agree
-from .outcome import run_python
 from .report import Difference
 from .trial import Trial
 from .values import Trace
@@ -63,7 +62,7 @@ def _recorded(trial: Trial, model: nn.Module) -> Results:
 
     for path, module in model.named_modules():
         module.register_forward_hook(record(path))
-    run_python(model, trial.bound, trial.learning)
+    trial.run_python(model)
     return results
 
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.check import checked
-from tpcompile.ir.torch_internals import tree_map
 from tpcompile.lowering.simulate import lower_all
 from tpcompile.planner.options import Options
 from tpcompile.planner.search.cost import CostModel
 from tpcompile.runtime.read_request import Bytes, Dynamic, Passes, PlanLike, Ranks, example_call, read_options
 
 from .assemble import RanksDiffer
-from .compare import is_rough
+from .compare import LIMITS
+from .in_double import widened
 from .locate import locate
 from .outcome import Finding
 from .report import Difference, Report
@@ -93,7 +93,8 @@ class VerifyRequest:
         ranks: how many ranks.
         gradients: compare gradients as well.
         generate: how many tokens to generate.
-        lower: makes the ranks' programs; the bench of faults has its own.
+        lower: makes the ranks' programs.
+        exact: the model's python computes in double precision, where it says otherwise too.
     """
 
     bound: dict[str, Any]
@@ -102,24 +103,27 @@ class VerifyRequest:
     gradients: bool = True
     generate: int = 0
     lower: Lower = lower_all
+    exact: bool = False
 
 
 def examine(model: nn.Module, request: VerifyRequest) -> Report:
     """See ``verify``; the model has weights."""
     began = time.perf_counter()
     report = _examined(model, request)
-    if is_rough(report.limit) or report.wrong:
-        exact = _in_double(model, request)
+    if report.limit > LIMITS[torch.float64]:
+        right = not any(f.sort == "token" for f in report.wrong)
+        exact = _in_double(model, replace(request, generate=0) if right else request)
         if exact is not None and exact.ok and report.wrong:
             report = replace(report, kind="numerics", first_difference=None)
         elif exact is not None and not exact.ok:
             report = exact
+        report = replace(report, notes=(*report.notes, _said_of(exact)))
     return replace(report, seconds=time.perf_counter() - began)
 
 
 def _examined(model: nn.Module, request: VerifyRequest) -> Report:
     """The report for a model in its own precision."""
-    compiler = SimulatedCompiler(request.options, request.ranks, request.lower)
+    compiler = SimulatedCompiler(request.options, request.ranks, request.lower, exact=request.exact)
     trial = Trial(copy.deepcopy(model), request.bound, compiler, request.gradients)
     want = trial.python()
     findings = trial.compare_ranks(want, trial.on_ranks())
@@ -154,16 +158,17 @@ def _tokens(model: nn.Module, request: VerifyRequest) -> Finding:
     return Finding("token", f"{request.generate} tokens", 0.0 if same else math.inf)
 
 
+def _said_of(exact: Report | None) -> str:
+    """What the run in float64 has shown."""
+    if exact is None:
+        return "it does not run in float64: what is smaller than rounding is not seen"
+    return f"in float64 the error is {max((f.error for f in exact.findings), default=0.0):.1e} at most"
+
+
 def _in_double(model: nn.Module, request: VerifyRequest) -> Report | None:
-    """The report in float64; None if the model is in float64, or cannot be run in it."""
-    if all(p.dtype == torch.float64 for p in model.parameters() if p.is_floating_point()):
-        return None
-
-    def widened(leaf: Any) -> Any:
-        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
+    """The report in float64; None if the model cannot be run in it."""
     wide = copy.deepcopy(model).double()
     try:
-        return _examined(wide, replace(request, bound=tree_map(widened, request.bound)))
+        return _examined(wide, replace(request, bound=widened(request.bound), exact=True))
     except (TpCompileError, RuntimeError):  # its python wants the type that it was made in
         return None

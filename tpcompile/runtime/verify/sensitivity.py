@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .outcome import Key, compared, run_python
+from .outcome import Key, compared
 from .report import Report
 from .trial import Trial
 
@@ -33,7 +33,7 @@ def sensitive(trial: Trial, want: Mapping[Key, Any], report: Report) -> str:
             if weight.is_floating_point():
                 signs = torch.rand(weight.shape, generator=generator).sub_(0.5).sign_().to(weight)
                 weight.mul_(1 + torch.finfo(weight.dtype).eps * signs)
-    moved = compared(run_python(model, trial.bound, trial.learning), want)
+    moved = compared(trial.run_python(model), want)
     own = {(f.sort, f.name): f.error for f in moved if f.error < _MOST}
     if any(not f.error <= min(_MOST, _MARGIN * own.get((f.sort, f.name), 0.0)) for f in report.wrong):
         return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from tpcompile.runtime.make_program import hand_out
 
 from .assemble import RanksDiffer, Unknown, put_together, sizes_at
 from .compare import TypesSeen, difference, kinds_of, limit_of
+from .in_double import in_double
 from .inputs import Inputs, undivided
 from .outcome import Finding, Key, backward, compared, learning_leaves, results_of, run_python, worst_of
 
@@ -44,14 +46,26 @@ class SimulatedCompiler(Compiler):
         options: what the user asked for.
         ranks: how many ranks.
         lower: makes the programs of all ranks.
+        exact: the model's python computes in double precision, where it says otherwise too.
 
     Attributes:
         programs: the programs that were made last.
     """
 
-    def __init__(self, options: Options, ranks: int, lower: Lower = lower_all) -> None:
+    def __init__(
+        self, options: Options, ranks: int, lower: Lower = lower_all, *, exact: bool = False
+    ) -> None:
         super().__init__(options, ranks)
-        self._lower_all, self.programs = lower, list[GraphModule]()
+        self._lower_all, self.programs, self.exact = lower, list[GraphModule](), exact
+
+    def python(self) -> AbstractContextManager[None]:
+        """Where the model's python runs."""
+        return in_double() if self.exact else nullcontext()
+
+    def capture_call(self, model: nn.Module, bound: dict[str, Any]) -> Captured:
+        """A call as it is captured."""
+        with self.python():
+            return super().capture_call(model, bound)
 
     def lower(self, rewritten: GlobalProgram) -> Lowered:
         """Lowers for every rank: what does not run on some rank's part is planned again."""
@@ -93,12 +107,17 @@ class Trial:
         """What the model leaves behind as python."""
         model = copy.deepcopy(self.model)
         with TypesSeen() as seen:
-            found = run_python(model, self.bound, self.learning)
+            found = self.run_python(model)
         self.limit = limit_of(seen.kinds | kinds_of([*model.parameters(), self.bound, list(found.values())]))
         for spec in (s for s in self.specs if s.kind == "attribute"):
             path, _, name = spec.name.rpartition(".")
             found["attribute", spec.name] = getattr(model.get_submodule(path), name, None)
         return found
+
+    def run_python(self, model: nn.Module) -> dict[Key, Any]:
+        """What a copy of the model, which is written to, leaves behind."""
+        with self.compiler.python():
+            return run_python(model, self.bound, self.learning)
 
     def captured(self) -> Captured:
         """The call as it was captured, before any pass."""
