@@ -47,8 +47,8 @@ from tpcompile.planner.options import Options
 from tpcompile.ranks.compare_sent import refuse_unlike
 from tpcompile.rules import table
 from tpcompile.runtime.read_request import read_options
-from tpcompile.runtime.verify.compare import difference
 from tpcompile.runtime.verify.inputs import Inputs
+from tpcompile.runtime.verify.outcome import Key, compared
 from tpcompile.runtime.verify.trial import SimulatedCompiler, Trial
 
 OUTCOMES = ("proof", "lowering", "ranks", "verify", "equal", "missed")
@@ -174,8 +174,7 @@ class Bench:
         if any(not f.error <= self.trial.limit for f in found):
             return "verify"
         pairs = zip(self.numbers, numbers, strict=True)
-        errors = [_error(got.get(key), want) for right, got in pairs for key, want in right.items()]
-        return "equal" if all(error <= SAME for error in errors) else "missed"
+        return "equal" if all(_error(right, got) <= SAME for right, got in pairs) else "missed"
 
     def mutants(self, most: int) -> Iterator[Mutant]:
         """All faults, at some places each."""
@@ -297,10 +296,14 @@ def _places(faults: dict[str, Any], program: Any, most: int) -> Iterator[tuple[s
             yield kind, at, fault
 
 
-def _error(got: Any, want: Any) -> float:
-    """How far a rank's value is from that of the right programs; another plan may give it another part."""
-    shapes = [getattr(value, "shape", ()) for value in (got, want)]
-    return difference(got, want) if shapes[0] == shapes[1] else 0.0
+def _error(right: dict[Key, Any], numbers: dict[Key, Any]) -> float:
+    """How far a rank's values are from those of the right program; another plan may give it other parts."""
+    alike = {key: v for key, v in right.items() if _shape(v) == _shape(numbers.get(key))}
+    return max((one.error for one in compared(numbers, alike)), default=0.0)
+
+
+def _shape(value: Any) -> Any:
+    return getattr(value, "shape", None)
 
 
 def _some(count: int, most: int) -> list[int]:

@@ -81,7 +81,7 @@ def refuse_disorder(axes: markers.Axes, now: Sequence[Placement], move: Move) ->
     Raises:
         Unproved: they do not.
     """
-    if list(axes) != sorted(set(axes)) or not all(0 <= a < len(now) for a in axes):
+    if not axes or list(axes) != sorted(set(axes)) or not all(0 <= a < len(now) for a in axes):
         raise Unproved(f"{axes} are not sub-axes, in order, of {len(now)}")
     for place in (move.src, move.dst):
         inside = [a for a, p in enumerate(now) if p == place and a > axes[0] and a not in axes]

@@ -197,6 +197,8 @@ class _Checker:
             return tuple(types)
         if node.target not in MOVES:
             raise Unproved("it is left, although it stands for a choice that passes make")
+        if node.kwargs or not options:
+            raise Unproved("its sub-axes and options must be given, all of them by position")
         axes: markers.Axes = options[0]  # type: ignore[assignment]
         move = MOVES[node.target](*options[1:])
         if node.target is markers.copy_to_ranks:
@@ -266,6 +268,13 @@ def _rule_of(node: Node) -> Rule | str:
         return rule_of(node)
     letters = Letters()
     labels = [letters.dims(shape(o)) for o in operands(node)]
+    if len(shape(node)) != len(labels[0]):
+        raise TpCompileError(
+            f"the placements of this program cannot be proved: {node.name} has {len(shape(node))} dimensions "
+            f"and its operand {len(labels[0])}",
+            where=module_path(node) or node.name,
+            todo="correct the pass that made it so: a change of placement keeps global shapes",
+        )
     return Rule(tuple(labels), (labels[0],), letters.sizes)
 
 

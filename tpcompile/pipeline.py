@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from torch.fx import Node
 
 from .capture.export.captured import Captured
 from .errors import TpCompileError
 from .ir.layout.weight_layout import WeightLayout
-from .ir.markers import origin
-from .ir.nodes import module_path
 from .ir.units import size_text
 from .passes.annotate_placements import AnnotatePlacements
 from .passes.canonicalise import Canonicalise
@@ -31,6 +29,7 @@ from .passes.merge_matmuls import MergeMatmuls
 from .passes.pipeline import run_passes
 from .passes.simplify_masks import SimplifyMasks
 from .passes.split_packed_matmul import SplitPackedMatmul, packed_groups
+from .passes.users_passes import premises_of, refuse_other_premises, refuse_unplanned
 from .passes.verify_placements import verify_placements
 from .planner.buffer_weights import find_buffer_weights, mark_divided_buffers
 from .planner.decide import Pins, decide, plan_on_axes, split_what_pays
@@ -149,28 +148,31 @@ def rewrite(
 
     Raises:
         TpCompileError: what a pass made cannot be proved, or a pass of the user's made calls that the planner
-            has not seen.
+            has not seen, or changed what a proof goes out from.
     """
     known = set(program.graph.nodes)
     last = [[one] for one in extra if not one.before_planning]
-    for passes in ([*after_planning(training, cost, coalesce, sequence)], *last):
+    for passes in (*_proved_together(after_planning(training, cost, coalesce, sequence)), *last):
+        premises = premises_of(program)
         run_passes(program, passes)
         if passes in last:
-            _refuse_unplanned(program, known, passes[0])
+            refuse_other_premises(program, premises, passes[0])
+            refuse_unplanned(program, known, passes[0])
         program.proof = verify_placements(program, training=training, after=passes[-1].name)
         known = set(program.graph.nodes)
 
 
-def _refuse_unplanned(program: GlobalProgram, known: set[Node], made_by: Pass) -> None:
-    """Whatever computes was planned; behind the plan only changes of placement are new."""
-    for node in program.graph.nodes:
-        new = node.op == "call_function" and node not in known and origin(node) is node
-        if new and isinstance(node.meta["val"], Tensor | tuple | list):  # not a size
-            raise TpCompileError(
-                f"the pass {made_by.name} adds a call of {node.target}, which the planner has not seen",
-                where=f"{node.name} in {module_path(node) or 'the model'}",
-                todo="set before_planning = True in the pass: then the planner plans what it makes",
-            )
+def _proved_together(passes: list[Pass]) -> list[list[Pass]]:
+    """The compiler's own passes, behind the last of each list of which a proof is made.
+
+    All of them at once, unless passes are logged: then each behind which no marker stands for a choice.
+    """
+    if not os.environ.get("TPCOMPILE_LOGS"):
+        return [passes]
+    at = [type(one) for one in passes].index(ChooseCollectives) + 1
+    both = 2 if any(isinstance(one, DivideSequence) for one in passes) else 0  # half a division is none
+    apart = [[one] for one in passes[at + both :]]
+    return [passes[:at], *([passes[at : at + both]] if both else []), *apart]
 
 
 def find_decisions(

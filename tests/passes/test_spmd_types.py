@@ -9,12 +9,15 @@ import pytest
 import torch
 from spmd_types import SpmdTypeError
 
+from tests.helpers import families
 from tests.helpers.faults import FAULTS
 from tests.helpers.spmd_judge import judge
 from tests.passes.test_verify_placements import TOYS, rewritten_toy
 from tests.whole.test_families_simulated import captured, followed
+from tpcompile.capture.export.capture_model import capture
 from tpcompile.errors import TpCompileError
-from tpcompile.pipeline import plan_program, rewrite
+from tpcompile.ir.calls import bind_call
+from tpcompile.pipeline import canonical, plan_program, rewrite
 from tpcompile.planner.search.cost import preset
 
 DIMENSIONS = {"segments swapped", "shard of another dimension", "all-to-all to another dimension"}
@@ -50,11 +53,21 @@ def test_faults_are_complained_about(name: str) -> None:
     assert found["complained about"] >= 2
 
 
-# Experts, and a packed projection with tied embeddings. All families but mamba and t5 were judged so once.
+# Experts, and a packed projection with tied embeddings. All families were judged so once.
 @pytest.mark.parametrize(("name", "ranks", "sequence"), [("mixtral", 4, True), ("gpt2", 2, False)])
 def test_families(name: str, ranks: int, sequence: bool) -> None:
     base = captured(name)[1]
     base.ranks = ranks
     program = followed(base, plan_program(base, preset("cpu"), lambda _work, _axis: {}))
     rewrite(program, training=True, sequence=sequence)
+    judge(program)
+
+
+# A recurrence, which is unrolled over the positions, and an encoder beside a decoder: three positions do.
+@pytest.mark.parametrize("name", ["mamba", "t5"])
+def test_families_of_few_positions(name: str) -> None:
+    call = bind_call(model := families.build(name), (), families.inputs(name, 2, 3))
+    base = canonical(capture(model, call, dynamic=False), 2)
+    program = followed(base, plan_program(base, preset("cpu"), lambda *_: {}))
+    rewrite(program, training=True)
     judge(program)

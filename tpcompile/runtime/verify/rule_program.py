@@ -34,6 +34,7 @@ from tpcompile.rules.rule import Rule
 from .assemble import lay_out, put_together
 
 TOLERANCE = 1e-10
+_TOLERANCES = {torch.float32: 1e-4, torch.complex64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +146,8 @@ class RuleProgram:
     @property
     def tolerance(self) -> float:
         """Rounding of the least precise numbers in the case."""
-        numbers = [x for x in (*self.inputs, *self.expected) if x.dtype.is_floating_point]
-        return 1e-4 if any(x.dtype == torch.float32 for x in numbers) else TOLERANCE
+        kinds = {x.dtype for x in (*self.inputs, *self.expected)}
+        return max(_TOLERANCES.get(kind, TOLERANCE) for kind in kinds)
 
     def choices(self, ranks: int = 2) -> list[Choice]:
         """Everything that the rule offers, if a value that is used twice is wanted in one placement."""
