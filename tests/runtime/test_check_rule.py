@@ -82,3 +82,51 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(TpCompileError, match=match):
             tpcompile.check_rule(op, args)  # type: ignore[arg-type]
+
+
+def _ids(*values: int) -> Tensor:
+    return torch.tensor(values)
+
+
+NAN, INF = torch.nan, torch.inf
+SPECIAL = {
+    "halves": ("aten.linear", (X.half(), torch.rand(14, 10).half(), torch.rand(14).half())),
+    "bfloat16": ("aten.mul", (X.bfloat16(), X.bfloat16())),
+    "not a number": ("aten.amax", (torch.where(X > 0.9, NAN, X), [1])),
+    "infinite": ("aten._softmax", (torch.where(X > 0.8, -INF, X), -1, False)),
+    "zeros of both signs": ("aten.atan2", (torch.zeros(4, 6).double(), -torch.zeros(4, 6).double())),
+    "from the end": ("aten.index", (X, [_ids(-1, 2, -4, 0)])),
+    "written from the end": ("aten.index_put", (X, [_ids(-1, 2)], torch.rand(2, 6, 10).double(), True)),
+    "ignored": ("aten.cross_entropy_loss", (X[0], _ids(3, -100, 0, 9, -100, 1))),
+    "nothing in it": ("aten.mul", (X[:, :0], DECAY)),
+    "a sum of nothing": ("aten.sum", (X[:, :0], [1])),
+    "nothing to look up": ("aten.embedding", (X[0], _ids())),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_examples_with_values_of_their_own(kind: str) -> None:
+    op, args = SPECIAL[kind]
+    report = tpcompile.check_rule(op, args)
+    assert report.ok, report
+    assert len(report.ways) >= 2
+
+
+@torch.library.custom_op("tpcheck::sum_of_numbers", mutates_args=())
+def sum_of_numbers(x: Tensor) -> Tensor:
+    """The sum of what is a number; if nothing is, it is none itself."""
+    return torch.where(x.isnan().all(-1), torch.nan, x.nansum(-1))
+
+
+@sum_of_numbers.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1])
+
+
+def test_a_rule_that_only_special_values_show_to_be_wrong() -> None:
+    tpcompile.register_rule("tpcheck.sum_of_numbers", "... d -> ...")
+    assert tpcompile.check_rule("tpcheck.sum_of_numbers", (X,)).ok
+    holes = X.clone()
+    holes[..., :5] = torch.nan
+    report = tpcompile.check_rule("tpcheck.sum_of_numbers", (holes,))
+    assert any("(S(2)) -> P(sum) on 2 ranks" in each for each in report.wrong)

@@ -381,6 +381,46 @@ def test_what_is_smaller_than_rounding(dtype: torch.dtype) -> None:
     assert "aten.add" in report.first_difference.text
 
 
+class InSingle(torch.autograd.Function):
+    """A sine that is computed in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.sin(x.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (grad.float() * torch.cos(x.float())).to(grad.dtype)
+
+
+@torch.library.custom_op("tpverify::sine", mutates_args=())
+def sine(x: Tensor) -> Tensor:
+    return torch.sin(x.float()).to(x.dtype)
+
+
+@sine.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("function", [InSingle.apply, sine], ids=["autograd", "operator"])
+def test_python_inside_of_programs_is_no_false_alarm(function: Callable[[Tensor], Tensor]) -> None:
+    """Functions of the user's, which are called as they are, compute in float32 wherever they are called."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp, self.last, self.function = toys.Mlp(), nn.Linear(12, 12), function
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.function(self.mlp(x)))
+
+    report = tpcompile.verify(Model(), 2, (torch.randn(X),), gradients=function is InSingle.apply)
+    assert report.ok, report
+
+
 class Picky(Normed):
     """Takes nothing but float32."""
 

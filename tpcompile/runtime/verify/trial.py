@@ -95,6 +95,10 @@ class Trial:
         self.asked = gradients
         with torch.set_grad_enabled(gradients):
             self.compiled = compiler.compile(model, bound, None)
+            if compiler.exact and self.compiled.rewritten.captured.functions:
+                # Their python runs inside of programs, where nothing widens it: nor may it be outside.
+                compiler.exact = False
+                self.compiled = compiler.compile(model, bound, None)
         self.rewritten, self.layout = self.compiled.rewritten, self.compiled.plan.layout
         _refuse_randomness(self.rewritten)
         self.programs = compiler.programs
