@@ -395,29 +395,19 @@ class InSingle(torch.autograd.Function):
         return (grad.float() * torch.cos(x.float())).to(grad.dtype)
 
 
-@torch.library.custom_op("tpverify::sine", mutates_args=())
-def sine(x: Tensor) -> Tensor:
-    return torch.sin(x.float()).to(x.dtype)
+class CallsInSingle(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.last = toys.Mlp(), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(InSingle.apply(self.mlp(x)))
 
 
-@sine.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-@pytest.mark.parametrize("function", [InSingle.apply, sine], ids=["autograd", "operator"])
-def test_python_inside_of_programs_is_no_false_alarm(function: Callable[[Tensor], Tensor]) -> None:
-    """Functions of the user's, which are called as they are, compute in float32 wherever they are called."""
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mlp, self.last, self.function = toys.Mlp(), nn.Linear(12, 12), function
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.function(self.mlp(x)))
-
-    report = tpcompile.verify(Model(), 2, (torch.randn(X),), gradients=function is InSingle.apply)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_python_inside_of_programs_is_no_false_alarm(dtype: torch.dtype) -> None:
+    """Autograd functions, which are called as they are, compute in float32 wherever they are called."""
+    report = tpcompile.verify(CallsInSingle().to(dtype), 2, (torch.randn(X, dtype=dtype),))
     assert report.ok, report
 
 

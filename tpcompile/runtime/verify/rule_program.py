@@ -146,8 +146,7 @@ class RuleProgram:
     @property
     def tolerance(self) -> float:
         """Rounding of the least precise numbers in the case."""
-        kinds = {x.dtype for x in (*self.inputs, *self.expected)}
-        return max(_TOLERANCES.get(kind, TOLERANCE) for kind in kinds)
+        return max(_TOLERANCES.get(x.dtype, TOLERANCE) for x in (*self.inputs, *self.expected))
 
     def choices(self, ranks: int = 2) -> list[Choice]:
         """Everything that the rule offers, if a value that is used twice is wanted in one placement."""
