@@ -81,7 +81,7 @@ def save_programs(model: State, folder: str) -> None:
         )
     root = programs[0].root
     hooks = [*root._forward_hooks, *root._forward_pre_hooks]
-    if model.foreign or model.lent or model.composed or hooks or hooks_below(root, "", model.hooks):
+    if model.foreign or model.composed or hooks or hooks_below(root, "", model.hooks):
         raise TpCompileError(
             "the model does not run as programs alone",
             where="save_program",
