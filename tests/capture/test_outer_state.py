@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tpcompile.capture.export.capture_model import capture
-from tpcompile.capture.export.outer_state import outer_places
+from tpcompile.capture.export.outer_places import outer_places
 from tpcompile.capture.export.python_state import shot
 from tpcompile.errors import CannotCapture
 from tpcompile.ir.calls import bind_call
@@ -105,6 +105,115 @@ def test_arrays_are_compared_by_what_is_in_them() -> None:
         array += 1
         assert not reads.hold(0)
         array -= 1
+
+
+SCALE = 2.0
+
+
+class Helper:
+    """No module: an object that a model holds."""
+
+    factor = 3.0
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * SCALE
+
+    @property
+    def scale(self) -> float:
+        return SCALE
+
+    @classmethod
+    def of_class(cls, x: Tensor) -> Tensor:
+        return x * cls.factor
+
+    def __enter__(self) -> float:
+        return SCALE
+
+    def __exit__(self, *args: Any) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return int(SCALE)
+
+    def unused(self) -> float:
+        return BASE
+
+
+def _entered(model: nn.Module, x: Tensor) -> Tensor:
+    with model.helper as scale:
+        return x * scale
+
+
+class Holding(nn.Module):
+    """Holds objects, modules out of sight, and tensors."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.helper, self.listed, self.act = Helper(), {"helpers": [Helper()]}, act
+        self.hidden = [nn.Linear(2, 2).requires_grad_(False), nn.Dropout(0.5)]
+        self.many, self.large = [torch.ones(2)], [torch.ones(100, 2)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self, x)
+
+
+@pytest.mark.parametrize(
+    ("act", "owner", "name", "value"),
+    [
+        (lambda m, x: m.helper.scaled(x), __name__, "SCALE", 3.0),
+        (lambda m, x: x * m.helper.scale, __name__, "SCALE", 3.0),
+        (lambda m, x: m.listed["helpers"][0].scaled(x), __name__, "SCALE", 3.0),
+        (lambda m, x: x * len(m.helper), __name__, "SCALE", 3.0),
+        (_entered, __name__, "SCALE", 3.0),
+        (lambda m, x: m.helper.of_class(x), Helper, "factor", 4.0),
+        (lambda m, x: m.helper.scaled(x), Helper, "scaled", lambda helper, x: x),
+    ],
+)
+def test_what_the_methods_of_objects_name_is_noticed(act: Any, owner: Any, name: str, value: Any) -> None:
+    model = Holding(act)
+    captured = capture(model, bind_call(model, (torch.ones(3, 2),), {}))
+    reads = Reads(model, captured, lambda path: type(model.get_submodule(path)))
+    assert reads.hold(0)
+    with patch(f"{owner}.{name}", value) if isinstance(owner, str) else patch.object(owner, name, value):
+        assert not reads.hold(0)
+    with patch(f"{__name__}.BASE", 7.0):  # of a method that nobody calls
+        assert reads.hold(0)
+
+
+def _filled(tensor: Tensor) -> None:
+    tensor.numpy()[:] = 5
+
+
+@pytest.mark.parametrize(
+    ("act", "change"),
+    [
+        (
+            lambda m, x: m.hidden[0](x),
+            lambda m: setattr(m.hidden[0], "weight", nn.Parameter(torch.ones(2, 2))),
+        ),
+        (lambda m, x: m.hidden[1](x), lambda m: m.hidden[1].eval()),
+        (lambda m, x: m.hidden[1](x), lambda m: setattr(m.hidden[1], "p", 0.1)),
+        (lambda m, x: x * m.many[0], lambda m: setattr(m.many[0], "data", torch.zeros(2))),
+        (lambda m, x: x * m.many[0][0].item(), lambda m: m.many[0].data.add_(1)),
+        (lambda m, x: x * m.many[0], lambda m: _filled(m.many[0])),
+        (lambda m, x: x * m.large[0][0], lambda m: setattr(m.large[0], "data", torch.zeros(100, 2))),
+    ],
+)
+def test_memory_and_modules_out_of_sight_are_noticed(act: Any, change: Any) -> None:
+    model = Holding(act)
+    captured = capture(model, bind_call(model, (torch.ones(3, 2),), {}))
+    reads = Reads(model, captured, lambda path: type(model.get_submodule(path)))
+    assert reads.hold(0)
+    assert reads.hold(0)
+    change(model)
+    assert not reads.hold(0)
+
+
+def test_modules_out_of_sight_are_not_changed() -> None:
+    model = Holding(lambda m, x: x * (setattr(m.hidden[1], "p", m.hidden[1].p / 2) or 1))
+    with pytest.raises(CannotCapture, match="no part of it"):
+        capture(model, bind_call(model, (torch.ones(3, 2),), {}))
+    assert model.hidden[1].p == 0.5
 
 
 class Peeking(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import tpcompile
 from tests.on_ranks.models import error
 from tests.on_ranks.module_life import refusal
+from tpcompile.ranks.turns import own_turn
 from tpcompile.runtime.sharded_result import ShardedResult
 from tpcompile.weights.sharded_parameter import ShardedParameter
 
@@ -101,6 +103,16 @@ def use(classes: int) -> None:
     assert "rank 0 is to gather result 1 of call" in told and ", rank 1 is to gather result 1 of call" in told
 
 
+def _between_threads(logits: Tensor, group: str) -> None:
+    """A thread that gathers beside a call of another one is told."""
+    said = []
+    with own_turn(group):
+        thread = threading.Thread(target=lambda: said.append(refusal(lambda: logits + 0)))
+        thread.start()
+        thread.join()
+    assert "another thread" in said[0]
+
+
 def _gradients(
     model: nn.Module, x: Tensor, labels: Tensor, function: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
@@ -143,6 +155,8 @@ def _inspect(sharded: nn.Module, whole: nn.Module, x: Tensor, labels: Tensor) ->
     logits.register_hook(lambda grad: grad * 2)
     with pytest.raises(tpcompile.TpCompileError, match="hook"):
         loss.backward()
+    _between_threads(sharded(x, labels)[1], sharded._tp.group_name)
     with torch.no_grad():
         shown = sharded(x, labels)[1]
+        assert torch.equal(torch.from_dlpack(torch.to_dlpack(shown)), shown + 0)
         torch.testing.assert_close(shown + 0, wanted.detach())

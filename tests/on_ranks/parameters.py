@@ -277,6 +277,8 @@ def refusals() -> list[str]:
         refusal(lambda: FullyShardedDataParallel(model)),
         refusal(lambda: ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)),
         refusal(lambda: nn.init.normal_(weight)),
+        refusal(lambda: nn.init.orthogonal_(weight)),
+        refusal(lambda: torch.utils.dlpack.to_dlpack(weight)),
         refusal(lambda: nn.init.normal_(weight[0])),
         refusal(lambda: weight.detach().view(-1)[3:].uniform_()),
         refusal(lambda: F.rrelu(weight, training=True)),

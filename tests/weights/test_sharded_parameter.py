@@ -46,7 +46,10 @@ def test_what_cannot_be_right_is_refused() -> None:
     expected = ["which share the model"] * 2 + [
         "flattens",
         "broadcasts",
-        *["draw numbers"] * 4,
+        "draw numbers",
+        "draws numbers for",
+        "read as memory",
+        *["draw numbers"] * 3,
         "as if it were all of it",
         *["read as memory"] * 2,
         "the memory of another one",

@@ -92,7 +92,8 @@ class Program:
     def __post_init__(self) -> None:
         outlined = self.outlined[0] if self.outlined is not None else None
         graphs = (self.graph_module, outlined, self.compiled.lowered.recomputing)
-        self.short = {id(g): defer_gathers(g, self.captured.outputs) for g in graphs if g is not None}
+        turn = getattr(getattr(self.root, "_tp", None), "group_name", "")
+        self.short = {id(g): defer_gathers(g, self.captured.outputs, turn) for g in graphs if g is not None}
         self.bind(True)
 
     def bind(self, bound: bool) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tpcompile.capture.export.look_inside import PLAIN, Attributes, content
 from tpcompile.capture.export.opaque_values import is_opaque
-from tpcompile.capture.export.python_state import DEEPEST, MISSING, shot
+from tpcompile.capture.export.python_state import DEEPEST, MISSING, is_small, shot, tensor_version
 from tpcompile.ir.torch_internals import dict_version
 
 _END = object()
@@ -97,7 +97,7 @@ class QuickLook:
         """The same, after the last place."""
         self._tables.all(lambda: (_END,))
         self._others.all(lambda: (_END,))
-        self._tensor_versions = list(map(_version, self._tensors))
+        self._tensor_versions = list(map(tensor_version, self._tensors))
         self._table_versions = list(map(dict_version, self._versioned))
         return self
 
@@ -110,7 +110,7 @@ class QuickLook:
             self._table_versions = versions
         return (
             self._others.same()
-            and list(map(_version, self._tensors)) == self._tensor_versions
+            and list(map(tensor_version, self._tensors)) == self._tensor_versions
             and all(map(call, self._slow))
         )
 
@@ -120,7 +120,7 @@ class QuickLook:
             return
         self._seen[id(value), baked] = value, depth
         inside = content(value)
-        if isinstance(value, Tensor) and baked is None and not value.is_inference():
+        if isinstance(value, Tensor) and baked is None and not is_small(value):
             self._tensors.append(value)
         elif (
             isinstance(value, Tensor)
@@ -149,6 +149,3 @@ class QuickLook:
             self._others.all(partial(tuple, inside))
         for each in items:
             self._into(each, baked, depth + 1)
-
-
-_version = attrgetter("_version")

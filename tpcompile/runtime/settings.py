@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.look_inside import PLAIN, content, same
 from tpcompile.capture.export.opaque_values import is_opaque
-from tpcompile.capture.export.outer_state import Outer
+from tpcompile.capture.export.outer_places import Outer
 from tpcompile.capture.export.python_state import MISSING, Shot, form_shot, shot, storage
 
 from .quick_look import QuickLook
@@ -149,7 +149,8 @@ class Reads:
             else:
                 owners.setdefault(id(kind), (kind, []))[1].append(name)
         for place, unchanged in self._outer:
-            if place.owner is os.environ or isinstance(place.owner, ContextVar):
+            bound = isinstance(place.owner, type) and isinstance(place.look(), classmethod)
+            if bound or place.owner is os.environ or isinstance(place.owner, ContextVar):
                 look.slow(partial(_unchanged_place, place, unchanged))
             else:
                 owners.setdefault(id(place.owner), (place.owner, []))[1].append(place.key)

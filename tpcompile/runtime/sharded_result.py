@@ -28,6 +28,7 @@ from tpcompile.ir.torch_internals import (
 from tpcompile.lowering.collective_moves import own_slice
 from tpcompile.ranks.exchange import exchange
 from tpcompile.ranks.lost_ranks import telling
+from tpcompile.ranks.turns import own_turn
 
 all_gather = torch.ops.tpcompile.all_gather.default
 
@@ -38,9 +39,11 @@ class Gathers:
 
     Attributes:
         steps: the arguments of each: group, dimension, sizes on its ranks, and which of them this one is.
+        turn: the name of the group over which only one thread may be in a call.
     """
 
     steps: tuple[tuple[str, int, tuple[int, ...], int], ...]
+    turn: str = ""
 
     def shape(self, part: torch.Size) -> list[int]:
         """The shape of the whole."""
@@ -97,10 +100,14 @@ class ShardedResult(Tensor):
         return ShardedResult.of(part, self.gathers, f"{self.asked} or what follows from it")
 
     def whole(self) -> Tensor:
-        """The whole tensor; all ranks gather it together when it is first asked for."""
+        """The whole tensor; all ranks gather it together when it is first asked for.
+
+        Raises:
+            TpCompileError: another thread is in a call of the model.
+        """
         if self._whole is None:
             # Whoever asks first may not want a gradient, but somebody else may, of what is the same tensor.
-            with torch.inference_mode(False), torch.enable_grad():
+            with own_turn(self.gathers.turn), torch.inference_mode(False), torch.enable_grad():
                 self._whole = self.gathers.gather(self.part, self.asked)
         return self._whole
 
@@ -232,13 +239,14 @@ _DIFFERENTIATE = (torch.autograd.grad, torch.autograd.backward)
 
 
 def defer_gathers(
-    program: GraphModule, specs: Sequence[OutputSpec]
+    program: GraphModule, specs: Sequence[OutputSpec], turn: str = ""
 ) -> tuple[GraphModule, dict[int, Gathers]]:
     """A rank's program without the gathers of results that a loss is computed from, and these gathers.
 
     Args:
         program: the lowered program; it stays as it is.
         specs: its outputs.
+        turn: see ``Gathers``.
     """
     results: list[Any] = list(program.graph.output_node().args[0])  # type: ignore[arg-type]
     found: dict[int, Gathers] = {}
@@ -247,7 +255,7 @@ def defer_gathers(
         if spec.kind == "user" and not spec.divided and isinstance(results[at], Node):
             value, steps = _source(results[at])
             if steps and value in above:
-                results[at], found[at] = value, Gathers(tuple(steps))
+                results[at], found[at] = value, Gathers(tuple(steps), turn)
     if not found:
         return program, found
     graph, moved = Graph(), dict[Node, Node]()

@@ -55,6 +55,11 @@ def guard_torch() -> None:
     _around(FullyShardedDataParallel, _construct_fsdp)
     _around(ZeroRedundancyOptimizer, _construct_zero)
     _around(ParametrizationList, _construct_parametrization)
+    memory: Any = torch.utils.dlpack  # its function reads memory, which subclasses may not have
+    read, plain = memory.to_dlpack, (Tensor, nn.Parameter)
+    memory.to_dlpack = lambda tensor: read(tensor) if type(tensor) in plain else tensor.__dlpack__()
+    vars(torch)["to_dlpack"] = memory.to_dlpack
+    nn.init.orthogonal_ = functools.partial(_orthogonal, nn.init.orthogonal_)
     fsdp: Any = fully_shard
     fsdp._get_modules_and_states = functools.partial(_fully_shard_states, fsdp._get_modules_and_states)
     autograd: Any = torch.autograd
@@ -190,6 +195,17 @@ def _construct_parametrization(construct: Callable[[], None], call: dict[str, An
                 todo="register it before parallelize",
             )
     construct()
+
+
+def _orthogonal(original: Callable[..., Tensor], tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """It draws numbers into a plain tensor, on every rank its own, and copies what becomes of them."""
+    if isinstance(tensor, ShardedParameter):
+        _refuse(
+            "nn.init.orthogonal_ draws numbers for",
+            tensor,
+            "initialise the weights before parallelize, or load them",
+        )
+    return original(tensor, *args, **kwargs)
 
 
 def _refuse(what: str, tensor: ShardedParameter, todo: str) -> None:

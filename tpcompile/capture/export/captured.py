@@ -18,7 +18,7 @@ from tpcompile.ranks.describe import describe_value
 
 from .autograd_functions import FunctionCall
 from .checkpoint_calls import ContextFn
-from .outer_state import Outer
+from .outer_places import Outer
 from .specs import Extent, InputSpec, OutputSpec
 from .state_writes import StateWrite
 

@@ -19,8 +19,10 @@ from tpcompile.ir.torch_internals import TreeSpec, is_alias_of, tree_flatten, tr
 from .dynamic_dims import Attempt, Place
 from .flatten_program import PREFIX, UserResult
 from .open_sizes import OPEN, types_of_numbers
-from .outer_state import Outer, unchanged_outside
-from .python_state import PythonState, hooked, recorded_reads
+from .outer_places import Outer, places_of
+from .outer_state import unchanged_outside
+from .python_state import PythonState
+from .recorded_reads import hooked, recorded_reads
 from .specs import OutputKind
 from .state_writes import TRACED, StateWrite, collect_writes
 from .switch_experts import install_output_hooks
@@ -89,12 +91,14 @@ class FlatModel(nn.Module):
         given = _contents(call)
         state = PythonState(model)
         functions: list[FunctionType] = []
+        strangers: list[tuple[nn.Module, str]] = []
         with (
             unchanged_outside(model, functions) as self.seen.outer,
             types_of_numbers(functions, any(spec is not None for spec in self._attempt.dynamic)),
-            recorded_reads(model) as self.seen.reads,
+            recorded_reads(model, strangers) as self.seen.reads,
         ):
             taken = take_results(call, call_model(model, call))
+        self.seen.outer += places_of(strangers)
         _refuse_changed(given, _contents(call))
         state.refuse_iterators(self.seen.reads)
         state.refuse_opaque()

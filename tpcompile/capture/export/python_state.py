@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import operator
-import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
+import torch
 from torch import Tensor, nn
 
-from .look_inside import PLAIN, Attributes, content, is_librarys, same
+from .look_inside import PLAIN, Attributes, content, same
 from .opaque_values import is_iterator, is_opaque, put_back, refuse_changed, refuse_iterator, snapshot
 
 MISSING: Any = object()
@@ -24,7 +23,8 @@ BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"} | {"_flat_weights",
 Step = tuple[str, Any]
 """From a value into it: ``("attribute", name)`` or ``("item", key)``."""
 
-DEEPEST, _LARGEST = 5, 10_000
+DEEPEST, _LARGEST, _SMALL = 5, 10_000, 64
+_PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 
 Shot = Callable[[Any], bool]
 """Whether a value is still what it was."""
@@ -48,8 +48,10 @@ def shot(value: Any, baked: frozenset[int] | None = None, depth: int = 0) -> Sho
     if isinstance(value, Tensor):
         if baked is not None and storage(value) not in baked:
             return form_shot(value)
-        version = _version(value)
-        return lambda now: now is value and _version(now) == version
+        version, held = tensor_version(value), _bytes(value) if is_small(value) else None
+        return lambda now: (
+            now is value and tensor_version(now) == version and (held is None or _bytes(now) == held)
+        )
     if is_opaque(value):
         taken = snapshot(value)
         return lambda now: type(now) is type(value) and snapshot(now) == taken
@@ -111,8 +113,21 @@ def _call(shot: Shot, now: Any) -> bool:
     return shot(now)
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def tensor_version(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written to, or is given other memory (``tensor.data = ...``)."""
+    plain = type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided
+    return -1 if tensor.is_inference() else tensor._version, tensor.data_ptr() if plain else 0
+
+
+def is_small(tensor: Tensor) -> bool:
+    """Whether a tensor is compared by its value, too: ``data`` and numpy write into it without a trace."""
+    plain = type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided
+    return plain and tensor.device.type == "cpu" and 0 < tensor.numel() <= _SMALL and tensor.is_contiguous()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """What is in a small tensor's memory, read past whatever looks at operations."""
+    return ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
 @dataclass(frozen=True)
@@ -261,31 +276,3 @@ def table_at(model: nn.Module, path: str, steps: tuple[Step, ...]) -> Any:
     for _, key in steps:
         table = content(table[key])
     return table
-
-
-@contextmanager
-def recorded_reads(model: nn.Module) -> Iterator[set[tuple[str, str]]]:
-    """Notes which attributes of the model's modules are read in the block.
-
-    Yields:
-        Paths and names; also of attributes that are not there, or that a module's class has.
-    """
-    paths = {id(module): path for path, module in model.named_modules()}
-    found: set[tuple[int, str]] = set()
-    reads: set[tuple[str, str]] = set()
-
-    def look_up(module: nn.Module, name: str) -> Any:
-        if name == "__dict__" and not is_librarys(sys._getframe(1).f_globals["__name__"], "tpcompile"):
-            found.update((id(module), key) for key in object.__getattribute__(module, name))
-        found.add((id(module), name))
-        return object.__getattribute__(module, name)
-
-    with patch.object(nn.Module, "__getattribute__", look_up, create=True):
-        yield reads
-    reads |= {(paths[key], name) for key, name in found if key in paths and not is_ours(name)}
-
-
-def hooked(model: nn.Module) -> set[tuple[str, str]]:
-    """The tables of hooks that a trace runs: without these hooks, or with others, it is another program."""
-    tables = ("_forward_hooks", "_forward_pre_hooks")
-    return {(path, t) for path, module in model.named_modules() for t in tables if module.__dict__[t]}

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,8 +16,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from tpcompile.capture.caches.call_results import CacheState, Results, take_results
 from tpcompile.capture.export.autograd_functions import kept_functions
 from tpcompile.capture.export.fake_model import fake_input, fake_weight, no_fused_encoder, restore_after
-from tpcompile.capture.export.outer_state import Outer, outer_places, without_traced_results
-from tpcompile.capture.export.python_state import PythonState, hooked, recorded_reads
+from tpcompile.capture.export.open_sizes import types_of_numbers
+from tpcompile.capture.export.outer_places import Outer, outer_places, places_of
+from tpcompile.capture.export.outer_state import without_traced_results
+from tpcompile.capture.export.python_state import PythonState
+from tpcompile.capture.export.recorded_reads import hooked, recorded_reads
 from tpcompile.capture.export.state_writes import StateWrite, collect_writes
 from tpcompile.capture.export.switch_experts import install_output_hooks
 from tpcompile.ir.calls import call_model
@@ -208,7 +212,8 @@ def record_run(
             if isinstance(leaf, torch.Tensor):
                 known[id(leaf)] = Input(i, f"{tuple(leaf.shape)} {leaf.stride()} {leaf.dtype}")
         given = [flat[(twins or {}).get(i, i)] for i in range(len(flat))]
-        run.outer, hooks = tuple(outer_places(model)), hooked(model)  # without our own hooks
+        functions, strangers = list[FunctionType](), list[tuple[nn.Module, str]]()
+        run.outer, hooks = tuple(outer_places(model, functions)), hooked(model)  # without our own hooks
         stack.enter_context(without_traced_results(run.outer))
         stack.enter_context(_marking(model, repeats, run))
         stack.enter_context(no_fused_encoder())
@@ -219,20 +224,21 @@ def record_run(
         call = tree_unflatten(given, in_spec)
         install_output_hooks(model)
         state = PythonState(model)
-        run.reads = stack.enter_context(recorded_reads(model))
+        run.reads = stack.enter_context(recorded_reads(model, strangers))
+        stack.enter_context(types_of_numbers(functions, False))
         recorder.stage = "inside"
         result = call_model(model, call)
         recorder.stage = "after"
-        taken = take_results(call, result)
-        writes, left = collect_writes(state, 0)
-        run.writes, run.left = tuple(writes), tuple(name for name, _ in left)
-        _note_results(recorder, taken)
+        _note_results(recorder, take_results(call, result), state)
     run.reads |= hooks
+    run.outer += tuple(places_of(strangers))
     return run
 
 
-def _note_results(recorder: _Recorder, taken: Results) -> None:
+def _note_results(recorder: _Recorder, taken: Results, before: PythonState) -> None:
     run = recorder.run
+    writes, left = collect_writes(before, 0)
+    run.writes, run.left = tuple(writes), tuple(name for name, _ in left)
     run.out_spec, run.states = taken.out_spec, taken.states
     run.results = tuple(recorder.token(value) for value in taken.values)
     run.values = tuple(None if isinstance(value, torch.Tensor) else value for value in taken.values)
