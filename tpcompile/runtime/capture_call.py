@@ -78,6 +78,7 @@ def capture_call(runtime: State, model: nn.Module, bound: dict[str, Any], path: 
     runtime.captured += 1
     program.number = runtime.captured
     runtime.programs.append(program)
+    runtime.last.clear()
     if (note := forget_values(runtime.programs, bound)) and runtime.compiler.rank == 0:
         warnings.warn(note, stacklevel=2)
     return program

@@ -119,13 +119,13 @@ class Program:
 
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any], training: bool) -> bool:
         """Whether a call is one of this program's, apart from its structure; dynamo can trace it."""
-        if names != self.names or training != self.training or len(leaves) != len(self.example):
+        if names != self.names or not self.is_like(leaves) or identical(leaves, self.loose) != self.same:
             return False
-        if autocast_of(leaves) != self.autocast or torch.get_default_dtype() != self.default:
-            return False
-        if identical(leaves, self.loose) != self.same:
-            return False
-        if self.gradients is not None and gradients_of(leaves, self._trained()) != self.gradients:
+        return self.fits_now(leaves, training)
+
+    def is_like(self, leaves: Sequence[Any]) -> bool:
+        """Whether leaves have the types, ranks and python values of those that this was captured for."""
+        if len(leaves) != len(self.example):
             return False
         for at, (given, mine) in enumerate(zip(leaves, self.example, strict=True)):
             if at in self.numbers:
@@ -139,6 +139,16 @@ class Program:
                     return False
             elif not equal(given, mine):
                 return False
+        return True
+
+    def fits_now(self, leaves: Sequence[Any], training: bool) -> bool:
+        """Whether a call whose leaves are like the example's is one of its, by torch's modes and sizes."""
+        if training != self.training or autocast_of(leaves) != self.autocast:
+            return False
+        if torch.get_default_dtype() != self.default:
+            return False
+        if self.gradients is not None and gradients_of(leaves, self._trained()) != self.gradients:
+            return False
         return self.check(with_counts(leaves, self.numbers)) and (
             self.differentiable or not self._is_differentiated(leaves)
         )
@@ -192,7 +202,7 @@ class Program:
             self._write_buffers(flat)
         if gathers:
             flat = self._sharded(flat, gathers)
-        return self._rebuild(flat, bound)
+        return self._rebuild(flat, bound, leaves)
 
     def _sharded(self, flat: Sequence[Any], gathers: Mapping[int, Gathers]) -> list[Any]:
         """Results of which this rank has a part, as such; they are told apart by the number of the call."""
@@ -219,7 +229,7 @@ class Program:
         """The graph with regions that are computed again in backward, where gradients are recorded."""
         return self.compiled.lowered.recomputing if torch.is_grad_enabled() else None
 
-    def _rebuild(self, flat: Sequence[Any], bound: Mapping[str, Any]) -> Any:
+    def _rebuild(self, flat: Sequence[Any], bound: Mapping[str, Any], leaves: Sequence[Any]) -> Any:
         """The model's result; what its python leaves behind is left behind."""
         for write in self.captured.writes:
             if torch.compiler.is_dynamo_compiling() and write.is_read(self.captured.reads):
@@ -229,7 +239,7 @@ class Program:
                     todo="use parallelize(compile=True) instead of torch.compile around the model",
                 )
             write.write(self.root, flat)
-        return self.captured.unflatten(flat, bound)
+        return self.captured.unflatten(flat, bound, () if torch.compiler.is_dynamo_compiling() else leaves)
 
     def _plain(self, given: Sequence[Any]) -> tuple[Sequence[Any], dict[int, Gathers]]:
         """Runs this rank's graph on the tensors of a call; dynamo may trace it, with all results whole."""

@@ -31,6 +31,7 @@ class _Looks:
     found: list[Any] = field(default_factory=list)
     one: list[Callable[[], Any]] = field(default_factory=list)
     found_one: list[Any] = field(default_factory=list)
+    named: dict[str, tuple[list[Any], list[Any]]] = field(default_factory=dict)
 
     def all(self, look: Callable[[], Iterable[Any]]) -> None:
         """Adds a look at several objects."""
@@ -42,13 +43,22 @@ class _Looks:
         self.one.append(look)
         self.found_one.append(look())
 
+    def attribute(self, owner: Any, name: str) -> None:
+        """Adds a look at one attribute; all of one name are a single loop in C."""
+        owners, found = self.named.setdefault(name, ([], []))
+        owners.append(owner)
+        found.append(getattr(owner, name))
+
     def same(self) -> bool:
         """Whether everything is where it was; after the last place, ``_END`` tells if containers grow."""
         try:
+            for name, (owners, found) in self.named.items():
+                if not all(map(is_, map(attrgetter(name), owners), found)):
+                    return False
             return all(
                 map(is_, chain.from_iterable(map(call, self.many)), self.found),
             ) and all(map(is_, map(call, self.one), self.found_one))
-        except (KeyError, AttributeError):  # gone
+        except (KeyError, AttributeError, ValueError):  # gone
             return False
 
 
@@ -84,10 +94,12 @@ class QuickLook:
         present = [name for name in names if getattr(owner, name, MISSING) is not MISSING]
         for name in {*names} - {*present}:
             self._others.single(partial(getattr, owner, name, MISSING))
-        if present:
-            self._others.all(partial(attrgetter(*present, present[0]), owner))
-            for name in present:
-                self._into(getattr(owner, name), None, 0)
+        if len(present) == 1:
+            self._others.attribute(owner, present[0])
+        elif present:
+            self._others.all(partial(attrgetter(*present), owner))
+        for name in present:
+            self._into(getattr(owner, name), None, 0)
 
     def slow(self, look: Callable[[], bool]) -> None:
         """Adds what can only be found out by comparing."""

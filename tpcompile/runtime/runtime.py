@@ -14,7 +14,7 @@ from tpcompile.capture.caches.layers import is_count
 from tpcompile.capture.divide_caches import divide_caches
 from tpcompile.errors import RanksApart, TpCompileError
 from tpcompile.ir.calls import flatten_call, leaf_names
-from tpcompile.ir.torch_internals import peek_interpreter_stack
+from tpcompile.ir.torch_internals import TreeSpec, peek_interpreter_stack
 from tpcompile.ranks.compare_calls import can_compare
 from tpcompile.ranks.compare_order import compare_order
 from tpcompile.ranks.lost_ranks import is_loss, lost
@@ -22,6 +22,7 @@ from tpcompile.ranks.turns import own_turn
 
 from .capture_call import capture_call
 from .guards import Entry, hooks_below
+from .last_call import last_call
 from .parts import compose_call, run_parts, try_parts
 from .program import Program, device_of, sizes_of_call
 from .state import State
@@ -44,7 +45,33 @@ class Runtime(State):
         if torch.compiler.is_dynamo_compiling():
             return self._call(model, args, kwargs, entry)
         with own_turn(self.group_name):
-            return self._call(model, args, kwargs, entry)
+            again = self._again(model, args, kwargs, "" if entry is None else entry.path)
+            return self._call(model, args, kwargs, entry) if again is None else self._run_uncast(*again)
+
+    def _again(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], path: str
+    ) -> tuple[Program, Sequence[Any], dict[str, Any]] | None:
+        """A call that equals the last one but for values and sizes, and its program; None: look for it."""
+        last = self.last.get(path)
+        if last is None or self.compare_calls or hooks_below(model, path, self.hooks):
+            return None
+        if (call := last.read(args, kwargs)) is None:
+            return None
+        (bound, leaves), program = call, last.program
+        if len(program.seen) < _MOST_SIZES and sizes_of_call(leaves) not in program.seen:
+            return None
+        _refuse_transforms()
+        self.note_types(model)
+        training = model.get_submodule(path).training
+        if any(self._is_for(p, leaves, training) for p in last.rivals):
+            return None
+        return (program, leaves, bound) if self._is_for(program, leaves, training) else None
+
+    def _is_for(self, program: Program, leaves: Sequence[Any], training: bool) -> bool:
+        """Whether a program is a call's whose structure and leaves are like its."""
+        if program.types != self.settings.types or not program.fits_now(leaves, training):
+            return False
+        return program.reads.hold(self.settings.state)
 
     def _call(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None
@@ -73,6 +100,28 @@ class Runtime(State):
             return run_parts(self, model, bound, path, entry)
         if not torch.compiler.is_dynamo_compiling():
             self._compare_first(program, model, bound, leaves)
+            self._note_call(program, (args, kwargs), entry, bound, leaves, spec)
+        return self._run_uncast(program, leaves, bound)
+
+    def _note_call(
+        self,
+        program: Program,
+        call: tuple[Sequence[Any], Mapping[str, Any]],
+        entry: Entry | None,
+        bound: dict[str, Any],
+        leaves: Sequence[Any],
+        spec: TreeSpec,
+    ) -> None:
+        """Has calls like this one know their program, once a program was found twice in a row."""
+        if self.found is program:
+            earlier = self.programs[: next(i for i, p in enumerate(self.programs) if p is program)]
+            signature = (entry or self).signature
+            if (last := last_call(program, earlier, signature, call, bound, leaves, spec)) is not None:
+                self.last[program.entry] = last
+        self.found = program
+
+    def _run_uncast(self, program: Program, leaves: Sequence[Any], bound: dict[str, Any]) -> Any:
+        """Runs a program, which has the casts of its autocast mode in it."""
         if program.autocast is None:
             return self.run(program, leaves, bound)
         with torch.autocast(device_of(leaves), enabled=False):

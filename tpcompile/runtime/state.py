@@ -21,6 +21,7 @@ from tpcompile.weights.sharded_parameter import ShardedParameter
 from tpcompile.weights.sharded_weights import ShardedWeights
 
 from .guards import Entry, Hook, open_paths
+from .last_call import LastCall
 from .program import Program, autocast_of
 from .settings import Settings
 from .watched_module import ENTRY
@@ -53,6 +54,8 @@ class State:
         number: tells the model from others over the same ranks; equal on all of them.
         captured: how many programs it has had.
         running: how many calls are being worked on: what the model's own code changes is not a new setting.
+        found: the program that was looked for, and found, last.
+        last: per path that is called, how to know another call like the last one.
     """
 
     compiler: Compiler
@@ -77,6 +80,8 @@ class State:
     custom: CustomModules = field(default_factory=CustomModules)
     foreign: bool = False
     lent: dict[tuple[int, str], int] = field(default_factory=dict)
+    found: Program | None = field(init=False, default=None)
+    last: dict[str, LastCall] = field(init=False, default_factory=dict)
 
     @property
     def group_name(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import is_
 from typing import Any
 
 import torch
@@ -140,7 +142,21 @@ class Captured:
             return f"a size of the program follows from no input size: {error}"
         return None
 
-    def unflatten(self, flat_outputs: Sequence[Any], bound: Mapping[str, Any]) -> Any:
+    @cached_property
+    def _where_states_were(self) -> tuple[tuple[int, ...] | None, ...]:
+        """Per state the places of the call's leaves that it was; None: that does not say all of it."""
+        places = {spec.name: at for at, spec in enumerate(self.user_inputs)}
+        at, found = self.out_spec.num_leaves, list[tuple[int, ...] | None]()
+        for state in self.states:
+            names = [spec.name for spec in self.outputs[at : at + state.count]]
+            all_said = places.keys() >= {*names} and not any(facts for _, (_, facts) in state.layers)
+            found.append(tuple(map(places.__getitem__, names)) if all_said else None)
+            at += state.count
+        return tuple(found)
+
+    def unflatten(
+        self, flat_outputs: Sequence[Any], bound: Mapping[str, Any], leaves: Sequence[Any] = ()
+    ) -> Any:
         """Rebuild the model's own output structure from the graph's flat outputs.
 
         Caches that the call was given get their new state, and stand in the result where the model returned
@@ -149,6 +165,7 @@ class Captured:
         Args:
             flat_outputs: what the graph returned.
             bound: the call.
+            leaves: the call, flat: a cache that was written in place is left alone; none: do not look.
 
         Raises:
             TpCompileError: there are more or fewer outputs than the program has.
@@ -161,8 +178,10 @@ class Captured:
                 todo="report this program: it is a mistake of tpcompile",
             )
         at = count
-        for state in self.states:
-            state.put(bound[state.argument], flat_outputs[at : at + state.count])
+        for state, was in zip(self.states, self._where_states_were, strict=True):
+            now = flat_outputs[at : at + state.count]
+            if was is None or not leaves or not all(map(is_, now, map(leaves.__getitem__, was))):
+                state.put(bound[state.argument], now)
             at += state.count
         results = [
             bound[spec.value.argument] if isinstance(spec.value, GivenCache) else value

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .captured import Captured
+from .specs import Extent
 
 Check = Callable[[Sequence[Any]], bool]
 
@@ -19,19 +20,28 @@ def size_check(captured: Captured) -> Check:
     """
     known: set[str] = set()
     terms: list[str] = []
-    later: list[str] = []
+    later: list[tuple[int, int, Extent]] = []
+    seen: set[int] = set()
+
+    def size(leaf: int, dim: int) -> str:
+        """A size as code: a tensor is asked for its shape once."""
+        if leaf in seen:
+            return f"shape{leaf}[{dim}]"
+        seen.add(leaf)
+        return f"(shape{leaf} := leaves[{leaf}].shape)[{dim}]"
+
     for i, spec in enumerate(captured.user_inputs):
         for dim, extent in enumerate(spec.extents or ()):
-            size = f"leaves[{i}].shape[{dim}]"
             if isinstance(extent, int) or extent in known:
-                terms.append(f"{size} == {extent}")
+                terms.append(f"{size(i, dim)} == {extent}")
             elif extent in captured.ranges:
                 known.add(extent)
-                terms += _bounded(f"({extent} := {size})", extent, captured.ranges[extent])
+                terms += _bounded(f"({extent} := {size(i, dim)})", extent, captured.ranges[extent])
             else:
-                later.append(f"{size} == {extent}")
-    later += [f"({guard})" for guard in captured.guards]
-    text = f"lambda leaves: {' and '.join([*terms, *later]) or 'True'}"
+                later.append((i, dim, extent))
+    terms += [f"{size(i, dim)} == {extent}" for i, dim, extent in later]
+    terms += [f"({guard})" for guard in captured.guards]
+    text = f"lambda leaves: {' and '.join(terms) or 'True'}"
     # Printed by torch for python, from the program's own symbols: nothing of the user's.
     check: Check = eval(text, {"math": math, "__name__": __name__})
     return check if _is_closed(check) else lambda leaves: False
