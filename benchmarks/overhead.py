@@ -3,8 +3,9 @@
     python -m benchmarks.overhead [--rounds 15] [--calls 20] [--layers 8] [--tokens 64] [--skip generate]
 
 One rank, one thread, a llama so small that nothing but overhead counts. The variants take turns in every
-round; the first one comes a second time, which tells the noise. Prints, as a markdown table, of the means of all rounds the median and the least, on the clock and of
-the CPU, and the ratios of these to the first variant's: of the medians, round by round, and of the least.
+round; the first one comes a second time, which tells the noise. Prints, as a markdown table, of the means of
+all rounds the median and the least, on the clock and of the CPU, and the ratios of these to the first
+variant's: of the medians, round by round, and of the least.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from tpcompile.ir.graph_edit import KEPT_META, fake_mode, value_of
 from tpcompile.ir.markers import Axes
-from tpcompile.ir.torch_internals import ConstantSource, FakeTensorMode
+from tpcompile.ir.torch_internals import FakeTensorMode
 from tpcompile.planner.global_program import GlobalProgram
 
 from .local_module import LocalModule
@@ -136,6 +136,8 @@ def lenient(target: Any) -> Any:
 
 def _new_size(mode: FakeTensorMode, number: int) -> torch.SymInt:
     """A size of its own, of which nothing is known but that it is neither 0 nor 1."""
+    from tpcompile.ir.dynamo_internals import ConstantSource
+
     env = mode.shape_env
     assert env is not None, "sizes are symbolic"
     source = ConstantSource(f"positions_{number}")

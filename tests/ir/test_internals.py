@@ -8,6 +8,8 @@ import importlib
 import inspect
 import operator
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ from typing import Any
 import pytest
 
 from tests.helpers.source_tree import MODULES, imported_names, parsed
-from tpcompile.ir import hf_internals, torch_internals
+from tpcompile.ir import dynamo_internals, hf_internals, torch_internals
 
-INTERNALS = (torch_internals, hf_internals)
+INTERNALS = (torch_internals, dynamo_internals, hf_internals)
 ATTRIBUTES = [
     pytest.param(owner, name, id=f"{owner}.{name}")
     for module in INTERNALS
@@ -49,6 +51,13 @@ def test_an_attribute_is_there(owner: str, name: str) -> None:
     users = [module for module, path in MODULES.items() if name in _private_names(path)]
     assert users, "nobody needs it"
     assert _has(owner, name), f"needed by {', '.join(users)}"
+
+
+def test_dynamo_is_not_loaded_with_the_package() -> None:
+    heavy = ("torch._dynamo", "torch._inductor", "torch._functorch.aot_autograd")
+    code = f"import sys, tpcompile; print(*sys.modules.keys() & {heavy})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
 
 
 def _has(owner: str, name: str) -> bool:

@@ -23,10 +23,6 @@ from torch._C._distributed_c10d import _resolve_process_group as resolve_process
 from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards, dict_version
 from torch._C._functorch import peek_interpreter_stack
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo import config as dynamo_config
-from torch._dynamo import mark_static_address
-from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._higher_order_ops import invoke_subgraph
@@ -46,7 +42,6 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._storage_utils import _storage_setup as storage_setup
 from torch.distributed.fsdp._fully_shard import _fully_shard as fully_shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.export import _trace as export_trace
 from torch.utils import _foreach_utils as foreach_utils
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
@@ -70,7 +65,6 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 __all__ = [
     "BroadcastOptions",
     "CeilDiv",
-    "ConstantSource",
     "DTensorSpec",
     "DataDependentOutputException",
     "DisableTorchFunction",
@@ -89,7 +83,6 @@ __all__ = [
     "Mod",
     "OpOverload",
     "OpOverloadPacket",
-    "OptimizedModule",
     "OtherBackend",
     "PythonPrinter",
     "PythonReferenceAnalysis",
@@ -107,9 +100,7 @@ __all__ = [
     "disabled_torch_function_impl",
     "dispatch_has_kernel",
     "dispatch_has_kernel_for_dispatch_key",
-    "dynamo_config",
     "enable_python_dispatcher",
-    "export_trace",
     "flatten_state_dict",
     "foreach_utils",
     "fully_shard",
@@ -122,7 +113,6 @@ __all__ = [
     "is_any_autocast_enabled",
     "is_traceable_wrapper_subclass",
     "len_torch_dispatch_stack",
-    "mark_static_address",
     "no_dispatch",
     "peek_interpreter_stack",
     "pytree",
@@ -149,7 +139,6 @@ PRIVATE_ATTRIBUTES = {
         "_use_count",
     ),
     "torch.UntypedStorage": ("_cdata",),
-    "torch._dynamo.eval_frame:OptimizedModule": ("_orig_mod",),
     "torch._ops:OpOverload": ("_opname", "_overloadname", "_schema"),
     "torch._functorch._aot_autograd.frontend_utils": (
         "_dynamo_source",
@@ -166,7 +155,6 @@ PRIVATE_ATTRIBUTES = {
     "torch.distributed.distributed_c10d": ("_get_default_store", "_new_process_group_helper", "_world"),
     "torch.distributed.fsdp._fully_shard._fully_shard": ("_get_modules_and_states",),
     "torch.distributed.tensor:DTensor": ("_local_tensor",),
-    "torch.export._trace": ("_compiling_state_context",),
     "torch.fx.Graph": ("_graph_namespace",),
     "torch.fx.graph:_Namespace": ("_used_names",),
     "torch.fx.experimental.symbolic_shapes:ShapeEnv": ("_maybe_evaluate_static",),

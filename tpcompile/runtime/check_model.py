@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.torch_internals import FakeTensor, OptimizedModule
+from tpcompile.ir.torch_internals import FakeTensor
 
 from .watched_module import WatchedModule
 
@@ -21,6 +21,8 @@ def check_model(model: nn.Module) -> None:
     Raises:
         TpCompileError: it is sharded already, wrapped, scripted, or has no forward.
     """
+    from tpcompile.ir.dynamo_internals import OptimizedModule
+
     where = type(model).__name__
     sharded = next((name for name, part in model.named_modules() if isinstance(part, WatchedModule)), None)
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, OptimizedModule, torch.jit.ScriptModule)

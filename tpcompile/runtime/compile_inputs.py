@@ -14,7 +14,6 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from tpcompile.capture.export.read_guards import to_python
 from tpcompile.ir.torch_internals import (
-    ConstantSource,
     FakeTensorMode,
     TracingContext,
     functorch_config,
@@ -99,6 +98,8 @@ def trace_inputs(
         extents: per placeholder the names of its sizes; None for what the model has.
         open_extents: the names of sizes that are to be symbols.
     """
+    from tpcompile.ir.dynamo_internals import ConstantSource
+
     mode = FakeTensorMode(shape_env=ShapeEnv())
     env: Any = mode.shape_env
     grad = torch.is_grad_enabled()

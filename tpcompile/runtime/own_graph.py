@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from tpcompile.ir.graph_edit import copied
-from tpcompile.ir.torch_internals import ConstantSource, invoke_subgraph, tag_activation_checkpoint
+from tpcompile.ir.torch_internals import invoke_subgraph, tag_activation_checkpoint
 from tpcompile.lowering.recompute import body_of
 
 
@@ -43,6 +43,8 @@ def own_graph(module: GraphModule, fixed: Sequence[bool], kept: Sequence[bool]) 
 
 def copy_graph(module: GraphModule) -> GraphModule:
     """A copy that a backend may change, with what dynamo would leave there for AOTAutograd to find."""
+    from tpcompile.ir.dynamo_internals import ConstantSource
+
     made = GraphModule(module, copied(module.graph)[0], "CompiledProgram")
     for node in made.graph.find_nodes(op="placeholder"):
         node._dynamo_source = ConstantSource(node.name)

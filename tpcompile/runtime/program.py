@@ -22,7 +22,7 @@ from tpcompile.planner.report.notebook import graph_html
 
 from .compile_step import CompiledSteps, compiled_steps
 from .fetch_inputs import Feed, make_fetch
-from .settings import Reads
+from .settings import Reads, found_out_once
 from .sharded_result import Gathers, ShardedResult, defer_gathers
 
 
@@ -157,7 +157,7 @@ class Program:
         """Which weights want gradients; dynamo, which must not trace them, finds it out once."""
         return self._trained_now() if torch.compiler.is_dynamo_compiling() else trained_weights(self.feeds)
 
-    @torch.compiler.assume_constant_result
+    @found_out_once
     def _trained_now(self) -> tuple[bool, ...]:
         return trained_weights(self.feeds)
 

@@ -29,10 +29,15 @@ from .state import State
 
 _MOST_SIZES = 8
 """Of how many sizes of its calls a program's first one is compared: a mistake shows soon, if at all."""
+_NO_PROGRAM = "no program was captured for this call: call model.capture(...) with it first"
 
 
 class Runtime(State):
     """The state of a sharded model, and what its calls do."""
+
+    def __post_init__(self) -> None:
+        # Under torch.compile(fullgraph=True) the reason is the error; otherwise the graph breaks here.
+        self._capture_and_run = torch.compiler.disable(_capture_and_run, reason=_NO_PROGRAM)
 
     def call(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None = None
@@ -93,7 +98,7 @@ class Runtime(State):
         program = self.find(names, leaves, spec, training, path)
         if program is None or (self.lent and torch.compiler.is_dynamo_compiling()):
             if (path, names) not in self.composed:
-                answer = _capture_and_run(self, model, bound, path)
+                answer = self._capture_and_run(self, model, bound, path)
                 if answer is not NotImplemented:
                     return answer
                 return try_parts(self, model, bound, path, entry)
@@ -195,8 +200,6 @@ def _refuse_transforms() -> None:
         )
 
 
-# Under torch.compile(fullgraph=True) the reason is the error; without fullgraph the graph breaks here.
-@torch.compiler.disable(reason="no program was captured for this call: call model.capture(...) with it first")
 def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], path: str) -> Any:
     if runtime.layout is not None and runtime.caches:
         divide_caches(bound, runtime.caches, runtime.layout, runtime.compiler.rank)

@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from tpcompile.capture.export.python_state import MISSING, Shot, form_shot, shot
 
 from .quick_look import QuickLook
 from .replaced_forward import LIFTED
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Settings:
@@ -68,6 +70,12 @@ class Settings:
             return type(value).__name__, value  # the type because 1 == 1.0 == True
         self._objects.append(value)
         return id(value)
+
+
+def found_out_once(function: Function) -> Function:
+    """As ``torch.compiler.assume_constant_result``, without loading dynamo for whoever does not need it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Reads:
@@ -121,7 +129,7 @@ class Reads:
         """Whether all is as it was; while dynamo traces, it is found out once for each ``Settings.state``."""
         return self._hold_now(state) if torch.compiler.is_dynamo_compiling() else self._hold()
 
-    @torch.compiler.assume_constant_result
+    @found_out_once
     def _hold_now(self, state: int) -> bool:
         return self._hold()
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.torch_internals import mark_static_address
 
 from .form import LayerFacts, LayerForm, Parts
 from .state_layers import state_forms
@@ -150,6 +149,8 @@ def _put_static(layer: Any, parts: Parts, facts: LayerFacts) -> None:
     layer.batch_size, layer.num_heads, _, layer.k_head_dim = layer.keys.shape
     layer.v_head_dim = layer.values.shape[-1]
     if not torch.compiler.is_compiling():
+        from tpcompile.ir.dynamo_internals import mark_static_address
+
         for tensor in (layer.keys, layer.values, layer.cumulative_length):
             mark_static_address(tensor)
 

@@ -18,7 +18,7 @@ from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.caches.register import register_cache_support
 from tpcompile.errors import OnlyInParts, TpCompileError
 from tpcompile.ir.calls import OpenNumber, flatten_call, identical, leaf_names
-from tpcompile.ir.torch_internals import FakeTensorMode, dynamo_config
+from tpcompile.ir.torch_internals import FakeTensorMode
 
 from .autograd_functions import kept_functions
 from .captured import Captured
@@ -210,6 +210,8 @@ def _cached_results(attempt: Attempt) -> AbstractContextManager[object]:
     To keep a result whose sizes are symbols takes longer than most calls: captures took up to twice as long.
     """
     static = all(spec is None for spec in attempt.dynamic)
+    from tpcompile.ir.dynamo_internals import dynamo_config
+
     return dynamo_config.patch(fake_tensor_cache_enabled=static)
 
 

@@ -12,7 +12,6 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from tpcompile.errors import CannotCapture
 from tpcompile.ir.torch_internals import (
-    ConstantSource,
     DisableTorchFunction,
     FakeTensor,
     FakeTensorMode,
@@ -72,6 +71,8 @@ def is_elementwise(run: Run, name: str, inputs: Sequence[Tensor]) -> bool:
 
 
 def _unknown(env: ShapeEnv, dim: int) -> Any:
+    from tpcompile.ir.dynamo_internals import ConstantSource
+
     hint = _PRIMES[dim % len(_PRIMES)]
     symbol = env.create_symbol(hint, ConstantSource(f"size{dim}"), DimDynamic.DYNAMIC)
     return env.create_symintnode(symbol, hint=hint)

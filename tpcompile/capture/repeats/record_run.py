@@ -33,7 +33,6 @@ from tpcompile.ir.torch_internals import (
     no_dispatch,
     tree_unflatten,
 )
-from tpcompile.ir.torch_internals import export_trace as _trace
 
 from .blocks import Repeat
 
@@ -194,6 +193,8 @@ def record_run(
         names: the first name in the whole model of every parameter and buffer, by id.
         twins: leaves that are not given, with the leaf that is given in their place.
     """
+    from tpcompile.ir.dynamo_internals import export_trace
+
     # Sizes that depend on data become symbols instead of errors; those of the inputs stay numbers.
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     run = RecordedRun()
@@ -217,7 +218,7 @@ def record_run(
         stack.enter_context(without_traced_results(run.outer))
         stack.enter_context(_marking(model, repeats, run))
         stack.enter_context(no_fused_encoder())
-        stack.enter_context(_trace._compiling_state_context())  # type: ignore[attr-defined]
+        stack.enter_context(export_trace._compiling_state_context())  # type: ignore[attr-defined]
         stack.enter_context(mode)
         recorder = stack.enter_context(_Recorder(run, known, len(leaves)))
         stack.enter_context(kept_functions(recorder.note))

@@ -1,0 +1,21 @@
+"""What is taken from dynamo and from torch.export although it is not public.
+
+Loading them takes longer than all of the package: whoever needs a name of these imports it in a function.
+"""
+
+from __future__ import annotations
+
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import mark_static_address
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.source import ConstantSource
+from torch.export import _trace as export_trace
+
+__all__ = ["ConstantSource", "OptimizedModule", "dynamo_config", "export_trace", "mark_static_address"]
+
+PRIVATE_ATTRIBUTES = {
+    "torch._dynamo.decorators": ("_dynamo_marked_constant",),
+    "torch._dynamo.eval_frame:OptimizedModule": ("_orig_mod",),
+    "torch.export._trace": ("_compiling_state_context",),
+}
+"""See ``torch_internals``."""
