@@ -35,7 +35,8 @@ _NO_PROGRAM = "no program was captured for this call: call model.capture(...) wi
 class Runtime(State):
     """The state of a sharded model, and what its calls do."""
 
-    def __post_init__(self) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # Under torch.compile(fullgraph=True) the reason is the error; otherwise the graph breaks here.
         self._capture_and_run = torch.compiler.disable(_capture_and_run, reason=_NO_PROGRAM)
 
