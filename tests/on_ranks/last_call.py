@@ -89,15 +89,10 @@ def _set_shift(model: Any) -> None:
     model.table["shift"] = 4.0
 
 
-def _freeze(model: Any) -> None:
-    model.up.requires_grad_(False)
-
-
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "attribute": _set_scale,
     "inside of an attribute": _set_shift,
     "mode": lambda model: model.train(),
-    "frozen": _freeze,
     "type": lambda model: model.double(),
 }
 
@@ -118,18 +113,12 @@ def changes() -> dict[str, Any]:
             wrong[what] = found
 
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
-        "value": ((x, more), {"times": 2.0}),
         "sign of zero": ((x, more), {"times": -0.0}),
-        "type of a value": ((x, more), {"times": 1}),
         "None given": ((x, more), {"times": 1.0, "mask": None}),
         "what was None": ((x, more), {"times": 1.0, "mask": vector}),
         "keys": ((x, {"b": more["a"]}), {"times": 1.0}),
-        "order of keys": ((x, {"b": x + 1, "a": more["a"]}), {"times": 1.0}),
-        "one more": ((x, {**more, "b": x + 1}), {"times": 1.0}),
         "dimensions": ((x[None], more), {"times": 1.0}),
-        "one row": ((x[:1], {"a": more["a"][:1]}), {"times": 1.0}),
         "the same tensor": ((x, {"a": x}), {"times": 1.0}),
-        "by keyword": ((x,), {"more": more, "times": 1.0}),
         "a parameter": ((nn.Parameter(x), more), {"times": 1.0}),
         "not contiguous": ((x.t().contiguous().t(), more), {"times": 1.0}),
     }
@@ -146,8 +135,8 @@ def changes() -> dict[str, Any]:
     for what, (args, kwargs) in calls.items():
         usual(what)
         both(what, *args, **kwargs)
-    modes = {"autocast": torch.autocast("cpu", torch.bfloat16), "inference": torch.inference_mode()}
-    for what, mode in {**modes, "no gradients": torch.no_grad()}.items():
+    modes = {"autocast": torch.autocast("cpu", torch.bfloat16), "no gradients": torch.no_grad()}
+    for what, mode in modes.items():
         usual(what)
         both(what, x, more, times=1.0, under=mode)
     for what, change in CHANGES.items():

@@ -381,6 +381,21 @@ def test_a_static_cache_without_data() -> None:
     assert_short(model, bind_call(model, (), {"input_ids": tokens(2, 7), "past_key_values": cache}))
 
 
+@pytest.mark.parametrize(("kind", "changes"), [("llama", {}), ("gemma2", {"sliding_window": 5})])
+def test_static_caches_of_all_layers_are_written_in_place(kind: str, changes: dict[str, Any]) -> None:
+    """The last layer's too, whose own tensors the captured call does not have."""
+    model = tiny(kind, 12 if kind == "gemma2" else 6, **changes)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=12)
+    with torch.no_grad():
+        model(input_ids=tokens(2, 3), past_key_values=cache)
+    step = bind_call(model, (), {"input_ids": tokens(2, 1), "past_key_values": cache})
+    short = capture_repeated(model, step)
+    assert short.blocks is not None, short.notes
+    written = {spec.name for spec in capture(model, step).outputs if spec.in_place}
+    assert len(written) > model.config.num_hidden_layers
+    assert {spec.name for spec in short.whole_outputs if spec.in_place} == written
+
+
 def test_a_cache_of_open_length() -> None:
     model = tiny("llama", 6)
     with torch.no_grad():

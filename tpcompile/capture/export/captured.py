@@ -178,9 +178,10 @@ class Captured:
                 todo="report this program: it is a mistake of tpcompile",
             )
         at = count
-        for state, was in zip(self.states, self._where_states_were, strict=True):
+        places = self._where_states_were if leaves else (None,) * len(self.states)
+        for state, was in zip(self.states, places, strict=True):
             now = flat_outputs[at : at + state.count]
-            if was is None or not leaves or not all(map(is_, now, map(leaves.__getitem__, was))):
+            if was is None or not all(map(is_, now, map(leaves.__getitem__, was))):
                 state.put(bound[state.argument], now)
             at += state.count
         results = [

@@ -84,6 +84,7 @@ def _capture_short(
     _share_constants(captured)
     _share_sizes(graph)
     outputs, results = _arrange_results(captured, repeats, evidence)
+    outputs = _written_alike(outputs, {names[i]: names[twin] for i, (twin, _) in evidence.twins.items()})
     _refuse_loose(captured, inside)
     captured.graph_module.recompile()
     for number, repeat in enumerate(repeats):
@@ -178,6 +179,15 @@ def _arrange_results(
     drop_unused(graph)
     added = [Derived(at) for at in range(len(kept), len(captured.outputs))]
     return (*whole, *mutations), (*recipe.results, *added)
+
+
+def _written_alike(outputs: Sequence[OutputSpec], twins: Mapping[str, str]) -> tuple[OutputSpec, ...]:
+    """Results of which those that belong to a leaf left out are written in place as its twin's are.
+
+    In the captured call the two are one tensor, which is written as the twin.
+    """
+    written = {spec.name for spec in outputs if spec.in_place}
+    return tuple(replace(o, in_place=o.in_place or twins.get(o.name) in written) for o in outputs)
 
 
 def _share_sizes(graph: Graph) -> None:
