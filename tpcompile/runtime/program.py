@@ -143,9 +143,8 @@ class Program:
 
     def fits_now(self, leaves: Sequence[Any], training: bool) -> bool:
         """Whether a call whose leaves are like the example's is one of its, by torch's modes and sizes."""
-        if training != self.training or autocast_of(leaves) != self.autocast:
-            return False
-        if torch.get_default_dtype() != self.default:
+        modes = (training, autocast_of(leaves), torch.get_default_dtype())
+        if modes != (self.training, self.autocast, self.default):
             return False
         if self.gradients is not None and gradients_of(leaves, self._trained()) != self.gradients:
             return False
@@ -163,10 +162,9 @@ class Program:
 
     def _is_differentiated(self, leaves: Sequence[Any]) -> bool:
         """Whether gradients of a call will be asked for."""
-        if not torch.is_grad_enabled():
-            return False
         weights = (f.held() for f in self.feeds if isinstance(f, Feed) and f.module)
-        return any(isinstance(x, Tensor) and x.requires_grad for x in (*weights, *leaves))
+        wanted = (isinstance(x, Tensor) and x.requires_grad for part in (weights, leaves) for x in part)
+        return torch.is_grad_enabled() and any(wanted)
 
     def run(
         self, leaves: Sequence[Any], bound: Mapping[str, Any], options: dict[str, Any] | None = None
@@ -252,8 +250,7 @@ class Program:
         if not torch.compiler.is_compiling():
             graph_module, gathers = self.short[id(graph_module)]
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
-        flat: Sequence[Any] = graph_module.forward(*fetch(given))
-        return flat, gathers
+        return graph_module.forward(*fetch(given)), gathers
 
     def _write_buffers(self, flat: Sequence[Any]) -> None:
         buffers = self.fetch_mutated(())
