@@ -72,6 +72,7 @@ _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_la
 # Where the usual sizes do not fit together, these are tried in turn.
 _VARIANTS: tuple[dict[str, int | None], ...] = (
     {},
+    {"pad_token_id": 0},  # where rows end is found by it
     {"num_heads": 16},  # an inner width of twice the hidden size has twice the heads
     {"num_key_value_heads": 8},
     {"head_dim": None},
@@ -95,7 +96,7 @@ def _shrunk(config: PreTrainedConfig, variant: dict[str, int | None]) -> dict[st
             new[name] = _TOKENS.get(name, min(value, 1))
         elif type(value) is int and (size := sizes.get(name)) is not None:
             new[name] = min(value, size)
-        elif value is None and name in sizes and ("expert" in name or name == "vocab_size"):
+        elif value is None and name in sizes and ("expert" in name or name in ("vocab_size", "pad_token_id")):
             new[name] = sizes[name]
         elif isinstance(value, dict) and "mrope_section" in value:
             new[name] = _short_sections(value)
