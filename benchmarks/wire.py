@@ -37,6 +37,9 @@ HIDDEN, BATCH, LENGTH = 64, 2, 16
 class Wire(TorchDispatchMode):
     """Counts collectives, and the bytes that this rank sends.
 
+    What ranks compare with each other is not counted: it goes to one rank and back to all (``gather`` and
+    ``broadcast`` of the group itself), and only now and then.
+
     Args:
         ranks: how many ranks share them.
     """
@@ -49,8 +52,9 @@ class Wire(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.namespace in ("_c10d_functional", "c10d"):
-            name = func._schema.name.split("::")[1].strip("_")
+        name = func._schema.name.split("::")[1].strip("_")
+        compares = func.namespace == "c10d" and name in ("gather", "broadcast")
+        if func.namespace in ("_c10d_functional", "c10d") and not compares:
             if "all_reduce" in name or "allreduce" in name:
                 self._note("all_reduce", 2.0, args)
             elif "gather" in name:

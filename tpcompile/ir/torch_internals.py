@@ -167,6 +167,7 @@ PRIVATE_ATTRIBUTES = {
         "_forward_pre_hooks",
         "_is_full_backward_hook",
         "_modules",
+        "_non_persistent_buffers_set",
         "_parameters",
     ),
     "torch.nn.utils.stateless": ("_functional_call",),
