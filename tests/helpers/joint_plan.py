@@ -38,8 +38,7 @@ class JointPlan:
         self.facts, self.axis_sizes = facts, axis_sizes
         self.problem, self.unavoidable = Problem(), 0.0
         # The choices and holdings that are possible on the first axis are all that there are.
-        alone = AxisProblem(facts, axis_sizes, 0, {}, {})
-        alone.solve()
+        alone = AxisProblem(facts, axis_sizes, 0, {}, {}).build()
         self.ways = {n: list(self._combine(o, self._possible(n))) for n, o in alone.options.items()}
         self.holdings = {p: list(self._combine(h, self._may_hold(p))) for p, h in alone.holdings.items()}
 
