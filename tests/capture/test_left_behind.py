@@ -63,6 +63,7 @@ NUMBERS = np.random.default_rng(0)
     ("held", "act"),
     [
         (np.zeros(2), lambda model, x, box: x * float(model.held.__iadd__(1)[0])),
+        (np.zeros(()), lambda model, x, box: x * float(model.held.__iadd__(1))),
         (bytearray(b"0"), lambda model, x, box: model.held.append(1)),
         ([array("d", [1.0])], lambda model, x, box: model.held[0].append(1)),
         ({"draw": random.Random(0)}, lambda model, x, box: x * model.held["draw"].random()),

@@ -118,9 +118,18 @@ def _hooked(x: Tensor) -> Tensor:
     return x
 
 
+def _saved(x: Tensor) -> Tensor:
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            return x
+    except Exception:
+        return x * 2
+
+
 @pytest.mark.parametrize(
     ("ask", "said"),
     [
+        (_saved, "what autograd saves"),
         (_tried, "only while it is traced"),
         (_suppressed, "only while it is traced"),
         (_hooked, "registers a hook"),

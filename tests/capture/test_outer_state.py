@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tpcompile.capture.export.capture_model import capture
 from tpcompile.capture.export.outer_places import outer_places
 from tpcompile.capture.export.python_state import shot
+from tpcompile.capture.repeats.capture_repeated import capture_repeated
 from tpcompile.errors import CannotCapture
 from tpcompile.ir.calls import bind_call
 from tpcompile.runtime.settings import Reads
@@ -209,11 +210,76 @@ def test_memory_and_modules_out_of_sight_are_noticed(act: Any, change: Any) -> N
     assert not reads.hold(0)
 
 
-def test_modules_out_of_sight_are_not_changed() -> None:
-    model = Holding(lambda m, x: x * (setattr(m.hidden[1], "p", m.hidden[1].p / 2) or 1))
-    with pytest.raises(CannotCapture, match="no part of it"):
+def _halved(m: Any, x: Tensor) -> Tensor:
+    m.hidden[1].p /= 2
+    return x
+
+
+def _appended(m: Any, x: Tensor) -> Tensor:
+    m.hidden[1].seen.append(1)
+    return x * len(m.hidden[1].seen)
+
+
+def _counted(m: Any, x: Tensor) -> Tensor:
+    m.hidden[1].count = m.hidden[1].count + 1
+    return x * m.hidden[1].count
+
+
+def _failing(m: Any, x: Tensor) -> Tensor:
+    raise ValueError(_appended(m, _halved(m, x)))
+
+
+def _made(m: Any, x: Tensor) -> Tensor:
+    made = nn.Dropout(0.5)
+    made.p -= 0.5
+    y: Tensor = made(x)
+    return y
+
+
+@pytest.mark.parametrize("act", [_halved, _appended, _counted, _failing])
+def test_modules_out_of_sight_are_not_changed(act: Any) -> None:
+    model = Holding(act)
+    model.hidden[1].seen = [0]
+    model.hidden[1].register_buffer("count", torch.zeros(2))
+    message = "no part of it" if act is not _failing else "cannot be captured"
+    with pytest.raises(CannotCapture, match=message):
         capture(model, bind_call(model, (torch.ones(3, 2),), {}))
-    assert model.hidden[1].p == 0.5
+    assert (model.hidden[1].p, model.hidden[1].seen) == (0.5, [0])
+    assert torch.equal(model.hidden[1].count, torch.zeros(2))
+
+
+def test_modules_that_forward_makes_are_its_own() -> None:
+    model = Holding(_made)
+    assert (
+        capture(model, bind_call(model, (torch.ones(3, 2),), {})).outer
+        == capture(Holding(lambda m, x: x), {"x": torch.ones(3, 2)}).outer
+    )
+
+
+STEPS = 1
+
+
+class Stepping(nn.Module):
+    """Gives a global another value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        global STEPS
+        STEPS += 1
+        for layer in self.layers:
+            x = layer(x)
+        return x * STEPS
+
+
+@pytest.mark.parametrize("capture", [capture, capture_repeated])
+def test_globals_are_not_given_other_values(capture: Any) -> None:
+    model = Stepping()
+    with pytest.raises(CannotCapture, match=r"changes the global .*STEPS"):
+        capture(model, bind_call(model, (torch.ones(3, 2),), {}))
+    assert STEPS == 1
 
 
 class Peeking(nn.Module):

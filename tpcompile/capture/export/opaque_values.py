@@ -42,7 +42,7 @@ def put_back(value: Any, taken: bytes) -> None:
     elif isinstance(value, np.random.Generator):
         value.bit_generator.state = before.bit_generator.state
     else:
-        value[:] = before
+        value[... if isinstance(value, np.ndarray) else slice(None)] = before
 
 
 def refuse_changed(name: str, value: Any, taken: bytes) -> None:

@@ -131,12 +131,15 @@ def types_of_numbers(functions: Sequence[FunctionType], is_open: bool) -> Iterat
     if is_open and any(map(_matches, functions)):
         raise ValueError("forward looks by match whether something is a number")
     tables = {id(f.__globals__): f.__globals__ for f in functions}
-    with ExitStack() as stack:
-        for table in tables.values():
-            own = {"isinstance": _isinstance, "type": _type}
-            new = {name: value for name, value in own.items() if name not in table}
-            stack.enter_context(patch.dict(table, new))
+    own = {"isinstance": _isinstance, "type": _type}
+    added = [(table, name) for table in tables.values() for name in own if name not in table]
+    for table, name in added:
+        table[name] = own[name]
+    try:
         yield
+    finally:  # not by patch.dict, which would put back what forward does to other globals, unseen
+        for table, name in added:
+            table.pop(name, None)
 
 
 def _isinstance(value: Any, kinds: Any) -> bool:

@@ -9,6 +9,7 @@ import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,13 +86,15 @@ def outer_places(model: nn.Module, walked: list[types.FunctionType] | None = Non
 
 def places_of(strangers: Iterable[tuple[nn.Module, str]]) -> list[Outer]:
     """Attributes and weights of modules that are not part of a model."""
-    found = []
-    for module, name in strangers:
-        own = vars(module)
-        tables = (own["_parameters"], own["_buffers"], own["_modules"], own)
-        owner = next((table for table in tables if name in table), own)
-        found.append(Outer(f"{type(module).__qualname__}.{name}", owner, name))
-    return found
+    return list(starmap(place_of, strangers))
+
+
+def place_of(module: nn.Module, name: str) -> Outer:
+    """An attribute or a weight of a module, as a place."""
+    own: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    tables = (own["_parameters"], own["_buffers"], own["_modules"], own)
+    owner = next((table for table in tables if name in table), own)
+    return Outer(f"{type(module).__qualname__}.{name}", owner, name)
 
 
 class _Walk:

@@ -22,8 +22,44 @@ from .python_state import shot
 _REFILLED = (list, dict, set, deque)
 
 
+class Kept:
+    """What is at a place now, to be put back there.
+
+    Args:
+        place: the place.
+
+    Raises:
+        CannotCapture: an iterator is there, which cannot be put back.
+    """
+
+    def __init__(self, place: Outer) -> None:
+        self.place, self._value = place, place.look()
+        if is_iterator(self._value):
+            refuse_iterator(place.name)
+        self._copied: Any = None
+        if is_opaque(self._value):
+            self._copied = snapshot(self._value)
+        elif type(self._value) in _REFILLED:
+            self._copied = type(self._value)(self._value)
+        self._unchanged = shot(self._value)
+
+    def put_back(self) -> bool:
+        """Puts it back, and says whether it had changed; the attributes of an object stay changed."""
+        value, copied = self._value, self._copied
+        if self._unchanged(self.place.look()):
+            return False
+        if self.place.look() is not value:
+            self.place.put(value)
+        if is_opaque(value):
+            put_back(value, copied)
+        elif copied is not None:
+            value.clear()
+            value.extend(copied) if isinstance(value, list | deque) else value.update(copied)
+        return True
+
+
 @contextmanager
-def without_traced_results(places: Iterable[Outer]) -> Iterator[None]:
+def _without_traced_results(places: Iterable[Outer]) -> Iterator[None]:
     """Empties the caches of functions (``functools.lru_cache``) that the block, a trace, has filled."""
     caches = [(value, value.cache_info().misses) for p in places if isinstance(value := p.look(), CACHED)]
     try:
@@ -50,29 +86,13 @@ def unchanged_outside(
     Raises:
         CannotCapture: there is such a change, or an iterator; or random numbers are drawn.
     """
-    before, places, drawn = [], outer_places(model, walked), _generators()
-    seeded = torch.get_rng_state()
-    for place in places:
-        value = place.look()
-        if is_iterator(value):
-            refuse_iterator(place.name)
-        copied: Any = type(value)(value) if type(value) in _REFILLED else None
-        before.append((place, value, snapshot(value) if is_opaque(value) else copied, shot(value)))
-    changed = []
+    places, drawn, seeded = outer_places(model, walked), _generators(), torch.get_rng_state()
+    before = list(map(Kept, places))
     try:
-        with without_traced_results(places):
+        with _without_traced_results(places):
             yield places
     finally:
-        for place, value, copied, unchanged in before:
-            if not unchanged(place.look()):
-                changed.append(place.name)
-                if place.look() is not value:
-                    place.put(value)
-                if is_opaque(value):
-                    put_back(value, copied)
-                elif copied is not None:
-                    value.clear()
-                    value.extend(copied) if isinstance(value, list | deque) else value.update(copied)
+        changed = [kept.place.name for kept in before if kept.put_back()]
     if not torch.equal(torch.get_rng_state(), seeded):  # what is traced draws nothing by itself
         torch.set_rng_state(seeded)
         raise CannotCapture(

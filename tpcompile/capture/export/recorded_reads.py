@@ -12,8 +12,10 @@ from torch import nn
 
 from tpcompile.errors import CannotCapture
 
-from .look_inside import is_librarys, same
-from .python_state import MISSING, is_ours
+from .look_inside import is_librarys
+from .outer_places import place_of
+from .outer_state import Kept
+from .python_state import is_ours
 
 
 @contextmanager
@@ -35,28 +37,35 @@ def recorded_reads(
     paths = {id(module): path for path, module in model.named_modules()}
     found: set[tuple[int, str]] = set()
     reads: set[tuple[str, str]] = set()
-    others: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
+    others: dict[tuple[int, str], tuple[nn.Module, Kept]] = {}
+    made: dict[int, nn.Module] = {}  # in the block; kept alive, so that no other one gets its id
 
     def look_up(module: nn.Module, name: str) -> Any:
-        if name == "__dict__" and not is_librarys(sys._getframe(1).f_globals["__name__"], "tpcompile"):
-            found.update((id(module), key) for key in object.__getattribute__(module, name))
+        own = object.__getattribute__(module, "__dict__")
+        caller = str(sys._getframe(1).f_globals.get("__name__"))
+        if name == "__dict__" and not is_librarys(caller, "tpcompile"):
+            found.update((id(module), key) for key in own)
         found.add((id(module), name))
-        if id(module) not in paths and (id(module), name) not in others and not _is_tracers(module, name):
-            own = object.__getattribute__(module, "__dict__")
-            others[id(module), name] = module, own.get(name, MISSING)
+        if "_parameters" not in own:
+            made[id(module)] = module
+        known = id(module) in paths or id(module) in made or (id(module), name) in others
+        if not known and not _is_tracers(module, name):
+            others[id(module), name] = module, Kept(place_of(module, name))
         return object.__getattribute__(module, name)
 
-    with patch.object(nn.Module, "__getattribute__", look_up, create=True):
-        yield reads
+    try:
+        with patch.object(nn.Module, "__getattribute__", look_up, create=True):
+            yield reads
+    finally:
+        changed = [place for place, (_, kept) in others.items() if kept.put_back()]
     reads |= {(paths[key], name) for key, name in found if key in paths and not is_ours(name)}
-    for (_, name), (module, value) in others.items():
-        if not same(module.__dict__.get(name, MISSING), value):
-            module.__dict__[name] = value
-            raise CannotCapture(
-                f"the model's forward changes {name} of a {type(module).__name__} that is no part of it",
-                where=name,
-                todo="keep modules in attributes, nn.ModuleList and nn.ModuleDict",
-            )
+    for place in changed:
+        raise CannotCapture(
+            f"the model's forward changes {place[1]} of a {type(others[place][0]).__name__} that is no part "
+            "of it",
+            where=place[1],
+            todo="keep modules in attributes, nn.ModuleList and nn.ModuleDict",
+        )
     if strangers is not None:
         strangers += [(module, name) for (_, name), (module, _) in others.items()]
 

@@ -262,7 +262,7 @@ def watched_calls() -> Iterator[Watch]:
 
     def only_torchs(self: saved_tensors_hooks) -> Any:
         if type(self).__module__.partition(".")[0] != "torch" or type(self) is saved_tensors_hooks:
-            _refuse("changes what autograd saves (saved_tensors_hooks)", _PARTS)
+            watch.refuse("changes what autograd saves (saved_tensors_hooks)", _PARTS)
         return enter(self)
 
     asked, inferring = torch.is_grad_enabled, torch.is_inference_mode_enabled

@@ -17,8 +17,8 @@ from tpcompile.capture.caches.call_results import CacheState, Results, take_resu
 from tpcompile.capture.export.autograd_functions import kept_functions
 from tpcompile.capture.export.fake_model import fake_input, fake_weight, no_fused_encoder, restore_after
 from tpcompile.capture.export.open_sizes import types_of_numbers
-from tpcompile.capture.export.outer_places import Outer, outer_places, places_of
-from tpcompile.capture.export.outer_state import without_traced_results
+from tpcompile.capture.export.outer_places import Outer, places_of
+from tpcompile.capture.export.outer_state import unchanged_outside
 from tpcompile.capture.export.python_state import PythonState
 from tpcompile.capture.export.recorded_reads import hooked, recorded_reads
 from tpcompile.capture.export.state_writes import StateWrite, collect_writes
@@ -214,8 +214,8 @@ def record_run(
                 known[id(leaf)] = Input(i, f"{tuple(leaf.shape)} {leaf.stride()} {leaf.dtype}")
         given = [flat[(twins or {}).get(i, i)] for i in range(len(flat))]
         functions, strangers = list[FunctionType](), list[tuple[nn.Module, str]]()
-        run.outer, hooks = tuple(outer_places(model, functions)), hooked(model)  # without our own hooks
-        stack.enter_context(without_traced_results(run.outer))
+        hooks = hooked(model)  # without our own
+        run.outer = tuple(stack.enter_context(unchanged_outside(model, functions)))
         stack.enter_context(_marking(model, repeats, run))
         stack.enter_context(no_fused_encoder())
         stack.enter_context(export_trace._compiling_state_context())  # type: ignore[attr-defined]
