@@ -22,7 +22,7 @@ from .python_state import shot
 _REFILLED = (list, dict, set, deque)
 
 
-class Kept:
+class KeptPlace:
     """What is at a place now, to be put back there.
 
     Args:
@@ -87,7 +87,7 @@ def unchanged_outside(
         CannotCapture: there is such a change, or an iterator; or random numbers are drawn.
     """
     places, drawn, seeded = outer_places(model, walked), _generators(), torch.get_rng_state()
-    before = list(map(Kept, places))
+    before = list(map(KeptPlace, places))
     try:
         with _without_traced_results(places):
             yield places

@@ -14,7 +14,7 @@ from tpcompile.errors import CannotCapture
 
 from .look_inside import is_librarys
 from .outer_places import place_of
-from .outer_state import Kept
+from .outer_state import KeptPlace
 from .python_state import is_ours
 
 
@@ -37,7 +37,7 @@ def recorded_reads(
     paths = {id(module): path for path, module in model.named_modules()}
     found: set[tuple[int, str]] = set()
     reads: set[tuple[str, str]] = set()
-    others: dict[tuple[int, str], tuple[nn.Module, Kept]] = {}
+    others: dict[tuple[int, str], tuple[nn.Module, KeptPlace]] = {}
     made: dict[int, nn.Module] = {}  # in the block; kept alive, so that no other one gets its id
 
     def look_up(module: nn.Module, name: str) -> Any:
@@ -50,7 +50,7 @@ def recorded_reads(
             made[id(module)] = module
         known = id(module) in paths or id(module) in made or (id(module), name) in others
         if not known and not _is_tracers(module, name):
-            others[id(module), name] = module, Kept(place_of(module, name))
+            others[id(module), name] = module, KeptPlace(place_of(module, name))
         return object.__getattribute__(module, name)
 
     try:
