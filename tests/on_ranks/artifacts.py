@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
@@ -20,11 +21,14 @@ import tpcompile
 from tests.helpers import families
 from tests.helpers.toys import Attention, Mlp
 from tests.on_ranks.models import call, mesh
+from tpcompile.runtime.artifacts import save_program
 from tpcompile.runtime.artifacts.save_program import digest_of, file_digest
 
 DAMAGES = ("flip", "cut", "more", "gone", "other")
 CALLS = [
     ["aten.from_file.default", ["a file", True, 1], {}],
+    ["aten.from_file.out", ["a file", True, 1], {}],
+    ["tpcompile.opaque_module.default", [], {}],
     ["tpcompile.local_module.default", [], {}],
     ["aten.save.default", [], {}],
     ["operator.attrgetter", ["system"], {}],
@@ -73,6 +77,19 @@ class Writes(nn.Module):
         return y
 
 
+class Codes(nn.Module):
+    """A codebook that some calls write, after others have divided it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("book", torch.randn(64, 12))
+
+    def forward(self, x: Tensor, update: bool = False) -> Tensor:
+        if update:
+            self.book.copy_(self.book * 0.5 + x.mean(0))
+        return x @ self.book.t()
+
+
 def bits(mine: Any, theirs: Any) -> bool:
     """Whether all tensors of two results are the same, and the results of one type."""
     pairs = zip(families.tensors(mine).items(), families.tensors(theirs).items(), strict=True)
@@ -115,11 +132,45 @@ def toy(folder: str) -> dict[str, Any]:
         refusal(lambda: tpcompile.load_program(folder, halves, axis="dp")),
         refusal(lambda: sharded.save_program(str(Path(folder).parent))),
     ]
+    codes, wide = tpcompile.parallelize(Codes().eval(), mesh()), torch.randn(3, 12)
+    with torch.no_grad():
+        codes(wide), codes(wide, update=True)
+    found["refused"].append(refusal(lambda: codes.save_program(f"{folder}-codes")))
     writing = tpcompile.parallelize(Writes().eval(), mesh(), (torch.randn(3, 12),))
     other = tpcompile.parallelize(Mlp(), mesh(), (torch.randn(3, 12),))
     for model in (writing, other):
         found["refused"].append(refusal(lambda model=model: model.save_program(f"{folder}-other")))  # type: ignore[misc]
     return found
+
+
+def folders(folder: str) -> dict[str, Any]:
+    """Folders of somebody else's, those of a save that did not end, and calls in other orders."""
+    torch.manual_seed(0)
+    x, rank = torch.randn(3, 12), dist.get_rank()
+    sharded = tpcompile.parallelize(Mlp().eval(), mesh())
+    with torch.no_grad():
+        wanted = [sharded(x), sharded(x[0])]
+    foreign, manifest = Path(folder) / "foreign", Path(folder) / "ours" / "program.json"
+    if not rank:
+        foreign.mkdir()
+        for name in ("program.json", "rank-0.json"):
+            (foreign / name).write_text("{}")
+    found: dict[str, Any] = {"foreign": refusal(lambda: sharded.save_program(str(foreign)))}
+    found["kept"] = sorted(path.read_text() for path in foreign.iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_program, "save_file", _no_room)
+        found["full"] = refusal(lambda: sharded.save_program(str(manifest.parent)))
+    found["unfinished"] = refusal(lambda: tpcompile.load_program(manifest.parent, mesh()))
+    sharded.save_program(str(manifest.parent))
+    loaded = tpcompile.load_program(manifest.parent, mesh())
+    found["same"] = all(torch.equal(loaded(a), b) for a, b in zip((x, x[0]), wanted, strict=True))
+    loaded(x)
+    found["order"] = refusal(lambda: loaded(x[0] if rank else x))
+    return found
+
+
+def _no_room(*args: Any) -> None:
+    raise OSError("no room")
 
 
 def fuzz(folder: str, scratch: str) -> dict[str, Any]:

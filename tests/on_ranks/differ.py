@@ -18,6 +18,7 @@ from tests.on_ranks.module_life import refusal
 from tpcompile.ir import markers
 from tpcompile.lowering import lower_markers
 from tpcompile.planner.global_program import GlobalProgram, Pass
+from tpcompile.ranks.compare_calls import compare_call
 from tpcompile.ranks.compare_sent import Sent, compare_sent
 from tpcompile.ranks.turns import own_turn
 from tpcompile.rules import table
@@ -125,6 +126,10 @@ def given_other_things() -> dict[str, str]:
     cases["batches"] = lambda: model.eval()(X.repeat(3, 1) * (1 + rank))
     cases["lines_of_a_batch"] = lambda: model.eval()(X.repeat(4, 1).roll(rank, 1))
     cases["rounding"] = lambda: model.eval()(X.repeat(5, 1) * (1 + 1e-3 * rank))
+    cases["complex_numbers"] = lambda: _compare(torch.full((3,), 1 + rank * 1j))
+    cases["a_large_tensor"] = lambda: _compare(torch.ones(2**25, dtype=torch.float16))
+    cases["a_sparse_tensor"] = lambda: _compare(torch.eye(3).to_sparse())
+    cases["half_precision_by_default"] = _compare_halves
     cases["gradients"] = lambda: model.eval()(X.clone().requires_grad_(not rank))
 
     def one(second: str = "down") -> Any:
@@ -162,6 +167,19 @@ def given_other_things() -> dict[str, str]:
             model(X)
 
     return {name: refusal(act) for name, act in cases.items()}
+
+
+def _compare(x: Tensor) -> None:
+    compare_call(mesh().get_group(), "run", "it", ["x"], [x])
+
+
+def _compare_halves() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        _compare(torch.ones(1024))
+    finally:
+        torch.set_default_dtype(before)
 
 
 def makes_other_things() -> list[str]:

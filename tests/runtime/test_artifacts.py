@@ -31,6 +31,7 @@ def test_a_toy_and_what_is_refused(tmp_path: Path) -> None:
     refused += [
         "was saved for 2 ranks",
         "something else in the folder",
+        "writes a buffer that an earlier call has divided",
         "forward changes",
         "in evaluation mode",
     ]
@@ -57,6 +58,14 @@ def test_a_toy_and_what_is_refused(tmp_path: Path) -> None:
 def test_a_family_with_its_caches(tmp_path: Path, name: str) -> None:
     for found in run_spmd(artifacts.model_family, 2, name, str(tmp_path / name)):
         assert all(found)
+
+
+def test_folders_of_others_and_orders_of_calls(tmp_path: Path) -> None:
+    for found in run_spmd(artifacts.folders, 2, str(tmp_path)):
+        assert "something else in the folder" in found["foreign"] and found["kept"] == ["{}", "{}"]
+        assert "no room" in found["full"] and "unfinished" in found["unfinished"]
+        assert found["same"]
+        assert "orders of calls" in found["order"]
 
 
 def test_damaged_and_made_up_folders(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tpcompile.ir.torch_internals import detect_fake_mode, get_tracing_state, pe
 
 from .agree import compare
 from .describe import describe_value
-from .exchange import exchange
+from .exchange import exchange, name_of
 
 _SAMPLE = 64
 _APART = 0.02
@@ -86,8 +86,8 @@ def _compare_numbers(group: dist.ProcessGroup, tensors: Mapping[str, Tensor]) ->
             if apart > _APART * sum(map(abs, (*first, *other[name]))):
                 one, two = (", ".join(f"{x:.4g}" for x in some[:3]) for some in (first, other[name]))
                 raise TpCompileError(
-                    f"the ranks were given different numbers: rank 0 has '{name}: {one}, ...', "
-                    f"rank {rank} has '{name}: {two}, ...'",
+                    f"the ranks were given different numbers: {name_of(group, 0)} has '{name}: {one}, ...', "
+                    f"{name_of(group, rank)} has '{name}: {two}, ...'",
                     where="the call",
                     todo="give all ranks that share the model the same batch",
                 )
@@ -104,14 +104,17 @@ def _is_tried_out() -> bool:
 
 
 def _has_numbers(leaf: Any) -> bool:
-    plain = type(leaf) in (Tensor, torch.nn.Parameter)
-    return plain and leaf.is_floating_point() and leaf.numel() > 0
+    plain = type(leaf) in (Tensor, torch.nn.Parameter) and leaf.layout is torch.strided
+    return plain and (leaf.is_floating_point() or leaf.is_complex()) and leaf.numel() > 0
 
 
 def _sample(tensor: Tensor) -> list[float]:
-    flat = tensor.detach().flatten()
-    at = torch.linspace(0, len(flat) - 1, min(len(flat), _SAMPLE)).long()
-    return flat[at.to(flat.device)].double().tolist()
+    tensor = tensor.detach()
+    flat = (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).flatten()
+    count = min(len(flat), _SAMPLE)
+    # Whole numbers: those of floating point, of whatever type is the default, end up behind a large tensor.
+    at = [i * (len(flat) - 1) // max(count - 1, 1) for i in range(count)]
+    return flat[torch.tensor(at, device=flat.device)].double().tolist()
 
 
 def can_compare(leaves: Sequence[Any]) -> bool:

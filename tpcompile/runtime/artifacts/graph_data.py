@@ -29,8 +29,9 @@ _PYTHON: dict[str, Callable[..., Any]] = {
 }
 _PYTHON_NAMES = {function: name for name, function in _PYTHON.items()}
 _NAMESPACES = ("aten", "prims", "tpcompile")
-_REFUSED = ("aten.from_file.default", "tpcompile.local_module.default")
-"""What opens files, and what runs python of the user's."""
+_PYTHON_RUNS = ("tpcompile.local_module", "tpcompile.opaque_module", "tpcompile.autograd_function")
+_REFUSED = ("aten.from_file", *_PYTHON_RUNS)
+"""What opens files, and what runs python of the user's, in all of their overloads."""
 _GROUP = "group"
 
 
@@ -143,7 +144,7 @@ def _target(name: str) -> Any:
     if name in _PYTHON:
         return _PYTHON[name]
     space, *rest = name.split(".")
-    if space in _NAMESPACES and len(rest) == 2 and name not in _REFUSED:
+    if space in _NAMESPACES and len(rest) == 2 and f"{space}.{rest[0]}" not in _REFUSED:
         qualified = f"{space}::{rest[0]}" + ("" if rest[1] == "default" else f".{rest[1]}")
         packet = getattr(getattr(torch.ops, space), rest[0], None)
         found = getattr(packet, rest[1], None)

@@ -20,6 +20,8 @@ from tpcompile.ir.torch_internals import TreeSpec
 from tpcompile.ir.units import size_text
 from tpcompile.planner.plan import Plan
 from tpcompile.ranks.compare_calls import compare_call
+from tpcompile.ranks.compare_order import compare_order, number_of_model
+from tpcompile.ranks.lost_ranks import telling
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.ranks.turns import own_turn
 
@@ -49,7 +51,7 @@ class TensorFeed:
         return value.clone() if self.overwritten else value
 
 
-@dataclass
+@dataclass(eq=False)
 class LoadedCall:
     """A call signature, see ``runtime.program.Program``.
 
@@ -113,12 +115,13 @@ class LoadedCall:
 
     def run(self, leaves: Sequence[Any], bound: Mapping[str, Any]) -> Any:
         """Runs this rank's graph, and puts the result together."""
-        given = [x.contiguous() if isinstance(x, Tensor) else x for x in with_counts(leaves, self.numbers)]
+        leaves = with_counts(leaves, self.numbers)
+        given = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
         fetched = [given[f] if isinstance(f, int) else f.get() for f in self.feeds]
         flat: Sequence[Any] = self.graph_module.forward(*fetched)
         for buffer, new in zip(self.mutated, flat[len(flat) - len(self.mutated) :], strict=True):
             buffer.copy_(new)
-        return self.captured.unflatten(flat, bound)
+        return self.captured.unflatten(flat, bound, leaves)
 
     def __str__(self) -> str:
         shapes = [
@@ -148,13 +151,13 @@ class LoadedProgram:
         axis: MeshAxis,
     ) -> None:
         self.name, self.calls, self.tensors, self.plan = name, list(calls), dict(tensors), plan
-        self._signature, self._axis = signature, axis
+        self._signature, self._axis, self._number = signature, axis, number_of_model(axis.group_name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model would give, without gradients. All ranks make the same call.
 
         Raises:
-            TpCompileError: no program was saved for such a call; or it wants gradients.
+            TpCompileError: no program was saved for such a call; gradients are wanted; ranks differ.
         """
         with own_turn(self._axis.group_name):
             bound = self._signature.bind_or_refuse(args, kwargs, self.name)
@@ -166,8 +169,11 @@ class LoadedProgram:
                 whole = [names[at] for at in call.loose], [leaves[at] for at in call.loose]
                 compare_call(self._axis.group, "run", f"saved {self.name}", *whole)
                 call.seen.add(sizes)
+            group, place = self._axis.group, self.calls.index(call)
+            compare_order(group, f"saved model {self._number}, call {place}")
             with torch.no_grad(), torch.autocast(device_of(leaves), enabled=False):
-                return call.run(leaves, bound)
+                with telling(group, f"run saved {self.name}"):
+                    return call.run(leaves, bound)
 
     def _check(self, leaves: Sequence[Any]) -> None:
         for leaf in leaves:

@@ -28,7 +28,7 @@ from tpcompile.ranks.agree import together
 from tpcompile.ranks.exchange import exchange
 from tpcompile.ranks.groups import AxisGroups
 from tpcompile.ranks.mesh_axis import MeshAxis
-from tpcompile.weights.sharded_parameter import local_tensor
+from tpcompile.weights.sharded_parameter import ShardedParameter, local_tensor
 
 from ..fetch_inputs import Feed
 from ..guards import hooks_below
@@ -164,6 +164,14 @@ def _rank_data(
             tensors[kept[id(held)]] = local_tensor(held).detach()
         return [kept[id(held)], source.segment, source.overwritten]
 
+    for source in program.mutated:
+        held = source.held()
+        if isinstance(held, ShardedParameter) and not held.placing.whole:
+            raise TpCompileError(
+                f"{program} writes a buffer that an earlier call has divided",
+                where=held.placing.name,
+                todo="make the call that writes it before all others",
+            )
     names = [node.meta[SOURCE].spec.name for node in placeholders]
     return {
         "graph": graph_data(graph, _axes_of(saved.groups)),
@@ -179,18 +187,21 @@ def _axes_of(groups: AxisGroups) -> dict[str, tuple[int, ...]]:
 
 
 def _prepare(folder: Path, axis: MeshAxis, writes: bool) -> None:
-    """Makes the folder; a program in it is not one any more from now on."""
+    """Makes the folder; a program in it is not one any more, and stays one that may be written over."""
 
     def prepare() -> None:
         with refusing("the program cannot be written", where=str(folder), todo=_TODO):
             if not writes or axis.rank:
                 return
             folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+            manifest = folder / MANIFEST
+            ours = manifest.is_file() and f'"format": "{FORMAT}"'.encode() in manifest.read_bytes()
+            if any(folder.iterdir()) and not ours:
                 raise TpCompileError("there is something else in the folder", where=str(folder), todo=_TODO)
-            (folder / MANIFEST).unlink(missing_ok=True)
-            for path in (*folder.glob("rank-*.json"), *folder.glob("rank-*.safetensors")):
-                path.unlink()
+            write_whole(manifest, json.dumps({"format": FORMAT, "version": "unfinished"}))
+            for kind in ("rank-*.json", "rank-*.safetensors", f"{MANIFEST}.*.part"):
+                for path in folder.glob(kind):
+                    path.unlink()
 
     together(axis.group, "make the program's folder", prepare)
 
