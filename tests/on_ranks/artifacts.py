@@ -146,7 +146,7 @@ def toy(folder: str) -> dict[str, Any]:
 def folders(folder: str) -> dict[str, Any]:
     """Folders of somebody else's, those of a save that did not end, and calls in other orders."""
     torch.manual_seed(0)
-    x, rank = torch.randn(3, 12), dist.get_rank()
+    x, rank = torch.randn(1, 12), dist.get_rank()  # of which x[0] sends as much
     sharded = tpcompile.parallelize(Mlp().eval(), mesh())
     with torch.no_grad():
         wanted = [sharded(x), sharded(x[0])]
@@ -164,8 +164,7 @@ def folders(folder: str) -> dict[str, Any]:
     sharded.save_program(str(manifest.parent))
     loaded = tpcompile.load_program(manifest.parent, mesh())
     found["same"] = all(torch.equal(loaded(a), b) for a, b in zip((x, x[0]), wanted, strict=True))
-    loaded(x)
-    found["order"] = refusal(lambda: loaded(x[0] if rank else x))
+    found["order"] = refusal(lambda: [loaded(x[0] if rank else x) for _ in range(64)])
     return found
 
 
