@@ -1,4 +1,4 @@
-"""The command line: how a model would be sharded, what that costs, whether it is right. It needs no GPU.
+"""The command line: how a model would be sharded, what that costs, whether it is right; and to run it.
 
 python -m tpcompile plan Qwen/Qwen3-0.6B --ranks 8
 python -m tpcompile fit config.json --memory 80GiB --device h100
@@ -8,9 +8,6 @@ python -m tpcompile verify config.json --ranks 4 --layers 2
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,44 +15,51 @@ import torch
 import typer
 
 import tpcompile
-from tpcompile.errors import TpCompileError
 from tpcompile.ir.units import size_text
 from tpcompile.planner.disk_cache import cache_folder, entries
-from tpcompile.runtime.command_line import plan_data, read_numbers, versions
+from tpcompile.runtime.command_line import plan_data, read_mesh, read_numbers, versions
+from tpcompile.runtime.command_options import (
+    Again,
+    Batch,
+    Device,
+    Divided,
+    Dtype,
+    Fields,
+    Json,
+    Layers,
+    Memory,
+    Mesh,
+    Mode,
+    Model,
+    Optimizer,
+    Ranks,
+    Seq,
+    errors,
+    show,
+)
 from tpcompile.runtime.find_model import example_of, find_model
+from tpcompile.runtime.run_commands import run_app
 
 app = typer.Typer(
     name="tpcompile",
     help="Shows how a model is sharded over ranks, what that costs, and whether it is right.\n\n"
     "MODEL is a folder with a config.json, such a file, a name in the hub's cache, or "
-    "package.module:factory, a function without arguments that returns a module. No weights are read.",
+    "package.module:factory, a function without arguments that returns a module. Only generate and "
+    "convert read weights. Shell completion: tpcompile --install-completion.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="Folder, config.json, hub name, or package.module:factory.")]
-Ranks = Annotated[int, typer.Option(help="How many ranks share the model.", min=1, max=4096)]
-Layers = Annotated[int | None, typer.Option(help="Cut the model down to so many layers.", min=1)]
-Dtype = Annotated[str | None, typer.Option(help="Type of the weights; by default the configuration's.")]
-Device = Annotated[str, typer.Option(help="Cost model: h100, h200, b200, a100 or cpu.")]
-Mode = Annotated[str | None, typer.Option(help="Estimate a step: prefill, decode or train.")]
-Optimizer = Annotated[str, typer.Option(help="Of a step of training: adamw, adam, sgd, momentum, ...")]
-Again = Annotated[bool, typer.Option(help="Layers are run again in backward, in a step of training.")]
-Divided = Annotated[bool, typer.Option(help="The sequence is divided between the blocks.")]
-Batch = Annotated[int, typer.Option(help="Texts in the example.", min=1)]
-Seq = Annotated[int, typer.Option(help="Tokens of each text in the example.", min=1)]
-Memory = Annotated[float | None, typer.Option(help="GiB of weights that a rank may hold.")]
-Fields = Annotated[
-    list[str] | None, typer.Option("--set", help="Another value of a field, as in --set vocab_size=1024.")
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+
+app.add_typer(run_app)
 
 
 @app.command(epilog="Example: tpcompile plan Qwen/Qwen3-0.6B --ranks 8 --seq 2048")
 def plan(
     model: Model,
     ranks: Ranks = 8,
+    mesh: Mesh = None,
     layers: Layers = None,
     dtype: Dtype = None,
     device: Device = "h100",
@@ -72,10 +76,13 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Where every weight goes, and what a forward communicates; with --mode, what a step takes."""
-    with _errors(as_json):
+    with errors(as_json):
+        ranks, copies = read_mesh(mesh, ranks)
         found = _plan(model, ranks, layers, dtype, device, batch, seq, memory, sequence_parallel)
-        data: dict[str, Any] = plan_data(found)
+        data: dict[str, Any] = plan_data(found) | {"copies": copies}
         text = str(found)
+        if copies > 1:
+            text = f"{text}\n\n{copies} such groups of {ranks} ranks; what copies send is not counted"
         if mode is not None:
             kind: Any = mode
             step = found.estimate(
@@ -85,7 +92,7 @@ def plan(
             text = f"{text}\n\n{step}"
         if output is not None:
             found.save(output)
-        _show(text, data, as_json)
+        show(text, data, as_json)
 
 
 @app.command(
@@ -109,7 +116,7 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Which numbers of ranks a model fits on, the quickest, the cheapest. Exits with 1 if none fits."""
-    with _errors(as_json):
+    with errors(as_json):
         kind: Any = mode
         found = tpcompile.fit(
             find_model(model, layers, dtype),
@@ -123,7 +130,7 @@ def fit(
             checkpointing=checkpointing,
             sequence_parallel=sequence_parallel,
         )
-        _show(found, found.to_json(), as_json)
+        show(found, found.to_json(), as_json)
     raise typer.Exit(0 if any(size.fits for size in found.sizes) else 1)
 
 
@@ -145,11 +152,11 @@ def report(
     as_json: Json = False,
 ) -> None:
     """A page that shows the plan: every weight as it is divided, what a step takes, why."""
-    with _errors(as_json):
+    with errors(as_json):
         found = _plan(model, ranks, layers, dtype, device, batch, seq, memory)
         other = None if beside is None else tpcompile.Plan.load(beside)
         found.report(out, model, explain=explain, beside=other)
-        _show(f"written: {out}", {"report": str(out), "bytes": out.stat().st_size}, as_json)
+        show(f"written: {out}", {"report": str(out), "bytes": out.stat().st_size}, as_json)
 
 
 @app.command(epilog="Example: tpcompile explain Qwen/Qwen3-0.6B model.layers.0.self_attn.o_proj --ranks 8")
@@ -165,9 +172,9 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Why a module's weights go where they go: the alternatives and what they cost."""
-    with _errors(as_json):
+    with errors(as_json):
         text = _plan(model, ranks, layers, dtype, device, batch, seq).explain(module)
-        _show(text, {"module": module, "explanation": text.splitlines()}, as_json)
+        show(text, {"module": module, "explanation": text.splitlines()}, as_json)
 
 
 @app.command(epilog="Example: tpcompile lint Qwen/Qwen3-0.6B --ranks 8")
@@ -182,13 +189,13 @@ def lint(
     as_json: Json = False,
 ) -> None:
     """What a tp_plan of transformers loses beside the best plan. Exits with 1 if it loses anything."""
-    with _errors(as_json):
+    with errors(as_json):
         rules: Any = json.loads(plan_file.read_text()) if plan_file is not None else "hf"
         built = find_model(model, layers)
         report = tpcompile.lint_plan(built, rules, ranks, cost_model=device)
         data = {"clean": report.clean, "unmet": report.unmet, "gathered": report.gathered}
         data |= {"repeated": report.repeated, "replicated": dict(report.replicated)}
-        _show(report, data, as_json)
+        show(report, data, as_json)
     raise typer.Exit(0 if report.clean else 1)
 
 
@@ -206,14 +213,14 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Whether sharded and unsharded models agree, with random weights. Exits with 1 if not."""
-    with _errors(as_json):
+    with errors(as_json):
         torch.manual_seed(seed)
         built = find_model(model, layers, dtype, fields, verifiable=True)
         report = tpcompile.verify(
             built, ranks, example_kwargs=example_of(built, batch, seq), gradients=gradients
         )
         data = {"ok": report.ok, "kind": report.kind, "report": str(report).splitlines()}
-        _show(report, data, as_json)
+        show(report, data, as_json)
     raise typer.Exit(0 if report.ok else 1)
 
 
@@ -221,7 +228,7 @@ def verify(
 def env(as_json: Json = False) -> None:
     """Versions and places, for a bug report."""
     found = versions(tpcompile.__version__)
-    _show("\n".join(f"{name}: {value}" for name, value in found.items()), found, as_json)
+    show("\n".join(f"{name}: {value}" for name, value in found.items()), found, as_json)
 
 
 @app.command(epilog="Example: tpcompile cache --clear")
@@ -236,29 +243,17 @@ def cache(
         path.unlink(missing_ok=True)
     data = {"folder": None if folder is None else str(folder), "plans": len(found), "bytes": size}
     text = f"{folder or 'no cache'}: {len(found)} plans, {size_text(size)}{', removed' if clear else ''}"
-    _show(text, data | {"removed": clear}, as_json)
+    show(text, data | {"removed": clear}, as_json)
+
+
+@app.callback()
+def _give_package(context: typer.Context) -> None:
+    context.obj = tpcompile
 
 
 def main() -> None:
     """What the command ``tpcompile`` runs."""
     app(prog_name="tpcompile")
-
-
-@contextmanager
-def _errors(as_json: bool) -> Iterator[None]:
-    """Shows a refusal as text, or as an object, and exits with 2."""
-    try:
-        yield
-    except TpCompileError as error:
-        if as_json:
-            print(json.dumps({"error": error.what, "where": error.where, "todo": error.todo}))
-        else:
-            print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
-
-
-def _show(text: object, data: dict[str, Any], as_json: bool) -> None:
-    print(json.dumps(data) if as_json else text)
 
 
 def _plan(

@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from typer.testing import CliRunner, Result
 
+from tests.helpers.run_ranks import run_spmd
+from tests.on_ranks import commands
 from tpcompile.__main__ import app
 from tpcompile.planner.disk_cache import entry_name, write_entry
 
@@ -25,6 +30,8 @@ CONFIG = {
     "num_hidden_layers": 6,
     "vocab_size": 128,
 }
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +83,68 @@ def test_a_process_prints_one_object(config: str) -> None:
     found = json.loads(done.stdout)
     assert found["parameters"]["model.layers.0.self_attn.o_proj.weight"]["placement"] == "S(1)"
     assert not any(name.startswith("model.layers.1.") for name in found["parameters"])
+
+
+@pytest.fixture(scope="module")
+def llama() -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG | {"num_hidden_layers": 1})).eval()
+
+
+def greedy(llama: transformers.LlamaForCausalLM) -> list[int]:
+    found: list[int] = llama.generate(IDS[:1], max_new_tokens=4, do_sample=False)[0].tolist()
+    return found
+
+
+def test_generate_starts_its_ranks(llama: transformers.LlamaForCausalLM, tmp_path: Path) -> None:
+    llama.save_pretrained(tmp_path)
+    given = ["generate", str(tmp_path), "--ranks", "2", "--ids", "1,2,3", "--tokens", "4", "--cpu", "--json"]
+    command = [sys.executable, "-m", "tpcompile", *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
+    assert json.loads(done.stdout)["ids"] == greedy(llama)
+
+
+def test_commands_on_ranks(llama: transformers.LlamaForCausalLM, tmp_path: Path) -> None:
+    """What the commands do there is done by ranks that are there."""
+    folder = str(tmp_path / "model")
+    llama.save_pretrained(folder)
+    size = sum(p.nbytes for p in llama.parameters())
+    refused = ("not numbers", "no prompt", "tokenizer", "from 0 to 127", "mode is 'train'")
+    with torch.no_grad():
+        logits = llama(IDS).logits
+    for found in run_spmd(commands.run, 2, folder, str(tmp_path), timeout=400):
+        assert found["tokens"] == greedy(llama)
+        step = found["decode"]
+        assert step["tokens_per_second"] == pytest.approx(1 / step["seconds"]) and step["ranks"] == 2
+        assert all(found[layout] > size for layout in ("safetensors", "dcp", "program"))
+        sharded, program = found["logits"]
+        assert torch.equal(sharded, program)
+        torch.testing.assert_close(sharded, logits)
+        for what, part in zip(found["refused"], refused, strict=True):
+            assert part in what
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "safetensors").state_dict()
+    stored = {name: torch.zeros_like(x) for name, x in llama.state_dict().items()}
+    dcp_load(stored, checkpoint_id=str(tmp_path / "dcp"))
+    for name, x in llama.state_dict().items():
+        assert torch.equal(again[name], x) and torch.equal(stored[name], x)
+
+
+def test_convert_and_meshes(config: str, tmp_path: Path) -> None:
+    out = tmp_path / "rules.json"
+    found = data_of("convert", config, str(out), "--to", "tp-plan", "--ranks", "2")
+    assert found["rules"]["model.layers.*.mlp.down_proj"] == "rowwise"
+    assert json.loads(out.read_text()) == found["rules"]
+    found = data_of("plan", config, "--mesh", "dp=3,tp=4", "--layers", "1")
+    assert (found["ranks"], found["copies"]) == (4, 3)
+    assert "3 such groups of 4 ranks" in run("plan", config, "--mesh", "dp=3,tp=4", "--layers", "1").output
+
+
+def test_every_command_teaches_by_examples() -> None:
+    done = run("--help")
+    for command in ("plan", "fit", "report", "explain", "lint", "verify", "generate", "bench", "convert"):
+        assert command in done.output
+        assert f"Example: tpcompile {command}" in " ".join(run(command, "--help").output.split())
+    assert "--install-completion" in done.output
 
 
 def test_a_plan_follows_its_options(config: str, tmp_path: Path) -> None:
@@ -174,6 +243,9 @@ def test_env() -> None:
         (("fit", "tests.whole.test_command_line:two_layers", "--ranks", "8-2"), "not a number of ranks"),
         (("fit", "tests.whole.test_command_line:two_layers", "--memory", "much"), "not a size of memory"),
         (("fit", "tests.whole.test_command_line:two_layers", "--mode", "sleep"), "mode is 'sleep'"),
+        (("plan", "no/such/model", "--mesh", "node=2,gpu=8"), "none of the axes node, gpu is tp"),
+        (("plan", "no/such/model", "--mesh", "tp"), "is not a mesh"),
+        (("convert", "no/such/model", "out", "--to", "gguf"), "'gguf' is not a layout"),
     ],
 )
 def test_what_is_refused_ends_with_two(arguments: tuple[str, ...], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from typing import Any
 
@@ -56,6 +57,35 @@ def read_numbers(text: str) -> list[int]:
             )
         found += range(int(first), int(last or first) + 1)
     return found
+
+
+def read_mesh(text: str | None, ranks: int) -> tuple[int, int]:
+    """How many ranks share a model, and how many copies of it there are, of ``dp=2,tp=4``.
+
+    Args:
+        text: the axes; the model is divided over ``tp``, or over the only one. None: there is no mesh.
+        ranks: how many share the model then.
+
+    Raises:
+        TpCompileError: it is something else, or several axes and none is ``tp``.
+    """
+    if text is None:
+        return ranks, 1
+    pairs = [part.strip().partition("=") for part in text.split(",")]
+    sizes = {name: int(size) for name, _, size in pairs if name.isidentifier() and size.isdecimal()}
+    total = math.prod(sizes.values())
+    if len(sizes) != len(pairs) or not 0 < total <= 4096:
+        raise TpCompileError(
+            f"{text[:60]!r} is not a mesh", where="--mesh", todo="give axes with their sizes, as in dp=2,tp=4"
+        )
+    if "tp" not in sizes and len(sizes) > 1:
+        raise TpCompileError(
+            f"none of the axes {', '.join(sizes)} is tp, and a model is not divided over several",
+            where="--mesh",
+            todo="call the axis to divide over tp, as in dp=2,tp=4",
+        )
+    mine = sizes.get("tp", total)
+    return mine, total // mine
 
 
 def versions(version: str) -> dict[str, str]:
