@@ -236,6 +236,7 @@ GIVEN = {
     "Estimate",
     "Fit",
     "GlobalProgram",
+    "LoadedProgram",
     "ParallelInterface",
     "Pass",
     "Plan",
