@@ -51,6 +51,7 @@ def load(name: str, folder: str, dtype: Any, out: str, decode: bool) -> dict[str
     whole = whole_model(original, folder, dtype)
     found: dict[str, Any] = {"wrong": same_slices(model, whole), "training": model.training}
     found["instance"] = isinstance(model, original)
+    found["lent"] = len(model._tp.lent)  # else it would not run compiled
     inputs = call(name, OTHER) | {"use_cache": True}
     with torch.no_grad():
         found["error"] = error(model(**inputs), whole(**inputs))

@@ -83,7 +83,8 @@ class FixedTable(dict[str, Any]):
     def _lend(self, name: str, old: ShardedParameter, value: Tensor) -> None:
         """Notes what takes the place of a weight (``functional_call``).
 
-        The leaf inside of a weight, and tensors without values, are what our own code puts there.
+        The leaf inside of a weight, tensors without values, and what is loaded in place of one without are
+        what our own code puts there.
 
         Raises:
             TpCompileError: it is a plain tensor, of which programs would take the whole for a part.
@@ -93,6 +94,7 @@ class FixedTable(dict[str, Any]):
         if (
             place is None
             or value is old._local_tensor
+            or old._local_tensor.is_meta
             or value.is_meta
             or isinstance(value, (FakeTensor, FunctionalTensor))
         ):
