@@ -7,8 +7,14 @@ import operator
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
-from tpcompile.ir.torch_internals import DispatchKey, OpOverload, dispatch_has_kernel_for_dispatch_key
+from tpcompile.ir.torch_internals import (
+    DispatchKey,
+    FakeTensor,
+    OpOverload,
+    dispatch_has_kernel_for_dispatch_key,
+)
 
 # Composite, without a word about aliases in their schemas, and new whatever they are given.
 _NEW = ("aten.linear", "aten.matmul")
@@ -35,3 +41,25 @@ def may_alias(node: Node) -> bool:
     if not isinstance(node.target, OpOverload) or alias_depends(node.target):
         return True
     return is_composite(node.target) and not str(node.target).startswith(_NEW)
+
+
+def returned_argument(node: Node) -> Node | None:
+    """The argument that an operator hands back as it is, such as ``x.float()`` where ``x`` is float32.
+
+    What is written into the one is in the other, and grad mode does not matter to it: the result has the
+    argument's gradient. Export, which knows values by their tensors, even calls the argument by the name of
+    the result from there on, behind a region without gradients too.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, FakeTensor) or not isinstance(node.target, OpOverload):
+        return None
+    if node.target._schema.is_mutable:
+        return None
+    kept = (value.dtype, value.device, str(value.shape))
+    given = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), FakeTensor)]
+    if not any((v.dtype, v.device, str(v.shape)) == kept for v in (n.meta["val"] for n in given)):
+        return None
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with value.fake_mode, torch.no_grad():
+        result = node.target(*args, **kwargs)
+    return next((n for n in given if n.meta["val"] is result), None)

@@ -20,7 +20,7 @@ from tpcompile.ir.graph_edit import fake_mode, value_of
 from tpcompile.ir.torch_internals import FakeTensorMode, Max, Min, OpOverload, is_any_autocast_enabled
 from tpcompile.rules.table import has_rule
 
-from .aliases import alias_depends, is_composite
+from .aliases import alias_depends, is_composite, returned_argument
 from .drop_writes import drop_writes, without_write
 from .take_apart import CannotTakeApart, Sizes, take_apart
 
@@ -104,11 +104,7 @@ def _casts_nothing(node: Node) -> bool:
     """Whether a call is a ``to`` that finds its input as it should be."""
     if not isinstance(node.target, OpOverload) or node.target.overloadpacket is not torch.ops.aten.to:
         return False
-    names = [argument.name for argument in node.target._schema.arguments]
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    asked, found = (n.meta["val"] for n in (node, given["self"]))
-    same = (asked.dtype, asked.device, asked.layout) == (found.dtype, found.device, found.layout)
-    return same and not given.get("copy") and given.get("memory_format") is None
+    return returned_argument(node) is not None
 
 
 def _is_written_whole(node: Node) -> bool:

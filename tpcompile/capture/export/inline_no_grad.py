@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.torch_internals import FakeTensor, OpOverload, tree_leaves
+from tpcompile.ir.torch_internals import tree_leaves
+
+from .aliases import returned_argument
 
 _GRAD_REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST_REGION = torch.ops.higher_order.wrap_with_autocast
@@ -66,7 +67,7 @@ def _inline(gm: GraphModule, call: Node, body: GraphModule, *, detach: bool, tai
         for node in body.graph.nodes:
             if node.op == "get_attr":
                 copies[node] = _copy_attribute(gm, body, node)
-            elif (same := _returned_argument(node)) is not None:
+            elif (same := returned_argument(node)) is not None:
                 copies[node] = copies[same]
             elif node.op not in ("placeholder", "output"):
                 copies[node] = gm.graph.node_copy(node, copies.__getitem__)
@@ -92,32 +93,11 @@ def _hand_through(gm: GraphModule, call: Node, body: GraphModule) -> None:
     outer = dict(zip(placeholders, call.args[5:], strict=True))
     for user in list(call.users):
         result: Any = body.graph.output_node().args[0][user.args[1]]  # type: ignore[index]
-        while (same := _returned_argument(result)) is not None:
+        while (same := returned_argument(result)) is not None:
             result = same
         if result in outer:
             user.replace_all_uses_with(outer[result])
             gm.graph.erase_node(user)
-
-
-def _returned_argument(node: Node) -> Node | None:
-    """The argument that an operator hands back as it is, such as ``x.float()`` where ``x`` is float32.
-
-    Grad mode does not matter to it: the result has the argument's gradient. Export, which knows values by
-    their tensors, even calls the argument by the name of the result from there on, behind the region too.
-    """
-    value = node.meta.get("val")
-    if not isinstance(value, FakeTensor) or not isinstance(node.target, OpOverload):
-        return None
-    if node.target._schema.is_mutable:
-        return None
-    kept = (value.dtype, value.device, str(value.shape))
-    given = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), FakeTensor)]
-    if not any((v.dtype, v.device, str(v.shape)) == kept for v in (n.meta["val"] for n in given)):
-        return None
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with value.fake_mode, torch.no_grad():
-        result = node.target(*args, **kwargs)
-    return next((n for n in given if n.meta["val"] is result), None)
 
 
 def _copy_attribute(gm: GraphModule, body: GraphModule, node: Node) -> Node:

@@ -57,6 +57,11 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(n for table in tables for n, v in table.items() if isinstance(v, types.MemberDescriptorType))
 
 
+def module_of(frame: types.FrameType) -> str:
+    """The name of the python module whose code a frame runs."""
+    return str(frame.f_globals.get("__name__"))
+
+
 def is_librarys(module: str, *more: str) -> bool:
     """Whether a python module, by its name, is part of a library that is not looked into, or of others."""
     root = module.partition(".")[0]

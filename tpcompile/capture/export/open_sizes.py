@@ -24,7 +24,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from tpcompile.ir.torch_internals import FakeTensor, FunctionalTensor
 
-from .look_inside import is_librarys
+from .look_inside import is_librarys, module_of
 
 OPEN = "open size "
 """What the text of an open size begins with in messages."""
@@ -40,7 +40,7 @@ _SPEAKS = re.compile(
 
 def is_message(frame: FrameType) -> bool:
     """Whether a line makes text for a message, which nothing is computed from."""
-    return is_librarys(_module(frame), "warnings") or frame.f_lineno in _messages(frame.f_code.co_filename)
+    return is_librarys(module_of(frame), "warnings") or frame.f_lineno in _messages(frame.f_code.co_filename)
 
 
 @functools.lru_cache(maxsize=256)
@@ -83,7 +83,7 @@ def _spelling(
     def spell(size: Any, spec: str = "") -> str:
         frame = sys._getframe(1)
         original = written(size)
-        if is_librarys(_module(frame), "sympy", "tpcompile") or original.replace(".", "").isdigit():
+        if is_librarys(module_of(frame), "sympy", "tpcompile") or original.replace(".", "").isdigit():
             return format(original, spec) if spec else original
         return f"{OPEN}{original}" if is_message(frame) else text(kind(size), spec)
 
@@ -103,7 +103,7 @@ def _comparing(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
     def compare(size: Any, other: Any) -> Any:
         found = original(size, other)
         if not isinstance(found, torch.SymBool) or is_librarys(
-            _module(sys._getframe(1)), "sympy", "tpcompile"
+            module_of(sys._getframe(1)), "sympy", "tpcompile"
         ):
             return found
         return found if has_free_unbacked_symbols(found) else bool(found)
@@ -164,7 +164,3 @@ def _matches(function: FunctionType) -> bool:
     return opmap["MATCH_CLASS"] in code.co_code[::2] and not {"int", "float", "bool"}.isdisjoint(
         code.co_names
     )
-
-
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__"))

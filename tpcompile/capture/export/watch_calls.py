@@ -27,7 +27,7 @@ from tpcompile.ir.torch_internals import (
 )
 
 from .explain_failure import here
-from .look_inside import PLAIN, is_librarys
+from .look_inside import PLAIN, is_librarys, module_of
 from .open_sizes import is_message, sizes_as_numbers, unseen
 from .python_state import storage
 
@@ -176,22 +176,18 @@ def _refuse(what: str, todo: str) -> None:
 
 def _caller() -> str:
     """The python module that has called what is being looked at."""
-    return _module(_calling(sys._getframe(2)))
+    return module_of(_calling(sys._getframe(2)))
 
 
 def _is_message() -> bool:
     """Whether the text of a tensor is made by torch, or for a message."""
     frame = _calling(sys._getframe(2))
-    while frame.f_back is not None and _module(frame) in (
+    while frame.f_back is not None and module_of(frame) in (
         "torch._tensor",
         "torch.overrides",
     ):
         frame = _calling(frame.f_back)
-    return is_librarys(_module(frame)) or is_message(frame)
-
-
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__"))
+    return is_librarys(module_of(frame)) or is_message(frame)
 
 
 def _calling(frame: FrameType) -> FrameType:
@@ -224,7 +220,7 @@ def _noted_decisions(watch: Watch) -> Iterator[None]:
 
 
 @contextmanager
-def recorded_inference_mode() -> Iterator[None]:
+def _recorded_inference_mode() -> Iterator[None]:
     """Lets a traced model's ``inference_mode`` be what a graph can say of it: ``no_grad``.
 
     Export does not see it: gradients would flow where the model's python has none.
@@ -234,15 +230,15 @@ def recorded_inference_mode() -> Iterator[None]:
 
     def enter_recorded(self: torch.inference_mode) -> None:
         if get_proxy_mode() is None:
-            return enter(self)
-        inside[id(self)] = torch.set_grad_enabled(not self.mode)
-        return None
+            enter(self)
+        else:
+            inside[id(self)] = torch.set_grad_enabled(not self.mode)
 
     def leave_recorded(self: torch.inference_mode, *raised: Any) -> None:
-        if id(self) not in inside:
-            return leave(self, *raised)
-        inside.pop(id(self)).__exit__(*raised)
-        return None
+        if id(self) in inside:
+            inside.pop(id(self)).__exit__(*raised)
+        else:
+            leave(self, *raised)
 
     with patch.object(kind, "__enter__", enter_recorded), patch.object(kind, "__exit__", leave_recorded):
         yield
@@ -283,7 +279,7 @@ def watched_calls() -> Iterator[Watch]:
         patch.object(torch, "is_grad_enabled", is_grad_enabled),
         patch.object(torch, "is_inference_mode_enabled", is_inference_mode_enabled),
         _noted_decisions(watch),
-        recorded_inference_mode(),
+        _recorded_inference_mode(),
         watch,
     ):
         yield watch
