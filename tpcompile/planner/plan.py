@@ -186,7 +186,7 @@ class Plan(PlanData):
             "sequence": self.sequence if isinstance(self.sequence, bool) else sorted(self.sequence),
             "recomputed": list(self.recomputed),
         }
-        return data | {"digest": _digest(data)}
+        return data | {"digest": digest_of(data)}
 
     @staticmethod
     @checked
@@ -229,7 +229,7 @@ def _read(data: Any, where: str) -> Plan:
     if data["version"] != VERSION:
         what = f"plan of version {short(data['version'])}, this is version {VERSION}"
         raise TpCompileError(what, where=where, todo="plan again")
-    if data["digest"] != _digest({key: value for key, value in data.items() if key != "digest"}):
+    if data["digest"] != digest_of(data):
         raise TpCompileError(
             "the plan was changed since it was made",
             where=where,
@@ -250,8 +250,10 @@ def _read(data: Any, where: str) -> Plan:
     )
 
 
-def _digest(data: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+def digest_of(data: Mapping[str, Any]) -> str:
+    """The SHA-256 of plain data, but for the digest in it."""
+    rest = {key: value for key, value in data.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def sequence_text(sequence: bool | frozenset[str]) -> str:

@@ -19,6 +19,9 @@ from .agree import compare
 from .describe import describe_value
 from .exchange import exchange, name_of
 
+MOST_SIZES = 8
+"""Of how many sizes of its calls a program's first one is compared: a mistake shows soon, if at all."""
+
 _SAMPLE = 64
 _APART = 0.02
 """How far numbers that are the same but for rounding may be apart, as a part of their sizes."""

@@ -15,7 +15,7 @@ from tpcompile.capture.divide_caches import divide_caches
 from tpcompile.errors import RanksApart, TpCompileError
 from tpcompile.ir.calls import flatten_call, leaf_names
 from tpcompile.ir.torch_internals import TreeSpec, peek_interpreter_stack
-from tpcompile.ranks.compare_calls import can_compare
+from tpcompile.ranks.compare_calls import MOST_SIZES, can_compare
 from tpcompile.ranks.compare_order import compare_order
 from tpcompile.ranks.lost_ranks import is_loss, lost
 from tpcompile.ranks.turns import own_turn
@@ -27,8 +27,6 @@ from .parts import compose_call, run_parts, try_parts
 from .program import Program, device_of, sizes_of_call
 from .state import State
 
-_MOST_SIZES = 8
-"""Of how many sizes of its calls a program's first one is compared: a mistake shows soon, if at all."""
 _NO_PROGRAM = "no program was captured for this call: call model.capture(...) with it first"
 
 
@@ -64,7 +62,7 @@ class Runtime(State):
         if (call := last.read(args, kwargs)) is None:
             return None
         (bound, leaves), program = call, last.program
-        if len(program.seen) < _MOST_SIZES and sizes_of_call(leaves) not in program.seen:
+        if len(program.seen) < MOST_SIZES and sizes_of_call(leaves) not in program.seen:
             return None
         _refuse_transforms()
         self.note_types(model)
@@ -177,7 +175,7 @@ class Runtime(State):
         self, program: Program, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]
     ) -> None:
         """Compares calls of the first sizes that a program sees, unless all calls are compared anyway."""
-        if self.compare_calls or len(program.seen) == _MOST_SIZES:
+        if self.compare_calls or len(program.seen) == MOST_SIZES:
             return
         if (sizes := sizes_of_call(leaves)) not in program.seen and can_compare(leaves):
             self.compare(model, bound, program.entry, leaves)

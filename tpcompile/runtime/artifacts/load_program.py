@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpcompile.capture.caches.register import register_cache_support
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import checked
-from tpcompile.planner.plan import Plan
+from tpcompile.planner.plan import Plan, digest_of
 from tpcompile.ranks.agree import compare, together
 from tpcompile.ranks.groups import AxisGroups
 from tpcompile.ranks.mesh import check_mesh, default_mesh, local_device
@@ -29,7 +29,7 @@ from tpcompile.ranks.own_groups import TIMEOUT, seconds_of
 from .call_data import captured_of, example_of, signature_of_data
 from .graph_data import graph_of
 from .loaded_program import LoadedCall, LoadedProgram, TensorFeed
-from .save_program import FORMAT, MANIFEST, VERSION, digest_of, versions
+from .save_program import FORMAT, MANIFEST, VERSION, versions
 from .values import decode
 
 _TODO = "copy the folder again, or save the program again"

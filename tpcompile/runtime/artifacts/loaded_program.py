@@ -19,16 +19,13 @@ from tpcompile.ir.calls import CallSignature, flatten_call, identical, leaf_name
 from tpcompile.ir.torch_internals import TreeSpec
 from tpcompile.ir.units import size_text
 from tpcompile.planner.plan import Plan
-from tpcompile.ranks.compare_calls import compare_call
+from tpcompile.ranks.compare_calls import MOST_SIZES, compare_call
 from tpcompile.ranks.compare_order import compare_order, number_of_model
 from tpcompile.ranks.lost_ranks import telling
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.ranks.turns import own_turn
 
 from ..program import autocast_of, device_of, sizes_of_call
-
-_MOST_SIZES = 8
-"""Of how many sizes of its calls a program's first one is compared over the ranks."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,7 @@ class LoadedProgram:
             leaves, spec = flatten_call(bound)
             self._check(leaves)
             call = self._find(bound, leaves, spec)
-            if (sizes := sizes_of_call(leaves)) not in call.seen and len(call.seen) < _MOST_SIZES:
+            if (sizes := sizes_of_call(leaves)) not in call.seen and len(call.seen) < MOST_SIZES:
                 names = leaf_names(bound)
                 whole = [names[at] for at in call.loose], [leaves[at] for at in call.loose]
                 compare_call(self._axis.group, "run", f"saved {self.name}", *whole)

@@ -23,6 +23,7 @@ from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.calls import CallSignature
 from tpcompile.lowering.state import SOURCE
 from tpcompile.planner.disk_cache import own_sources
+from tpcompile.planner.plan import digest_of
 from tpcompile.planner.write_file import write_whole
 from tpcompile.ranks.agree import together
 from tpcompile.ranks.exchange import exchange
@@ -128,12 +129,6 @@ def _is_current(program: Program, model: State) -> bool:
     whole = not program.entry and not program.training and program.types == model.settings.types
     quiet = program.gradients is None or not program.gradients[0]
     return whole and quiet and program.reads.hold(model.settings.state)
-
-
-def digest_of(data: Mapping[str, Any]) -> str:
-    """Of a manifest without its digest."""
-    text = json.dumps({key: value for key, value in data.items() if key != "digest"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:
