@@ -12,8 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 _C10D = torch.ops._c10d_functional
+
+
+def llama(width: int, layers: int, key_heads: int, vocabulary: int) -> LlamaForCausalLM:
+    """The unsharded model, to be trained: heads of 64, random weights."""
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=key_heads,
+        vocab_size=vocabulary,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).train()
 
 
 class Local(nn.Module):

@@ -20,10 +20,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import tpcompile
-from benchmarks.megatron import Layer, Trained
+from benchmarks.megatron import Layer, Trained, llama
 from benchmarks.predicted import local_parts
 from tests.helpers.run_ranks import run_spmd
 from tpcompile.runtime.dry_run.live_bytes import LiveBytes
@@ -64,16 +63,7 @@ def measure(model: Any, logits: Callable[[Tensor], Tensor], ids: Tensor) -> tupl
 def measure_all(given: argparse.Namespace) -> None:
     """One rank's measurements; the first rank prints them."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=given.width,
-        intermediate_size=given.width * 11 // 4,
-        num_hidden_layers=given.layers,
-        num_attention_heads=given.width // 64,
-        num_key_value_heads=given.width // 64,
-        vocab_size=1024,
-        use_cache=False,
-    )
-    whole = LlamaForCausalLM(config).train()
+    whole = llama(given.width, given.layers, given.width // 64, vocabulary=1024)
     ids = torch.randint(1024, (2, given.length))
     mesh = init_device_mesh("cpu", (RANKS,))
 

@@ -170,14 +170,19 @@ class Times:
     cpu: list[float] = field(default_factory=list)
 
 
-def measure(rank: int, port: int, wanted: Wanted) -> None:
-    """One rank: builds all variants, then times them in turns; rank 0 prints."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(RANKS))
+def join(rank: int, port: int, ranks: int) -> DeviceMesh:
+    """Connects a process that was started as a rank, with one thread."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
     # Variants of one class share dynamo's cache of compiled code, and each shape is an entry.
     torch._dynamo.config.recompile_limit = 64
+    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+
+
+def measure(rank: int, port: int, wanted: Wanted) -> None:
+    """One rank: builds all variants, then times them in turns; rank 0 prints."""
+    mesh = join(rank, port, RANKS)
     torch.compile(lambda x: x + 1)(torch.ones(3))  # what only the first compilation of a process pays
     names = [*wanted.variants, wanted.variants[0] + AGAIN]
     steps: dict[str, Step] = {}

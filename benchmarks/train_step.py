@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -46,11 +46,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import tpcompile
-from benchmarks.megatron import Trained
-from benchmarks.step import AGAIN, Times, ratios
+from benchmarks.megatron import Trained, llama
+from benchmarks.step import AGAIN, Times, join, ratios
 
 RANKS = 2
 USUAL, SMALL = (1024, 4, 32000, (2, 512)), (256, 2, 4096, (2, 128))
@@ -84,16 +84,7 @@ class Model:
 def whole_model(wanted: Wanted) -> LlamaForCausalLM:
     """The unsharded model; the same weights on every rank."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=wanted.width,
-        intermediate_size=wanted.width * 11 // 4,
-        num_hidden_layers=wanted.layers,
-        num_attention_heads=wanted.width // 64,
-        num_key_value_heads=wanted.width // 128,
-        vocab_size=wanted.vocabulary,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).train()
+    return llama(wanted.width, wanted.layers, wanted.width // 128, wanted.vocabulary)
 
 
 def ours(wanted: Wanted, mesh: DeviceMesh, compiled: bool, sequence: bool) -> Model:
@@ -226,11 +217,7 @@ class Training:
 
 def measure(rank: int, port: int, wanted: Wanted) -> None:
     """One rank: builds all variants, then times them in turns; rank 0 prints."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(RANKS))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
-    torch._dynamo.config.recompile_limit = 64
+    mesh = join(rank, port, RANKS)
     ids = torch.randint(0, wanted.vocabulary, wanted.batch, generator=torch.Generator().manual_seed(1))
     for mode in wanted.modes:
         trainings = build(wanted, mesh, mode)

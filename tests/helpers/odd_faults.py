@@ -40,8 +40,8 @@ class Doubled(torch.autograd.Function):
         return 2 * grad
 
 
-class Hooked(nn.Module):
-    """An MLP with a buffer that it writes, hooks on one of its parts, and a backward of its own."""
+class Counted(nn.Module):
+    """An MLP with a buffer that it writes, a hook on one of its parts, and a backward of its own."""
 
     seen: Tensor
 
@@ -50,12 +50,19 @@ class Hooked(nn.Module):
         self.mlp, self.last, self.function = toys.Mlp(), nn.Linear(12, 12), Doubled.apply
         self.register_buffer("seen", torch.zeros(()))
         self.last.register_forward_hook(lambda module, args, result: 3 * result)
-        self.last.register_forward_pre_hook(lambda module, args: args[0] + 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self.seen += 1
         y = self.function(self.mlp(x))
         return self.last(y), y
+
+
+class Hooked(Counted):
+    """The same with a hook before that part as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last.register_forward_pre_hook(lambda module, args: args[0] + 1)
 
 
 class Repeated(nn.Module):

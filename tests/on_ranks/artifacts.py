@@ -21,8 +21,10 @@ import tpcompile
 from tests.helpers import families
 from tests.helpers.toys import Attention, Mlp
 from tests.on_ranks.models import call, mesh
+from tests.on_ranks.module_life import refusal
+from tpcompile.planner.plan import digest_of
 from tpcompile.runtime.artifacts import save_program
-from tpcompile.runtime.artifacts.save_program import digest_of, file_digest
+from tpcompile.runtime.artifacts.save_program import file_digest
 
 DAMAGES = ("flip", "cut", "more", "gone", "other")
 CALLS = [
@@ -94,15 +96,6 @@ def bits(mine: Any, theirs: Any) -> bool:
     """Whether all tensors of two results are the same, and the results of one type."""
     pairs = zip(families.tensors(mine).items(), families.tensors(theirs).items(), strict=True)
     return type(mine) is type(theirs) and all(n == m and torch.equal(x, y) for (n, x), (m, y) in pairs)
-
-
-def refusal(act: Any) -> str:
-    """What is said against it."""
-    try:
-        act()
-    except tpcompile.TpCompileError as error:
-        return str(error)
-    return "accepted"
 
 
 def toy(folder: str) -> dict[str, Any]:

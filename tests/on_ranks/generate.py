@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 import tpcompile
 from tests.helpers import families
 from tests.on_ranks.models import build, mesh
+from tests.on_ranks.module_life import refusal
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
 
@@ -180,19 +181,11 @@ def refusals() -> list[str]:
     messages = []
     for options in attempts:
         call = {"input_ids": ids, "max_new_tokens": 2, **GREEDY, **options}
-        messages.append(_refusal(lambda call=call: sharded.generate(**call)))  # type: ignore[misc]
-    messages.append(_refusal(lambda: sharded.generate_batch([[1]])))
+        messages.append(refusal(lambda call=call: sharded.generate(**call)))  # type: ignore[misc]
+    messages.append(refusal(lambda: sharded.generate_batch([[1]])))
     with torch.no_grad():
         cache = sharded(ids).past_key_values
         for layer in cache.layers:
             layer.keys = layer.keys[:, :1]
-        messages.append(_refusal(lambda: sharded(ids[:, :1], past_key_values=cache)))
+        messages.append(refusal(lambda: sharded(ids[:, :1], past_key_values=cache)))
     return messages
-
-
-def _refusal(call: Any) -> str:
-    try:
-        call()
-    except tpcompile.TpCompileError as refusal:
-        return str(refusal)
-    return "accepted"

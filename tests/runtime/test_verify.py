@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tpcompile
 from tests.helpers import toys
+from tests.helpers.odd_faults import Counted
 from tests.on_ranks import valid_programs
 from tpcompile.capture.held_caches import Held
 from tpcompile.compile_program import Compiler
@@ -34,35 +35,6 @@ from tpcompile.runtime.verify.report import Report
 from tpcompile.runtime.verify.trial import SimulatedCompiler, Trial
 
 X = (2, 4, 12)
-
-
-class Doubled(torch.autograd.Function):
-    """The identity, with a backward of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad
-
-
-class Counted(nn.Module):
-    """An MLP with a buffer that it writes, a hook on one of its parts, and a backward of its own."""
-
-    seen: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp, self.last, self.function = toys.Mlp(), nn.Linear(12, 12), Doubled.apply
-        self.register_buffer("seen", torch.zeros(()))
-        self.last.register_forward_hook(lambda module, args, result: 3 * result)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self.seen += 1
-        y = self.function(self.mlp(x))
-        return self.last(y), y
 
 
 def test_what_is_right() -> None:
