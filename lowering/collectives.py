@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.torch_internals import is_batchedtensor, is_legacy_batchedtensor
 
 from . import collective_moves as moves
 
@@ -58,9 +59,20 @@ class _Once(torch.autograd.Function):
 
 
 def once(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
-    """A backward whose result is not differentiated, as torch's ``once_differentiable``, with our error."""
+    """A backward of one gradient, whose result is not differentiated; other uses are refused.
+
+    Under ``vmap`` (``is_grads_batched``, a vectorised jacobian) a collective would see one of several
+    gradients, and answer with what this rank has.
+    """
 
     def wrapped(ctx: Any, grad: Tensor) -> Any:
+        if is_batchedtensor(grad) or is_legacy_batchedtensor(grad):
+            raise TpCompileError(
+                "several gradients at once (vmap, is_grads_batched) do not go through the collectives of a "
+                "sharded model",
+                where="backward",
+                todo="take them one after the other: jacobian(vectorize=False)",
+            )
         if torch.is_grad_enabled() and grad.requires_grad:
             return _Once.apply(grad, functools.partial(backward, ctx))
         return backward(ctx, grad)

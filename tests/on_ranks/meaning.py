@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.functional import jacobian
+from torch.func import vmap
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint
 
@@ -187,7 +189,8 @@ def _forward_hooks() -> float:
 
 
 def twice() -> list[str]:
-    """What is said of a second derivative, by inputs and by weights; of hooks on all modules."""
+    """What is said of a second derivative, by inputs and by weights, and of several first ones at once; of
+    hooks on all modules."""
     _, sharded, x = pair()
     x = x.requires_grad_()
 
@@ -202,9 +205,16 @@ def twice() -> list[str]:
     said.append(refusal(lambda: tpcompile.parallelize(old, mesh(), (torch.randn(X),))))
     handle = nn.modules.module.register_module_full_backward_hook(lambda *_: None)
     try:
-        return [*said, refusal(lambda: sharded(x))]
+        said.append(refusal(lambda: sharded(x)))
     finally:
         handle.remove()
+    loss = sharded(x).square().sum()
+    loss.backward(create_graph=True)
+    said.append(refusal(lambda: sharded.first.up.weight.grad))
+    said.append(refusal(lambda: jacobian(sharded, x, vectorize=True)))
+    y = sharded(x)
+    grads = vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0])
+    return [*said, refusal(lambda: grads(torch.ones(2, *y.shape)))]
 
 
 GAIN = 2.0

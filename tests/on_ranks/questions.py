@@ -188,14 +188,36 @@ def looks_back(model: Asking, h: Tensor, x: Tensor) -> Tensor:
     return h if model.up.weight.grad is None else h * 2
 
 
+def begins(model: Asking, h: Tensor, x: Tensor) -> Tensor:
+    """Depends on where an argument begins in its memory."""
+    return h + x.storage_offset()
+
+
+def lies(model: Asking, h: Tensor, x: Tensor) -> Tensor:
+    """Depends on the order of an argument's elements in memory."""
+    return h * 2 if x.is_contiguous() else h
+
+
+def strides_through(model: Asking, h: Tensor, x: Tensor) -> Tensor:
+    """Reads an argument by its memory."""
+    return h + x.as_strided((2, 2), (1, 2)).sum()
+
+
 def refused() -> list[str]:
     """What is said against models that ask for what a program cannot know."""
     state = torch.get_rng_state()
     said = [
         refusal(lambda ask=ask: tpcompile.parallelize(Asking(ask), mesh(), (X,)))
-        for ask in (seeds, looks_back)
+        for ask in (seeds, looks_back, begins)
     ]
-    return [*said, str(torch.equal(torch.get_rng_state(), state))]
+    said.append(str(torch.equal(torch.get_rng_state(), state)))
+    across = X.t().contiguous().t()
+    for ask in (lies, strides_through):
+        model = tpcompile.parallelize(Asking(ask), mesh(), (X,))
+        said.append(refusal(lambda model=model: model(across)))  # type: ignore[misc]
+        said.append(str(torch.equal(model(across.contiguous()), model(X))))
+    said.append(refusal(lambda: tpcompile.parallelize(Asking(lies), mesh(), (across,))))
+    return said
 
 
 def compiled() -> list[str]:

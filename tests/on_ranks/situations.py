@@ -279,15 +279,18 @@ def _nodes() -> None:
         torch.autograd.graph.register_multi_grad_hook([*sharded.parameters()], lambda grads: None)
 
 
-@situation("second derivatives, `torch.func.grad`, `vmap`")
+@situation("second derivatives, `torch.func.grad`, `vmap`, several gradients at once (`is_grads_batched`)")
 def _second() -> None:
     _, sharded, x = _twins()
     try:
         torch.func.grad(lambda y: sharded(y).sum())(x)
     except tpcompile.TpCompileError:
-        x.requires_grad_()
-        (first,) = torch.autograd.grad(sharded(x).square().sum(), x, create_graph=True)
-        first.square().sum().backward()
+        y = sharded(x.requires_grad_())
+        try:
+            torch.autograd.grad(y, x, torch.ones(2, *y.shape), retain_graph=True, is_grads_batched=True)
+        except tpcompile.TpCompileError:
+            (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            first.square().sum().backward()
 
 
 @situation("`torch.export` of a sharded model")

@@ -38,6 +38,9 @@ def test_second_derivatives_and_other_hooks_are_refused() -> None:
         assert "register_full_backward_hook" in said[2]
         assert "register_full_backward_hook" in said[3]
         assert "hooks on all modules" in said[4]
+        assert "second derivatives" in said[5]
+        assert "several gradients at once" in said[6]
+        assert "several gradients at once" in said[7]
 
 
 def test_what_forward_reads_selects_the_program() -> None:
@@ -49,9 +52,12 @@ def test_what_forward_reads_selects_the_program() -> None:
 def test_what_forward_asks_selects_the_program() -> None:
     assert run_spmd(questions.asked, 2, timeout=300) == [[], []]
     assert run_spmd(questions.compiled, 2, timeout=300) == [[], []]
-    for seeding, looking, _ in run_spmd(questions.refused, 2):
+    for seeding, looking, beginning, _, *lying in run_spmd(questions.refused, 2):
         assert "seeds torch's random numbers" in seeding
         assert "reads the gradient" in looking
+        assert "where a tensor is in memory" in beginning
+        assert lying[1] == lying[3] == "True"
+        assert all("is not contiguous" in lying[at] for at in (0, 2, 4))
 
 
 def test_what_forward_leaves_is_left_behind() -> None:

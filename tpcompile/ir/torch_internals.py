@@ -21,7 +21,7 @@ from torch._C._autograd import _get_sequence_nr as get_sequence_nr
 from torch._C._distributed_c10d import BroadcastOptions, GatherOptions
 from torch._C._distributed_c10d import _resolve_process_group as resolve_process_group
 from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards, dict_version
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor, peek_interpreter_stack
 from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, detect_fake_mode, tracing
@@ -111,6 +111,8 @@ __all__ = [
     "invoke_subgraph",
     "is_alias_of",
     "is_any_autocast_enabled",
+    "is_batchedtensor",
+    "is_legacy_batchedtensor",
     "is_traceable_wrapper_subclass",
     "len_torch_dispatch_stack",
     "no_dispatch",

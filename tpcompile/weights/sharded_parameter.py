@@ -81,7 +81,7 @@ class ShardedParameter(DTensor):
         local, held = self._local_tensor.grad, self.__dict__.get("_gradient")
         if local is None:
             return None
-        self.placing.check_gradient()
+        self.placing.check_gradient(local)
         if held is not None and held._local_tensor is not local and held.dtype == local.dtype:
             # A wrapper costs more than a small update: it is used again if nobody else can see it.
             if sys.getrefcount(held) == 3 and held._use_count() == 1:

@@ -148,12 +148,21 @@ class TensorLayout:
         assert whole is not None, "all ranks get it"
         return whole
 
-    def check_gradient(self) -> None:
+    def check_gradient(self, gradient: Tensor | None = None) -> None:
         """Refuses the gradient of what is not made of elements of the whole: it would be another one.
 
+        Args:
+            gradient: the part's, of which nobody may want a gradient in turn.
+
         Raises:
-            TpCompileError: a custom strategy has computed the part.
+            TpCompileError: a custom strategy has computed the part; or there is to be a second derivative.
         """
+        if gradient is not None and gradient.requires_grad:
+            raise TpCompileError(
+                "second derivatives (create_graph) do not see through the collectives of a sharded model",
+                where=self.name,
+                todo="take first derivatives only",
+            )
         if self.computed:
             raise TpCompileError(
                 "the gradient of a part that a custom strategy has computed, not cut out of the parameter",

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.caches.register import register_cache_support
-from tpcompile.errors import OnlyInParts, TpCompileError
+from tpcompile.errors import CannotCapture, OnlyInParts, TpCompileError
 from tpcompile.ir.calls import OpenNumber, flatten_call, identical, leaf_names
 from tpcompile.ir.torch_internals import FakeTensorMode
 
@@ -90,6 +90,8 @@ def capture(
                 log.info("capture with %s failed: %s", attempt.name, error)
                 first_error = error
                 continue
+            if captured.asks_strides:
+                _refuse_strided(names, leaves)
             refusal = captured.accepts(leaves)
             if refusal is None:
                 captured.notes += _notes(captured, attempt, tried)
@@ -118,6 +120,17 @@ def _refuse_bad_leaves(names: Sequence[str], leaves: Sequence[Any]) -> None:
                 f"the argument {name} is a {type(leaf).__name__}, which capture cannot take apart",
                 where="the call",
                 todo="give a DynamicCache or a StaticCache, or pass use_cache=False" if cache else advice,
+            )
+
+
+def _refuse_strided(names: Sequence[str], leaves: Sequence[Any]) -> None:
+    for name, leaf in zip(names, leaves, strict=True):
+        if isinstance(leaf, torch.Tensor) and not leaf.is_contiguous():
+            raise CannotCapture(
+                "forward asks in which order elements are in memory (stride, is_contiguous, as_strided), "
+                f"and {name} is not contiguous",
+                where="the call",
+                todo=f"give the model {name}.contiguous()",
             )
 
 
@@ -167,8 +180,7 @@ def _export(
     taken, peeked = flat.seen.taken, watch.peeked
     assert taken is not None
     if watch.computed:  # of which tensors is not known; torch follows the values of small ones
-        held = (x for module in model.modules() for x in vars(module).values() if isinstance(x, torch.Tensor))
-        peeked.update((id(x), x) for x in held if x.numel() == 1)
+        peeked.update(_single_numbers(model))
     gm, inputs, outputs, constants = flatten_program(program, model, names, leaves, flat.seen.results, peeked)
     baked = [spec.name for spec in inputs if spec.kind == "constant"]
     return Captured(
@@ -183,6 +195,7 @@ def _export(
         states=taken.states,
         notes=_say_lost(flat.seen.lost),
         asks_gradients=watch.asks_gradients,
+        asks_strides=watch.asks_strides,
         functions=kept.functions,
         regions=kept.regions,
         reads=frozenset(flat.seen.reads),
@@ -193,6 +206,12 @@ def _export(
             n for n in baked if constants[n].requires_grad or storage(constants[n]) in watch.wanting
         ),
     )
+
+
+def _single_numbers(model: nn.Module) -> dict[int, torch.Tensor]:
+    """The tensors of one element among the attributes of a model, by identity."""
+    held = (x for module in model.modules() for x in vars(module).values() if isinstance(x, torch.Tensor))
+    return {id(x): x for x in held if x.numel() == 1}
 
 
 def _inline(program: ExportedProgram) -> None:

@@ -49,6 +49,7 @@ class Captured:
         writes: what the call leaves in python state; its tensors are the results of kind "attribute".
         detached: constants that want a gradient, and would get none.
         asks_gradients: python has asked whether gradients are recorded, or wanted.
+        asks_strides: python has asked for the order of elements in memory: arguments must be contiguous.
         functions: the user's autograd functions that the graph calls, by their keys there.
         regions: the parts that are computed again in backward, by the names that their nodes are marked with;
             what is saved of each (None: nothing).
@@ -72,6 +73,7 @@ class Captured:
     writes: tuple[StateWrite, ...] = ()
     detached: tuple[str, ...] = ()
     asks_gradients: bool = False
+    asks_strides: bool = False
     functions: dict[str, FunctionCall] = field(default_factory=dict)
     regions: dict[str, ContextFn | None] = field(default_factory=dict)
     blocks: RepeatedBlocks | None = None
@@ -95,7 +97,8 @@ class Captured:
     def accepts(self, leaves: Sequence[Any]) -> str | None:
         """Return None if this program may run on ``leaves``, else a sentence that says why not.
 
-        Only shapes are compared: structure, dtypes and python values are ``Program.fits``'s business.
+        Only shapes are compared, and strides where python has asked for them: structure, dtypes and python
+        values are ``Program.fits``'s business.
         """
         users = self.user_inputs
         if len(leaves) != len(users):
@@ -107,6 +110,8 @@ class Captured:
                 continue
             if not isinstance(leaf, torch.Tensor) or leaf.ndim != len(spec.extents):
                 return f"{spec.name} is not a tensor of rank {len(spec.extents)}"
+            if self.asks_strides and not leaf.is_contiguous():
+                return f"{spec.name} is not contiguous, and forward asks for strides"
             for dim, (extent, size) in enumerate(zip(spec.extents, leaf.shape, strict=True)):
                 if isinstance(extent, str) and extent not in self.ranges:
                     derived.append((f"{spec.name}.shape[{dim}]", extent, size))

@@ -1,4 +1,7 @@
-"""The sizes that a program runs on, as one python expression: quick, and traced by dynamo into its guards."""
+"""The sizes that a program runs on, as one python expression: quick, and traced by dynamo into its guards.
+
+Beside them, that elements are in memory in order, if the model's python has asked about that.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ Check = Callable[[Sequence[Any]], bool]
 def size_check(captured: Captured) -> Check:
     """A function of a call's leaves that says what ``captured.accepts`` says.
 
-    Only sizes are looked at: that the right leaves are tensors, of the right rank, must be known before.
+    Types are not looked at: that the right leaves are tensors, of the right rank, must be known before.
     """
     known: set[str] = set()
     terms: list[str] = []
@@ -41,6 +44,9 @@ def size_check(captured: Captured) -> Check:
                 later.append((i, dim, extent))
     terms += [f"{size(i, dim)} == {extent}" for i, dim, extent in later]
     terms += [f"({guard})" for guard in captured.guards]
+    if captured.asks_strides:
+        tensors = (i for i, spec in enumerate(captured.user_inputs) if spec.extents is not None)
+        terms += [f"leaves[{i}].is_contiguous()" for i in tensors]
     text = f"lambda leaves: {' and '.join(terms) or 'True'}"
     # Printed by torch for python, from the program's own symbols: nothing of the user's.
     check: Check = eval(text, {"math": math, "__name__": __name__})

@@ -44,6 +44,12 @@ _REFUSED: dict[Any, tuple[str, str]] = {
     _TENSOR.data.__set__: ("assigns to a tensor's data", "compute a new tensor, or write with copy_"),
 }
 _INFERENCE = ("asks for the inference mode", f"ask torch.is_grad_enabled(); or {_PARTS}")
+_PLACE = ("asks where a tensor is in memory", f"compute it with the tensor's values; or {_PARTS}")
+_PLACES = (
+    *(Tensor.storage_offset, Tensor.is_pinned, Tensor.is_shared),
+    *(_TENSOR._base.__get__, _TENSOR._version.__get__),
+)
+_STRIDES = (Tensor.stride, Tensor.is_contiguous, Tensor.as_strided, torch.as_strided)
 _GRAD_FN = _TENSOR.grad_fn.__get__
 _GRAD = _TENSOR.grad.__get__
 _DATA = _TENSOR.data.__get__
@@ -76,6 +82,7 @@ class Watch(TorchFunctionMode):
         computed: it has also asked for values that were computed of constants.
         wanting: the storages of tensors that want gradients and are not part of the model.
         asks_gradients: it has asked whether gradients are recorded, or wanted.
+        asks_strides: it has asked in which order a tensor's elements are in memory.
         errors: what went wrong in a call of torch because it was traced; its python may have gone on.
     """
 
@@ -84,7 +91,7 @@ class Watch(TorchFunctionMode):
         self.peeked: dict[int, Tensor] = {}
         self.computed = False
         self.wanting: set[int] = set()
-        self.asks_gradients = False
+        self.asks_gradients = self.asks_strides = False
         self.errors: list[Exception] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,6 +144,9 @@ class Watch(TorchFunctionMode):
         if func is Tensor.is_inference and not is_librarys(_caller(), "tpcompile"):
             _refuse(*_INFERENCE)
         self.asks_gradients |= func in _ASKS and not is_librarys(_caller(), "tpcompile")
+        if func in _PLACES and not is_librarys(_caller(), "tpcompile"):
+            _refuse(*_PLACE)
+        self.asks_strides |= func in _STRIDES and not is_librarys(_caller(), "tpcompile")
         if func in _SPELLS and len(real) < len(given) and not _is_message():
             _refuse("makes text of a tensor's values", f"compute it with tensors; or {_PARTS}")
         if func in _PEEKS:

@@ -66,6 +66,7 @@ def call_data(program: Program) -> dict[str, Any]:
         "result": encode_structure(captured.out_spec),
         "ranges": sorted([symbol, *bounds] for symbol, bounds in captured.ranges.items()),
         "guards": list(captured.guards),
+        "strides": captured.asks_strides,
         "states": [encode_state(state) for state in captured.states],
     }
 
@@ -95,6 +96,7 @@ def captured_of(data: Mapping[str, Any], graph: GraphModule, device: torch.devic
         ranges=ranges,
         guards=tuple(map(_expression, data["guards"])),
         states=tuple(decode_state(state, device) for state in data["states"]),
+        asks_strides=bool(data["strides"]),
     )
 
 
