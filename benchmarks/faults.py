@@ -1,13 +1,15 @@
 """Faults put into programs one at a time, and who catches them: the proof, ranks that compare, or verify.
 
-    python -m benchmarks.faults [--models "mlp;packed;..."] [--most PLACES] [--kinds TEXT]
+    python -m benchmarks.faults [--models "mlp;packed;..."] [--most PLACES] [--kinds TEXT] [--out FILE]
+    python -m benchmarks.faults --report FILE...
 
 A fault is put into the rewritten graph, into the lowered graph of one rank, into what a rank holds of a
 weight, into a rule, or into what capture gives; at so many places per kind and model. What nobody refuses is
 run on all simulated ranks and compared with the model's python, results and gradients: a fault that changes
 no number has made an equivalent program. A line per kind: how many faults, and how many were caught by the
 proof of placements, while lowering (local shapes), by the comparison of what ranks send, and by running them
-as ``tpcompile.verify`` does; how many changed no number; and how many did, and nobody has noticed.
+as ``tpcompile.verify`` does; how many changed no number; and how many did, and nobody has noticed. ``--out``
+keeps what became of each, one JSON object a line; ``--report`` makes the tables of docs/verify.md of it.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ import argparse
 import contextlib
 import copy
 import functools
-from collections import Counter
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -27,13 +29,14 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from tests.helpers import families, toys
+from benchmarks.fault_subjects import F64, LENGTH, MODELS, KeptCompiler
+from benchmarks.report_faults import Outcome, read, report, table_of
+from tests.helpers import families
 from tests.helpers.capture_faults import CAPTURES, MODULES
 from tests.helpers.faults import FAULTS
 from tests.helpers.local_faults import ONE_RANK, RULES, SLICES
-from tests.helpers.odd_faults import LAYERS, ODD, PROGRAMS, RANKS, Hooked, Repeated
+from tests.helpers.odd_faults import LAYERS, ODD, PROGRAMS, RANKS
 from tests.helpers.value_faults import LOCAL, VALUES
-from tpcompile.capture.export.captured import Captured
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import bind_call
 from tpcompile.ir.markers import origin
@@ -43,85 +46,16 @@ from tpcompile.passes.verify_placements import verify_placements
 from tpcompile.pipeline import follow, rewrite
 from tpcompile.planner.decisions import decisions_to_data
 from tpcompile.planner.global_program import GlobalProgram
-from tpcompile.planner.options import Options
 from tpcompile.ranks.compare_sent import refuse_unlike
 from tpcompile.rules import table
 from tpcompile.runtime.read_request import read_options
 from tpcompile.runtime.verify.inputs import Inputs
 from tpcompile.runtime.verify.outcome import Key, compared
-from tpcompile.runtime.verify.trial import SimulatedCompiler, Trial
+from tpcompile.runtime.verify.trial import Trial
 
-OUTCOMES = ("proof", "lowering", "ranks", "verify", "equal", "missed")
 SAME, EXACT = 1e-9, 1e-10
-F64 = torch.float64
 Mutant = tuple[str, Callable[[], str]]
 """The kind of a fault, and what puts it in and says what becomes of it."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model to put faults into.
-
-    Attributes:
-        build: makes it.
-        shapes: of its arguments; none for a family of ``tests/helpers/families.py``.
-        ranks: on how many ranks.
-        sequence: with sequence parallelism.
-    """
-
-    build: Callable[[], nn.Module]
-    shapes: tuple[tuple[int, ...], ...] = ()
-    ranks: int = 2
-    sequence: bool = False
-
-
-def _family(name: str, ranks: int = 2, sequence: bool = False) -> Subject:
-    return Subject(lambda: families.build(name, F64), (), ranks, sequence)
-
-
-def _encoder() -> nn.Module:
-    return nn.TransformerEncoderLayer(12, 4, 20, dropout=0.0, batch_first=True)
-
-
-FAMILIES = (
-    *("llama", "mixtral", "deepseek_v3", "cohere", "mamba", "gpt2", "phi3", "gemma2", "bert", "t5"),
-    *("qwen2", "falcon_mqa", "qwen3_moe", "unet"),
-)
-LENGTH = 3
-"""Tokens of a family's call: a recurrence is unrolled over them."""
-
-MODELS = {
-    "mlp": Subject(toys.Mlp, ((3, 4, 12),)),
-    "attention": Subject(lambda: toys.Attention(False), ((3, 4, 20),)),
-    "packed": Subject(lambda: toys.Attention(True), ((3, 4, 20),)),
-    "gqa below the ranks": Subject(lambda: toys.NormedHeads(heads=8, groups=2), ((3, 4, 20),), 4),
-    "parallel block": Subject(toys.Parallel, ((3, 4, 20),)),
-    "sequence parallel": Subject(toys.Blocks, ((3, 4, 12),), 2, True),
-    "encoder": Subject(_encoder, ((3, 4, 12),)),
-    "convnet": Subject(toys.NormedConvolution, ((3, 6, 12),)),
-    "repeated layers": Subject(Repeated, ((3, 4, 12),)),
-    "hooks and a backward": Subject(Hooked, ((3, 4, 12),)),
-    **{name: _family(name) for name in FAMILIES},
-    "llama, 8 ranks": _family("llama", 8),
-    "llama, sequence parallel": _family("llama", sequence=True),
-}
-
-
-class _Kept(SimulatedCompiler):
-    """Captures once, and gives out copies, with a fault if one is to be in them."""
-
-    def __init__(self, options: Options, ranks: int) -> None:
-        super().__init__(options, ranks, exact=True)
-        self.kept: Captured | None = None
-        self.fault: Callable[[GlobalProgram], Any] | None = None
-
-    def capture_call(self, model: nn.Module, bound: dict[str, Any]) -> Captured:
-        if self.kept is None:
-            self.kept = super().capture_call(model, bound)
-        program = GlobalProgram(self.kept, 1).copy()
-        if self.fault is not None:
-            self.fault(program)
-        return program.captured
 
 
 class Bench:
@@ -143,25 +77,26 @@ class Bench:
         self.data = decisions_to_data(self.trial.compiled.planned)
         self.base = self.compiler.canonical(self.model, self.bound)
         self.numbers = self.trial.on_ranks()
+        self.said = ""
+        """What a fault was refused with."""
         assert self.trial.limit <= EXACT, f"{name} computes in {self.trial.limit}"
         assert self.outcome(lambda: self.right) == "equal", f"{name} is not right as it is"
 
-    def _compiler(self) -> _Kept:
+    def _compiler(self) -> KeptCompiler:
         asked = ("auto", None, "cpu", bool(self.subject.shapes), None, ())
         options = read_options(self.model, *asked, sequence_parallel=self.subject.sequence)
-        return _Kept(options, self.subject.ranks)
+        return KeptCompiler(options, self.subject.ranks)
 
     def _trial(self) -> Trial:
         return Trial(self.model, self.bound, self.compiler, True)
 
     def outcome(self, programs: Callable[[], list[GraphModule]]) -> str:
         """What becomes of programs of all ranks."""
+        self.said = ""
         try:
             self.trial.programs = programs()
-        except TpCompileError as error:
-            return "proof" if "cannot be proved" in str(error) else "lowering"
-        except Exception:  # a fault may make anything fail; it does not come to a number
-            return "lowering"
+        except Exception as error:  # a fault may make anything fail; it does not come to a number
+            return self._refused(error)
         try:
             refuse_unlike(sent(self.trial.rewritten.axis_sizes, self.trial.programs))
         except TpCompileError:
@@ -169,12 +104,17 @@ class Bench:
         try:
             numbers = self.trial.on_ranks()
             found = self.trial.compare_ranks(self.want, numbers)
-        except Exception:
+        except Exception as error:
+            self._refused(error)
             return "verify"
         if any(not f.error <= self.trial.limit for f in found):
             return "verify"
         pairs = zip(self.numbers, numbers, strict=True)
         return "equal" if all(_error(right, got) <= SAME for right, got in pairs) else "missed"
+
+    def _refused(self, error: Exception) -> str:
+        self.said = f"{type(error).__name__}: {error}"
+        return "proof" if "cannot be proved" in self.said else "lowering"
 
     def mutants(self, most: int) -> Iterator[Mutant]:
         """All faults, at some places each."""
@@ -271,7 +211,7 @@ class Bench:
             try:
                 trial = self._trial()
             except Exception as error:
-                return "proof" if "cannot be proved" in str(error) else "lowering"
+                return self._refused(error)
             trial.limit, self.trial = before.limit, trial
             try:
                 return self.outcome(lambda: trial.programs)
@@ -284,8 +224,8 @@ def _admit(program: GlobalProgram) -> None:
     factors = program.planned_factors
     assert factors is not None
     for node in program.graph.nodes:
-        new = node.op == "call_function" and origin(node) is node and (node, 0) not in factors._dims
-        if new and is_tensor(node) and node.all_input_nodes:
+        called = node.op == "call_function" and is_tensor(node) and node.all_input_nodes
+        if called and origin(node) is node and (node, 0) not in factors._dims:
             factors._dims[node, 0] = factors._dims[producer(origin(node.all_input_nodes[0]))]
 
 
@@ -312,43 +252,41 @@ def _some(count: int, most: int) -> list[int]:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the tables, or the report of earlier runs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", default=";".join(MODELS))
     parser.add_argument("--most", type=int, default=3)
     parser.add_argument("--kinds", default="")
+    parser.add_argument("--out", help="a file to add outcomes to; faults that it has already are left out")
+    parser.add_argument("--report", nargs="+", metavar="FILE", help="print a report of such files")
     given = parser.parse_args()
-    counts: Counter[tuple[str, str]] = Counter()
+    if given.report:
+        print(report(given.report))
+        return
+    found = []
     for name in given.models.split(";"):
-        found = Counter(outcomes(name, given.most, given.kinds))
-        print(f"{name}\n{table_of(found)}\n", flush=True)
-        counts += found
-    print(f"all models\n{table_of(counts)}")
+        found += list(outcomes(name, given.most, given.kinds, given.out))
+        print(f"{name}\n{table_of(o for o in found if o['model'] == name)}\n", flush=True)
+    print(f"all models\n{table_of(found)}")
 
 
-def outcomes(name: str, most: int, kinds: str) -> Iterator[tuple[str, str]]:
-    """The outcomes of the mutants of one model."""
-    for at, (kind, run) in enumerate(Bench(name).mutants(most)):
-        if kinds in kind:
-            outcome = run()
-            if outcome == "missed":
-                print(f"missed in {name}: number {at}, {kind}", flush=True)
-            yield kind, outcome
-
-
-def table_of(counts: Counter[tuple[str, str]]) -> str:
-    """A line per kind of fault."""
-    kinds = list(dict.fromkeys(kind for kind, _ in counts))
-    width = max(map(len, kinds))
-    lines = [f"{'fault':{width}}  mutants  " + "  ".join(f"{outcome:>8}" for outcome in OUTCOMES)]
-    for kind in [*kinds, "all"]:
-        row = [
-            sum(n for (k, o), n in counts.items() if kind in (k, "all") and o == each) for each in OUTCOMES
-        ]
-        lines.append(f"{kind:{width}}  {sum(row):7}  " + "  ".join(f"{n:8}" for n in row))
-    return "\n".join(lines)
+def outcomes(name: str, most: int, kinds: str, out: str | None = None) -> Iterator[Outcome]:
+    """The outcomes of the mutants of one model, those that a file has already left out."""
+    seen = {(o["model"], o["number"], o["most"]) for o in read([out])} if out and Path(out).exists() else ()
+    bench = Bench(name)
+    for at, (kind, run) in enumerate(bench.mutants(most)):
+        if kinds not in kind or (name, at, most) in seen:
+            continue
+        found: Outcome = {"model": name, "kind": kind, "outcome": run(), "number": at, "most": most}
+        found["said"] = bench.said
+        if found["outcome"] == "missed":
+            print(f"missed in {name}: number {at}, {kind}", flush=True)
+        if out:
+            with Path(out).open("a") as file:
+                print(json.dumps(found), file=file)
+        yield found
 
 
 if __name__ == "__main__":

@@ -48,12 +48,12 @@ def _group(found: dict[str, Any]) -> str:
     return "divided" if found["share"] * found.get("ranks", 2) <= 1.2 and not found["fallbacks"] else "partly"
 
 
-def report(found: Iterable[dict[str, Any]], types: Mapping[str, int]) -> str:
-    """A table with a row per auto class, and why what is not right and divided is not.
+def report(found: Iterable[dict[str, Any]], types: Mapping[str, list[str]]) -> str:
+    """A table with a row per auto class, why what is not right and divided is not, and what is left.
 
     Args:
         found: what the sweep found; of several results for one type the last counts.
-        types: how many types an auto class has.
+        types: those of every auto class.
     """
     found = list(found)
     lines = [
@@ -64,10 +64,27 @@ def report(found: Iterable[dict[str, Any]], types: Mapping[str, int]) -> str:
     for auto in dict.fromkeys(f["auto"] for f in found):
         groups = sort_out(f for f in found if f["auto"] == auto)
         counts = [len(g) for g in groups.values()]
-        lines.append(f"| {auto} | {types[auto]} | {sum(counts)} | " + " | ".join(map(str, counts)) + " |")
+        lines.append(
+            f"| {auto} | {len(types[auto])} | {sum(counts)} | " + " | ".join(map(str, counts)) + " |"
+        )
     groups = sort_out(found)
     for name in ("wrong", "failed", "partly", "refused", "not built"):
         if groups[name]:
             lines += ["", f"{name}:"]
             lines += [f"- {f['auto']} {line(f)}" for f in groups[name]]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_left(found, types)])
+
+
+def _left(found: Iterable[dict[str, Any]], types: Mapping[str, list[str]]) -> list[str]:
+    """What was not swept, and which types no auto class has seen."""
+    swept = {(f["auto"], f["kind"]) for f in found}
+    seen = {kind for _, kind in swept}
+    every = {kind for kinds in types.values() for kind in kinds}
+    lines = [f"types: {len(every)}, {len(seen & every)} of them swept by at least one class", "", "left:"]
+    for auto, kinds in types.items():
+        left = [kind for kind in kinds if (auto, kind) not in swept]
+        new = [kind for kind in left if kind not in seen]
+        if left:
+            unseen = f", {len(new)} of them by no class: {', '.join(new)}" if new else ""
+            lines.append(f"- {auto}: {len(left)} of {len(kinds)} types{unseen}")
+    return lines

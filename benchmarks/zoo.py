@@ -1,14 +1,15 @@
 """Every type of an auto class of the installed transformers, tiny, on two simulated ranks (or more).
 
-    python -m benchmarks.zoo [--auto causal] [--types a,b,...] [--limit SECONDS] [--static] [--ranks N]
-        [--out FILE]
+    python -m benchmarks.zoo [--auto causal|...|all] [--types a,b,...] [--limit SECONDS] [--static]
+        [--ranks N] [--out FILE]
     python -m benchmarks.zoo --report FILE...
 
 One line per type: whether it is captured, proved, and right (the largest errors of results and of gradients
 against the model's python), the share of the weights that a rank holds, how many collectives, what is
 computed whole for want of a rule, and which large weights stay whole. Each type runs in a process of its own
-that is stopped after the limit. ``--out`` keeps all that was found, one JSON object a line; ``--report``
-makes the lists of docs/models.md from such files.
+that is stopped after the limit. ``--auto all`` takes every type once, by the first class that has it.
+``--out`` keeps all that was found, one JSON object a line; ``--report`` makes the lists of docs/models.md
+from such files, and says what is left.
 """
 
 from __future__ import annotations
@@ -47,24 +48,41 @@ from tpcompile.planner.plan_layout import layout_of
 from tpcompile.runtime.read_request import read_options
 from tpcompile.runtime.verify.one_process import VerifyRequest, examine
 
-AUTO = {
-    "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
-    "masked": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
-    "seq2seq": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
-    "image": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
-    "speech": ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
-    "ctc": ("AutoModelForCTC", "MODEL_FOR_CTC_MAPPING_NAMES"),
-    "audio": ("AutoModelForAudioClassification", "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES"),
-    "clip": (
-        "AutoModelForZeroShotImageClassification",
-        "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-    ),
-    "sequence": (
-        "AutoModelForSequenceClassification",
-        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    ),
+SHORT = {
+    "AutoModelForCausalLM": "causal",
+    "AutoModelForMaskedLM": "masked",
+    "AutoModelForSeq2SeqLM": "seq2seq",
+    "AutoModelForImageClassification": "image",
+    "AutoModelForSpeechSeq2Seq": "speech",
+    "AutoModelForCTC": "ctc",
+    "AutoModelForAudioClassification": "audio",
+    "AutoModelForZeroShotImageClassification": "clip",
+    "AutoModelForSequenceClassification": "sequence",
 }
-"""Auto classes by a short name, with the name of transformers' table of their types."""
+
+
+def _auto_classes() -> dict[str, tuple[str, list[str]]]:
+    """transformers' auto classes by a short name, with the types that each knows; the most general last."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    classes = vars(modeling_auto)
+    last = ["AutoBackbone", "AutoModel"]
+    for name in [*SHORT, *(n for n in classes if n.startswith("AutoModelFor") and n not in SHORT), *last]:
+        if (mapping := getattr(classes[name], "_model_mapping", None)) is not None:
+            short = SHORT.get(name, name.removeprefix("AutoModelFor"))
+            found[short] = (name, sorted(mapping._model_mapping))
+    return found
+
+
+AUTO = _auto_classes()
+
+
+def first_classes() -> list[tuple[str, str]]:
+    """Every type, with the first auto class that knows it."""
+    first: dict[str, str] = {}
+    for auto, (_, kinds) in AUTO.items():
+        for kind in kinds:
+            first.setdefault(kind, auto)
+    return [(auto, kind) for kind, auto in first.items()]
 
 
 def measure(kind: str, auto: str, dynamic: bool, ranks: int, stages: list[str]) -> dict[str, Any]:
@@ -187,11 +205,6 @@ def run(kind: str, auto: str, limit: float, dynamic: bool = True, ranks: int = 2
     return {"kind": kind, "auto": auto, "seconds": round(time.monotonic() - start, 1), **found}
 
 
-def kinds_of(auto: str) -> list[str]:
-    """The types that an auto class knows."""
-    return sorted(getattr(modeling_auto, AUTO[auto][1]))
-
-
 def _read(paths: list[str]) -> Iterator[dict[str, Any]]:
     for path in paths:
         for text in Path(path).read_text().splitlines():
@@ -203,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--auto", choices=AUTO, default="causal")
+    parser.add_argument("--auto", choices=[*AUTO, "all"], default="causal")
     parser.add_argument("--types", help="comma-separated; all by default")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds per type")
@@ -213,17 +226,19 @@ def main() -> None:
     parser.add_argument("--out", help="a file to add results to; types that it has already are left out")
     parser.add_argument("--report", nargs="+", metavar="FILE", help="print a report of such files")
     options = parser.parse_args()
-    types = {auto: len(kinds_of(auto)) for auto in AUTO}
+    types = {auto: kinds for auto, (_, kinds) in AUTO.items()}
     if options.report:
         print(report(_read(options.report), types))
         return
+    asked = [(options.auto, kind) for kind in types.get(options.auto, ())] or first_classes()
+    chosen = options.types.split(",") if options.types else None
     out = Path(options.out) if options.out else None
     seen = {(f["auto"], f["kind"]) for f in _read([options.out])} if out and out.exists() else set()
     found = []
-    for kind in options.types.split(",") if options.types else kinds_of(options.auto):
-        if (options.auto, kind) in seen:
+    for auto, kind in asked:
+        if (auto, kind) in seen or (chosen and kind not in chosen):
             continue
-        found.append(run(kind, options.auto, options.limit, not options.static, options.ranks))
+        found.append(run(kind, auto, options.limit, not options.static, options.ranks))
         print(line(found[-1]), flush=True)
         if out:
             with out.open("a") as file:

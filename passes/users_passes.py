@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.markers import origin
+from tpcompile.ir.markers import MARKERS, origin
 from tpcompile.ir.nodes import module_path
 from tpcompile.planner.global_program import GlobalProgram, Pass
 
@@ -45,8 +45,8 @@ def refuse_unplanned(program: GlobalProgram, known: set[Node], made_by: Pass) ->
         TpCompileError: a pass has added a call of another kind.
     """
     for node in program.graph.nodes:
-        new = node.op == "call_function" and node not in known and origin(node) is node
-        if new and isinstance(node.meta["val"], Tensor | tuple | list):  # not a size
+        new = node.op == "call_function" and node not in known and node.target not in MARKERS
+        if new and origin(node) is node and isinstance(node.meta["val"], Tensor | tuple | list):  # not a size
             raise TpCompileError(
                 f"the pass {made_by.name} adds a call of {node.target}, which the planner has not seen",
                 where=f"{node.name} in {module_path(node) or 'the model'}",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
+from torch.fx import Node
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import FakeTensor
@@ -28,6 +31,12 @@ def verify_graph(program: GlobalProgram, after: str) -> None:
         if node.op == "placeholder" and node not in program.sources:
             raise TpCompileError(
                 f"input {node.name} has no source", where=f"after {after}", todo="report this"
+            )
+        if node.target is operator.getitem and not isinstance(node.args[0], Node):
+            raise TpCompileError(
+                f"{node.name} takes a part of what no call has computed",
+                where=f"after {after}",
+                todo="use the value itself",
             )
         val = node.meta.get("val")
         if isinstance(val, torch.Tensor) and not isinstance(val, FakeTensor):

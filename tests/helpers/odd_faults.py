@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -90,9 +91,18 @@ def gradient_stops_for_one_use(program: GlobalProgram) -> Iterator[Edit]:
 def one_use_of_a_summand(program: GlobalProgram) -> Iterator[Edit]:
     """One of several uses reads what a rank has before ranks have exchanged anything."""
     for node in program.graph.nodes:
-        if node.target in markers.MARKERS and len(node.users) > 1:
+        before = node.args[0] if node.target in markers.MARKERS else _before_joining(node)
+        if isinstance(before, Node) and len(node.users) > 1:
             for user in node.users:
-                yield lambda node=node, user=user: user.replace_input_with(node, node.args[0])
+                yield lambda node=node, user=user, before=before: user.replace_input_with(node, before)
+
+
+def _before_joining(node: Node) -> Any:
+    """What a rank has of a sum that travels with others."""
+    joined: Any = node.args[0] if node.target is operator.getitem else None
+    if joined is None or joined.target is not markers.all_reduce_coalesced:
+        return None
+    return joined.args[0][node.args[1]]
 
 
 def other_factor(place: Any) -> Any:
@@ -161,14 +171,18 @@ def half_of_the_gradient(_: GlobalProgram, node: Node) -> None:
     after(still, aten.add.Tensor, half, users=lambda user: user in readers)
 
 
+def _one_more(size: Any) -> Any:
+    return size + 1 if isinstance(size, int) and size else size
+
+
 ODD: dict[str, Fault] = {
     "a gradient stops for one use": gradient_stops_for_one_use,
     "one use before the ranks exchange": one_use_of_a_summand,
     "half of a gradient": each(reals, half_of_the_gradient),
     "all-gather of another factor": edits_of_options(markers.all_gather, 2, other_factor),
     "shard of another factor": edits_of_options(markers.take_shard, 2, other_factor),
-    "filled up to another size": edits_of_options(markers.pad_shard, 3, lambda n: n and n + 1),
-    "gathered to another size": edits_of_options(markers.all_gather, 3, lambda n: n and n + 1),
+    "filled up to another size": edits_of_options(markers.pad_shard, 3, _one_more),
+    "gathered to another size": edits_of_options(markers.all_gather, 3, _one_more),
     "computed in another way": noted_otherwise,
     "said to be whole": placed_otherwise,
     "stored otherwise": stored_otherwise,

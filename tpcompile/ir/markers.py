@@ -122,14 +122,14 @@ COMMUNICATING = frozenset({all_reduce, all_reduce_coalesced, all_gather, reduce_
 
 
 def origin(value: Node) -> Node:
-    """The value that a change of placement started from: it has the same factors."""
+    """The value that a change of placement started from: it has the same factors; what is joined has none."""
     while value.op == "call_function":
-        found: Node | None = None
+        found: object = None
         if value.target in MARKERS:
             found = arguments(value)[0]
         elif value.target is operator.getitem and arguments(value)[0].target in MARKERS:
             found = arguments(arguments(value)[0])[0][arguments(value)[1]]
-        if found is None:
+        if not isinstance(found, Node):
             break
         value = found
     return value
