@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch._export.wrappers import allow_in_pre_dispatch_graph
 
 from tests.helpers import toys
+from tpcompile.capture.export import capture_model
 from tpcompile.capture.export.capture_model import capture
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.switch_experts import choose_experts_implementation
@@ -101,6 +103,15 @@ def test_llama_runs_at_other_sizes(
     linear = captured.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     stack = list(linear[0].meta["nn_module_stack"].values())
     assert stack[-1][0] == "model.layers.0.self_attn.q_proj"
+
+
+def test_nodes_have_the_lines_that_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(12, 2, 20, batch_first=True), toys.Mlp())
+    bound = bind_call(model, (torch.zeros(3, 5, 12),), {})
+    mine = [node.stack_trace for node in capture(model, bound).graph_module.graph.nodes]
+    monkeypatch.setattr(capture_model, "quick_stack_lines", contextlib.nullcontext)
+    theirs = [node.stack_trace for node in capture(model, bound).graph_module.graph.nodes]
+    assert mine == theirs and sum(trace is not None for trace in mine) > 20
 
 
 def test_gradients_reach_every_parameter() -> None:

@@ -39,7 +39,12 @@ Answers = dict[int, tuple[Any, ...]]
 _START_TIMEOUT = 120.0
 _GRACE = 5.0  # for the other ranks to answer, once one has failed
 _LEAVE = 3.0  # for idle ranks to leave by themselves
-_PRELOAD = ["torch._dynamo", "tests.on_ranks.models", "transformers.models.llama.modeling_llama"]
+_PRELOAD = [
+    *("torch._dynamo", "tests.on_ranks.models", "transformers.models.llama.modeling_llama", "pytest"),
+    # What torch imports while it traces or compiles for the first time.
+    *("torch._inductor.debug", "torch._inductor.pattern_matcher", "torch._dynamo.repro.after_dynamo"),
+    *("torch.distributed.tensor.experimental", "sympy.tensor.tensor"),
+]
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",

@@ -100,7 +100,9 @@ class Run:
         data = both[names[:-1]]
         self.kind, self.replicas = kind, data.size()
         self.replica = both.get_rank() // shape[-1]
-        self.model: Any = tpcompile.parallelize(Toy().double(), both, (batches()[0, 0],), axis="tensor")
+        self.model: Any = tpcompile.parallelize(
+            Toy().double(), both, (batches()[0, 0],), axis="tensor", dynamic=False
+        )
         self.wrapped: Any = self.model
         if kind == "ddp":
             self.wrapped = DistributedDataParallel(self.model, process_group=data.get_group())
@@ -236,7 +238,7 @@ def _pipeline(both: DeviceMesh, own: list[int], count: int, schedule: Callable[[
     whole = Toy(blocks=count).double()
     models: Any = nn.ModuleList(Stage(copy.deepcopy(whole), at, count) for at in own)
     for model in models:
-        tpcompile.parallelize(model, both, axis="tensor")
+        tpcompile.parallelize(model, both, axis="tensor", dynamic=False)
     group = both.get_group("pipeline")
     stages = [
         PipelineStage(model, at, count, torch.device("cpu"), group=group)

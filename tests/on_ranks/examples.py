@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -22,11 +24,18 @@ def main_of(name: str, *args: Any) -> str:
     return out.getvalue()
 
 
-def strict_demo() -> None:
-    """The first part of the demo, with a limit below rounding errors."""
-    demo = _example("demo")
-    with mock.patch.object(demo, "LIMIT", 1e-12):
-        demo.rank_sentences()
+def failed_checks() -> list[str]:
+    """What the demo's checks say of a value that is off, and of what is not true."""
+    demo, messages = _example("demo"), []
+    value = torch.ones(3)
+    for check in (lambda: demo.check("it", value + 1e-4, value), lambda: demo.require(False, "it is so")):
+        try:
+            check()
+        except RuntimeError as error:
+            messages.append(str(error))
+    demo.check("it", value + 1e-6, value)
+    demo.require(True, "it is so")
+    return messages
 
 
 def trained_alone(name: str, folder: str, steps: int) -> list[float]:

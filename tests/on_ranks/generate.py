@@ -20,19 +20,19 @@ GREEDY = {"do_sample": False, "eos_token_id": None}
 
 def pair(name: str, **fields: Any) -> tuple[Any, Any]:
     """The whole model and the sharded one."""
-    model = families.build(name, **fields) if fields else build(name)
+    model = build(name, **fields)
     whole = copy.deepcopy(model)
     return whole, tpcompile.parallelize(model, mesh(), example_kwargs=families.causal_inputs())
 
 
 def tokens(name: str, calls: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
-    """Greedy tokens of the whole and of the sharded model, and what they took.
+    """Greedy tokens of the whole and of the sharded model of one layer, and what they took.
 
     Args:
         name: a family or an edge case.
         calls: kind of cache, length of the prompt, new tokens.
     """
-    whole, sharded = pair(name)
+    whole, sharded = pair(name, num_hidden_layers=1)
     found = []
     for cache, prompt, new in calls:
         before = len(sharded.programs)
@@ -131,7 +131,7 @@ def own_cache() -> dict[str, Any]:
     """Caches that the caller makes: updated in place, also whole ones, also where a tuple is returned."""
     from transformers import DynamicCache, StaticCache
 
-    whole, sharded = pair("gemma2")
+    whole, sharded = pair("gemma2", num_hidden_layers=1)
     config = whole.config
     makers = {
         "dynamic": lambda: DynamicCache(config=config),

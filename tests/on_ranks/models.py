@@ -29,11 +29,11 @@ def mesh() -> DeviceMesh:
     )
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A family or an edge case; the same weights on every rank."""
-    return (
-        families.build(name, dtype) if name in families.FAMILIES else families.EDGE_CASES[name](dtype=dtype)
-    )
+def build(name: str, dtype: torch.dtype = torch.float32, **fields: Any) -> nn.Module:
+    """A family or an edge case, with other fields of its configuration if given; the same on every rank."""
+    if name in families.FAMILIES:
+        return families.build(name, dtype, **fields)
+    return families.EDGE_CASES[name](dtype=dtype, **fields)
 
 
 def call(name: str, sizes: tuple[int, int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -71,9 +71,9 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def forward(name: str, compiled: bool) -> dict[str, Any]:
+def forward(name: str, compiled: bool, fields: dict[str, Any]) -> dict[str, Any]:
     """Errors of a forward as captured and at other sizes, and whether the state dict comes back."""
-    model = build(name)
+    model = build(name, **fields)
     whole = copy.deepcopy(model)
     sharded = tpcompile.parallelize(model, mesh(), example_kwargs=call(name, CAPTURED))
     # Sizes are left open from the beginning: Inductor's compiler takes most of the time.
@@ -132,7 +132,7 @@ def gradients(name: str) -> float:
 
 def permuted() -> float:
     """On a mesh that names its ranks in another order: the error of the logits."""
-    model = build("two_kv_heads")
+    model = build("two_kv_heads", num_hidden_layers=1)
     whole = copy.deepcopy(model)
     order = DeviceMesh(families.device().type, [3, 1, 0, 2])
     sharded = tpcompile.parallelize(model, order, example_kwargs=call("two_kv_heads", CAPTURED))
@@ -229,7 +229,7 @@ def fixed_shapes() -> tuple[str, int]:
 
 def programs() -> dict[str, Any]:
     """Other signatures are captured over the same weights; compile asks for that beforehand."""
-    model = families.build("llama")
+    model = build("llama", num_hidden_layers=1)
     whole = copy.deepcopy(model)
     sharded = tpcompile.parallelize(model, mesh(), example_kwargs=call("llama", CAPTURED))
     masked = call("llama", CAPTURED)
@@ -262,7 +262,7 @@ def error_of_tuple(mine: Any, theirs: Any) -> float:
 
 def saved_plan(path: str) -> dict[str, Any]:
     """A plan saved by rank 0, loaded by all, gives the same weights and results."""
-    model = families.build("phi3")
+    model = build("phi3", num_hidden_layers=1)
     whole = copy.deepcopy(model)
     first = tpcompile.parallelize(copy.deepcopy(model), mesh(), example_kwargs=call("phi3", CAPTURED))
     if dist.get_rank() == 0:

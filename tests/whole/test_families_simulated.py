@@ -42,14 +42,22 @@ CAPTURED = (2, 16)
 OTHER = (3, 19)
 SHORT = {"mamba": (2, 6)}
 """Whose recurrence is a python loop: every position is captured by itself."""
+TWO_KINDS_OF_LAYERS = {"llama4_packed_experts"}
 F64 = torch.float64
 NO_RULES = Rules()
 
 
 @functools.lru_cache(maxsize=1)
 def captured(name: str) -> tuple[nn.Module, GlobalProgram]:
-    """A model in float64 and its canonical program, kept while tests of the same model follow one another."""
-    model = families.build(name, F64) if name in families.FAMILIES else families.EDGE_CASES[name](dtype=F64)
+    """A model in float64 and its canonical program, kept while tests of the same model follow one another.
+
+    Edge cases have one layer: what they are about is in each.
+    """
+    if name in families.FAMILIES:
+        model = families.build(name, F64)
+    else:
+        layers = {} if name in TWO_KINDS_OF_LAYERS else {"num_hidden_layers": 1}
+        model = families.EDGE_CASES[name](dtype=F64, **layers)
     call = bind_call(model, (), example(name))
     return model, canonical(capture(model, call), 1)
 
@@ -131,7 +139,8 @@ def test_family_on_two_ranks(name: str) -> None:
     if name not in SHORT:  # there another length is another program
         assert_equal_to_whole(model, program, lowered, inputs(name, OTHER))
     again = over(layout, name)
-    assert_equal_to_whole(model, again, simulate.lower_all(again), example(name))
+    if again.text() != program.text():  # else it has just been run
+        assert_equal_to_whole(model, again, simulate.lower_all(again), example(name))
     if family.collectives is not None:
         assert collectives(again) <= family.collectives
         assert collectives(program) <= family.collectives
@@ -187,8 +196,10 @@ ODD = ("one_kv_head", "two_kv_heads", "three_heads", "fourteen_heads_two_kv", "f
 def test_edge_case(name: str, ranks: int) -> None:
     model, program, layout = sharded(name, ranks)
     assert not fallbacks_of(program)
-    for one in (program, over(layout, name)):
-        assert_equal_to_whole(model, one, simulate.lower_all(one), example(name))
+    assert_equal_to_whole(model, program, simulate.lower_all(program), example(name))
+    again = over(layout, name)
+    if again.text() != program.text():  # else it has just been run
+        assert_equal_to_whole(model, again, simulate.lower_all(again), example(name))
     whole = 0
     for param in layout.params.values():
         for segment in param.segments:

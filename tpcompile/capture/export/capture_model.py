@@ -31,6 +31,7 @@ from .flatten_program import flatten_program
 from .inline_no_grad import inline_regions
 from .python_state import storage
 from .read_guards import read_guards, read_ranges
+from .stack_lines import quick_stack_lines
 from .switch_experts import exportable_experts
 from .watch_calls import watched_calls
 
@@ -172,10 +173,11 @@ def _export(
     )
     flat = FlatModel(model, leaves, structure, attempt)
     with lend_fake_weights(model, device), _quiet(), no_fused_encoder(), kept_functions() as kept:
-        with watched_calls() as watch, _cached_results(attempt):
-            exported = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
-        _inline(exported)
-        program = decompose(exported)
+        with quick_stack_lines():
+            with watched_calls() as watch, _cached_results(attempt):
+                exported = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
+            _inline(exported)
+            program = decompose(exported)
         guards = read_guards(exported)  # with those of what was taken apart
     taken, peeked = flat.seen.taken, watch.peeked
     assert taken is not None
