@@ -59,7 +59,7 @@ def _states(model: Any) -> Iterator[str]:
 
 def train_switch_save_load(folder: str) -> None:
     """Steps, switches, files and loading are those of PEFT alone."""
-    alone, sharded = adapted(), tpcompile.parallelize(adapted(), example_kwargs=CALL)
+    alone, sharded = adapted(), tpcompile.parallelize(adapted(), example_kwargs=CALL, dynamic=False)
     for name in ("default", "second"):
         for model in (alone, sharded):
             model.set_adapter(name)
@@ -86,7 +86,7 @@ def train_switch_save_load(folder: str) -> None:
         torch.testing.assert_close(*stored, rtol=0, atol=1e-5)
     again = PeftModel.from_pretrained(training.toy(), folder)
     again.load_adapter(str(Path(folder) / "second"), "second")
-    fresh = tpcompile.parallelize(adapted(seed=6), example_kwargs=CALL)
+    fresh = tpcompile.parallelize(adapted(seed=6), example_kwargs=CALL, dynamic=False)
     fresh.load_adapter(folder, "default")
     fresh.load_adapter(str(Path(folder) / "second"), "second")
     for found in (again.state_dict(), fresh.full_state_dict()):

@@ -44,7 +44,7 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     if layers:
         model = families.build(name, torch.float64, num_hidden_layers=int(layers))
     else:
-        model = families.EDGE_CASES[name](dtype=torch.float64)
+        model = families.EDGE_CASES[name](dtype=torch.float64, num_hidden_layers=1)
     return model, call(name, (2, 16), torch.float64), call(name, (3, 19), torch.float64)
 
 

@@ -25,14 +25,15 @@ def pair(name: str, **fields: Any) -> tuple[Any, Any]:
     return whole, tpcompile.parallelize(model, mesh(), example_kwargs=families.causal_inputs())
 
 
-def tokens(name: str, calls: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
-    """Greedy tokens of the whole and of the sharded model of one layer, and what they took.
+def tokens(name: str, layers: int, calls: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
+    """Greedy tokens of the whole and of the sharded model, and what they took.
 
     Args:
         name: a family or an edge case.
+        layers: how many it has.
         calls: kind of cache, length of the prompt, new tokens.
     """
-    whole, sharded = pair(name, num_hidden_layers=1)
+    whole, sharded = pair(name, num_hidden_layers=layers)
     found = []
     for cache, prompt, new in calls:
         before = len(sharded.programs)

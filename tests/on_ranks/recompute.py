@@ -164,7 +164,7 @@ def ways() -> dict[str, dict[str, Any]]:
         options = dict(asked)
         model = Tower(own=options.pop("own", None))
         model.load_state_dict(whole.state_dict())
-        sharded = tpcompile.parallelize(model, mesh(), (x,), **options)
+        sharded = tpcompile.parallelize(model, mesh(), (x,), dynamic=False, **options)
         kept, calls = step(sharded, x)
         with torch.no_grad():
             forward = error(sharded(x), whole(x))
@@ -188,7 +188,7 @@ def compiled() -> dict[str, dict[str, Any]]:
         options = dict(WAYS.get(name.partition(",")[0], {}))
         if "each" in name:
             options["compile"] = {"backend": BACKEND}
-        model = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (x,), **options)
+        model = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (x,), dynamic=False, **options)
         model.zero_grad()
         torch.compiler.reset()
         run = model if "each" in name else torch.compile(model, fullgraph=True, backend=BACKEND)
@@ -206,7 +206,7 @@ def dropout() -> dict[str, float]:
     gradients = {}
     for name in ("not", "full", "selective"):
         torch.manual_seed(0)
-        model = tpcompile.parallelize(Tower(drop=0.5), mesh(), (x,), **WAYS[name])
+        model = tpcompile.parallelize(Tower(drop=0.5), mesh(), (x,), dynamic=False, **WAYS[name])
         torch.manual_seed(2)
         step(model, x)
         gradients[name] = [p.grad.full_tensor() for p in model.parameters()]
@@ -236,7 +236,7 @@ def statistics() -> float:
     """Running statistics are written once, not again when layers are recomputed."""
     torch.manual_seed(0)
     whole, x = Normed().double(), torch.randn(8, 12, dtype=F64)
-    model = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (x,), checkpointing="full")
+    model = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (x,), dynamic=False, checkpointing="full")
     for each in (whole, model):
         each(x).square().sum().backward()
     theirs, mine = dict(whole.named_buffers()), model.full_state_dict()

@@ -46,7 +46,7 @@ def _detached(output: Any) -> dict[str, torch.Tensor]:
 
 def train(name: str, dtype: torch.dtype, compiled: bool) -> dict[str, Any]:
     """Forward and gradients at several sizes, other than captured, shorter than there are ranks."""
-    model = build(name, dtype)
+    model = build(name, dtype, num_hidden_layers=1)
     whole = copy.deepcopy(model)
     example = call(name, CAPTURED, dtype)
     sharded = tpcompile.parallelize(model, mesh(), example_kwargs=example, sequence_parallel=True)
@@ -94,7 +94,7 @@ def layers() -> dict[str, Any]:
     whole = copy.deepcopy(model)
     ids = torch.randint(3, 60, (2, 11), generator=torch.Generator().manual_seed(1))
     given = {"input_ids": ids, "use_cache": False}
-    tpcompile.parallelize(model, mesh(), example_kwargs=given, sequence_parallel=True)
+    tpcompile.parallelize(model, mesh(), example_kwargs=given, sequence_parallel=True, dynamic=False)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     results = [each(**given).logits for each in (compiled, whole)]
     for logits in results:
@@ -115,7 +115,7 @@ def layers() -> dict[str, Any]:
 
 def dropout() -> dict[str, Any]:
     """A training step of GPT-2 with its dropouts, on all ranks and on one with the same seed."""
-    model = families.build("gpt2", torch.float64, **DROPOUT).train()
+    model = families.build("gpt2", torch.float64, num_hidden_layers=1, **DROPOUT).train()
     alone = copy.deepcopy(model)
     example, given = call("gpt2", (2, 16), torch.float64), call("gpt2", (3, 7), torch.float64)
     sharded = tpcompile.parallelize(model, mesh(), example_kwargs=example, sequence_parallel=True)

@@ -40,7 +40,7 @@ def test_compiled() -> None:
 
 
 def test_checkpoints_are_read_and_written_by_slices(tmp_path: Path) -> None:
-    model = families.build("llama", intermediate_size=70)
+    model = families.build("llama", intermediate_size=70, num_hidden_layers=1)
     model.save_pretrained(tmp_path / "a")
     for wrong, same in run_spmd(spmd_custom.loaded, 4, str(tmp_path / "a"), str(tmp_path / "b"), timeout=300):
         assert wrong <= 1e-5
