@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from traceback import FrameSummary, StackSummary
+from types import FrameType
 from unittest import mock
 
 
@@ -30,7 +31,7 @@ def quick_stack_lines() -> Iterator[None]:
 
         def summary(self) -> StackSummary:
             frames, below = [], 0
-            frame = sys._getframe(1)
+            frame: FrameType | None = sys._getframe(1)
             while frame is not None:
                 code = frame.f_code
                 if code.co_filename not in dull:
