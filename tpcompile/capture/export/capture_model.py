@@ -172,9 +172,8 @@ def _export(
         dims for leaf, dims in zip(leaves, attempt.dynamic, strict=True) if isinstance(leaf, torch.Tensor)
     )
     flat = FlatModel(model, leaves, structure, attempt)
-    lent = lend_fake_weights(model, device)
-    with lent, _quiet(), no_fused_encoder(), quick_stack_lines(), kept_functions() as kept:
-        with watched_calls() as watch, _cached_results(attempt):
+    with lend_fake_weights(model, device), _quiet(), no_fused_encoder(), kept_functions() as kept:
+        with watched_calls() as watch, _cached_results(attempt), quick_stack_lines():
             exported = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
         _inline(exported)
         program = decompose(exported)
