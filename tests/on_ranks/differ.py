@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,6 +149,13 @@ def given_other_things() -> dict[str, str]:
         torch.manual_seed(0)
         models = [tpcompile.parallelize(Mlp(), over, (X,)) for _ in "ab"]
         models[1 if rank else 0](X)
+
+    @case
+    def orders_of_copies() -> None:
+        torch.manual_seed(0)
+        one = tpcompile.parallelize(Mlp(), mesh(), (X,))
+        copied = copy.deepcopy(one)
+        (copied if rank else one)(X)
 
     @case
     def orders_of_parameters() -> None:

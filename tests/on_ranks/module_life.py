@@ -384,13 +384,18 @@ def misfits() -> list[str]:
 
 
 def transformed() -> tuple[dict[str, float], list[str]]:
-    """A first call with other weights; what is said against exported and transformed ones."""
-    whole, sharded, x = pair(compare_calls=True)
+    """A first call with other weights, the model's own after it; what is said against transformed calls."""
+    whole, sharded, x = pair()
+    errors = {}
     with torch.no_grad():
-        twice = [{n: p.detach() * 2 for n, p in m.named_parameters()} for m in (whole, sharded)]
-        theirs, mine = (
-            torch.func.functional_call(m, p, (x,)) for m, p in zip((whole, sharded), twice, strict=True)
-        )
+        for name in ("parts", "whole ones"):
+            model = tpcompile.parallelize(copy.deepcopy(whole), mesh(), compare_calls=True)
+            given = model if name == "parts" else whole
+            twice = [{n: p.detach() * 2 for n, p in m.named_parameters()} for m in (whole, given)]
+            theirs, mine = (
+                torch.func.functional_call(m, p, (x,)) for m, p in zip((whole, model), twice, strict=True)
+            )
+            errors |= {name: error(mine, theirs), f"after {name}": error(model(x), whole(x))}
 
     def dual() -> None:
         with forward_ad.dual_level():
@@ -403,7 +408,7 @@ def transformed() -> tuple[dict[str, float], list[str]]:
         refusal(lambda: torch.func.grad(lambda y: sharded(y).sum())(x)),
         refusal(dual),
     ]
-    return {"other weights": error(mine, theirs)}, messages
+    return errors, messages
 
 
 def rows_that_do_not_exist() -> list[str]:

@@ -45,6 +45,7 @@ def test_ranks_that_are_given_other_things() -> None:
         "learning_rates": "rank 0 has 'lr: 0.1', rank 1 has 'lr: 1.1'",
         "optimizers": "rank 0 has 'step 1 of SGD', rank 1 has 'step 1 of Adam'",
         "orders_of_models": "different orders of calls",
+        "orders_of_copies": "different orders of calls",
         "orders_of_parameters": "different steps of an optimizer",
         "later_steps": "rank 0 has 'lr: 0.1', rank 1 has 'lr: 1.1'",
         "autocast": "rank 1 has 'Scaled in eval mode, gradients True, autocast torch.bfloat16'",

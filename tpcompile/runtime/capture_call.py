@@ -95,9 +95,19 @@ def _keep_whole(runtime: State, model: nn.Module) -> None:
 
 
 def _divide(runtime: State, model: nn.Module, compiled: Compiled) -> WeightLayout:
-    """Cuts the parameters of which a program has decided how they are placed; how they are from now on."""
+    """Cuts the parameters of which a program has decided how they are placed; how they are from now on.
+
+    Raises:
+        TpCompileError: others stand in their place.
+    """
     layout = compiled.plan.layout
     decided = None if runtime.layout is None else set(runtime.layout.undecided) - set(layout.undecided)
+    if runtime.lent and (decided is None or decided):
+        raise TpCompileError(
+            "functional_call lends weights, and this call would be the first to say how they are divided",
+            where=", ".join(sorted(decided or ())[:3]) or "the weights",
+            todo="make such a call of the model itself before, or model.capture(...)",
+        )
     weights = replace(runtime.weights(layout), custom=compiled.planned.custom)
     shard_weights(model, weights, decided)
     runtime.custom = weights.custom

@@ -29,8 +29,11 @@ def copy_model(model: nn.Module, runtime: Runtime, memo: dict[int, Any]) -> nn.M
     kind: Any = type(model)
     with without_guards(model), as_original(model, runtime):
         copied: nn.Module = copy.deepcopy(model, memo)
+    runtime.copies += 1
     own = replace(
         runtime,
+        number=f"{runtime.number}, copy {runtime.copies}",
+        copies=0,
         programs=[],
         caches=dict(runtime.caches),
         composed=set(runtime.composed),

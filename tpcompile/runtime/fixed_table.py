@@ -142,13 +142,24 @@ def tell_functional_call() -> None:
 def _functional_call(
     original: Any, module: nn.Module, given: dict[str, Tensor], *args: Any, **kwargs: Any
 ) -> Any:
+    _decide_weights(module, *args, **kwargs)
     held = dict(every_name(module))
     taken = dict(given)
     for name, value in given.items():
         weight = held.get(name)
-        if isinstance(weight, ShardedParameter) and not isinstance(value, DTensor):
+        if not isinstance(weight, ShardedParameter):
+            continue
+        if isinstance(value, ShardedParameter) and value.placing != weight.placing:
+            value = value.full_tensor()
+        if not isinstance(value, DTensor):
             taken[name] = weight.from_whole(value)
     parts = {name: value for name, value in taken.items() if value is not given[name]}
     result = original(module, taken, *args, **kwargs)
     given.update({name: value for name, value in taken.items() if name not in parts})  # written buffers
     return result
+
+
+def _decide_weights(module: Any, args: Any = (), kwargs: Any = None, **options: Any) -> None:
+    """Has a model say how its weights are divided before others, divided alike, stand for them."""
+    if "_tp" in module.__dict__ and module._tp.layout is None:
+        module.capture(*(args if isinstance(args, tuple) else (args,)), **(kwargs or {}))

@@ -52,6 +52,7 @@ class State:
         steering: the streamer and the user's logits processors of the generation that runs.
         retyped: the ``ShardedParameter.retyped`` that the settings take into account.
         number: tells the model from others over the same ranks; equal on all of them.
+        copies: how many copies of it were made; a copy is told from it by which one it is.
         captured: how many programs it has had.
         running: how many calls are being worked on: what the model's own code changes is not a new setting.
         found: the program that was looked for, and found, last.
@@ -74,7 +75,8 @@ class State:
     hooks: list[Hook] = field(default_factory=list)
     steering: tuple[Any, Sequence[Any]] = (None, ())
     retyped: int = -1
-    number: int = 0
+    number: int | str = 0
+    copies: int = 0
     captured: int = 0
     running: int = 0
     custom: CustomModules = field(default_factory=CustomModules)
