@@ -7,6 +7,7 @@ which goes from operands to results untouched. There each rank may have some of 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ class Positions:
         gathered = sum(
             bytes_of(tensor_of(n)) for n in nodes if is_tensor(n) and any(map(_needs_all(inside), n.users))
         )
-        return (reduced + gathered) / (2 * reduced)
+        return (reduced + gathered) / (2 * reduced) if reduced else math.inf  # of no rows
 
     def dim(self, value: Node, key: Key) -> int | None:
         """The dimension of a value that is its positions; None if there is none, or more than one."""

@@ -104,6 +104,14 @@ def test_fixed_lengths(ranks: int, length: int) -> None:
     programs.gradients_agree(program, model, tokens(2, length))
 
 
+@pytest.mark.parametrize("sizes", [(0, 6, 12), (3, 0, 12)])
+def test_no_rows_are_not_divided(sizes: tuple[int, ...]) -> None:
+    model, x = toys.Blocks().double(), torch.randn(sizes, dtype=F64)
+    program = divided_program(model, x, ranks=2, dynamic=True)
+    for mine in programs.run_ranks(program, model, x):
+        torch.testing.assert_close(mine, programs.run_whole(program, model, x))
+
+
 class Picked(nn.Module):
     """Rows are added to others, which are picked by numbers: all of them must be there to be picked from."""
 
