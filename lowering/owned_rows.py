@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
-from tpcompile.errors import TpCompileError
-from tpcompile.ir.nodes import module_path, operands
-from tpcompile.ir.placements import Owned, Placement, split_evenly
+from tpcompile.ir.nodes import operands
+from tpcompile.ir.placements import Owned, Placement, R, split_evenly
 from tpcompile.rules.choices import Choice
 
 from .state import Lowering
@@ -41,17 +40,17 @@ def rows_here(low: Lowering, node: Node, ids: Node, units: tuple[int, int], ever
 def lower_rows(low: Lowering, node: Node, choice: Choice) -> Node:
     """A choice among this rank's experts, or a matmul of the rows that have chosen one of them.
 
+    Experts may be divided within themselves on other sub-axes.
+
     Raises:
-        TpCompileError: experts are divided on one sub-axis, and within themselves on another.
+        ValueError: what says the rows' experts is divided, so that the call is planned again.
     """
-    if any(s is not None and s.factor is not None and not begins_rows(s) for s in node.meta["choices"]):
-        raise TpCompileError(
-            "experts divided on one sub-axis and within on another are not supported",
-            where=f"{node.name} in {module_path(node)}",
-            todo="pin the experts' weights",
-        )
     place = choice.outputs[0]
     assert isinstance(place, Owned)
+    chosen = [c for c in node.meta["choices"] if c is not None]
+    at = len(choice.inputs) - 1  # what says the experts is the last operand
+    if any(c.inputs[at] != R for c in chosen):
+        raise ValueError("what says whose the rows are is divided")
     units = owned_units(low, node.meta["placement"], place)
     if node.target is aten.index.Tensor:
         return _choose(low, node, units, place.units)

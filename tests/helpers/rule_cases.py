@@ -263,6 +263,7 @@ PARTS = [
     _case(aten.index.Tensor, signed(4, 6, 10), [None, ints(6, 14)]),
     _case(aten.index.Tensor, signed(4, 6, 10, 8), [ints(4, 14), None, ints(10, 14)]),
     _case(aten.index.Tensor, signed(4, 6, 10, 8), [None, ints(6, 14, 1), ints(10, 22)]),
+    _case(aten.index.Tensor, signed(14, 10), [ints(14, 6)]),
     _case(aten.index_put.default, signed(14, 10), [distinct(14, 6)], signed(6, 10)),
     _case(aten.index_put.default, signed(14, 10), [ints(14, 6)], signed(6, 10), True),
     _case(aten.index_put.default, signed(14, 10), [ints(14, 6)], signed(), True),

@@ -18,7 +18,8 @@ from tpcompile.rules.notation import instantiate, parse_row
 from tpcompile.rules.randomness import random_nodes
 from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import register_rule
-from tpcompile.runtime.verify.rule_program import Case, RuleProgram, compare
+from tpcompile.runtime.verify.rule_program import Case, RuleProgram
+from tpcompile.runtime.verify.run_rule import compare
 
 aten = torch.ops.aten
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import cache
@@ -15,7 +14,8 @@ from tests.helpers.rule_cases import CASES, EXCUSED, PAIRED, REFUSED, SAMPLED, W
 from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import ROWS
-from tpcompile.runtime.verify.rule_program import Case, RuleProgram, compare, compare_gradients
+from tpcompile.runtime.verify.rule_program import Case, RuleProgram
+from tpcompile.runtime.verify.run_rule import compare, compare_gradients
 
 Chosen = tuple[Choice, ...]
 
@@ -60,8 +60,7 @@ def test_gradients_are_those_of_the_whole(case: Case) -> None:
 @pytest.mark.parametrize("case", PAIRED, ids=str)
 def test_two_sub_axes(case: Case) -> None:
     program = RuleProgram(case)
-    found = program.choices(4)
-    _try_all(program, (2, 2), list(itertools.product(found, found)), compare)
+    _try_all(program, (2, 2), program.pairs(), compare)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

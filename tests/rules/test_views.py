@@ -14,7 +14,8 @@ from tests.helpers.check_rule import signed
 from tpcompile.ir.sizes import Size
 from tpcompile.rules.rule import Labels, Letters, letters_of
 from tpcompile.rules.views import align
-from tpcompile.runtime.verify.rule_program import Case, RuleProgram, compare
+from tpcompile.runtime.verify.rule_program import Case, RuleProgram
+from tpcompile.runtime.verify.run_rule import compare
 
 SIZES = st.sampled_from([1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 12])
 FACTORS = st.lists(SIZES, max_size=5)

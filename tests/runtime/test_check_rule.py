@@ -8,6 +8,7 @@ from torch import Tensor
 
 import tpcompile
 from tpcompile.errors import TpCompileError
+from tpcompile.lowering import owned_rows
 from tpcompile.rules import table
 
 X, DECAY = torch.rand(4, 6, 10, dtype=torch.float64), torch.rand(10, dtype=torch.float64)
@@ -82,6 +83,22 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(TpCompileError, match=match):
             tpcompile.check_rule(op, args)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([4, 0, 5, 2, 2]), torch.tensor([-6, 3, -1])], ids=str)
+def test_rows_that_belong_to_whoever_holds_their_expert(ids: Tensor) -> None:
+    """Rows of other ranks' experts are no fault, whatever is divided beside the experts; gradients too."""
+    for stack in (X[0], torch.rand(6, 4, 10, dtype=torch.float64)):
+        report = tpcompile.check_rule("aten.index", (stack, [ids]))
+        assert report.ok, report
+        assert "(S(0), R) -> O(0 of 6 by x1)" in report.ways
+
+
+def test_rows_of_a_wrong_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owned_rows, "_from_front", lambda low, node, ids, every: ids)
+    report = tpcompile.check_rule("aten.index", (X[0], [torch.tensor([-6, 3, -1])]))
+    assert report.wrong
+    assert all("O(0 of 6 by x1)" in each for each in report.wrong)
 
 
 NAN, INF = torch.nan, torch.inf

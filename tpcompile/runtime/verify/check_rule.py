@@ -18,7 +18,8 @@ from tpcompile.rules.choices import Choice
 from tpcompile.rules.rule import Rule
 from tpcompile.rules.table import operator_of
 
-from .rule_program import Case, Operand, RuleProgram, compare, compare_gradients, operands_of
+from .rule_program import Case, Operand, RuleProgram, operands_of
+from .run_rule import compare, compare_gradients
 
 _MOST_PAIRS = 200
 """Of ways on two sub-axes: their number is the square of those on one."""
@@ -141,7 +142,6 @@ def _has_backward(program: RuleProgram) -> bool:
 def _tries(program: RuleProgram, gradients: bool) -> Iterator[Try]:
     for ranks in (2, 3):
         yield from ((compare, (ranks,), (choice,)) for choice in program.choices(ranks))
-    pairs = itertools.product(program.choices(4), repeat=2)
-    yield from ((compare, (2, 2), pair) for pair in itertools.islice(pairs, _MOST_PAIRS))
+    yield from ((compare, (2, 2), pair) for pair in itertools.islice(program.pairs(), _MOST_PAIRS))
     if gradients:
         yield from ((compare_gradients, (2,), (choice,)) for choice in program.choices(2))

@@ -6,6 +6,7 @@ what they compute is put together as the choice says. Nothing here knows rules: 
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,19 +20,18 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.specs import InputSpec, OutputSpec
 from tpcompile.ir.graph_edit import call
-from tpcompile.ir.markers import all_reduce
-from tpcompile.ir.placements import Partial, Placement, Replicate, Shard
+from tpcompile.ir.markers import reshard
+from tpcompile.ir.nodes import operands
+from tpcompile.ir.placements import Owned, Partial, Placement, R, Replicate
 from tpcompile.ir.torch_internals import FakeTensorMode
-from tpcompile.lowering.simulate import run
 from tpcompile.passes.annotate_placements import AnnotatePlacements
+from tpcompile.passes.choose_collectives import ChooseCollectives
 from tpcompile.passes.insert_gradient_copies import InsertGradientCopies
 from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.rules.assignment import Assignment
 from tpcompile.rules.choices import Choice, choices
 from tpcompile.rules.factors import Factors
 from tpcompile.rules.rule import Rule
-
-from .assemble import lay_out, put_together
 
 TOLERANCE = 1e-10
 _TOLERANCES = {torch.float32: 1e-4, torch.complex64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -154,6 +154,15 @@ class RuleProgram:
         found = choices(self.node, self.factors, lambda factor: factor.size >= fewest, (fewest,))
         return [s for s in found if self.wants(s) is not None]
 
+    def pairs(self, ranks: int = 4) -> Iterator[tuple[Choice, Choice]]:
+        """Choices on two sub-axes: what says whose rows are whose has to be whole on both."""
+        found = self.choices(ranks)
+        for pair in itertools.product(found, found):
+            rows = {o.ids for choice in pair for o in choice.outputs if isinstance(o, Owned)}
+            at = [i for i, operand in enumerate(operands(self.node)) if operand.name in rows]
+            if all(choice.inputs[i] == R for choice in pair for i in at):
+                yield pair
+
     def placed(
         self, axis_sizes: tuple[int, ...], chosen: Sequence[Choice], gradients: bool = False
     ) -> GlobalProgram:
@@ -167,7 +176,7 @@ class RuleProgram:
         placed.decided = Factors(placed.graph)
         AnnotatePlacements().apply(placed)
         InsertGradientCopies(gradients).apply(placed)
-        _complete_extremes(placed)
+        _complete(placed)
         return placed
 
     def wants(self, choice: Choice) -> list[Placement] | None:
@@ -183,118 +192,28 @@ class RuleProgram:
         return list(map(self.factors.atom_sizes, inputs)), list(map(self.factors.atom_sizes, outputs))  # type: ignore[arg-type]
 
 
-def _complete_extremes(placed: GlobalProgram) -> None:
-    """Maxima over ranks are completed: only then it is known who attains them, and gets the gradient."""
+def _complete(placed: GlobalProgram) -> None:
+    """Completes what ranks can't be seen to have right by themselves: extremes, and rows of experts.
+
+    Only of a complete maximum it is known who attains it, and gets the gradient; rows of others become zeros.
+    """
     out = placed.graph.output_node()
-    results: list[Node] = list(out.args[0])  # type: ignore[arg-type]
-    for i, result in enumerate(results):
-        for op in ("max", "min"):
-            axes = tuple(a for a, p in enumerate(result.meta["placement"]) if p == Partial(op))
-            if axes:
-                with placed.graph.inserting_before(out):
-                    results[i] = call(placed.graph, all_reduce, (result, axes, op), like=result)
-                results[i].meta["placement"] = tuple(map(_completed, result.meta["placement"]))
-    out.args = (tuple(results),)
+    results: tuple[Node, ...] = out.args[0]  # type: ignore[assignment]
+    for result in results:
+        src = result.meta["placement"]
+        dst = tuple(map(completed, src))
+        if dst != src:
+            with placed.graph.inserting_before(out):
+                out.replace_input_with(result, call(placed.graph, reshard, (result, src, dst), like=result))
+    ChooseCollectives().apply(placed)
 
 
-def _completed(placement: Placement) -> Placement:
+def completed(placement: Placement) -> Placement:
+    """How a result of a way is placed once it is completed."""
+    if isinstance(placement, Owned):
+        return Partial()
     return Replicate() if isinstance(placement, Partial) and placement.op != "sum" else placement
 
 
 def _tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [v for v in value if isinstance(v, Tensor)]
-
-
-def compare(program: RuleProgram, axis_sizes: tuple[int, ...], chosen: Sequence[Choice]) -> None:
-    """Runs a choice per sub-axis on all ranks and compares the values.
-
-    Raises:
-        AssertionError: the ranks do not compute the whole results.
-    """
-    placed = program.placed(axis_sizes, chosen)
-    with torch.no_grad():
-        ranks = run(placed, _feeds(program, placed, axis_sizes))
-    _compare(program, axis_sizes, chosen, ranks)
-
-
-def compare_gradients(program: RuleProgram, axis_sizes: tuple[int, ...], chosen: Sequence[Choice]) -> None:
-    """The same for gradients: those of whole and partial values are whole, those of divided ones divided.
-
-    Raises:
-        AssertionError: a rank's gradient of an input is not what belongs to the input's placement.
-    """
-    whole = [x.clone().requires_grad_(_differentiable(x)) for x in program.inputs]
-    values = dict(zip(operands_of(program.case), whole, strict=True))
-    results = program.compute(program.case.args, program.case.kwargs, values)
-    used = [i for i, y in enumerate(results) if y.requires_grad]
-    if not used:
-        return
-    seeds = [torch.randn_like(results[i]) for i in used]
-    asked = [x for x in whole if x.requires_grad]
-    expected = torch.autograd.grad([results[i] for i in used], asked, seeds, allow_unused=True)
-
-    placed = program.placed(axis_sizes, chosen, gradients=True)
-    feeds = _feeds(program, placed, axis_sizes)
-    leaves = [[x.requires_grad_(_differentiable(x)) for x in feed] for feed in feeds]
-    ranks = run(placed, leaves)
-    layouts, out_layouts = program.layouts()
-    outputs, gradients = [], []
-    for i, seed in zip(used, seeds, strict=True):
-        placements = [_gradient(s.outputs[i]) for s in chosen]
-        gradients += lay_out(seed, out_layouts[i], axis_sizes, placements)
-        outputs += [r[i] for r in ranks]
-    pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
-    flat = [x for feed in leaves for x in feed if x.requires_grad]
-    got = torch.autograd.grad([o for o, _ in pairs], flat, [g for _, g in pairs], allow_unused=True)
-    found = iter(got)
-    by_rank = [[next(found) if x.requires_grad else None for x in feed] for feed in leaves]
-    wanted = iter(expected)
-    wants = [program.wants(s) or [] for s in chosen]
-    for k, x in enumerate(whole):
-        if not x.requires_grad:
-            continue
-        want = next(wanted)
-        parts = [
-            torch.zeros_like(feed[k]) if grad[k] is None else grad[k]
-            for feed, grad in zip(leaves, by_rank, strict=True)
-        ]
-        placements = [_gradient(w[k]) for w in wants]
-        whole_gradient = put_together(parts, layouts[k], axis_sizes, placements, program.tolerance)  # type: ignore[arg-type]
-        wanted_gradient = torch.zeros_like(x) if want is None else want
-        _close(whole_gradient, wanted_gradient, f"gradient of operand {k}", program.tolerance)
-
-
-def _differentiable(x: Tensor) -> bool:
-    return x.dtype.is_floating_point or x.dtype.is_complex
-
-
-def _gradient(placement: Placement) -> Placement:
-    return placement if isinstance(placement, Shard) else Replicate()
-
-
-def _feeds(program: RuleProgram, placed: GlobalProgram, axis_sizes: tuple[int, ...]) -> list[list[Tensor]]:
-    torch.manual_seed(1)
-    layouts, _ = program.layouts()
-    columns = []
-    for node, value, layout in zip(
-        placed.graph.find_nodes(op="placeholder"), program.inputs, layouts, strict=True
-    ):
-        columns.append(lay_out(value, layout, axis_sizes, [d.params[node] for d in placed.decisions]))
-    return [list(row) for row in zip(*columns, strict=True)]
-
-
-def _compare(
-    program: RuleProgram, axis_sizes: tuple[int, ...], chosen: Sequence[Choice], ranks: list[Any]
-) -> None:
-    _, layouts = program.layouts()
-    for i, want in enumerate(program.expected):
-        placements = [_completed(s.outputs[i]) for s in chosen]
-        got = put_together([r[i] for r in ranks], layouts[i], axis_sizes, placements, program.tolerance)
-        assert got.dtype == want.dtype, f"result {i} is {got.dtype}, not {want.dtype}"
-        _close(got, want, f"result {i}", program.tolerance)
-
-
-def _close(got: Tensor, want: Tensor, what: str, tolerance: float) -> None:
-    torch.testing.assert_close(
-        got, want, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m: f"{what}: {m}"
-    )
