@@ -413,6 +413,8 @@ POINTWISE = [
     _case(aten.rsub.Scalar, signed(4, 6), 1.0),
     _case(aten.mul.Tensor, signed(4, 6), signed(4, 6)),
     _case(aten.mul.Tensor, _SAME, _SAME),
+    _case(aten.mul.Tensor, signed(4, 6), signed(4, 1)),
+    _case(aten.mul.Tensor, signed(6), signed(4, 6)),
     _case(aten.mul.Tensor, signed(4, 6), 2.5),
     _case(aten.mul.Tensor, signed(4, 6), math.inf),
     _case(aten.mul.Scalar, signed(4, 6), 2.5),
@@ -574,6 +576,7 @@ _LINES = (
 )
 _TRUTH = "ranks do not exchange truth values"
 _BOUNDARIES = "counts of passed boundaries add up, but no parameter is a long list of boundaries"
+_INFINITE = "summands of two signs, times infinity, are not a number where their sum is infinite"
 _LOST = "the values of this operand are not used"
 
 # Divisions that work and that are left out: operator, inputs as printed (with *), and why.
@@ -582,6 +585,17 @@ EXCUSED = [
     ("aten.embedding.*", "(P(sum), R)", _WEIGHT),
     ("aten.embedding.*", "(R, S(*", "not with scale_grad_by_freq: its gradient counts all places"),
     ("aten.bilinear.*", "(R, R, P(sum)*", _WEIGHT),
+    ("aten.bilinear.*", "(P(sum), R, R*", _INFINITE),
+    ("aten.bilinear.*", "(R, P(sum), R*", _INFINITE),
+    ("aten.einsum.*", "(S(1), R)", _INFINITE),
+    ("aten.einsum.*", "(R, S(0))", _INFINITE),
+    ("aten.mul.Tensor", "(P(sum), R)", _INFINITE),
+    ("aten.mul.Tensor", "(R, P(sum))", _INFINITE),
+    ("aten.div.Tensor", "(P(sum), R)", _INFINITE),
+    ("aten.addcmul.*", "(P(sum), P(sum), R)", _INFINITE),
+    ("aten.addcmul.*", "(P(sum), R, P(sum))", _INFINITE),
+    ("aten.addcdiv.*", "(P(sum), P(sum), R)", _INFINITE),
+    ("aten.lerp.Tensor", "(P(sum), P(sum), R)", _INFINITE),
     ("aten._embedding_bag*", "(P(sum), R, R)*", _WEIGHT),
     ("transformers.grouped_mm*", "(R, P(sum)*", _WEIGHT),
     ("aten.conv*", "(R, P(sum)*", _WEIGHT),

@@ -397,6 +397,28 @@ def test_what_does_not_run_in_float64() -> None:
     assert "does not run in float64" in str(report)
 
 
+class Handed(nn.Module):
+    """An MLP, of whose result a function is handed out."""
+
+    def __init__(self, hand_out: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.mlp, self.hand_out = toys.Mlp().double(), hand_out
+
+    def forward(self, x: Tensor) -> Any:
+        return self.hand_out(self.mlp(x))
+
+
+class Weighed(nn.Module):
+    """Rows are weighed, then added up, as those of experts are: ranks add theirs up before they talk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = toys.Mlp().double()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return (self.mlp(x) * t).sum(1)
+
+
 def test_what_is_refused() -> None:
     x = torch.randn(X)
     with torch.device("meta"), pytest.raises(TpCompileError, match="no weights"):
@@ -406,6 +428,32 @@ def test_what_is_refused() -> None:
     for wrong in ({"ranks": 0}, {"ranks": 2, "gradients": "yes"}, {"ranks": 2, "plan": "none"}):
         with pytest.raises(TpCompileError):
             tpcompile.verify(toys.Mlp(), example_args=(x,), **wrong)
+
+
+def test_nothing_is_not_called_right() -> None:
+    """A call of which nothing can be compared is refused; where no gradient is, none is counted."""
+    x = torch.randn(X, dtype=torch.float64)
+    for none in (None, 5, ()):
+        with pytest.raises(TpCompileError, match="leaves no tensor behind"):
+            tpcompile.verify(Handed(lambda y, none=none: none), 2, (x,))
+    for hand_out in (Tensor.detach, lambda y: y.argmax(-1)):
+        report = tpcompile.verify(Handed(hand_out), 2, (x,))
+        assert report.ok, report
+        assert {f.sort for f in report.findings} == {"result"}
+        assert "no gradients were compared" in str(report)
+        assert "no gradients" not in str(tpcompile.verify(Handed(hand_out), 2, (x,), gradients=False))
+
+
+def test_a_summand_times_infinity_is_told() -> None:
+    """The limit that docs/proof.md states: summands of two signs, and the whole value is infinite."""
+    x, t = torch.randn(X, dtype=torch.float64), torch.ones(2, 4, 1, dtype=torch.float64)
+    assert tpcompile.verify(Weighed(), 2, (x, t), gradients=False).ok
+    t[0, 0] = torch.inf
+    report = tpcompile.verify(Weighed(), 2, (x, t), gradients=False)
+    assert report.kind == "rewrite"
+    assert report.first_difference is not None
+    assert "aten.mul" in report.first_difference.text
+    assert "summands" in report.first_difference.why
 
 
 def test_what_does_not_run_on_parts_is_planned_again() -> None:

@@ -209,7 +209,11 @@ def spatial(node: Node) -> Rule:
 
 
 def einsum(node: Node) -> Rule | str:
-    """An einsum is its own rule; repeated letters in one operand are refused."""
+    """An einsum is its own rule; repeated letters in one operand are refused.
+
+    What only one of several operands has is summed before the others are multiplied, so it is whole: of
+    summands with two signs, times infinity, ranks would make what is not a number.
+    """
     shapes = [shape(o) for o in operands(node)]
     terms, right = _spelled_out(str(node.args[0]).replace(" ", ""), [len(s) for s in shapes])
     if any(len(set(t)) != len(t) for t in terms):
@@ -222,11 +226,14 @@ def einsum(node: Node) -> Rule | str:
     def labels(term: str, own: Sequence[Size]) -> Labels:
         return tuple(_named(c, s) for c, s in zip(term, own, strict=True))
 
+    summed = [c for c in sizes if c not in right]
+    alone = frozenset(c for c in summed if len(terms) > 1 and sum(c in term for term in terms) == 1)
     return Rule(
         tuple(labels(term, own) for term, own in zip(terms, shapes, strict=True)),
         (labels(right, [sizes.get(c, 1) for c in right]),),
         sizes,
-        reduce={c: "sum" for c in sizes if c not in right},
+        whole=alone,
+        reduce={c: "sum" for c in summed if c not in alone},
         linear=tuple(frozenset({i}) for i in range(len(shapes))),
         contraction=len(shapes) > 1,
     )

@@ -76,7 +76,9 @@ def linear_operands(node: Node, ops: list[Node]) -> Linear:
 
     Tempting but wrong: ``P + scalar`` (every rank would add it), ``x * x``, a cast to a narrower
     type (rounds the summands, not the sum), ``div`` in its second operand, ``polar`` in its lengths
-    (torch's gradient of it is right for positive ones only).
+    (torch's gradient of it is right for positive ones only). Right for finite numbers only: what multiplies
+    with or divides by a tensor (``addcmul``, ``addcdiv``, ``lerp``, ``div``): summands with two signs, times
+    infinity, are not a number, where their sum times it is infinite.
     """
     return _LINEAR.get(op_name(node), _nothing)(node, ops)
 
@@ -94,23 +96,26 @@ def _both(node: Node, ops: list[Node]) -> Linear:
 
 
 def _each(node: Node, ops: list[Node]) -> Linear:
-    """Not times infinity: of summands with two signs, ranks would make one that is not a number."""
+    """Not times a number that is infinite; nor times a tensor of as many numbers, which may be.
+
+    Rows and columns may be scaled, which is a limit (docs/proof.md): experts' rows are weighed and then added
+    up, and of fewer rows there is less to send. Times as many numbers, that is before or behind the same.
+    """
     if any(isinstance(a, float) and not math.isfinite(a) for a in node.args):
         return []
-    return [frozenset({i}) for i in range(len(ops))]
+    if len(ops) == 1:
+        return [frozenset({0})]
+    dims = [sum(size != 1 for size in shape(o)) for o in ops]
+    return [frozenset({i}) for i in (0, 1) if dims[1 - i] < dims[i]]
 
 
 def _numerator(node: Node, ops: list[Node]) -> Linear:
     exact = option(node, "rounding_mode") is None and node.args[1] != 0
-    return [frozenset({0})] if exact and isinstance(node.args[0], Node) else []
-
-
-def _add_product(node: Node, ops: list[Node]) -> Linear:
-    return [frozenset({0, 1}), frozenset({0, 2})]
+    return [frozenset({0})] if exact and len(ops) == 1 and ops[0] is node.args[0] else []
 
 
 def _first_two(node: Node, ops: list[Node]) -> Linear:
-    return [frozenset({0, 1})]
+    return [frozenset({0, 1})] if len(ops) == 2 else []
 
 
 def _choose(node: Node, ops: list[Node]) -> Linear:
@@ -160,8 +165,6 @@ _LINEAR: dict[str, Callable[[Node, list[Node]], Linear]] = {
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), _identity),
     "mul": _each,
     "div": _numerator,
-    "addcmul": _add_product,
-    "addcdiv": _first_two,
     "lerp": _first_two,
     "where": _choose,
     "masked_fill": _fill,

@@ -46,7 +46,7 @@ MATMULS: dict[str, Row] = {
     "aten.linear": "... k, n k, n? -> ... n; once 2; linear 0,2; contraction",
     # Taken apart, these would become a loop over time steps, of as many as the example has.
     **_rows(refuse("its state is needed whole at every time step"), "lstm gru rnn_tanh rnn_relu"),
-    "aten.bilinear": "... i, ... j, n i j, n? -> ... n; once 3; linear 0,3|1,3; contraction",
+    "aten.bilinear": "... i, ... j, n i j, n? -> ... n; once 3; contraction",
     "aten.mm": "i k, k n -> i n; linear 0|1; contraction",
     "aten._int_mm": "i k, k n -> i n; contraction",
     "aten._scaled_mm": contractions.scaled_matmul,

@@ -21,7 +21,7 @@ from tpcompile.runtime.guards import without_guards
 
 from .compare import TypesSeen, is_rough, kinds_of, limit_of
 from .one_process import VerifyRequest, examine
-from .outcome import Finding, Key, compared, run_python, worst_of
+from .outcome import Finding, Key, compared, refuse_nothing, run_python, worst_of
 from .report import Report
 from .tokens import greedy
 
@@ -41,6 +41,7 @@ def verify_live(
     alone = copy.deepcopy(whole)
     with TypesSeen() as seen:
         want = run_python(alone, bound, learning)
+    refuse_nothing(alone, want)
     if group is not None:  # what the first rank's python computes is right for all, but for its gradients
         mine = {key: value for key, value in want.items() if key[0] == "result"}
         want |= exchange(group, "verify: the model's results", mine)[0]

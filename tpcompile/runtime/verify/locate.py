@@ -113,6 +113,7 @@ class _Search:
             for dim in {p.dim for p in reading if isinstance(p, Filled)}:
                 got = got.narrow(dim, 0, want.shape[dim])
             least = min(least, difference(got, want, scale))
+            why = why or _why_not_infinite(node, got, want)
         return least, why if least == math.inf else ""
 
     def _first(
@@ -162,6 +163,15 @@ class _Search:
             agreed=tuple(dict.fromkeys(_placed(n) for n in beside if n in agreed)),
             why=why,
         )
+
+
+def _why_not_infinite(node: Node, got: Tensor, want: Tensor) -> str:
+    """Whether a call's way is right for finite numbers only, and some are not: see docs/proof.md."""
+    choices = [c for c in node.meta.get("choices") or () if c is not None]
+    summed = any(p == P for c in choices for p in c.inputs) and len(operands(node)) > 1
+    if not summed or not bool((got.isnan() & want.isinf()).any()):
+        return ""
+    return "infinite as a whole, but ranks have summands, of which infinity or 1 / 0 makes both of its signs"
 
 
 def _names(node: Node) -> Any:

@@ -23,7 +23,7 @@ from .assemble import RanksDiffer
 from .compare import LIMITS
 from .in_double import widened
 from .locate import locate
-from .outcome import Finding
+from .outcome import Finding, Key, refuse_nothing
 from .report import Difference, Report
 from .sensitivity import sensitive
 from .simulated_calls import simulated
@@ -126,18 +126,27 @@ def _examined(model: nn.Module, request: VerifyRequest) -> Report:
     compiler = SimulatedCompiler(request.options, request.ranks, request.lower, exact=request.exact)
     trial = Trial(copy.deepcopy(model), request.bound, compiler, request.gradients)
     want = trial.python()
-    findings = trial.compare_ranks(want, trial.on_ranks())
+    findings = [f for f in trial.compare_ranks(want, trial.on_ranks()) if not _is_absent(f, want)]
     if request.generate:
         findings.append(_tokens(model, request))
+    refuse_nothing(model, want)
+    learned = not request.gradients or any(f.sort == "gradient" for f in findings)
+    notes = () if learned else ("no gradients were compared: no result has any",)
     kinds = {t.dtype for t in (*model.parameters(), *want.values()) if isinstance(t, Tensor)}
     precision = ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds if k.is_floating_point))
-    report = Report(request.ranks, precision, tuple(findings), trial.limit, "")
+    report = Report(request.ranks, precision, tuple(findings), trial.limit, "", notes=notes)
     if report.wrong and (note := sensitive(trial, want, report)):
-        report = replace(report, kind="numerics", notes=(note,))
+        report = replace(report, kind="numerics", notes=(*notes, note))
     elif report.wrong:
         kind, first = locate(trial, want)
         report = replace(report, kind=kind, first_difference=first or _worst(report))
     return report
+
+
+def _is_absent(finding: Finding, want: Mapping[Key, Any]) -> bool:
+    """Whether a gradient came neither to the model nor to the ranks, so that nothing was compared."""
+    nothing = finding.sort == "gradient" and want.get(("gradient", finding.name)) is None
+    return nothing and finding.error == 0.0
 
 
 def _worst(report: Report) -> Difference:

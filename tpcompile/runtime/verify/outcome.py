@@ -14,6 +14,7 @@ from tpcompile.capture.caches.call_results import GivenCache, Results, given_cac
 from tpcompile.capture.caches.register import register_cache_support
 from tpcompile.capture.export.specs import OutputSpec
 from tpcompile.capture.held_caches import cache_leaves
+from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import call_model, flatten_call, leaf_names
 from tpcompile.ir.module_tensors import tensors_by_name
 from tpcompile.ir.torch_internals import tree_map
@@ -96,6 +97,16 @@ def run_python(model: nn.Module, bound: Mapping[str, Any], learning: bool) -> di
             if value.requires_grad:
                 found["gradient", name] = value.grad
     return found
+
+
+def refuse_nothing(model: nn.Module, outcome: Mapping[Key, Any]) -> None:
+    """Refuses to call what a model leaves behind right if there is nothing in it to be compared."""
+    if not any(isinstance(value, Tensor) for value in outcome.values()):
+        raise TpCompileError(
+            "the call leaves no tensor behind that could be compared",
+            where=type(model).__name__,
+            todo="verify a call that returns one",
+        )
 
 
 def _losses(results: Results) -> list[str]:
