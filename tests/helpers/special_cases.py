@@ -69,17 +69,23 @@ def special(case: Case, half: torch.dtype, infinite: bool = True) -> RuleProgram
     return None
 
 
-def empty(case: Case) -> Iterator[RuleProgram]:
-    """The programs of a case in which one of the sizes is zero, wherever it stands."""
-    for size in sorted({s for operand in operands_of(case) for s in operand.shape if s > 2}):
+def empty(case: Case, which: int) -> RuleProgram | None:
+    """The program of a case in which one of the sizes is zero, wherever it stands; None if it takes no such.
 
-        def other(operand: Operand, size: int = size) -> Operand:
-            return replace(operand, shape=tuple(0 if s == size else s for s in operand.shape))
+    Args:
+        case: the call.
+        which: which of its sizes, counted round.
+    """
+    sizes = sorted({s for operand in operands_of(case) for s in operand.shape if s > 2})
+    if not sizes:
+        return None
+    size = sizes[which % len(sizes)]
 
-        args, kwargs = _operands_replaced(case, other)
-        found = _program(replace(case, args=_zeroed(args, size), kwargs=_zeroed(kwargs, size)))
-        if found is not None:
-            yield found
+    def other(operand: Operand) -> Operand:
+        return replace(operand, shape=tuple(0 if s == size else s for s in operand.shape))
+
+    args, kwargs = _operands_replaced(case, other)
+    return _program(replace(case, args=_zeroed(args, size), kwargs=_zeroed(kwargs, size)))
 
 
 def _changed(case: Case, change: Callable[[Tensor], Tensor]) -> Case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -542,3 +543,11 @@ def test_errors_are_not_measured_against_what_a_mask_has_made(fill: float) -> No
     assert difference(values + mask.clamp(min=-10), values + mask) > 0.01
     outlier = torch.cat([values, torch.tensor([2000.0])])  # a single one is what it is
     assert difference(outlier + 1e-3, outlier) < 1e-6
+
+
+def test_one_part_of_a_complex_number_may_be_infinite() -> None:
+    want = torch.tensor([complex(math.inf, 1.0), 2.0, complex(0.0, -math.inf)], dtype=torch.complex128)
+    assert difference(want + 1e-15j, want) < 1e-10
+    assert difference(want + 0.1j, want) > 0.01
+    assert difference(want.conj(), want) == math.inf
+    assert difference(want.conj(), want.conj()) == 0.0

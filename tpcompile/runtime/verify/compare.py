@@ -86,13 +86,19 @@ def difference(got: Any, want: Any, floor: float = 0.0) -> float:
         return math.inf
     if not (want.dtype.is_floating_point or want.dtype.is_complex):
         return 0.0 if torch.equal(got, want) else math.inf
-    got, want = (x.detach().to(torch.complex128 if x.is_complex() else torch.float64) for x in (got, want))
+    got, want = map(_parts, (got, want))
     unlike = ~((got == want) | (got.isnan() & want.isnan()))
     if not unlike.any():
         return 0.0
     sizes, apart = want.abs(), (got - want).abs()
     masked = sizes > _unmasked(sizes[want.isfinite() & (sizes < _MASKED)])
     return max(_relative(apart[unlike & m], sizes[m], floor) for m in (masked, ~masked))
+
+
+def _parts(x: Tensor) -> Tensor:
+    """Numbers as doubles; of complex ones both parts, of which one may be infinite, and the other rounded."""
+    x = x.detach()
+    return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).to(torch.float64)
 
 
 def _unmasked(sizes: Tensor) -> float:

@@ -112,7 +112,7 @@ class RuleProgram:
         self.unplaced = GlobalProgram(Captured(module, specs, outputs, None, None), 1)  # type: ignore[arg-type]
         self.node = next(n for n in module.graph.nodes if n.op == "call_function")
         self.factors = Factors(module.graph)
-        self.rule = self.factors.rules[self.node]
+        self.rule = self.factors.rules.get(self.node, "it has no results")
 
     def compute(self, args: Any, kwargs: Any, values: dict[Operand, Tensor]) -> list[Tensor]:
         """The operator on real tensors."""
