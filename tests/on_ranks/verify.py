@@ -45,6 +45,7 @@ def live() -> dict[str, Any]:
     rank = dist.get_rank()
     found: dict[str, Any] = {"right": model.verify((x,)), "seen": float(model.seen)}
     found["gradients left"] = [p.grad for p in model.parameters() if p.grad is not None]
+    found["later"] = _later(model, x)
     right = Program._plain
     if rank == 1:
         Program._plain = _a_little_more(right)  # type: ignore[method-assign]
@@ -60,6 +61,17 @@ def live() -> dict[str, Any]:
     ):
         found[name] = refusal(call)
     return found
+
+
+def _later(model: Any, x: Tensor) -> list[Report]:
+    """Reports behind a step of an optimizer, and with other weights than those that were divided."""
+    model(x).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    grads = [p.grad.to_local().clone() for p in model.parameters()]
+    reports = [model.verify((x,))]
+    assert all(torch.equal(p.grad.to_local(), g) for p, g in zip(model.parameters(), grads, strict=True))
+    model.load_state_dict({name: value / 2 for name, value in model.full_state_dict().items()})
+    return [*reports, model.verify((x,))]
 
 
 def _a_little_more(right: Any) -> Any:

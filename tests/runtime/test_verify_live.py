@@ -14,6 +14,9 @@ def test_live() -> None:
         assert {f.sort for f in right.findings} == {"result", "buffer", "gradient"}
         assert found["seen"] == 0
         assert not found["gradients left"]
+        for later in found["later"]:
+            assert later.ok, later
+            assert len(later.findings) == len(right.findings)
         for what in ("wrong on one rank", "hook on one rank"):
             wrong = found[what]
             assert (wrong.ok, wrong.kind) == (False, "execution")
