@@ -112,8 +112,10 @@ def _zeroed(arg: Any, size: int) -> Any:
 
 
 def _program(case: Case) -> RuleProgram | None:
-    """The program of a case; None if the operator does not take such values or sizes."""
+    """The program of a case; None if torch takes no such values, or its kernel gives another size than said."""
     try:
-        return RuleProgram(case)
+        program = RuleProgram(case)
     except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
         return None
+    said = [y.meta["val"].shape for y in program.unplaced.outputs()]  # type: ignore[attr-defined]
+    return program if said == [y.shape for y in program.expected] else None
