@@ -112,7 +112,7 @@ def _zeroed(arg: Any, size: int) -> Any:
 
 
 def _program(case: Case) -> RuleProgram | None:
-    """The program of a case; None if torch takes no such values, or its kernel gives another size than said."""
+    """The program of a case; None if torch takes no such values, or gives another size than it says."""
     try:
         program = RuleProgram(case)
     except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
