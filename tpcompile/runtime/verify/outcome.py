@@ -100,7 +100,11 @@ def run_python(model: nn.Module, bound: Mapping[str, Any], learning: bool) -> di
 
 
 def refuse_nothing(model: nn.Module, outcome: Mapping[Key, Any]) -> None:
-    """Refuses to call what a model leaves behind right if there is nothing in it to be compared."""
+    """Nothing is not called right.
+
+    Raises:
+        TpCompileError: there is no tensor in what a model leaves behind.
+    """
     if not any(isinstance(value, Tensor) for value in outcome.values()):
         raise TpCompileError(
             "the call leaves no tensor behind that could be compared",
