@@ -46,7 +46,7 @@ def _encoder() -> nn.Module:
 
 FAMILIES = (
     *("llama", "mixtral", "deepseek_v3", "cohere", "mamba", "gpt2", "phi3", "gemma2", "bert", "t5"),
-    *("qwen2", "falcon_mqa", "qwen3_moe", "unet"),
+    *("qwen2", "falcon_mqa", "qwen2_moe", "unet"),
 )
 LENGTH = 3
 """Tokens of a family's call: a recurrence is unrolled over them."""

@@ -76,7 +76,7 @@ class Bench:
         self.groups = list(self.trial.compiled.planned.split_groups)
         self.data = decisions_to_data(self.trial.compiled.planned)
         self.base = self.compiler.canonical(self.model, self.bound)
-        self.numbers = self.trial.on_ranks()
+        self.numbers, self.layout = self.trial.on_ranks(), self.trial.layout
         self.said = ""
         """What a fault was refused with."""
         assert self.trial.limit <= EXACT, f"{name} computes in {self.trial.limit}"
@@ -110,7 +110,13 @@ class Bench:
         if any(not f.error <= self.trial.limit for f in found):
             return "verify"
         pairs = zip(self.numbers, numbers, strict=True)
-        return "equal" if all(_error(right, got) <= SAME for right, got in pairs) else "missed"
+        return "equal" if all(self._error(right, got) <= SAME for right, got in pairs) else "missed"
+
+    def _error(self, right: dict[Key, Any], numbers: dict[Key, Any]) -> float:
+        """How far a rank is from the right program; another plan may give it other parts of weights."""
+        held, now = self.layout.params, self.trial.layout.params
+        alike = {(sort, n): value for (sort, n), value in right.items() if held.get(n) == now.get(n)}
+        return max((one.error for one in compared(numbers, alike)), default=0.0)
 
     def _refused(self, error: Exception) -> str:
         self.said = f"{type(error).__name__}: {error}"
@@ -234,16 +240,6 @@ def _places(faults: dict[str, Any], program: Any, most: int) -> Iterator[tuple[s
     for kind, fault in faults.items():
         for at in _some(sum(1 for _ in fault(program)), most):
             yield kind, at, fault
-
-
-def _error(right: dict[Key, Any], numbers: dict[Key, Any]) -> float:
-    """How far a rank's values are from those of the right program; another plan may give it other parts."""
-    alike = {key: v for key, v in right.items() if _shape(v) == _shape(numbers.get(key))}
-    return max((one.error for one in compared(numbers, alike)), default=0.0)
-
-
-def _shape(value: Any) -> Any:
-    return getattr(value, "shape", None)
 
 
 def _some(count: int, most: int) -> list[int]:

@@ -84,6 +84,7 @@ def _left(found: Iterable[dict[str, Any]], types: Mapping[str, list[str]]) -> li
     for auto, kinds in types.items():
         left = [kind for kind in kinds if (auto, kind) not in swept]
         new = [kind for kind in left if kind not in seen]
+        seen |= {*new}  # each is named once
         if left:
             unseen = f", {len(new)} of them by no class: {', '.join(new)}" if new else ""
             lines.append(f"- {auto}: {len(left)} of {len(kinds)} types{unseen}")

@@ -39,7 +39,7 @@ _NAMES: dict[int, str] = {
     "qk_rope_head_dim "
     "linear_num_heads speech_encoder_attention_heads",
     4: "num_key_value_heads swa_num_key_value_heads linear_num_key_heads num_global_key_value_heads "
-    "index_n_heads mm_tokens_per_image kv_n_heads",
+    "index_n_heads mm_tokens_per_image kv_n_heads num_frames",
     16: "head_dim d_kv linear_key_head_dim linear_value_head_dim swa_head_dim attention_head_dim "
     "index_head_dim global_head_dim linear_head_dim mamba_d_head mamba_head_dim mamba_n_heads "
     "n_mamba_heads mamba_num_heads",
@@ -177,10 +177,13 @@ def inputs_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     known = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
     given = default_example(model) or {}
-    if main not in given:
+    if main not in given or (main == "pixel_values" and _size(model.config, "num_frames")):
         given[main] = _other_input(main, model.config)
         if model.config.is_encoder_decoder and "decoder_input_ids" in known:
             given["decoder_input_ids"] = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    for name in ("input_ids", "pixel_values"):
+        if name in known and name not in given and known[name].default is inspect.Parameter.empty:
+            given[name] = _other_input(name, model.config)
     generates = getattr(model, "can_generate", lambda: False)()
     size = _size(model.config, "image_size")
     if main == "input_ids" and "pixel_values" in known and size and not generates:
@@ -204,11 +207,17 @@ def inputs_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _other_input(name: str, config: Any) -> Tensor:
-    """A picture of a size that the configuration does not say, sound, or a sequence of features."""
-    if name == "pixel_values":
-        return torch.zeros(
-            BATCH, _size(config, "num_channels") or 3, *_square(_size(config, "image_size") or 64)
-        )
+    """Tokens, a picture of a size that the configuration does not say, a video, sound, or a sequence."""
+    if name == "input_ids":
+        return torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    if name.startswith("pixel_values"):
+        frames = _size(config, "num_frames")
+        video = [frames] if frames else [4] if name == "pixel_values_videos" else []
+        channels = _size(config, "num_channels") or 3
+        return torch.zeros(BATCH, *video, channels, *_square(_size(config, "image_size") or 64))
+    if name == "past_values":
+        channels = _size(config, "num_input_channels")
+        return torch.zeros(BATCH, _size(config, "context_length") or 32, *([channels] if channels else []))
     if name == "input_values" and not _size(config, "max_length"):
         return torch.zeros(BATCH, 4000)
     width = _size(config, "num_mel_bins") or _size(config, "feature_size") or 80

@@ -65,8 +65,9 @@ def _auto_classes() -> dict[str, tuple[str, list[str]]]:
     """transformers' auto classes by a short name, with the types that each knows; the most general last."""
     found: dict[str, tuple[str, list[str]]] = {}
     classes = vars(modeling_auto)
-    last = ["AutoBackbone", "AutoModel"]
-    for name in [*SHORT, *(n for n in classes if n.startswith("AutoModelFor") and n not in SHORT), *last]:
+    last = ["AutoModelForPreTraining", "AutoBackbone", "AutoModel"]
+    tasks = [n for n in classes if n.startswith("AutoModelFor") and n not in (*SHORT, *last)]
+    for name in [*SHORT, *tasks, *last]:
         if (mapping := getattr(classes[name], "_model_mapping", None)) is not None:
             short = SHORT.get(name, name.removeprefix("AutoModelFor"))
             found[short] = (name, sorted(mapping._model_mapping))

@@ -201,7 +201,7 @@ RULES: dict[str, dict[str, str]] = {
     "rule: positions are free": {"aten.cumsum": "... -> ...", "aten.cumprod": "... -> ..."},
     "rule: a difference is a product": {"aten.sub": "..., ... -> ...; linear 0|1"},
     "rule: a softmax's rows are free": {"aten._softmax": "... d -> ... d", "aten.softmax": "... d -> ... d"},
-    "rule: a norm's rows are free": {"aten.layer_norm": "... d, *, d?, d? -> ... d"},
+    "rule: a norm's rows are free": {"aten.layer_norm": "... d, d?, d? -> ... d"},
     "rule: relu is linear": {"aten.relu": "... -> ...; linear 0"},
     "rule: silu is linear": {"aten.silu": "... -> ...; linear 0"},
     "rule: a bias counts on every rank": {

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.fault_subjects import FAMILIES
 from benchmarks.faults import Bench
+from tests.helpers import families
+from tests.helpers.local_faults import RULES
+from tpcompile.rules.notation import parse_row
 
 CAUGHT = {
     "one rank: collective left out": "ranks",
@@ -62,3 +66,11 @@ def test_a_key_head_of_another_group() -> None:
     found = [run() for kind, run in bench.mutants(8) if kind == "slices: kv head of another group"]
     assert "verify" in found
     assert set(found) <= {"verify", "equal"}
+
+
+def test_what_the_bench_needs_is_there() -> None:
+    """Its models exist, and its wrong rules are rules: a row that is refused shows nothing."""
+    assert set(FAMILIES) <= set(families.FAMILIES)
+    for rows in RULES.values():
+        for row in rows.values():
+            parse_row(row)
