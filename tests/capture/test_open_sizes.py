@@ -18,6 +18,7 @@ from tpcompile.errors import CannotCapture
 from tpcompile.ir.calls import bind_call
 
 LENGTHS = (3, 4, 7)
+ADD = torch.ops.aten.add.Tensor
 
 
 class Asking(nn.Module):
@@ -143,3 +144,26 @@ def test_what_follows_from_values_is_refused(ask: Callable[[Tensor], Any], said:
     model, x = Asking(ask), torch.ones(3, 2)
     with pytest.raises(CannotCapture, match=said):
         capture(model, bind_call(model, (x,), {}))
+
+
+class Ordered(nn.Module):
+    """Goes through a set of texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = [f"layer {i}" for i in range(9)]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[bool]]:
+        for name in set(self.names[::-1]):
+            x = x + self.names.index(name)
+        found: Any = set(self.names)
+        return x, [isinstance(found, set), isinstance({1}, set), type(found) is set, isinstance([], set)]
+
+
+def test_sets_of_texts_have_one_order() -> None:
+    """Python's own is another one in every process."""
+    model = Ordered()
+    captured = capture(model, bind_call(model, (torch.ones(3),), {}))
+    added = [node.args[1] for node in captured.graph_module.graph.find_nodes(op="call_function", target=ADD)]
+    assert added == list(range(9))
+    assert [spec.value for spec in captured.outputs[1:]] == [True, True, True, False]

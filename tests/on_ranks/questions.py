@@ -220,6 +220,45 @@ def refused() -> list[str]:
     return said
 
 
+class Remembers(nn.Module):
+    """Leaves what it has computed in a buffer, for the next call."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.in_place = nn.Linear(8, 16), nn.Linear(16, 8), in_place
+        self.register_buffer("memory", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.up(x).relu()) + self.memory
+        if self.in_place:
+            self.memory.mul_(0.5).add_(y.mean(0))
+        else:
+            self.memory = self.memory / 2 + y.mean(0)
+        return y
+
+
+def remembered(in_place: bool) -> tuple[str, bool]:
+    """What is said of a gradient that would go on into the call before; whether others are right."""
+    torch.manual_seed(0)
+    whole = Remembers(in_place)
+    sharded = tpcompile.parallelize(copy.deepcopy(whole), mesh())
+    found = []
+    for model in (whole, sharded):
+        with torch.no_grad():
+            model(X)
+        model(Y)
+        model.memory.detach_()
+        y = model(LONGER)
+        y.square().sum().backward()
+        found.append([y.detach(), model.up.weight.grad.norm(), model.memory.requires_grad])
+    before = sharded.memory.clone()
+    with torch.no_grad():
+        sharded(X)
+    right = agrees(found[1], found[0]) and not torch.equal(sharded.memory, before)
+    sharded(Y)
+    return refusal(sharded(Y).sum().backward) + refusal(sharded(Y[:1]).sum().backward), right
+
+
 def compiled() -> list[str]:
     """The same under ``torch.compile``, for which programs are captured before."""
     wrong = []

@@ -15,11 +15,13 @@ from tests.on_ranks import generate as spmd_generate
 from tpcompile import TpCompileError
 from tpcompile.capture.caches.call_results import states_of
 from tpcompile.capture.caches.register import register_cache_support
+from tpcompile.capture.divide_caches import divide_caches
 from tpcompile.capture.export.capture_model import capture
 from tpcompile.capture.export.size_check import size_check
 from tpcompile.capture.held_caches import Held
 from tpcompile.ir.calls import bind_call, flatten_call
-from tpcompile.runtime.generation import _describe
+from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.runtime.generation import ShardedGeneration, _describe
 
 TIMEOUT = 420
 F32 = 1e-5
@@ -126,6 +128,38 @@ def test_parts_of_a_whole_cache(shards: tuple[tuple[int, int] | None, ...]) -> N
         with pytest.raises(TpCompileError, match="handed out to this rank"):
             held.part(whole[:, :11], axis_sizes, at)
     assert bool(seen.all())
+
+
+def test_a_whole_cache_that_wants_a_gradient() -> None:
+    """Each rank would compute that of its part; a cache is left as it was."""
+    register_cache_support()
+    held = {
+        f"past_key_values[0]['{name}']": Held(((), (4,), (), (5,)), ((1, 0),)) for name in ("keys", "values")
+    }
+    whole, layout = torch.randn(2, 4, 3, 5), WeightLayout((2,), {})
+    for keys, values in ((whole.clone().requires_grad_(), whole), (whole, whole.clone().requires_grad_())):
+        cache = transformers.DynamicCache()
+        cache.update(keys, values, 0)
+        with pytest.raises(TpCompileError, match="wants a gradient"):
+            divide_caches({"past_key_values": cache}, held, layout, 1)
+        assert cache.layers[0].keys.shape == whole.shape
+        with torch.no_grad():
+            divide_caches({"past_key_values": cache}, held, layout, 1)
+        assert torch.equal(cache.layers[0].values, whole[:, 2:])
+
+
+class Prepares:
+    """Has made its masks in some order."""
+
+    def prepare_inputs_for_generation(self) -> dict[str, Any]:
+        """What a step is given."""
+        return {"attention_mask": {"b": 1, "a": 2}, "input_ids": 3, "tokenizer": 4}
+
+
+def test_masks_have_one_order() -> None:
+    kind: Any = type("Sharded", (ShardedGeneration, Prepares), {})
+    inputs = kind().prepare_inputs_for_generation()
+    assert list(inputs) == ["attention_mask", "input_ids"] and list(inputs["attention_mask"]) == ["a", "b"]
 
 
 def caches(window: int) -> list[Any]:

@@ -60,6 +60,13 @@ def test_what_forward_asks_selects_the_program() -> None:
         assert all("is not contiguous" in lying[at] for at in (0, 2, 4))
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gradients_end_with_the_call_that_left_a_value_in_a_buffer(in_place: bool) -> None:
+    for said, right in run_spmd(questions.remembered, 2, in_place):
+        assert right
+        assert said.count("into the call before") == 2
+
+
 def test_what_forward_leaves_is_left_behind() -> None:
     for worst, programs, said in run_spmd(meaning.left_state, 2, timeout=300):
         assert worst <= F32

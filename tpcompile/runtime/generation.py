@@ -71,10 +71,17 @@ class ShardedGeneration(ShardedModule):
             return result
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own, without what ``generate`` passes on although it is not for the model."""
+        """As the model's own, without what ``generate`` passes on although it is not for the model.
+
+        transformers goes through a set to make one mask for each type of layers: ranks would have them in
+        different orders.
+        """
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         for name in ("tokenizer", "assistant_tokenizer"):
             inputs.pop(name, None)
+        for name, value in inputs.items():
+            if name.endswith("attention_mask") and isinstance(value, dict):
+                inputs[name] = dict(sorted(value.items()))
         return inputs
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:

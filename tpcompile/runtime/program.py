@@ -24,6 +24,7 @@ from .compile_step import CompiledSteps, compiled_steps
 from .fetch_inputs import Feed, make_fetch
 from .settings import Reads, found_out_once
 from .sharded_result import Gathers, ShardedResult, defer_gathers
+from .write_buffers import write_buffers
 
 
 @dataclass
@@ -197,7 +198,7 @@ class Program:
         if flat is None:
             flat, gathers = self._plain(given)
         if self.mutated:
-            self._write_buffers(flat)
+            write_buffers(self.mutated, self.fetch_mutated(()), self.captured.outputs, flat)
         if gathers:
             flat = self._sharded(flat, gathers)
         return self._rebuild(flat, bound, leaves)
@@ -251,13 +252,6 @@ class Program:
             graph_module, gathers = self.short[id(graph_module)]
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
         return graph_module.forward(*fetch(given)), gathers
-
-    def _write_buffers(self, flat: Sequence[Any]) -> None:
-        buffers = self.fetch_mutated(())
-        for feed, buffer, new in zip(self.mutated, buffers, flat[len(flat) - len(buffers) :], strict=True):
-            with torch.no_grad():
-                # One that an earlier program has divided takes its part of the whole value.
-                (buffer if buffer.shape == new.shape else getattr(feed.module, feed.name)).copy_(new)
 
     def _repr_html_(self) -> str:
         return graph_html(self.compiled.rewritten)

@@ -94,7 +94,7 @@ def unsharded(model: nn.Module, original: type[nn.Module]) -> Iterator[None]:
     back: dict[int, Tensor] = {}
     for module, attribute in tensors_by_name(model).values():
         held = getattr(module, attribute)
-        if isinstance(held, DTensor):
+        if isinstance(held, DTensor) or not held.is_leaf:  # a buffer that a call has left a gradient in
             plain = _plain(held, attribute in module._parameters)
             lent[id(held)], back[id(plain)] = plain, held
     replace_tensors(model, lent)
@@ -106,8 +106,10 @@ def unsharded(model: nn.Module, original: type[nn.Module]) -> Iterator[None]:
         replace_tensors(model, back)
 
 
-def _plain(held: DTensor, parameter: bool) -> Tensor:
+def _plain(held: Tensor, parameter: bool) -> Tensor:
     """A plain tensor in the shape of the whole one; a parameter, where there is one."""
+    if not isinstance(held, DTensor):
+        return held.detach()
     if isinstance(held, ShardedParameter) and held.placing.whole and parameter is held._is_param:
         return held._local_tensor
     whole: Tensor = torch.empty(held.shape, dtype=held.dtype, device="meta")

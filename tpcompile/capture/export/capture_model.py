@@ -187,7 +187,7 @@ def _export(
     return Captured(
         gm,
         tuple(inputs),
-        tuple(outputs),
+        flat.seen.marked(outputs),
         structure.in_spec,
         taken.out_spec,
         {name: value.detach() for name, value in constants.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import Any
 
@@ -23,7 +23,7 @@ from .outer_places import Outer, places_of
 from .outer_state import unchanged_outside
 from .python_state import PythonState
 from .recorded_reads import hooked, recorded_reads
-from .specs import OutputKind
+from .specs import OutputKind, OutputSpec
 from .state_writes import TRACED, StateWrite, collect_writes
 from .switch_experts import install_output_hooks
 
@@ -37,9 +37,16 @@ class _Seen:
     results: list[UserResult] = field(default_factory=list)
     taken: Results | None = None
     lost: list[str] = field(default_factory=list)
+    carrying: set[str] = field(default_factory=set)
     reads: set[tuple[str, str]] = field(default_factory=set)
     outer: list[Outer] = field(default_factory=list)
     writes: list[StateWrite] = field(default_factory=list)
+
+    def marked(self, outputs: Sequence[OutputSpec]) -> tuple[OutputSpec, ...]:
+        """The program's results; those are marked that a buffer has with their gradients."""
+        return tuple(
+            replace(o, carried=o.kind == "buffer_mutation" and o.name in self.carrying) for o in outputs
+        )
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class FlatModel(nn.Module):
         self._tie(flat)
         call, model = self._structure.bound(flat), getattr(self, PREFIX)
         before = [
-            _Buffer(module, name, f"{path}.{name}" if path else name, old)
+            _Buffer(module, name, f"{path}.{name}" if path else name, old, old.requires_grad)
             for path, module in model.named_modules()
             for name, old in module._buffers.items()
             if old is not None
@@ -103,6 +110,7 @@ class FlatModel(nn.Module):
         state.refuse_iterators(self.seen.reads)
         state.refuse_opaque()
         self.seen.reads |= hooked(model)
+        self.seen.carrying = {buffer.path for buffer in before if buffer.carries_gradient()}
         self.seen.lost = [buffer.path for buffer in before if buffer.has_other_form()]
         taken.values[:] = _write_assigned(before, taken.values)
         returned = taken.out_spec.num_leaves
@@ -176,6 +184,12 @@ class _Buffer:
     name: str
     path: str
     old: torch.Tensor
+    wanted: bool  # a gradient, before the call
+
+    def carries_gradient(self) -> bool:
+        """Whether it has a gradient that it did not have."""
+        now = self.module._buffers.get(self.name)
+        return now is not None and now.requires_grad and not self.wanted
 
     def assigned(self) -> torch.Tensor | None:
         """What the call has assigned to it."""
@@ -202,7 +216,7 @@ def _write_assigned(before: Sequence[_Buffer], results: Sequence[Any]) -> list[A
     for buffer in before:
         new = buffer.assigned()
         if new is not None and not buffer.has_other_form():
-            assigned.append((buffer.old, new.detach().clone()))
+            assigned.append((buffer.old, new.clone()))
             buffer.module._buffers[buffer.name] = buffer.old
 
     kept = [

@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from tpcompile.ir.torch_internals import FakeTensor, FunctionalTensor
 
 from .look_inside import is_librarys, module_of
+from .ordered_sets import OrderedSet
 
 OPEN = "open size "
 """What the text of an open size begins with in messages."""
@@ -121,6 +122,8 @@ def unseen(function: Any) -> Any:
 def types_of_numbers(functions: Sequence[FunctionType], is_open: bool) -> Iterator[None]:
     """Lets ``isinstance`` and ``type`` say in functions what they say where nothing is traced.
 
+    Sets are made there that all ranks go through in one order.
+
     Args:
         functions: the model's; all of their modules are meant.
         is_open: whether there are open sizes.
@@ -131,7 +134,7 @@ def types_of_numbers(functions: Sequence[FunctionType], is_open: bool) -> Iterat
     if is_open and any(map(_matches, functions)):
         raise ValueError("forward looks by match whether something is a number")
     tables = {id(f.__globals__): f.__globals__ for f in functions}
-    own = {"isinstance": _isinstance, "type": _type}
+    own = {"isinstance": _isinstance, "type": _type, "set": OrderedSet}
     added = [(table, name) for table in tables.values() for name in own if name not in table]
     for table, name in added:
         table[name] = own[name]
@@ -156,6 +159,8 @@ def _type(value: Any, *rest: Any, **kwargs: Any) -> Any:
     kind = type(value)
     if kind in (FakeTensor, FunctionalTensor):
         return nn.Parameter if isinstance(value, nn.Parameter) else Tensor
+    if kind is set:
+        return OrderedSet
     return _type if kind is type else _NUMBERS.get(kind, kind)
 
 

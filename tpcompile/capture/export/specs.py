@@ -45,6 +45,7 @@ class OutputSpec:
             ``GivenCache`` where a cache of the caller's is returned (its graph output is None).
         divided: the result belongs to a cache, which stays divided: it is handed back as it is.
         in_place: the model has written this state into the tensor that it was given.
+        carried: without a compiler, the buffer would keep this value's gradient for the next call.
     """
 
     kind: OutputKind
@@ -52,3 +53,4 @@ class OutputSpec:
     value: Any = None
     divided: bool = False
     in_place: bool = False
+    carried: bool = False
