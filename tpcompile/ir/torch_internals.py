@@ -135,6 +135,7 @@ __all__ = [
 PRIVATE_ATTRIBUTES = {
     "torch.Tensor": (
         "_backward_hooks",
+        "_base",
         "_dtensor__new__",
         "_make_wrapper_subclass",
         "_post_accumulate_grad_hooks",
