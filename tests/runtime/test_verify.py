@@ -384,6 +384,23 @@ def test_python_inside_of_programs_is_no_false_alarm(dtype: torch.dtype) -> None
     assert report.ok, report
 
 
+class ByDefault(toys.Mlp):
+    """Whole numbers times, or by, a number: of the type that torch makes by default."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = super().forward(x)
+        return y + (1 - mask) * torch.finfo(y.dtype).min, y * (mask / 3)
+
+
+def test_whole_numbers_become_doubles_in_programs_too() -> None:
+    """In single precision the largest double is infinite, and a third differs by 1e-8."""
+    mask = torch.tensor([1, 1, 1, 0])[:, None]
+    report = tpcompile.verify(ByDefault(), 2, (torch.randn(X), mask))
+    assert report.ok, report
+    assert "in float64 the error is" in report.notes[-1]
+    assert torch.get_default_dtype() == torch.float32
+
+
 class Picky(Normed):
     """Takes nothing but float32."""
 

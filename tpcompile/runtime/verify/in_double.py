@@ -30,18 +30,24 @@ class _InDouble(TorchFunctionMode):
 
 
 @contextlib.contextmanager
+def double_by_default() -> Iterator[None]:
+    """Whole numbers times a number of python are doubles in here, in a program as where it was captured."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
 def in_double() -> Iterator[None]:
     """Python in here computes in double precision, where it says otherwise too: a norm or a loss in float32.
 
     A model's rounding is a billionth then of what it is, so that small faults stand out.
     """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _InDouble():
-            yield
-    finally:
-        torch.set_default_dtype(before)
+    with double_by_default(), _InDouble():
+        yield
 
 
 def widened(tree: Any) -> Any:

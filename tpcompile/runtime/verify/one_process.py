@@ -21,7 +21,7 @@ from tpcompile.runtime.read_request import Bytes, Dynamic, Passes, PlanLike, Ran
 
 from .assemble import RanksDiffer
 from .compare import LIMITS
-from .in_double import widened
+from .in_double import double_by_default, widened
 from .locate import locate
 from .outcome import Finding, Key, refuse_nothing
 from .report import Difference, Report
@@ -178,6 +178,7 @@ def _in_double(model: nn.Module, request: VerifyRequest) -> Report | None:
     """The report in float64; None if the model cannot be run in it."""
     wide = copy.deepcopy(model).double()
     try:
-        return _examined(wide, replace(request, bound=widened(request.bound), exact=True))
+        with double_by_default():
+            return _examined(wide, replace(request, bound=widened(request.bound), exact=True))
     except (TpCompileError, RuntimeError):  # its python wants the type that it was made in
         return None
