@@ -78,6 +78,7 @@ def run_python(model: nn.Module, bound: Mapping[str, Any], learning: bool) -> di
     call = copied_call(bound)
     leaves = dict(zip(leaf_names(call), flatten_call(call)[0], strict=True))
     if learning:
+        model.zero_grad()  # a copy of a sharded model has the gradients of earlier steps
         for name in learning_leaves(bound):
             leaves[name].requires_grad_()
     with torch.set_grad_enabled(learning):
