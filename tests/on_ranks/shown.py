@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.profiler import ProfilerActivity, profile
 
 import tpcompile
 from tests.helpers.toys import Mlp
 
 
-def shown() -> tuple[str | None, str, str, str]:
-    """In a notebook before anything is planned; as text; in a notebook, as a model and as a program."""
+def shown() -> tuple[str | None, str, str, str, dict[str, str], list[str]]:
+    """In a notebook before anything is planned; as text; in a notebook, as a model, a program; in traces."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
     model = tpcompile.parallelize(nn.Sequential(Mlp(20, 33), Mlp(20, 33)).eval(), mesh)
     before = model._repr_html_()
-    model(torch.zeros(2, 5, 20))
-    return before, repr(model), model._repr_html_() or "", model.programs[0]._repr_html_()
+    traced: dict[str, str] = {}
+    handler = logging.Handler()
+    handler.emit = lambda record: traced.update(_artifact(record))  # type: ignore[method-assign]
+    log = logging.getLogger("torch.__trace")
+    log.addHandler(handler)
+    try:
+        model(torch.zeros(2, 5, 20))
+    finally:
+        log.removeHandler(handler)
+    return (
+        before,
+        repr(model),
+        model._repr_html_() or "",
+        model.programs[0]._repr_html_(),
+        traced,
+        _profiled(model),
+    )
+
+
+def _profiled(model: Any) -> list[str]:
+    """The ranges of a call in the profiler, in their order."""
+    x = torch.randn(2, 5, 20)
+    wanted = model(x)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        assert torch.equal(model(x), wanted)
+    events = sorted(found.events(), key=lambda event: event.time_range.start)
+    return [event.name for event in events if event.name[:1].isdigit()]
+
+
+def _artifact(record: Any) -> dict[str, str]:
+    found = record.metadata.get("artifact", {})
+    return {found["name"]: record.payload} if found.get("name", "").startswith("tpcompile_") else {}

@@ -52,8 +52,15 @@ def test_a_model_prints_what_a_rank_holds() -> None:
 
 
 def test_a_sharded_model_shows_itself() -> None:
-    for rank, (before, text, table, graph) in enumerate(run_spmd(shown, 2)):
+    for rank, (before, text, table, graph, traced, ranges) in enumerate(run_spmd(shown, 2)):
         assert before is None
         assert f"weight: S(0) [{17 - rank}, 20] of [33, 20]" in text
         assert "Sequential on 2 ranks" in table and "S(1)" in table
         assert graph.count("tpc-collective") == 1  # of the layer that is drawn
+        assert "plan for 2 ranks" in traced["tpcompile_plan"]
+        assert (
+            "all_reduce" in traced["tpcompile_global_graph"]
+            and "all_reduce" in traced["tpcompile_rank_graph"]
+        )
+        assert [name for name in ranges if "." in name] == ["0.up", "0.down", "1.up", "1.down"]
+        assert [name for name in ranges if "." not in name] == ["0", "1"]

@@ -27,6 +27,7 @@ from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._higher_order_ops import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch._logging._internal import trace_structured
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -38,6 +39,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import _profiler_enabled as profiler_enabled  # type: ignore[attr-defined]
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._storage_utils import _storage_setup as storage_setup
 from torch.distributed.fsdp._fully_shard import _fully_shard as fully_shard
@@ -117,11 +119,13 @@ __all__ = [
     "len_torch_dispatch_stack",
     "no_dispatch",
     "peek_interpreter_stack",
+    "profiler_enabled",
     "pytree",
     "resolve_process_group",
     "storage_setup",
     "sympy_interp",
     "tag_activation_checkpoint",
+    "trace_structured",
     "tracing",
     "tree_flatten",
     "tree_flatten_with_path",

@@ -25,6 +25,7 @@ from .make_program import hand_out, make_program
 from .program import Program
 from .python_values import forget_values, open_numbers
 from .state import State
+from .trace_program import trace_program
 
 _MOST_STATES = 4
 
@@ -79,6 +80,7 @@ def capture_call(runtime: State, model: nn.Module, bound: dict[str, Any], path: 
     program.number = runtime.captured
     runtime.programs.append(program)
     runtime.last.clear()
+    trace_program(program)
     if (note := forget_values(runtime.programs, bound)) and runtime.compiler.rank == 0:
         warnings.warn(note, stacklevel=2)
     return program

@@ -17,11 +17,13 @@ from tpcompile.capture.export.size_check import Check
 from tpcompile.compile_program import Compiled
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import identical
+from tpcompile.ir.torch_internals import profiler_enabled
 from tpcompile.planner.plan import Plan
 from tpcompile.planner.report.notebook import graph_html
 
 from .compile_step import CompiledSteps, compiled_steps
 from .fetch_inputs import Feed, make_fetch
+from .named_run import run_named
 from .settings import Reads, found_out_once
 from .sharded_result import Gathers, ShardedResult, defer_gathers
 from .write_buffers import write_buffers
@@ -250,6 +252,8 @@ class Program:
         gathers: dict[int, Gathers] = {}
         if not torch.compiler.is_compiling():
             graph_module, gathers = self.short[id(graph_module)]
+        if profiler_enabled() and not torch.compiler.is_compiling():
+            return run_named(graph_module, fetch(given)), gathers
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
         return graph_module.forward(*fetch(given)), gathers
 
