@@ -30,9 +30,8 @@ class _NamedRun(Interpreter):
         self.ranges: list[tuple[str, record_function]] = []
 
     def run_node(self, n: Node) -> Any:
-        """Runs a node in the ranges of its module."""
-        if n.op == "call_function":
-            stack = n.meta.get("nn_module_stack") or {}
+        """Runs a node in the ranges of its module; one that is of no module, in those that are open."""
+        if stack := n.meta.get("nn_module_stack"):
             self.enter([str(path) for path, *_ in stack.values() if path])
         return super().run_node(n)
 
