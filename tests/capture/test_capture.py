@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch._export.wrappers import allow_in_pre_dispatch_graph
+from torch.nn import functional as F
 
 from tests.helpers import toys
 from tpcompile.capture.export import capture_model
@@ -484,3 +485,35 @@ def test_what_a_buffer_cannot_keep_is_told() -> None:
         captured = capture(model, bind_call(model, (x,), {}))
     assert "part.seen" in "".join(captured.notes)
     assert model.part.seen.shape == (0, 3)
+
+
+class Dropping(nn.Module):
+    """Writes into what a dropout has handed back."""
+
+    def __init__(self, drop: Any) -> None:
+        super().__init__()
+        self.up, self.drop = nn.Linear(4, 4), drop
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        before = self.up(x)
+        after = self.drop(before)
+        after += 1
+        return self.drop(x), before + after
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [
+        nn.Dropout(0.5).eval(),
+        nn.Dropout(0.0),
+        lambda x: F.dropout(x, training=False),
+        lambda x: torch.dropout(x, 0.5, False),
+    ],
+)
+def test_a_dropout_that_drops_nothing_hands_back_its_argument(drop: Any) -> None:
+    """Export would have it copied: what is written into the one would not be in the other."""
+    model, x = Dropping(drop), torch.randn(3, 4)
+    bound = bind_call(model, (x,), {})
+    found, wanted = run(capture(model, bound), model, bound), model(x)
+    assert found[0] is wanted[0] is x
+    assert torch.equal(found[1], wanted[1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import random
+import secrets
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -246,6 +248,56 @@ def test_modules_out_of_sight_are_not_changed(act: Any) -> None:
         capture(model, bind_call(model, (torch.ones(3, 2),), {}))
     assert (model.hidden[1].p, model.hidden[1].seen) == (0.5, [0])
     assert torch.equal(model.hidden[1].count, torch.zeros(2))
+
+
+NUMBERS, TABLES = torch.zeros(3), [torch.zeros(300)]
+
+
+def _into_a_global(m: Any, x: Tensor) -> Tensor:
+    NUMBERS.add_(1)
+    return x * NUMBERS.sum()
+
+
+def _into_a_list(m: Any, x: Tensor) -> Tensor:
+    TABLES[0][:5] = 7
+    TABLES[0][1].mul_(2)
+    torch.add(TABLES[0], 1, out=TABLES[0])
+    return x
+
+
+def _into_a_buffer(m: Any, x: Tensor) -> Tensor:
+    m.hidden[1].count += 1
+    return x
+
+
+def _into_a_weight(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        m.hidden[0].weight.fill_(2)
+    return x
+
+
+@pytest.mark.parametrize("act", [_into_a_global, _into_a_list, _into_a_buffer, _into_a_weight])
+def test_what_a_trace_writes_outside_is_taken_back(act: Any) -> None:
+    """Calls on tensors that are not traced are run, not recorded."""
+    model = Holding(act)
+    model.hidden[1].register_buffer("count", torch.zeros(2))
+    held = [NUMBERS, *TABLES, model.hidden[1].count, model.hidden[0].weight]
+    before = [x.detach().clone() for x in held]
+    with pytest.raises(CannotCapture, match="changes"):
+        capture(model, bind_call(model, (torch.ones(3, 2),), {}))
+    assert all(map(torch.equal, held, before))
+
+
+def test_the_systems_random_numbers() -> None:
+    """They have no state to compare: a model may hold their source, but not draw of it."""
+    call = {"x": torch.ones(3, 2)}
+    for draw in (lambda m, x: x * m.source.random(), lambda m, x: x * secrets.randbelow(9)):
+        model = Holding(draw)
+        model.source = random.SystemRandom()
+        with pytest.raises(CannotCapture, match="random numbers of the system"):
+            capture(model, call)
+        model.act = lambda m, x: x * bool(m.source)
+        capture(model, call)
 
 
 def test_modules_that_forward_makes_are_its_own() -> None:

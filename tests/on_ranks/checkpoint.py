@@ -111,6 +111,7 @@ def train(folder: str) -> dict[str, Any]:
     found["tied once"] = len(model.state_dict()) - len(model.sharded_state_dict(tied=False))
     found["errors"] = errors(model, folder)
     found["unchanged"] = same(model, after_two)
+    found["other states"] = refuse_states(model)
     return found
 
 
@@ -165,8 +166,64 @@ def errors(model: Any, folder: str) -> list[str]:
         lambda: dcp.load(state, checkpoint_id=f"{folder}/lacks"),
         lambda: dcp.load(state, checkpoint_id=f"{folder}/shape"),
         lambda: checkpoint.sharded_optimizer_state_dict(nn.Linear(2, 2), adamw(model)),
+        lambda: damaged(model, f"{folder}/async"),
     ]
     return [answer(attempt) for attempt in attempts]
+
+
+def damaged(model: Any, folder: str) -> None:
+    """Loads a checkpoint of which one file is cut off."""
+    if dist.get_rank() == 0:
+        os.truncate(f"{folder}/__0_0.distcp", 64)
+    dist.barrier()
+    checkpoint.load(model.sharded_state_dict(), checkpoint_id=folder)
+
+
+def other_states(good: dict[str, Any]) -> list[dict[str, Any]]:
+    """Optimizer states that are not this optimizer's."""
+    state, (group,) = good["state"], good["param_groups"]
+    name, own = next(iter(state.items()))
+
+    def values(**new: Any) -> dict[str, Any]:
+        return {"state": {**state, name: {**own, **new}}, "param_groups": [group]}
+
+    def groups(*new: Any) -> dict[str, Any]:
+        return {"state": state, "param_groups": [*new]}
+
+    fewer = {key: value for key, value in state.items() if key != name}
+    return [
+        *(
+            {},
+            {"state": {}},
+            {"param_groups": []},
+            {"state": None, "param_groups": None},
+            {**good, "more": 1},
+        ),
+        *({"state": fewer, "param_groups": [group]}, {"state": {**state, "x": {}}, "param_groups": [group]}),
+        *(
+            {"state": [state], "param_groups": [group]},
+            {"state": {**state, name: 3}, "param_groups": [group]},
+        ),
+        *(values(exp_avg=torch.zeros(3)), values(exp_avg="a"), values(step=torch.zeros(3)), values(more=1)),
+        *(groups(), groups(group, group), groups(3), groups({}), groups({**group, "params": ["nowhere"]})),
+        *(groups({**group, "lr": [1]}), groups({k: v for k, v in group.items() if k != "lr"})),
+    ]
+
+
+def refuse_states(model: Any) -> list[str]:
+    """What is said of states that are not an optimizer's; they are refused on every rank, for any rank's."""
+    optimizer = adamw(model)
+    states = other_states(checkpoint.sharded_optimizer_state_dict(model, optimizer))
+    before = {p: dict(values) for p, values in optimizer.state.items()}
+    load = checkpoint.load_sharded_optimizer_state_dict
+    found = [answer(lambda state=state: load(model, optimizer, state)) for state in states]  # type: ignore[misc]
+    good = checkpoint.sharded_optimizer_state_dict(model, optimizer)
+    found.append(answer(lambda: load(model, optimizer, good if dist.get_rank() else {})))
+    fresh = adamw(model)
+    found.append(answer(lambda: load(model, fresh, {})))
+    kept = all(optimizer.state[p][k] is v for p, values in before.items() for k, v in values.items())
+    assert kept and not fresh.state and answer(lambda: load(model, fresh, good)) == "accepted"
+    return found
 
 
 def answer(attempt: Any) -> str:

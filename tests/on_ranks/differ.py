@@ -143,6 +143,30 @@ def given_other_things() -> dict[str, str]:
     cases["learning_rates"] = lambda: torch.optim.SGD(model.parameters(), 0.1 + rank).step()
     cases["optimizers"] = lambda: (torch.optim.Adam if rank else torch.optim.SGD)(model.parameters()).step()
 
+    later = made().eval()
+
+    @case
+    def sizes_after_many() -> None:
+        for rows in range(1, 13):
+            later(X.repeat(rows, 1))
+        later(X.repeat(20 + rank, 1))
+
+    @case
+    def numbers_after_many() -> None:
+        for scale in range(2, 13):
+            later(X, scale=scale)
+        later(X, scale=20 + rank)
+
+    @case
+    def batches_after_many() -> None:
+        for _ in range(64):
+            later(X * (1 + rank))
+
+    @case
+    def numbers_that_were_seen() -> None:
+        for _ in range(64):
+            later(X, scale=5 + rank)
+
     @case
     def orders_of_models() -> None:
         over = mesh()

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import tpcompile
 from tests.helpers import families
 from tests.on_ranks.models import call, error, mesh
+from tests.on_ranks.module_life import refusal
 
 DROPOUT = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
 
@@ -72,6 +73,42 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.outer(self.down(self.inner(self.up(x))))
+
+
+@torch.library.custom_op("on_ranks::shifted", mutates_args=())
+def shifted(x: Tensor, noise: float) -> Tensor:
+    """Without a word about the numbers that it draws."""
+    return x + (noise * torch.rand(x.shape) if noise else 1.0)
+
+
+shifted.register_fake(lambda x, noise: torch.empty_like(x))
+shifted.register_autograd(lambda ctx, grad: (grad, None))
+
+
+class Shifted(nn.Module):
+    """Layers with an operator of the user's, and a dropout."""
+
+    def __init__(self, noise: float) -> None:
+        super().__init__()
+        self.layers, self.noise = nn.ModuleList(nn.Linear(12, 12) for _ in range(2)), noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = nn.functional.dropout(torch.ops.on_ranks.shifted(layer(x), self.noise), 0.5, self.training)
+        return x
+
+
+def foreign() -> list[str]:
+    """What is said of operators of the user's, with and without noise, recomputed and compiled or not."""
+    found, x = [], torch.randn(4, 12)
+    for noise in (0.0, 0.5):
+        for options in ({}, {"checkpointing": "full", "compile": {"backend": "aot_eager"}}):
+            model = tpcompile.parallelize(Shifted(noise), mesh(), (x,), **options)
+            before = torch.get_rng_state()
+            found += [refusal(lambda model=model: model(x).sum().backward())]  # type: ignore[misc]
+            found += [str(torch.equal(torch.get_rng_state(), before))]
+            found += [refusal(lambda model=model: model.eval()(x))]  # type: ignore[misc]
+    return found
 
 
 def compiled() -> dict[str, Any]:

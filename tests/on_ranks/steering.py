@@ -70,6 +70,8 @@ def steered() -> dict[str, Any]:
     found: dict[str, Any] = {}
     found["streamed"] = torch.equal(run(streamer=streamer), want)
     found["seen"] = None if streamer is None else (streamer.seen, streamer.ended)
+    given = [*{**GREEDY, "max_new_tokens": NEW}.items()]
+    found["in any order"] = torch.equal(sharded.generate(ids, **dict(given if rank else given[::-1])), want)
     found["clock"] = run(max_time=0.2, logits_processor=[slow]).shape[1]
     found["criteria"] = run(stopping_criteria=[stops_at(7 + rank)]).tolist() == want[:, :7].tolist()
     found["streamer fails"] = told(streamer=other)

@@ -9,7 +9,7 @@ from tests.on_ranks import steering
 def test_ranks_are_steered_alike() -> None:
     first, second = run_spmd(steering.steered, 2, timeout=300)
     for found in (first, second):
-        assert found["streamed"] and found["criteria"] and found["afterwards"]
+        assert found["streamed"] and found["in any order"] and found["criteria"] and found["afterwards"]
         assert "say different things" in found["processors differ"]
         assert "say different things" in found["allowed tokens differ"]
         assert "rank 0 has 'min_length: 0', rank 1 has 'min_length: 1'" in found["lengths differ"]

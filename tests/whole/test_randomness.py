@@ -180,3 +180,11 @@ def test_compiled() -> None:
         assert found["consistent"] <= 1e-5
         assert found["agree"] and found["other"]
         assert abs(found["rate"] - 0.4) < 0.02
+
+
+def test_operators_of_the_users() -> None:
+    """Those that draw are refused when they have, and the generators are as they were."""
+    for found in run_spmd(spmd_randomness.foreign, 2, timeout=300):
+        assert found[:6] == ["accepted", "False", "accepted"] * 2
+        assert found[7::3] == ["True"] * 2
+        assert all("every rank would have its own" in told for told in [*found[6::3], *found[8::3]])

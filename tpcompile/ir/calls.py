@@ -16,6 +16,9 @@ from tpcompile.ir.torch_internals import SequenceKey, TreeSpec, tree_flatten, tr
 
 _STAR = "*"
 
+Sizes = tuple[tuple[int, Sequence[int] | int], ...]
+"""Sizes of tensors, and numbers, by their places among a call's leaves."""
+
 
 class OpenNumber(int):
     """A number among the arguments of a call that is to travel as a symbol: it has had other values."""
@@ -170,6 +173,19 @@ def call_model(model: nn.Module, bound: Mapping[str, Any]) -> Any:
 def flatten_call(bound: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
     """Flatten a normalised call to its leaves; None and python values are leaves too."""
     return tree_flatten(bound)
+
+
+def sizes_of_call(leaves: Sequence[Any], places: Sequence[int]) -> Sizes:
+    """The sizes of a call's tensors, and its numbers; the hash of these is the same in every process.
+
+    Args:
+        leaves: the call, flat.
+        places: the leaves that count: sizes of caches follow from earlier calls.
+    """
+    found = ((at, leaves[at]) for at in places)
+    return tuple(
+        (at, x.shape if isinstance(x, Tensor) else x) for at, x in found if isinstance(x, (Tensor, int))
+    )
 
 
 def identical(leaves: Sequence[Any], places: Sequence[int]) -> dict[int, int]:

@@ -137,6 +137,7 @@ __all__ = [
 ]
 
 PRIVATE_ATTRIBUTES = {
+    "random": ("_urandom",),
     "torch.Tensor": (
         "_backward_hooks",
         "_base",

@@ -20,7 +20,7 @@ from .describe import describe_value
 from .exchange import exchange, name_of
 
 MOST_SIZES = 8
-"""Of how many sizes of its calls a program's first one is compared: a mistake shows soon, if at all."""
+"""Of how many sizes of its calls a program's first one is compared by content, too."""
 
 _SAMPLE = 64
 _APART = 0.02
@@ -75,6 +75,28 @@ def compare_call(
     )
     if act == "run" and not _is_tried_out():
         _compare_numbers(group, {n: x for n, x in zip(names, leaves, strict=True) if _has_numbers(x)})
+
+
+def compare_sizes(
+    group: dist.ProcessGroup | None, what: str, names: Sequence[str], leaves: Sequence[Any]
+) -> None:
+    """Compares the sizes and numbers of a call over the ranks, in one message that waits for no device.
+
+    Args:
+        group: the ranks.
+        what: is called.
+        names: of the leaves.
+        leaves: the arguments, flat.
+
+    Raises:
+        TpCompileError: on all ranks, with the first argument that differs.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        return
+    named = zip(names, leaves, strict=True)
+    lines = [f"{n}: {list(x.shape) if isinstance(x, Tensor) else describe_value(x)}" for n, x in named]
+    todo = "call the model with the same arguments on every rank"
+    compare(group, "sizes of a call", [what, *lines], todo)
 
 
 def _compare_numbers(group: dist.ProcessGroup, tensors: Mapping[str, Tensor]) -> None:

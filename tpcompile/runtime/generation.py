@@ -59,11 +59,12 @@ class ShardedGeneration(ShardedModule):
             streamer = _shared_streamer(group, own)
             if self._may_sample(call):
                 share_random_state(group, self._device())
-            before, self._tp.steering = self._tp.steering, (streamer, call.get("logits_processor") or ())
+            before = self._tp.steering, self._tp.generating
+            self._tp.steering, self._tp.generating = (streamer, call.get("logits_processor") or ()), True
             try:
                 result = original(**call, **({} if streamer is None else {"streamer": streamer}))
             finally:
-                self._tp.steering = before
+                self._tp.steering, self._tp.generating = before
             if streamer is not None:
                 share_failure(group, "stream tokens", streamer.failure)
             tokens = describe_value(getattr(result, "sequences", result), floats=False)
@@ -199,8 +200,8 @@ def _arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
 
 
 def _describe(call: Mapping[str, Any]) -> list[str]:
-    """A call as text: a line per argument, tensors by their contents."""
-    return [f"{name}: {describe_value(value)}" for name, value in call.items()]
+    """A call as text: a line per argument, whatever their order, tensors by their contents."""
+    return [f"{name}: {describe_value(value)}" for name, value in sorted(call.items())]
 
 
 def _get(config: Any, name: str) -> Any:

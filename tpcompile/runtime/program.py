@@ -16,12 +16,13 @@ from tpcompile.capture.export.look_inside import equal
 from tpcompile.capture.export.size_check import Check
 from tpcompile.compile_program import Compiled
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.calls import identical
+from tpcompile.ir.calls import Sizes, identical
 from tpcompile.ir.torch_internals import profiler_enabled
 from tpcompile.planner.plan import Plan
 from tpcompile.planner.report.notebook import graph_html
 
 from .compile_step import CompiledSteps, compiled_steps
+from .drawn_numbers import Draws
 from .fetch_inputs import Feed, make_fetch
 from .named_run import run_named
 from .settings import Reads, found_out_once
@@ -59,7 +60,7 @@ class Program:
         gradients: what python has found when it asked whether gradients are recorded; None: it did not ask.
         root: the model.
         differentiable: whether gradients through it come out right.
-        seen: the sizes of calls of it whose arguments ranks have compared.
+        seen: the sizes and numbers of calls of it that ranks have compared.
         number: tells it from other programs of the model; equal on all ranks.
         calls: how many had results of which ranks keep a part.
     """
@@ -88,7 +89,7 @@ class Program:
     outlined: tuple[GraphModule, tuple[Feed | int, ...]] | None = None
     steps: dict[str, CompiledSteps] = field(default_factory=dict)
     differentiable: bool = True
-    seen: set[tuple[torch.Size, ...]] = field(default_factory=set)
+    seen: set[Sizes] = field(default_factory=set)
     calls: int = 0
     number: int = 0
 
@@ -97,6 +98,7 @@ class Program:
         graphs = (self.graph_module, outlined, self.compiled.lowered.recomputing)
         turn = getattr(getattr(self.root, "_tp", None), "group_name", "")
         self.short = {id(g): defer_gathers(g, self.captured.outputs, turn) for g in graphs if g is not None}
+        self.draws = Draws(self.graph_module.graph)
         self.bind(True)
 
     def bind(self, bound: bool) -> None:
@@ -194,11 +196,14 @@ class Program:
         given = [x.contiguous() if isinstance(x, Tensor) else None for x in leaves]
         flat: Sequence[Any] | None = None
         gathers: dict[int, Gathers] = {}
+        generators = self.draws.begin(device_of(leaves))
         if options is not None and not torch.compiler.is_compiling():
             steps, gathers = self._compiled(options)
             flat = steps(given)
         if flat is None:
             flat, gathers = self._plain(given)
+        if generators is not None:
+            generators.refuse_draws()
         if self.mutated:
             write_buffers(self.mutated, self.fetch_mutated(()), self.captured.outputs, flat)
         if gathers:
@@ -286,11 +291,6 @@ def gradients_of(leaves: Sequence[Any], trained: tuple[bool, ...]) -> tuple[bool
 def trained_weights(feeds: Sequence[Feed | int]) -> tuple[bool, ...]:
     """Which weights want gradients."""
     return tuple(f.held().requires_grad for f in feeds if isinstance(f, Feed) and f.module)
-
-
-def sizes_of_call(leaves: Sequence[Any]) -> tuple[torch.Size, ...]:
-    """The sizes of a call's tensors."""
-    return tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def device_of(leaves: Sequence[Any]) -> str:

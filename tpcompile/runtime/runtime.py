@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed import ProcessGroup
 from torch.nn.modules import module as nn_module
 
 from tpcompile.capture.caches.layers import is_count
 from tpcompile.capture.divide_caches import divide_caches
 from tpcompile.errors import RanksApart, TpCompileError
-from tpcompile.ir.calls import flatten_call, leaf_names
+from tpcompile.ir.calls import flatten_call, leaf_names, sizes_of_call
 from tpcompile.ir.torch_internals import TreeSpec, peek_interpreter_stack
-from tpcompile.ranks.compare_calls import MOST_SIZES, can_compare
+from tpcompile.ranks.compare_calls import MOST_SIZES, can_compare, compare_sizes
 from tpcompile.ranks.compare_order import compare_order
 from tpcompile.ranks.lost_ranks import is_loss, lost
 from tpcompile.ranks.turns import own_turn
@@ -24,7 +25,7 @@ from .capture_call import capture_call
 from .guards import Entry, hooks_below
 from .last_call import last_call
 from .parts import compose_call, run_parts, try_parts
-from .program import Program, device_of, sizes_of_call
+from .program import Program, device_of
 from .state import State
 
 _NO_PROGRAM = "no program was captured for this call: call model.capture(...) with it first"
@@ -62,7 +63,7 @@ class Runtime(State):
         if (call := last.read(args, kwargs)) is None:
             return None
         (bound, leaves), program = call, last.program
-        if len(program.seen) < MOST_SIZES and sizes_of_call(leaves) not in program.seen:
+        if self._is_new(program, leaves):
             return None
         _refuse_transforms()
         self.note_types(model)
@@ -142,7 +143,7 @@ class Runtime(State):
             return program.run(leaves, bound, self.compile_options)
         axis = self.compiler.axis
         if axis is not None and program.plan.collectives:
-            compare_order(axis.group, f"model {self.number}, {program.entry} {program.number}")
+            self._compare_order(axis.group, program, leaves, bound)
         try:
             return program.run(leaves, bound, None if self.lent else self.compile_options)
         except RuntimeError as error:
@@ -174,12 +175,34 @@ class Runtime(State):
     def _compare_first(
         self, program: Program, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]
     ) -> None:
-        """Compares calls of the first sizes that a program sees, unless all calls are compared anyway."""
-        if self.compare_calls or len(program.seen) == MOST_SIZES:
+        """Compares calls of sizes that a program has not seen, unless all calls are compared anyway."""
+        if self.compare_calls or not self._is_new(program, leaves) or not can_compare(leaves):
             return
-        if (sizes := sizes_of_call(leaves)) not in program.seen and can_compare(leaves):
+        if len(program.seen) < MOST_SIZES:
             self.compare(model, bound, program.entry, leaves)
-            program.seen.add(sizes)  # not before: what is refused was seen by no rank
+        else:
+            named = leaf_names(bound)
+            whole = [named[at] for at in program.loose], [leaves[at] for at in program.loose]
+            compare_sizes(self.compiler.group, str(program), *whole)
+        program.seen.add(
+            sizes_of_call(leaves, program.loose)
+        )  # not before: what is refused was seen by no rank
+
+    def _is_new(self, program: Program, leaves: Sequence[Any]) -> bool:
+        """Whether sizes of a call are to be compared; most of ``generate``'s follow from its arguments."""
+        if self.generating and len(program.seen) >= MOST_SIZES:
+            return False
+        return sizes_of_call(leaves, program.loose) not in program.seen
+
+    def _compare_order(
+        self, group: ProcessGroup, program: Program, leaves: Sequence[Any], bound: dict[str, Any]
+    ) -> None:
+        """Notes a call; at times ranks compare what was run so far, and what this call is given."""
+        sizes = sizes_of_call(leaves, program.loose)
+        what = f"model {self.number}, {program.entry} {program.number}"
+        due = compare_order(group, (self.number, program.number, sizes), what)
+        if due and not self.compare_calls and not self.generating and can_compare(leaves):
+            self.compare(program.root, bound, program.entry, leaves)
 
 
 def _refuse_transforms() -> None:

@@ -54,6 +54,7 @@ class State:
         number: tells the model from others over the same ranks; equal on all of them.
         copies: how many copies of it were made; a copy is told from it by which one it is.
         captured: how many programs it has had.
+        generating: whether it is in ``generate``, whose arguments decide about its calls.
         running: how many calls are being worked on: what the model's own code changes is not a new setting.
         found: the program that was looked for, and found, last.
         last: per path that is called, how to know another call like the last one.
@@ -79,6 +80,7 @@ class State:
     copies: int = 0
     captured: int = 0
     running: int = 0
+    generating: bool = False
     custom: CustomModules = field(default_factory=CustomModules)
     foreign: bool = False
     lent: dict[tuple[int, str], int] = field(default_factory=dict)

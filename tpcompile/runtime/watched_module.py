@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tpcompile.capture.export.look_inside import only_asks
 from tpcompile.capture.export.python_state import MISSING
-from tpcompile.capture.export.watch_calls import only_asks
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.check import check_arguments
 from tpcompile.ranks.agree import compare, together

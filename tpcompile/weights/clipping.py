@@ -71,5 +71,6 @@ def _scale(
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     leaves = [p._local_tensor if type(p) is ShardedParameter else p for p in parameters]
     original(leaves, max_norm, total_norm, foreach)
-    sharded = (p.grad for p in parameters if type(p) is ShardedParameter)
-    increment_version([grad for grad in sharded if grad is not None])
+    # Wrappers of the gradients that somebody may hold; `p.grad` would look whether they still are that.
+    held = (p.__dict__.get("_gradient") for p in parameters if type(p) is ShardedParameter)
+    increment_version([grad for grad in held if grad is not None])

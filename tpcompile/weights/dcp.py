@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -29,6 +30,9 @@ from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import checked
 from tpcompile.ir.torch_internals import flatten_state_dict, storage_setup
 from tpcompile.ranks.agree import together
+
+from .load_state import unlike
+from .sharded_parameter import ShardedParameter
 
 
 @checked
@@ -64,9 +68,38 @@ def sharded_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimi
 def load_sharded_optimizer_state_dict(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> None:
-    """Gives an optimizer a state as ``sharded_optimizer_state_dict`` made it, once it has been loaded."""
+    """Gives an optimizer a state as ``sharded_optimizer_state_dict`` made it, once it has been loaded.
+
+    All ranks must call it.
+
+    Raises:
+        TpCompileError: on every rank, and the optimizer is as it was: the state is another optimizer's.
+    """
+    inner, had = _unwrapped(model), bool(optimizer.state)
     with _without_gradients(optimizer):
-        set_optimizer_state_dict(_unwrapped(model), optimizer, dict(state))
+        own = get_optimizer_state_dict(inner, optimizer)
+        try:
+            together(_group_of(inner), "check the optimizer's state", lambda: _check_optimizer(own, state))
+        except TpCompileError:
+            if not had:
+                optimizer.state.clear()  # what was made to compare with
+            raise
+        set_optimizer_state_dict(inner, optimizer, dict(state))
+
+
+def _check_optimizer(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    if unfit := unlike(own, state, "the state"):
+        raise TpCompileError(
+            f"{unfit}; it is not this optimizer's",
+            where="load_sharded_optimizer_state_dict",
+            todo="give what sharded_optimizer_state_dict has made of this optimizer; nothing was loaded",
+        )
+
+
+def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks that share a model; None if FSDP has made something else of its parameters."""
+    groups = (p.placing.axis.group for p in model.parameters() if isinstance(p, ShardedParameter))
+    return next(groups, None)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -109,8 +142,8 @@ def load(
     needs to be there under one of its names only. All ranks must call it.
 
     Raises:
-        TpCompileError: on every rank, before anything is loaded: there is no checkpoint, it lacks a key, or
-            has one in another shape.
+        TpCompileError: on every rank; before anything is loaded: there is no checkpoint, it lacks a key, or
+            has one in another shape; or a file of it is damaged.
     """
     group = process_group
     if group is None and dist.is_initialized():
@@ -119,7 +152,15 @@ def load(
     flat, _ = flatten_state_dict(state_dict)
     together(group, "check the checkpoint", lambda: check(flat, _metadata(reader, checkpoint_id)))
     planner = DefaultLoadPlanner(allow_partial_load=True)  # what may be missing was checked
-    dcp_load(state_dict, storage_reader=reader, planner=planner, process_group=process_group)
+    try:
+        dcp_load(state_dict, storage_reader=reader, planner=planner, process_group=process_group)
+    except CheckpointException as error:  # the same on every rank
+        first = next(iter(error.failures.values()))[0]
+        raise TpCompileError(
+            f"the checkpoint's files cannot be read: {first}",
+            where=repr(checkpoint_id),
+            todo="copy or save it again; some of the tensors may have been loaded",
+        ) from error
 
 
 def _reader(reader: StorageReader | None, checkpoint_id: str | os.PathLike[str] | None) -> Any:

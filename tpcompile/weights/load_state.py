@@ -49,11 +49,46 @@ def _unfit(value: Any, mine: Tensor) -> str:
         return f"{tuple(value.shape)} where the model has {tuple(mine.shape)}"
     if value.is_meta and not mine.is_meta:
         return "a tensor without values"
+    if value.layout is not mine.layout:
+        return "a sparse tensor"
     return (
         "complex numbers where the model has real ones"
         if value.is_complex() and not mine.is_complex()
         else ""
     )
+
+
+def unlike(own: Any, given: Any, where: str) -> str:
+    """What makes a nested state another one than an optimizer's own; nothing if they are of one form.
+
+    Args:
+        own: mappings, lists, tensors and plain values.
+        given: the state that is to take its place.
+        where: what they are called.
+    """
+    if isinstance(own, Mapping):
+        if not isinstance(given, Mapping):
+            return f"{where} is a {type(given).__name__}"
+        for what, keys in (
+            ("lacks", own.keys() - given.keys()),
+            ("has unexpected", given.keys() - own.keys()),
+        ):
+            if keys:
+                return f"{where} {what} {min(map(str, keys))}"
+        return next(filter(None, (unlike(v, given[k], f"{where}[{k!r}]") for k, v in own.items())), "")
+    if isinstance(own, list | tuple):
+        if not isinstance(given, list | tuple) or len(given) != len(own):
+            return f"{where} is not a list of {len(own)}"
+        if all(isinstance(v, str) for v in own):
+            return "" if {*own} == {*map(str, given)} else f"{where} has other names"
+        every = zip(own, given, strict=True)
+        return next(filter(None, (unlike(v, g, f"{where}[{i}]") for i, (v, g) in enumerate(every))), "")
+    if isinstance(own, Tensor):
+        unfit = _unfit(given, own)
+        return f"{where} is {unfit}".replace("where the model has", "instead of") if unfit else ""
+    number = isinstance(given, Tensor) and given.numel() == 1
+    plain = given is None or isinstance(given, str if isinstance(own, str) else bool | int | float | str)
+    return "" if number or plain else f"{where} is a {type(given).__name__}"
 
 
 def own_parts(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from tpcompile.ranks.agree import compare
+from tpcompile.ranks.describe import describe_value
 
 from .load_state import own_parts
 from .sharded_parameter import ShardedParameter
@@ -42,12 +45,23 @@ def parts_of_state(state: Mapping[Any, Any], params: Mapping[Any, Any]) -> dict[
         params: the parameters.
 
     Raises:
-        TpCompileError: a part is another rank's, or of another layout.
+        TpCompileError: a part is another rank's, or of another layout; ranks have other whole tensors.
     """
+    sharded = {at: p.placing for at, p in params.items() if isinstance(p, ShardedParameter)}
+    held = [(at, state[at]) for at in sharded if isinstance(state.get(at), Mapping)]
+    lines = [f"{sharded[at].name}, {n}: {_described(v)}" for at, values in held for n, v in values.items()]
+    if sharded:
+        group = next(iter(sharded.values())).group
+        compare(group, "states of an optimizer", lines, "load the same state on every rank")
     return {
         at: _parts(params.get(at), values) if isinstance(values, Mapping) else values
         for at, values in state.items()
     }
+
+
+def _described(value: Any) -> str:
+    """What ranks must have in common: of sharded tensors they hold their parts."""
+    return describe_value(value if type(value) in (Tensor, nn.Parameter) else type(value))
 
 
 def _parts(param: Any, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.nn import functional as F
 
 from tpcompile.ir.torch_internals import (
     DispatchKey,
@@ -18,6 +19,8 @@ from tpcompile.ir.torch_internals import (
 
 # Composite, without a word about aliases in their schemas, and new whatever they are given.
 _NEW = ("aten.linear", "aten.matmul")
+
+DROPOUTS = (F.dropout, torch.dropout)
 
 
 def is_composite(op: OpOverload) -> bool:
@@ -63,3 +66,10 @@ def returned_argument(node: Node) -> Node | None:
     with value.fake_mode, torch.no_grad():
         result = node.target(*args, **kwargs)
     return next((n for n in given if n.meta["val"] is result), None)
+
+
+def drops_nothing(
+    input: Tensor, p: float = 0.5, train: bool = True, inplace: bool = False, training: bool = True
+) -> bool:
+    """Whether a dropout hands back what it is given, as torch does it; export would take a copy for that."""
+    return p == 0 or (not (train and training) and 0 <= p <= 1)

@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, MutableMapping
 from enum import Enum
+from types import CodeType
 from typing import Any
 
 import torch
@@ -101,3 +102,11 @@ def equal(one: Any, other: Any) -> bool:
     if one != other:
         return bool(one != one and other != other)  # not a number
     return type(one) is not float or one != 0.0 or str(one) == str(other)  # with the sign of zeros
+
+
+def only_asks(code: Any) -> bool:
+    """Whether all that a hook's code does is to ask for a gradient, as ``enable_input_require_grads`` does.
+
+    It changes no value; it lets reentrant checkpointing give gradients behind weights that are frozen.
+    """
+    return isinstance(code, CodeType) and code.co_names == ("requires_grad_",) and not code.co_freevars

@@ -21,8 +21,8 @@ _OPAQUE = (
 
 
 def is_opaque(value: Any) -> bool:
-    """Whether a value is one of these, and can be compared with what it was."""
-    return isinstance(value, _OPAQUE)
+    """Whether a value is one of these, and can be compared with what it was (``SystemRandom`` can't)."""
+    return isinstance(value, _OPAQUE) and not isinstance(value, random.SystemRandom)
 
 
 def snapshot(value: Any) -> bytes:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -87,9 +88,9 @@ def unchanged_outside(
         CannotCapture: there is such a change, or an iterator; or random numbers are drawn.
     """
     places, drawn, seeded = outer_places(model, walked), _generators(), torch.get_rng_state()
-    before = list(map(KeptPlace, places))
+    before, asked = list(map(KeptPlace, places)), list[int]()
     try:
-        with _without_traced_results(places):
+        with _without_traced_results(places), _noted_entropy(asked):
             yield places
     finally:
         changed = [kept.place.name for kept in before if kept.put_back()]
@@ -100,8 +101,8 @@ def unchanged_outside(
             where="torch.manual_seed",
             todo="set the seed before the call; or keep what forward draws once in a buffer",
         )
-    if (now := _generators()) != drawn:
-        name = next(name for name in now if now[name] != drawn[name])
+    if asked or (now := _generators()) != drawn:
+        name = "the system" if asked else next(name for name in now if now[name] != drawn[name])
         raise CannotCapture(
             f"the model's forward draws random numbers of {name}, which would be the same at every call",
             where=name,
@@ -113,6 +114,20 @@ def unchanged_outside(
             where=changed[0],
             todo="keep what forward changes in attributes of the model, best in buffers",
         )
+
+
+@contextmanager
+def _noted_entropy(asked: list[int]) -> Iterator[None]:
+    """Notes how many bytes ``random.SystemRandom`` and ``secrets`` draw, which have no state to compare."""
+    source: Any = random
+    draw = source._urandom
+
+    def noting(count: int) -> Any:
+        asked.append(count)
+        return draw(count)
+
+    with patch.object(source, "_urandom", noting):
+        yield
 
 
 def _generators() -> dict[str, Any]:

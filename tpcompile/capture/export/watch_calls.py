@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -26,10 +26,12 @@ from tpcompile.ir.torch_internals import (
     tree_leaves,
 )
 
+from .aliases import DROPOUTS, drops_nothing
 from .explain_failure import here
-from .look_inside import PLAIN, is_librarys, module_of
+from .look_inside import PLAIN, is_librarys, module_of, only_asks
 from .open_sizes import is_message, sizes_as_numbers, unseen
 from .python_state import storage
+from .written_constants import WrittenConstants
 
 _TENSOR: Any = Tensor
 _PARTS = "parallelize(compose=True) lets this module run as the python that it is"
@@ -84,6 +86,7 @@ class Watch(TorchFunctionMode):
         asks_gradients: it has asked whether gradients are recorded, or wanted.
         asks_strides: it has asked in which order a tensor's elements are in memory.
         errors: what went wrong in a call of torch because it was traced; its python may have gone on.
+        written: tensors from outside that it may have written.
     """
 
     def __init__(self) -> None:
@@ -93,6 +96,7 @@ class Watch(TorchFunctionMode):
         self.wanting: set[int] = set()
         self.asks_gradients = self.asks_strides = False
         self.errors: list[Exception] = []
+        self.written = WrittenConstants()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -162,20 +166,16 @@ class Watch(TorchFunctionMode):
         asks = func in _NEEDS_GRAD and not args[0].requires_grad and (*args[1:], *kwargs.values(), True)[0]
         if asks and not only_asks(_calling(sys._getframe(1)).f_code):
             _refuse("asks for a tensor's gradient (requires_grad)", "set requires_grad before the call")
+        if func in DROPOUTS and drops_nothing(*args, **kwargs):
+            return given[0]
+        if real and len(real) == len(given):
+            self.written.note(func, kwargs, real)
         result = func(*args, **kwargs)
         if func in _PEEKS and len(real) < len(given):  # what follows from the call's tensors is a symbol
             self.computed |= all(isinstance(x, PLAIN) for x in tree_leaves(result))
         if func == _GRAD_FN and result is not None:
             _refuse("looks at what autograd has recorded (grad_fn)", _FUNCTION)
         return result
-
-
-def only_asks(code: Any) -> bool:
-    """Whether all that a hook's code does is to ask for a gradient, as ``enable_input_require_grads`` does.
-
-    It changes no value; it lets reentrant checkpointing give gradients behind weights that are frozen.
-    """
-    return isinstance(code, CodeType) and code.co_names == ("requires_grad_",) and not code.co_freevars
 
 
 def _refuse(what: str, todo: str) -> None:
@@ -291,6 +291,7 @@ def watched_calls() -> Iterator[Watch]:
         _noted_decisions(watch),
         _recorded_inference_mode(),
         watch,
+        watch.written,
     ):
         yield watch
     watch.refuse_swallowed()

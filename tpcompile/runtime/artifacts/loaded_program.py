@@ -15,17 +15,17 @@ from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.look_inside import equal
 from tpcompile.capture.export.size_check import size_check
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.calls import CallSignature, flatten_call, identical, leaf_names
+from tpcompile.ir.calls import CallSignature, Sizes, flatten_call, identical, leaf_names, sizes_of_call
 from tpcompile.ir.torch_internals import TreeSpec
 from tpcompile.ir.units import size_text
 from tpcompile.planner.plan import Plan
-from tpcompile.ranks.compare_calls import MOST_SIZES, compare_call
+from tpcompile.ranks.compare_calls import MOST_SIZES, compare_call, compare_sizes
 from tpcompile.ranks.compare_order import compare_order, number_of_model
 from tpcompile.ranks.lost_ranks import telling
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.ranks.turns import own_turn
 
-from ..program import autocast_of, device_of, sizes_of_call
+from ..program import autocast_of, device_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class LoadedCall:
     wanted: Sequence[bool] | None
     autocast: torch.dtype | None
     default: torch.dtype
-    seen: set[tuple[torch.Size, ...]] = field(default_factory=set)
+    seen: set[Sizes] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._check = size_check(self.captured)
@@ -161,13 +161,16 @@ class LoadedProgram:
             leaves, spec = flatten_call(bound)
             self._check(leaves)
             call = self._find(bound, leaves, spec)
-            if (sizes := sizes_of_call(leaves)) not in call.seen and len(call.seen) < MOST_SIZES:
+            group, place = self._axis.group, self.calls.index(call)
+            if (sizes := sizes_of_call(leaves, call.loose)) not in call.seen:
                 names = leaf_names(bound)
                 whole = [names[at] for at in call.loose], [leaves[at] for at in call.loose]
-                compare_call(self._axis.group, "run", f"saved {self.name}", *whole)
+                if len(call.seen) < MOST_SIZES:
+                    compare_call(group, "run", f"saved {self.name}", *whole)
+                else:
+                    compare_sizes(group, f"saved {self.name}", *whole)
                 call.seen.add(sizes)
-            group, place = self._axis.group, self.calls.index(call)
-            compare_order(group, f"saved model {self._number}, call {place}")
+            compare_order(group, (self._number, place, sizes), f"saved model {self._number}, call {place}")
             with torch.no_grad(), torch.autocast(device_of(leaves), enabled=False):
                 with telling(group, f"run saved {self.name}"):
                     return call.run(leaves, bound)
