@@ -44,6 +44,8 @@ def test_weights_in_buffers_and_joined_ones_are_divided_others_are_reported() ->
     for notes, divided in run_spmd(valid_programs.weights_elsewhere, 2):
         told = [note.partition(" ")[0] for note in notes if "whole on every rank" in note]
         assert sorted(told) == ["derived", "plain"]
+        buffers = {note.partition(" ")[0] for note in notes if "a DTensor" in note}
+        assert "weight" in buffers and buffers <= set(divided)
         assert {"weight", "table", "one", "other", "bilinear.weight", "bag.weight"} <= set(divided)
 
 

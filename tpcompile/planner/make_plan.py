@@ -54,7 +54,9 @@ def make_plan(
         fallbacks=fallbacks_of(planned),
         notes=(
             *rewritten.captured.notes,
-            *dict.fromkeys([*gathered.values(), *_whole_weights(planned, layout)]),
+            *dict.fromkeys(
+                [*gathered.values(), *_whole_weights(planned, layout), *_divided_buffers(planned, layout)]
+            ),
         ),
         cost=cost,
         seconds=seconds + sequence_seconds(rewritten, cost),
@@ -88,6 +90,14 @@ def _gathered_weights(program: GlobalProgram) -> dict[Node, str]:
             name = starred(params[root])
             found[node] = f"{name} is gathered for this call, which uses it otherwise than it was divided for"
     return found
+
+
+def _divided_buffers(program: GlobalProgram, layout: WeightLayout) -> Iterator[str]:
+    """Buffers that are weights: they come to be DTensors, which who reads them may not expect."""
+    for source in program.sources.values():
+        name = source.spec.name
+        if source.spec.kind == "buffer" and name in layout.params and not layout.params[name].is_whole:
+            yield f"{starred(name)} is a buffer, and divided as parameters are: a DTensor"
 
 
 def _whole_weights(program: GlobalProgram, layout: WeightLayout) -> Iterator[str]:
