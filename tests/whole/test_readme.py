@@ -55,6 +55,7 @@ def test_the_report() -> None:
 
 def _plain(text: str) -> list[str]:
     """Its lines without times, errors, symbols' numbers and places in files."""
+    text = re.sub(r"in [\d.]+ m?s:", "in #:", text)
     text = re.sub(r"\d\.\d+(e-\d+)?", "#", text)
     text = re.sub(r"\bs\d+\b", "s", text)
     return re.sub(r'File "[^"]*", line \d+', "File", text).strip().splitlines()

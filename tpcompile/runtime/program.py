@@ -257,8 +257,8 @@ class Program:
         gathers: dict[int, Gathers] = {}
         if not torch.compiler.is_compiling():
             graph_module, gathers = self.short[id(graph_module)]
-        if profiler_enabled() and not torch.compiler.is_compiling():
-            return run_named(graph_module, fetch(given)), gathers
+            if profiler_enabled():
+                return run_named(graph_module, fetch(given)), gathers
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
         return graph_module.forward(*fetch(given)), gathers
 
