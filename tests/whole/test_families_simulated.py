@@ -123,6 +123,14 @@ def assert_equal_to_whole(
     return together.get_total_flops() / len(lowered) / alone.get_total_flops()
 
 
+def checked_again(model: nn.Module, program: GlobalProgram, layout: WeightLayout, name: str) -> GlobalProgram:
+    """What ``over`` gives; it is run unless it reads as the program that has just been run."""
+    again = over(layout, name)
+    if again.text() != program.text():
+        assert_equal_to_whole(model, again, simulate.lower_all(again), example(name))
+    return again
+
+
 def collectives(program: GlobalProgram) -> int:
     """How many collectives a forward issues."""
     return sum(n.target in markers.COMMUNICATING for n in program.graph.nodes)
@@ -138,9 +146,7 @@ def test_family_on_two_ranks(name: str) -> None:
     assert share <= (0.65 if name in WHOLE_MIXERS else 0.55)
     if name not in SHORT:  # there another length is another program
         assert_equal_to_whole(model, program, lowered, inputs(name, OTHER))
-    again = over(layout, name)
-    if again.text() != program.text():  # else it has just been run
-        assert_equal_to_whole(model, again, simulate.lower_all(again), example(name))
+    again = checked_again(model, program, layout, name)
     if family.collectives is not None:
         assert collectives(again) <= family.collectives
         assert collectives(program) <= family.collectives
@@ -197,9 +203,7 @@ def test_edge_case(name: str, ranks: int) -> None:
     model, program, layout = sharded(name, ranks)
     assert not fallbacks_of(program)
     assert_equal_to_whole(model, program, simulate.lower_all(program), example(name))
-    again = over(layout, name)
-    if again.text() != program.text():  # else it has just been run
-        assert_equal_to_whole(model, again, simulate.lower_all(again), example(name))
+    checked_again(model, program, layout, name)
     whole = 0
     for param in layout.params.values():
         for segment in param.segments:

@@ -91,8 +91,6 @@ def compare_sizes(
     Raises:
         TpCompileError: on all ranks, with the first argument that differs.
     """
-    if group is None or dist.get_world_size(group) == 1:
-        return
     named = zip(names, leaves, strict=True)
     lines = [f"{n}: {list(x.shape) if isinstance(x, Tensor) else describe_value(x)}" for n, x in named]
     todo = "call the model with the same arguments on every rank"

@@ -31,13 +31,15 @@ class Draws:
         self._seeded = bool(graph.find_nodes(op="call_function", target=UNIFORM))
 
     def begin(self, device: str) -> Generators | None:
-        """Torch's generators before the program runs on a device; None: nothing may draw.
+        """Torch's generators before the program runs on a device.
 
-        Nor is anybody asked while a CUDA graph is captured, where a generator's state is not to be had.
+        None where nobody can look: under a compiler, and while a CUDA graph is captured, where a generator's
+        state is not to be had.
         """
         capturing = device == "cuda" and torch.cuda.is_current_stream_capturing()
-        look = self.operator and not capturing and not torch.compiler.is_compiling()
-        return Generators(self.operator, device, self._seeded) if look else None
+        if capturing or torch.compiler.is_compiling():
+            return None
+        return Generators(self.operator, device, self._seeded)
 
 
 class Generators:

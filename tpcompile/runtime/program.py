@@ -98,7 +98,8 @@ class Program:
         graphs = (self.graph_module, outlined, self.compiled.lowered.recomputing)
         turn = getattr(getattr(self.root, "_tp", None), "group_name", "")
         self.short = {id(g): defer_gathers(g, self.captured.outputs, turn) for g in graphs if g is not None}
-        self.draws = Draws(self.graph_module.graph)
+        draws = Draws(self.graph_module.graph)
+        self.draws = draws if draws.operator else None
         self.bind(True)
 
     def bind(self, bound: bool) -> None:
@@ -196,7 +197,7 @@ class Program:
         given = [x.contiguous() if isinstance(x, Tensor) else None for x in leaves]
         flat: Sequence[Any] | None = None
         gathers: dict[int, Gathers] = {}
-        generators = self.draws.begin(device_of(leaves))
+        generators = self.draws.begin(device_of(leaves)) if self.draws is not None else None
         if options is not None and not torch.compiler.is_compiling():
             steps, gathers = self._compiled(options)
             flat = steps(given)

@@ -6,6 +6,7 @@ drops all but those below ``forward`` that are not its own: a seventh of a captu
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,11 @@ def quick_stack_lines() -> Iterator[None]:
     """Has tracers of fx look up the source of those frames only that they keep."""
     from tpcompile.ir.dynamo_internals import fx_proxy, uninteresting_files
 
-    known: dict[tuple[str, int, str], FrameSummary] = {}
     dull = uninteresting_files()
+
+    @functools.cache
+    def summary_of(file: str, line: int, name: str) -> FrameSummary:
+        return FrameSummary(file, line, name, lookup_line=False)
 
     class Stack:
         """Stands in for ``CapturedTraceback``, of which fx asks for the summary of the present stack."""
@@ -39,9 +43,7 @@ def quick_stack_lines() -> Iterator[None]:
                 if code.co_name == "forward":
                     below = len(frames)
                 frame = frame.f_back
-            return StackSummary.from_list(
-                known.setdefault(at, FrameSummary(*at, lookup_line=False)) for at in reversed(frames[:below])
-            )
+            return StackSummary.from_list(summary_of(*at) for at in reversed(frames[:below]))
 
     with mock.patch.object(fx_proxy, "CapturedTraceback", Stack):
         yield
