@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from tpcompile.capture.export.autograd_functions import FUNCTION
 from tpcompile.capture.repeats.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.graph_edit import drop_unused, value_of
+from tpcompile.ir.graph_edit import drop_unused
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.markers import MARKERS, MERGED
 from tpcompile.ir.nodes import is_tensor, module_path
@@ -24,6 +24,7 @@ from tpcompile.rules.rule import Rule
 
 from . import localise
 from .cannot_lower import cannot_lower
+from .known_values import KnownValues
 from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
 from .lower_opaque import lower_opaque
@@ -35,9 +36,14 @@ from .state import SOURCE, STANDS_FOR, Groups, Lowering, lenient
 from .update_in_place import update_in_place
 
 
-def lower_graph(program: GlobalProgram, coordinates: tuple[int, ...], groups: Groups) -> GraphModule:
+def lower_graph(
+    program: GlobalProgram,
+    coordinates: tuple[int, ...],
+    groups: Groups,
+    known: KnownValues | None = None,
+) -> GraphModule:
     """One rank's program, see ``lower_program``, with all layers one after the other."""
-    return lower_program(program, coordinates, groups).local
+    return lower_program(program, coordinates, groups, known).local
 
 
 @dataclass
@@ -57,20 +63,26 @@ class Lowered:
     notes: tuple[str, ...] = ()
 
 
-def lower_program(program: GlobalProgram, coordinates: tuple[int, ...], groups: Groups) -> Lowered:
+def lower_program(
+    program: GlobalProgram,
+    coordinates: tuple[int, ...],
+    groups: Groups,
+    known: KnownValues | None = None,
+) -> Lowered:
     """One rank's program: constants local, parameters as this rank's parts, real collectives.
 
     Args:
         program: a program whose reshards have become collectives.
         coordinates: the rank's position on each sub-axis.
         groups: its process groups.
+        known: what is known from other ranks of the same program.
 
     Raises:
         CannotLower: an operator does not run on local shapes; it does where it is whole.
         TpCompileError: an operator has other local shapes than its rule promised.
     """
     shapes = LocalShapes(program.planned_factors, program.axis_sizes, coordinates)
-    local = _walk(Lowering(program, shapes, groups))
+    local = _walk(Lowering(program, shapes, groups, known=known or KnownValues()))
     lowered = Lowered(local)
     writes = any(spec.in_place for spec in program.captured.outputs)
     regions = {} if writes else program.captured.regions
@@ -120,7 +132,7 @@ def _placeholder(low: Lowering, node: Node) -> Node:
     custom = low.program.custom.parts.get(name)
     if custom is not None:
         shape = custom[WeightLayout(low.program.axis_sizes, {}).rank(low.shapes.coordinates)].shape
-        new.meta["val"] = value_of(torch.Tensor.new_empty, (node.meta["val"], shape), {}, low.mode)
+        new.meta["val"] = low.value_of(torch.Tensor.new_empty, node.meta["val"], shape)
     elif is_tensor(node) and any(str(p) != "R" for p in node.meta["placement"]):
         new.meta["val"] = low.part(node)
     if is_tensor(node) and "placement" in node.meta:

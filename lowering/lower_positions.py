@@ -9,7 +9,6 @@ import torch
 from torch.fx import Node
 
 from tpcompile.ir import markers
-from tpcompile.ir.graph_edit import value_of
 from tpcompile.ir.nodes import arguments
 from tpcompile.ir.placements import Filled
 
@@ -67,5 +66,5 @@ def _part(low: Lowering, node: Node, place: Filled, ranks: int) -> torch.Tensor:
 
 
 def _empty(low: Lowering, node: Node, sizes: list[Any]) -> torch.Tensor:
-    found: torch.Tensor = value_of(torch.Tensor.new_empty, (node.meta["val"], sizes), {}, low.mode)
+    found: torch.Tensor = low.value_of(torch.Tensor.new_empty, node.meta["val"], sizes)
     return found

@@ -21,6 +21,7 @@ from tpcompile.ranks.compare_sent import Sent
 
 from .collective_lines import sent_by
 from .joint import COLLECTIVES, joint
+from .known_values import KnownValues
 from .lower_graph import lower_graph
 
 Watch = Callable[[int, Node, Any], None]
@@ -51,8 +52,9 @@ def coordinates(axis_sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 def lower_all(program: GlobalProgram) -> list[GraphModule]:
     """The programs of all ranks."""
+    known = KnownValues()
     return [
-        lower_graph(program, at, SimulatedGroups(program.axis_sizes, at))
+        lower_graph(program, at, SimulatedGroups(program.axis_sizes, at), known)
         for at in coordinates(program.axis_sizes)
     ]
 

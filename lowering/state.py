@@ -10,11 +10,12 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-from tpcompile.ir.graph_edit import KEPT_META, fake_mode, value_of
+from tpcompile.ir.graph_edit import KEPT_META, fake_mode
 from tpcompile.ir.markers import Axes
 from tpcompile.ir.torch_internals import FakeTensorMode
 from tpcompile.planner.global_program import GlobalProgram
 
+from .known_values import KnownValues
 from .local_module import LocalModule
 from .local_shapes import LocalShapes
 
@@ -52,7 +53,7 @@ class Lowering:
         local: per node of the global graph, its local counterpart.
         joined: the placeholders of segments that are used together.
         local_modules: the modules of custom strategies, by key.
-        parts: the local sizes of dynamic dimensions that are divided, by whole size and ranks.
+        known: what calls give, as far as another rank has made them.
     """
 
     program: GlobalProgram
@@ -62,15 +63,20 @@ class Lowering:
     local: dict[Node, Any] = field(default_factory=dict)
     joined: dict[tuple[Node, ...], Node] = field(default_factory=dict)
     local_modules: dict[str, LocalModule] = field(default_factory=dict)
-    parts: dict[tuple[Any, int], torch.SymInt] = field(default_factory=dict)
+    known: KnownValues = field(default_factory=KnownValues)
 
     def __post_init__(self) -> None:
         self.mode = fake_mode(self.program.graph)
+        self.known.next_rank()
 
     def emit(self, target: Any, *args: Any, like: Node, **kwargs: Any) -> Node:
         """Adds a call to the local graph; its value is computed on fake tensors."""
         target = lenient(target)
-        return self.emit_as(target, args, value_of(target, args, kwargs, self.mode), like=like, **kwargs)
+        return self.emit_as(target, args, self.value_of(target, *args, **kwargs), like=like, **kwargs)
+
+    def value_of(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """What a call gives on fake tensors."""
+        return self.known.value_of(target, args, kwargs, self.mode)
 
     def emit_as(self, target: Any, args: tuple[Any, ...], val: Any, *, like: Node, **kwargs: Any) -> Node:
         """Adds a call whose value is known."""
@@ -92,9 +98,10 @@ class Lowering:
     def part_of(self, size: torch.SymInt, ranks: int) -> torch.SymInt:
         """How many of a dynamic number of positions each of some ranks has."""
         key = (size.node.expr, ranks)
-        if key not in self.parts:
-            self.parts[key] = _new_size(self.mode, len(self.parts))
-        return self.parts[key]
+        parts = self.known.parts
+        if key not in parts:
+            parts[key] = _new_size(self.mode, len(parts))
+        return parts[key]
 
     def divided(self, node: Node) -> list[tuple[int, Any]]:
         """The axes on which a call is divided, each with the factor."""
@@ -110,7 +117,7 @@ class Lowering:
                 node = self.graph.placeholder(f"{first.name}_to_{last.name}")
             vals = [self.local[p].meta["val"] for p in parts]
             node.meta.update({k: first.meta[k] for k in KEPT_META if k in first.meta})
-            node.meta["val"] = value_of(torch.cat, (vals, dim), {}, self.mode)
+            node.meta["val"] = self.value_of(torch.cat, vals, dim)
             node.meta[SOURCE] = replace(self.program.sources[parts[0]], segment=None, count=len(parts))
             self.joined[key] = node
         return self.joined[key]
@@ -120,8 +127,8 @@ class Lowering:
         val: torch.Tensor = node.meta["val"]
         for dim, size in enumerate(self.shapes.shape(node, node.meta["placement"])):
             if isinstance(size, int):
-                val = value_of(torch.narrow, (val, dim, 0, size), {}, self.mode)
-        whole: torch.Tensor = value_of(torch.Tensor.contiguous, (val,), {}, self.mode)
+                val = self.value_of(torch.narrow, val, dim, 0, size)
+        whole: torch.Tensor = self.value_of(torch.Tensor.contiguous, val)
         return whole
 
 
