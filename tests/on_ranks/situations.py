@@ -222,6 +222,48 @@ class _Doubled(nn.Module):
         return x / 2
 
 
+class _Tied(nn.Module):
+    """Two parts that share a weight; only the first is sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Mlp(), nn.Linear(12, 20)
+        self.second.weight = self.first.up.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(x))
+        return y
+
+
+@situation(
+    "a weight that is shared with a module outside of the model: gradients, and reading it after a change"
+)
+def _shared_outside() -> None:
+    torch.manual_seed(0)
+    whole, x = _Tied(), torch.randn(3, 5, 12)
+    outer = copy.deepcopy(whole)
+    tpcompile.parallelize(outer.first, mesh(), (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(outer(x), whole(x))  # nothing has changed yet
+    acts: list[Callable[[], Any]] = [
+        lambda: outer(x),
+        lambda: outer.second.weight.square().sum(),
+        lambda: copy.deepcopy(outer.second),
+        lambda: tpcompile.parallelize(outer.second, mesh(), (x,)),
+    ]
+    _all_refused(acts)
+    with torch.no_grad():
+        outer.first.up.weight.mul_(2)
+        whole.first.up.weight.mul_(2)
+        _all_refused([lambda: outer(x), lambda: outer.second.weight.tolist()])
+        outer.second.weight = outer.first.get_parameter("up.weight")
+        torch.testing.assert_close(outer(x), whole(x), rtol=1e-4, atol=1e-5)
+    for model in (outer, whole):
+        _train(model, x, lambda p: torch.optim.SGD(p, 0.1))
+    torch.testing.assert_close(outer.second.weight.full_tensor(), whole.second.weight.detach())
+    raise tpcompile.TpCompileError("all were refused", todo="and the way out works")
+
+
 @situation("parametrizations, `weight_norm`, `torch.ao.quantization`")
 def _parametrized() -> None:
     _, sharded, x = _twins()

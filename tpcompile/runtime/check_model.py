@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import FakeTensor
+from tpcompile.weights.replaced import refuse_replaced
 
 from .watched_module import WatchedModule
 
@@ -40,6 +41,11 @@ def check_model(model: nn.Module) -> None:
         raise TpCompileError(
             f"a {where} has no forward", where="model", todo="give a model that can be called"
         )
+    refuse_replaced(
+        model.parameters(),
+        "this weight is shared with a model that is sharded already",
+        "parallelize the module that holds all that share the weight",
+    )
     if any(isinstance(p, DTensor) for p in model.parameters()):
         raise TpCompileError(
             "the model's parameters are DTensors",

@@ -15,10 +15,11 @@ from torch.distributed.tensor import DTensor, Replicate
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.module_tensors import replace_tensors, tensors_by_name
 
+from .replaced import note_replaced
 from .sharded_parameter import ShardedParameter, local_tensor
 from .sharded_weights import ShardedWeights
 from .tensor_layout import TensorLayout
-from .torch_guards import guard_torch, note_replaced
+from .torch_guards import guard_torch
 
 
 def shard_weights(model: nn.Module, weights: ShardedWeights, names: Container[str] | None = None) -> None:
@@ -50,7 +51,7 @@ def shard_weights(model: nn.Module, weights: ShardedWeights, names: Container[st
             new.grad = tensor.grad
             _carry_hooks(tensor, new)
             replace_tensors(model, {id(tensor): new})
-            note_replaced(name, tensor)
+            note_replaced(name, tensor, new)
         elif not where.whole:  # a buffer
             replace_tensors(model, {id(tensor): ShardedParameter(where.cut(tensor), where)})
         del tensor

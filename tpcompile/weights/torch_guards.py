@@ -11,7 +11,6 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -30,6 +29,7 @@ from .clipping import tell_clipping
 from .compare_steps import compare_step
 from .optimizer_state import parts_of_state
 from .optimizer_updates import tell_optimizers
+from .replaced import check_optimizer
 from .sharded_parameter import ShardedParameter, local_tensor
 from .tensor_layout import UnsayableSpec
 
@@ -47,7 +47,7 @@ def guard_torch() -> None:
     for supported in (optimizer._foreach_supported_types, foreach_utils._foreach_supported_types):
         supported.append(ShardedParameter)
     tell_optimizers()
-    optimizer.register_optimizer_step_pre_hook(_refuse_replaced)
+    optimizer.register_optimizer_step_pre_hook(check_optimizer)
     optimizer.register_optimizer_step_pre_hook(compare_step)
     tell_clipping()
     _OPTIMIZER.load_state_dict = _loads_parts(_OPTIMIZER.load_state_dict)
@@ -141,33 +141,6 @@ def _construct_zero(construct: Callable[[], None], call: dict[str, Any]) -> None
             _refuse("ZeroRedundancyOptimizer broadcasts", tensor, todo)
     call["params"] = groups
     construct()
-
-
-_REPLACED = "_tp_replaced"
-"""The attribute of a parameter that a sharded one has replaced: its name."""
-
-_CHECKED: WeakSet[Any] = WeakSet()
-"""The optimizers that have none of these."""
-
-
-def note_replaced(name: str, old: Tensor) -> None:
-    """Notes a parameter that a sharded one has replaced: no gradients come to it any more."""
-    setattr(old, _REPLACED, name)
-    _CHECKED.clear()
-
-
-def _refuse_replaced(optimizer: Any, args: Any, kwargs: Any) -> None:
-    """Refuses the step of an optimizer that was made before ``parallelize``: it would change nothing."""
-    if optimizer in _CHECKED:
-        return
-    for param in (p for group in optimizer.param_groups for p in group["params"]):
-        if type(param) is not ShardedParameter and hasattr(param, _REPLACED):
-            raise TpCompileError(
-                "the optimizer has the weights that the model had before it was sharded",
-                where=getattr(param, _REPLACED),
-                todo="make the optimizer after parallelize",
-            )
-    _CHECKED.add(optimizer)
 
 
 def _loads_parts(original: Callable[..., None]) -> Callable[..., None]:
