@@ -14,6 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F
@@ -261,6 +267,36 @@ def _shared_outside() -> None:
     for model in (outer, whole):
         _train(model, x, lambda p: torch.optim.SGD(p, 0.1))
     torch.testing.assert_close(outer.second.weight.full_tensor(), whole.second.weight.detach())
+    raise tpcompile.TpCompileError("all were refused", todo="and the way out works")
+
+
+@situation("torch's `set_model_state_dict`, `set_optimizer_state_dict` with `full_state_dict=True`")
+def _whole_states() -> None:
+    whole, sharded, x = _twins()
+    optimizers = [torch.optim.AdamW(model.parameters(), 0.01) for model in (whole, sharded)]
+    for model, optimizer in zip((whole, sharded), optimizers, strict=True):
+        model(x).square().mean().backward()
+        optimizer.step()
+    asked = StateDictOptions(full_state_dict=True)
+    sent = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    weights, states = get_state_dict(whole, optimizers[0])
+    with torch.no_grad():
+        sharded.up.weight.zero_()
+    first = dist.get_rank() == 0
+    acts: list[Callable[[], Any]] = [
+        lambda: set_model_state_dict(sharded, dict(weights), options=asked),
+        lambda: set_model_state_dict(sharded, dict(weights) if first else {}, options=sent),
+        lambda: set_optimizer_state_dict(sharded, optimizers[1], states, options=asked),
+        lambda: set_optimizer_state_dict(sharded, optimizers[1], states if first else {}, options=sent),
+    ]
+    _all_refused(acts)
+    assert not sharded.up.weight.full_tensor().any(), "something was loaded"
+    set_model_state_dict(sharded, dict(weights))
+    set_optimizer_state_dict(sharded, optimizers[1], states)
+    found = get_state_dict(sharded, optimizers[1], options=asked)
+    for name, values in states["state"].items():  # type: ignore[union-attr]
+        torch.testing.assert_close(found[1]["state"][name], values)  # type: ignore[index]
+    torch.testing.assert_close(found[0], weights)
     raise tpcompile.TpCompileError("all were refused", todo="and the way out works")
 
 

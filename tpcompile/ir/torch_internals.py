@@ -160,6 +160,7 @@ PRIVATE_ATTRIBUTES = {
     "torch.distributed.DeviceMesh": ("_flatten_mapping", "_get_root_mesh", "_pg_registry", "_root_mesh"),
     "torch._C._distributed_c10d:Backend.Options": ("_timeout",),
     "torch.distributed.ProcessGroup": ("_device_types", "_get_backend"),
+    "torch.distributed.checkpoint.state_dict": ("_broadcast_state_dict", "_distribute_state_dict"),
     "torch.distributed.distributed_c10d": ("_get_default_store", "_new_process_group_helper", "_world"),
     "torch.distributed.fsdp._fully_shard._fully_shard": ("_get_modules_and_states",),
     "torch.distributed.tensor:DTensor": ("_local_tensor",),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -50,6 +51,9 @@ def guard_torch() -> None:
     optimizer.register_optimizer_step_pre_hook(check_optimizer)
     optimizer.register_optimizer_step_pre_hook(compare_step)
     tell_clipping()
+    helpers: Any = state_dict
+    for name in ("_distribute_state_dict", "_broadcast_state_dict"):
+        setattr(helpers, name, functools.partial(_cut_whole_state, getattr(helpers, name)))
     _OPTIMIZER.load_state_dict = _loads_parts(_OPTIMIZER.load_state_dict)
     _around(DistributedDataParallel, _construct_ddp)
     _around(FullyShardedDataParallel, _construct_fsdp)
@@ -154,6 +158,17 @@ def _loads_parts(original: Callable[..., None]) -> Callable[..., None]:
         original(self, {**state_dict, "state": state})
 
     return load
+
+
+def _cut_whole_state(original: Callable[..., None], full: Any, local: Any, *args: Any, **kwargs: Any) -> None:
+    """What torch's state helpers do with whole states, on all ranks: they cut as a ``DTensor`` would."""
+    for held in local.values():
+        if isinstance(held, ShardedParameter):
+            todo = (
+                "give whole states without that option, the same on every rank; or use model.load_state_dict"
+            )
+            _refuse("full_state_dict=True of torch.distributed.checkpoint.state_dict cuts", held, todo)
+    original(full, local, *args, **kwargs)
 
 
 def _construct_parametrization(construct: Callable[[], None], call: dict[str, Any]) -> None:
