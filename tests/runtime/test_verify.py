@@ -24,6 +24,7 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import bind_call
 from tpcompile.ir.graph_edit import call_behind
 from tpcompile.ir.layout.segment import Segment
+from tpcompile.ir.torch_internals import detect_fake_mode
 from tpcompile.lowering.simulate import lower_all, sent
 from tpcompile.lowering.state import SOURCE
 from tpcompile.planner.global_program import GlobalProgram, Pass
@@ -72,7 +73,7 @@ class Forgets(Counted):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         result = super().forward(x)
-        if not torch.compiler.is_exporting():
+        if detect_fake_mode(x) is None:
             self.seen += 1
         return result
 

@@ -52,6 +52,8 @@ PRIVATE_ATTRIBUTES = {
     ),
     "transformers.generation:PrefixConstrainedLogitsProcessor": ("_prefix_allowed_tokens_fn",),
     "transformers.initialization": ("_is_hf_initialized",),
+    "transformers.masking_utils:AttentionMaskInterface": ("_global_mapping",),
+    "transformers.modeling_utils:AttentionInterface": ("_global_mapping",),
     "transformers.integrations.moe": ("_is_expert_parallel",),
     "transformers.integrations.peft": ("_hf_peft_config_loaded",),
     "transformers.models.auto.auto_factory:_BaseAutoModelClass": ("_model_mapping",),

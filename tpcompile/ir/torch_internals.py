@@ -157,6 +157,7 @@ PRIVATE_ATTRIBUTES = {
     "torch.autograd.graph": ("_get_grad_fn_or_grad_acc",),
     "torch.autograd.graph:Node": ("_sequence_nr",),
     "torch.autograd.forward_ad": ("_current_level",),
+    "torch.compiler": ("_is_compiling_flag", "_is_exporting_flag"),
     "torch.distributed.DeviceMesh": ("_flatten_mapping", "_get_root_mesh", "_pg_registry", "_root_mesh"),
     "torch._C._distributed_c10d:Backend.Options": ("_timeout",),
     "torch.distributed.ProcessGroup": ("_device_types", "_get_backend"),

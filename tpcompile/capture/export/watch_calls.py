@@ -27,6 +27,7 @@ from tpcompile.ir.torch_internals import (
 )
 
 from .aliases import DROPOUTS, drops_nothing
+from .asked_tracing import as_untraced
 from .explain_failure import here
 from .look_inside import PLAIN, is_librarys, module_of, only_asks
 from .open_sizes import is_message, sizes_as_numbers, unseen
@@ -292,6 +293,7 @@ def watched_calls() -> Iterator[Watch]:
         _recorded_inference_mode(),
         watch,
         watch.written,
+        as_untraced(watch.errors),
     ):
         yield watch
     watch.refuse_swallowed()

@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tpcompile.capture.caches.call_results import CacheState, Results, take_results
+from tpcompile.capture.export.asked_tracing import as_untraced
 from tpcompile.capture.export.autograd_functions import kept_functions
 from tpcompile.capture.export.fake_model import fake_input, fake_weight, no_fused_encoder, restore_after
 from tpcompile.capture.export.open_sizes import types_of_numbers
@@ -197,8 +198,7 @@ def record_run(
 
     # Sizes that depend on data become symbols instead of errors; those of the inputs stay numbers.
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
-    run = RecordedRun()
-    known: dict[int, Any] = {}
+    run, known = RecordedRun(), dict[int, Any]()
     with ExitStack() as stack:
         stack.enter_context(restore_after(model))
         # Without gradients a run takes half as long; grad mode and detach() are recorded as they are.
@@ -219,6 +219,7 @@ def record_run(
         stack.enter_context(_marking(model, repeats, run))
         stack.enter_context(no_fused_encoder())
         stack.enter_context(export_trace._compiling_state_context())  # type: ignore[attr-defined]
+        stack.enter_context(as_untraced([]))
         stack.enter_context(mode)
         recorder = stack.enter_context(_Recorder(run, known, len(leaves)))
         stack.enter_context(kept_functions(recorder.note))
