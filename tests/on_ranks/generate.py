@@ -89,7 +89,7 @@ def _score_error(mine: Tensor, theirs: Tensor) -> float:
 
 def compiled(name: str, cache: str, backend: dict[str, Any]) -> list[dict[str, Any]]:
     """Decoding with compiled programs: what was compiled and captured for a first and for a second text."""
-    model = build(name)
+    model = build(name, num_hidden_layers=1)
     whole = copy.deepcopy(model)
     example = families.causal_inputs()
     sharded = tpcompile.parallelize(model, mesh(), example_kwargs=example, compile=backend)

@@ -95,8 +95,8 @@ def forward(name: str, compiled: bool, fields: dict[str, Any]) -> dict[str, Any]
 
 def half(name: str) -> tuple[float, float]:
     """Distances from the float32 result: of the sharded bf16 model, and of the whole bf16 model."""
-    exact = build(name)
-    rounded = build(name, torch.bfloat16)
+    exact = build(name, num_hidden_layers=1)
+    rounded = build(name, torch.bfloat16, num_hidden_layers=1)
     whole = copy.deepcopy(rounded)
     sharded = tpcompile.parallelize(rounded, mesh(), example_kwargs=call(name, CAPTURED))
     with torch.no_grad():
@@ -107,7 +107,7 @@ def half(name: str) -> tuple[float, float]:
 
 def gradients(name: str) -> float:
     """The worst relative error of any parameter's gradient against the slice of the unsharded one."""
-    model = build(name)
+    model = build(name, num_hidden_layers=1)
     whole = copy.deepcopy(model)
     sharded = tpcompile.parallelize(model, mesh(), example_kwargs=call(name, CAPTURED))
     output = families.FAMILIES[name].output

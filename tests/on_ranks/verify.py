@@ -93,7 +93,7 @@ def weights_that_differ() -> str:
 
 def generating() -> Report:
     """A small model that generates, with its caches."""
-    model = families.build("llama", torch.float64)
+    model = families.build("llama", torch.float64, num_hidden_layers=1)
     tpcompile.parallelize(model, mesh())
     report: Report = model.verify(example_kwargs=families.causal_inputs(2, 7), generate=3)
     return report

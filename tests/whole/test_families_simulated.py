@@ -159,7 +159,7 @@ def test_family_on_two_ranks(name: str) -> None:
         with pytest.raises(TpCompileError, match="no tensor-parallel plan"):
             hf_plan(model)
     else:
-        check_own_plan(name)
+        check_own_plan(name, program.text())
 
 
 # Collectives are counted on two ranks, on eight (more than there are key heads), and for these on four.
@@ -175,13 +175,17 @@ if Version(transformers.__version__) < Version("5.24"):
     WITHOUT_PLAN.add("gptj")
 
 
-def check_own_plan(name: str) -> None:
-    """``plan="hf"``: the right numbers, and the arithmetic as divided as with our own."""
+def check_own_plan(name: str, known: str) -> None:
+    """``plan="hf"``: the right numbers, and the arithmetic as divided as with our own.
+
+    It is run unless it reads as the program that is known to be both.
+    """
     model = captured(name)[0]
     rules = read_rules(model, hf_plan(model), own=True)
     assert rules.wishes
     model, program, _ = sharded(name, 2, rules)
-    assert assert_equal_to_whole(model, program, simulate.lower_all(program), example(name)) <= 0.55
+    if program.text() != known or name in WHOLE_MIXERS:
+        assert assert_equal_to_whole(model, program, simulate.lower_all(program), example(name)) <= 0.55
 
 
 # Their packed projection goes through one convolution, which is not split: each rank repeats the scan.
