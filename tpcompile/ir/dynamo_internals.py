@@ -13,16 +13,6 @@ from torch.export import _trace as export_trace
 from torch.fx import proxy as fx_proxy
 from torch.fx.experimental.symbolic_shapes import uninteresting_files
 
-__all__ = [
-    "ConstantSource",
-    "OptimizedModule",
-    "dynamo_config",
-    "export_trace",
-    "fx_proxy",
-    "mark_static_address",
-    "uninteresting_files",
-]
-
 PRIVATE_ATTRIBUTES = {
     "torch._dynamo.decorators": ("_dynamo_marked_constant",),
     "torch._dynamo.eval_frame:OptimizedModule": ("_orig_mod",),

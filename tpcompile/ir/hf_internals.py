@@ -19,18 +19,6 @@ try:
 except ImportError:  # 5.17
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
-__all__ = [
-    "ALL_PARALLEL_STYLES",
-    "LoadStateDictConfig",
-    "convert_and_load_state_dict_in_model",
-    "custom_object_save",
-    "get_class_from_dynamic_module",
-    "get_model_conversion_mapping",
-    "maybe_install_capturing_hooks",
-    "rename_source_key",
-    "revert_weight_conversion",
-]
-
 PRIVATE_ATTRIBUTES = {
     "peft.utils.save_and_load": ("_reshard_dtensor_values_for_load",),
     "accelerate.state:PartialState": ("_shared_state",),
