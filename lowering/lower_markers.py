@@ -69,28 +69,24 @@ def _all_reduce_coalesced(low: Lowering, node: Node) -> list[Node]:
     return out
 
 
-def _all_gather(low: Lowering, node: Node) -> Node:
-    x, axes, place = arguments(node)
-    return _along(
-        low, node, _Move(ops.all_gather.default, x, x.meta["placement"], place, axes, from_part=True)
-    )
+def _from_part(op: Any) -> Callable[[Lowering, Node], Node]:
+    """Lowers what takes a part of a factor, and gives the whole of it."""
+
+    def lower(low: Lowering, node: Node) -> Node:
+        x, axes, place = arguments(node)
+        return _along(low, node, _Move(op, x, x.meta["placement"], place, axes, from_part=True))
+
+    return lower
 
 
-def _reduce_scatter(low: Lowering, node: Node) -> Node:
-    x, axes, place = arguments(node)
-    return _along(low, node, _Move(ops.reduce_scatter.default, x, node.meta["placement"], place, axes))
+def _to_part(op: Any) -> Callable[[Lowering, Node], Node]:
+    """Lowers what takes the whole of a factor, and gives a part of it."""
 
+    def lower(low: Lowering, node: Node) -> Node:
+        x, axes, place = arguments(node)
+        return _along(low, node, _Move(op, x, node.meta["placement"], place, axes))
 
-def _take_shard(low: Lowering, node: Node) -> Node:
-    x, axes, place = arguments(node)
-    return _along(low, node, _Move(ops.take_shard.default, x, node.meta["placement"], place, axes))
-
-
-def _pad_shard(low: Lowering, node: Node) -> Node:
-    x, axes, place = arguments(node)
-    return _along(
-        low, node, _Move(ops.pad_shard.default, x, x.meta["placement"], place, axes, from_part=True)
-    )
+    return lower
 
 
 def _all_to_all(low: Lowering, node: Node) -> Node:
@@ -198,10 +194,10 @@ def _along(low: Lowering, node: Node, move: _Move) -> Node:
 _LOWER: dict[Any, Callable[[Lowering, Node], Any]] = {
     markers.all_reduce: _all_reduce,
     markers.all_reduce_coalesced: _all_reduce_coalesced,
-    markers.all_gather: _all_gather,
-    markers.reduce_scatter: _reduce_scatter,
-    markers.take_shard: _take_shard,
-    markers.pad_shard: _pad_shard,
+    markers.all_gather: _from_part(ops.all_gather.default),
+    markers.reduce_scatter: _to_part(ops.reduce_scatter.default),
+    markers.take_shard: _to_part(ops.take_shard.default),
+    markers.pad_shard: _from_part(ops.pad_shard.default),
     markers.all_to_all: _all_to_all,
     markers.keep_first: _keep_first,
     markers.copy_to_ranks: _copy_to_ranks,

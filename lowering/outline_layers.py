@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from tpcompile.capture.repeats.unroll_layers import Unrolled
-from tpcompile.ir.graph_edit import delay_readers
+from tpcompile.ir.graph_edit import copied, delay_readers
 
 from .take_out import take_out
 
@@ -50,10 +50,7 @@ def outline(whole: Graph, lists: Sequence[Unrolled]) -> GraphModule | None:
         The program; None if there is nothing to outline. A list stays as it is if its layers hand on views
         of what they are given, or other things than tensors: torch does not compile such a submodule.
     """
-    graph = Graph()
-    moved: dict[Node, Node] = {}
-    results = graph.graph_copy(whole, moved)
-    graph.output(results)
+    graph, moved = copied(whole)
     root = nn.Module()
     for number, one in enumerate(lists):
         periods = [{moved[k]: moved[v] for k, v in period.items()} for period in one.periods]

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from tpcompile.ir.graph_edit import call_behind, with_operands
 from tpcompile.ir.markers import MARKERS, copy_to_ranks
-from tpcompile.ir.nodes import is_tensor, operands
+from tpcompile.ir.nodes import has_fractions, is_tensor, operands
 from tpcompile.ir.placements import Owned, Partial, Replicate
 from tpcompile.planner.global_program import GlobalProgram, Pass
 from tpcompile.rules.choices import Choice
@@ -87,4 +87,4 @@ def differentiable_values(program: GlobalProgram) -> set[Node]:
 
 def _carries_gradient(node: Node) -> bool:
     val = node.meta["val"]
-    return not isinstance(val, torch.Tensor) or val.dtype.is_floating_point or val.dtype.is_complex
+    return not isinstance(val, torch.Tensor) or has_fractions(val)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, cast
@@ -189,17 +190,8 @@ def _read(mesh: DeviceMesh, asked: Mapping[str, Any]) -> tuple[Options, dict[str
     check_arguments(parallelize, asked)
     model = asked["model"]
     check_device(model, mesh)
-    names = {
-        "plan",
-        "cost_model",
-        "dynamic",
-        "memory",
-        "passes",
-        "compose",
-        "sequence_parallel",
-        "checkpointing",
-    }
-    options = read_options(model, device=mesh.device_type, **{name: asked[name] for name in names})
+    names = inspect.signature(read_options).parameters.keys() & asked.keys()
+    options = read_options(device=mesh.device_type, **{name: asked[name] for name in names})
     read_compile(asked["compile"])
     example = example_or_default(model, asked["example_args"], asked["example_kwargs"], asked["dynamic"])
     return options, example, backward_hooks(model)

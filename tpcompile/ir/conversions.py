@@ -138,13 +138,9 @@ class _Moves:
 
 def _refuse_impossible(src: Placements, dst: Placements) -> None:
     for x, y in zip(src, dst, strict=True):
-        if isinstance(y, Partial) and x != y and (y.op != "sum" or isinstance(x, Partial)):
-            raise TpCompileError(
-                f"no collective brings {x} to {y}",
-                where="the collectives of a program",
-                todo="report this plan",
-            )
-        if isinstance(x, Partial) and x.op != "sum" and isinstance(y, Shard):
+        to_summands = isinstance(y, Partial) and x != y and (y.op != "sum" or isinstance(x, Partial))
+        from_extreme = isinstance(x, Partial) and x.op != "sum" and isinstance(y, Shard)
+        if to_summands or from_extreme:
             raise TpCompileError(
                 f"no collective brings {x} to {y}",
                 where="the collectives of a program",

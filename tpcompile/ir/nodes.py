@@ -134,3 +134,8 @@ def ancestors(nodes: Iterable[Node]) -> set[Node]:
 def is_number(value: torch.Tensor) -> bool:
     """Whether a tensor is a single number with a fraction, as a loss is."""
     return value.ndim == 0 and value.dtype.is_floating_point
+
+
+def has_fractions(value: torch.Tensor) -> bool:
+    """Whether a tensor is of real or complex numbers: only such round, and have gradients."""
+    return value.dtype.is_floating_point or value.dtype.is_complex

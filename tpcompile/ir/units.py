@@ -7,8 +7,8 @@ import re
 
 from tpcompile.errors import TpCompileError
 
-_UNITS = {"b": 1.0, **{f"{p}b": 1e3**n for n, p in enumerate("kmgt", 1)}}
-_UNITS |= {f"{p}ib": 1024.0**n for n, p in enumerate("kmgt", 1)}
+UNITS = {"b": 1.0, **{f"{p}b": 1e3**n for n, p in enumerate("kmgt", 1)}}
+UNITS |= {f"{p}ib": 1024.0**n for n, p in enumerate("kmgt", 1)}
 
 
 def size_text(size: float) -> str:
@@ -34,8 +34,8 @@ def read_bytes(size: str | float, where: str) -> float:
     found: float = 0.0
     if isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]+)\s*", size)
-        if match is not None and match[1].count(".") < 2 and match[1] != "." and match[2].lower() in _UNITS:
-            found = float(match[1]) * _UNITS[match[2].lower()]
+        if match is not None and match[1].count(".") < 2 and match[1] != "." and match[2].lower() in UNITS:
+            found = float(match[1]) * UNITS[match[2].lower()]
     else:
         found = float(size)
     if not 0 < found < math.inf:

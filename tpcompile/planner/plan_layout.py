@@ -55,10 +55,7 @@ def layout_of(program: GlobalProgram, tensors: Mapping[str, Tensor]) -> WeightLa
 def extended(layout: WeightLayout, program: GlobalProgram, tensors: Mapping[str, Tensor]) -> WeightLayout:
     """A layout with the parameters that it left open, and that a later program uses, as that one has them."""
     later = layout_of(program, tensors)
-    decided = set(layout.undecided) - set(later.undecided)
-    params = {name: later.params[name] if name in decided else p for name, p in layout.params.items()}
-    undecided = tuple(n for n in layout.undecided if n not in decided)
-    return replace(layout, params=params, split_groups=later.split_groups, undecided=undecided)
+    return replace(completed(layout, later), split_groups=later.split_groups)
 
 
 def completed(layout: WeightLayout, given: WeightLayout) -> WeightLayout:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpcompile.ir.nodes import has_fractions
+
 from .digest import digest
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -26,7 +28,7 @@ def describe_value(value: Any, floats: bool = True) -> str:
     """
     if isinstance(value, Tensor):
         facts = f"{value.dtype} {list(value.shape)}{' with gradient' if value.requires_grad else ''}"
-        exact = floats or not (value.dtype.is_floating_point or value.dtype.is_complex)
+        exact = floats or not has_fractions(value)
         return f"{facts} {digest(value)}" if exact else facts
     if isinstance(value, _PLAIN):
         return repr(value)

@@ -26,6 +26,9 @@ class AxisGroups:
     Args:
         axis: the axis of a mesh.
         axis_sizes: sizes of the sub-axes, major first; their product is the size of the axis.
+
+    Attributes:
+        names: the names of this rank's groups, by their axes, ascending.
     """
 
     def __init__(self, axis: MeshAxis, axis_sizes: Axes) -> None:
@@ -33,17 +36,17 @@ class AxisGroups:
         assert math.prod(axis_sizes) == rows.shape[1], "sub-axes make up the axis"
         self.axis_sizes = axis_sizes
         self._axis = axis
-        self._names: dict[Axes, str] = {}
+        self.names: dict[Axes, str] = {}
         every = range(len(axis_sizes))
         for axes in (
             c for size in range(1, len(axis_sizes) + 1) for c in itertools.combinations(every, size)
         ):
             whole = self.size(axes) == rows.shape[1]
-            self._names[axes] = axis.group_name if whole else self._create(rows, axes)
+            self.names[axes] = axis.group_name if whole else self._create(rows, axes)
 
     def name(self, axes: Axes) -> str:
         """Name of this rank's group over ascending axes, as `_c10d_functional` takes it."""
-        return self._names[axes]
+        return self.names[axes]
 
     def size(self, axes: Axes) -> int:
         """Number of ranks in the group over `axes`."""

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.export.captured import Captured
-from tpcompile.capture.export.look_inside import equal
+from tpcompile.capture.export.look_inside import first_unlike
 from tpcompile.capture.export.size_check import Check
 from tpcompile.compile_program import Compiled
 from tpcompile.errors import TpCompileError
@@ -133,19 +133,7 @@ class Program:
         """Whether leaves have the types, ranks and python values of those that this was captured for."""
         if len(leaves) != len(self.example):
             return False
-        for at, (given, mine) in enumerate(zip(leaves, self.example, strict=True)):
-            if at in self.numbers:
-                if type(given) is not int or given < 0:
-                    return False
-                continue
-            if isinstance(mine, Tensor) != isinstance(given, Tensor):
-                return False
-            if isinstance(mine, Tensor):
-                if (given.dtype, given.ndim, given.layout) != (mine.dtype, mine.ndim, mine.layout):
-                    return False
-            elif not equal(given, mine):
-                return False
-        return True
+        return first_unlike(leaves, self.example, self.numbers) is None
 
     def fits_now(self, leaves: Sequence[Any], training: bool) -> bool:
         """Whether a call whose leaves are like the example's is one of its, by torch's modes and sizes."""

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import checked
+from tpcompile.ir.names import first_few
 from tpcompile.ir.torch_internals import flatten_state_dict, storage_setup
 from tpcompile.ranks.agree import together
 
@@ -169,15 +170,10 @@ def _reader(reader: StorageReader | None, checkpoint_id: str | os.PathLike[str] 
 
 
 def _metadata(reader: Any, checkpoint_id: str | os.PathLike[str] | None) -> Metadata:
-    try:
+    todo = "give the folder that torch.distributed.checkpoint.save was given"
+    with refusing("the checkpoint cannot be read", where=repr(checkpoint_id), todo=todo):
         metadata: Metadata = reader.read_metadata()
-    except Exception as error:
-        raise TpCompileError(
-            f"the checkpoint cannot be read: {error}",
-            where=repr(checkpoint_id),
-            todo="give the folder that torch.distributed.checkpoint.save was given",
-        ) from error
-    return metadata
+        return metadata
 
 
 def check(state: Mapping[str, Any], metadata: Metadata) -> None:
@@ -207,9 +203,8 @@ def check(state: Mapping[str, Any], metadata: Metadata) -> None:
 
 
 def _refuse(what: str, keys: list[str]) -> NoReturn:
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     raise TpCompileError(
-        f"{what} {', '.join(keys[:3])}{more}",
+        f"{what} {first_few(keys)}",
         where="checkpoint",
         todo="load a checkpoint of this model; nothing was loaded",
     )

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.names import first_few
 from tpcompile.ranks.describe import describe_value
 
 from .sharded_parameter import ShardedParameter
@@ -35,7 +36,7 @@ def check_state(own: Mapping[str, Any], where: str, state: Mapping[str, Any], st
     ]
     if wrong:
         raise TpCompileError(
-            f"tensors of another model, or parts of tensors: {'; '.join(wrong[:3])}" + _more(wrong),
+            f"tensors of another model, or parts of tensors: {first_few(wrong, '; ')}",
             where=where,
             todo="give whole tensors; every rank takes its part. Nothing was loaded",
         )
@@ -134,11 +135,7 @@ def _check_keys(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     ):
         if keys:
             raise TpCompileError(
-                f"the state dict {what} {', '.join(keys[:3])}{_more(keys)}",
+                f"the state dict {what} {first_few(keys)}",
                 where="load_state_dict",
                 todo="give a state dict of this model, or strict=False; nothing was loaded",
             )
-
-
-def _more(found: list[str]) -> str:
-    return f" and {len(found) - 3} more" if len(found) > 3 else ""

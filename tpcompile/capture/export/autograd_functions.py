@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointFunction
 
 from tpcompile.errors import CannotCapture, TpCompileError
+from tpcompile.ir.nodes import has_fractions
 from tpcompile.ir.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 
 from .checkpoint_calls import CheckpointCalls, ContextFn
@@ -163,7 +164,7 @@ def kept_functions(note: Note | None = None) -> Iterator[Kept]:
 
 
 def _can_learn(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    return isinstance(leaf, Tensor) and has_fractions(leaf)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from tpcompile.capture.caches.paired import is_cross
 from tpcompile.capture.caches.state_layers import is_state
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import leaf_names, signature_of
+from tpcompile.ir.nodes import has_fractions
 
 Dims = Mapping[int, bool]
 Place = tuple[int, int]
@@ -236,7 +237,7 @@ def _root(name: str) -> str:
 def _open_dims(name: str, leaf: torch.Tensor, in_cache: bool) -> list[int]:
     if leaf.ndim == 0:
         return []
-    whole_numbers = not leaf.dtype.is_floating_point and not leaf.dtype.is_complex
+    whole_numbers = not has_fractions(leaf)
     if is_count(name):
         return [0]
     if in_cache:

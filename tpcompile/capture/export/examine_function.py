@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from tpcompile.errors import CannotCapture
+from tpcompile.ir.nodes import has_fractions
 from tpcompile.ir.torch_internals import (
     DisableTorchFunction,
     FakeTensor,
@@ -90,7 +91,7 @@ def _record(
     with torch.enable_grad(), mode:
         given = [
             torch.empty(shape, dtype=x.dtype, device=x.device).requires_grad_(
-                x.requires_grad or (env is not None and (x.is_floating_point() or x.is_complex()))
+                x.requires_grad or (env is not None and has_fractions(x))
             )
             for shape, x in zip(shapes, inputs, strict=True)
         ]

@@ -6,7 +6,7 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from enum import Enum
 from types import CodeType
 from typing import Any
@@ -102,6 +102,28 @@ def equal(one: Any, other: Any) -> bool:
     if one != other:
         return bool(one != one and other != other)  # not a number
     return type(one) is not float or one != 0.0 or str(one) == str(other)  # with the sign of zeros
+
+
+def first_unlike(leaves: Sequence[Any], example: Sequence[Any], numbers: Collection[int]) -> int | None:
+    """The place of a call's first leaf of another type, rank or python value than an example's.
+
+    Dynamo can trace it.
+
+    Args:
+        leaves: the call, flat.
+        example: as many leaves; the sizes and values of its tensors do not matter.
+        numbers: the places of numbers that travel as sizes: of these too the value does not matter.
+    """
+    for at, (given, mine) in enumerate(zip(leaves, example, strict=True)):
+        if at in numbers:
+            like = type(given) is int and given >= 0
+        elif isinstance(given, Tensor) and isinstance(mine, Tensor):
+            like = (given.dtype, given.ndim, given.layout) == (mine.dtype, mine.ndim, mine.layout)
+        else:
+            like = equal(given, mine)
+        if not like:
+            return at
+    return None
 
 
 def only_asks(code: Any) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.check import short
 from tpcompile.planner.search.cost import PRESETS, CostModel
 
 
@@ -77,11 +78,6 @@ def device_named(device: str | CostModel) -> Device:
         return DEVICES[device.name] if PRESETS.get(device.name) == device else Device(device)
     if device not in DEVICES:
         raise TpCompileError(
-            f"no device named {short_name(device)}", where="device", todo=f"use one of {', '.join(DEVICES)}"
+            f"no device named {short(device)}", where="device", todo=f"use one of {', '.join(DEVICES)}"
         )
     return DEVICES[device]
-
-
-def short_name(name: str) -> str:
-    """A name for an error, not long."""
-    return repr(name[:40])

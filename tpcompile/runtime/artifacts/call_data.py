@@ -101,12 +101,12 @@ def captured_of(data: Mapping[str, Any], graph: GraphModule, device: torch.devic
 
 
 def example_of(data: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
-    """The leaves of the call that a program was captured for; of tensors the type and how many dimensions."""
+    """The leaves of the call that a program was captured for; of tensors the type and the rank."""
 
     def refer(kind: str, value: Any) -> Any:
         if kind != "tensor":
             raise ValueError(f"{kind!r} is not a kind of value")
-        return decode(value[0], device), int(value[1])
+        return torch.empty([0] * int(value[1]), dtype=decode(value[0], device), device="meta")
 
     return tuple(decode(leaf, device, refer) for leaf in data["example"])
 

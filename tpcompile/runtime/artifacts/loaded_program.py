@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.export.captured import Captured
-from tpcompile.capture.export.look_inside import equal
+from tpcompile.capture.export.look_inside import first_unlike
 from tpcompile.capture.export.size_check import size_check
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import CallSignature, Sizes, flatten_call, identical, leaf_names, sizes_of_call
@@ -58,7 +58,7 @@ class LoadedCall:
         feeds: where the graph's inputs come from; a number stands for a leaf of the call.
         mutated: the buffers that it changes.
         names: the arguments that are given.
-        example: the leaves of the call; of tensors a type and a number of dimensions.
+        example: the leaves of the call that it was captured for, tensors without their values.
         numbers: which leaves are numbers that travel as sizes.
         loose: the places of the leaves that belong to no cache.
         same: which of these are the same tensor as an earlier one.
@@ -91,16 +91,8 @@ class LoadedCall:
             return f"it takes {', '.join(self.names)}"
         if len(leaves) != len(self.example) or spec != self.captured.in_spec:
             return "the arguments are made of other parts"
-        for at, (given, mine) in enumerate(zip(leaves, self.example, strict=True)):
-            name = self.captured.inputs[at].name
-            if at in self.numbers:
-                good = type(given) is int and given >= 0
-            elif isinstance(given, Tensor):
-                good = (given.dtype, given.ndim) == mine and given.layout is torch.strided
-            else:
-                good = equal(given, mine)
-            if not good:
-                return f"{name} is of another type, rank or value"
+        if (at := first_unlike(leaves, self.example, self.numbers)) is not None:
+            return f"{self.captured.inputs[at].name} is of another type, rank or value"
         if identical(leaves, self.loose) != self.same:
             return "other arguments are the same tensor"
         if self.wanted not in (None, [x.requires_grad for x in leaves if isinstance(x, Tensor)]):

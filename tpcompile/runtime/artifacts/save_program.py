@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -169,16 +168,10 @@ def _rank_data(
             )
     names = [node.meta[SOURCE].spec.name for node in placeholders]
     return {
-        "graph": graph_data(graph, _axes_of(saved.groups)),
+        "graph": graph_data(graph, {name: axes for axes, name in saved.groups.names.items()}),
         "feeds": [feed(source, name) for source, name in zip(program.feeds, names, strict=True)],
         "mutated": [feed(source, source.name)[0] for source in program.mutated],
     }
-
-
-def _axes_of(groups: AxisGroups) -> dict[str, tuple[int, ...]]:
-    every = range(len(groups.axis_sizes))
-    subsets = [axes for size in range(1, len(groups.axis_sizes) + 1) for axes in combinations(every, size)]
-    return {groups.name(axes): axes for axes in subsets}
 
 
 def _prepare(folder: Path, axis: MeshAxis, writes: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpcompile.ir.nodes import has_fractions
 from tpcompile.ir.placements import Filled, Owned, Partial, Placement, Replicate, Shard, split_evenly
 
 from .compare import agree
@@ -56,7 +57,7 @@ def _cut(
 
 def summands(value: Tensor, ranks: int) -> list[Tensor]:
     """Random tensors that add up to a value."""
-    if value.dtype.is_floating_point or value.dtype.is_complex:
+    if has_fractions(value):
         found = [torch.randn_like(value) for _ in range(ranks - 1)]
     else:
         found = [torch.randint_like(value, -9, 9) for _ in range(ranks - 1)]

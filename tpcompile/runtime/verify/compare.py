@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tpcompile.ir.nodes import has_fractions
 from tpcompile.ir.torch_internals import tree_leaves
 
 LIMITS = {
@@ -84,7 +85,7 @@ def difference(got: Any, want: Any, floor: float = 0.0) -> float:
         return 0.0 if type(got) is type(want) and (got is want or bool(got == want)) else math.inf
     if got.shape != want.shape or got.dtype != want.dtype:
         return math.inf
-    if not (want.dtype.is_floating_point or want.dtype.is_complex):
+    if not has_fractions(want):
         return 0.0 if torch.equal(got, want) else math.inf
     got, want = map(_parts, (got, want))
     unlike = ~((got == want) | (got.isnan() & want.isnan()))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpcompile.ir.nodes import has_fractions
 from tpcompile.ir.placements import Placement, Replicate, Shard
 from tpcompile.lowering.simulate import run
 from tpcompile.planner.global_program import GlobalProgram
@@ -35,7 +36,7 @@ def compare_gradients(program: RuleProgram, axis_sizes: tuple[int, ...], chosen:
     Raises:
         AssertionError: a rank's gradient of an input is not what belongs to the input's placement.
     """
-    whole = [x.clone().requires_grad_(_differentiable(x)) for x in program.inputs]
+    whole = [x.clone().requires_grad_(has_fractions(x)) for x in program.inputs]
     values = dict(zip(operands_of(program.case), whole, strict=True))
     results = program.compute(program.case.args, program.case.kwargs, values)
     used = [i for i, y in enumerate(results) if y.requires_grad]
@@ -47,7 +48,7 @@ def compare_gradients(program: RuleProgram, axis_sizes: tuple[int, ...], chosen:
 
     placed = program.placed(axis_sizes, chosen, gradients=True)
     feeds = _feeds(program, placed, axis_sizes)
-    leaves = [[x.requires_grad_(_differentiable(x)) for x in feed] for feed in feeds]
+    leaves = [[x.requires_grad_(has_fractions(x)) for x in feed] for feed in feeds]
     ranks = run(placed, leaves)
     layouts, out_layouts = program.layouts()
     outputs, gradients = [], []
@@ -74,10 +75,6 @@ def compare_gradients(program: RuleProgram, axis_sizes: tuple[int, ...], chosen:
         whole_gradient = put_together(parts, layouts[k], axis_sizes, placements, program.tolerance)  # type: ignore[arg-type]
         wanted_gradient = torch.zeros_like(x) if want is None else want
         _close(whole_gradient, wanted_gradient, f"gradient of operand {k}", program.tolerance)
-
-
-def _differentiable(x: Tensor) -> bool:
-    return x.dtype.is_floating_point or x.dtype.is_complex
 
 
 def _gradient(placement: Placement) -> Placement:

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.export.captured import Captured
+from tpcompile.capture.export.look_inside import first_unlike
 from tpcompile.capture.export.specs import OutputSpec
 from tpcompile.capture.held_caches import Held
 from tpcompile.ir.calls import flatten_call, signature_of
@@ -55,14 +56,8 @@ class _Program:
         """Whether a call is one of this program's."""
         if names != self.names or spec != self.captured.in_spec or len(leaves) != len(self.example):
             return False
-        for given, mine in zip(leaves, self.example, strict=True):
-            if isinstance(given, Tensor) != isinstance(mine, Tensor):
-                return False
-            if isinstance(given, Tensor):
-                if given.dtype != mine.dtype or given.ndim != mine.ndim:
-                    return False
-            elif type(given) is not type(mine) or given != mine:
-                return False
+        if first_unlike(leaves, self.example, ()) is not None:
+            return False
         return self.captured.accepts(with_counts(leaves, open_leaves(leaves, self.captured))) is None
 
 

@@ -13,7 +13,7 @@ from torch.distributed import tensor as dtensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.placements import Partial, Placement, R, Replicate, Shard
 from tpcompile.strategies.parallel_interface import STRATEGIES
 from tpcompile.strategies.strategy import Strategy
@@ -44,12 +44,9 @@ class CustomStrategy:
             TpCompileError: it fails, or gives something else.
         """
         empty = torch.empty(param.shape, dtype=param.dtype, device="meta")
-        try:
+        where = f"custom strategy {self.name!r}"
+        with refusing("partition_tensor failed", where=where, todo="correct the strategy"):
             part = self.layer.partition_tensor(param, empty, param_type, param.dtype, True, rank, mesh)
-        except TpCompileError:
-            raise
-        except Exception as error:  # the user's code may fail in any way
-            raise self.error(f"partition_tensor failed: {type(error).__name__}: {error}") from error
         if not isinstance(part, Tensor):
             raise self.error(f"partition_tensor returned a {type(part).__name__}", "return this rank's part")
         if part.dtype != param.dtype:
@@ -87,7 +84,7 @@ class CustomStrategy:
             )
         return result
 
-    def error(self, what: str, todo: str = "correct the strategy") -> TpCompileError:
+    def error(self, what: str, todo: str) -> TpCompileError:
         """An error about this strategy."""
         return TpCompileError(what, where=f"custom strategy {self.name!r}", todo=todo)
 
@@ -112,14 +109,9 @@ def resolve(name: str) -> CustomStrategy:
     given = STRATEGIES[name]
     where = f"custom strategy {name!r}"
     if isinstance(given, type):
-        try:
+        todo = "give its arguments defaults, or register an instance"
+        with refusing(f"{given.__name__}() failed", where=where, todo=todo):
             layer = given()
-        except Exception as error:  # the user's code may fail in any way
-            raise TpCompileError(
-                f"{given.__name__}() failed: {type(error).__name__}: {error}",
-                where=where,
-                todo="give its arguments defaults, or register an instance",
-            ) from error
     else:
         layer = given
     missing = [m for m in METHODS if not _implements(layer, m)]

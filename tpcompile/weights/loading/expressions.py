@@ -38,6 +38,11 @@ class Leaf(Expression):
 
     name: str
 
+    @property
+    def place(self) -> str:
+        """Where it is, for an error."""
+        return self.name
+
 
 @dataclass(frozen=True)
 class Join(Expression):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import refusing
 from tpcompile.ir.module_tensors import replace_tensors, tensors_by_name
 from tpcompile.weights.sharded_parameter import ShardedParameter, local_tensor
 from tpcompile.weights.sharded_weights import ShardedWeights
@@ -91,36 +92,27 @@ def _read(
     if where.param.selection is not None:
         return where.cut(_whole(name, expression, read)).to(device, like.dtype)
     ranges = where.layout.ranges(name, where.rank)
-    try:
+    with _reading(name, expression), torch.no_grad():
         if device.type == "cpu" and len(ranges) == 1 and tuple(ranges[0].sizes) == tuple(shape):
             mapped = map_slice(expression, ranges[0].offsets, ranges[0].sizes, like.dtype)
             if mapped is not None:
                 return mapped
         local = torch.empty(shape, dtype=like.dtype, device=device)
         filler = Filler(read)  # type: ignore[arg-type]
-        with torch.no_grad():
-            for part in ranges:
-                filler.fill(local[part.where], expression, part.offsets)
-    except (OSError, RuntimeError) as error:
-        raise _unreadable(name, expression, error) from error
-    return local
+        for part in ranges:
+            filler.fill(local[part.where], expression, part.offsets)
+        return local
 
 
 def _whole(name: str, expression: Expression, read: Callable[[Stored], Tensor]) -> Tensor:
     """All of a parameter."""
     whole = torch.empty(expression.shape, dtype=expression.dtype)
-    try:
-        with torch.no_grad():
-            Filler(read).fill(whole, expression, (0,) * whole.ndim)  # type: ignore[arg-type]
-    except (OSError, RuntimeError) as error:
-        raise _unreadable(name, expression, error) from error
+    with _reading(name, expression), torch.no_grad():
+        Filler(read).fill(whole, expression, (0,) * whole.ndim)  # type: ignore[arg-type]
     return whole
 
 
-def _unreadable(name: str, expression: Expression, error: Exception) -> TpCompileError:
-    leaf = next(leaves(expression))
-    return TpCompileError(
-        f"{name} could not be loaded: {error}",
-        where=f"{leaf.file}: {leaf.name}" if isinstance(leaf, Stored) else leaf.name,
-        todo="see that the checkpoint is complete and not being written",
-    )
+def _reading(name: str, expression: Expression) -> AbstractContextManager[None]:
+    """Where a parameter is read."""
+    todo = "see that the checkpoint is complete and not being written"
+    return refusing(f"{name} could not be loaded", where=next(leaves(expression)).place, todo=todo)

@@ -21,6 +21,7 @@ from tpcompile.ir.hf_internals import (
     rename_source_key,
 )
 from tpcompile.ir.module_tensors import every_name, whole_tensors
+from tpcompile.ir.names import first_few
 
 from .expressions import Expression, leaves
 from .fill_tensor import Filler
@@ -68,7 +69,7 @@ def match_keys(
     model._adjust_missing_and_unexpected_keys(info)
     lacking -= info.missing_keys
     if info.missing_keys:
-        _refuse(f"the checkpoint lacks {_few(info.missing_keys)}", "", stored)
+        _refuse(f"the checkpoint lacks {first_few(sorted(info.missing_keys))}", "", stored)
     for name, expression in expressions.items():
         _check_type(name, expression)
     return _by_first_name(model, expressions), lacking, set(info.unexpected_keys)
@@ -77,13 +78,7 @@ def match_keys(
 def warn_unexpected(unexpected: Iterable[str], where: str) -> None:
     """Warns of keys that the model has no use for."""
     if unexpected:
-        warnings.warn(f"{where}: the model has no use for {_few(unexpected)}", stacklevel=3)
-
-
-def _few(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
-    return f"{', '.join(ordered[:3])}{more}"
+        warnings.warn(f"{where}: the model has no use for {first_few(sorted(unexpected))}", stacklevel=3)
 
 
 def _refuse(what: str, where: str, stored: Mapping[str, Stored]) -> NoReturn:
@@ -190,7 +185,7 @@ def _check_type(name: str, expression: Expression) -> None:
         if _kind(leaf.dtype) != _kind(expression.dtype):
             raise TpCompileError(
                 f"{name} has type {leaf.dtype} in the checkpoint, {expression.dtype} in the model",
-                where=f"{leaf.file}: {leaf.name}" if isinstance(leaf, Stored) else leaf.name,
+                where=leaf.place,
                 todo=_TODO,
             )
 

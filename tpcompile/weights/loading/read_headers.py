@@ -57,6 +57,11 @@ class Stored(Leaf):
     start: int
 
     @property
+    def place(self) -> str:
+        """Its file, and its key there."""
+        return f"{self.file}: {self.name}"
+
+    @property
     def stop(self) -> int:
         """The byte behind its last one."""
         return self.start + math.prod(self.shape) * self.dtype.itemsize

@@ -10,20 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.units import UNITS
 from tpcompile.weights.loading.expressions import Expression
 from tpcompile.weights.loading.find_files import SINGLE, variant_of
 from tpcompile.weights.loading.read_headers import NAMES
-
-_UNITS = {
-    "": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,7 @@ def size_in_bytes(size: int | str) -> int:
         TpCompileError: it is not a size.
     """
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([a-zA-Z]*)\s*", str(size))
-    found = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match is not None else 0
+    found = int(float(match[1]) * UNITS.get(match[2].lower() or "b", 0)) if match is not None else 0
     if found < 1:
         raise TpCompileError(
             f"{size!r} is not a size of a file", where="max_shard_size", todo='give "5GB", or bytes'
