@@ -6,7 +6,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from typing import Any
 
@@ -74,30 +74,46 @@ def capture(
     same = identical(every, [at for at, held in zip(kept, cached, strict=True) if not held])
     places = tuple(kept.index(same.get(i, twins.get(i, i))) for i in range(len(every)))
     structure = Structure(in_spec, places, numbers)
-    tried: list[str] = []
-    first_error: Exception | None = None
+    choices = attempts(names, leaves, cached, dynamic)
     mode = torch.set_grad_enabled(torch.is_grad_enabled())  # inference_mode(False) turns gradients on
     with exportable_experts(model, target), torch.inference_mode(False), mode:
-        for attempt in attempts(names, leaves, cached, dynamic):
-            static = all(spec is None for spec in attempt.dynamic)
-            if first_error is not None and is_data_dependent(first_error) and not static:
-                continue
-            tried.append(attempt.name)
-            try:
-                captured = _export(model, names, leaves, structure, attempt, target)
-            except TpCompileError:
-                raise
-            except Exception as error:
-                log.info("capture with %s failed: %s", attempt.name, error)
-                first_error = error
-                continue
-            if captured.asks_strides:
-                _refuse_strided(names, leaves)
-            refusal = captured.accepts(leaves)
-            if refusal is None:
-                captured.notes += _notes(captured, attempt, tried)
-                return captured
-            log.info("capture with %s refuses its own example: %s", attempt.name, refusal)
+        return _first_capture(model, names, leaves, structure, choices, target)
+
+
+def _first_capture(
+    model: nn.Module,
+    names: list[str],
+    leaves: list[Any],
+    structure: Structure,
+    choices: Iterable[Attempt],
+    target: torch.device,
+) -> Captured:
+    """Exports the model with the first choice of open dimensions that works, and that fits its own example.
+
+    Raises:
+        TpCompileError: none does.
+    """
+    tried: list[str] = []
+    first_error: Exception | None = None
+    for attempt in choices:
+        static = all(spec is None for spec in attempt.dynamic)
+        if first_error is not None and is_data_dependent(first_error) and not static:
+            continue
+        tried.append(attempt.name)
+        try:
+            captured = _export(model, names, leaves, structure, attempt, target)
+        except TpCompileError:
+            raise
+        except Exception as error:
+            log.info("capture with %s failed: %s", attempt.name, error)
+            first_error = error
+            continue
+        if captured.asks_strides:
+            _refuse_strided(names, leaves)
+        if (refusal := captured.accepts(leaves)) is None:
+            captured.notes += _notes(captured, attempt, tried)
+            return captured
+        log.info("capture with %s refuses its own example: %s", attempt.name, refusal)
     assert first_error is not None
     raise explain_failure(first_error, model, names, tried) from first_error
 
