@@ -12,7 +12,7 @@ from tpcompile.ir.placements import Owned, P, Partial, Placement, R, Shard
 
 from .declared import placements_on
 from .expert_rows import Carrier
-from .factors import Factors, OpFactor, Place
+from .factors import Factors, OpFactor
 from .rule import Rule
 
 
@@ -86,10 +86,6 @@ def whole(arity: int, width: int) -> Choice:
     return Choice((R,) * arity, (R,) * width)
 
 
-def _shard(place: Place) -> Shard:
-    return Shard(*place)
-
-
 def _reduces_numbers(node: Node, factor: OpFactor) -> bool:
     """A partial result must be a number: truth values cannot be summed."""
     missing = any(p is None for p in factor.outputs)
@@ -100,11 +96,11 @@ def _divided(factor: OpFactor, rule: Rule) -> Choice:
     inputs: list[Placement] = []
     for i, place in enumerate(factor.inputs):
         if place is not None:
-            inputs.append(_shard(place))
+            inputs.append(Shard(*place))
         else:
             inputs.append(P if i in rule.once and factor.reduce == "sum" and _reduced(factor) else R)
     outputs = tuple(
-        _missing(i, factor, rule) if p is None else _shard(p) for i, p in enumerate(factor.outputs)
+        _missing(i, factor, rule) if p is None else Shard(*p) for i, p in enumerate(factor.outputs)
     )
     return Choice(tuple(inputs), outputs, factor)
 

@@ -11,17 +11,12 @@ from torch.fx import Node
 from tpcompile.ir.nodes import op_name, operands, option, results, shape
 from tpcompile.ir.sizes import Size, divide, sizes_of
 
-from .rule import UNARY, Dim, Labels, Letters, Rule, aligned, letters_of
+from .labels import broadcast_dims
+from .notation import instantiate, parse_row
+from .rule import UNARY, Labels, Letters, Rule, aligned, letters_of
 
 EACH = (frozenset({0}), frozenset({1}))
 """``linear`` of a product of two operands."""
-
-
-def _broadcast_batch(shapes: Sequence[Sequence[Size]], letters: Letters) -> Labels:
-    """The leading dimensions that all shapes broadcast to; ``aligned`` gives each operand's."""
-    width = max(map(len, shapes))
-    padded = [(1,) * (width - len(s)) + tuple(s) for s in shapes]
-    return tuple(letters.dim(next((s for s in sizes if s != 1), 1)) for sizes in zip(*padded, strict=True))
 
 
 def matmul(node: Node) -> Rule:
@@ -32,7 +27,7 @@ def matmul(node: Node) -> Rule:
     rows = letters.dims(a[-2:-1])  # none for a vector
     columns = letters.dims(b[-1:] if len(b) > 1 else ())
     lead_a, lead_b = (a[:-2], b[:-2])
-    batch = _broadcast_batch([lead_a, lead_b], letters)
+    batch = broadcast_dims([lead_a, lead_b], letters)
     return Rule(
         ((*aligned(lead_a, batch), *rows, k), (*aligned(lead_b, batch), k, *columns)),
         ((*batch, *rows, *columns),),
@@ -93,7 +88,7 @@ def attention(node: Node) -> Rule | str:
         return "query heads are not a multiple of key heads"
     heads_q, heads_k = heads
     length, keys, features, values = letters.dims((q[-2], k[-2], q[-1], v[-1]))
-    lead = _broadcast_batch([q[:-3], k[:-3], v[:-3]], letters)
+    lead = broadcast_dims([q[:-3], k[:-3], v[:-3]], letters)
     rows = (*lead, *heads_q, length)
     causal = bool(option(node, "is_causal", False))
     return Rule(
@@ -218,25 +213,12 @@ def einsum(node: Node) -> Rule | str:
     terms, right = _spelled_out(str(node.args[0]).replace(" ", ""), [len(s) for s in shapes])
     if any(len(set(t)) != len(t) for t in terms):
         return "a letter stands twice in one operand"
-    pairs = [
-        pair for term, sizes in zip(terms, shapes, strict=True) for pair in zip(term, sizes, strict=True)
-    ]
-    sizes: dict[str, Size] = {c: s for c, s in pairs if s != 1}
-
-    def labels(term: str, own: Sequence[Size]) -> Labels:
-        return tuple(_named(c, s) for c, s in zip(term, own, strict=True))
-
-    summed = [c for c in sizes if c not in right]
-    alone = frozenset(c for c in summed if len(terms) > 1 and sum(c in term for term in terms) == 1)
-    return Rule(
-        tuple(labels(term, own) for term, own in zip(terms, shapes, strict=True)),
-        (labels(right, [sizes.get(c, 1) for c in right]),),
-        sizes,
-        whole=alone,
-        reduce={c: "sum" for c in summed if c not in alone},
-        linear=tuple(frozenset({i}) for i in range(len(shapes))),
-        contraction=len(shapes) > 1,
-    )
+    once = sorted(c for c in set("".join(terms)) - set(right) if sum(c in term for term in terms) == 1)
+    row = f"{', '.join(map(' '.join, terms))} -> {' '.join(right)}"
+    row += "; linear " + "|".join(map(str, range(len(terms))))
+    if len(terms) > 1:
+        row += "; contraction" + (f"; whole {' '.join(once)}" if once else "")
+    return instantiate(parse_row(row), shapes, [shape(node)])
 
 
 def _spelled_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
@@ -256,7 +238,3 @@ def _spelled_out(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
         term.replace("...", dots[len(dots) - count :]) for term, count in zip(terms, hidden, strict=True)
     ]
     return spelled, right.replace("...", dots)
-
-
-def _named(letter: str, size: Size) -> Dim:
-    return () if size == 1 else (letter,)

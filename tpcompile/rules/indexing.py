@@ -7,7 +7,7 @@ from torch.fx import Node
 from tpcompile.ir.nodes import op_name, operands, option, shape
 from tpcompile.ir.sizes import Size
 
-from .labels import dim_of, labelled, replaced, without
+from .labels import broadcast_dims, dim_of, labelled, replaced, without
 from .rule import UNARY, Dim, Labels, Letters, Rule, aligned, letters_of
 
 
@@ -75,10 +75,7 @@ class _Indexed:
 
 def _indexed(node: Node, dims: Labels, indices: list[Node], letters: Letters) -> _Indexed:
     where = [d for d, i in enumerate(option(node, "indices")) if i is not None]
-    shapes = [shape(i) for i in indices]
-    width = max(map(len, shapes))
-    padded = [(1,) * (width - len(s)) + s for s in shapes]
-    spread = letters.dims([next((s for s in sizes if s != 1), 1) for sizes in zip(*padded, strict=True)])
+    spread = broadcast_dims([shape(i) for i in indices], letters)
     kept = [d for i, d in enumerate(dims) if i not in where]
     adjacent = where == list(range(where[0], where[-1] + 1))
     at = where[0] if adjacent else 0

@@ -7,7 +7,7 @@ from torch.fx import Node
 from tpcompile.ir.nodes import operands, option, results, shape
 from tpcompile.ir.sizes import Size, divide, sizes_of
 
-from .labels import dim_of, fresh_except, labelled, replaced, without
+from .labels import dim_of, fresh_except, labelled, replaced, resized, without
 from .rule import UNARY, Dim, Labels, Letters, Rule, letters_of
 
 
@@ -44,14 +44,7 @@ def slice_(node: Node) -> Rule:
 
 
 def select(node: Node) -> Rule:
-    """``x[:, i]``: the dimension goes."""
-    letters, source = labelled(node)
-    dim = dim_of(node, len(source))
-    return Rule((source,), (without(source, dim),), letters.sizes, whole=frozenset(source[dim]), linear=UNARY)
-
-
-def unbind(node: Node) -> Rule:
-    """``unbind``: all selections along one dimension."""
+    """``x[:, i]``, and ``unbind``, all of them: the dimension goes."""
     letters, source = labelled(node)
     dim = dim_of(node, len(source))
     outputs = tuple(without(source, dim) for _ in results(node))
@@ -131,24 +124,11 @@ def pad(node: Node) -> Rule:
 
     A partial value may only be padded with zeros, or with values of its own.
     """
-    letters = Letters()
-    source, target = shape(operands(node)[0]), shape(node)
-    pads = option(node, "pad")
-    padded = {len(source) - 1 - i // 2 for i, amount in enumerate(pads) if amount != 0}
-    others = fresh_except(source, padded, letters)
-
-    def labels(sizes: tuple[Size, ...]) -> Labels:
-        return tuple(letters.dim(s) if d in padded else others[d] for d, s in enumerate(sizes))
-
+    pads, last = option(node, "pad"), len(shape(node)) - 1
     constant = option(node, "mode", "constant") == "constant"
-    return Rule(
-        (labels(source),),
-        (labels(target),),
-        letters.sizes,
-        whole=frozenset(letters.sizes) - letters_of(others),
-        linear=() if constant and option(node, "value", 0) != 0 else UNARY,
-        nonempty=not constant,
-    )
+    linear = not constant or option(node, "value", 0) == 0
+    padded = {last - i // 2 for i, amount in enumerate(pads) if amount != 0}
+    return resized(node, padded, linear=linear, nonempty=not constant)
 
 
 def unfold(node: Node) -> Rule:
@@ -187,6 +167,3 @@ def meshgrid(node: Node) -> Rule:
     places = [order[i] if i < 2 and len(ops) > 1 else i for i in range(len(ops))]
     inputs = tuple((full[p],) if shape(o) else () for p, o in zip(places, ops, strict=True))
     return Rule(inputs, tuple(full for _ in ops), letters.sizes)
-
-
-# With indices.

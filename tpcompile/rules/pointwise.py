@@ -11,7 +11,6 @@ from torch.fx import Node
 from tpcompile.ir.nodes import op_name, operands, option, results, shape
 from tpcompile.ir.sizes import sizes_of
 
-from .randomness import is_random
 from .rule import Labels, Letters, Rule, aligned, letters_of
 
 Linear = list[frozenset[int]]
@@ -114,10 +113,6 @@ def _numerator(node: Node, ops: list[Node]) -> Linear:
     return [frozenset({0})] if exact and len(ops) == 1 and ops[0] is node.args[0] else []
 
 
-def _first_two(node: Node, ops: list[Node]) -> Linear:
-    return [frozenset({0, 1})] if len(ops) == 2 else []
-
-
 def _choose(node: Node, ops: list[Node]) -> Linear:
     """``where(c, x, y)``: both branches, or the only one that is not a zero."""
     if len(ops) == 3:
@@ -131,10 +126,6 @@ def _fill(node: Node, ops: list[Node]) -> Linear:
     if len(ops) == 3:
         return [frozenset({0, 2})]
     return [frozenset({0})] if option(node, "value") == 0 else []
-
-
-def _identity(node: Node, ops: list[Node]) -> Linear:
-    return [] if is_random(node) else [frozenset({0})]
 
 
 def _copy(node: Node, ops: list[Node]) -> Linear:
@@ -160,12 +151,12 @@ _LINEAR: dict[str, Callable[[Node, list[Node]], Linear]] = {
         ("neg", "positive", "conj_physical", "_conj", "real", "imag", *_VALUELESS),
         _unary,
     ),
-    **dict.fromkeys(("add", "sub", "rsub", "complex"), _both),
+    # Those that draw numbers have no rule.
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), _unary),
+    **dict.fromkeys(("add", "sub", "rsub", "complex", "lerp"), _both),
     **dict.fromkeys(("_to_copy", "to"), _cast),
-    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), _identity),
     "mul": _each,
     "div": _numerator,
-    "lerp": _first_two,
     "where": _choose,
     "masked_fill": _fill,
     "copy": _copy,

@@ -11,7 +11,7 @@ from torch.fx import Node
 from tpcompile.ir.nodes import op_name, operands, option, results, shape
 from tpcompile.ir.sizes import sizes_of
 
-from .labels import labelled
+from .labels import labelled, resized
 from .rule import UNARY, Labels, Letters, Rule, letters_of
 
 # How a divided dimension is completed. Not here, because ranks would need more than one number of each
@@ -93,30 +93,13 @@ def _named(node: Node, name: str, rank: int) -> list[int]:
     return [d % rank for d in found] if found and rank else list(range(rank))
 
 
-def triangle(node: Node) -> Rule:
-    """The last two dimensions of tril and triu are whole."""
-    letters, dims = labelled(node)
-    return Rule((dims,), (dims,), letters.sizes, whole=letters_of(dims[-2:]), linear=UNARY)
-
-
 def changed_dims(linear: bool = False) -> Callable[[Node], Rule]:
     """Like ``whole_dim`` for operators that change the size of these dimensions (topk, diff, fft)."""
 
     def rule(node: Node) -> Rule:
-        letters = Letters()
-        source = shape(operands(node)[0])
-        dims = _named(node, "dim", len(source))
-        kept = letters.dims([1 if d in dims else s for d, s in enumerate(source)])
-
-        def labels(sizes: tuple[Any, ...]) -> Labels:
-            return tuple(letters.dim(s) if d in dims else kept[d] for d, s in enumerate(sizes))
-
-        inputs = tuple(labels(shape(o)) for o in operands(node))
-        outputs = tuple(labels(sizes_of(r)) for r in results(node))
-        whole = frozenset(letters.sizes) - letters_of(kept)
-        group = (frozenset(range(len(inputs))),) if linear else ()
-        empty = "fft" in op_name(node)  # MKL refuses empty tensors
-        return Rule(inputs, outputs, letters.sizes, whole=whole, linear=group, nonempty=empty)
+        dims = _named(node, "dim", len(shape(operands(node)[0])))
+        # MKL refuses empty tensors.
+        return resized(node, dims, linear=linear, nonempty="fft" in op_name(node))
 
     return rule
 

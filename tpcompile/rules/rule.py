@@ -12,11 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-import sympy
-
 from tpcompile.ir.placements import Placement
+from tpcompile.ir.sizes import Size
 
-Size: TypeAlias = int | sympy.Expr
 Dim: TypeAlias = tuple[str, ...]
 Labels: TypeAlias = tuple[Dim, ...]
 

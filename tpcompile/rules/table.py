@@ -104,8 +104,7 @@ REARRANGEMENTS: dict[str, Row] = {
 
 PARTS: dict[str, Row] = {
     **_rows(parts.slice_, "slice narrow"),
-    "aten.select": parts.select,
-    "aten.unbind": parts.unbind,
+    **_rows(parts.select, "select unbind"),
     **_rows(parts.split, "split split_with_sizes chunk unsafe_split unsafe_split_with_sizes unsafe_chunk"),
     "aten.cat": parts.cat,
     "aten.stack": parts.stack,
@@ -113,7 +112,7 @@ PARTS: dict[str, Row] = {
     **_rows(reductions.whole_dim("dims", linear=True), "roll flip"),
     "aten.unfold": parts.unfold,
     "aten.diagonal": parts.diagonal,
-    **_rows(reductions.triangle, "tril triu"),
+    **_rows("... i j -> ... i j; whole i j; linear 0", "tril triu"),
     "aten.meshgrid": parts.meshgrid,
     "aten.index_select": indexing.index_select,
     "aten.index": indexing.index,
