@@ -149,12 +149,9 @@ def make_feeds(model: nn.Module, compiled: Compiled, local: GraphModule, rank: i
             return Feed(None, name, planned.captured.constants[name])
         if source.order < 0:
             return Feed(*places[name], overwritten=name in overwritten)
-        dim = layout.params[name].packed_dim
-        sizes = [s[dim] for s in layout.segment_shapes(name, rank)]
-        if source.count == len(sizes):
+        if source.count == len(layout.segment_shapes(name, rank)):
             return Feed(*places[name])
-        mine = sizes[source.order : source.order + source.count]
-        return Feed(*places[name], segment=(dim, sum(sizes[: source.order]), sum(mine)))
+        return Feed(*places[name], segment=layout.span(name, rank, source.order, source.count))
 
     return tuple(feed(node.meta[SOURCE]) for node in local.graph.find_nodes(op="placeholder"))
 

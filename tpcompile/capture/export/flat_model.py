@@ -221,18 +221,13 @@ def _write_assigned(before: Sequence[_Buffer], results: Sequence[Any]) -> list[A
 
     kept = [
         value.clone()
-        if isinstance(value, torch.Tensor) and any(_shares(value, old) for old, _ in assigned)
+        if isinstance(value, torch.Tensor) and any(is_alias_of(value, old) for old, _ in assigned)
         else value
         for value in results
     ]
     for old, new in assigned:
         old.copy_(new)
     return kept
-
-
-def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors share memory."""
-    return bool(is_alias_of(one, other))
 
 
 def _result(name: str, value: Any, kind: OutputKind) -> UserResult:

@@ -103,6 +103,12 @@ class WeightLayout:
             return [selection.shapes[rank]]
         return [s.local_shape(b) for s, b in self.boxes(name, rank)]
 
+    def span(self, name: str, rank: int, first: int, count: int) -> tuple[int, int, int]:
+        """Where some segments are in a rank's local tensor: the dimension, the start and the length."""
+        dim = self.params[name].packed_dim
+        sizes = [s[dim] for s in self.segment_shapes(name, rank)]
+        return dim, sum(sizes[:first]), sum(sizes[first : first + count])
+
     def local_shape(self, name: str, rank: int) -> tuple[int, ...]:
         """The shape of the local tensor: all segments, one behind the other."""
         shapes = self.segment_shapes(name, rank)

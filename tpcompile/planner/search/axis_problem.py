@@ -246,17 +246,12 @@ class AxisProblem:
         node, operand = use
         if node in self.options:
             return [s.inputs[operand] for s in self.options[node]]
-        return [self._result(use, value, self.axis)]
+        return [self.facts.result(node, value, self.axis)]
 
     def _wanted(self, use: tuple[Node, int], value: Node, axis: int) -> Placement:
         """What a use wants on another axis."""
         choice = self.others[axis].nodes.get(use[0])
-        return choice.inputs[use[1]] if choice else self._result(use, value, axis)
-
-    def _result(self, use: tuple[Node, int], value: Node, axis: int) -> Placement:
-        """How the program's caller wants a result; what has no choices wants its operands whole."""
-        carried = self.facts.carried.get(value) if use[0].op == "output" else None
-        return carried[axis] if carried else R
+        return choice.inputs[use[1]] if choice else self.facts.result(use[0], value, axis)
 
     def _source(self, value: Node) -> tuple[Name, list[Placement]]:
         if value in self.holdings:

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from tpcompile.ir.nodes import operands, results
+from tpcompile.ir.placements import Placement, R
 from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.rules.factors import Factors
 
@@ -66,6 +67,11 @@ class Facts:
         roots = set(self.params)
         self.later = program.layout is not None
         self.weights = {v for v in self.bytes if weight_root(v, roots) is not None}
+
+    def result(self, user: Node, value: Node, axis: int) -> Placement:
+        """How the program's caller wants a result; what has no choices wants its operands whole."""
+        carried = self.carried.get(value) if user.op == "output" else None
+        return carried[axis] if carried else R
 
     def _uses(self, free: set[Node]) -> dict[Node, list[tuple[Node, int]]]:
         """All uses, but for results that nobody may ever want whole."""

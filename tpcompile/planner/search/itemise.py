@@ -10,7 +10,6 @@ from torch.fx import Node
 from tpcompile.ir.conversions import steps
 from tpcompile.ir.markers import COMMUNICATING, Placements
 from tpcompile.ir.nodes import producer, results
-from tpcompile.ir.placements import Placement, R
 from tpcompile.rules.assignment import Assignment
 
 from .axis_costs import AxisCosts
@@ -69,15 +68,10 @@ def _moves(facts: Facts, costs: AxisCosts, decisions: Sequence[Assignment], valu
         now = handed
     for node, operand in facts.uses.get(value, ()):
         wanted = tuple(
-            d.need(node, operand) if node in d.nodes else _result(facts, node, value, axis)
+            d.need(node, operand) if node in d.nodes else facts.result(node, value, axis)
             for axis, d in enumerate(decisions)
         )
         yield from _move(facts, costs, value, now, wanted)
-
-
-def _result(facts: Facts, user: Node, value: Node, axis: int) -> Placement:
-    carried = facts.carried.get(value) if user.op == "output" else None
-    return carried[axis] if carried else R
 
 
 def _move(facts: Facts, costs: AxisCosts, value: Node, src: Placements, dst: Placements) -> Iterator[Item]:

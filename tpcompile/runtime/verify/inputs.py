@@ -71,10 +71,7 @@ class Inputs:
         value = self.given[kind, name]
         if source.order < 0:
             return value
-        dim = self.layout.params[name].packed_dim
-        sizes = [s[dim] for s in self.layout.segment_shapes(name, self.rank)]
-        mine = sizes[source.order : source.order + source.count]
-        return value.narrow(dim, sum(sizes[: source.order]), sum(mine))
+        return value.narrow(*self.layout.span(name, self.rank, source.order, source.count))
 
     def _value(self, kind: str, name: str) -> Any:
         if kind == "constant":
