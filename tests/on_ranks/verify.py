@@ -13,7 +13,7 @@ from tests.helpers import families
 from tests.helpers.toys import Mlp
 from tests.on_ranks.models import mesh
 from tests.on_ranks.module_life import refusal
-from tpcompile.runtime.program import Program
+from tpcompile.runtime.program import RankProgram
 from tpcompile.runtime.verify.report import Report
 
 
@@ -46,11 +46,11 @@ def live() -> dict[str, Any]:
     found: dict[str, Any] = {"right": model.verify((x,)), "seen": float(model.seen)}
     found["gradients left"] = [p.grad for p in model.parameters() if p.grad is not None]
     found["later"] = _later(model, x)
-    right = Program._plain
+    right = RankProgram._plain
     if rank == 1:
-        Program._plain = _a_little_more(right)  # type: ignore[method-assign]
+        RankProgram._plain = _a_little_more(right)  # type: ignore[method-assign]
     found["wrong on one rank"] = model.verify((x,), gradients=False)
-    Program._plain = right  # type: ignore[method-assign]
+    RankProgram._plain = right  # type: ignore[method-assign]
     model.register_forward_hook(lambda module, args, result: result * (1 + rank))
     found["hook on one rank"] = model.verify((x,), gradients=False)
     for name, call in (
@@ -75,7 +75,7 @@ def _later(model: Any, x: Tensor) -> list[Report]:
 
 
 def _a_little_more(right: Any) -> Any:
-    def plain(program: Program, given: Any) -> Any:
+    def plain(program: RankProgram, given: Any) -> Any:
         flat, gathers = right(program, given)
         return [1.001 * result for result in flat], gathers
 

@@ -94,7 +94,7 @@ class CompiledSteps:
     _sizes: dict[str, set[int]] = field(default_factory=dict)
 
     def bind(self, bound: bool) -> None:
-        """See ``Program.bind``."""
+        """See ``RankProgram.bind``."""
         self.fetch = make_fetch(self.feeds, bound=bound)
 
     def __call__(self, given: Sequence[Any]) -> Sequence[Any] | None:

@@ -13,7 +13,7 @@ from tpcompile.capture.export.look_inside import equal
 from tpcompile.ir.calls import CallSignature
 from tpcompile.ir.torch_internals import TensorGuards, TreeSpec, pytree
 
-from .program import Program
+from .program import RankProgram
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class LastCall:
         guards: their types, devices and ranks, whether they want gradients, and that none comes twice.
     """
 
-    program: Program
-    rivals: tuple[Program, ...]
+    program: RankProgram
+    rivals: tuple[RankProgram, ...]
     positional: int
     keywords: tuple[str, ...]
     sources: tuple[tuple[str, int], ...]
@@ -96,8 +96,8 @@ class LastCall:
 
 
 def last_call(
-    program: Program,
-    earlier: Sequence[Program],
+    program: RankProgram,
+    earlier: Sequence[RankProgram],
     signature: CallSignature,
     call: tuple[Sequence[Any], Mapping[str, Any]],
     bound: dict[str, Any],

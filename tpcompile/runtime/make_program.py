@@ -12,7 +12,6 @@ from torch.fx import GraphModule, Node
 
 from tpcompile.capture.caches.register import is_cache
 from tpcompile.capture.export.captured import Captured
-from tpcompile.capture.export.size_check import size_check
 from tpcompile.capture.export.specs import InputSpec
 from tpcompile.capture.held_caches import Held, held_outputs
 from tpcompile.compile_program import Compiled
@@ -24,7 +23,7 @@ from tpcompile.lowering.state import SOURCE
 from tpcompile.planner.global_program import GlobalProgram, Source
 
 from .fetch_inputs import Feed
-from .program import Program, autocast_of, gradients_of, trained_weights
+from .program import RankProgram, autocast_of, gradients_of, trained_weights
 from .settings import Reads, Settings
 
 
@@ -36,7 +35,7 @@ def make_program(
     rank: int,
     settings: Settings,
     original: Callable[[str], type[nn.Module]],
-) -> Program:
+) -> RankProgram:
     """The program of a rank.
 
     Args:
@@ -54,7 +53,7 @@ def make_program(
     outlined: tuple[GraphModule, tuple[Feed | int, ...]] | None = None
     if compiled.lowered.outlined is not None:
         outlined = compiled.lowered.outlined, make_feeds(model, compiled, compiled.lowered.outlined, rank)
-    return Program(
+    return RankProgram(
         compiled=compiled,
         captured=captured,
         graph_module=compiled.lowered.local,
@@ -69,7 +68,6 @@ def make_program(
         loose=loose,
         same=identical(leaves, loose),
         gradients=gradients_of(leaves, trained_weights(feeds)) if captured.asks_gradients else None,
-        check=size_check(captured),
         entry=path,
         numbers=open_leaves(leaves, captured),
         outlined=outlined,
@@ -77,7 +75,6 @@ def make_program(
         state=settings.state,
         reads=Reads(model, compiled.planned.captured, original),
         root=model,
-        differentiable=compiled.differentiable,
     )
 
 
@@ -96,8 +93,8 @@ def open_leaves(leaves: Sequence[Any], captured: Captured) -> frozenset[int]:
 
 
 def bind_program(
-    program: Program, model: nn.Module, rank: int, original: Callable[[str], type[nn.Module]]
-) -> Program:
+    program: RankProgram, model: nn.Module, rank: int, original: Callable[[str], type[nn.Module]]
+) -> RankProgram:
     """The same program over the weights of another model, a copy of its own one.
 
     Args:

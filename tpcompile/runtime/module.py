@@ -22,10 +22,11 @@ from tpcompile.weights.dcp import sharded_state_dict
 from tpcompile.weights.gather import gathered
 from tpcompile.weights.saving.adapters import has_adapters, save_adapters
 
+from .add_program import add_program
 from .artifacts.save_program import save_programs
 from .copy_model import copy_model
 from .print_model import model_text
-from .program import Program
+from .program import RankProgram
 from .runtime import Runtime
 from .verify.live import verify_live
 from .verify.report import Report
@@ -61,11 +62,11 @@ class ShardedModule(WatchedModule):
         return self._last().graph_module
 
     @property
-    def programs(self) -> list[Program]:
+    def programs(self) -> list[RankProgram]:
         """One program per call signature, of the model and of submodules called alone, as they came."""
         return list(self._tp.programs)
 
-    def capture(self, *args: Any, **kwargs: Any) -> Program:
+    def capture(self, *args: Any, **kwargs: Any) -> RankProgram:
         """Compiles a program for these arguments over the same weights, without running it.
 
         Raises:
@@ -73,7 +74,7 @@ class ShardedModule(WatchedModule):
                 unchanged.
         """
         with own_turn(self._tp.group_name):
-            return self._tp.capture(self, self._tp.bind(args, kwargs))
+            return add_program(self._tp, self, self._tp.bind(args, kwargs))
 
     @checked
     def verify(
@@ -241,7 +242,7 @@ class ShardedModule(WatchedModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         return copy_model(self, self._tp, memo)
 
-    def _last(self) -> Program:
+    def _last(self) -> RankProgram:
         own = [program for program in self._tp.programs if not program.entry]
         if not own:
             raise TpCompileError(

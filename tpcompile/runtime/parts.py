@@ -10,7 +10,7 @@ from torch import nn
 
 from tpcompile.errors import CannotCapture, OnlyInParts, TpCompileError
 
-from .capture_call import capture_call
+from .add_program import add_program
 from .guards import Entry, original_call
 from .state import State
 
@@ -30,7 +30,7 @@ def try_first(
         TpCompileError: it is refused for another reason, or is not to be composed.
     """
     try:
-        capture_call(runtime, model, bound)
+        add_program(runtime, model, bound)
     except TpCompileError as error:
         if not _wants_parts(error, True if optional else runtime.compiler.options.compose):
             raise

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.look_inside import first_unlike
-from tpcompile.capture.export.size_check import Check
+from tpcompile.capture.export.size_check import size_check
 from tpcompile.compile_program import Compiled
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import Sizes, identical
@@ -31,8 +31,8 @@ from .write_buffers import write_buffers
 
 
 @dataclass
-class Program:
-    """One call signature of a sharded model.
+class RankProgram:
+    """What a rank runs for one call signature of a sharded model.
 
     Attributes:
         compiled: the program at global shapes, planned and rewritten.
@@ -48,7 +48,6 @@ class Program:
         mutated: per buffer that the program changes, where it is.
         entry: the submodule that is called, "" for the model itself.
         numbers: which leaves are numbers that travel as sizes.
-        check: whether the sizes of a call's leaves are ones that it runs on.
         outlined: the graph with repeated layers as calls of a submodule, for ``torch.compile``, and where its
             inputs come from; None if no layers repeat often enough.
         steps: what it was compiled to, by torch.compile's options.
@@ -59,7 +58,6 @@ class Program:
         same: which of these are the same tensor as an earlier one.
         gradients: what python has found when it asked whether gradients are recorded; None: it did not ask.
         root: the model.
-        differentiable: whether gradients through it come out right.
         seen: the sizes and numbers of calls of it that ranks have compared.
         number: tells it from other programs of the model; equal on all ranks.
         calls: how many had results of which ranks keep a part.
@@ -76,7 +74,6 @@ class Program:
     example: tuple[Any, ...]
     feeds: tuple[Feed | int, ...]
     mutated: tuple[Feed, ...]
-    check: Check
     types: int
     state: int
     reads: Reads
@@ -88,7 +85,6 @@ class Program:
     numbers: frozenset[int] = frozenset()
     outlined: tuple[GraphModule, tuple[Feed | int, ...]] | None = None
     steps: dict[str, CompiledSteps] = field(default_factory=dict)
-    differentiable: bool = True
     seen: set[Sizes] = field(default_factory=set)
     calls: int = 0
     number: int = 0
@@ -98,6 +94,7 @@ class Program:
         graphs = (self.graph_module, outlined, self.compiled.lowered.recomputing)
         turn = getattr(getattr(self.root, "_tp", None), "group_name", "")
         self.short = {id(g): defer_gathers(g, self.captured.outputs, turn) for g in graphs if g is not None}
+        self.check = size_check(self.captured)
         draws = Draws(self.graph_module.graph)
         self.draws = draws if draws.operator else None
         self.bind(True)
@@ -143,7 +140,7 @@ class Program:
         if self.gradients is not None and gradients_of(leaves, self._trained()) != self.gradients:
             return False
         return self.check(with_counts(leaves, self.numbers)) and (
-            self.differentiable or not self._is_differentiated(leaves)
+            self.compiled.differentiable or not self._is_differentiated(leaves)
         )
 
     def _trained(self) -> tuple[bool, ...]:

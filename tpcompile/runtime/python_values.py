@@ -9,13 +9,13 @@ from torch import Tensor
 
 from tpcompile.ir.calls import OpenNumber, leaf_names
 
-from .program import Program
+from .program import RankProgram
 
 MOST_VALUES = 8
 """So many programs are kept of calls that differ in nothing but python values."""
 
 
-def open_numbers(programs: Sequence[Program], bound: dict[str, Any], path: str) -> dict[str, Any]:
+def open_numbers(programs: Sequence[RankProgram], bound: dict[str, Any], path: str) -> dict[str, Any]:
     """The call, with those numbers marked that had another value in an earlier one.
 
     Args:
@@ -35,7 +35,7 @@ def open_numbers(programs: Sequence[Program], bound: dict[str, Any], path: str) 
     return {**bound, **{name: OpenNumber(bound[name]) for name in numbers}}
 
 
-def forget_values(programs: list[Program], bound: dict[str, Any]) -> str | None:
+def forget_values(programs: list[RankProgram], bound: dict[str, Any]) -> str | None:
     """Drops the oldest of the programs that differ from the last one in python values only, if they are many.
 
     The first program of all stays: it has decided where the weights are.
@@ -62,12 +62,12 @@ def forget_values(programs: list[Program], bound: dict[str, Any]) -> str | None:
     )
 
 
-def _kind(program: Program) -> Any:
+def _kind(program: RankProgram) -> Any:
     forms = tuple((x.dtype, x.ndim) if isinstance(x, Tensor) else type(x) for x in program.example)
     same = (program.entry, program.names, program.training, program.autocast, program.types)
     return (*same, program.numbers, forms, repr(program.captured.in_spec))
 
 
-def _values(program: Program) -> tuple[Any, ...]:
+def _values(program: RankProgram) -> tuple[Any, ...]:
     """The python values of a program's call, and a number for those of the model."""
     return (*(None if isinstance(x, Tensor) else x for x in program.example), program.state)

@@ -21,11 +21,11 @@ from tpcompile.ranks.compare_order import compare_order
 from tpcompile.ranks.lost_ranks import is_loss, lost
 from tpcompile.ranks.turns import own_turn
 
-from .capture_call import capture_call
+from .add_program import add_program
 from .guards import Entry, hooks_below
 from .last_call import last_call
 from .parts import compose_call, run_parts, try_parts
-from .program import Program, device_of
+from .program import RankProgram, device_of
 from .state import State
 
 _NO_PROGRAM = "no program was captured for this call: call model.capture(...) with it first"
@@ -55,7 +55,7 @@ class Runtime(State):
 
     def _again(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], path: str
-    ) -> tuple[Program, Sequence[Any], dict[str, Any]] | None:
+    ) -> tuple[RankProgram, Sequence[Any], dict[str, Any]] | None:
         """A call that equals the last one but for values and sizes, and its program; None: look for it."""
         last = self.last.get(path)
         if last is None or self.compare_calls or hooks_below(model, path, self.hooks):
@@ -72,7 +72,7 @@ class Runtime(State):
             return None
         return (program, leaves, bound) if self._is_for(program, leaves, training) else None
 
-    def _is_for(self, program: Program, leaves: Sequence[Any], training: bool) -> bool:
+    def _is_for(self, program: RankProgram, leaves: Sequence[Any], training: bool) -> bool:
         """Whether a program is a call's whose structure and leaves are like its."""
         if program.types != self.settings.types or not program.fits_now(leaves, training):
             return False
@@ -92,7 +92,7 @@ class Runtime(State):
             self.compare(model, bound, path, leaves)
         if hooks_below(model, path, self.hooks):
             if self.layout is None:
-                self.capture(model, bound, path)  # so that all parts are planned together
+                add_program(self, model, bound, path)  # so that all parts are planned together
             return run_parts(self, model, bound, path, entry)
         names, training = tuple(bound), model.get_submodule(path).training
         program = self.find(names, leaves, spec, training, path)
@@ -110,7 +110,7 @@ class Runtime(State):
 
     def _note_call(
         self,
-        program: Program,
+        program: RankProgram,
         call: tuple[Sequence[Any], Mapping[str, Any]],
         entry: Entry | None,
         bound: dict[str, Any],
@@ -125,14 +125,14 @@ class Runtime(State):
                 self.last[program.entry] = last
         self.found = program
 
-    def _run_uncast(self, program: Program, leaves: Sequence[Any], bound: dict[str, Any]) -> Any:
+    def _run_uncast(self, program: RankProgram, leaves: Sequence[Any], bound: dict[str, Any]) -> Any:
         """Runs a program, which has the casts of its autocast mode in it."""
         if program.autocast is None:
             return self.run(program, leaves, bound)
         with torch.autocast(device_of(leaves), enabled=False):
             return self.run(program, leaves, bound)
 
-    def run(self, program: Program, leaves: Sequence[Any], bound: dict[str, Any]) -> Any:
+    def run(self, program: RankProgram, leaves: Sequence[Any], bound: dict[str, Any]) -> Any:
         """Runs a program.
 
         Raises:
@@ -155,10 +155,6 @@ class Runtime(State):
                 apart.what, where=f"the program {program}; {apart.where}", todo=apart.todo
             ) from error
 
-    def capture(self, model: nn.Module, bound: dict[str, Any], path: str = "") -> Program:
-        """See ``capture_call``."""
-        return capture_call(self, model, bound, path)
-
     def _check_devices(self, bound: dict[str, Any], leaves: Sequence[Any]) -> None:
         axis = self.compiler.axis
         for at, leaf in enumerate(leaves):
@@ -173,7 +169,7 @@ class Runtime(State):
                 )
 
     def _compare_first(
-        self, program: Program, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]
+        self, program: RankProgram, model: nn.Module, bound: dict[str, Any], leaves: Sequence[Any]
     ) -> None:
         """Compares calls of sizes that a program has not seen, unless all calls are compared anyway."""
         if self.compare_calls or not self._is_new(program, leaves) or not can_compare(leaves):
@@ -188,14 +184,14 @@ class Runtime(State):
             sizes_of_call(leaves, program.loose)
         )  # not before: what is refused was seen by no rank
 
-    def _is_new(self, program: Program, leaves: Sequence[Any]) -> bool:
+    def _is_new(self, program: RankProgram, leaves: Sequence[Any]) -> bool:
         """Whether sizes of a call are to be compared; most of ``generate``'s follow from its arguments."""
         if self.generating and len(program.seen) >= MOST_SIZES:
             return False
         return sizes_of_call(leaves, program.loose) not in program.seen
 
     def _compare_order(
-        self, group: ProcessGroup, program: Program, leaves: Sequence[Any], bound: dict[str, Any]
+        self, group: ProcessGroup, program: RankProgram, leaves: Sequence[Any], bound: dict[str, Any]
     ) -> None:
         """Notes a call; at times ranks compare what was run so far, and what this call is given."""
         sizes = sizes_of_call(leaves, program.loose)
@@ -230,7 +226,7 @@ def _capture_and_run(runtime: Runtime, model: nn.Module, bound: dict[str, Any], 
     program = runtime.find(tuple(bound), leaves, spec, training, path)
     if program is None:
         try:
-            program = runtime.capture(model, bound, path)
+            program = add_program(runtime, model, bound, path)
         except TpCompileError as error:
             empty = not path and not any(isinstance(leaf, Tensor) for leaf in leaves)
             if empty or not compose_call(runtime, model, path, tuple(bound), error):

@@ -22,7 +22,7 @@ from tpcompile.weights.sharded_weights import ShardedWeights
 
 from .guards import Entry, Hook, open_paths
 from .last_call import LastCall
-from .program import Program, autocast_of
+from .program import RankProgram, autocast_of
 from .settings import Settings
 from .watched_module import ENTRY
 
@@ -65,7 +65,7 @@ class State:
     original: type[nn.Module]
     settings: Settings = field(default_factory=Settings)
     layout: WeightLayout | None = None
-    programs: list[Program] = field(default_factory=list)
+    programs: list[RankProgram] = field(default_factory=list)
     caches: dict[str, Held] = field(default_factory=dict)
     divided: frozenset[str] = frozenset()
     composed: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
@@ -84,7 +84,7 @@ class State:
     custom: CustomModules = field(default_factory=CustomModules)
     foreign: bool = False
     lent: dict[tuple[int, str], int] = field(default_factory=dict)
-    found: Program | None = field(init=False, default=None)
+    found: RankProgram | None = field(init=False, default=None)
     last: dict[str, LastCall] = field(init=False, default_factory=dict)
 
     @property
@@ -94,7 +94,7 @@ class State:
 
     def find(
         self, names: tuple[str, ...], leaves: Sequence[Any], spec: TreeSpec, training: bool, path: str = ""
-    ) -> Program | None:
+    ) -> RankProgram | None:
         """The program of a call, of the model or of the submodule at ``path``, if it was captured."""
         for program in self.programs:
             if program.entry == path and program.types == self.settings.types:

@@ -8,10 +8,10 @@ from functools import partial
 from tpcompile.ir.print_graph import graph_text
 from tpcompile.ir.torch_internals import trace_structured
 
-from .program import Program
+from .program import RankProgram
 
 
-def trace_program(program: Program) -> None:
+def trace_program(program: RankProgram) -> None:
     """Adds a program to the trace, if there is one: its plan, its graph at global shapes, and this rank's."""
     compiled = program.compiled
     artifacts: dict[str, Callable[[], str]] = {

@@ -98,7 +98,7 @@ class Captured:
         """Return None if this program may run on ``leaves``, else a sentence that says why not.
 
         Only shapes are compared, and strides where python has asked for them: structure, dtypes and python
-        values are ``Program.fits``'s business.
+        values are ``RankProgram.fits``'s business.
         """
         users = self.user_inputs
         if len(leaves) != len(users):

@@ -16,7 +16,7 @@ from tpcompile.capture.export.specs import InputSpec, OutputSpec
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import CallSignature
 
-from ..program import Program
+from ..program import RankProgram
 from .values import (
     decode,
     decode_state,
@@ -35,7 +35,7 @@ _PARTS = (
 )
 
 
-def call_data(program: Program) -> dict[str, Any]:
+def call_data(program: RankProgram) -> dict[str, Any]:
     """A program's call signature as JSON, but for its graph and where its inputs come from.
 
     Raises:
@@ -104,9 +104,10 @@ def example_of(data: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]
     """The leaves of the call that a program was captured for; of tensors the type and the rank."""
 
     def refer(kind: str, value: Any) -> Any:
-        if kind != "tensor":
-            raise ValueError(f"{kind!r} is not a kind of value")
-        return torch.empty([0] * int(value[1]), dtype=decode(value[0], device), device="meta")
+        dtype, rank = decode(value[0], device), int(value[1])
+        if kind != "tensor" or not 0 <= rank <= 64:  # as many as a tensor can have
+            raise ValueError(f"{kind} {str(value)[:80]} is not a kind of value")
+        return torch.empty([0] * rank, dtype=dtype, device="meta")
 
     return tuple(decode(leaf, device, refer) for leaf in data["example"])
 

@@ -50,7 +50,7 @@ class TensorFeed:
 
 @dataclass(eq=False)
 class LoadedCall:
-    """A call signature, see ``runtime.program.Program``.
+    """A call signature, see ``runtime.program.RankProgram``.
 
     Attributes:
         captured: what it takes and gives.

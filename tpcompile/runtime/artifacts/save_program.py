@@ -32,7 +32,7 @@ from tpcompile.weights.sharded_parameter import ShardedParameter, local_tensor
 
 from ..fetch_inputs import Feed
 from ..guards import hooks_below
-from ..program import Program
+from ..program import RankProgram
 from ..state import State
 from .call_data import call_data, signature_data
 from .graph_data import graph_data
@@ -55,7 +55,7 @@ class Saved:
         name: the model's class, for people.
     """
 
-    programs: Sequence[Program]
+    programs: Sequence[RankProgram]
     axis: MeshAxis
     groups: AxisGroups
     signature: CallSignature
@@ -123,7 +123,7 @@ def save_program(folder: Path, saved: Saved) -> None:
     together(axis.group, "finish the program", finish)
 
 
-def _is_current(program: Program, model: State) -> bool:
+def _is_current(program: RankProgram, model: State) -> bool:
     """Whether a program would run in a call of the model as it is now, without gradients."""
     whole = not program.entry and not program.training and program.types == model.settings.types
     quiet = program.gradients is None or not program.gradients[0]
@@ -143,7 +143,7 @@ def file_digest(path: Path) -> str:
 
 
 def _rank_data(
-    program: Program, saved: Saved, tensors: dict[str, Tensor], kept: dict[int, str]
+    program: RankProgram, saved: Saved, tensors: dict[str, Tensor], kept: dict[int, str]
 ) -> dict[str, Any]:
     """A rank's graph of one call, and where its inputs come from; their tensors join the others."""
     graph = program.graph_module.graph

@@ -22,7 +22,7 @@ from tpcompile.weights.sharded_parameter import ShardedParameter, local_tensor
 
 from .guards import divided_paths, entered, without_guards, without_hooks
 from .make_program import hand_out, make_program
-from .program import Program
+from .program import RankProgram
 from .python_values import forget_values, open_numbers
 from .state import State
 from .trace_program import trace_program
@@ -30,7 +30,7 @@ from .trace_program import trace_program
 _MOST_STATES = 4
 
 
-def capture_call(runtime: State, model: nn.Module, bound: dict[str, Any], path: str = "") -> Program:
+def add_program(runtime: State, model: nn.Module, bound: dict[str, Any], path: str = "") -> RankProgram:
     """Compiles a program for a call; the first one also decides where the weights are.
 
     Args:
