@@ -40,11 +40,10 @@ def rows_here(low: Lowering, node: Node, ids: Node, units: tuple[int, int], ever
 def lower_rows(low: Lowering, node: Node, choice: Choice) -> Node:
     """A choice among this rank's experts, or a matmul of the rows that have chosen one of them.
 
-    Experts among which rows choose may be divided within themselves on other sub-axes.
+    Experts may be divided within themselves on other sub-axes.
 
     Raises:
-        ValueError: what says the experts is divided, or what sorted rows are multiplied with: the call is
-            planned again.
+        ValueError: what says the experts is divided: the call is planned again.
     """
     place = choice.outputs[0]
     assert isinstance(place, Owned)
@@ -52,8 +51,6 @@ def lower_rows(low: Lowering, node: Node, choice: Choice) -> Node:
     at = len(choice.inputs) - 1  # what says the experts is the last operand
     if any(c.inputs[at] != R for c in chosen):
         raise ValueError("what says whose the rows are is divided")
-    if node.target is not aten.index.Tensor and any(c.factor and not begins_rows(c) for c in chosen):
-        raise ValueError("sorted rows whose experts are divided within on another sub-axis")
     units = owned_units(low, node.meta["placement"], place)
     if node.target is aten.index.Tensor:
         return _choose(low, node, units, place.units)
