@@ -326,6 +326,7 @@ _DECODERS = (
         num_experts_per_tok=2,
     ),
     _decoder("qwen2_vl", 6, QWEN2_VL, auto="AutoModelForImageTextToText"),
+    # qwen3_moe is this attention with qwen2_moe's router and experts, line by line.
     _decoder("qwen3", 6, _BASE),
     _decoder("starcoder2", 6, _WIDE),
     _decoder(
