@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,26 @@ class _Pieces:
     shared: TensorLayout | None
 
 
+def _shared(wheres: Iterable[TensorLayout | None]) -> TensorLayout | None:
+    """A layout whose ranks hold different parts; None if every rank holds everything.
+
+    Raises:
+        TpCompileError: tensors belong to models over different ranks.
+    """
+    first: TensorLayout | None = None
+    for where in wheres:
+        if where is None or where.whole or where.axis is (first and first.axis):
+            continue
+        if first is not None and where.axis.group_name != first.axis.group_name:
+            raise TpCompileError(
+                "one norm of parameters of several models, which are sharded over different ranks",
+                where=f"{first.name}, {where.name}",
+                todo="take the norm of each model's parameters, then that of the norms",
+            )
+        first = first or where
+    return first
+
+
 def _pieces(tensors: Sequence[Any], order: float, asked: str = "") -> _Pieces:
     """What this rank holds of tensors; plain ones are whole on every rank.
 
@@ -46,14 +66,7 @@ def _pieces(tensors: Sequence[Any], order: float, asked: str = "") -> _Pieces:
             takes more than one message to answer.
     """
     wheres: list[TensorLayout | None] = [getattr(t, "placing", None) for t in tensors]
-    groups = {w.axis.group_name: w for w in wheres if w is not None and not w.whole}
-    if len(groups) > 1:
-        raise TpCompileError(
-            "one norm of parameters of several models, which are sharded over different ranks",
-            where=", ".join(w.name for w in groups.values()),
-            todo="take the norm of each model's parameters, then that of the norms",
-        )
-    shared = next(iter(groups.values()), None)
+    shared = _shared(wheres)
     names = ["" if w is None else w.name for w in wheres]
     if any(w is not None and w.param.selection is not None for w in wheres):  # each of which is gathered
         todo = "call it with the same parameters and arguments on every rank"

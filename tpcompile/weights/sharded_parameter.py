@@ -79,15 +79,14 @@ class ShardedParameter(DTensor):
     def grad(self) -> Tensor | None:
         """The gradient, laid out as the parameter."""
         local, held = self._local_tensor.grad, self.__dict__.get("_gradient")
-        if local is None:
-            return None
+        if local is None or (held is not None and held._local_tensor is local):
+            return None if local is None else held
         self.placing.check_gradient(local)
-        if held is not None and held._local_tensor is not local and held.dtype == local.dtype:
-            # A wrapper costs more than a small update: it is used again if nobody else can see it.
-            if sys.getrefcount(held) == 3 and held._use_count() == 1:
-                held._local_tensor = local
-        if held is None or held._local_tensor is not local:
+        # A wrapper costs more than a small update: it is used again if nobody else can see it.
+        free = held is not None and sys.getrefcount(held) == 3 and held._use_count() == 1
+        if held is None or not free or held.dtype != local.dtype:
             held = self.__dict__["_gradient"] = ShardedParameter(local, self.placing)
+        held._local_tensor = local
         return held
 
     @grad.setter
