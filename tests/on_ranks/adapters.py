@@ -97,11 +97,12 @@ def train_switch_save_load(folder: str) -> None:
 
 def trainer(folder: str) -> None:
     """Trainer updates, saves and resumes the adapter alone."""
-    args = {**training.SAVING, "max_steps": 2, "save_steps": 1, "eval_steps": 1}
+    args = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     alone = training.trainer_of(adapted(), str(Path(folder) / f"alone{dist.get_rank()}"), **args)
     alone.train()
     for resume in (None, str(Path(folder) / "checkpoint-1")):
-        model = tpcompile.parallelize(adapted(5 if resume is None else 6))
+        model = adapted(5 if resume is None else 6)
+        tpcompile.parallelize(model, example_kwargs=training.step_example())
         own = training.trainer_of(model, folder, **args)
         own.train(resume_from_checkpoint=resume)
         names = ("loss", "grad_norm")

@@ -86,8 +86,14 @@ def toy(seed: int = 0) -> Any:
 
 
 def sharded_toy(seed: int = 0) -> Any:
-    """The same, sharded."""
-    return tpcompile.parallelize(toy(seed))
+    """The same, sharded; its first program is the one that a trainer's steps call."""
+    return tpcompile.parallelize(toy(seed), example_kwargs=step_example())
+
+
+def step_example() -> dict[str, Tensor]:
+    """What a trainer calls its model with in a step."""
+    words = Lines(3).lines
+    return {"input_ids": words, "labels": words, "num_items_in_batch": torch.tensor(33)}
 
 
 def trainer_of(model: Any, folder: str, data: Any = None, model_init: Any = None, **args: Any) -> Trainer:
