@@ -252,7 +252,7 @@ def switched(after: bool) -> dict[str, Any]:
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=64,
@@ -274,7 +274,7 @@ def switched(after: bool) -> dict[str, Any]:
     kept["unsharded"] = train(whole)
     if not after:
         model.gradient_checkpointing_enable(reentrant)
-    model = tpcompile.parallelize(model, mesh(), example_kwargs=call)
+    model = tpcompile.parallelize(model, mesh(), example_kwargs=call, dynamic=False)
     if after:
         kept["off"] = train(model)
         model.zero_grad()
