@@ -6,7 +6,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+import tpcompile
 from tests.helpers.run_ranks import run_spmd
+from tests.helpers.spmd_judge import fake_mesh
+from tests.helpers.toys import Mlp
 from tpcompile.ranks.groups import AxisGroups
 from tpcompile.ranks.mesh_axis import MeshAxis
 
@@ -44,3 +47,10 @@ def test_groups_of_sub_axes() -> None:
             for rank in range(4)
         ]
     assert run_spmd(check_groups, 4, "columns") == [{(0,): [rank % 2, rank % 2 + 2]} for rank in range(4)]
+
+
+def test_torchs_fake_group() -> None:
+    """Nothing is sent over it, and it has no time limit: ``benchmarks/wire.py`` counts with it."""
+    x = torch.ones(3, 5, 12)
+    with fake_mesh((2,)) as mesh:
+        assert tpcompile.parallelize(Mlp(), mesh, (x,))(x).shape == x.shape

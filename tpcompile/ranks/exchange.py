@@ -49,7 +49,7 @@ def exchange(group: dist.ProcessGroup, what: str, value: Any, *, begun: bool = F
         return [value]
     own = own_group(group)
     with _LOCK, telling(own, what):
-        return _exchange(own, what, value, max(_PATIENCE, limit_of(own)) if begun else None)
+        return _exchange(own, what, value, begun)
 
 
 def name_of(group: dist.ProcessGroup, place: int) -> str:
@@ -57,9 +57,10 @@ def name_of(group: dist.ProcessGroup, place: int) -> str:
     return f"rank {dist.get_global_rank(group, place)}"
 
 
-def _exchange(group: dist.ProcessGroup, what: str, value: Any, patience: float | None) -> list[Any]:
-    if backend_of(group) == "fake":
+def _exchange(group: dist.ProcessGroup, what: str, value: Any, begun: bool) -> list[Any]:
+    if backend_of(group) == "fake":  # of torch: it sends nothing, and has no time limit
         return [value] * group.size()
+    patience = max(_PATIENCE, limit_of(group)) if begun else None
     data = pickle.dumps(value)
     name = what.encode()[: _HEAD // 2] + _END
     head = (len(data).to_bytes(_SIZE, "little") + name + data)[:_HEAD].ljust(_HEAD, _END)
