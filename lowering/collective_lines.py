@@ -46,6 +46,8 @@ def _facts(given: dict[str, Any]) -> str:
 
     Named after the global value: two sums of one shape in another order would be added to each other.
     """
+    if "xs" in given:
+        return "; ".join(_facts({"x": x}) for x in given["xs"])
     divided = [given[name] for name in _DIVIDED if name in given]
     val = given["x"].meta["val"]
     named = [f" of {name}" for name, _ in given["x"].meta.get(STANDS_FOR) or ()][:1]

@@ -105,10 +105,10 @@ def _apply(x: Tensor, move: Move, transposed: Move) -> Tensor:
     return y
 
 
-def _register(arguments: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def _register(arguments: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a python function as the torch operator of the same name."""
 
-    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _LIBRARY.define(function.__name__ + arguments, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(function.__name__, function, "CompositeImplicitAutograd")
         return function

@@ -14,6 +14,7 @@ ops = torch.ops.tpcompile
 # Nothing is sent in forward; backward needs all ranks.
 _GRADIENT_COMMUNICATES = (
     ops.copy_to_ranks.default,
+    ops.copy_all_to_ranks.default,
     ops.take_shard.default,
     ops.take_positions.default,
 )
@@ -38,8 +39,12 @@ COLLECTIVES = frozenset(
 """The calls that need all ranks, forward or backward."""
 
 
-def joint(target: Any, loaded: list[Any]) -> list[Tensor]:
+def joint(target: Any, loaded: list[Any]) -> list[Any]:
     """One collective of all members of a group: what each of them gets, with gradients."""
+    if target is ops.copy_all_to_ranks.default:
+        several = [[(x, group) for x in xs] for xs, group in loaded]
+        copies = [joint(ops.copy_to_ranks.default, list(same)) for same in zip(*several, strict=True)]
+        return [list(own) for own in zip(*copies, strict=True)]
     return list(_Joint.apply(target, [args[1:] for args in loaded], *(args[0] for args in loaded)))
 
 

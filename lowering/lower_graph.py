@@ -24,6 +24,7 @@ from tpcompile.rules.rule import Rule
 
 from . import localise
 from .cannot_lower import cannot_lower
+from .join_gradients import join_gradients
 from .known_values import KnownValues
 from .local_shapes import LocalShapes
 from .lower_markers import lower_marker
@@ -41,9 +42,10 @@ def lower_graph(
     coordinates: tuple[int, ...],
     groups: Groups,
     known: KnownValues | None = None,
+    joined: bool = True,
 ) -> GraphModule:
     """One rank's program, see ``lower_program``, with all layers one after the other."""
-    return lower_program(program, coordinates, groups, known).local
+    return lower_program(program, coordinates, groups, known, joined).local
 
 
 @dataclass
@@ -68,6 +70,7 @@ def lower_program(
     coordinates: tuple[int, ...],
     groups: Groups,
     known: KnownValues | None = None,
+    joined: bool = True,
 ) -> Lowered:
     """One rank's program: constants local, parameters as this rank's parts, real collectives.
 
@@ -76,6 +79,7 @@ def lower_program(
         coordinates: the rank's position on each sub-axis.
         groups: its process groups.
         known: what is known from other ranks of the same program.
+        joined: gradients of small weights travel together.
 
     Raises:
         CannotLower: an operator does not run on local shapes; it does where it is whole.
@@ -91,6 +95,8 @@ def lower_program(
         if not writes and _may_outline(program, local.graph):
             lowered.outlined = outline(local.graph, lists)
         drop_unused(local.graph)  # of the last layer, what only the others return
+    if joined:
+        join_gradients(local.graph)
     seed_graph(local.graph, groups, len(program.axis_sizes))
     if regions:
         lowered.notes = join_regions(local.graph)

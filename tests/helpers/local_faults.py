@@ -36,6 +36,16 @@ def _leave_out(node: Node) -> None:
     node.graph.erase_node(node)
 
 
+def not_summed_up(program: GraphModule) -> Iterator[Edit]:
+    """What the ranks have of a gradient is not added up."""
+    yield from _left_out(ops.copy_to_ranks.default)(program)
+    for node in _calls(program, ops.copy_all_to_ranks.default):
+        weights: Any = node.args[0]
+        for copy in node.users:
+            weight = weights[copy.args[1]]
+            yield lambda copy=copy, weight=weight: copy.replace_all_uses_with(weight)
+
+
 def retargeted(before: Any, after: Any) -> GraphFault:
     def fault(program: GraphModule) -> Iterator[Edit]:
         for node in _calls(program, before):
@@ -110,7 +120,7 @@ def collective_of_other_sizes(program: GraphModule) -> Iterator[Edit]:
 ONE_RANK: dict[str, GraphFault] = {
     "collective left out": _left_out(ops.all_reduce.default, ops.all_gather.default),
     "collective of other sizes": collective_of_other_sizes,
-    "gradients not summed up": _left_out(ops.copy_to_ranks.default),
+    "gradients not summed up": not_summed_up,
     "another activation": retargeted(aten.relu.default, aten.silu.default),
     "another activation (silu)": retargeted(aten.silu.default, aten.relu.default),
     "added, not subtracted": retargeted(aten.add.Tensor, aten.sub.Tensor),

@@ -147,6 +147,9 @@ class _Judged:
 
     def call(self, target: Any, args: Any, kwargs: Any) -> Any:
         name = getattr(target, "_opname", "")
+        if name == "copy_all_to_ranks":
+            one = ops.copy_to_ranks.default
+            return [self.collective(one, "copy_to_ranks", (x, args[1]), kwargs) for x in args[0]]
         if getattr(target, "namespace", "") == "tpcompile":
             return (self.collective if name in _MOVES else self.function)(target, name, args, kwargs)
         if target is operator.getitem or not name:

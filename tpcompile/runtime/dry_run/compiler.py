@@ -83,6 +83,7 @@ class DryCompiler(Compiler):
         wanted = samples(left_out(rewritten))
         for copies in wanted if self._runs else wanted[:1]:
             short = shortened(rewritten, copies)
-            graph = lower_graph(short, first, SimulatedGroups(rewritten.axis_sizes, first))
+            # A message with the gradients of all layers could not be told from those of a few.
+            graph = lower_graph(short, first, SimulatedGroups(rewritten.axis_sizes, first), joined=False)
             self.programs.append((copies, short, graph))
         return super().lower(rewritten)
