@@ -12,6 +12,8 @@ import tpcompile
 from tests.helpers import families
 from tests.helpers.toys import PartlyCapturable, ReadsInHelper
 from tests.on_ranks.models import mesh
+from tests.on_ranks.module_life import refusal
+from tests.on_ranks.training import ToyConfig, ToyForCausalLM
 
 
 def in_either_order(dense_first: bool) -> dict[str, Any]:
@@ -36,6 +38,23 @@ def in_either_order(dense_first: bool) -> dict[str, Any]:
     weights = (model.experts.weight, model.mlp.up.weight, model.table.rows)
     found["shapes"] = [tuple(p.to_local().shape) for p in weights]
     return found
+
+
+class LooksAtWords(ToyForCausalLM):
+    """A model of transformers whose python depends on the words."""
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return super().forward(input_ids if input_ids.sum() > 0 else -input_ids, **kwargs)
+
+
+def not_composed() -> list[str]:
+    """What is said where parts are not wanted: usually of modules, if so asked of models of transformers."""
+    words, x = torch.ones(2, 5, dtype=torch.int64), torch.randn(3, 7, 12)
+    model = LooksAtWords(ToyConfig())
+    return [
+        refusal(lambda: tpcompile.parallelize(PartlyCapturable(), mesh(), (x,))),
+        refusal(lambda: tpcompile.parallelize(model, mesh(), (words,), compose=False)),
+    ]
 
 
 def read_in_helper() -> float:

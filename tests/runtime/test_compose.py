@@ -16,6 +16,11 @@ def test_what_runs_as_python_keeps_its_own_weights_whole() -> None:
         assert found["shapes"] == [(4, 12, 12), (10, 12), (16, 12)]
 
 
+def test_parts_are_offered_where_they_are_not_wanted() -> None:
+    for found in run_spmd(spmd_compose.not_composed, 2):
+        assert all("compose=True" in text for text in found), found
+
+
 def test_what_a_method_reads_stays_whole() -> None:
     assert max(run_spmd(spmd_compose.read_in_helper, 2)) <= 1e-6
 

@@ -154,7 +154,7 @@ def test_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", ("t5", "mamba", "bamba"))
 def test_tokens_of_other_kinds_of_models(name: str) -> None:
-    for found in on_two_ranks(spmd_encoder_decoder.tokens, name, 1):
+    for found in on_two_ranks(spmd_encoder_decoder.tokens, name):
         assert found["same"], found
 
 
