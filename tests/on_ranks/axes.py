@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,9 +49,9 @@ class Block(nn.Module):
 
 
 class Toy(nn.Module):
-    """A decoder of two blocks, and its loss."""
+    """A decoder of few blocks, and its loss."""
 
-    def __init__(self, width: int = 16, words: int = 24, blocks: int = 2) -> None:
+    def __init__(self, width: int = 16, words: int = 24, blocks: int = 1) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.words, self.head = nn.Embedding(words, width), nn.Linear(width, words)
@@ -73,6 +74,7 @@ def batches() -> Tensor:
     return torch.randint(24, (STEPS, BATCHES, 3, 7), generator=torch.Generator().manual_seed(1))
 
 
+@functools.cache
 def whole_run() -> tuple[nn.Module, Tensor]:
     """The unsharded model after all steps; its losses by step and batch."""
     model, losses = Toy().double(), []
