@@ -125,9 +125,9 @@ def test_conversions_that_cannot_be_recorded() -> None:
 # ------------------------------------------------------------------------------------ models, in this process
 
 
-def checkpoint_of(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Saves a model by transformers; its class."""
-    model: Any = build(name, dtype)
+def checkpoint_of(name: str, folder: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+    """Saves a model by transformers, with other fields of its configuration if given; its class."""
+    model: Any = build(name, dtype, **fields)
     if model.can_generate():
         model.generation_config.max_length = 23
     model.save_pretrained(folder)
@@ -432,7 +432,7 @@ def test_loads_decodes_and_saves(
     name: str, ranks: int, stored: torch.dtype, dtype: Any, tmp_path: Path
 ) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
-    model_class = checkpoint_of(name, folder, stored)
+    model_class = checkpoint_of(name, folder, stored, num_hidden_layers=1)
     decode = ranks == 2
     wishes = (name, str(folder), dtype, str(out), decode)
     answers = run_spmd(spmd_from_pretrained.load, ranks, *wishes, timeout=TIMEOUT)
