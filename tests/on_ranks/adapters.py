@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tpcompile
 from tests.on_ranks.module_life import refusal
@@ -111,6 +112,32 @@ def trainer(folder: str) -> None:
         assert len(own.optimizer.state) == 4  # A and B of two layers
     state = torch.load(Path(folder) / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
     assert all(each["exp_avg"].shape[0] in (4, 22, 42) for each in state.values())
+
+
+def prompted() -> Any:
+    """A model with a trained prompt, which python puts in front of the words."""
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes))
+    return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+def prompt_tuning(folder: str) -> None:
+    """Steps and files are those of PEFT alone."""
+    call = {**CALL, "attention_mask": torch.ones_like(WORDS)}
+    alone, sharded = prompted(), tpcompile.parallelize(prompted(), example_kwargs=call)
+    for model in (alone, sharded):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(**call).loss.backward()
+            optimizer.step()
+        assert len(optimizer.state) == 1
+    _same(sharded(**call).loss, alone(**call).loss)
+    sharded.save_pretrained(folder)
+    (own,) = (p.detach() for p in alone.parameters() if p.requires_grad)
+    (stored,) = load_file(Path(folder) / "adapter_model.safetensors").values()
+    _same(stored, own)
 
 
 def refused(folder: str) -> list[str]:

@@ -16,6 +16,10 @@ def test_trainer(tmp_path: Path) -> None:
     run_spmd(adapters.trainer, 2, str(tmp_path), timeout=400)
 
 
+def test_prompt_tuning(tmp_path: Path) -> None:
+    run_spmd(adapters.prompt_tuning, 2, str(tmp_path), timeout=400)
+
+
 def test_refused(tmp_path: Path) -> None:
     for after, another, state in run_spmd(adapters.refused, 2, str(tmp_path)):
         assert "parallelize what get_peft_model gives" in after
