@@ -68,7 +68,9 @@ def taken() -> dict[str, Taken]:
     mesh = init_device_mesh("cpu", (ranks,))
     deep: Any = tpcompile.parallelize(Deep(), mesh, (X,))
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
-    generates = tpcompile.parallelize(llama(), mesh)
+    with torch.no_grad():  # the first program is that of the prompt
+        prompt = {"input_ids": ids, "use_cache": True}
+        generates = tpcompile.parallelize(llama(), mesh, example_kwargs=prompt)
     return {
         "deep": {"train": training(deep, lambda: deep(X), ranks)},
         "llama": generating(generates, ids, ranks),
