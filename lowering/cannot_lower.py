@@ -1,4 +1,4 @@
-"""A call that does not run on a rank's part is named, so that it can be planned again as a whole one."""
+"""What does not run on a rank's part is named, so that it can be planned again: calls as whole ones."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from tpcompile.ir.markers import MARKERS, MERGED, origin
 from tpcompile.ir.nodes import module_path, producer
 from tpcompile.ir.placements import R
 from tpcompile.planner.global_program import Alike, alike
+
+LAYERS: Alike = ("repeated layers", "")
+"""Stands among the calls to blame for repeated layers that the plan does not treat alike."""
 
 
 class CannotLower(TpCompileError):
@@ -38,6 +41,13 @@ def cannot_lower(node: Node, error: Exception) -> TpCompileError:
         )
     found = CannotLower(f"it does not run on a rank's part: {why}", where=where)
     found.calls = frozenset(map(alike, blamed))
+    return found
+
+
+def layers_differ(error: TpCompileError) -> CannotLower:
+    """The error for layers of which the last cannot stand for others: each is to be planned by itself."""
+    found = CannotLower(error.what, where=error.where)
+    found.calls = frozenset({LAYERS})
     return found
 
 

@@ -23,7 +23,7 @@ from tpcompile.rules.opaque import is_opaque
 from tpcompile.rules.rule import Rule
 
 from . import localise
-from .cannot_lower import cannot_lower
+from .cannot_lower import cannot_lower, layers_differ
 from .join_gradients import join_gradients
 from .known_values import KnownValues
 from .local_shapes import LocalShapes
@@ -82,7 +82,8 @@ def lower_program(
         joined: gradients of small weights travel together.
 
     Raises:
-        CannotLower: an operator does not run on local shapes; it does where it is whole.
+        CannotLower: an operator does not run on local shapes; it does where it is whole. Or layers that
+            repeat are planned unlike each other.
         TpCompileError: an operator has other local shapes than its rule promised.
     """
     shapes = LocalShapes(program.planned_factors, program.axis_sizes, coordinates)
@@ -91,7 +92,10 @@ def lower_program(
     writes = any(spec.in_place for spec in program.captured.outputs)
     regions = {} if writes else program.captured.regions
     if program.blocks is not None:
-        lists = unroll(local.graph, program.blocks, copy_placeholder)
+        try:
+            lists = unroll(local.graph, program.blocks, copy_placeholder)
+        except TpCompileError as error:
+            raise layers_differ(error) from error
         if not writes and _may_outline(program, local.graph):
             lowered.outlined = outline(local.graph, lists)
         drop_unused(local.graph)  # of the last layer, what only the others return

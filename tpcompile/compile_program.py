@@ -27,7 +27,7 @@ from .ir.layout.weight_layout import WeightLayout
 from .ir.module_tensors import whole_tensors
 from .ir.print_graph import graph_text
 from .ir.uncollected import uncollected
-from .lowering.cannot_lower import CannotLower
+from .lowering.cannot_lower import LAYERS, CannotLower
 from .lowering.collective_lines import sent_by
 from .lowering.lower_graph import Lowered, lower_program
 from .pipeline import canonical, find_decisions, follow, known_layout, rewrite
@@ -124,6 +124,7 @@ class Compiler:
         bound: dict[str, Any],
         layout: WeightLayout | None,
         caches: Mapping[str, Held] | None = None,
+        uneven: str = "",
     ) -> Compiled:
         """Compiles one call signature, on all ranks together.
 
@@ -132,26 +133,29 @@ class Compiler:
             bound: the example call.
             layout: where the weights already are, or None if this program is to decide it.
             caches: how the tensors of caches are placed that earlier programs handed out, by name.
+            uneven: why repeated layers are to be planned one by one, if they are.
 
         Raises:
             TpCompileError: on all ranks, if any of them fails or they disagree.
         """
         began = time.perf_counter()
         self._custom_modules(model)  # of all ranks together
-        base = together(self.group, "capture the model", lambda: self.canonical(model, bound, layout, caches))
+        what = (model, bound, layout, caches)
+        base = together(self.group, "capture the model", lambda: self.canonical(*what, uneven))
         captured = time.perf_counter()
         fingerprint = compare(self.group, "captured graphs", graph_text(base.graph).splitlines())
         if constants := base.captured.constant_lines():
-            todo = (
-                "make the tensors that forward reads alike on all ranks (a seed), or register them as buffers"
-            )
+            todo = "make tensors that forward reads alike on all ranks (a seed), or register them as buffers"
             compare(self.group, "constants in their programs", constants, todo)
         tensors = whole_tensors(model)
-        training = any(p.requires_grad for p in model.parameters()) or _wants_gradient(bound)
+        given = (x for x in flatten_call(bound)[0] if isinstance(x, Tensor))
+        training = any(x.requires_grad for x in (*model.parameters(), *given))
         for _ in range(MOST_TRIES):
             compiled = self._attempt(base, layout, fingerprint, tensors, training)
             if isinstance(compiled, Compiled):
                 break
+            if LAYERS in compiled:
+                return self.compile(*what, uneven=compiled[LAYERS])
             base = replace(base, refused={**base.refused, **compiled})
         else:
             where = ", ".join(f"{op} in {path}" for op, path in base.refused)
@@ -236,10 +240,9 @@ class Compiler:
         """A plan for a program that this rank has captured; other ranks are not asked."""
         data = find_decisions(base, self.options, self._wishes, "", tensors)
         planned, rewritten = follow(base, data), follow(base, data)
-        options, sequence = self.options, self.sequence
-        rewrite(rewritten, training=False, cost=options.cost, coalesce=coalesce, sequence=sequence)
-        pins = make_pins(options.rules.wishes)
-        return make_plan(planned, rewritten, layout_of(planned, tensors), options, "", pins, sequence)
+        rewrite(rewritten, False, cost=self.options.cost, coalesce=coalesce, sequence=self.sequence)
+        pins, placed = make_pins(self.options.rules.wishes), layout_of(planned, tensors)
+        return make_plan(planned, rewritten, placed, self.options, "", pins, self.sequence)
 
     def without_rules(self) -> Compiler:
         """A compiler that plans automatically, for comparison."""
@@ -258,11 +261,12 @@ class Compiler:
         bound: dict[str, Any],
         layout: WeightLayout | None = None,
         caches: Mapping[str, Held] | None = None,
+        uneven: str = "",
     ) -> GlobalProgram:
-        """The canonical program of one call signature."""
+        """The canonical program of one call signature; ``compile`` says what it is given."""
         captured = mark_layers(self.capture_call(model, bound), model, self.options.checkpointing)
-        uneven = uneven_layers(captured, self._wishes, layout, caches or {})
-        if uneven is not None:
+        uneven = uneven or uneven_layers(captured, self._wishes, layout, caches or {}) or ""
+        if uneven:
             captured = unroll_captured(captured)
             captured.notes += (f"repeated layers are planned one by one: {uneven}",)
         custom, passes = self._custom_modules(model), self.options.passes
@@ -294,7 +298,3 @@ class Compiler:
             return Lowered(GraphModule(nn.Module(), rewritten.graph))
         at = WeightLayout(rewritten.axis_sizes, {}).coordinates(self.rank)
         return lower_program(rewritten, at, self.groups[rewritten.axis_sizes])
-
-
-def _wants_gradient(bound: dict[str, Any]) -> bool:
-    return any(isinstance(x, Tensor) and x.requires_grad for x in flatten_call(bound)[0])

@@ -77,6 +77,21 @@ def divided_between_layers() -> float:
     return error(model(x), whole(x))
 
 
+def planned_unlike() -> tuple[float, float, str]:
+    """Layers of which the first two are not divided alike: errors of result and gradients, and notes."""
+    torch.manual_seed(0)
+    whole = nn.Sequential(*(nn.Linear(32, 32) for _ in range(LAYERS)))
+    x = torch.randn(64, 32)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    model = tpcompile.parallelize(copy.deepcopy(whole), mesh, (x,), dynamic=False)
+    results = [each(x) for each in (model, whole)]
+    for y in results:
+        y.square().mean().backward()
+    pairs = zip(model.parameters(), whole.parameters(), strict=True)
+    gradients = [error(p.grad.full_tensor(), q.grad) for p, q in pairs]
+    return error(*results), max(gradients), "\n".join(model.programs[0].captured.notes)
+
+
 def tokens() -> dict[str, Any]:
     """Greedy tokens and hidden states, whose programs have inputs and results per layer."""
     model = deep()

@@ -503,6 +503,21 @@ def test_layers_are_planned_alike_whatever_a_mesh_costs(ranks: int) -> None:
     assert len(kinds) > 2  # the plans did differ
 
 
+@pytest.mark.parametrize(("bias", "ranks"), [(True, 2), (True, 3), (False, 2)])
+def test_layers_that_are_planned_unlike_each_other_are_planned_one_by_one(bias: bool, ranks: int) -> None:
+    """The first by columns, all others by rows: what is sent between them is not the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(32, 32, bias=bias) for _ in range(7)))
+    report = tpcompile.verify(model, ranks, example_args=(torch.randn(64, 32),), dynamic=False)
+    assert report.ok, report
+
+
+def test_they_are_on_processes() -> None:
+    for result, gradients, notes in run_spmd(spmd_repeated.planned_unlike, 2):
+        assert "planned one by one: periods 1 and 2 of repeated layers differ" in notes
+        assert max(result, gradients) <= 1e-5
+
+
 # --------------------------------------------------------------------- layers as calls of one submodule
 
 
