@@ -186,13 +186,16 @@ class Branches(nn.Module):
         return y
 
 
-def divided_by_another() -> list[Any]:
-    """What is said of a call that would divide what FSDP has; whether all else is whole, and works."""
+def divided_by_another(kind: str) -> list[Any]:
+    """What is said of a call that would divide what a wrapper has; whether all else is whole, and works."""
     torch.manual_seed(0)
     both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
     whole, x = Branches().eval(), torch.randn(3, 5, 12)
     sharded: Any = tpcompile.parallelize(copy.deepcopy(whole), both, (x,), axis="tensor")
-    fully_shard(sharded.third, mesh=both["data"])
+    if kind == "fully_shard":
+        fully_shard(sharded.third, mesh=both["data"])
+    else:
+        DistributedDataParallel(sharded, process_group=both.get_group("data"), find_unused_parameters=True)
     said = refusal(lambda: sharded.capture(x, more=True))
     return [said, all(p.placing.whole for p in sharded.second.parameters()), error(sharded(x), whole(x))]
 

@@ -73,9 +73,10 @@ def test_types_that_are_assigned_select_the_program() -> None:
         assert programs == 3
 
 
-def test_a_call_that_is_refused_divides_nothing() -> None:
-    for said, whole, worst in run_spmd(spmd.divided_by_another, 2):
-        assert "FSDP has divided already" in said
+@pytest.mark.parametrize("kind", ["fully_shard", "DistributedDataParallel"])
+def test_a_call_that_is_refused_divides_nothing(kind: str) -> None:
+    for said, whole, worst in run_spmd(spmd.divided_by_another, 2, kind):
+        assert f"that {kind} has as it is" in said
         assert whole and worst <= 1e-5
 
 

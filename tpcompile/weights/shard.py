@@ -34,7 +34,7 @@ def shard_weights(model: nn.Module, weights: ShardedWeights, names: Container[st
         names: those to look at; by default all.
 
     Raises:
-        TpCompileError: FSDP has divided a parameter that is to be divided otherwise; nothing was changed.
+        TpCompileError: FSDP or DDP has a parameter that is to be divided now; nothing was changed.
     """
     guard_torch()
     wanted = weights.layout.params if names is None else names
@@ -79,11 +79,16 @@ def _carry_hooks(old: Tensor, new: ShardedParameter) -> None:
 
 
 def _refuse_divided(tensor: Tensor, where: TensorLayout) -> None:
-    if isinstance(tensor, DTensor) and not isinstance(tensor, ShardedParameter) and not where.whole:
+    by = ""
+    if isinstance(tensor, ShardedParameter):
+        by = "DistributedDataParallel" if tensor.placing.whole and tensor.averaged else ""
+    elif isinstance(tensor, DTensor):
+        by = "fully_shard"
+    if by and not where.whole:
         raise TpCompileError(
-            "a call divides a weight that no call before has used, and that FSDP has divided already",
+            f"a call divides a weight that no call before has used, and that {by} has as it is",
             where=where.name,
-            todo="capture this call, with model.capture(...), before fully_shard",
+            todo=f"capture this call before {by}: give parallelize an example, or use model.capture(...)",
         )
 
 
