@@ -133,6 +133,23 @@ def values_that_are_not_what_they_equal() -> tuple[bool, int]:
     return right, len(sharded.programs)
 
 
+class Asks(Core):
+    """Treats parameters otherwise than other tensors; hands on what it was given."""
+
+    def forward(self, x: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = x * 2 if isinstance(x, nn.Parameter) else x
+        return self.core(scaled) * by + (1 if isinstance(by, nn.Parameter) else 0), x
+
+
+def parameters_among_arguments() -> tuple[float, int]:
+    """The worst error of calls that are given parameters, or not; how many programs there are."""
+    whole, x, by = Asks(), torch.randn(2, 12, 16), torch.ones(16)
+    sharded: Any = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (x, by))
+    calls = [(nn.Parameter(x), by), (x, by), (x, nn.Parameter(by)), (nn.Parameter(x[:, :5]), by), (x, by)]
+    errors = [(sharded(*args)[0] - whole(*args)[0]).abs().max() for args in calls]
+    return float(torch.stack(errors).max()), len(sharded.programs)
+
+
 def numbers() -> dict[str, tuple[float, int, int]]:
     """Per model, the worst error over calls with many numbers; how many programs there are, and warnings."""
     found = {}

@@ -22,6 +22,11 @@ def test_values_that_are_not_what_they_equal() -> None:
     assert run_spmd(sizes.values_that_are_not_what_they_equal, 2) == [(True, 3)] * 2
 
 
+def test_parameters_among_arguments() -> None:
+    for worst, programs in run_spmd(sizes.parameters_among_arguments, 2):
+        assert worst < 1e-5 and programs == 3
+
+
 def test_numbers_that_change_are_few_programs() -> None:
     """0, 1, and a symbol; where a symbol would do something else, or is none, the last few."""
     for rank, found in enumerate(run_spmd(sizes.numbers, 2)):

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from tpcompile.capture.caches.register import is_cache
 from tpcompile.capture.export.captured import Captured
+from tpcompile.capture.export.look_inside import without_values
 from tpcompile.capture.export.specs import InputSpec
 from tpcompile.capture.held_caches import Held, held_outputs
 from tpcompile.compile_program import Compiled
@@ -62,7 +63,7 @@ def make_program(
         autocast=autocast_of(leaves),
         default=torch.get_default_dtype(),
         names=tuple(bound),
-        example=tuple(x.to("meta") if isinstance(x, Tensor) else x for x in leaves),
+        example=without_values(leaves),
         feeds=feeds,
         mutated=_mutated(model, compiled),
         loose=loose,

@@ -79,14 +79,20 @@ class FlatModel(nn.Module):
         self.training = model.training
         self._fixed = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        self._is_parameter = [isinstance(leaf, nn.Parameter) for leaf in leaves]
         self._structure = structure
         self._attempt = attempt
         self.seen = _Seen()
 
     def forward(self, *leaves: Any) -> tuple[Any, ...]:
         tensors = iter(leaves)
-        flat = [next(tensors) if t else v for t, v in zip(self._is_tensor, self._fixed, strict=True)]
+        flat: list[Any] = [
+            next(tensors) if t else v for t, v in zip(self._is_tensor, self._fixed, strict=True)
+        ]
         self._tie(flat)
+        for leaf, is_parameter in zip(flat, self._is_parameter, strict=True):
+            if is_parameter:
+                leaf._is_param = True  # python may ask
         call, model = self._structure.bound(flat), getattr(self, PREFIX)
         before = [
             _Buffer(module, name, f"{path}.{name}" if path else name, old, old.requires_grad)

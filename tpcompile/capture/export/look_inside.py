@@ -107,7 +107,7 @@ def equal(one: Any, other: Any) -> bool:
 def first_unlike(leaves: Sequence[Any], example: Sequence[Any], numbers: Collection[int]) -> int | None:
     """The place of a call's first leaf of another type, rank or python value than an example's.
 
-    Dynamo can trace it.
+    Whether tensors are parameters is part of their type: python may ask. Dynamo can trace it.
 
     Args:
         leaves: the call, flat.
@@ -119,11 +119,24 @@ def first_unlike(leaves: Sequence[Any], example: Sequence[Any], numbers: Collect
             like = type(given) is int and given >= 0
         elif isinstance(given, Tensor) and isinstance(mine, Tensor):
             like = (given.dtype, given.ndim, given.layout) == (mine.dtype, mine.ndim, mine.layout)
+            like = like and isinstance(given, nn.Parameter) == isinstance(mine, nn.Parameter)
         else:
             like = equal(given, mine)
         if not like:
             return at
     return None
+
+
+def without_values(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """A call as an example of its kind: without the values of its tensors."""
+
+    def valueless(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        meta = leaf.detach().to("meta")
+        return nn.Parameter(meta, requires_grad=False) if isinstance(leaf, nn.Parameter) else meta
+
+    return tuple(map(valueless, leaves))
 
 
 def only_asks(code: Any) -> bool:

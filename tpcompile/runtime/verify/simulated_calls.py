@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from tpcompile.capture.caches.layers import with_counts
 from tpcompile.capture.export.captured import Captured
-from tpcompile.capture.export.look_inside import first_unlike
+from tpcompile.capture.export.look_inside import first_unlike, without_values
 from tpcompile.capture.export.specs import OutputSpec
 from tpcompile.capture.held_caches import Held
 from tpcompile.ir.calls import flatten_call, signature_of
@@ -94,7 +94,7 @@ class SimulatedCalls:
         self.layout = compiled.plan.layout
         self.caches = {**hand_out(compiled.planned), **self.caches}
         ranks, captured = self.compiler.programs, whole_captured(compiled.planned)
-        example = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in leaves)
+        example = without_values(leaves)
         # Not the rewritten program's types: a pass may have put a cast there.
         limit = limit_of(kinds_of([node.meta.get("val") for node in compiled.planned.graph.nodes]))
         rewritten = compiled.rewritten
