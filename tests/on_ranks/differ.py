@@ -157,9 +157,6 @@ def given_other_things() -> dict[str, str]:
             later(X, scale=scale)
         later(X, scale=20 + rank)
 
-    cases["sizes_that_were_seen"] = lambda: later(X.repeat(3 + rank, 1))
-    cases["programs_that_were_seen"] = lambda: later(X, **({"scale": 5} if rank else {}))
-
     @case
     def batches_after_many() -> None:
         for _ in range(64):
