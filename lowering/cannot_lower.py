@@ -1,4 +1,4 @@
-"""What does not run on a rank's part is named, so that it can be planned again: calls as whole ones."""
+"""What cannot be lowered as planned is named, to be planned again: calls whole, layers one by one."""
 
 from __future__ import annotations
 

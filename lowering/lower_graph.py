@@ -37,17 +37,6 @@ from .state import SOURCE, STANDS_FOR, Groups, Lowering, lenient
 from .update_in_place import update_in_place
 
 
-def lower_graph(
-    program: GlobalProgram,
-    coordinates: tuple[int, ...],
-    groups: Groups,
-    known: KnownValues | None = None,
-    joined: bool = True,
-) -> GraphModule:
-    """One rank's program, see ``lower_program``, with all layers one after the other."""
-    return lower_program(program, coordinates, groups, known, joined).local
-
-
 @dataclass
 class Lowered:
     """One rank's program, in up to three forms.

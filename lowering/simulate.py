@@ -22,7 +22,7 @@ from tpcompile.ranks.compare_sent import Sent
 from .collective_lines import sent_by
 from .joint import COLLECTIVES, joint
 from .known_values import KnownValues
-from .lower_graph import lower_graph
+from .lower_graph import lower_program
 
 Watch = Callable[[int, Node, Any], None]
 """Told of every value: the rank, the node of its graph, and what it computes there."""
@@ -54,7 +54,7 @@ def lower_all(program: GlobalProgram) -> list[GraphModule]:
     """The programs of all ranks."""
     known = KnownValues()
     return [
-        lower_graph(program, at, SimulatedGroups(program.axis_sizes, at), known)
+        lower_program(program, at, SimulatedGroups(program.axis_sizes, at), known).local
         for at in coordinates(program.axis_sizes)
     ]
 

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from tpcompile.ir.markers import Axes
 from tpcompile.ir.placements import Partial, Placement, Replicate
-from tpcompile.lowering.lower_graph import lower_graph
+from tpcompile.lowering.lower_graph import lower_program
 from tpcompile.lowering.state import SOURCE, STANDS_FOR
 from tpcompile.planner.global_program import GlobalProgram
 
@@ -73,7 +73,7 @@ def judge(program: GlobalProgram) -> None:
     """
     with fake_mesh(program.axis_sizes) as mesh:
         groups = _Groups(mesh)
-        local = lower_graph(program, (0,) * len(program.axis_sizes), groups)
+        local = lower_program(program, (0,) * len(program.axis_sizes), groups).local
         with spmd.set_current_mesh(mesh), typecheck():
             _Judged(program, local, groups).run_all()
 

@@ -12,7 +12,7 @@ from torch.fx import Graph
 from tests.helpers import programs
 from tpcompile.ir import graph_edit
 from tpcompile.lowering import known_values, simulate
-from tpcompile.lowering.lower_graph import lower_graph
+from tpcompile.lowering.lower_graph import lower_program
 from tpcompile.pipeline import rewrite
 from tpcompile.planner.global_program import GlobalProgram
 
@@ -53,7 +53,7 @@ def test_nothing_is_different(width: int, ranks: int) -> None:
     program = rewritten(width, ranks)
     every = simulate.coordinates(program.axis_sizes)
     for at, known in zip(every, simulate.lower_all(program), strict=True):
-        alone = lower_graph(program, at, simulate.SimulatedGroups(program.axis_sizes, at))
+        alone = lower_program(program, at, simulate.SimulatedGroups(program.axis_sizes, at)).local
         assert str(known.graph) == str(alone.graph)
         assert described(known.graph) == described(alone.graph)
 
@@ -71,7 +71,7 @@ def test_ranks_with_equal_parts_are_computed_once(
     monkeypatch.setattr(known_values, "value_of", value_of)
     program = rewritten(width, ranks)
     at = simulate.coordinates(program.axis_sizes)[0]
-    lower_graph(program, at, simulate.SimulatedGroups(program.axis_sizes, at))
+    lower_program(program, at, simulate.SimulatedGroups(program.axis_sizes, at))
     alone = len(counted)
     simulate.lower_all(program)
     together = counted[alone:]

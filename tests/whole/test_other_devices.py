@@ -15,7 +15,7 @@ from tests.on_ranks.models import CAPTURED
 from tpcompile.capture.repeats.capture_repeated import capture_repeated
 from tpcompile.ir.calls import bind_call
 from tpcompile.ir.print_graph import graph_text
-from tpcompile.lowering.lower_graph import lower_graph
+from tpcompile.lowering.lower_graph import lower_program
 from tpcompile.pipeline import canonical, plan_program, rewrite
 from tpcompile.planner.search.cost import preset
 
@@ -55,7 +55,7 @@ def strays(names: tuple[str, ...]) -> dict[str, list[str]]:
         captured = capture_repeated(model, call, device=device)
         program = plan_program(canonical(captured, 2), preset("cpu"), lambda _work, _axis: {})
         rewrite(program, training=False)
-        local = lower_graph(program, (1,) * len(program.axis_sizes), Alone())
+        local = lower_program(program, (1,) * len(program.axis_sizes), Alone()).local
         values = {n.name: n.meta.get("val") for n in (*program.graph.nodes, *local.graph.nodes)}
         wanted = {n.name: n.kwargs.get("device", device) for n in local.graph.nodes}
         found[name] = [k for k, v in values.items() if isinstance(v, Tensor) and v.device != device]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.nodes import has_fractions
 from tpcompile.ir.torch_internals import detect_fake_mode, get_tracing_state, peek_interpreter_stack
 
 from .agree import compare
@@ -128,7 +129,7 @@ def _is_tried_out() -> bool:
 
 def _has_numbers(leaf: Any) -> bool:
     plain = type(leaf) in (Tensor, torch.nn.Parameter) and leaf.layout is torch.strided
-    return plain and (leaf.is_floating_point() or leaf.is_complex()) and leaf.numel() > 0
+    return plain and has_fractions(leaf) and leaf.numel() > 0
 
 
 def _sample(tensor: Tensor) -> list[float]:

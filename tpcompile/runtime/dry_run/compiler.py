@@ -15,7 +15,7 @@ from tpcompile.capture.export.switch_experts import exportable_experts
 from tpcompile.capture.held_caches import Held
 from tpcompile.compile_program import Compiled, Compiler
 from tpcompile.ir.layout.weight_layout import WeightLayout
-from tpcompile.lowering.lower_graph import Lowered, lower_graph
+from tpcompile.lowering.lower_graph import Lowered, lower_program
 from tpcompile.lowering.simulate import SimulatedGroups
 from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.planner.options import Options
@@ -84,6 +84,7 @@ class DryCompiler(Compiler):
         for copies in wanted if self._runs else wanted[:1]:
             short = shortened(rewritten, copies)
             # A message with the gradients of all layers could not be told from those of a few.
-            graph = lower_graph(short, first, SimulatedGroups(rewritten.axis_sizes, first), joined=False)
+            groups = SimulatedGroups(rewritten.axis_sizes, first)
+            graph = lower_program(short, first, groups, joined=False).local
             self.programs.append((copies, short, graph))
         return super().lower(rewritten)
