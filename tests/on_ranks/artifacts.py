@@ -22,6 +22,7 @@ from tests.helpers import families
 from tests.helpers.toys import Attention, Mlp
 from tests.on_ranks.models import call, mesh
 from tests.on_ranks.module_life import refusal
+from tests.on_ranks.sizes import Asks
 from tpcompile.planner.plan import digest_of
 from tpcompile.runtime.artifacts import save_program
 from tpcompile.runtime.artifacts.save_program import file_digest
@@ -159,6 +160,19 @@ def folders(folder: str) -> dict[str, Any]:
     found["same"] = all(torch.equal(loaded(a), b) for a, b in zip((x, x[0]), wanted, strict=True))
     found["order"] = refusal(lambda: [loaded(x[0] if rank else x) for _ in range(64)])
     return found
+
+
+def parameters(folder: str) -> tuple[bool, str]:
+    """A program for an argument that python asks whether it is a parameter: whether it runs for one, and
+    what is said to another tensor.
+    """
+    asks: Any = tpcompile.parallelize(Asks().eval(), mesh())
+    x, by = nn.Parameter(torch.randn(2, 12, 16), requires_grad=False), torch.ones(16)
+    with torch.no_grad():
+        wanted = asks(x, by)
+    asks.save_program(folder)
+    loaded = tpcompile.load_program(folder, mesh())
+    return bits(loaded(x, by)[0], wanted[0]), refusal(lambda: loaded(x.data, by))
 
 
 def _no_room(*args: Any) -> None:

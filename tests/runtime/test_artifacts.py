@@ -68,6 +68,11 @@ def test_folders_of_others_and_orders_of_calls(tmp_path: Path) -> None:
         assert "orders of calls" in found["order"]
 
 
+def test_a_parameter_among_the_arguments(tmp_path: Path) -> None:
+    for same, refused in run_spmd(artifacts.parameters, 2, str(tmp_path / "program")):
+        assert same and "x is of another type" in refused
+
+
 def test_damaged_and_made_up_folders(tmp_path: Path) -> None:
     for rank, outcomes in enumerate(run_spmd(artifacts.fuzz, 2, str(tmp_path / "program"), str(tmp_path))):
         assert outcomes["refused"] > 40

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tpcompile.capture.export.captured import Captured
@@ -101,13 +101,18 @@ def captured_of(data: Mapping[str, Any], graph: GraphModule, device: torch.devic
 
 
 def example_of(data: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
-    """The leaves of the call that a program was captured for; of tensors the type and the rank."""
+    """The leaves of the call that a program was captured for; of tensors the type and the rank.
+
+    Raises:
+        ValueError: they are something else.
+    """
 
     def refer(kind: str, value: Any) -> Any:
         dtype, rank = decode(value[0], device), int(value[1])
-        if kind != "tensor" or not 0 <= rank <= 64:  # as many as a tensor can have
+        if kind not in ("tensor", "parameter") or not 0 <= rank <= 64:  # as many as a tensor can have
             raise ValueError(f"{kind} {str(value)[:80]} is not a kind of value")
-        return torch.empty([0] * rank, dtype=dtype, device="meta")
+        tensor = torch.empty([0] * rank, dtype=dtype, device="meta")
+        return nn.Parameter(tensor, requires_grad=False) if kind == "parameter" else tensor
 
     return tuple(decode(leaf, device, refer) for leaf in data["example"])
 
@@ -142,7 +147,10 @@ def signature_of_data(data: Mapping[str, Any]) -> CallSignature:
 
 
 def _leaf(value: Any) -> Any:
-    return {"tensor": [encode(value.dtype), value.ndim]} if isinstance(value, Tensor) else encode(value)
+    if not isinstance(value, Tensor):
+        return encode(value)
+    kind = "parameter" if isinstance(value, nn.Parameter) else "tensor"
+    return {kind: [encode(value.dtype), value.ndim]}
 
 
 def _extent(extent: Any) -> int | str:
