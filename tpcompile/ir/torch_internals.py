@@ -40,6 +40,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import _profiler_enabled as profiler_enabled  # type: ignore[attr-defined]
+from torch.distributed import _state_dict_utils as state_dict_utils
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._storage_utils import _storage_setup as storage_setup
 from torch.distributed.fsdp._fully_shard import _fully_shard as fully_shard
@@ -89,7 +90,8 @@ PRIVATE_ATTRIBUTES = {
     "torch.distributed.DeviceMesh": ("_flatten_mapping", "_get_root_mesh", "_pg_registry", "_root_mesh"),
     "torch._C._distributed_c10d:Backend.Options": ("_timeout",),
     "torch.distributed.ProcessGroup": ("_device_types", "_get_backend"),
-    "torch.distributed.checkpoint.state_dict": ("_broadcast_state_dict", "_distribute_state_dict"),
+    "torch.distributed._state_dict_utils": ("_distribute_tensors",),
+    "torch.distributed.checkpoint.state_dict": ("_distribute_state_dict",),
     "torch.distributed.distributed_c10d": ("_get_default_store", "_new_process_group_helper", "_world"),
     "torch.distributed.fsdp._fully_shard._fully_shard": ("_get_modules_and_states",),
     "torch.distributed.tensor:DTensor": ("_local_tensor",),

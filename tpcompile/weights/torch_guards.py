@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +27,7 @@ from tpcompile.ir.when_imported import when_imported
 
 from .clipping import tell_clipping
 from .compare_steps import compare_step
+from .full_states import tell_helpers
 from .optimizer_state import parts_of_state
 from .optimizer_updates import tell_optimizers
 from .replaced import check_optimizer
@@ -51,9 +51,7 @@ def guard_torch() -> None:
     optimizer.register_optimizer_step_pre_hook(check_optimizer)
     optimizer.register_optimizer_step_pre_hook(compare_step)
     tell_clipping()
-    helpers: Any = state_dict
-    for name in ("_distribute_state_dict", "_broadcast_state_dict"):
-        setattr(helpers, name, functools.partial(_cut_whole_state, getattr(helpers, name)))
+    tell_helpers()
     _OPTIMIZER.load_state_dict = _loads_parts(_OPTIMIZER.load_state_dict)
     _around(DistributedDataParallel, _construct_ddp)
     _around(FullyShardedDataParallel, _construct_fsdp)
@@ -158,17 +156,6 @@ def _loads_parts(original: Callable[..., None]) -> Callable[..., None]:
         original(self, {**state_dict, "state": state})
 
     return load
-
-
-def _cut_whole_state(original: Callable[..., None], full: Any, local: Any, *args: Any, **kwargs: Any) -> None:
-    """What torch's state helpers do with whole states, on all ranks: they cut as a ``DTensor`` would."""
-    for held in local.values():
-        if isinstance(held, ShardedParameter):
-            todo = (
-                "give whole states without that option, the same on every rank; or use model.load_state_dict"
-            )
-            _refuse("full_state_dict=True of torch.distributed.checkpoint.state_dict cuts", held, todo)
-    original(full, local, *args, **kwargs)
 
 
 def _construct_parametrization(construct: Callable[[], None], call: dict[str, Any]) -> None:
