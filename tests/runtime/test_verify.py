@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PixioConfig, PixioModel
 
 import tpcompile
 from tests.helpers import toys
@@ -536,6 +536,16 @@ def test_a_cast_does_not_widen_the_limit(dtype: torch.dtype, kind: torch.dtype) 
     x = torch.randn(X, dtype=dtype)
     report = tpcompile.verify(toys.Mlp().to(dtype), 2, (x,), passes=[Halved(kind)])
     assert (report.ok, report.kind) == (False, "rewrite")
+
+
+def test_a_cast_that_only_traced_python_makes_widens_the_limit() -> None:
+    """transformers interpolates a table of positions in float32 where python takes it as it is."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = PixioModel(PixioConfig(image_size=8, patch_size=4, **sizes)).double().eval()
+    nn.init.normal_(model.embeddings.position_embeddings)
+    report = tpcompile.verify(model, 2, (torch.randn(2, 3, 8, 8, dtype=torch.float64),), dynamic=False)
+    assert report.ok and 1e-9 < max(f.error for f in report.findings) < 1e-7
+    assert "in float64 the error is" in str(report)
 
 
 def test_collectives_are_told_by_what_they_send() -> None:

@@ -27,7 +27,7 @@ from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.runtime.make_program import hand_out, open_leaves, whole_captured
 
 from .assemble import RanksDiffer, put_together, sizes_at
-from .compare import agree, kinds_of, limit_of
+from .compare import agree, limit_of
 from .inputs import Inputs
 from .trial import SimulatedCompiler
 
@@ -95,9 +95,7 @@ class SimulatedCalls:
         self.caches = {**hand_out(compiled.planned), **self.caches}
         ranks, captured = self.compiler.programs, whole_captured(compiled.planned)
         example = without_values(leaves)
-        # Not the rewritten program's types: a pass may have put a cast there.
-        limit = limit_of(kinds_of([node.meta.get("val") for node in compiled.planned.graph.nodes]))
-        rewritten = compiled.rewritten
+        limit, rewritten = limit_of(self.compiler.kinds), compiled.rewritten
         self.programs.append(_Program(rewritten, ranks, captured, tuple(bound), example, limit))
         return self.programs[-1]
 

@@ -50,6 +50,7 @@ class SimulatedCompiler(Compiler):
 
     Attributes:
         programs: the programs that were made last.
+        kinds: the types in what was captured last, before any pass, which may put a cast there.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class SimulatedCompiler(Compiler):
     ) -> None:
         super().__init__(options, ranks)
         self._lower_all, self.programs, self.exact = lower, list[GraphModule](), exact
+        self.kinds = set[torch.dtype]()
 
     def python(self) -> AbstractContextManager[None]:
         """Where the model's python runs."""
@@ -65,7 +67,9 @@ class SimulatedCompiler(Compiler):
     def capture_call(self, model: nn.Module, bound: dict[str, Any]) -> Captured:
         """A call as it is captured."""
         with self.python():
-            return super().capture_call(model, bound)
+            captured = super().capture_call(model, bound)
+        self.kinds = kinds_of([node.meta.get("val") for node in captured.graph_module.graph.nodes])
+        return captured
 
     def lower(self, rewritten: GlobalProgram) -> Lowered:
         """Lowers for every rank: what does not run on some rank's part is planned again."""
@@ -85,7 +89,9 @@ class Trial:
         programs: those of all ranks.
         asked: gradients are asked for, and
         learning: compared as well.
-        limit: the largest error that rounding explains, in the types that the model's python has used.
+        limit: the largest error that rounding explains, in the types that the model's python has used, and
+            unless it is exact, the captured graph: python that is traced may go another way (a table that
+            transformers interpolates in float32 only while it is traced).
     """
 
     def __init__(
@@ -112,7 +118,8 @@ class Trial:
         model = copy.deepcopy(self.model)
         with TypesSeen() as seen:
             found = self.run_python(model)
-        self.limit = limit_of(seen.kinds | kinds_of([*model.parameters(), self.bound, list(found.values())]))
+        seen.kinds |= kinds_of([*model.parameters(), self.bound, list(found.values())])
+        self.limit = limit_of(seen.kinds if self.compiler.exact else seen.kinds | self.compiler.kinds)
         for spec in (s for s in self.specs if s.kind == "attribute"):
             path, _, name = spec.name.rpartition(".")
             found["attribute", spec.name] = getattr(model.get_submodule(path), name, None)
