@@ -135,6 +135,7 @@ REDUCTIONS: dict[str, Row] = {
     **_rows(
         reductions.reduction,
         "sum mean amax amin aminmax max.dim min.dim max.default min.default prod any all count_nonzero",
+        "_is_all_true",
         "var std var_mean std_mean argmax argmin logsumexp linalg_vector_norm norm",
     ),
     **_rows(

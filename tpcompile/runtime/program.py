@@ -27,6 +27,7 @@ from .fetch_inputs import Feed, make_fetch
 from .named_run import run_named
 from .settings import Reads, found_out_once
 from .sharded_result import Gathers, ShardedResult, defer_gathers
+from .value_checks import checks_among, refuse_failed
 from .write_buffers import write_buffers
 
 
@@ -95,6 +96,7 @@ class RankProgram:
         turn = getattr(getattr(self.root, "_tp", None), "group_name", "")
         self.short = {id(g): defer_gathers(g, self.captured.outputs, turn) for g in graphs if g is not None}
         self.check = size_check(self.captured)
+        self.checks = checks_among(self.captured.outputs)
         draws = Draws(self.graph_module.graph)
         self.draws = draws if draws.operator else None
         self.bind(True)
@@ -190,6 +192,7 @@ class RankProgram:
             flat, gathers = self._plain(given)
         if generators is not None:
             generators.refuse_draws()
+        refuse_failed(self.checks, flat)
         if self.mutated:
             write_buffers(self.mutated, self.fetch_mutated(()), self.captured.outputs, flat)
         if gathers:

@@ -20,6 +20,7 @@ from tpcompile.ir.torch_internals import FakeTensor
 
 from .read_guards import to_python
 from .specs import InputSpec, OutputKind, OutputSpec
+from .value_checks import take_checks
 
 PREFIX = "model"
 """The attribute under which the captured wrapper holds the model; stripped from every name."""
@@ -30,15 +31,6 @@ _KINDS = {
     InputKind.CONSTANT_TENSOR: "constant",
     InputKind.USER_INPUT: "user",
 }
-_CHECKS = (
-    "aten._assert_tensor_metadata",
-    "aten._assert_scalar",
-    "aten._assert_async",
-    "aten.sym_constrain_range",
-    "aten.sym_constrain_range_for_size",
-    "aten._functional_assert_scalar",
-    "aten._functional_assert_async",
-)
 
 
 @dataclass(frozen=True)
@@ -67,13 +59,13 @@ def flatten_program(
     """Return the graph with placeholders and outputs in ``Captured``'s order, their specs, and constants."""
     graph = program.graph_module.graph
     keyed = _keyed_placeholders(program, model, leaf_names, leaves)
-    _drop_checks(graph)
-    inputs = _order_placeholders(graph, keyed, model, leaf_names, leaves)
-    outputs = _order_outputs(graph, program, model, results, _traced(leaf_names, leaves))
-    # Placeholders stay even when unused: they are the calling convention.
-    graph.eliminate_dead_code()
     for node in graph.nodes:
         _rename_stack(node)
+    checks = take_checks(graph)
+    inputs = _order_placeholders(graph, keyed, model, leaf_names, leaves)
+    outputs = _order_outputs(graph, program, model, results, checks, _traced(leaf_names, leaves))
+    # Placeholders stay even when unused: they are the calling convention.
+    graph.eliminate_dead_code()
     gm = GraphModule(program.graph_module, graph, class_name="Captured")
     constants = {
         spec.name: _constant(program, spec.name, node)
@@ -164,6 +156,7 @@ def _order_outputs(
     program: ExportedProgram,
     model: nn.Module,
     results: Sequence[UserResult],
+    checks: Sequence[tuple[OutputSpec, Node]],
     traced_names: Sequence[str],
 ) -> list[OutputSpec]:
     states = {result.name for result in results if result.kind == "state"}
@@ -202,17 +195,10 @@ def _order_outputs(
         )
         for r in results
     ]
-    output.args = ((*flat, *(value for _, value in mutations)),)
+    behind = [*checks, *mutations]
+    output.args = ((*flat, *(value for _, value in behind)),)
     output.meta["val"] = tuple(v.meta.get("val") if isinstance(v, Node) else v for v in output.args[0])
-    return [*specs, *(spec for spec, _ in mutations)]
-
-
-def _drop_checks(graph: Graph) -> None:
-    """Drops assertions: ranges, guards and the call key hold what they protect."""
-    for node in reversed(list(graph.nodes)):
-        name = str(node.target).removesuffix(".default").removesuffix(".msg")
-        if node.op == "call_function" and (name in _CHECKS) and not node.users:
-            graph.erase_node(node)
+    return [*specs, *(spec for spec, _ in behind)]
 
 
 def _rename_stack(node: Node) -> None:

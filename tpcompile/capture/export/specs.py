@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 InputKind = Literal["param", "buffer", "constant", "attribute", "user"]
-OutputKind = Literal["user", "state", "attribute", "buffer_mutation"]
+OutputKind = Literal["user", "state", "attribute", "check", "buffer_mutation"]
 Extent = int | str
 """The size of one dimension: a number, or an expression over the program's symbols such as ``s3 + 1``."""
 
@@ -38,11 +38,12 @@ class OutputSpec:
 
     Attributes:
         kind: a result for the user, the state that the call leaves in a cache that it was given, what it
-            leaves in an attribute, or the new value of a mutated buffer.
+            leaves in an attribute, what must be true of values, or the new value of a mutated buffer.
         name: the mutated buffer's fully qualified name, or the pytree key path of the result, or of the
-            cache's tensor in the arguments.
+            cache's tensor in the arguments, or where the model checks.
         value: the python value, for a result that is not a tensor (its graph output is that constant), or a
-            ``GivenCache`` where a cache of the caller's is returned (its graph output is None).
+            ``GivenCache`` where a cache of the caller's is returned (its graph output is None); what a
+            check says.
         divided: the result belongs to a cache, which stays divided: it is handed back as it is.
         in_place: the model has written this state into the tensor that it was given.
         carried: without a compiler, the buffer would keep this value's gradient for the next call.

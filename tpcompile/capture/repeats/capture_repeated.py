@@ -104,7 +104,7 @@ def _capture_short(
 
 
 def _refuse_loose(captured: Captured, inside: set[Node]) -> None:
-    """Refuses what the loop computes beside its layers, and what they write: it would come too seldom."""
+    """Refuses what is computed beside layers, and what they write or check: it would come too seldom."""
     graph = captured.graph_module.graph
     spans: dict[int, list[Node]] = {}
     for node in graph.nodes:
@@ -120,6 +120,8 @@ def _refuse_loose(captured: Captured, inside: set[Node]) -> None:
     for spec, value in zip(captured.outputs, results, strict=True):
         if spec.kind == "buffer_mutation" and BLOCK in value.meta:
             raise NotRepeated(f"layers write into {spec.name}")
+        if spec.kind == "check" and BLOCK in value.meta:
+            raise NotRepeated("layers check values")
 
 
 def _of_all_layers(spec: InputSpec, repeats: Sequence[Repeat]) -> InputSpec:

@@ -61,7 +61,7 @@ def call_data(program: RankProgram) -> dict[str, Any]:
         "inputs": [
             [spec.name, None if spec.extents is None else list(spec.extents)] for spec in captured.user_inputs
         ],
-        "outputs": [[spec.kind, encode(spec.value)] for spec in captured.outputs],
+        "outputs": [[spec.kind, spec.name, encode(spec.value)] for spec in captured.outputs],
         "call": encode_structure(captured.in_spec),
         "result": encode_structure(captured.out_spec),
         "ranges": sorted([symbol, *bounds] for symbol, bounds in captured.ranges.items()),
@@ -86,7 +86,9 @@ def captured_of(data: Mapping[str, Any], graph: GraphModule, device: torch.devic
         InputSpec("user", str(name), extents=None if extents is None else tuple(map(_extent, extents)))
         for name, extents in data["inputs"]
     )
-    outputs = tuple(OutputSpec(kind, "", decode(value, device)) for kind, value in data["outputs"])
+    outputs = tuple(
+        OutputSpec(kind, str(name), decode(value, device)) for kind, name, value in data["outputs"]
+    )
     return Captured(
         graph,
         inputs,

@@ -26,6 +26,7 @@ from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.ranks.turns import own_turn
 
 from ..program import autocast_of, device_of
+from ..value_checks import checks_among, refuse_failed
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class LoadedCall:
 
     def __post_init__(self) -> None:
         self._check = size_check(self.captured)
+        self.checks = checks_among(self.captured.outputs)
 
     def refusal(self, names: tuple[str, ...], leaves: Sequence[Any], spec: TreeSpec) -> str:
         """Why a call is not of this signature; "" if it is."""
@@ -108,6 +110,7 @@ class LoadedCall:
         given = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
         fetched = [given[f] if isinstance(f, int) else f.get() for f in self.feeds]
         flat: Sequence[Any] = self.graph_module.forward(*fetched)
+        refuse_failed(self.checks, flat)
         for buffer, new in zip(self.mutated, flat[len(flat) - len(self.mutated) :], strict=True):
             buffer.copy_(new)
         return self.captured.unflatten(flat, bound, leaves)

@@ -30,7 +30,7 @@ class Finding:
     """One value compared.
 
     Attributes:
-        sort: "result", "buffer", "attribute", "gradient" or "token".
+        sort: "result", "buffer", "attribute", "check", "gradient" or "token".
         name: its name.
         error: how far it is from the model's, relative to the largest value.
         ranks: on how many ranks it is too far; 0 if the program of no rank is meant.
@@ -44,9 +44,10 @@ class Finding:
 
 def results_of(specs: Sequence[OutputSpec], flat: Sequence[Any]) -> dict[Key, Any]:
     """A program's flat results by what they are."""
-    sorts = {"user": "result", "state": "result", "buffer_mutation": "buffer", "attribute": "attribute"}
+    sorts = {"user": "result", "state": "result", "buffer_mutation": "buffer"}
     pairs = zip(specs, flat, strict=True)
-    return {(sorts[s.kind], s.name): value for s, value in pairs if not isinstance(s.value, GivenCache)}
+    kept = ((s, v) for s, v in pairs if not isinstance(s.value, GivenCache))
+    return {(sorts.get(s.kind, s.kind), s.name): value for s, value in kept}
 
 
 def copied_call(bound: Mapping[str, Any]) -> dict[str, Any]:
