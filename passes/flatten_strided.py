@@ -51,7 +51,7 @@ def _flatten(node: Node) -> None:
     source = node.args[0]
     assert isinstance(source, Node)
     order = None if node.target is _WRITE else _memory_order(source)
-    start = _start(node, source)
+    start = None if order is None else _start(node, source)
     if order is None or start is None:
         raise CannotCapture(
             f"{node.target} writes memory by strides, or reads beyond the value or into its gaps",

@@ -285,6 +285,7 @@ def _reads(read: Callable[[Tensor], Tensor]) -> nn.Module:
         lambda y: y[:, ::2].as_strided((6, 2), (4, 1), 1),  # in gaps
         lambda y: y[2:].as_strided((2, 4), (4, 1), 0),  # before
         lambda y: y[:2].as_strided((2, 4), (4, 1), 16),  # behind
+        lambda y: torch.as_strided_scatter(y, y.new_zeros(4), (4,), (1,)),
     ],
 )
 def test_what_is_no_part_of_a_value_is_not_read_by_strides(read: Callable[[Tensor], Tensor]) -> None:

@@ -144,8 +144,8 @@ def _refuse_strided(names: Sequence[str], leaves: Sequence[Any]) -> None:
     for name, leaf in zip(names, leaves, strict=True):
         if isinstance(leaf, torch.Tensor) and not leaf.is_contiguous():
             raise CannotCapture(
-                "forward asks in which order elements are in memory (stride, is_contiguous, as_strided), "
-                f"and {name} is not contiguous",
+                "forward depends on the order of elements in memory (stride, is_contiguous, as_strided, or a "
+                f"write into what reshape or contiguous gave), and {name} is not contiguous",
                 where="the call",
                 todo=f"give the model {name}.contiguous()",
             )
@@ -183,13 +183,13 @@ def _export(
 ) -> Captured:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # Fresh fakes for every attempt: a failed export leaves marks on its example tensors.
-    fakes = tuple(fake_input(mode, leaf, device) for leaf in leaves if isinstance(leaf, torch.Tensor))
-    shapes = tuple(
-        dims for leaf, dims in zip(leaves, attempt.dynamic, strict=True) if isinstance(leaf, torch.Tensor)
-    )
+    tensors = [at for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    fakes = tuple(fake_input(mode, leaves[at], device) for at in tensors)
+    shapes = tuple(attempt.dynamic[at] for at in tensors)
     flat = FlatModel(model, leaves, structure, attempt)
     with lend_fake_weights(model, device), _quiet(), no_fused_encoder(), kept_functions() as kept:
         with watched_calls() as watch, _cached_results(attempt), quick_stack_lines():
+            flat.begin = watch.order.begin
             exported = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
         _inline(exported)
         program = decompose(exported)
@@ -212,7 +212,7 @@ def _export(
         states=taken.states,
         notes=_say_lost(flat.seen.lost),
         asks_gradients=watch.asks_gradients,
-        asks_strides=watch.asks_strides,
+        asks_strides=watch.order.asked,
         functions=kept.functions,
         regions=kept.regions,
         reads=frozenset(flat.seen.reads),

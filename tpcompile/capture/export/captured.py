@@ -49,7 +49,7 @@ class Captured:
         writes: what the call leaves in python state; its tensors are the results of kind "attribute".
         detached: constants that want a gradient, and would get none.
         asks_gradients: python has asked whether gradients are recorded, or wanted.
-        asks_strides: python has asked for the order of elements in memory: arguments must be contiguous.
+        asks_strides: python depends on the order of elements in memory: arguments must be contiguous.
         functions: the user's autograd functions that the graph calls, by their keys there.
         regions: the parts that are computed again in backward, by the names that their nodes are marked with;
             what is saved of each (None: nothing).

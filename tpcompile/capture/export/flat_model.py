@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import Any
@@ -82,9 +82,11 @@ class FlatModel(nn.Module):
         self._is_parameter = [isinstance(leaf, nn.Parameter) for leaf in leaves]
         self._structure = structure
         self._attempt = attempt
+        self.begin: Callable[[Sequence[Any]], Any] = len  # is told of each trace's arguments
         self.seen = _Seen()
 
     def forward(self, *leaves: Any) -> tuple[Any, ...]:
+        self.begin(leaves)
         tensors = iter(leaves)
         flat: list[Any] = [
             next(tensors) if t else v for t, v in zip(self._is_tensor, self._fixed, strict=True)

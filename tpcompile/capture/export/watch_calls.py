@@ -30,6 +30,7 @@ from .aliases import DROPOUTS, drops_nothing
 from .asked_tracing import as_untraced
 from .explain_failure import here
 from .look_inside import PLAIN, is_librarys, module_of, only_asks
+from .memory_order import STRIDES, MemoryOrder
 from .open_sizes import is_message, sizes_as_numbers, unseen
 from .python_state import storage
 from .written_constants import WrittenConstants
@@ -49,10 +50,10 @@ _REFUSED: dict[Any, tuple[str, str]] = {
 _INFERENCE = ("asks for the inference mode", f"ask torch.is_grad_enabled(); or {_PARTS}")
 _PLACE = ("asks where a tensor is in memory", f"compute it with the tensor's values; or {_PARTS}")
 _PLACES = (
-    *(Tensor.storage_offset, Tensor.is_pinned, Tensor.is_shared),
+    *(Tensor.storage_offset, Tensor.is_pinned, Tensor.is_shared, Tensor.data_ptr, Tensor.is_set_to),
+    *(Tensor.storage, Tensor.untyped_storage, Tensor._typed_storage, Tensor._is_view),
     *(_TENSOR._base.__get__, _TENSOR._version.__get__),
 )
-_STRIDES = (Tensor.stride, Tensor.is_contiguous, Tensor.as_strided, torch.as_strided)
 _GRAD_FN = _TENSOR.grad_fn.__get__
 _GRAD = _TENSOR.grad.__get__
 _DATA = _TENSOR.data.__get__
@@ -73,6 +74,7 @@ _TRACING_ERRORS = (
     *(CannotCapture, GuardOnDataDependentSymNode, DataDependentOutputException),
     *(DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException),
 )
+_LOOKING = ("__torch_function__", "handle_torch_function")
 _DECISIONS = ("__bool__", "__int__", "__index__", "__float__")
 _NEEDS_GRAD = (Tensor.requires_grad_, _TENSOR.requires_grad.__set__)
 
@@ -85,7 +87,7 @@ class Watch(TorchFunctionMode):
         computed: it has also asked for values that were computed of constants.
         wanting: the storages of tensors that want gradients and are not part of the model.
         asks_gradients: it has asked whether gradients are recorded, or wanted.
-        asks_strides: it has asked in which order a tensor's elements are in memory.
+        order: whether it depends on the order in which an argument's elements are in memory.
         errors: what went wrong in a call of torch because it was traced; its python may have gone on.
         written: tensors from outside that it may have written.
     """
@@ -95,7 +97,8 @@ class Watch(TorchFunctionMode):
         self.peeked: dict[int, Tensor] = {}
         self.computed = False
         self.wanting: set[int] = set()
-        self.asks_gradients = self.asks_strides = False
+        self.asks_gradients = False
+        self.order = MemoryOrder()
         self.errors: list[Exception] = []
         self.written = WrittenConstants()
 
@@ -151,7 +154,8 @@ class Watch(TorchFunctionMode):
         self.asks_gradients |= func in _ASKS and not is_librarys(_caller(), "tpcompile")
         if func in _PLACES and not is_librarys(_caller(), "tpcompile"):
             _refuse(*_PLACE)
-        self.asks_strides |= func in _STRIDES and not is_librarys(_caller(), "tpcompile")
+        if func in STRIDES and not is_librarys(_caller(), "tpcompile"):
+            self.order.ask(given)
         if func in _SPELLS and len(real) < len(given) and not _is_message():
             _refuse("makes text of a tensor's values", f"compute it with tensors; or {_PARTS}")
         if func in _PEEKS:
@@ -171,7 +175,7 @@ class Watch(TorchFunctionMode):
             return given[0]
         if real and len(real) == len(given):
             self.written.note(func, kwargs, real)
-        result = func(*args, **kwargs)
+        result = self.order.call(func, args, kwargs, given)
         if func in _PEEKS and len(real) < len(given):  # what follows from the call's tensors is a symbol
             self.computed |= all(isinstance(x, PLAIN) for x in tree_leaves(result))
         if func == _GRAD_FN and result is not None:
@@ -193,18 +197,15 @@ def _caller() -> str:
 def _is_message() -> bool:
     """Whether the text of a tensor is made by torch, or for a message."""
     frame = _calling(sys._getframe(2))
-    while frame.f_back is not None and module_of(frame) in (
-        "torch._tensor",
-        "torch.overrides",
-    ):
+    while frame.f_back is not None and module_of(frame) in ("torch._tensor", "torch.overrides"):
         frame = _calling(frame.f_back)
     return is_librarys(module_of(frame)) or is_message(frame)
 
 
 def _calling(frame: FrameType) -> FrameType:
-    """What calls torch, below what looks at its calls."""
-    while frame.f_back is not None and frame.f_code.co_name == "__torch_function__":
-        frame = frame.f_back
+    """What calls torch, below what looks at its calls; torch's own python hands some of them on."""
+    while (back := frame.f_back) is not None and frame.f_code.co_name in _LOOKING:
+        frame = (back.f_back or back) if frame.f_code.co_name == "handle_torch_function" else back
     return frame
 
 
