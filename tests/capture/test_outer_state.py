@@ -96,6 +96,35 @@ def test_tensors_and_lists_of_classes_are_compared() -> None:
     assert not reads.hold(0)
 
 
+class Mixin:
+    """Comes before ``nn.Module``, as PEFT's: what an object's table is follows from it."""
+
+    @classmethod
+    def half(cls, x: Tensor) -> Tensor:
+        return x / 2
+
+
+class Mixed(Mixin, nn.Module):
+    """Asks for its own table, which is another object each time that the class is asked for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.half(x) if "training" in self.__dict__ else x
+
+
+def test_what_a_class_makes_anew_each_time_is_not_another_thing() -> None:
+    """A program would be captured at every call."""
+    model = Mixed()
+    captured = capture(model, bind_call(model, (torch.ones(3, 2),), {}))
+    assert {("", "half"), ("", "__dict__")} <= captured.reads
+    reads = Reads(model, captured, lambda path: type(model.get_submodule(path)))
+    assert reads.hold(0) and reads.hold(0)
+    with patch.object(Mixin, "half", classmethod(lambda cls, x: x)):
+        assert not reads.hold(0)
+    assert reads.hold(0)
+    with patch.object(Mixed, "half", classmethod(lambda cls, x: x)):
+        assert not reads.hold(0)
+
+
 def test_arrays_are_compared_by_what_is_in_them() -> None:
     model = Child()
     model.numbers = np.ones(2)

@@ -25,5 +25,8 @@ def test_an_older_name_is_the_same_argument() -> None:
     x, cache = torch.ones(2), torch.zeros(2)
     calls: list[dict[str, Any]] = [{"past": cache}, {"cache": cache}]
     assert [list(bind_call(Renamed(), (x,), call)) for call in calls] == [["x", "cache"]] * 2
+    with pytest.warns(UserWarning, match="cache is taken"):  # as transformers' own decorator says
+        bound = bind_call(Renamed(), (x,), {"past": x, "cache": cache})
+    assert bound["cache"] is cache and list(bound) == ["x", "cache"]
     with pytest.raises(TpCompileError, match="'cache' was given twice"):
-        bind_call(Renamed(), (x,), {"past": cache, "cache": cache})
+        bind_call(Renamed(), (x, cache), {"past": cache})

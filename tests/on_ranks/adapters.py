@@ -70,6 +70,7 @@ def train_switch_save_load(folder: str) -> None:
                 model(**CALL).loss.backward()
                 optimizer.step()
         _same(sharded(**CALL).loss, alone(**CALL).loss)
+    assert len(sharded.programs) == 2, "one for each adapter"
     for model in (alone, sharded):
         model.set_adapter("default")
     for _ in zip(_states(alone), _states(sharded), strict=True):

@@ -205,6 +205,40 @@ def resume_unsharded(folder: str) -> float:
     return worst
 
 
+class Partly(nn.Module):
+    """A block that no call uses, and one that only some calls use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.unused, self.maybe = (Block(16) for _ in range(3))
+
+    def forward(self, x: Tensor, short: bool) -> Tensor:
+        x = self.first(x)
+        return x if short else self.maybe(x)
+
+
+def unused_parameters() -> float:
+    """``DistributedDataParallel(find_unused_parameters=True)``: how far weights are off."""
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    xs = torch.randn(2, 3, 7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    whole, model = Partly().double(), Partly().double()
+    tpcompile.parallelize(model, both, (xs[0], False), axis="tensor")  # decides on what any call uses
+    group = both.get_group("data")
+    wrapped = DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-2) for each in (whole, wrapped)]
+    for short in (False, True, False, True):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        torch.stack([whole(x, short).square().mean() for x in xs]).mean().backward()
+        wrapped(xs[both.get_local_rank("data")], short).square().mean().backward()
+        names = [[n for n, p in each.named_parameters() if p.grad is None] for each in (whole, model)]
+        assert names[0] == names[1] and bool(names[0]), names
+        for optimizer in optimizers:
+            optimizer.step()
+    return error(model.full_state_dict(), whole.state_dict())  # type: ignore[operator]
+
+
 class Stage(nn.Module):
     """Some of the toy's blocks; with the first its embedding, with the last its head."""
 

@@ -30,6 +30,10 @@ def test_data_parallelism_and_checkpoints_of_it(folder: str) -> None:
     assert max(axes.resume_unsharded(f"{folder}/{kind}") for kind in ("ddp", "layers")) <= CLOSE
 
 
+def test_parameters_that_some_steps_do_not_use() -> None:
+    assert max(run_spmd(axes.unused_parameters, 4)) <= CLOSE
+
+
 def test_pipelines() -> None:
     """Also where gradients of weights are computed later than those of inputs."""
     for found in run_spmd(axes.pipelines, 4):

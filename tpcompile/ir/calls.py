@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,6 +60,9 @@ class CallSignature:
         extra = {}
         for keyword, value in kwargs.items():
             name = self.renamed.get(keyword, keyword)
+            if name is not keyword and name in kwargs:
+                warnings.warn(f"both {keyword} and {name} are given: {name} is taken", stacklevel=2)
+                continue  # as transformers does, whose decorator does not come to see it
             if name in given:
                 raise ValueError(f"argument {name!r} was given twice")
             if name in keyword_names:

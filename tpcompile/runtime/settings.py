@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import operator
 import os
-import types
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
+from inspect import getattr_static
 from typing import Any, TypeVar
 
 import torch
@@ -95,7 +95,7 @@ class Reads:
         plain: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         self._deep: list[tuple[dict[str, Any], str, Shot, bool]] = []
         self._shots: dict[int, tuple[Any, Shot]] = {}
-        classes: dict[tuple[type, str], Any] = {}
+        classes: set[tuple[type, str]] = set()
         for path, name in sorted(captured.reads):
             module = model.get_submodule(path)
             own: dict[str, Any] = module.__dict__
@@ -108,9 +108,9 @@ class Reads:
                 self._note(own, name, values, f"{path}.{name}".lstrip(".") in fed, baked)
             kind = original(path)
             if name not in own and _is_models(kind, name):
-                classes[kind, name] = getattr(kind, name)
+                classes.add((kind, name))
         self._plain = [_Values(own, values) for own, values in plain.values() if values]
-        self._classes = [(kind, name, _class_shot(value)) for (kind, name), value in classes.items()]
+        self._classes = [(kind, name, *_class_shot(kind, name)) for kind, name in classes]
         self._outer = [(place, shot(place.look())) for place in captured.outer]
         self._quick: QuickLook | None = None
 
@@ -151,9 +151,9 @@ class Reads:
             else:
                 look.table(table, [name], self._baked)
         owners: dict[int, tuple[Any, list[str]]] = {}
-        for kind, name, unchanged in self._classes:
-            if isinstance(getattr(kind, name, None), types.MethodType):
-                look.slow(partial(_unchanged_attribute, kind, name, unchanged))
+        for kind, name, find, unchanged in self._classes:
+            if find is getattr_static:
+                look.slow(partial(_unchanged_attribute, find, kind, name, unchanged))
             else:
                 owners.setdefault(id(kind), (kind, []))[1].append(name)
         for place, unchanged in self._outer:
@@ -176,7 +176,7 @@ class Reads:
                 looked.add((id(now), id(unchanged)))
                 if not unchanged(now):
                     return False
-        if not all(unchanged(getattr(kind, name, MISSING)) for kind, name, unchanged in self._classes):
+        if not all(_unchanged_attribute(find, kind, name, same) for kind, name, find, same in self._classes):
             return False
         return all(unchanged(place.look()) for place, unchanged in self._outer)
 
@@ -204,8 +204,8 @@ def _unchanged_at(table: dict[str, Any], name: str, unchanged: Shot) -> bool:
     return unchanged(table.get(name, MISSING))
 
 
-def _unchanged_attribute(owner: Any, name: str, unchanged: Shot) -> bool:
-    return unchanged(getattr(owner, name, MISSING))
+def _unchanged_attribute(find: Callable[..., Any], owner: Any, name: str, unchanged: Shot) -> bool:
+    return unchanged(find(owner, name, MISSING))
 
 
 def _unchanged_place(place: Outer, unchanged: Shot) -> bool:
@@ -218,9 +218,16 @@ def types_of(module: nn.Module) -> tuple[Any, ...]:
     return tuple(None if t is None else (t.dtype, t.device) for t in own)
 
 
-def _class_shot(value: Any) -> Shot:
-    """Whether what a class says is the same; a class method is another object each time it is asked for."""
-    return (lambda now: bool(now == value)) if isinstance(value, types.MethodType) else shot(value)
+def _class_shot(kind: type, name: str) -> tuple[Callable[..., Any], Shot]:
+    """How to find what a class says, and whether it is the same.
+
+    Class methods, and a class's ``__dict__``, are other objects each time they are asked for: what makes them
+    is compared instead.
+    """
+    value = getattr(kind, name)
+    if getattr(kind, name) is value:
+        return getattr, shot(value)
+    return getattr_static, partial(operator.is_, getattr_static(kind, name))
 
 
 def _is_models(kind: type, name: str) -> bool:
