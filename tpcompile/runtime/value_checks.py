@@ -29,12 +29,14 @@ def refuse_failed(checks: Checks, flat: Sequence[Any]) -> None:
         TpCompileError: one has failed.
     """
     for at, spec in checks:
-        holds = flat[at]
+        holds, where = flat[at], spec.name.partition(": ")[2]
+        what = f"a check of the model's forward has failed{': ' if spec.value else ''}{spec.value}"
         if torch.compiler.is_compiling() or holds.device.type != "cpu":
-            torch._assert_async(holds, f"a check of forward has failed: {spec.value} ({spec.name})")
+            torch._assert_async(holds, _plain(f"{what} ({where})"))
         elif not holds:
-            raise TpCompileError(
-                f"a check of the model's forward has failed{': ' if spec.value else ''}{spec.value or ''}",
-                where=spec.name.partition(": ")[2],
-                todo="call the model with what it demands",
-            )
+            raise TpCompileError(what, where=where, todo="call the model with what it demands")
+
+
+def _plain(text: str) -> str:
+    """Text that Inductor may put into a C++ string, which it does as it is."""
+    return text.replace("\\", "/").replace('"', "'").replace("\n", " ")
