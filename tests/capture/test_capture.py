@@ -459,10 +459,20 @@ def test_changed_inputs_are_refused() -> None:
         capture(Mutating(), bind_call(Mutating(), (torch.randn(3, 4),), {}))
 
 
-@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, _nested])
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor([x, x[:2]])
+
+
+def _quantised(x: torch.Tensor) -> torch.Tensor:
+    return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.parametrize(
+    "make", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, _nested, _padded, _quantised]
+)
 def test_tensors_that_are_not_dense_are_refused(make: Any) -> None:
     model = nn.Linear(4, 4)
-    with pytest.raises(TpCompileError, match="sparse or nested"):
+    with pytest.raises(TpCompileError, match="sparse, nested or quantised"):
         capture(model, bind_call(model, (make(torch.eye(4)),), {}))
 
 

@@ -67,6 +67,13 @@ class Counted(nn.Module):
         return {"y": self.drop(y), "more": (y @ self.odd, self.calls.clone())}
 
 
+class AsksGradients(Mlp):
+    """Does something else where gradients are recorded, or wanted of its argument."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if torch.is_grad_enabled() else 3) * (5 if x.requires_grad else 7)
+
+
 class Writes(nn.Module):
     """Keeps what it saw last."""
 
@@ -160,6 +167,20 @@ def folders(folder: str) -> dict[str, Any]:
     found["same"] = all(torch.equal(loaded(a), b) for a, b in zip((x, x[0]), wanted, strict=True))
     found["order"] = refusal(lambda: [loaded(x[0] if rank else x) for _ in range(64)])
     return found
+
+
+def gradients(folder: str) -> tuple[bool, list[str]]:
+    """A program that asks whether gradients are recorded: whether it is right without, and what is said."""
+    sharded: Any = tpcompile.parallelize(AsksGradients().eval(), mesh())
+    x = torch.randn(2, 5, 12)
+    with torch.no_grad():
+        wanted = sharded(x)
+        sharded.save_program(folder)
+    loaded = tpcompile.load_program(folder, mesh())
+    said = [refusal(lambda: loaded(x))]
+    with torch.no_grad():
+        said.append(refusal(lambda: loaded(x.clone().requires_grad_())))
+        return bits(loaded(x), wanted), said
 
 
 def parameters(folder: str) -> tuple[bool, str]:

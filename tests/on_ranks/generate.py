@@ -78,6 +78,8 @@ def modes() -> dict[str, tuple[bool, float]]:
         theirs, mine = results
         same = torch.equal(mine.sequences, theirs.sequences)
         found[way] = (same, max(map(_score_error, mine.scores, theirs.scores)))
+    given = {"inputs_embeds": whole.get_input_embeddings()(ids), "max_new_tokens": 3, **GREEDY}
+    found["embeddings"] = (torch.equal(sharded.generate(**given), whole.generate(**given)), 0.0)
     return found
 
 

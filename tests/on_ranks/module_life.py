@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -407,6 +408,9 @@ def transformed() -> tuple[dict[str, float], list[str]]:
         refusal(lambda: torch.func.vmap(sharded)(x[None])),
         refusal(lambda: torch.func.grad(lambda y: sharded(y).sum())(x)),
         refusal(dual),
+        refusal(lambda: torch.jit.trace(sharded, x, check_trace=False)),
+        refusal(lambda: sharded(distribute_tensor(x, mesh(), [Replicate()]))),
+        refusal(lambda: sharded(torch.nested.nested_tensor([x[0], x[0, :1]]))),
     ]
     return errors, messages
 

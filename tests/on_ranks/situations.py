@@ -359,10 +359,13 @@ def _second() -> None:
             first.square().sum().backward()
 
 
-@situation("`torch.export` of a sharded model")
+@situation("`torch.export`, `torch.jit.trace` of a sharded model")
 def _export() -> None:
     _, sharded, x = _twins()
-    torch.export.export(sharded, (x,), strict=False)
+    _all_refused(
+        [lambda: torch.export.export(sharded, (x,), strict=False), lambda: torch.jit.trace(sharded, x)]
+    )
+    raise tpcompile.TpCompileError("all were refused", todo="and the way out works")
 
 
 @situation("`parallelize` of a model that is sharded already")

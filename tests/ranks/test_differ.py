@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,24 @@ def test_fingerprints_of_small_tensors(dtype: torch.dtype) -> None:
     assert digest(values) == digest(turned) != digest(values[:1])
     assert digest(torch.empty(0, dtype=dtype)) == digest(values.to("meta")) == ""
     assert digest(torch.zeros((), dtype=dtype)) != ""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: torch.quantize_per_tensor(x, 0.5, 0, torch.qint8),
+        lambda x: torch.quantize_per_channel(x, torch.ones(4), torch.zeros(4), 0, torch.qint8),
+        lambda x: torch.nested.nested_tensor([x, x[:2]]),
+        lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged),
+    ],
+)
+def test_arguments_that_are_to_be_refused_are_compared_first(make: Any) -> None:
+    values = torch.arange(12.0).view(4, 3)
+    assert (
+        describe_value(make(values))
+        == describe_value(make(values.clone()))
+        != describe_value(make(values + 1))
+    )
 
 
 def test_fingerprints_of_large_tensors() -> None:

@@ -73,6 +73,12 @@ def test_a_parameter_among_the_arguments(tmp_path: Path) -> None:
         assert same and "x is of another type" in refused
 
 
+def test_a_program_that_asks_for_gradients(tmp_path: Path) -> None:
+    for same, said in run_spmd(artifacts.gradients, 2, str(tmp_path / "program")):
+        assert same
+        assert "under torch.no_grad()" in said[0] and "gradients of other arguments" in said[1]
+
+
 def test_damaged_and_made_up_folders(tmp_path: Path) -> None:
     for rank, outcomes in enumerate(run_spmd(artifacts.fuzz, 2, str(tmp_path / "program"), str(tmp_path))):
         assert outcomes["refused"] > 40

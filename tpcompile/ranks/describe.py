@@ -27,7 +27,8 @@ def describe_value(value: Any, floats: bool = True) -> str:
         floats: whether the contents of floating point tensors count.
     """
     if isinstance(value, Tensor):
-        facts = f"{value.dtype} {list(value.shape)}{' with gradient' if value.requires_grad else ''}"
+        shape = "nested" if value.is_nested else list(value.shape)
+        facts = f"{value.dtype} {shape}{' with gradient' if value.requires_grad else ''}"
         exact = floats or not has_fractions(value)
         return f"{facts} {digest(value)}" if exact else facts
     if isinstance(value, _PLAIN):

@@ -23,6 +23,10 @@ def digest(tensor: Tensor) -> str:
     """
     if tensor.is_meta or not tensor.numel():
         return ""
+    if tensor.is_quantized:
+        return digest(tensor.int_repr())
+    if tensor.is_nested and tensor.layout is torch.strided:
+        return " ".join(map(digest, tensor.unbind()))
     if hasattr(tensor, "__tensor_flatten__"):  # made of other tensors
         return " ".join(digest(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     plain = tensor.detach().to_dense() if tensor.layout is not torch.strided else tensor.detach()

@@ -7,6 +7,7 @@ heads.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,22 @@ from .steering import Streamer, steer_criteria, steer_processors
 
 _TODO = "see that the ranks have equal hardware, libraries and settings, or report this"
 _REFUSED = ("offloaded", "quantized", "paged")
+
+
+class _SaysWhatItTakes:
+    """A method with the signature of the model's own: transformers looks there for what may be given."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method = method
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __get__(self, model: Any, kind: Any = None) -> Any:
+        if model is None:
+            return self.method
+        own = getattr(super(self.owner, model), self.name)
+        return functools.wraps(own)(functools.partial(self.method, model))
 
 
 class ShardedGeneration(ShardedModule):
@@ -71,6 +88,7 @@ class ShardedGeneration(ShardedModule):
             compare(group, "generated tokens", [tokens], _TODO)
             return result
 
+    @_SaysWhatItTakes
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own, without what ``generate`` passes on although it is not for the model.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as nn_module
 
 from tpcompile.capture.caches.layers import is_count
@@ -20,6 +21,7 @@ from tpcompile.ranks.compare_calls import MOST_SIZES, can_compare, compare_sizes
 from tpcompile.ranks.compare_order import compare_order
 from tpcompile.ranks.lost_ranks import is_loss, lost
 from tpcompile.ranks.turns import own_turn
+from tpcompile.weights.sharded_parameter import ShardedParameter
 
 from .add_program import add_program
 from .guards import Entry, hooks_below
@@ -28,6 +30,7 @@ from .parts import compose_call, run_parts, try_parts
 from .program import RankProgram, device_of
 from .state import State
 
+_JIT: Any = torch.jit
 _NO_PROGRAM = "no program was captured for this call: call model.capture(...) with it first"
 
 
@@ -87,7 +90,7 @@ class Runtime(State):
         if not torch.compiler.is_dynamo_compiling():
             _refuse_transforms()
             self.note_types(model)
-        self._check_devices(bound, leaves)
+        self._check_tensors(bound, leaves)
         if self.compare_calls and not self.running and can_compare(leaves):
             self.compare(model, bound, path, leaves)
         if hooks_below(model, path, self.hooks):
@@ -155,7 +158,7 @@ class Runtime(State):
                 apart.what, where=f"the program {program}; {apart.where}", todo=apart.todo
             ) from error
 
-    def _check_devices(self, bound: dict[str, Any], leaves: Sequence[Any]) -> None:
+    def _check_tensors(self, bound: dict[str, Any], leaves: Sequence[Any]) -> None:
         axis = self.compiler.axis
         for at, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and axis is not None and leaf.device.type != axis.device_type:
@@ -166,6 +169,12 @@ class Runtime(State):
                     f"the mesh is for {axis.device_type}, {name} is on {leaf.device}",
                     where="the call",
                     todo=f"move it to {axis.device_type}",
+                )
+            if isinstance(leaf, DTensor) and not isinstance(leaf, ShardedParameter):
+                raise TpCompileError(
+                    f"the argument {leaf_names(bound)[at]} is a DTensor: programs take whole plain tensors",
+                    where="the call",
+                    todo="give its full_tensor()",
                 )
 
     def _compare_first(
@@ -208,6 +217,12 @@ def _refuse_transforms() -> None:
             "there are backward hooks on all modules, which the parts inside of a program would not run",
             where="the call",
             todo="register them on the modules that they are for",
+        )
+    if _JIT.is_tracing():
+        raise TpCompileError(
+            "torch.jit.trace of a sharded model would hold this rank's parts, and one size",
+            where="the call",
+            todo="use model.save_program(folder), or trace the model before parallelize",
         )
     transformed = peek_interpreter_stack() is not None
     if transformed or forward_ad._current_level >= 0:

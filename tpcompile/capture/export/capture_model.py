@@ -126,9 +126,12 @@ def _refuse_bad_leaves(names: Sequence[str], leaves: Sequence[Any]) -> None:
             todo="give the model's inputs as tensors",
         )
     for name, leaf in zip(names, leaves, strict=True):
-        if isinstance(leaf, torch.Tensor) and (leaf.layout is not torch.strided or leaf.is_nested):
+        strided = isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
+        if isinstance(leaf, torch.Tensor) and (not strided or leaf.is_nested or leaf.is_quantized):
             raise TpCompileError(
-                f"the argument {name} is a sparse or nested tensor", where="the call", todo="make it dense"
+                f"the argument {name} is a sparse, nested or quantised tensor",
+                where="the call",
+                todo="make it dense: to_dense(), dequantize(), torch.nested.to_padded_tensor(...)",
             )
         if not isinstance(leaf, (torch.Tensor, *PYTHON_VALUES)):
             cache = any(base.__name__ == "Cache" for base in type(leaf).__mro__)

@@ -120,6 +120,7 @@ def first_unlike(leaves: Sequence[Any], example: Sequence[Any], numbers: Collect
         elif isinstance(given, Tensor) and isinstance(mine, Tensor):
             like = (given.dtype, given.ndim, given.layout) == (mine.dtype, mine.ndim, mine.layout)
             like = like and isinstance(given, nn.Parameter) == isinstance(mine, nn.Parameter)
+            like = like and not given.is_nested  # it has no sizes to ask for
         else:
             like = equal(given, mine)
         if not like:

@@ -99,6 +99,8 @@ class LoadedCall:
             return "other arguments are the same tensor"
         if self.wanted not in (None, [x.requires_grad for x in leaves if isinstance(x, Tensor)]):
             return "gradients of other arguments are wanted"
+        if self.wanted is not None and torch.is_grad_enabled():
+            return "forward asks whether gradients are recorded, so it is to be called under torch.no_grad()"
         if autocast_of(leaves) != self.autocast or torch.get_default_dtype() != self.default:
             return f"autocast was {self.autocast}, the default type {self.default}"
         counted = with_counts(leaves, self.numbers)
