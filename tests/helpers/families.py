@@ -565,7 +565,8 @@ def _random_like(name: str, tensor: Tensor, generator: torch.Generator) -> Tenso
         return 0.3 * noise
     if leaf == "A_log":  # a state space's decay rates have a structure that must stay
         return tensor.detach() + 0.1 * noise
-    if tensor.ndim < 2 or "norm" in owner.rpartition(".")[2]:
+    scale = tensor.numel() == max(tensor.shape, default=1) and bool((tensor != 0).all())  # [1, channels, 1]
+    if tensor.ndim < 2 or "norm" in owner.rpartition(".")[2] or (scale and _is_constant(tensor)):
         # Norm weights sit around their initial value, 1, or 0 where the model adds 1 itself.
         return tensor.detach() + 0.1 * noise if _is_constant(tensor) else 0.3 * noise
     if any(part in name for part in ("embed", "wte", "wpe", "token")):
