@@ -110,6 +110,8 @@ CUTS: tuple[Cut, ...] = (
     Cut({"pad_token_id": 0}),  # where rows end is found by it
     Cut(layers=0, largest=60),  # lists say which layers are taken
     Cut(layers=0, follow=True, largest=60),
+    Cut(widths=False, largest=60),
+    Cut(widths=False, layers=0, largest=60),
     Cut({"num_heads": 16}),  # an inner width of twice the hidden size has twice the heads
     Cut({"num_key_value_heads": 8}),
     Cut({"head_dim": None}),
@@ -119,8 +121,6 @@ CUTS: tuple[Cut, ...] = (
     Cut({name: 96 for name in ("hidden_size", "d_model", "embed_dim", "hidden_dim", "dim")}),
     Cut(dict.fromkeys(_INNER, 256)),  # half of it is a width too
     Cut({"index_topk": 16, "max_position_embeddings": None}),
-    Cut(widths=False, largest=60),
-    Cut(widths=False, layers=0, largest=60),
     Cut(dict.fromkeys(_HEADS), follow=True, largest=60),
     Cut(pictures=False),
     Cut(in_place=True),
@@ -132,7 +132,9 @@ CUTS: tuple[Cut, ...] = (
 def small_config(kind: str, cut: Cut) -> PreTrainedConfig:
     """A type's default configuration, made small."""
     default: PreTrainedConfig = AutoConfig.for_model(kind)
-    followed = _followed(default, cut) if cut.follow else {}
+    followed = _followed(default) if cut.follow else {}
+    if not any(_has_large_pictures(vars(part)) for part in _parts(default)):
+        cut = dataclasses.replace(cut, pictures=False)
     if cut.in_place:
         _set(default, _shrunk(default, cut, followed))
         return default
@@ -156,7 +158,7 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from _parts(value)
 
 
-def _followed(config: PreTrainedConfig, cut: Cut) -> dict[int, int]:
+def _followed(config: PreTrainedConfig) -> dict[int, int]:
     """Widths of the default configuration, and what they become."""
     widths = {vars(part).get(name) for part in _parts(config) for name in _WIDTHS}
     return {w: _SIZES["hidden_size"] for w in widths if type(w) is int and w > _SIZES["hidden_size"]}
@@ -212,12 +214,14 @@ def _own(part: PreTrainedConfig) -> dict[str, Any]:
     return {"model_type": part.model_type, **found}
 
 
+def _has_large_pictures(values: Mapping[str, Any]) -> bool:
+    sides = values.get("image_size") or 0
+    return max(sides if isinstance(sides, list | tuple) else [sides]) >= _LARGE_PICTURE
+
+
 def _small_pictures(config: PreTrainedConfig) -> dict[str, Any]:
     """A quarter of the sides of pictures, in whole patches, and of what is given in these."""
     values = vars(config)
-    sides = values.get("image_size")
-    if max([sides] if isinstance(sides, int) else sides or [0]) < _LARGE_PICTURE:
-        return {}
     patch = values.get("patch_size")
     patch = (patch if isinstance(patch, int) else 1) * (values.get("num_windows") or 1)
 

@@ -1,15 +1,12 @@
-"""Arguments with which a model of transformers runs, made from its forward's signature and configuration.
+"""Arguments with which a model of transformers runs, found by its forward's signature and by trying.
 
-What a forward asks for is made by name: tokens, pictures, patches with their grid, sound, masks, boxes. A
-name without a rule takes its shape from the forward's documentation. Where the usual shapes do not fit,
-others are tried in turn, and arguments that an error names are added.
+Where the usual shapes do not fit, others are tried in turn, and arguments that an error names are added.
 """
 
 from __future__ import annotations
 
 import inspect
 import linecache
-import math
 import re
 import traceback
 from collections.abc import Iterator
@@ -18,18 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedConfig
 from transformers.exporters.utils import precompute_export_inputs
 
+from benchmarks.tiny_arguments import (
+    BATCH,
+    DECODER_LENGTH,
+    FRAMES,
+    GRIDS,
+    LENGTH,
+    SAMPLES,
+    SOUND,
+    made,
+    picture,
+    size_of,
+)
 from tests.helpers import families
 from tpcompile.capture.export.default_example import default_example
-
-BATCH, LENGTH, DECODER_LENGTH = 2, 14, 7
-FRAMES, SAMPLES, PIXELS = 60, 4000, 64
-_GRIDS = ("grid_thw", "image_grid_thw", "spatial_shapes", "target_sizes", "pixel_position_ids")
-"""Arguments that go with patches in the place of pictures."""
-
-_SOUND = ("input_values", "input_features", "audio_mel", "past_values")
 
 
 def running_call(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def running_call(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     failed: list[Exception] = []
     for given in _ways(model, failed):
         for _ in range(6):
-            inputs = _filled(given, dtype, _size(model.config, "vocab_size"))
+            inputs = _filled(given, dtype, size_of(model.config, "vocab_size"))
             try:
                 with torch.no_grad():
                     _check(model(**inputs))
@@ -67,12 +68,17 @@ def wants_other_numbers(error: Exception) -> bool:
 
 def _more(model: nn.Module, given: dict[str, Any], error: Exception) -> dict[str, Any]:
     """Arguments that an error asks for, and pictures as these want them."""
-    made = {name: _made(name, model, given) for name in _asked_for(model, given, error)}
-    more = {name: value for name, value in made.items() if value is not None}
-    if "pixel_values" in given and any(name in _GRIDS for name in more):
-        more["pixel_values"] = _made("pixel_values", model, {**given, **more})
+    found = {name: made(name, model, given) for name in _asked_for(model, given, error)}
+    more = {name: value for name, value in found.items() if value is not None}
+    if "pixel_values" in given and any(name in GRIDS for name in more):
+        more["pixel_values"] = made("pixel_values", model, {**given, **more})
     pictures = given.get("pixel_values")
-    if not more and "expected 4, got 3" in str(error) and isinstance(pictures, Tensor) and pictures.ndim == 4:
+    if (
+        not more
+        and re.search("expected (4, got 3|5, got 4)", str(error))
+        and isinstance(pictures, Tensor)
+        and pictures.ndim == 4
+    ):
         more["pixel_values"] = pictures[:, None]  # some for each text
     return more
 
@@ -92,7 +98,7 @@ def _ways(model: nn.Module, failed: list[Exception]) -> Iterator[dict[str, Any]]
     if masks:
         yield usual | masks
     for name, value in usual.items():
-        if name in _SOUND and value.ndim > 1:
+        if name in SOUND and value.ndim > 1:
             for other in _turned(value, model.config, str(failed[0])):
                 yield usual | {name: other}
                 if masks:
@@ -102,7 +108,7 @@ def _ways(model: nn.Module, failed: list[Exception]) -> Iterator[dict[str, Any]]
                 yield usual | {name: torch.stack([value, value], 1)}
             height, width = value.shape[-2:]
             sizes = [(height // 2, width)] if height == 2 * width else []
-            sizes += [] if _size(model.config, "image_size") else [(224, 224), (48, 320), (384, 384)]
+            sizes += [] if size_of(model.config, "image_size") else [(224, 224), (48, 320), (384, 384)]
             for size in sizes:
                 others = [n for n, v in usual.items() if isinstance(v, Tensor) and v.shape == value.shape]
                 yield usual | {n: value.new_zeros(*value.shape[:-2], *size) for n in others}
@@ -115,11 +121,11 @@ def _turned(value: Tensor, config: Any, problem: str) -> Iterator[Tensor]:
         yield value.new_zeros(BATCH, 1, 8 * SAMPLES)
         yield value.new_zeros(BATCH, 1, FRAMES)
         return
-    widths = {value.shape[-1], _size(config, "hidden_size"), 128, *map(int, re.findall(r"\d+", problem))}
+    widths = {value.shape[-1], size_of(config, "hidden_size"), 128, *map(int, re.findall(r"\d+", problem))}
     for width in sorted(w for w in widths if isinstance(w, int) and 16 < w < 2000):
         yield value.new_zeros(BATCH, FRAMES, width)
         yield value.new_zeros(BATCH, width, FRAMES)
-        yield value.new_zeros(BATCH, width, 2 * (_size(config, "max_source_positions") or 100))
+        yield value.new_zeros(BATCH, width, 2 * (size_of(config, "max_source_positions") or 100))
     yield value.new_zeros(BATCH, SAMPLES)
     yield value.new_zeros(BATCH, 1, SAMPLES)
 
@@ -133,19 +139,19 @@ def _usual(model: nn.Module) -> dict[str, Any]:
         for name, parameter in known.items()
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
-    given = {} if any(name in _GRIDS for name in required) else default_example(model) or {}
-    if main not in given or (main == "pixel_values" and _size(model.config, "num_frames")):
+    given = {} if any(name in GRIDS for name in required) else default_example(model) or {}
+    if main not in given or (main == "pixel_values" and size_of(model.config, "num_frames")):
         if main in known or not required:
-            given[main] = _made(main, model, given, required)
+            given[main] = made(main, model, given, required)
         if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in known:
             given["decoder_input_ids"] = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     for name in required:
-        if name not in given and (value := _made(name, model, given, required)) is not None:
+        if name not in given and (value := made(name, model, given, required)) is not None:
             given[name] = value
     generates = getattr(model, "can_generate", lambda: False)()
-    size = _size(model.config, "image_size")
+    size = size_of(model.config, "image_size")
     if main == "input_ids" and "pixel_values" in known and size and not generates:
-        given["pixel_values"] = torch.zeros(BATCH, 3, *_square(size))
+        given["pixel_values"] = picture("pixel_values", model.config)
     causal = generates and not model.config.is_encoder_decoder  # its usual call has no padding
     if "attention_mask" in known and "input_ids" in given and not causal:
         given["attention_mask"] = torch.ones(BATCH, LENGTH, dtype=torch.long)
@@ -178,7 +184,7 @@ def _filled(given: dict[str, Any], dtype: torch.dtype, vocabulary: int | None) -
 
 def _precomputed(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """With what transformers' own exporters compute from grids before a model is traced, if that runs."""
-    if not any(name in inputs for name in (*_GRIDS, "feature_lens", "input_features_mask", "image_sizes")):
+    if not any(name in inputs for name in (*GRIDS, "feature_lens", "input_features_mask", "image_sizes")):
         return inputs
     more = dict(inputs)
     try:
@@ -203,110 +209,3 @@ def _asked_for(model: nn.Module, given: dict[str, Any], error: Exception) -> lis
         if found := [name for name in words if name in known and name in frame.f_locals]:
             return found[:1]
     return []
-
-
-def _made(name: str, model: nn.Module, given: dict[str, Any], required: list[str] | None = None) -> Any:
-    """One argument by its name, or None where nothing says what it is."""
-    config, asked = model.config, {*given, *(required or ())}
-    side = 2 * (_size(config, "spatial_merge_size") or 2)
-    if "input_ids" in name:
-        return torch.zeros(BATCH, LENGTH, dtype=torch.long)
-    if name in ("grid_thw", "image_grid_thw"):
-        return torch.tensor([[1, side, side]] * BATCH)
-    if name in ("spatial_shapes", "target_sizes"):
-        return torch.tensor([[side, side]] * BATCH)
-    if name == "pixel_position_ids":
-        rows = torch.cartesian_prod(torch.arange(side), torch.arange(side))
-        return rows.expand(BATCH, -1, -1).clone()
-    if name in ("hidden_states", "pixel_values") and (grids := [g for g in _GRIDS if g in asked]):
-        return _patches(config, side, grids[0])
-    if name.endswith("mask") and not name.startswith("past_"):
-        return _mask(name, given, side)
-    if "bbox" in name or name.endswith("boxes"):
-        return torch.tensor([0.1, 0.2, 0.5, 0.7]).expand(BATCH, LENGTH, 4).clone()
-    if (history := given.get("past_values")) is not None and name.startswith("past_"):
-        features = _size(config, "num_time_features") or 0
-        return (
-            history.new_ones(*history.shape[:2], features)
-            if "features" in name
-            else history.new_ones(history.shape)
-        )
-    if "pixel_values" in name:
-        return _picture(name, config)
-    if name in _SOUND:
-        return _sequence(name, config)
-    return _documented(name, model)
-
-
-def _patches(config: Any, side: int, grid: str) -> Tensor:
-    """Patches of all pictures as rows, or side by side as one picture, or the rows of each picture."""
-    patch, channels = _square(_size(config, "patch_size") or 16), _size(config, "in_channels")
-    channels, count = channels or _size(config, "num_channels") or 3, side * side
-    if grid == "target_sizes":
-        return torch.zeros(1, channels, patch[0], patch[1] * count * BATCH)
-    width = channels * math.prod(patch) * (_size(config, "temporal_patch_size") or 1)
-    rows = (BATCH, count) if grid in ("spatial_shapes", "pixel_position_ids") else (BATCH * count,)
-    return torch.zeros(*rows, width)
-
-
-def _mask(name: str, given: dict[str, Any], side: int) -> Tensor:
-    """Everything is seen: all tokens, frames or pixels of what is masked."""
-    pixels = given.get("pixel_values")
-    if name.startswith("pixel") and isinstance(pixels, Tensor):
-        shape = (BATCH, side * side) if pixels.ndim < 4 else (BATCH, *pixels.shape[-2:])
-        return torch.ones(shape, dtype=torch.long)
-    sound = next((given[n] for n in ("audio_mel", "input_features", "input_values") if n in given), None)
-    if sound is None:
-        return torch.ones(BATCH, LENGTH, dtype=torch.long)
-    last = sound.ndim != 3 or sound.shape[-1] in (FRAMES, SAMPLES)
-    return torch.ones(BATCH, sound.shape[-1 if last else 1], dtype=torch.bool)
-
-
-def _picture(name: str, config: Any) -> Tensor:
-    frames = _size(config, "num_frames")
-    video = [frames] if frames else [4] if name == "pixel_values_videos" else []
-    channels = _size(config, "num_channels") or 3
-    return torch.zeros(BATCH, *video, channels, *_square(_size(config, "image_size") or PIXELS))
-
-
-def _sequence(name: str, config: Any) -> Tensor:
-    """A time series, sound, or a spectrogram."""
-    if name == "past_values":
-        channels = _size(config, "num_input_channels")
-        history = (_size(config, "context_length") or 32) + max(_size(config, "lags_sequence") or [0])
-        return torch.zeros(BATCH, history, *([channels] if channels else []))
-    if name == "input_values" and not _size(config, "max_length"):
-        return torch.zeros(BATCH, SAMPLES)
-    width = _size(config, "num_mel_bins") or _size(config, "feature_size") or 80
-    return torch.zeros(BATCH, _size(config, "max_length") or FRAMES, width)
-
-
-def _documented(name: str, model: nn.Module) -> Tensor | None:
-    """A tensor of the shape that the forward's documentation says; rows and lengths are the usual ones."""
-    text = re.search(rf"\b{name} \(([^\n]*?)of shape [`'(]+([^)]*)\)", model.forward.__doc__ or "")
-    if text is None:
-        return None
-    shape = [_documented_size(word.strip(" `'"), model.config) for word in text[2].split(",") if word.strip()]
-    long = any(kind in text[1] for kind in ("Long", "Int", "Bool"))
-    return torch.zeros(shape, dtype=torch.long if long else torch.float32)
-
-
-def _documented_size(word: str, config: Any) -> int:
-    if word.isdecimal():
-        return int(word)
-    if word.startswith(("batch", "num_images")):
-        return BATCH
-    if "height" in word or "width" in word or word == "image_size":
-        return _square(_size(config, "image_size") or PIXELS)["width" in word]
-    size = _size(config, word.removeprefix("config."))
-    return size if isinstance(size, int) else LENGTH
-
-
-def _size(config: Any, name: str) -> Any:
-    """An attribute of a configuration, or of a part of it."""
-    parts = [config, *(v for v in vars(config).values() if isinstance(v, PreTrainedConfig))]
-    return next((getattr(p, name) for p in parts if getattr(p, name, None) is not None), None)
-
-
-def _square(size: Any) -> tuple[int, int]:
-    return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) else (int(size), int(size))

@@ -15,7 +15,7 @@ from benchmarks.tiny_configs import CUTS, Cut, mended, small_config
 from benchmarks.tiny_inputs import running_call, told, wants_other_numbers
 from tests.helpers import families
 
-SEARCH = 20.0
+SEARCH = 30.0
 """Processor seconds after which no further sizes are tried."""
 
 
