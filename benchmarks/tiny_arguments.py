@@ -39,7 +39,8 @@ def made(name: str, model: nn.Module, given: dict[str, Any], required: list[str]
     if name.endswith("mask") and not name.startswith("past_"):
         return _mask(name, given, side)
     if "bbox" in name or name.endswith("boxes"):
-        return torch.tensor([0.1, 0.2, 0.5, 0.7]).expand(BATCH, LENGTH, 4).clone()
+        corner = torch.linspace(0.1, 0.5, BATCH * LENGTH).view(BATCH, LENGTH, 1)
+        return torch.cat([corner, corner / 2, corner + 0.2, corner + 0.3], -1)
     if (history := given.get("past_values")) is not None and name.startswith("past_"):
         features = size_of(config, "num_time_features") or 0
         return (

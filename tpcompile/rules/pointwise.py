@@ -129,8 +129,8 @@ def _fill(node: Node, ops: list[Node]) -> Linear:
 
 
 def _copy(node: Node, ops: list[Node]) -> Linear:
-    """``copy(x, y)`` is y in x's form: x's values are lost, whole or partial."""
-    if ops[0].meta["val"].dtype != ops[1].meta["val"].dtype:
+    """``copy(x, y)``, ``fill(x, y)`` are y in x's form: x's values are lost, whole or partial."""
+    if len(ops) < 2 or ops[0].meta["val"].dtype != ops[1].meta["val"].dtype:
         return []
     return [frozenset({1}), frozenset({0, 1})]
 
@@ -159,5 +159,5 @@ _LINEAR: dict[str, Callable[[Node, list[Node]], Linear]] = {
     "div": _numerator,
     "where": _choose,
     "masked_fill": _fill,
-    "copy": _copy,
+    **dict.fromkeys(("copy", "fill"), _copy),
 }

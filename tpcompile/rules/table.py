@@ -161,7 +161,7 @@ REDUCTIONS: dict[str, Row] = {
 POINTWISE: dict[str, Row] = {
     **_rows(
         pointwise.broadcast,
-        "_to_copy to masked_fill where complex polar copy dropout native_dropout feature_dropout",
+        "_to_copy to fill masked_fill where complex polar copy dropout native_dropout feature_dropout",
         "rsub.Tensor real imag _conj isin.Tensor_Scalar __and__ __or__ __xor__",
         "zeros_like ones_like full_like empty_like hardswish leaky_relu log_sigmoid floor_divide",
     ),
