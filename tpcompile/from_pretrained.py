@@ -39,6 +39,7 @@ def from_pretrained(
     mesh: DeviceMesh | None = None,
     *,
     dtype: torch.dtype | str | None = None,
+    adapter: Any = None,
     plan: PlanLike = "auto",
     config: Any = None,
     model_class: Any = None,
@@ -73,6 +74,8 @@ def from_pretrained(
         mesh: the device mesh; by default one axis over all processes, which are connected first if torchrun
             started them.
         dtype: the type of the model; None or ``"auto"``: the checkpoint's.
+        adapter: a configuration of PEFT (``LoraConfig(...)``), or the folder of an adapter: the result is a
+            ``PeftModel`` around the checkpoint's model. New adapters begin with the numbers of a fixed seed.
         plan: see ``parallelize``, as for ``axis`` and all from ``dynamic`` to ``compare_calls``.
         config: a configuration instead of the checkpoint's.
         model_class: the model's class, or an ``AutoModelFor...``; by default the checkpoint's.
@@ -138,6 +141,10 @@ def _build(group: dist.ProcessGroup, asked: Mapping[str, Any], device: torch.dev
     compare(group, "checkpoints", opened.lines())
     compare_files(group, opened.stored)
     built = together(group, "match the checkpoint with the model", lambda: request.build(opened, device))
+    if (adapter := asked["adapter"]) is not None:
+        from .weights.loading.add_adapter import add_adapter
+
+        built = together(group, "add the adapter", functools.partial(add_adapter, built, adapter, device))
     unexpected = built.unexpected if show else ()
     together(group, "warn of unexpected keys", lambda: warn_unexpected(unexpected, request.name))
     return built

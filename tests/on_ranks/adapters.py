@@ -141,6 +141,35 @@ def prompt_tuning(folder: str) -> None:
     _same(stored, own)
 
 
+def loaded(folder: str) -> list[str]:
+    """A checkpoint that is loaded with a new adapter around it, or with one that was saved."""
+    base, call = f"{folder}/base", {**CALL, "use_cache": False}
+    if dist.get_rank() == 0:
+        prompted().get_base_model().save_pretrained(base)
+    dist.barrier()
+    kind = {"task_type": "CAUSAL_LM", "r": 3, "target_modules": ["q_proj", "down_proj"]}
+    whole = LlamaForCausalLM.from_pretrained(base)
+    model: Any = tpcompile.from_pretrained(base, adapter=LoraConfig(**kind, modules_to_save=["lm_head"]))
+    _same(model(**call).logits, whole(**call).logits)  # a new adapter changes nothing yet
+    learned = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(learned) == 5 and all("lora" in name or "modules_to_save" in name for name in learned)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**call).loss.backward()
+        optimizer.step()
+    model.save_pretrained(f"{folder}/adapter")
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(whole, f"{folder}/adapter")(**call).logits
+        again: Any = tpcompile.from_pretrained(base, adapter=f"{folder}/adapter")
+        assert (expected - model(**call).logits).abs().max() < 1e-5 < (expected - expected[0]).abs().max()
+        _same(again(**call).logits, expected)
+        again.merge_adapter()
+        _same(again(**call).logits, expected)
+    odd = [LoraConfig(**kind, use_dora=True), LoraConfig(**kind, init_lora_weights="pissa"), 5, folder]
+    return [refusal(lambda odd=adapter: tpcompile.from_pretrained(base, adapter=odd)) for adapter in odd]
+
+
 def refused(folder: str) -> list[str]:
     """Adapters that come after ``parallelize``."""
     sharded = tpcompile.parallelize(training.toy())

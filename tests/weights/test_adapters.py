@@ -20,6 +20,13 @@ def test_prompt_tuning(tmp_path: Path) -> None:
     run_spmd(adapters.prompt_tuning, 2, str(tmp_path), timeout=400)
 
 
+def test_loaded_around_a_checkpoint(tmp_path: Path) -> None:
+    for dora, pissa, number, folder in run_spmd(adapters.loaded, 2, str(tmp_path)):
+        assert "follow from weights of the model" in dora and "lora_magnitude_vector" in dora
+        assert "changes weights of the model" in pissa
+        assert all("cannot be put into the model" in each for each in (number, folder))
+
+
 def test_refused(tmp_path: Path) -> None:
     for after, another, state in run_spmd(adapters.refused, 2, str(tmp_path)):
         assert "parallelize what get_peft_model gives" in after

@@ -170,7 +170,7 @@ def _refuse_foreign(names: Sequence[str], where: str) -> None:
             raise TpCompileError(
                 "these are the weights of an adapter, not of a model",
                 where=where,
-                todo="merge the adapter into its model with peft, save that, and load it",
+                todo="load the model, with this folder as adapter=",
             )
         if kind in _PICKLES:
             raise TpCompileError(
