@@ -89,6 +89,7 @@ def test_what_depends_on_the_order_holds_for_one(ask: Ask) -> None:
         lambda m, x: x.reshape(-1) * 2,
         lambda m, x: (x + 1).mul_(2).flatten(),
         lambda m, x: x.new_zeros(x.shape).flatten().add_(1),
+        lambda m, x: torch.vmap(lambda row: row.reshape(-1) * 2)(x),
     ],
 )
 def test_the_rest_holds_for_every_order(ask: Ask) -> None:

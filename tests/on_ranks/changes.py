@@ -36,6 +36,10 @@ def state_with(model: Any, value: Any) -> dict[str, Any]:
     return {**model.state_dict(), "model.norm.weight": value}
 
 
+def _subclass(part: nn.Module) -> type[nn.Module]:
+    return type("Doubled", (type(part),), {"forward": lambda self, x: x})
+
+
 REFUSED: dict[str, Change] = {
     "more tokens": lambda m: m.resize_token_embeddings(70, mean_resizing=False),
     "fewer tokens": lambda m: m.resize_token_embeddings(50),
@@ -66,6 +70,8 @@ REFUSED: dict[str, Change] = {
     "a table joined": lambda m: m.model._modules.__ior__({"norm": nn.Identity()}),
     "a table updated": lambda m: m.model._modules.update(norm=nn.Identity()),
     "another activation": lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.ReLU()),
+    "another class": lambda m: setattr(m.model.norm, "__class__", nn.Identity),
+    "another forward in a class": lambda m: setattr(m.lm_head, "__class__", _subclass(m.lm_head)),
     "a smaller weight": lambda m: setattr(m.model.norm, "weight", new(3)),
     "a weight without values": lambda m: setattr(m.model.norm, "weight", new(16, device="meta")),
     "smaller values": lambda m: setattr(m.lm_head.weight, "data", torch.zeros(3, 3)),

@@ -399,10 +399,15 @@ def replaced_forwards() -> tuple[float, list[str]]:
     """The worst error with forwards that were set on instances and classes, before and after; refusals."""
 
     class Own(Mlp):
-        pass
+        def __call__(self, x: Tensor) -> Any:
+            return super().__call__(x) * 1.25
+
+    class Outer(nn.Sequential):
+        def __call__(self, x: Tensor) -> Any:
+            return super().__call__(x) * 1.5
 
     def lifted() -> nn.Module:
-        model = nn.Sequential(Own(), Own())
+        model = Outer(Own(), Own(), Own())
         before, part = model.forward, model[0].up.forward
         model.forward = lambda x: before(x) * 2
         model[0].up.forward = lambda x: part(x) * 3
@@ -417,6 +422,7 @@ def replaced_forwards() -> tuple[float, list[str]]:
 
     changes: list[Callable[[Any], Any]] = [
         lambda m: None,
+        lambda m: setattr(m[2].up, "forward", m[1].up.forward),
         lambda m: wrap(m, m[0].down),
         lambda m: setattr(m[1].up, "forward", MethodType(own, m[1].up)),
         lambda m: m[1].down.__dict__.update(forward=MethodType(own, m[1].down)),
@@ -433,7 +439,12 @@ def replaced_forwards() -> tuple[float, list[str]]:
             each.zero_grad()
             change(each)
             each(x).pow(3).sum().backward()
-        worst = max(worst, error(sharded(x), whole(x)), _gradient_error(whole, sharded))
+        worst = max(
+            worst,
+            error(sharded[0](x), whole[0](x)),
+            error(sharded(x), whole(x)),
+            _gradient_error(whole, sharded),
+        )
     said = [refusal(lambda: wrap(sharded, sharded[0].down))]
     said.append(refusal(lambda: setattr(sharded, "late", nn.Parameter(x))))
     return worst, said

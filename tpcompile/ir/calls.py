@@ -169,9 +169,9 @@ def bind_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] |
 
 
 def call_model(model: nn.Module, bound: Mapping[str, Any]) -> Any:
-    """Call the model with a normalised call."""
+    """Call the model with a normalised call; a ``__call__`` of its class runs around programs."""
     args, kwargs = signature_of(model).unbind(bound)
-    return model(*args, **kwargs)
+    return nn.Module.__call__(model, *args, **kwargs)
 
 
 def flatten_call(bound: dict[str, Any]) -> tuple[list[Any], TreeSpec]:

@@ -290,7 +290,7 @@ def without_hooks(root: nn.Module, hooks: list[Hook]) -> Iterator[None]:
 def _entered_class(root: type[nn.Module], entry: type[nn.Module], path: str) -> type[nn.Module]:
     @functools.wraps(entry.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.get_submodule(path)(*args, **kwargs)
+        return nn.Module.__call__(self.get_submodule(path), *args, **kwargs)
 
     # The name is part of what captures on disk are found by.
     body = {"forward": forward, "__module__": root.__module__, "__qualname__": f"{root.__qualname__}:{path}"}

@@ -39,6 +39,8 @@ class WatchedModule(nn.Module):
         if place is not None:
             if isinstance(value, nn.Module) and value is not self._modules.get(name):
                 self._refuse_change(name)
+            if name == "__class__" and place[1] and not _is_wrapped(value, type(self)):
+                self._refuse_change(name)
             if name == "qconfig":
                 self._refuse_quantizing()
             if any(name in own[table] for table in TABLES):
@@ -146,7 +148,8 @@ class WatchedModule(nn.Module):
         """Has a part run another forward; the next call captures it."""
         own = self.__dict__
         self._report("forward", own.get(LIFTED, MISSING), value)
-        if value is MISSING or getattr(value, "__func__", None) is type(self).forward:
+        own_again = getattr(value, "__func__", None) is type(self).forward and value.__self__ is self
+        if value is MISSING or own_again:
             own.pop(LIFTED, None)
             return
         own["forward"] = value
@@ -229,6 +232,12 @@ def _refuse_untying(where: str) -> NoReturn:
 
 def _layout(tensor: Tensor) -> str:
     return tensor.placing.text() if isinstance(tensor, ShardedParameter) else ""
+
+
+def _is_wrapped(kind: type, own: type) -> bool:
+    """Whether a class that a part is given does what its own does, as that of ``fully_shard``."""
+    same: Any = getattr(kind, "forward", None)
+    return issubclass(kind, own) and same is getattr(own, "forward", None)
 
 
 def _leaves(module: nn.Module) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tpcompile.errors import CannotCapture
-from tpcompile.ir.torch_internals import tree_leaves
+from tpcompile.ir.torch_internals import FakeTensor, tree_leaves
 
 from .explain_failure import here
 from .python_state import storage
@@ -72,16 +72,22 @@ class MemoryOrder:
             kwargs: others.
             given: the tensors among them.
         """
-        before = [(x, x._version) for x in given if not x.is_inference()]
+        before = {x: x._version for x in _followed(given)}
         result = func(*args, **kwargs)
-        written = (x for x, version in before if x._version != version)
-        self.asked = self.asked or any(storage(x) in self._shared for x in written)
+        self.asked |= any(
+            storage(x) in self._shared for x, version in before.items() if x._version != version
+        )
         name = getattr(func, "__name__", "")
-        if name not in _OWN_ORDER and any(storage(x) in self._following for x in given):
+        if name not in _OWN_ORDER and any(storage(x) in self._following for x in before):
             self._follow(result)
             if name in _MAY_COPY or (name == "to" and "memory_format" in kwargs):
-                self._shared.update(storage(x) for x in (given[0], result))
+                self._shared.update(storage(x) for x in _followed((given[0], result)))
         return result
 
     def _follow(self, values: Any) -> None:
-        self._following.update((storage(x), x) for x in tree_leaves(values) if isinstance(x, Tensor))
+        self._following.update((storage(x), x) for x in _followed(values))
+
+
+def _followed(values: Any) -> list[Tensor]:
+    """The tensors that have memory to follow: what ``vmap`` makes of one has none."""
+    return [x for x in tree_leaves(values) if isinstance(x, FakeTensor) and not x.is_inference()]
