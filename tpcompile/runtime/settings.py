@@ -95,7 +95,7 @@ class Reads:
         plain: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         self._deep: list[tuple[dict[str, Any], str, Shot, bool]] = []
         self._shots: dict[int, tuple[Any, Shot]] = {}
-        classes: set[tuple[type, str]] = set()
+        classes: dict[tuple[type, str], None] = {}  # in order
         for path, name in sorted(captured.reads):
             module = model.get_submodule(path)
             own: dict[str, Any] = module.__dict__
@@ -108,7 +108,7 @@ class Reads:
                 self._note(own, name, values, f"{path}.{name}".lstrip(".") in fed, baked)
             kind = original(path)
             if name not in own and _is_models(kind, name):
-                classes.add((kind, name))
+                classes[kind, name] = None
         self._plain = [_Values(own, values) for own, values in plain.values() if values]
         self._classes = [(kind, name, *_class_shot(kind, name)) for kind, name in classes]
         self._outer = [(place, shot(place.look())) for place in captured.outer]
