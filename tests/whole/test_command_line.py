@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -102,6 +104,19 @@ def test_generate_starts_its_ranks(llama: transformers.LlamaForCausalLM, tmp_pat
     command = [sys.executable, "-m", "tpcompile", *given]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
     assert json.loads(done.stdout)["ids"] == greedy(llama)[:4]
+
+
+def test_ranks_end_with_who_started_them() -> None:
+    """A command that is told to end takes its ranks along."""
+    start = "import sys; from tpcompile.runtime.run_on_ranks import start_ranks; sys.exit(start_ranks(2))"
+    with subprocess.Popen([sys.executable, "-c", start, "env"]) as command:
+        ranks: list[psutil.Process] = []
+        while len(ranks) < 2:
+            assert command.poll() is None
+            ranks = psutil.Process(command.pid).children()
+        command.terminate()
+        assert command.wait(60) == 128 + signal.SIGTERM
+        assert psutil.wait_procs(ranks, 10)[1] == []
 
 
 def test_commands_on_ranks(llama: transformers.LlamaForCausalLM, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,8 @@ def start_ranks(ranks: int) -> int:
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": threads}
     command = [sys.executable, "-m", "tpcompile", *sys.argv[1:]]
     with contextlib.ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGHUP):  # which end a process without a word to its callbacks
+            stack.callback(signal.signal, number, signal.signal(number, _stop))
         processes, logs = [], []
         for rank in range(ranks):
             logs.append(stack.enter_context(tempfile.TemporaryFile()))
@@ -64,6 +67,10 @@ def start_ranks(ranks: int) -> int:
             text = logs[failed].read().decode(errors="replace")
             print(f"rank {failed} ended with {code}:\n{text}", file=sys.stderr)
         return code
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
