@@ -18,6 +18,7 @@ from safetensors.torch import save
 from tests.on_ranks.bad_input import refusal
 from tests.weights.test_from_pretrained import opened
 from tests.weights.test_staged_checkpoint import tiny
+from tpcompile.errors import TpCompileError
 from tpcompile.weights.loading.find_files import INDEX, find_files
 from tpcompile.weights.loading.read_headers import read_header
 
@@ -153,6 +154,18 @@ def test_files_in_a_subfolder(checkpoint: Path, tmp_path: Path) -> None:
     for file in folder.glob("*.safetensors"):
         file.rename(folder / "parts" / file.name)
     assert opened(folder).expressions.keys() == opened(checkpoint).expressions.keys()
+
+
+@pytest.mark.parametrize("place", [".", "inner"])
+def test_adapters_beside_a_model(place: str, checkpoint: Path, tmp_path: Path) -> None:
+    """transformers would put them into the model."""
+    shutil.copytree(checkpoint, tmp_path / "model" / place)
+    (tmp_path / "model" / place / "adapter_config.json").write_text("{}")
+    asked = {"subfolder": "" if place == "." else place}
+    with pytest.raises(TpCompileError, match="an adapter beside the model"):
+        opened(tmp_path / "model", **asked)
+    found = opened(tmp_path / "model", adapter="another", **asked)
+    assert found.expressions.keys() == opened(checkpoint).expressions.keys()
 
 
 @settings(FEW, max_examples=80)

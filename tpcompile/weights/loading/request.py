@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class Hub(TypedDict, total=False):
 
 
 HUB = tuple(Hub.__annotations__)
+_OF_ADAPTERS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
 _MEANINGLESS = ("low_cpu_mem_usage", "use_safetensors", "weights_only", "disable_mmap")
 
 
@@ -94,6 +96,7 @@ class CheckpointRequest:
         trust_remote_code: whether code that comes with the checkpoint may run.
         variant: of the weights.
         subfolder: of the folder or repository.
+        adapter: what is to be put into the model; only whether there is one counts here.
         others: arguments for the hub, and fields of the configuration.
     """
 
@@ -107,6 +110,7 @@ class CheckpointRequest:
     trust_remote_code: bool = False
     variant: str | None = None
     subfolder: str = ""
+    adapter: Any = None
     others: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -135,7 +139,22 @@ class CheckpointRequest:
             find()  # perhaps it can say more: it is a folder of an adapter, or there is no such folder
             raise
         files = find(pointer=getattr(config, POINTER, None))
+        self._refuse_adapter()
         return Opened(config, read_headers(files.paths, files.index))
+
+    def _refuse_adapter(self) -> None:
+        """Refuses an adapter beside the model, which transformers would put into it."""
+        from transformers.utils import find_adapter_config_file, is_peft_available
+
+        if self.adapter is not None or not is_peft_available() or os.path.isfile(self.name):
+            return
+        hub = {key: value for key, value in self._hub.items() if key in _OF_ADAPTERS}
+        if find_adapter_config_file(self.name, subfolder=self.subfolder, **hub) is not None:
+            raise TpCompileError(
+                "there is an adapter beside the model, which transformers would load with it",
+                where=self.name,
+                todo="give adapter=..., the folder of an adapter; or a folder without adapter_config.json",
+            )
 
     def build(self, opened: Opened, device: torch.device) -> Built:
         """Makes the model on ``meta`` and finds out what its tensors are made of.
