@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 BATCH, LENGTH, DECODER_LENGTH = 2, 14, 7
-FRAMES, SAMPLES, PIXELS = 60, 4000, 64
+FRAMES, MANY_FRAMES, SAMPLES, PIXELS = 60, 200, 4000, 64
 GRIDS = ("grid_thw", "image_grid_thw", "spatial_shapes", "target_sizes", "pixel_position_ids")
 """Arguments that go with patches in the place of pictures."""
 
@@ -75,7 +75,7 @@ def _mask(name: str, given: dict[str, Any], side: int) -> Tensor:
     sound = next((given[n] for n in ("audio_mel", "input_features", "input_values") if n in given), None)
     if sound is None:
         return torch.ones(BATCH, LENGTH, dtype=torch.long)
-    last = sound.ndim != 3 or sound.shape[-1] in (FRAMES, SAMPLES)
+    last = sound.ndim != 3 or sound.shape[-1] in (FRAMES, MANY_FRAMES, SAMPLES)
     return torch.ones(BATCH, sound.shape[-1 if last else 1], dtype=torch.bool)
 
 

@@ -287,9 +287,9 @@ def mended(cut: Cut, error: Exception) -> Cut | None:
     if found and not cut.sections:
         total, *sections = map(int, found.groups())
         return dataclasses.replace(cut, sections=tuple(_scaled(sections, total)))
-    missing = re.search(r"`(\w+)` config needs to be specified", text)
+    missing = re.search(r"`(\w+)` (config needs to be specified|argument in the config)", text)
     if missing and missing[1] not in cut.sizes:
-        return dataclasses.replace(cut, sizes={**cut.sizes, missing[1]: 8})
+        return dataclasses.replace(cut, sizes={**cut.sizes, missing[1]: _SIZES.get(missing[1], 8)})
     if "NoneType" in text:  # of a size that the default leaves open
         frame, number = list(traceback.walk_tb(error.__traceback__))[-1]
         for name in re.findall(r"\w+", linecache.getline(frame.f_code.co_filename, number)):

@@ -23,6 +23,7 @@ from benchmarks.tiny_arguments import (
     FRAMES,
     GRIDS,
     LENGTH,
+    MANY_FRAMES,
     SAMPLES,
     SOUND,
     made,
@@ -100,9 +101,11 @@ def _ways(model: nn.Module, failed: list[Exception]) -> Iterator[dict[str, Any]]
     for name, value in usual.items():
         if name in SOUND and value.ndim > 1:
             for other in _turned(value, model.config, str(failed[0])):
-                yield usual | {name: other}
+                given = usual | {name: other}
+                given |= {n: made(n, model, given) for n in usual if n.endswith("features_mask")}
+                yield given
                 if masks:
-                    yield usual | {name: other} | masks
+                    yield given | masks
         if name == "pixel_values" and value.ndim > 3 and "weight of size" not in str(failed[0]):
             if "5D" in str(failed[0]):
                 yield usual | {name: torch.stack([value, value], 1)}
@@ -122,10 +125,11 @@ def _turned(value: Tensor, config: Any, problem: str) -> Iterator[Tensor]:
         yield value.new_zeros(BATCH, 1, FRAMES)
         return
     widths = {value.shape[-1], size_of(config, "hidden_size"), 128, *map(int, re.findall(r"\d+", problem))}
+    frames = 2 * (size_of(config, "max_source_positions") or MANY_FRAMES // 2)
     for width in sorted(w for w in widths if isinstance(w, int) and 16 < w < 2000):
         yield value.new_zeros(BATCH, FRAMES, width)
         yield value.new_zeros(BATCH, width, FRAMES)
-        yield value.new_zeros(BATCH, width, 2 * (size_of(config, "max_source_positions") or 100))
+        yield value.new_zeros(BATCH, width, frames)
     yield value.new_zeros(BATCH, SAMPLES)
     yield value.new_zeros(BATCH, 1, SAMPLES)
 
