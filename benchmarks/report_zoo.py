@@ -40,7 +40,7 @@ def sort_out(found: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
 
 def _group(found: dict[str, Any]) -> str:
     if "failed" in found:
-        if found["stage"] in ("build", "default", "time"):
+        if found["stage"] in ("build", "default"):
             return "not built"
         return "refused" if found.get("refused") else "failed"
     if not found["ok"]:

@@ -191,7 +191,7 @@ def _shrunk(config: PreTrainedConfig, cut: Cut, followed: dict[int, int]) -> dic
             new[name] = sizes[name]
         elif value is None and name in cut.sizes:
             new[name] = cut.sizes[name]
-        elif name == "depths" and cut.layers:
+        elif name in ("depths", "blocks_per_stage", "stage_num_blocks") and value and cut.layers:
             new[name] = [min(depth, cut.layers) for depth in value]
     new |= _layer_lists(config) if cut.layers else {}
     return new | _rotary(config, new, cut) | (_small_pictures(config) if cut.pictures else {})
