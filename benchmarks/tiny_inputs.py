@@ -203,7 +203,7 @@ def _precomputed(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 def _asked_for(model: nn.Module, given: dict[str, Any], error: Exception) -> list[str]:
     """Arguments that an error names, or that the lines name where something was None."""
     known = set(inspect.signature(model.forward).parameters) - set(given) - {"self", "kwargs", "labels"}
-    words = sorted(re.findall(r"\w+", str(error)), key=lambda word: not word.endswith("ids"))
+    words = sorted(re.findall(r"\w+", str(error).lower()), key=lambda word: not word.endswith("ids"))
     found = [name for name in dict.fromkeys(words) if name in known]
     if found or "None" not in str(error):
         return found[:1] if re.search(r"\b(one|1) of\b|\beither\b", str(error)) else found
