@@ -288,7 +288,11 @@ def state_dicts() -> dict[str, Any]:
         before = {k: v.clone() for k, v in sharded.state_dict().items()}
         for words, wrong in bad.items():
             assert words in refusal(lambda wrong=wrong: sharded.load_state_dict(wrong))  # type: ignore[misc]
+        around, other = nn.ModuleList([sharded]), {f"0.{k}": v + dist.get_rank() for k, v in state.items()}
+        assert "in another module" in refusal(lambda: around.load_state_dict(other))
         assert all(torch.equal(before[k], v) for k, v in sharded.state_dict().items())
+        around.load_state_dict({f"0.{k}": v * 2 for k, v in state.items()})
+        found["around"] = error(sharded.full_state_dict(), {k: v * 2 for k, v in state.items()})
     return found
 
 

@@ -248,6 +248,12 @@ def by_hand() -> list[Any]:
         stale = "accepted"
     except RuntimeError as reason:
         stale = str(reason)
+    for model in (whole, sharded):  # gradients of another type
+        model.zero_grad()
+        model.down.weight.grad_dtype = torch.float32
+        model(x).square().sum().backward()
+        assert model.down.weight.grad.dtype is model.down.weight.grad_dtype is torch.float32
+        assert model.up.weight.grad.dtype is F64
     return [found, fused, stale]
 
 

@@ -112,6 +112,15 @@ class WatchedModule(nn.Module):
             state_dict = given
         return super().load_state_dict(state_dict, strict, assign)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        place = self._place()
+        if place is not None and not place[1] and prefix:  # a module around the model loads
+            given = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+            lines = state_lines(given, False, False)
+            todo = "load the same tensors on every rank; nothing of this model was loaded"
+            compare(place[0].compiler.group, "states of a model in another module", lines, todo)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before, leaves = types_of(self), _leaves(self)
         result = super()._apply(fn, recurse)

@@ -24,7 +24,7 @@ from .dispatch import dispatch
 from .gathered_view import GatheredView
 from .stored_part import stored_part
 from .tensor_layout import TensorLayout
-from .whole_and_part import FromWhole, Gathered, ToLocal
+from .whole_and_part import FromWhole, Gathered, ToLocal, move_gradient
 
 _TENSOR: Any = Tensor
 _TODO = "use full_tensor(), or model.full_state_dict(), on all ranks; to_local() is this rank's part"
@@ -103,6 +103,16 @@ class ShardedParameter(DTensor):
         self.grad = None
 
     @property
+    def grad_dtype(self) -> torch.dtype | None:
+        """As of any tensor: the type of the gradient, or None for any."""
+        found: torch.dtype | None = _TENSOR.grad_dtype.__get__(self._local_tensor)
+        return found
+
+    @grad_dtype.setter
+    def grad_dtype(self, value: torch.dtype | None) -> None:
+        _TENSOR.grad_dtype.__set__(self._local_tensor, value)
+
+    @property
     def requires_grad(self) -> bool:
         """As of any tensor."""
         return bool(_TENSOR.requires_grad.__get__(self))
@@ -122,7 +132,7 @@ class ShardedParameter(DTensor):
     def _watch(self) -> None:
         """Sees to it that gradients that come here reach the leaf."""
         if self.requires_grad and self._is_param and not self._post_accumulate_grad_hooks:
-            Tensor.register_post_accumulate_grad_hook(self, _move_gradient)
+            Tensor.register_post_accumulate_grad_hook(self, move_gradient)
 
     @property
     def data(self) -> Tensor:
@@ -273,23 +283,6 @@ class ShardedParameter(DTensor):
 
     def _boxes(self) -> Any:
         return self.placing.layout.pieced_boxes(self.placing.name, self.placing.rank)
-
-
-def _move_gradient(parameter: Tensor) -> None:
-    """A gradient that has come to the parameter, through python that read it, belongs to the leaf inside."""
-    assert isinstance(parameter, ShardedParameter)
-    gradient = _TENSOR.grad.__get__(parameter)
-    _TENSOR.grad.__set__(parameter, None)
-    leaf = parameter._local_tensor
-    if parameter.averaged or leaf._backward_hooks or leaf._post_accumulate_grad_hooks:
-        raise TpCompileError(
-            "python has read a weight whose gradients data parallelism, or a hook, is to see",
-            where=parameter.placing.name,
-            todo="compute with the weight inside of the model's forward",
-        )
-    with torch.no_grad():
-        part = parameter.part_of(gradient)
-        leaf.grad = part.clone() if leaf.grad is None else leaf.grad + part
 
 
 def local_tensor(value: Tensor) -> Tensor:

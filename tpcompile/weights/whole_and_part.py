@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tpcompile.errors import TpCompileError
+
 from .tensor_layout import TensorLayout
+
+_TENSOR: Any = Tensor
 
 
 class Gathered(torch.autograd.Function):
@@ -47,3 +51,23 @@ class ToLocal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return ctx.kind(grad, ctx.where)
+
+
+def move_gradient(parameter: Any) -> None:
+    """Moves a gradient that has come to a parameter, through python that read it, to the leaf inside.
+
+    Raises:
+        TpCompileError: data parallelism or a hook is to see the leaf's gradient.
+    """
+    gradient = _TENSOR.grad.__get__(parameter)
+    _TENSOR.grad.__set__(parameter, None)
+    leaf = parameter._local_tensor
+    if parameter.averaged or leaf._backward_hooks or leaf._post_accumulate_grad_hooks:
+        raise TpCompileError(
+            "python has read a weight whose gradients data parallelism, or a hook, is to see",
+            where=parameter.placing.name,
+            todo="compute with the weight inside of the model's forward",
+        )
+    with torch.no_grad():
+        part = parameter.part_of(gradient)
+        leaf.grad = part.clone() if leaf.grad is None else leaf.grad + part
