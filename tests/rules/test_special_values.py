@@ -54,7 +54,8 @@ def test_values() -> None:
     def programs() -> Iterator[Asked]:
         for number, case in enumerate(CASES):
             half = HALVES[number % 2]
-            program = special(case, half)
+            # Torch has no sums of complex numbers in half precision on a CPU.
+            program = special(case, half) if case.op is not torch.ops.aten.complex.default else None
             if program is not None:
                 yield program, lambda c, p=program: not _is_product(p, c)
                 if any(_is_product(program, c) for c in program.choices()):

@@ -318,6 +318,20 @@ def test_a_model_that_amplifies_rounding() -> None:
     assert (report.ok, report.kind) == (False, "rewrite")
 
 
+class Noise(Cancels):
+    """What is left of the difference, which is rounding, is made large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rest = self.mlp(x) - self.other(x)
+        return rest / rest.abs().amax()
+
+
+def test_noise_is_no_fault_and_not_right() -> None:
+    report = tpcompile.verify(Noise().double(), 2, (torch.randn(X, dtype=torch.float64),), gradients=False)
+    assert (report.ok, report.kind, report.first_difference) == (False, "undecided", None)
+    assert "NOT COMPARABLE" in str(report) and "last bits" in str(report)
+
+
 class Normed(nn.Module):
     """An MLP behind a norm that is computed in float32, whatever comes in."""
 

@@ -73,6 +73,7 @@ PRIVATE_ATTRIBUTES = {
         "_dtensor__new__",
         "_make_wrapper_subclass",
         "_post_accumulate_grad_hooks",
+        "_typed_storage",
         "_use_count",
     ),
     "torch.UntypedStorage": ("_cdata",),

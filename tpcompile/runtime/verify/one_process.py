@@ -135,11 +135,12 @@ def _examined(model: nn.Module, request: VerifyRequest) -> Report:
     kinds = {t.dtype for t in (*model.parameters(), *want.values()) if isinstance(t, Tensor)}
     precision = ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds if k.is_floating_point))
     report = Report(request.ranks, precision, tuple(findings), trial.limit, "", notes=notes)
-    if report.wrong and (note := sensitive(trial, want, report)):
-        report = replace(report, kind="numerics", notes=(*notes, note))
+    if report.wrong and (found := sensitive(trial, want, report)) is not None:
+        kind, note = found
+        report = replace(report, kind=kind, notes=(*notes, note))
     elif report.wrong:
-        kind, first = locate(trial, want)
-        report = replace(report, kind=kind, first_difference=first or _worst(report))
+        where, first = locate(trial, want)
+        report = replace(report, kind=where, first_difference=first or _worst(report))
     return report
 
 

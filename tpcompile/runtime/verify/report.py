@@ -10,11 +10,12 @@ from tpcompile.ir.units import time_text
 
 from .outcome import Finding
 
-Kind = Literal["", "capture", "rewrite", "numerics", "execution"]
+Kind = Literal["", "capture", "rewrite", "numerics", "execution", "undecided"]
 
 _KINDS = {
     "": "the same as the unsharded model",
     "numerics": "the same as the unsharded model; what differs is rounding",
+    "undecided": "NOT COMPARABLE with the unsharded model, whose own numbers are rounding here",
     "capture": "NOT the unsharded model: capture changed what it computes",
     "execution": "NOT the unsharded model: simulated, it is: look at what runs around its programs",
     "rewrite": "NOT the unsharded model: the plan, a pass, a rule or lowering changed what it computes",
@@ -73,7 +74,8 @@ class Report:
         limit: the largest error that rounding explains.
         kind: "" if all is right; "capture": the captured graph is another program than the model's python;
             "rewrite": the sharded program is another one than the captured; "numerics": values differ in the
-            model's own type, and agree in float64; "execution": what is simulated is right, what runs is not.
+            model's own type, and agree in float64; "execution": what is simulated is right, what runs is not;
+            "undecided": the last bits of its weights change the model's own values by as much as differs.
         first_difference: where it begins, for "capture" and "rewrite".
         seconds: what it took.
         notes: what else is to be known, such as what could not be compared.

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from .outcome import Key, compared
-from .report import Report
+from .report import Kind, Report
 from .trial import Trial
 
 _MARGIN, _MOST = 100.0, 1e-3  # every operator rounds, not only what the weights are
 
 
-def sensitive(trial: Trial, want: Mapping[Key, Any], report: Report) -> str:
-    """Why all that differs is rounding, or an empty text.
+def sensitive(trial: Trial, want: Mapping[Key, Any], report: Report) -> tuple[Kind, str] | None:
+    """What follows for a report if all that differs may be rounding, and why; None if it may not.
 
     A sum over ranks is rounded in another order, as are weights that differ in their last bits. Where the
-    model's own values then change as much, what ranks compute cannot be held against them more closely. A
-    difference over 1e-3 is not explained in this way, nor are whole numbers and tokens.
+    model's own values then change as much, what ranks compute cannot be held against them more closely. Up
+    to 1e-3 that is called right; where more is rounding, nothing is known.
 
     Args:
         trial: the call, which some ranks compute otherwise.
@@ -34,8 +34,9 @@ def sensitive(trial: Trial, want: Mapping[Key, Any], report: Report) -> str:
                 signs = torch.rand(weight.shape, generator=generator).sub_(0.5).sign_().to(weight)
                 weight.mul_(1 + torch.finfo(weight.dtype).eps * signs)
     moved = compared(trial.run_python(model), want)
-    own = {(f.sort, f.name): f.error for f in moved if f.error < _MOST}
-    if any(not f.error <= min(_MOST, _MARGIN * own.get((f.sort, f.name), 0.0)) for f in report.wrong):
-        return ""
+    own = {(f.sort, f.name): f.error for f in moved}
+    if any(not f.error <= _MARGIN * own.get((f.sort, f.name), 0.0) for f in report.wrong):
+        return None
     most = max(own[f.sort, f.name] for f in report.wrong)
-    return f"the last bits of its weights change the model's own values by up to {most:.0e}"
+    kind: Kind = "numerics" if max(most, *(f.error for f in report.wrong)) <= _MOST else "undecided"
+    return kind, f"the last bits of its weights change the model's own values by up to {most:.0e}"
