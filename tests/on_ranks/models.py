@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -71,13 +73,13 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def forward(name: str, compiled: bool, fields: dict[str, Any]) -> dict[str, Any]:
+def forward(name: str, backend: str = "", fields: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """Errors of a forward as captured and at other sizes, and whether the state dict comes back."""
     model = build(name, **fields)
     whole = copy.deepcopy(model)
     sharded = tpcompile.parallelize(model, mesh(), example_kwargs=call(name, CAPTURED))
     # Sizes are left open from the beginning: Inductor's compiler takes most of the time.
-    run = torch.compile(sharded, fullgraph=True, dynamic=True) if compiled else sharded
+    run = torch.compile(sharded, fullgraph=True, dynamic=True, backend=backend) if backend else sharded
     found: dict[str, Any] = {}
     with torch.no_grad():
         for label, sizes in (("captured", CAPTURED), ("other", OTHER)):

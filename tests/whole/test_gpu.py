@@ -119,7 +119,7 @@ def on_two_ranks(do: Callable[..., Any], *args: Any) -> list[Any]:
 
 @pytest.mark.parametrize("name", sorted(families.FAMILIES))
 def test_families(name: str) -> None:
-    for found in on_two_ranks(spmd_models.forward, name, False):
+    for found in on_two_ranks(spmd_models.forward, name, ""):
         assert max(found["captured"], found["other"]) <= F32
         assert found["state"] and found["type"] and found["devices"] == {"cuda"}
         assert found["programs"] == (2 if name == "mamba" else 1)  # its recurrence is a loop in python
@@ -127,7 +127,7 @@ def test_families(name: str) -> None:
 
 @pytest.mark.parametrize("name", ("llama", "phi3", "mixtral"))
 def test_compiled(name: str) -> None:
-    for found in on_two_ranks(spmd_models.forward, name, True):
+    for found in on_two_ranks(spmd_models.forward, name, "inductor"):
         assert max(found["captured"], found["other"]) <= F32
 
 
@@ -148,7 +148,7 @@ def test_experts_in_bf16(plan: str, inner: int) -> None:
 
 @pytest.mark.parametrize("name", ("llama", "gemma2", "gpt_oss"))
 def test_tokens(name: str) -> None:
-    for found in on_two_ranks(spmd_generate.tokens, name, [("dynamic", 7, 24), ("static", 7, 12)]):
+    for found in on_two_ranks(spmd_generate.tokens, name, 2, [("dynamic", 7, 24), ("static", 7, 12)]):
         assert all(one["same"] for one in found), found
 
 

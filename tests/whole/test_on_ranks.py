@@ -18,9 +18,9 @@ SEVERAL_KINDS = ("gpt_oss", "two_towers")
 ELSEWHERE = (("two_kv_heads", 4), ("phi3_one_kv_head", 3), ("three_heads", 3), ("falcon_gqa", 4))
 
 
-def check(name: str, ranks: int, compiled: bool = False, **fields: int) -> None:
+def check(name: str, ranks: int, backend: str = "", **fields: int) -> None:
     """A forward, the same at other sizes, and the state dict, on every rank."""
-    for found in run_spmd(spmd_models.forward, ranks, name, compiled, fields, timeout=TIMEOUT):
+    for found in run_spmd(spmd_models.forward, ranks, name, backend, fields, timeout=TIMEOUT):
         assert found["captured"] <= F32
         assert found["other"] <= F32
         assert found["type"]
@@ -42,9 +42,9 @@ def test_a_mesh_in_another_order() -> None:
     assert max(run_spmd(spmd_models.permuted, 4, timeout=TIMEOUT)) <= F32
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_compiled_without_graph_breaks(name: str) -> None:
-    check(name, 2, compiled=True, num_hidden_layers=1)
+@pytest.mark.parametrize(("name", "backend"), [("llama", "inductor"), ("mixtral", "aot_eager")])
+def test_compiled_without_graph_breaks(name: str, backend: str) -> None:
+    check(name, 2, backend, num_hidden_layers=1)
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "mixtral", "t5"])

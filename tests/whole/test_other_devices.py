@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ import tpcompile
 from tests.helpers import families
 from tests.helpers.run_ranks import run_alone, run_spmd
 from tests.on_ranks.models import CAPTURED
+from tests.whole import test_gpu
 from tpcompile.capture.repeats.capture_repeated import capture_repeated
 from tpcompile.ir.calls import bind_call
 from tpcompile.ir.print_graph import graph_text
@@ -81,3 +85,13 @@ def test_ranks_on_different_cards_have_the_same_text() -> None:
         graph.output(())
         texts.add(graph_text(graph))
     assert len(texts) == 1
+
+
+def test_what_runs_on_a_card_is_called_as_it_is_defined() -> None:
+    """Where there is no card, nothing else notices that a function of the ranks takes other arguments."""
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(test_gpu))) if isinstance(node, ast.Call)]
+    made = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "on_two_ranks"]
+    for call in made:
+        function = eval(ast.unparse(call.args[0]), vars(test_gpu))
+        inspect.signature(function).bind(*call.args[1:])
+    assert len(made) > 8
