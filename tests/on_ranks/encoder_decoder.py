@@ -56,12 +56,12 @@ def caller_cache(name: str) -> dict[str, Any]:
     layers = 1 if name == "mamba" else 2  # the other has one of each kind
     model = families.build(name, torch.float64, num_hidden_layers=layers)
     whole = copy.deepcopy(model)
-    sharded = tpcompile.parallelize(model, mesh(), example_kwargs=families.causal_inputs(2, 3))
-    ids = families.token_ids(2, 7)
+    sharded = tpcompile.parallelize(model, mesh(), example_kwargs=families.causal_inputs(2, 2))
+    ids = families.token_ids(2, 6)
     worst = []
     caches = [DynamicCache(config=whole.config) for _ in range(2)]
     argument = "cache_params" if name == "mamba" else "past_key_values"
-    for start, stop in ((0, 4), (4, 5), (5, 6), (6, 7)):
+    for start, stop in ((0, 3), (3, 4), (4, 5), (5, 6)):
         step = ids[:, start:stop]
         with torch.no_grad():
             mine, theirs = (
@@ -73,7 +73,7 @@ def caller_cache(name: str) -> dict[str, Any]:
     caches[1].reset()
     with torch.no_grad():
         mine, theirs = (
-            m(input_ids=ids[:, :4], use_cache=True, **{argument: cache}).logits
+            m(input_ids=ids[:, :3], use_cache=True, **{argument: cache}).logits
             for m, cache in zip((sharded, whole), caches, strict=True)
         )
     worst.append(error(mine, theirs))
