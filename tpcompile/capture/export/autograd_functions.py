@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -29,14 +28,9 @@ from tpcompile.ir.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 from .checkpoint_calls import CheckpointCalls, ContextFn
 from .examine_function import is_elementwise
 from .explain_failure import here
+from .function_apply import instead_of_apply, own_apply
 
 _LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
-_HOOKED: Any = Function.__dict__["apply"].__func__
-_APPLY = FunctionType(
-    _HOOKED.__code__, _HOOKED.__globals__, "apply", _HOOKED.__defaults__, _HOOKED.__closure__
-)
-"""torch's own ``Function.apply``, whatever that name runs while something is traced."""
-_INSTEAD: list[Callable[..., Any]] = []
 _CALLS: weakref.WeakValueDictionary[str, FunctionCall] = weakref.WeakValueDictionary()
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 _TENSOR, _SIZE = object(), object()
@@ -78,7 +72,7 @@ class FunctionCall:
         ]
         args, kwargs = tree_unflatten(filled, self.spec)
         with nullcontext() if self.autocast is None else torch.autocast(*self.autocast):
-            leaves, spec = tree_flatten(_APPLY(self.function, *args, **kwargs))
+            leaves, spec = tree_flatten(own_apply(self.function, *args, **kwargs))
         self.result = spec, [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         made = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         return [m.clone() if any(m is x for x in inputs) else m for m in made]
@@ -142,50 +136,29 @@ def kept_functions(note: Note | None = None) -> Iterator[Kept]:
 
     def apply(function: type[Function], *args: Any, **kwargs: Any) -> Any:
         if note is None and (get_proxy_mode() is None or not torch.is_grad_enabled()):
-            return _APPLY(function, *args, **kwargs)
+            return own_apply(function, *args, **kwargs)
         if function is CheckpointFunction:
             return checkpoints.reentrant(*args)
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not any(map(_can_learn, tensors)):
-            result = _APPLY(function, *args, **kwargs)
+            result = own_apply(function, *args, **kwargs)
             if not any(map(_can_learn, tree_flatten(result)[0])):  # there is no gradient to keep
                 return result
         call = _find(found, function, leaves, spec, tensors)
         if note is not None:
             note(call.key, tensors)
-            return _APPLY(function, *args, **kwargs)
+            return own_apply(function, *args, **kwargs)
         sizes = [leaf for leaf in leaves if isinstance(leaf, torch.SymInt)]
         elementwise = not sizes and is_elementwise(call.run, call.function.__qualname__, tensors)
         return call.rebuild(FUNCTION(tensors, sizes, call.key, elementwise))
 
-    with _instead_of_apply(apply), checkpoints.watching():
+    with instead_of_apply(apply), checkpoints.watching():
         yield Kept(found, checkpoints.found)
 
 
 def _can_learn(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and has_fractions(leaf)
-
-
-@contextmanager
-def _instead_of_apply(apply: Callable[..., Any]) -> Iterator[None]:
-    """Runs another function for ``Function.apply``, also where somebody has kept it: ``f = F.apply``."""
-    __class__ = None
-
-    def code(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        __class__  # noqa: B018  # torch's code has this variable of an outer scope, so ours must
-        from tpcompile.capture.export.autograd_functions import _INSTEAD
-
-        return _INSTEAD[-1](cls, *args, **kwargs)
-
-    before = _HOOKED.__code__
-    _INSTEAD.append(apply)
-    _HOOKED.__code__ = code.__code__
-    try:
-        yield
-    finally:
-        _HOOKED.__code__ = before
-        _INSTEAD.pop()
 
 
 def _find(
