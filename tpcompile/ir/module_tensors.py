@@ -52,6 +52,11 @@ def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: getattr(module, attribute) for name, (module, attribute) in tensors_by_name(model).items()}
 
 
+def of_the_kind(old: Tensor, value: Tensor) -> Tensor:
+    """A value in the place of a tensor: a parameter where that is one, with a gradient if that wants one."""
+    return nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+
+
 def replace_tensors(model: nn.Module, new: dict[int, Tensor]) -> None:
     """Replaces tensors by others (by identity), tied ones everywhere."""
     for module in model.modules():

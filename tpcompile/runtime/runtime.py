@@ -16,7 +16,7 @@ from tpcompile.capture.caches.layers import is_count
 from tpcompile.capture.divide_caches import divide_caches
 from tpcompile.errors import RanksApart, TpCompileError
 from tpcompile.ir.calls import flatten_call, leaf_names, sizes_of_call
-from tpcompile.ir.torch_internals import TreeSpec, peek_interpreter_stack
+from tpcompile.ir.torch_internals import TreeSpec, get_tracing_state, peek_interpreter_stack
 from tpcompile.ranks.compare_calls import MOST_SIZES, can_compare, compare_sizes
 from tpcompile.ranks.compare_order import compare_order
 from tpcompile.ranks.lost_ranks import is_loss, lost
@@ -30,7 +30,6 @@ from .parts import compose_call, run_parts, try_parts
 from .program import RankProgram, device_of
 from .state import State
 
-_JIT: Any = torch.jit
 _NO_PROGRAM = "no program was captured for this call: call model.capture(...) with it first"
 
 
@@ -218,7 +217,7 @@ def _refuse_transforms() -> None:
             where="the call",
             todo="register them on the modules that they are for",
         )
-    if _JIT.is_tracing():
+    if get_tracing_state() is not None:
         raise TpCompileError(
             "torch.jit.trace of a sharded model would hold this rank's parts, and one size",
             where="the call",

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
 from inspect import getattr_static
+from itertools import starmap
 from typing import Any, TypeVar
 
 import torch
@@ -110,7 +111,7 @@ class Reads:
             if name not in own and _is_models(kind, name):
                 classes[kind, name] = None
         self._plain = [_Values(own, values) for own, values in plain.values() if values]
-        self._classes = [(kind, name, *_class_shot(kind, name)) for kind, name in classes]
+        self._classes = [_class_shot(kind, name) for kind, name in classes]
         self._outer = [(place, shot(place.look())) for place in captured.outer]
         self._quick: QuickLook | None = None
 
@@ -151,7 +152,7 @@ class Reads:
             else:
                 look.table(table, [name], self._baked)
         owners: dict[int, tuple[Any, list[str]]] = {}
-        for kind, name, find, unchanged in self._classes:
+        for find, kind, name, unchanged in self._classes:
             if find is getattr_static:
                 look.slow(partial(_unchanged_attribute, find, kind, name, unchanged))
             else:
@@ -176,7 +177,7 @@ class Reads:
                 looked.add((id(now), id(unchanged)))
                 if not unchanged(now):
                     return False
-        if not all(_unchanged_attribute(find, kind, name, same) for kind, name, find, same in self._classes):
+        if not all(starmap(_unchanged_attribute, self._classes)):
             return False
         return all(unchanged(place.look()) for place, unchanged in self._outer)
 
@@ -218,16 +219,16 @@ def types_of(module: nn.Module) -> tuple[Any, ...]:
     return tuple(None if t is None else (t.dtype, t.device) for t in own)
 
 
-def _class_shot(kind: type, name: str) -> tuple[Callable[..., Any], Shot]:
-    """How to find what a class says, and whether it is the same.
+def _class_shot(kind: type, name: str) -> tuple[Callable[..., Any], type, str, Shot]:
+    """How to find what a class says, where, and whether it is the same (see ``_unchanged_attribute``).
 
     Class methods, and a class's ``__dict__``, are other objects each time they are asked for: what makes them
     is compared instead.
     """
     value = getattr(kind, name)
     if getattr(kind, name) is value:
-        return getattr, shot(value)
-    return getattr_static, partial(operator.is_, getattr_static(kind, name))
+        return getattr, kind, name, shot(value)
+    return getattr_static, kind, name, partial(operator.is_, getattr_static(kind, name))
 
 
 def _is_models(kind: type, name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,15 +11,33 @@ import torch
 from tpcompile.capture.export.specs import OutputSpec
 from tpcompile.errors import TpCompileError
 
-Checks = tuple[tuple[int, OutputSpec], ...]
+
+@dataclass(frozen=True)
+class ValueCheck:
+    """A check among the results of a program.
+
+    Attributes:
+        at: its place there.
+        what: what is said if it fails.
+        where: where the model checks.
+    """
+
+    at: int
+    what: str
+    where: str
 
 
-def checks_among(specs: Sequence[OutputSpec]) -> Checks:
-    """The places of the checks among a program's results."""
-    return tuple((at, spec) for at, spec in enumerate(specs) if spec.kind == "check")
+def checks_among(specs: Sequence[OutputSpec]) -> tuple[ValueCheck, ...]:
+    """The checks among a program's results."""
+    said = "a check of the model's forward has failed"
+    return tuple(
+        ValueCheck(at, f"{said}: {spec.value}" if spec.value else said, spec.name.partition(": ")[2])
+        for at, spec in enumerate(specs)
+        if spec.kind == "check"
+    )
 
 
-def refuse_failed(checks: Checks, flat: Sequence[Any]) -> None:
+def refuse_failed(checks: Sequence[ValueCheck], flat: Sequence[Any]) -> None:
     """Looks at the checks; dynamo can trace it.
 
     All ranks find the same: the values are whole on each of them. On other devices than the CPU, and in
@@ -28,13 +47,12 @@ def refuse_failed(checks: Checks, flat: Sequence[Any]) -> None:
     Raises:
         TpCompileError: one has failed.
     """
-    for at, spec in checks:
-        holds, where = flat[at], spec.name.partition(": ")[2]
-        what = f"a check of the model's forward has failed{': ' if spec.value else ''}{spec.value}"
+    for check in checks:
+        holds = flat[check.at]
         if torch.compiler.is_compiling() or holds.device.type != "cpu":
-            torch._assert_async(holds, _plain(f"{what} ({where})"))
+            torch._assert_async(holds, _plain(f"{check.what} ({check.where})"))
         elif not holds:
-            raise TpCompileError(what, where=where, todo="call the model with what it demands")
+            raise TpCompileError(check.what, where=check.where, todo="call the model with what it demands")
 
 
 def _plain(text: str) -> str:

@@ -126,8 +126,7 @@ def _refuse_bad_leaves(names: Sequence[str], leaves: Sequence[Any]) -> None:
             todo="give the model's inputs as tensors",
         )
     for name, leaf in zip(names, leaves, strict=True):
-        strided = isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
-        if isinstance(leaf, torch.Tensor) and (not strided or leaf.is_nested or leaf.is_quantized):
+        if isinstance(leaf, torch.Tensor) and not _is_dense(leaf):
             raise TpCompileError(
                 f"the argument {name} is a sparse, nested or quantised tensor",
                 where="the call",
@@ -141,6 +140,10 @@ def _refuse_bad_leaves(names: Sequence[str], leaves: Sequence[Any]) -> None:
                 where="the call",
                 todo="give a DynamicCache or a StaticCache, or pass use_cache=False" if cache else advice,
             )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
 
 def _refuse_strided(names: Sequence[str], leaves: Sequence[Any]) -> None:

@@ -19,8 +19,8 @@ from tpcompile.errors import CannotCapture
 
 from .explain_failure import here
 
-_HOOKED: Any = getattr(Function.__dict__["apply"], "__func__", None)
 _NATIVE: Any = Function.__dict__["apply"]
+_HOOKED: Any = getattr(_NATIVE, "__func__", None)  # None where it is C
 _NODE = "_backward_cls"
 _INSTEAD: list[Callable[..., Any]] = []
 _RUNNING: list[type[Function]] = []

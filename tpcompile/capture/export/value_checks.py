@@ -20,9 +20,9 @@ from .specs import OutputSpec
 aten = torch.ops.aten
 _ASSERTIONS = ("aten._assert_async", "aten._functional_assert_async")
 _CONDITIONS = ("aten._assert_scalar", "aten._functional_assert_scalar")
-_FORMS = (
-    *("aten._assert_tensor_metadata", "aten.sym_constrain_range"),
-    "aten.sym_constrain_range_for_size",
+_FORMS = tuple(
+    f"aten.{name}"
+    for name in ("_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size")
 )
 _NUMBERS = (aten.item.default, aten._local_scalar_dense.default)
 _OPERATORS: dict[Any, str] = {

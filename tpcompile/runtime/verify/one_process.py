@@ -139,8 +139,8 @@ def _examined(model: nn.Module, request: VerifyRequest) -> Report:
         kind, note = found
         report = replace(report, kind=kind, notes=(*notes, note))
     elif report.wrong:
-        where, first = locate(trial, want)
-        report = replace(report, kind=where, first_difference=first or _worst(report))
+        kind, first = locate(trial, want)
+        report = replace(report, kind=kind, first_difference=first or _worst(report))
     return report
 
 

@@ -9,10 +9,10 @@ from os import PathLike, fspath
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tpcompile.errors import TpCompileError, refusing
-from tpcompile.ir.module_tensors import replace_tensors, whole_tensors
+from tpcompile.ir.module_tensors import of_the_kind, replace_tensors, whole_tensors
 
 from .request import Built
 
@@ -41,9 +41,9 @@ def add_adapter(built: Built, adapter: Any, device: torch.device) -> Built:
         for name in made.keys() - moved.keys():
             if not torch.equal(before[name], made[name]):
                 expressions[name] = expressions[second.copied(name, moved)]
-    meta = {name: made[name].to("meta") for name in expressions}
-    new = {name: meta[name] if name in meta else tensor.to(device) for name, tensor in made.items()}
-    replace_tensors(second.model, {id(made[name]): _like(made[name], tensor) for name, tensor in new.items()})
+    places = {name: "meta" if name in expressions else device for name in made}
+    new = {id(old): of_the_kind(old, old.to(places[name])) for name, old in made.items()}
+    replace_tensors(second.model, new)
     return replace(built, model=second.model.eval(), expressions=expressions)
 
 
@@ -97,8 +97,4 @@ class _Wrapped:
 
 
 def _stand_in(tensor: Tensor, number: int) -> Tensor:
-    return _like(tensor, torch.full((), number, dtype=tensor.dtype).expand(tensor.shape))
-
-
-def _like(old: Tensor, value: Tensor) -> Tensor:
-    return nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+    return of_the_kind(tensor, torch.full((), number, dtype=tensor.dtype).expand(tensor.shape))

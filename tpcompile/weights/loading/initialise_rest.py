@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.module_tensors import replace_tensors, tensors_by_name
+from tpcompile.ir.module_tensors import of_the_kind, replace_tensors, tensors_by_name
 
 _FLAG = "_is_hf_initialized"  # transformers' mark of tensors and modules that its initialisation leaves alone
 
@@ -43,8 +43,8 @@ def initialise_rest(model: Any, loaded: Iterable[str], device: torch.device) -> 
             )
     for module in model.modules():
         module.__dict__.pop(_FLAG, None)
-    new = {id(getattr(*rest[name])): _placed(getattr(*rest[name]), device) for name in rest}
-    replace_tensors(model, new)
+    old = [getattr(*place) for place in rest.values()]
+    replace_tensors(model, {id(x): of_the_kind(x, x.detach().to(device)) for x in old})
 
 
 def _initialised(model: Any, rest: Mapping[str, tuple[nn.Module, str]], content: int) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ def _initialised(model: Any, rest: Mapping[str, tuple[nn.Module, str]], content:
     for module, attribute in rest.values():
         old = getattr(module, attribute)
         value: Tensor = torch.full(old.shape, content, dtype=old.dtype, device="cpu")
-        new[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+        new[id(old)] = of_the_kind(old, value)
     replace_tensors(model, new)
     for module in model.modules():
         module.__dict__.pop(_FLAG, None)
@@ -65,9 +65,3 @@ def _initialised(model: Any, rest: Mapping[str, tuple[nn.Module, str]], content:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
-
-
-def _placed(tensor: Tensor, device: torch.device) -> Tensor:
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(tensor.detach().to(device), requires_grad=tensor.requires_grad)
-    return tensor.detach().to(device)
