@@ -32,17 +32,17 @@ def error(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def compiled_gradients() -> dict[str, Any]:
-    """Errors of the logits and the worst gradient, compiled, and how the program came about."""
+    """Errors of the loss, the logits and the worst gradient, compiled, and how the program came about."""
     model = deep()
     whole = copy.deepcopy(model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     ids = torch.randint(3, 60, (2, 11), generator=torch.Generator().manual_seed(1))
-    call = {"input_ids": ids, "use_cache": False}
+    call = {"input_ids": ids, "labels": ids, "use_cache": False}
     tpcompile.parallelize(model, mesh, example_kwargs=call, dynamic=False)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    results = [each(**call).logits for each in (compiled, whole)]
-    for logits in results:
-        logits.square().mean().backward()
+    results = [each(**call) for each in (compiled, whole)]
+    for result in results:
+        (result.loss + result.logits.square().mean()).backward()
     expected, layout = dict(whole.named_parameters()), model.plan.layout
     gradients = [
         error(p.grad.to_local(), layout.shard(name, expected[name].grad, dist.get_rank()))
@@ -51,7 +51,8 @@ def compiled_gradients() -> dict[str, Any]:
     (program,) = model.programs
     outlined = program.outlined
     calls = 0 if outlined is None else len(outlined[0].graph.find_nodes(op="call_module"))
-    return {"logits": error(*results), "gradients": max(gradients), "calls": calls}
+    errors = {name: error(*(result[name] for result in results)) for name in ("loss", "logits")}
+    return {**errors, "gradients": max(gradients), "calls": calls}
 
 
 class Residual(nn.Module):

@@ -579,7 +579,7 @@ def test_compiled_layers_on_two_ranks() -> None:
     """Seven of eight layers are calls of one submodule; the first one is captured by itself."""
     for found in run_spmd(spmd_repeated.compiled_gradients, 2, timeout=600):
         assert found["calls"] == spmd_repeated.LAYERS - 1
-        assert found["logits"] <= 1e-5 and found["gradients"] <= 1e-5
+        assert max(found[name] for name in ("loss", "logits", "gradients")) <= 1e-5
 
 
 def test_divided_between_layers_on_two_ranks() -> None:

@@ -258,7 +258,7 @@ def defer_gathers(
                 results[at], found[at] = value, Gathers(tuple(steps), turn)
     if not found:
         return program, found
-    graph, moved = Graph(), dict[Node, Node]()
+    graph, moved = Graph(program), dict[Node, Node]()  # of the program, whose modules it may call
     graph.graph_copy(program.graph, moved)
     graph.output(map_arg(tuple(results), moved.__getitem__))
     graph.eliminate_dead_code()
