@@ -86,6 +86,10 @@ def measure_all(given: argparse.Namespace) -> None:
         '2 ranks, `checkpointing="full"`': {"checkpointing": "full"},
         '2 ranks, `checkpointing="selective"`': {"checkpointing": "selective"},
         "2 ranks, sequence parallelism": {"sequence_parallel": True},
+        '2 ranks, sequence parallelism, `"gathered"`': {
+            "sequence_parallel": True,
+            "checkpointing": "gathered",
+        },
         '2 ranks, sequence parallelism, `"full"`': {"sequence_parallel": True, "checkpointing": "full"},
     }
     for name, options in ways.items():

@@ -19,7 +19,8 @@ from tpcompile.ir.regions import mark
 from tpcompile.ir.sizes import bytes_of
 
 from . import collective_moves as moves
-from .collectives import _register, _same, once
+from .collectives import _register, _same
+from .first_derivatives import once
 from .state import SOURCE
 
 ops = torch.ops.tpcompile

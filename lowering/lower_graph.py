@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tpcompile.capture.export.autograd_functions import FUNCTION
+from tpcompile.capture.export.checkpoint_calls import ContextFn
 from tpcompile.capture.repeats.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.graph_edit import drop_unused
@@ -32,7 +34,7 @@ from .lower_opaque import lower_opaque
 from .lower_randomness import UNIFORM, lower_uniform, seed_graph
 from .outline_layers import outline
 from .owned_rows import begins_rows, lower_rows
-from .recompute import recomputing
+from .recompute import for_training
 from .state import SOURCE, STANDS_FOR, Groups, Lowering, lenient
 from .update_in_place import update_in_place
 
@@ -44,14 +46,23 @@ class Lowered:
     Attributes:
         local: with all layers one after the other.
         outlined: with layers that repeat often as calls of a submodule, to be compiled.
-        recomputing: with regions that are computed again in backward, for calls that record gradients.
+        regions: what is saved of the regions that are computed again in backward, by their names.
+        gathers_again: what is gathered for linear layers is gathered again in backward.
+        in_place: it updates caches in place, and is the same for calls that record gradients.
         notes: which regions are not computed again, and why.
     """
 
     local: GraphModule
     outlined: GraphModule | None = None
-    recomputing: GraphModule | None = None
+    regions: Mapping[str, ContextFn | None] = field(default_factory=dict)
+    gathers_again: bool = False
+    in_place: bool = False
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def training(self) -> GraphModule | None:
+        """The program for calls that record gradients; None if it is no other. Made when it is asked for."""
+        return None if self.in_place else for_training(self.local.graph, self.regions, self.gathers_again)
 
 
 def lower_program(
@@ -77,9 +88,9 @@ def lower_program(
     """
     shapes = LocalShapes(program.planned_factors, program.axis_sizes, coordinates)
     local = _walk(Lowering(program, shapes, groups, known=known or KnownValues()))
-    lowered = Lowered(local)
     writes = any(spec.in_place for spec in program.captured.outputs)
     regions = {} if writes else program.captured.regions
+    lowered = Lowered(local, None, regions, program.captured.gathers_again, writes)
     if program.blocks is not None:
         try:
             lists = unroll(local.graph, program.blocks, copy_placeholder)
@@ -93,7 +104,6 @@ def lower_program(
     seed_graph(local.graph, groups, len(program.axis_sizes))
     if regions:
         lowered.notes = join_regions(local.graph)
-        lowered.recomputing = recomputing(local.graph, regions)
     elif program.captured.regions:
         lowered.notes = ("nothing is recomputed in backward: the call updates caches in place",)
     local.recompile()

@@ -12,24 +12,39 @@ import torch
 from torch import Tensor
 
 from . import collective_moves as moves
-from .send import gather_rows, reduce_scatter_rows
+from .send import Begun, begin_gather_rows, begin_reduce_scatter_rows
 
 
 def scatter(x: Tensor, group: str, dim: int, ranks: int, *, zeros: bool = False) -> Tensor:
     """This rank's positions of the sum over the ranks; `zeros`: what is filled up is zero."""
+    return begin_scatter(x, group, dim, ranks, zeros=zeros)()
+
+
+def begin_scatter(x: Tensor, group: str, dim: int, ranks: int, *, zeros: bool = False) -> Begun:
+    """Begins what `scatter` does."""
     shape, part = list(x.shape), _part(x.shape[dim], ranks)
     if not _fits(x.shape[dim], ranks):
         x = _pick(x, dim, torch.arange(ranks * part, device=x.device), zeros=zeros)
     pieces = x.reshape(*shape[:dim], ranks, part, *shape[dim + 1 :]).movedim(dim, 0)
-    return reduce_scatter_rows(pieces.contiguous(), ranks, group).squeeze(0)
+    begun = begin_reduce_scatter_rows(pieces.contiguous(), ranks, group)
+    return lambda: begun().squeeze(0)
 
 
 def gather(x: Tensor, group: str, dim: int, ranks: int, size: int) -> Tensor:
     """All positions, one behind the other, contiguous, without what was filled up."""
+    return begin_gather(x, group, dim, ranks, size)()
+
+
+def begin_gather(x: Tensor, group: str, dim: int, ranks: int, size: int) -> Begun:
+    """Begins what `gather` does."""
     shape = list(x.shape)
-    pieces = gather_rows(x.contiguous(), ranks, group).view(ranks, *shape)
-    whole = pieces.movedim(0, dim).reshape(*shape[:dim], ranks * shape[dim], *shape[dim + 1 :])
-    return _cut_off(whole, dim, ranks, size)
+    begun = begin_gather_rows(x.contiguous(), ranks, group)
+
+    def gathered() -> Tensor:
+        pieces = begun().view(ranks, *shape).movedim(0, dim)
+        return _cut_off(pieces.reshape(*shape[:dim], ranks * shape[dim], *shape[dim + 1 :]), dim, ranks, size)
+
+    return gathered
 
 
 def take(x: Tensor, dim: int, ranks: int, index: int, *, zeros: bool = False) -> Tensor:

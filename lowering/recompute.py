@@ -24,25 +24,29 @@ from tpcompile.ir.graph_edit import copied
 from tpcompile.ir.regions import members_of
 
 from . import local_module as _registers_the_operator  # noqa: F401
+from .overlap_gradients import overlap_gradients
 from .take_out import take_out
 
 _FOREIGN = (FUNCTION, torch.ops.tpcompile.local_module.default)
 """Operators that run code of the user's, which may also draw random numbers of its own."""
 
 
-def recomputing(whole: Graph, contexts: Mapping[str, ContextFn | None]) -> GraphModule | None:
-    """A copy of a program that computes its regions again in backward; None if it has none.
+def for_training(
+    whole: Graph, contexts: Mapping[str, ContextFn | None], again: bool = False
+) -> GraphModule | None:
+    """A copy of a program for calls that record gradients; None if it would be no other.
 
     Args:
         whole: a rank's graph, in which the calls of every region stand together.
         contexts: what is saved of the regions, by the names that their nodes are marked with.
+        again: what is gathered for linear layers is gathered again in backward, where it is not in a region.
     """
     graph, _ = copied(whole)
-    regions = members_of(graph)
+    overlaps, regions = overlap_gradients(graph, again), members_of(graph)
     for number, (region, calls) in enumerate(regions.items()):
         _replace(graph, calls, contexts[region.name], number)
     graph.lint()
-    return GraphModule(nn.Module(), graph, "RecomputingProgram") if regions else None
+    return GraphModule(nn.Module(), graph, "TrainingProgram") if regions or overlaps else None
 
 
 def _replace(graph: Graph, calls: Sequence[Node], context: ContextFn | None, number: int) -> None:

@@ -98,7 +98,8 @@ def parallelize(
         checkpointing: layers (the items of the model's outermost lists of modules) are computed again in
             backward, with their collectives, instead of being kept: ``"full"``; ``"selective"``: results of
             matmuls, attention and collectives are kept; a list of the operators to keep; or a policy, as for
-            torch's ``create_selective_checkpoint_contexts``. None: what forward itself gives to
+            torch's ``create_selective_checkpoint_contexts``. ``"gathered"``: no layers, but what sequence
+            parallelism gathers for linear layers is gathered again. None: what forward itself gives to
             ``torch.utils.checkpoint`` is computed again, as after ``gradient_checkpointing_enable()``.
         timeout: seconds that ranks wait for one that does not come, in the calls of this model over gloo and
             whenever ranks compare; at most the limit of the mesh's process group. What NCCL sends, its own

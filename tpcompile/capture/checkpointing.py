@@ -53,11 +53,13 @@ class Checkpointing:
         asked: what was asked for, as text; the same on all ranks.
         kept: what of the layers is kept all the same, as text; empty: nothing.
         context_fn: torch's form of it; None: nothing is kept.
+        gathers: no layers are recomputed, but what is gathered for linear layers is gathered again.
     """
 
     asked: str
     kept: str = ""
     context_fn: ContextFn | None = None
+    gathers: bool = False
 
 
 def read_checkpointing(model: nn.Module, asked: Asked | None) -> Checkpointing | None:
@@ -69,6 +71,8 @@ def read_checkpointing(model: nn.Module, asked: Asked | None) -> Checkpointing |
     """
     if asked is None:
         return None
+    if asked == "gathered":
+        return Checkpointing("gathered", gathers=True)
     if not layers_of(model):
         raise TpCompileError(
             "there is no list of layers (nn.ModuleList, nn.Sequential) to recompute",
@@ -86,8 +90,8 @@ def read_checkpointing(model: nn.Module, asked: Asked | None) -> Checkpointing |
         raise TpCompileError(
             f"checkpointing={short(asked)}",
             where="checkpointing",
-            todo='give "full", "selective", a list of operators to keep, or a policy as for torch\'s '
-            "create_selective_checkpoint_contexts",
+            todo='give "full", "selective", "gathered", a list of operators to keep, or a policy as for '
+            "torch's create_selective_checkpoint_contexts",
         )
     kept = sorted({op for name in names for op in _overloads(name)}, key=str)
     text = ", ".join(dict.fromkeys(map(_text, names)))
@@ -138,6 +142,9 @@ def layers_of(model: nn.Module) -> frozenset[str]:
 def mark_layers(captured: Captured, model: nn.Module, asked: Checkpointing | None) -> Captured:
     """Lets the layers of a program be recomputed; inside of them this counts, not what forward says."""
     if asked is None:
+        return captured
+    if asked.gathers:
+        captured.gathers_again = True
         return captured
     layers = layers_of(model)
     regions = dict(captured.regions)

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from tpcompile.capture.checkpointing import Checkpointing
 from tpcompile.ir.layout.weight_layout import WeightLayout
-from tpcompile.ir.markers import origin
+from tpcompile.ir.markers import all_gather, origin
 from tpcompile.ir.names import starred
 from tpcompile.ir.nodes import is_tensor, operands, tensor_of
 from tpcompile.ir.regions import members_of, where
@@ -25,6 +25,7 @@ from .global_program import GlobalProgram
 from .options import Options
 from .plan import Plan
 
+_LINEAR = torch.ops.aten.linear.default
 _KINDS = {
     "buffer": "a buffer",
     "attribute": "an attribute",
@@ -61,7 +62,7 @@ def make_plan(
         cost=cost,
         seconds=seconds + sequence_seconds(rewritten, cost),
         sequence=sequence,
-        recomputed=_recomputed(rewritten, options.checkpointing),
+        recomputed=(*_recomputed(rewritten, options.checkpointing), *_gathered_again(rewritten)),
         proof=rewritten.proof,
         timings={"proof": rewritten.proof.seconds} if rewritten.proof is not None else {},
         planned=planned,
@@ -78,6 +79,14 @@ def _recomputed(program: GlobalProgram, checkpointing: Checkpointing | None) -> 
         found[name] = found.get(name, 0) + max(map(program.times, calls))
     but = f", but for {checkpointing.kept}" if checkpointing is not None and checkpointing.kept else ""
     return tuple(f"{name} ({count}){but}" for name, count in found.items())
+
+
+def _gathered_again(program: GlobalProgram) -> Iterator[str]:
+    """What is gathered for linear layers, and again in backward."""
+    if program.captured.gathers_again:
+        gathers = program.graph.find_nodes(op="call_function", target=all_gather)
+        again = [g for g in gathers if g.args[4:] == (True,) and any(u.target is _LINEAR for u in g.users)]
+        yield f"what linear layers gather ({sum(map(program.times, again))})"
 
 
 def _gathered_weights(program: GlobalProgram) -> dict[Node, str]:

@@ -91,10 +91,7 @@ class RankProgram:
     number: int = 0
 
     def __post_init__(self) -> None:
-        outlined = self.outlined[0] if self.outlined is not None else None
-        graphs = (self.graph_module, outlined, self.compiled.lowered.recomputing)
-        turn = getattr(getattr(self.root, "_tp", None), "group_name", "")
-        self.short = {id(g): defer_gathers(g, self.captured.outputs, turn) for g in graphs if g is not None}
+        self._short: dict[int, tuple[GraphModule, dict[int, Gathers]]] = {}
         self.check = size_check(self.captured)
         self.checks = checks_among(self.captured.outputs)
         draws = Draws(self.graph_module.graph)
@@ -211,18 +208,34 @@ class RankProgram:
         grad = torch.is_grad_enabled()
         key = f"{sorted(options.items())} {grad}"
         # Gradients through regions, as torch's compiler makes them, came out wrong.
-        plain = (self._recomputing or self.graph_module, self.feeds)
+        plain = (self._for_gradients or self.graph_module, self.feeds)
         whole, feeds = (not grad and self.outlined) or plain
-        module, gathers = self.short[id(whole)]
+        module, gathers = self.short(whole)
         if key not in self.steps:
             self.steps[key] = compiled_steps(module, feeds, self.captured, options)
             self.steps[key].bind(self._bound)
         return self.steps[key], gathers
 
     @property
-    def _recomputing(self) -> GraphModule | None:
-        """The graph with regions that are computed again in backward, where gradients are recorded."""
-        return self.compiled.lowered.recomputing if torch.is_grad_enabled() else None
+    def _for_gradients(self) -> GraphModule | None:
+        """The graph for calls that record gradients, if it is another, and they do."""
+        if not torch.is_grad_enabled():
+            return None
+        if torch.compiler.is_dynamo_compiling():
+            self._make_for_gradients()
+        return self.compiled.lowered.training
+
+    @found_out_once
+    def _make_for_gradients(self) -> bool:
+        """Makes it, which dynamo must not trace."""
+        return self.compiled.lowered.training is not None
+
+    def short(self, graph: GraphModule) -> tuple[GraphModule, dict[int, Gathers]]:
+        """One of this rank's graphs without the gathers that wait until somebody uses what they give."""
+        if id(graph) not in self._short:
+            turn = getattr(getattr(self.root, "_tp", None), "group_name", "")
+            self._short[id(graph)] = defer_gathers(graph, self.captured.outputs, turn)
+        return self._short[id(graph)]
 
     def _rebuild(self, flat: Sequence[Any], bound: Mapping[str, Any], leaves: Sequence[Any]) -> Any:
         """The model's result; what its python leaves behind is left behind."""
@@ -242,10 +255,10 @@ class RankProgram:
         # What is asked of the sizes must be known to dynamo before the first layer, which stands for others.
         if torch.compiler.is_dynamo_compiling() and self.check(given):
             graph_module, fetch = self.graph_compiled, self.fetch_compiled
-        graph_module = self._recomputing or graph_module
+        graph_module = self._for_gradients or graph_module
         gathers: dict[int, Gathers] = {}
         if not torch.compiler.is_compiling():
-            graph_module, gathers = self.short[id(graph_module)]
+            graph_module, gathers = self.short(graph_module)
             if profiler_enabled():
                 return run_named(graph_module, fetch(given)), gathers
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.

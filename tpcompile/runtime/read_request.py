@@ -30,7 +30,7 @@ PlanLike = str | Plan | Mapping[str, Pin]
 Dynamic = bool | Mapping[str, Mapping[int, bool]]
 Bytes = Annotated[float, Must("a positive number of bytes", lambda size: 0 < size < math.inf)]
 Passes = Sequence[Annotated[Pass, Must("a Pass with a name", lambda one: isinstance(one.name, str))]]
-Checkpointing = Literal["full", "selective"] | Sequence[Operator] | Callable[..., Any] | None
+Checkpointing = Literal["full", "selective", "gathered"] | Sequence[Operator] | Callable[..., Any] | None
 Ranks = Annotated[int, Must("a number of ranks, from 1 to 4096", lambda ranks: 0 < ranks <= 4096)]
 
 

@@ -51,6 +51,7 @@ class Captured:
         asks_gradients: python has asked whether gradients are recorded, or wanted.
         asks_strides: python depends on the order of elements in memory: arguments must be contiguous.
         functions: the user's autograd functions that the graph calls, by their keys there.
+        gathers_again: what is gathered for linear layers is gathered again in backward.
         regions: the parts that are computed again in backward, by the names that their nodes are marked with;
             what is saved of each (None: nothing).
         blocks: which layers of the graph stand for others that are left out; ``inputs`` and ``outputs`` are
@@ -76,6 +77,7 @@ class Captured:
     asks_strides: bool = False
     functions: dict[str, FunctionCall] = field(default_factory=dict)
     regions: dict[str, ContextFn | None] = field(default_factory=dict)
+    gathers_again: bool = False
     blocks: RepeatedBlocks | None = None
 
     @property
