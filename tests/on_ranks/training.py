@@ -13,13 +13,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
 import tpcompile
 from tests.on_ranks.module_life import refusal
+from tpcompile.ranks.mesh_axis import MeshAxis
+from tpcompile.runtime.training import data_ranks
 from tpcompile.weights.sharded_parameter import ShardedParameter
 
 
@@ -96,7 +99,18 @@ def step_example() -> dict[str, Tensor]:
     return {"input_ids": words, "labels": words, "num_items_in_batch": torch.tensor(33)}
 
 
-def trainer_of(model: Any, folder: str, data: Any = None, model_init: Any = None, **args: Any) -> Trainer:
+class Penalised(Trainer):
+    """Python reads a weight, as TRL does."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, **kwargs)
+        loss = loss + self.model.head.weight.square().sum()
+        return (loss, outputs) if return_outputs else loss
+
+
+def trainer_of(
+    model: Any, folder: str, data: Any = None, model_init: Any = None, kind: Any = Trainer, **args: Any
+) -> Any:
     """A trainer of four steps."""
     usual = {
         "output_dir": folder,
@@ -111,7 +125,7 @@ def trainer_of(model: Any, folder: str, data: Any = None, model_init: Any = None
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return Trainer(
+    return kind(
         model=model,
         args=TrainingArguments(**usual | args),
         train_dataset=data or Lines(9),
@@ -223,6 +237,14 @@ def classifier() -> Any:
 def refused(folder: str) -> dict[str, str]:
     """What is refused, and how."""
     mixed = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "tensor"))
+    alone = DeviceMesh("cpu", [dist.get_rank()])
+    several = tpcompile.parallelize(Classifier(), mixed, axis="tensor")
+    wrapped = DistributedDataParallel(
+        tpcompile.parallelize(Classifier(), mixed, axis="tensor"), process_group=mixed.get_group("data")
+    )
+    with as_torchrun():
+        stream = trainer_of(several, folder)
+        around = trainer_of(wrapped, folder)
     plain = Classifier()
     old = torch.optim.SGD(plain.parameters())
     late = trainer_of(tpcompile.parallelize(plain), folder)
@@ -235,9 +257,77 @@ def refused(folder: str) -> dict[str, str]:
         "optimizer": late.train,
         "find": lambda: trainer_of(classifier(), folder, auto_find_batch_size=True),
         "dispatch": lambda: trainer_of(classifier(), folder, accelerator_config={"dispatch_batches": True}),
-        "mesh": lambda: trainer_of(tpcompile.parallelize(Classifier(), mixed, axis="tensor"), folder),
+        "lomo": lambda: trainer_of(classifier(), folder, optim="lomo"),
+        "mesh": lambda: trainer_of(tpcompile.parallelize(Classifier(), alone), folder),
+        "launched": lambda: trainer_of(several, folder),
+        "stream": lambda: stream.evaluate(Stream()),
+        "wrapped": around.train,
     }
     return {name: refusal(call) for name, call in calls.items()}
+
+
+MANY = {
+    **SAVING,
+    **BEST,
+    "gradient_accumulation_steps": 2,
+    "max_grad_norm": 0.02,
+    "include_num_input_tokens_seen": "all",
+}
+"""Four steps, each of them an epoch of eleven rows: the last batch is incomplete."""
+
+
+def several_batches(folder: str, shape: tuple[int, ...], resume: str | None = None) -> dict[str, Any]:
+    """Training on several batches at a time: all that is averaged, counted, and seen.
+
+    Args:
+        folder: of checkpoints.
+        shape: of the mesh, of which the last axis shares the model; if there is no other, it is unsharded.
+        resume: a checkpoint.
+    """
+    ranks = 1 if len(shape) == 1 else shape[-1]
+    model = toy(seed=dist.get_rank() // ranks)  # the first's weights count, as under DistributedDataParallel
+    if len(shape) > 1:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "more", "tp")[-len(shape) :])
+        model = tpcompile.parallelize(model, mesh, axis="tp", example_kwargs=step_example())
+    with as_torchrun(), mock.patch.object(data_ranks, "_BUCKET", 2000):
+        trainer = trainer_of(model, folder, Lines(11), kind=Penalised, **MANY)
+        trainer.compute_metrics = _correct
+        trainer.train(resume_from_checkpoint=resume)
+        predicted, loader = trainer.predict(Lines(7)), trainer.get_train_dataloader()
+    state, seed = trainer.state, loader.worker_init_fn
+    names = ("eval_loss", "eval_hits", "eval_rows", "eval_mean")
+    return {
+        "steps": torch.tensor(history(trainer, "loss", "grad_norm")),
+        "evaluations": torch.tensor(history(trainer, *names)),
+        "predicted": torch.tensor([predicted.metrics[f"test{name[4:]}"] for name in names]),
+        "predictions": torch.tensor(predicted.predictions),
+        "weights": dict(model.full_state_dict() if len(shape) > 1 else model.state_dict()),
+        "counted": (state.num_input_tokens_seen, state.total_flos, state.epoch, state.global_step),
+        "best": Path(str(state.best_model_checkpoint)).name,
+        "rows": list(loader.batch_sampler),
+        "workers": seed.keywords["rank"],
+        "place": (trainer.args.process_index, trainer.args.world_size),
+        "writes": (
+            trainer.args.should_save,
+            trainer.is_world_process_zero(),
+            trainer.accelerator.is_main_process,
+        ),
+    }
+
+
+def means() -> tuple[list[float | None], list[float], str]:
+    """Gradients, of which some are on one rank or on none, after they were averaged; a buffer; an error."""
+    mesh = DeviceMesh("cpu", [[1], [0]], mesh_dim_names=("data", "tensor"))
+    module, here = nn.ParameterList(torch.zeros(2) for _ in range(3)), dist.get_rank()
+    module.register_buffer("seen", torch.tensor([1.0 + here]))
+    module[0].grad = torch.full((2,), 4.0 + here)
+    if here == 1:
+        module[1].grad = torch.full((2,), 3.0)
+    data = data_ranks.DataRanks.of(MeshAxis.of(mesh, "tensor"))
+    data.average_gradients(module)
+    found = [None if p.grad is None else p.grad.mean().item() for p in module]
+    other = nn.Linear(2, 1 + here)
+    return found, module.seen.tolist(), refusal(lambda: data.copy_first(other))
 
 
 def seed_of_workers(folder: str) -> tuple[int, int]:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import PartialState
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import training
@@ -56,6 +58,38 @@ def test_checkpoints(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(back[0]), expected, **close)
 
 
+def test_several_batches(tmp_path: Path) -> None:
+    """On a mesh of two axes a trainer does what an unsharded one does in several processes."""
+    there, here = tmp_path / "unsharded", tmp_path / "sharded"
+    expected = run_spmd(training.several_batches, 2, str(there), (2,))
+    found = run_spmd(training.several_batches, 4, str(here), (2, 2))
+    again = run_spmd(training.several_batches, 2, str(there), (2,), str(here / "checkpoint-2"))
+    resumed = run_spmd(training.several_batches, 4, str(here), (2, 1, 2), str(there / "checkpoint-2"))
+    for of_one, of_all in ((expected, found), (again, resumed)):
+        for rank, own in enumerate(of_all):
+            other = of_one[rank // 2]
+            assert own["rows"] == other["rows"] and own["place"] == other["place"] == (rank // 2, 2)
+            assert own["workers"] == other["workers"] == rank // 2
+            assert own["writes"] == (rank == 0,) * 3
+            assert own["counted"] == other["counted"] and own["best"] == other["best"] == "checkpoint-4"
+            for name in ("steps", "evaluations", "predicted", "predictions", "weights"):
+                torch.testing.assert_close(own[name], other[name], rtol=0, atol=1e-5)
+    for step in ("checkpoint-2", "checkpoint-4"):
+        files = [{path.name: path for path in (folder / step).iterdir()} for folder in (here, there)]
+        assert files[0].keys() == files[1].keys() and "rng_state_1.pth" in files[0]
+        weights = [load_file(each["model.safetensors"]) for each in files]
+        torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
+    args = torch.load(here / "checkpoint-4" / "training_args.bin", weights_only=False)
+    assert type(args) is TrainingArguments and type(args.distributed_state) is PartialState
+
+
+def test_means() -> None:
+    """What has a gradient on one rank counts as zero on the other; buffers are the first replica's."""
+    for gradients, buffer, error in run_spmd(training.means, 2):
+        assert gradients == [4.5, 1.5, None] and buffer == [2.0]
+        assert "different parts of the model: rank 1 has 'weight: torch.float32 (2, 2), trained'" in error
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     {
@@ -65,7 +99,11 @@ def test_checkpoints(tmp_path: Path) -> None:
         "optimizer": "make the optimizer after parallelize",
         "find": "set per_device_train_batch_size",
         "dispatch": "leave it out",
-        "mesh": "1 of 2 processes share the model",
+        "lomo": "take another optimizer",
+        "mesh": r"1 of 2 processes are in the mesh[\s\S]*axis='tp'",
+        "launched": "start the processes with torchrun",
+        "stream": "give a data set that has a length",
+        "wrapped": "give Trainer the sharded model itself",
     }.items(),
 )
 def test_refused(refusals: list[dict[str, str]], what: str, message: str) -> None:
@@ -80,7 +118,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 def test_workers_of_all_ranks_draw_alike(tmp_path: Path) -> None:
     """Trainer's seeds follow from the rank: what is drawn in a worker would be another batch on each."""
-    assert run_spmd(training.seed_of_workers, 2, str(tmp_path)) == [(0, 0), (1, 0)]
+    assert run_spmd(training.seed_of_workers, 2, str(tmp_path)) == [(0, 0), (0, 0)]
 
 
 def test_other_modules(tmp_path: Path) -> None:

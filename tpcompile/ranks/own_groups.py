@@ -107,7 +107,7 @@ def make_group(
     groups a rank has, and finds what an ended group of the same name has left in the store.
 
     Args:
-        ranks: global ones, ascending; this one among them.
+        ranks: global ones, in the order of the group, the same on all; this one among them.
         topic: what the ranks meet for, the same on all of them.
         limit: seconds that they wait for each other, now and later.
         backend: what moves tensors.

@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import DistributedType
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ranks.mesh_axis import MeshAxis
@@ -44,20 +48,33 @@ def refuse_arguments(args: Any, axis: MeshAxis, device: torch.device) -> None:
     for name, (what, todo) in _REFUSED.items():
         if getattr(args, name, None):
             raise TpCompileError(what, where=f"TrainingArguments({name}={getattr(args, name)!r})", todo=todo)
+    if args.optim in ("lomo", "adalomo"):
+        raise TpCompileError(
+            "it averages gradients over all processes, and updates weights while backward runs",
+            where=f"TrainingArguments(optim={str(args.optim)!r})",
+            todo="take another optimizer",
+        )
     if args.accelerator_config.dispatch_batches:
         raise TpCompileError(
             "the first process would divide its batches among the ranks that share the model",
             where="TrainingArguments(accelerator_config={'dispatch_batches': True})",
             todo="leave it out: every rank reads the data itself",
         )
-    ranks = len(axis.rows[0])
+    ranks = sum(map(len, axis.rows))
     if ranks != dist.get_world_size():
         raise TpCompileError(
-            f"{ranks} of {dist.get_world_size()} processes share the model: Trainer would give the others "
+            f"{ranks} of {dist.get_world_size()} processes are in the mesh: Trainer would give the others "
             "the same data",
             where="the mesh",
-            todo=f"start {ranks} processes; for data parallelism around it, write the loop (see the "
-            "documentation of training)",
+            todo=f"start {ranks} processes; to train on several batches at a time, give parallelize the mesh "
+            "of all processes, and the axis of it that shares the model: "
+            "init_device_mesh(..., mesh_dim_names=('dp', 'tp')), axis='tp'",
+        )
+    if len(axis.rows) > 1 and args.distributed_state.distributed_type == DistributedType.NO:
+        raise TpCompileError(
+            "accelerate knows of no other processes, and would not have them draw the same order of the data",
+            where="TrainingArguments",
+            todo="start the processes with torchrun before the arguments are made",
         )
     if args.device.type != device.type or (args.device.index or 0) != (device.index or 0):
         raise TpCompileError(
@@ -65,3 +82,18 @@ def refuse_arguments(args: Any, axis: MeshAxis, device: torch.device) -> None:
             where="TrainingArguments",
             todo="start the processes with torchrun, which tells each its device",
         )
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuses a model whose gradients data parallelism has in hand already.
+
+    Raises:
+        TpCompileError: it is so.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel | FSDPModule):
+            raise TpCompileError(
+                "data parallelism around the model, or in it, would be done twice",
+                where=name or type(model).__name__,
+                todo="give Trainer the sharded model itself; it averages gradients over the other axes",
+            )

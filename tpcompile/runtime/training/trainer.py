@@ -6,8 +6,10 @@ import functools
 import inspect
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.utils import serialization
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer
 
 from tpcompile.errors import TpCompileError
@@ -17,8 +19,9 @@ from tpcompile.runtime.module import ShardedModule
 from tpcompile.weights.optimizer_state import whole_state
 from tpcompile.weights.saving.adapters import has_adapters
 
-from .one_process import arguments_of_one_process, as_one_process
-from .refuse_arguments import refuse_arguments
+from .data_ranks import DataRanks
+from .one_process import arguments_of_one_process, as_one_process, one_process
+from .refuse_arguments import refuse_arguments, refuse_wrapped
 
 
 def share_model(trainer: Any, model: Any) -> None:
@@ -35,8 +38,9 @@ def share_model(trainer: Any, model: Any) -> None:
     if axis is None or isinstance(trainer, ShardedTraining):
         return
     refuse_arguments(trainer.args, axis, next(model.parameters()).device)
-    trainer.args = arguments_of_one_process(trainer.args)
-    as_one_process(trainer.accelerator)
+    data = DataRanks.of(axis)
+    trainer.args = arguments_of_one_process(trainer.args, data)
+    as_one_process(trainer.accelerator, data)
     gather, objects = trainer.accelerator.gather_for_metrics, trainer.args.eval_use_gather_object
     trainer.gather_function = functools.partial(gather, use_gather_object=objects)
     kind: Any = type(trainer)
@@ -49,19 +53,52 @@ class ShardedTraining(Trainer):
     optimizer: Any
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any trainer; all ranks must call it, with the same data."""
+        """As of any trainer; all ranks must call it, with the same data set."""
         model = _sharded(self.model)
         assert model is not None, "a sharded model stays one"
+        refuse_wrapped(self.model)
         model._tp.compare_calls = True
         told = {**self.args.to_dict(), **inspect.signature(super().train).bind(*args, **kwargs).arguments}
         lines = [f"{name}: {told[name]}" for name in sorted(told.keys() - _OF_THE_RANK)]
-        compare(self._axis().group, "training arguments", lines, "give every rank the same arguments")
+        compare(self._everyone(), "training arguments", lines, "give every rank the same arguments")
         return super().train(*args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._prepare_for_training(*args, **kwargs)
         _check_optimizer(self.model, self.optimizer)
+        self._data.copy_first(self.model)
         return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any trainer; gradients that are used now become means over the batches of this step."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._data.average_gradients(self.model)
+        return loss
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of any trainer; each row counts once.
+
+        Raises:
+            TpCompileError: the data are a stream, the last rows of which would count several times.
+        """
+        if self._data.size > 1 and isinstance(dataloader.dataset, IterableDataset):
+            raise TpCompileError(
+                "the evaluation of a stream would count some of its rows several times: each instance of the "
+                "model takes as many",
+                where="the data of an evaluation",
+                todo="give a data set that has a length",
+            )
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def store_flos(self) -> None:
+        """As of any trainer; ranks that share a model count once."""
+        with one_process(self.accelerator.state):
+            super().store_flos()
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this is the first rank of all."""
+        return self._data.first
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Every rank takes part; one writes."""
@@ -74,18 +111,20 @@ class ShardedTraining(Trainer):
                     save(output_dir)
                 else:
                     self.model.save_pretrained(output_dir, is_main_process=False)
-            else:
+            elif self._axis().replica == 0:
                 state = self.model.full_state_dict()
                 if self.args.should_save:
                     save(output_dir, state_dict=state)
 
-        together(self._axis().group, "save the model", on_all)
+        together(self._everyone(), "save the model", on_all)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The whole state in a file as an unsharded trainer's, which any number of ranks can load."""
         optimizer, save = self.optimizer, super()._save_optimizer_and_scheduler
 
         def on_all() -> None:
+            if self._axis().replica != 0:
+                return
             state = whole_state(optimizer, to=0)
             try:
                 self.optimizer = _Whole(state)
@@ -93,7 +132,7 @@ class ShardedTraining(Trainer):
             finally:
                 self.optimizer = optimizer
 
-        together(self._axis().group, "save the optimizer", on_all)
+        together(self._everyone(), "save the optimizer", on_all)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The file is mapped: ranks copy only their parts of what is in it."""
@@ -102,9 +141,17 @@ class ShardedTraining(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The generators of all ranks are in the same state."""
-        if self.args.should_save:
+        """The generators of ranks that share a model are in the same state."""
+        if self._axis().rank == 0:
             super()._save_rng_state(output_dir)
+
+    @property
+    def _data(self) -> DataRanks:
+        found: DataRanks = self.accelerator.state.data
+        return found
+
+    def _everyone(self) -> dist.ProcessGroup | None:
+        return self._axis().group if self._data.size == 1 else dist.group.WORLD
 
     def _axis(self) -> MeshAxis:
         axis = _axis_of(self.model)
