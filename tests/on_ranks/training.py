@@ -323,7 +323,8 @@ def means() -> tuple[list[float | None], list[float], str]:
     module[0].grad = torch.full((2,), 4.0 + here)
     if here == 1:
         module[1].grad = torch.full((2,), 3.0)
-    data = data_ranks.DataRanks.of(MeshAxis.of(mesh, "tensor"))
+    data, again = (data_ranks.DataRanks.of(MeshAxis.of(mesh, "tensor")) for _ in range(2))
+    assert data.group_name == again.group_name
     data.average_gradients(module)
     found = [None if p.grad is None else p.grad.mean().item() for p in module]
     other = nn.Linear(2, 1 + here)

@@ -42,7 +42,7 @@ def own_group(group: dist.ProcessGroup, timeout: float | None = None) -> dist.Pr
         return group
     known = _GROUPS.setdefault(group, {})
     timeout = timeout or next(reversed(known), TIMEOUT)
-    if timeout in known and (found := _found(known[timeout])) is not None:
+    if timeout in known and (found := find_group(known[timeout])) is not None:
         return found
     ranks = dist.get_process_group_ranks(group)
     made = make_group(ranks, f"{group.group_name}/here", min(timeout, limit_of(group)))
@@ -89,13 +89,13 @@ def _backend(group: dist.ProcessGroup, device_type: str | None = None) -> Any:
     return group._get_backend(device)
 
 
-def _found(name: str) -> dist.ProcessGroup | None:
-    """The group of this name, if it was not destroyed since it was made."""
+def find_group(name: str, description: str = _DESCRIPTION) -> dist.ProcessGroup | None:
+    """The group that was made under this name and description, if it was not destroyed since."""
     try:
         group: dist.ProcessGroup = resolve_process_group(name)  # type: ignore[arg-type]
     except RuntimeError:
         return None
-    return group if group.group_desc == _DESCRIPTION else None
+    return group if group.group_desc == description else None
 
 
 def make_group(

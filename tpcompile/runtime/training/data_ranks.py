@@ -11,7 +11,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,12 +23,15 @@ from tpcompile.ranks.agree import compare
 from tpcompile.ranks.exchange import exchange
 from tpcompile.ranks.lost_ranks import telling
 from tpcompile.ranks.mesh_axis import MeshAxis
-from tpcompile.ranks.own_groups import backend_of, limit_of, make_group
+from tpcompile.ranks.own_groups import backend_of, find_group, limit_of, make_group
 from tpcompile.weights.sharded_parameter import ShardedParameter
 from tpcompile.weights.tensor_layout import TensorLayout
 
 _BUCKET = 32 * 2**20
 """Bytes that travel at a time; as many are copied."""
+
+_DESCRIPTION = "takes other batches"
+_GROUPS: dict[tuple[Any, ...], str] = {}
 
 
 @dataclass
@@ -58,12 +61,8 @@ class DataRanks:
         ranks, first = [row[axis.rank] for row in axis.rows], axis.rank == 0 and axis.replica == 0
         if len(ranks) == 1:
             return cls(1, 0, first)
-        everyone = cast(dist.ProcessGroup, dist.group.WORLD)
-        backend, limit = backend_of(axis.group, axis.device_type), limit_of(everyone)
-        group = make_group(ranks, f"data ranks {ranks}", limit, backend, "ranks that take other batches")
-        # Nobody meets for another group while the notes for this one are still there.
-        exchange(everyone, "meet the ranks that take other batches", None)
-        return cls(len(ranks), axis.replica, first, group.group_name)
+        backend = backend_of(axis.group, axis.device_type)
+        return cls(len(ranks), axis.replica, first, _group_of(ranks, backend))
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -136,6 +135,19 @@ class DataRanks:
             collective(flat)
             for tensor, part in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+
+def _group_of(ranks: list[int], backend: str) -> str:
+    """The name of a group of these ranks, one for all trainers; all ranks of the mesh call this."""
+    known = _GROUPS.get((backend, *ranks), "")
+    if find_group(known, _DESCRIPTION) is not None:
+        return known
+    everyone = cast(dist.ProcessGroup, dist.group.WORLD)
+    made = make_group(ranks, f"data ranks {ranks}", limit_of(everyone), backend, _DESCRIPTION)
+    # Nobody meets for another group while the notes for this one are still there.
+    exchange(everyone, "meet the ranks that take other batches", None)
+    name = _GROUPS[backend, *ranks] = made.group_name
+    return name
 
 
 def _layout(parameter: Tensor) -> TensorLayout | None:

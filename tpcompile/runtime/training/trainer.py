@@ -66,14 +66,14 @@ class ShardedTraining(Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._prepare_for_training(*args, **kwargs)
         _check_optimizer(self.model, self.optimizer)
-        self._data.copy_first(self.model)
+        self._data_ranks.copy_first(self.model)
         return result
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As of any trainer; gradients that are used now become means over the batches of this step."""
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
-            self._data.average_gradients(self.model)
+            self._data_ranks.average_gradients(self.model)
         return loss
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ class ShardedTraining(Trainer):
         Raises:
             TpCompileError: the data are a stream, the last rows of which would count several times.
         """
-        if self._data.size > 1 and isinstance(dataloader.dataset, IterableDataset):
+        if self._data_ranks.size > 1 and isinstance(dataloader.dataset, IterableDataset):
             raise TpCompileError(
                 "the evaluation of a stream would count some of its rows several times: each instance of the "
                 "model takes as many",
@@ -98,7 +98,7 @@ class ShardedTraining(Trainer):
 
     def is_world_process_zero(self) -> bool:
         """Whether this is the first rank of all."""
-        return self._data.first
+        return self._data_ranks.first
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Every rank takes part; one writes."""
@@ -146,12 +146,12 @@ class ShardedTraining(Trainer):
             super()._save_rng_state(output_dir)
 
     @property
-    def _data(self) -> DataRanks:
+    def _data_ranks(self) -> DataRanks:
         found: DataRanks = self.accelerator.state.data
         return found
 
     def _everyone(self) -> dist.ProcessGroup | None:
-        return self._axis().group if self._data.size == 1 else dist.group.WORLD
+        return self._axis().group if self._data_ranks.size == 1 else dist.group.WORLD
 
     def _axis(self) -> MeshAxis:
         axis = _axis_of(self.model)
