@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import RanksApart, TpCompileError
 
 from .exchange import exchange, name_of
 from .lost_ranks import telling
@@ -23,6 +23,7 @@ def together(group: dist.ProcessGroup | None, what: str, do: Callable[[], T]) ->
 
     Raises:
         TpCompileError: this rank's own error, or the first other rank's.
+        RanksApart: a rank has failed while others were talking in the step.
     """
     if group is None or group.size() == 1:
         with progress(what):
@@ -33,6 +34,8 @@ def together(group: dist.ProcessGroup | None, what: str, do: Callable[[], T]) ->
     try:
         with progress(what, group.rank()):
             result = do()
+    except RanksApart:  # all ranks know
+        raise
     except Exception as error:
         failure = error
     share_failure(group, what, failure, begun=True)
@@ -55,7 +58,12 @@ def share_failure(
     """
     if group is not None:
         mine = None if failure is None else f"{type(failure).__name__}: {failure}"
-        everyone = exchange(group, f"{what}: outcome", mine, begun=begun)
+        try:
+            everyone = exchange(group, f"{what}: outcome", mine, begun=begun)
+        except RanksApart as apart:  # the others talk in the step, and hear of it there
+            if failure is None:
+                raise
+            raise failure from apart
         first = next((r for r, error in enumerate(everyone) if error is not None), None)
         if failure is None and first is not None:
             rank = name_of(group, first)
