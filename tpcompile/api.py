@@ -118,7 +118,7 @@ def parallelize(
     signature, original, lifted = signature_of(model), type(model), model.__dict__.get("forward")
     compiler = Compiler(options, ranks, mesh, axis, seconds)
     runtime = Runtime(compiler, signature, original, lifted=lifted, hooks=hooks, compare_calls=compare_calls)
-    runtime.number = number_of_model(runtime.group_name)
+    runtime.number = (number_of_model(runtime.group_name),)
     failed = try_first(runtime, model, example) if example is not None else None
     model.__dict__.pop("forward", None)
     model._tp = runtime  # type: ignore[assignment]

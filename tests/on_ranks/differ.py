@@ -179,6 +179,7 @@ def given_other_things() -> dict[str, str]:
         torch.manual_seed(0)
         one = tpcompile.parallelize(Mlp(), mesh(), (X,))
         copied = copy.deepcopy(one)
+        assert all(type(part) is int for part in copied._tp.number), "texts are hashed otherwise elsewhere"
         (copied if rank else one)(X)
 
     @case

@@ -32,7 +32,7 @@ def copy_model(model: nn.Module, runtime: Runtime, memo: dict[int, Any]) -> nn.M
     runtime.copies += 1
     own = replace(
         runtime,
-        number=f"{runtime.number}, copy {runtime.copies}",
+        number=(*runtime.number, runtime.copies),
         copies=0,
         programs=[],
         caches=dict(runtime.caches),

@@ -203,7 +203,8 @@ class Runtime(State):
     ) -> None:
         """Notes a call; at times ranks compare what was run so far, and what this call is given."""
         sizes = sizes_of_call(leaves, program.loose)
-        what = f"model {self.number}, {program.entry} {program.number}"
+        model = ", copy ".join(map(str, self.number))
+        what = f"model {model}, {program.entry} {program.number}"
         due = compare_order(group, (self.number, program.number, sizes), what)
         if due and not self.compare_calls and not self.generating and can_compare(leaves):
             self.compare(program.root, bound, program.entry, leaves)

@@ -51,8 +51,9 @@ class State:
             compiled holds the weights themselves, and is not used then.
         steering: the streamer and the user's logits processors of the generation that runs.
         retyped: the ``ShardedParameter.retyped`` that the settings take into account.
-        number: tells the model from others over the same ranks; equal on all of them.
-        copies: how many copies of it were made; a copy is told from it by which one it is.
+        number: tells the model from others over the same ranks; equal on all of them. A copy's is its
+            original's, and which copy it is.
+        copies: how many copies of it were made.
         captured: how many programs it has had.
         generating: whether it is in ``generate``, whose arguments decide about its calls.
         running: how many calls are being worked on: what the model's own code changes is not a new setting.
@@ -76,7 +77,7 @@ class State:
     hooks: list[Hook] = field(default_factory=list)
     steering: tuple[Any, Sequence[Any]] = (None, ())
     retyped: int = -1
-    number: int | str = 0
+    number: tuple[int, ...] = ()
     copies: int = 0
     captured: int = 0
     running: int = 0
