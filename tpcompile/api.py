@@ -25,9 +25,10 @@ from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.check_model import check_device, device_of
 from .runtime.compile_options import CompileLike, read_compile, without_graphs
 from .runtime.dry_run.estimator import Estimator
-from .runtime.generation import ShardedGeneration
+from .runtime.generation import class_when_sharded
 from .runtime.guards import Hook, backward_hooks, guard_submodules
 from .runtime.module import ShardedModule
+from .runtime.new_adapters import tell_of_adapters
 from .runtime.parts import compose_call, try_first
 from .runtime.read_request import (
     Bytes,
@@ -43,7 +44,6 @@ from .runtime.read_request import (
 from .runtime.runtime import Runtime
 from .runtime.training.tell_trainer import tell_trainer
 from .weights.saving.adapters import tell_peft
-from .weights.shard import sharded_class
 
 
 @well_called
@@ -122,12 +122,12 @@ def parallelize(
     failed = try_first(runtime, model, example) if example is not None else None
     model.__dict__.pop("forward", None)
     model._tp = runtime  # type: ignore[assignment]
-    generates = hasattr(original, "generate") and hasattr(original, "_sample")
-    model.__class__ = sharded_class(original, ShardedGeneration if generates else ShardedModule)
+    model.__class__ = class_when_sharded(original)
     guard_submodules(model)
     runtime.rebind()  # the modules' tables are others now
     tell_trainer()
     tell_peft()
+    tell_of_adapters()
     if failed is not None and example is not None:
         compose_call(runtime, model, "", tuple(example), failed)
         # Perhaps a call without pictures: more of the model is planned at once.

@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import tpcompile
 from tests.on_ranks.module_life import refusal
 
 from . import training
+from .models import mesh
 
 WORDS = torch.randint(61, (3, 7), generator=torch.Generator().manual_seed(1))
 CALL = {"input_ids": WORDS, "labels": WORDS}
 
 
+FIRST = LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False)
+SECOND = LoraConfig(
+    r=3,
+    target_modules=["up"],
+    use_dora=True,
+    use_rslora=True,
+    modules_to_save=["head"],
+    init_lora_weights=False,
+)
+
+
 def adapted(seed: int = 5) -> Any:
     """A toy with two adapters, one of them with weights of its own kind (DoRA) and a whole layer."""
-    model = training.toy()
+    return with_adapters(training.toy(), seed)
+
+
+def with_adapters(model: Any, seed: int = 5) -> Any:
+    """The same of any toy, sharded or not."""
     torch.manual_seed(seed)
-    first = LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False)
-    second = LoraConfig(
-        r=3,
-        target_modules=["up"],
-        use_dora=True,
-        use_rslora=True,
-        modules_to_save=["head"],
-        init_lora_weights=False,
-    )
-    model = get_peft_model(model, first)
-    model.add_adapter("second", second)
+    model = get_peft_model(model, copy.deepcopy(FIRST))
+    model.add_adapter("second", copy.deepcopy(SECOND))
     return model
 
 
@@ -170,15 +178,118 @@ def loaded(folder: str) -> list[str]:
     return [refusal(lambda odd=adapter: tpcompile.from_pretrained(base, adapter=odd)) for adapter in odd]
 
 
-def refused(folder: str) -> list[str]:
-    """Adapters that come after ``parallelize``."""
-    sharded = tpcompile.parallelize(training.toy())
-    sharded(input_ids=WORDS)
-    more = tpcompile.parallelize(adapted())
-    config = LoraConfig(r=4, target_modules=["up"])
-    calls: list[Callable[[], Any]] = [
-        lambda: get_peft_model(sharded, config),
-        lambda: more.add_adapter("third", config),
-        lambda: more.save_pretrained(folder, state_dict={}),
+def _same_gradients(alone: Any, sharded: Any) -> None:
+    for model in (alone, sharded):
+        model.zero_grad()
+        model(**CALL).logits.square().mean().backward()
+    for (name, expected), (own, found) in zip(
+        alone.named_parameters(), sharded.named_parameters(), strict=True
+    ):
+        assert name == own and (expected.grad is None) == (found.grad is None), (name, own)
+        if expected.grad is not None:
+            torch.testing.assert_close(found.grad.full_tensor(), expected.grad, rtol=0, atol=1e-10)
+
+
+def added(folder: str) -> None:
+    """Adapters after ``parallelize``: numbers, gradients, names and files are those of PEFT alone."""
+    # PEFT takes the names of a mesh's axes for a sign that modules compute with parts.
+    base = tpcompile.parallelize(training.toy().double(), mesh(), example_kwargs=CALL, dynamic=False)
+    held = {id(p): p.to_local().clone() for p in base.parameters()}
+    alone, sharded = with_adapters(training.toy().double()), with_adapters(base)
+    assert type(sharded) is not type(base) and sharded.base_model.model is base
+    for name in ("default", "second"):
+        for model in (alone, sharded):
+            model.set_adapter(name)
+        _same_gradients(alone, sharded)
+    for model in (alone, sharded):
+        model.set_adapter("default")
+    for _ in zip(_states(alone), _states(sharded), strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(sharded(**CALL).logits, alone(**CALL).logits, rtol=0, atol=1e-10)
+    kept = {id(p): p.to_local() for p in sharded.parameters() if id(p) in held}
+    assert kept.keys() == held.keys() and sum(p.numel() < 900 for p in kept.values()) > 3
+    torch.testing.assert_close(kept, held, rtol=0, atol=1e-12)  # merging adds, and takes away
+    places = sharded.plan.layout.params
+    assert not any(places[name].is_whole for name in places if "lora_" in name and "magnitude" not in name)
+    sharded.save_pretrained(folder)
+    weights = sharded.full_state_dict()
+    again = PeftModel.from_pretrained(training.toy().double(), folder)
+    later = PeftModel.from_pretrained(tpcompile.parallelize(training.toy().double()), folder)
+    for model in (again, later):
+        model.load_adapter(str(Path(folder) / "second"), "second")
+        model.set_adapter("second")
+    for found in (again.state_dict(), later.full_state_dict()):
+        for name in found:
+            if "default" in name or "second" in name:
+                assert torch.equal(found[name], weights[name]), name
+    copied = copy.deepcopy(later)
+    for model in (again, later):
+        model.delete_adapter("second")
+    assert again.state_dict().keys() == later.full_state_dict().keys()
+    assert any("second" in name for name, _ in copied.named_parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(later(**CALL).logits, again(**CALL).logits, rtol=0, atol=1e-10)
+
+
+def added_to_packed() -> None:
+    """A packed projection that is held in segments stays so, with the adapter in segments beside it."""
+    rules = {"*.qkv_proj": "colwise", "*.o_proj": "rowwise"}
+    call = {"input_ids": WORDS, "use_cache": False}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = Phi3Config(vocab_size=61, num_key_value_heads=2, pad_token_id=0, eos_token_id=1, **sizes)
+    torch.manual_seed(5)
+    whole = Phi3ForCausalLM(config)
+    sharded: Any = tpcompile.parallelize(copy.deepcopy(whole), mesh(), example_kwargs=call, plan=rules)
+    place = sharded.model.layers[0].self_attn.qkv_proj.weight.placing
+    models: list[Any] = []
+    for model in (whole, sharded):
+        torch.manual_seed(6)
+        inject_adapter_in_model(LoraConfig(r=4, target_modules=["qkv_proj"], init_lora_weights=False), model)
+        models.append(model(**call).logits)
+    _same(models[1], models[0])
+    qkv = sharded.model.layers[0].self_attn.qkv_proj
+    assert qkv.base_layer.weight.placing == place and len(place.param.segments) == 3
+    assert len(qkv.lora_B.default.weight.placing.param.segments) == 3
+    tokens = [
+        model.generate(input_ids=WORDS, max_new_tokens=3, do_sample=False) for model in (whole, sharded)
     ]
-    return [refusal(call) for call in calls]
+    assert torch.equal(*tokens)
+
+
+def refused(folder: str) -> list[str]:
+    """What is refused leaves a model as it was."""
+    whole, sharded = training.toy(), tpcompile.parallelize(training.toy(), example_kwargs=CALL)
+    rank = dist.get_rank()
+    held = [(id(p), p.requires_grad, p.to_local().clone()) for p in sharded.parameters()]
+
+    def apart() -> None:
+        torch.manual_seed(rank)
+        get_peft_model(sharded, FIRST)
+
+    def failing() -> None:  # after it has changed a weight itself (PiSSA)
+        ranks = {"down": 4 if rank else 0}
+        config = LoraConfig(target_modules=["up", "down"], init_lora_weights="pissa", rank_pattern=ranks)
+        get_peft_model(sharded, config)
+
+    def without_values() -> None:
+        more = with_adapters(tpcompile.parallelize(training.toy()))
+        more.add_adapter("third", FIRST, low_cpu_mem_usage=True)
+
+    def otherwise() -> None:
+        sharded.up = nn.Linear(22, 42)
+
+    found = [_said(call) for call in (apart, failing, without_values, otherwise)]
+    for (was, trained, values), p in zip(held, sharded.parameters(), strict=True):
+        assert id(p) == was and p.requires_grad == trained and torch.equal(p.to_local(), values)
+    _same(sharded(**CALL).logits, whole(**CALL).logits)
+    assert len(sharded.programs) == 1
+    ordinary = tpcompile.parallelize(adapted())
+    return [*found, refusal(lambda: ordinary.save_pretrained(folder, state_dict={}))]
+
+
+def _said(act: Callable[[], Any]) -> str:
+    """As ``refusal``, also of PEFT's own errors."""
+    try:
+        return refusal(act)
+    except ValueError as error:
+        return str(error)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -218,6 +219,19 @@ def _structure() -> None:
         sharded.up = nn.Linear(12, 24)
     except tpcompile.TpCompileError:
         sharded.extra = nn.Linear(12, 12)
+
+
+@situation("layers that PEFT puts in (`get_peft_model`, `add_adapter`)")
+def _adapters() -> None:
+    whole, sharded, x = _twins()
+    found = []
+    for model in (whole, sharded):
+        torch.manual_seed(3)
+        adapted: Any = get_peft_model(model, LoraConfig(r=4, target_modules=["up"], init_lora_weights=False))
+        adapted.add_adapter("more", LoraConfig(r=2, target_modules=["down"], init_lora_weights=False))
+        adapted.base_model.set_adapter(["default", "more"])
+        found.append(adapted(x))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
 class _Doubled(nn.Module):

@@ -27,8 +27,19 @@ def test_loaded_around_a_checkpoint(tmp_path: Path) -> None:
         assert all("cannot be put into the model" in each for each in (number, folder))
 
 
+def test_added_after_parallelize(tmp_path: Path) -> None:
+    run_spmd(adapters.added, 2, str(tmp_path), timeout=400)
+
+
+def test_added_to_a_packed_projection() -> None:
+    run_spmd(adapters.added_to_packed, 2, timeout=400)
+
+
 def test_refused(tmp_path: Path) -> None:
-    for after, another, state in run_spmd(adapters.refused, 2, str(tmp_path)):
-        assert "parallelize what get_peft_model gives" in after
-        assert "parallelize what get_peft_model gives" in another
+    answers = run_spmd(adapters.refused, 2, str(tmp_path))
+    for rank, (apart, failing, without_values, otherwise, state) in enumerate(answers):
+        assert "different weights" in apart and "set the same seed" in apart
+        assert ("a positive integer" if rank == 0 else "rank 0 is to change the adapters: outcome") in failing
+        assert "a new weight is on meta" in without_values
+        assert "which its programs would not notice" in otherwise
         assert "not saved with state_dict" in state

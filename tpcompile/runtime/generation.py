@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpcompile.capture.caches.register import is_cache
 from tpcompile.errors import TpCompileError
@@ -23,6 +23,7 @@ from tpcompile.ranks.agree import alike, compare, from_first, share_failure
 from tpcompile.ranks.describe import describe_value
 from tpcompile.ranks.exchange import exchange
 from tpcompile.ranks.turns import own_turn
+from tpcompile.weights.shard import sharded_class
 
 from .compile_options import without_graphs
 from .module import ShardedModule
@@ -224,3 +225,9 @@ def _describe(call: Mapping[str, Any]) -> list[str]:
 
 def _get(config: Any, name: str) -> Any:
     return getattr(config, name, None)
+
+
+def class_when_sharded(original: type[nn.Module]) -> type[nn.Module]:
+    """The class of a model of this class once it is sharded."""
+    generates = hasattr(original, "generate") and hasattr(original, "_sample")
+    return sharded_class(original, ShardedGeneration if generates else ShardedModule)

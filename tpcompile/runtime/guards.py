@@ -11,7 +11,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -138,10 +138,16 @@ def original_call(
 
 
 def guard_submodules(root: nn.Module) -> None:
-    """Guards every submodule; the runtime says which of them have divided weights in them."""
+    """Guards every submodule; the runtime says which of them have divided weights in them.
+
+    One that is guarded already learns its place.
+    """
     tell_functional_call()
     for path, module in list(root.named_modules()):
         if isinstance(module, torch.jit.ScriptModule):
+            continue
+        if (guard := module.__dict__.get(ENTRY)) is not None:
+            module.__dict__[ENTRY] = _Guard(replace(guard.entry, path=path), root)
             continue
         fix_tables(module)
         if path:
@@ -157,7 +163,7 @@ def divided_paths(root: nn.Module, layout: WeightLayout) -> frozenset[str]:
     found: set[str] = set()
     slices = _slices(root, layout)
     for path, module in root.named_modules(remove_duplicate=False):
-        if any(id(t) in slices for t in _held(module)):
+        if any(id(t) in slices for t in (*module._parameters.values(), *module._buffers.values())):
             parts = path.split(".") if path else []
             found |= {".".join(parts[:i]) for i in range(len(parts) + 1)}
     return frozenset(found)
@@ -167,11 +173,6 @@ def _slices(root: nn.Module, layout: WeightLayout) -> set[int]:
     """The identities of all tensors of which this rank has a part."""
     divided = {name for name, param in layout.params.items() if not param.is_whole}
     return {id(t) for n, t in [*root.named_parameters(), *root.named_buffers()] if n in divided}
-
-
-def _held(module: nn.Module) -> list[torch.Tensor | None]:
-    """What a module holds itself."""
-    return [*module._parameters.values(), *module._buffers.values()]
 
 
 def open_paths(root: nn.Module, layout: WeightLayout | None) -> frozenset[str]:

@@ -175,8 +175,8 @@ class WatchedModule(nn.Module):
             "a layer or weight of a sharded model is replaced, added or removed, "
             "which its programs would not notice",
             where=f"{type(self).__name__}.{name}",
-            todo="change the model before parallelize (adapters: parallelize what get_peft_model gives, "
-            "or from_pretrained(path, adapter=...))",
+            todo="change the model before parallelize; adapters may be put in by PEFT (get_peft_model, "
+            "add_adapter)",
         )
 
     def _refuse_quantizing(self) -> None:

@@ -1,4 +1,4 @@
-"""Adapters of a sharded model, written and loaded by PEFT's own code, which is given whole tensors."""
+"""Adapters of a sharded model: PEFT's own code makes, writes and loads them, and sees whole tensors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.weights.sharded_parameter import ShardedParameter
 
 _COLLECT, _DIVIDE = "get_peft_model_state_dict", "_reshard_dtensor_values_for_load"
+_SIZES = "_get_in_out_features"
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -61,11 +62,12 @@ def save_adapters(
 
 
 def tell_peft() -> None:
-    """Has PEFT, if it is loaded, collect adapters whole, and leave it to a sharded model to divide them."""
+    """Has PEFT, if it is loaded, make and collect adapters whole; a sharded model divides them itself."""
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "peft":
             own = vars(module)
-            for function, wrap in ((_COLLECT, _collects_whole), (_DIVIDE, _leaves_whole)):
+            wraps = (_COLLECT, _collects_whole), (_DIVIDE, _leaves_whole), (_SIZES, _finds_whole_sizes)
+            for function, wrap in wraps:
                 if function in own and not hasattr(own[function], "of_sharded"):
                     setattr(module, function, wrap(own[function]))
 
@@ -88,6 +90,19 @@ def _leaves_whole(divide: Callable[..., Any]) -> Callable[..., Any]:
         own = {name for name, p in model.named_parameters() if isinstance(p, ShardedParameter)}
         others: dict[str, Tensor] = divide(model, {n: t for n, t in state_dict.items() if n not in own})
         return {**others, **{n: t for n, t in state_dict.items() if n in own}}
+
+    run.of_sharded = True  # type: ignore[attr-defined]
+    return run
+
+
+@functools.cache
+def _finds_whole_sizes(sizes: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(sizes)
+    def run(module: nn.Module) -> Any:
+        # Of a DTensor on a mesh with names PEFT takes the part's, as for modules that compute with parts.
+        if isinstance(module, nn.Linear) and isinstance(module.weight, ShardedParameter):
+            return module.in_features, module.out_features
+        return sizes(module)
 
     run.of_sharded = True  # type: ignore[attr-defined]
     return run
