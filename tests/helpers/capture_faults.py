@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from tests.helpers.faults import Fault
+from tests.helpers.odd_faults import NotDoubled
 from tpcompile.planner.global_program import GlobalProgram
 
 
@@ -85,7 +86,7 @@ def _backwards(model: nn.Module) -> Iterator[Callable[[], Any]]:
     """What has a backward of its own goes without."""
     for module in model.modules():
         if hasattr(module, "function"):
-            yield lambda module=module: setattr(module, "function", torch.clone)
+            yield lambda module=module: setattr(module, "function", NotDoubled)
 
 
 def _attributes(model: nn.Module) -> Iterator[Callable[[], Any]]:

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PixioConfig, PixioModel
 
 import tpcompile
 from tests.helpers import toys
-from tests.helpers.odd_faults import Counted
+from tests.helpers.odd_faults import Counted, NotDoubled
 from tests.on_ranks import valid_programs
 from tpcompile.capture.held_caches import Held
 from tpcompile.compile_program import Compiler
@@ -116,7 +116,7 @@ def test_capture_that_loses_a_hook(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_capture_that_loses_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    _capture_of_another(monkeypatch, lambda model: model.__setattr__("function", torch.clone))
+    _capture_of_another(monkeypatch, lambda model: model.__setattr__("function", NotDoubled))
     report = _counted()
     assert report.kind == "capture"
     assert {f.sort for f in report.wrong} == {"gradient"}

@@ -57,6 +57,12 @@ class CheckpointCalls:
         with self.region(None if context_fn is checkpoint.noop_context_fn else context_fn):
             yield
 
+    def without_reentrant_by_name(
+        self, run: Callable[..., Any], args: Any, kwargs: Any, *, context_fn: ContextFn, **options: Any
+    ) -> Iterator[None]:
+        """The same as torch calls it from 2.14 on."""
+        return self.without_reentrant(run, True, context_fn)
+
     def reentrant(self, run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         """As torch's, a call to which no tensor is given that needs a gradient gives none."""
         if not any(isinstance(x, Tensor) and x.requires_grad for x in args):
@@ -68,5 +74,9 @@ class CheckpointCalls:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Lets calls that are not reentrant come here; reentrant ones are functions of autograd."""
-        with patch.object(checkpoint, "_checkpoint_without_reentrant_generator", self.without_reentrant):
+        run: Callable[..., Iterator[None]] = self.without_reentrant
+        name = "_checkpoint_without_reentrant_generator"
+        if hasattr(checkpoint, f"{name}_impl"):  # from torch 2.14 on
+            name, run = f"{name}_impl", self.without_reentrant_by_name
+        with patch.object(checkpoint, name, run):
             yield
