@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import tpcompile
 from tests.helpers import programs, toys
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import overlap
@@ -45,3 +46,9 @@ def test_on_ranks() -> None:
         assert "GmmmSwmmw" in order
         assert kept_again < kept and recomputed == ("what linear layers gather (1)",)
         assert found["again, compiled"][2].count("G") == order.count("G")
+
+
+def test_nothing_to_gather_again() -> None:
+    """Without sequence parallelism the plan says that the option does nothing."""
+    plan = tpcompile.plan(overlap.Model(), 2, (torch.zeros(2, 4, overlap.WIDE),), checkpointing="gathered")
+    assert not plan.recomputed and any("nothing is gathered again" in note for note in plan.notes)

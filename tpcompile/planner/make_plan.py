@@ -26,6 +26,10 @@ from .options import Options
 from .plan import Plan
 
 _LINEAR = torch.ops.aten.linear.default
+_NOTHING_GATHERED = (
+    'checkpointing="gathered": no linear layer gathers positions, so that nothing is gathered again '
+    "(sequence_parallel=True has them gathered)"
+)
 _KINDS = {
     "buffer": "a buffer",
     "attribute": "an attribute",
@@ -46,6 +50,7 @@ def make_plan(
     """The plan of a program, from it as it was planned and as it was rewritten."""
     cost = options.cost
     gathered = _gathered_weights(rewritten)
+    idle = rewritten.captured.gathers_again and not _gathered_again(rewritten)
     seconds = sum(d.cost for d in planned.decisions) - GATHERED * sum(map(rewritten.times, gathered))
     return Plan(
         layout=layout,
@@ -55,6 +60,7 @@ def make_plan(
         fallbacks=fallbacks_of(planned),
         notes=(
             *rewritten.captured.notes,
+            *((_NOTHING_GATHERED,) if idle else ()),
             *dict.fromkeys(
                 [*gathered.values(), *_whole_weights(planned, layout), *_divided_buffers(planned, layout)]
             ),
@@ -62,7 +68,7 @@ def make_plan(
         cost=cost,
         seconds=seconds + sequence_seconds(rewritten, cost),
         sequence=sequence,
-        recomputed=(*_recomputed(rewritten, options.checkpointing), *_gathered_again(rewritten)),
+        recomputed=_recomputed(rewritten, options.checkpointing),
         proof=rewritten.proof,
         timings={"proof": rewritten.proof.seconds} if rewritten.proof is not None else {},
         planned=planned,
@@ -77,16 +83,19 @@ def _recomputed(program: GlobalProgram, checkpointing: Checkpointing | None) -> 
     for calls in members_of(program.graph).values():
         name = starred(where(calls)) or "calls of forward"
         found[name] = found.get(name, 0) + max(map(program.times, calls))
+    if again := _gathered_again(program):
+        found["what linear layers gather"] = again
     but = f", but for {checkpointing.kept}" if checkpointing is not None and checkpointing.kept else ""
     return tuple(f"{name} ({count}){but}" for name, count in found.items())
 
 
-def _gathered_again(program: GlobalProgram) -> Iterator[str]:
-    """What is gathered for linear layers, and again in backward."""
-    if program.captured.gathers_again:
-        gathers = program.graph.find_nodes(op="call_function", target=all_gather)
-        again = [g for g in gathers if g.args[4:] == (True,) and any(u.target is _LINEAR for u in g.users)]
-        yield f"what linear layers gather ({sum(map(program.times, again))})"
+def _gathered_again(program: GlobalProgram) -> int:
+    """How often linear layers gather what they read, and gather it again in backward."""
+    if not program.captured.gathers_again:
+        return 0
+    gathers = program.graph.find_nodes(op="call_function", target=all_gather)
+    again = [g for g in gathers if g.args[4:] == (True,) and any(u.target is _LINEAR for u in g.users)]
+    return sum(map(program.times, again))
 
 
 def _gathered_weights(program: GlobalProgram) -> dict[Node, str]:
