@@ -12,10 +12,12 @@ import torch.distributed as dist
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import tpcompile
 from tests.on_ranks.module_life import refusal
+from tpcompile.runtime.take_again import take_again
 
 from . import training
 from .models import mesh
@@ -275,10 +277,14 @@ def refused(folder: str) -> list[str]:
         more = with_adapters(tpcompile.parallelize(training.toy()))
         more.add_adapter("third", FIRST, low_cpu_mem_usage=True)
 
+    def of_another() -> None:
+        other = tpcompile.parallelize(training.toy(), example_kwargs=CALL, plan={"*": Replicate()})
+        take_again(sharded, "add", lambda: sharded.up.register_parameter("more", other.down.weight))
+
     def otherwise() -> None:
         sharded.up = nn.Linear(22, 42)
 
-    found = [_said(call) for call in (apart, failing, without_values, otherwise)]
+    found = [_said(call) for call in (apart, failing, without_values, of_another, otherwise)]
     for (was, trained, values), p in zip(held, sharded.parameters(), strict=True):
         assert id(p) == was and p.requires_grad == trained and torch.equal(p.to_local(), values)
     _same(sharded(**CALL).logits, whole(**CALL).logits)

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from tpcompile.ir.module_tensors import whole_tensors
 from tpcompile.ir.names import starred
 from tpcompile.ranks.agree import compare, together
 from tpcompile.ranks.compare_calls import compare_weights
+from tpcompile.ranks.turns import own_turn
 from tpcompile.strategies.read_rules import Rules
 from tpcompile.weights.shard import shard_weights
 from tpcompile.weights.sharded_parameter import ShardedParameter, local_tensor
@@ -54,16 +55,16 @@ def take_again(model: nn.Module, what: str, change: Callable[[], T], around: nn.
             or not on the model's device. The model is as it was.
     """
     runtime: Runtime = model._tp  # type: ignore[assignment]
-    group = runtime.compiler.group
-    together(group, f"{what}: look at the model", lambda: _check(runtime, model, around is not None))
-    with without_guards(model), as_original(model, runtime), ExitStack() as undo:
-        before = _Before(model)
-        undo.callback(before.restore)
-        result = together(group, what, change)
-        root = model if around is None else around
-        _check_new(runtime, {n: t for n, t in whole_tensors(root).items() if id(t) not in before.names})
-        undo.pop_all()
-    _become(model, root, runtime, before)
+    group, root = runtime.compiler.group, model if around is None else around
+    with own_turn(runtime.group_name):
+        together(group, f"{what}: look at the model", lambda: _check(runtime, model, around is not None))
+        with without_guards(model), as_original(model, runtime), ExitStack() as undo:
+            before = _Before(model)
+            undo.callback(before.restore)
+            result = together(group, what, change)
+            _check_new(runtime, model, before.new_tensors(root))
+            undo.pop_all()
+        _become(model, root, runtime, before)
     return result
 
 
@@ -84,11 +85,18 @@ class _Before:
         self._weights = [
             (p, p.requires_grad, leaf) for p, leaf in zip(model.parameters(), leaves, strict=True)
         ]
-        tables = [module.__dict__ for module in self.paths.values()]
+        tables: list[Any] = [module.__dict__ for module in self.paths.values()]
         tables += [v for table in tables for v in table.values() if isinstance(v, (dict, list, set))]
-        self._content = [
-            (table, copy.copy(dict(table) if isinstance(table, dict) else table)) for table in tables
-        ]
+        self._content = [(t, dict(t) if isinstance(t, dict) else copy.copy(t)) for t in tables]
+
+    def new_tensors(self, root: nn.Module) -> dict[str, Tensor]:
+        """Those that were not there before, by name."""
+        return {name: t for name, t in whole_tensors(root).items() if id(t) not in self.names}
+
+    def moved(self, root: nn.Module) -> dict[str, str]:
+        """Where its modules are now: by the old path the new one, of those that are there."""
+        now = {module: path for path, module in root.named_modules()}
+        return {path: now[module] for path, module in self.paths.items() if module in now}
 
     def restore(self) -> None:
         """Gives modules their attributes, parts and weights back, with what was in lists and dicts there."""
@@ -122,18 +130,24 @@ def _check(runtime: Runtime, model: nn.Module, moved: bool) -> None:
         )
 
 
-def _check_new(runtime: Runtime, new: dict[str, Tensor]) -> None:
+def _check_new(runtime: Runtime, model: nn.Module, new: dict[str, Tensor]) -> None:
     """Refuses new weights that ranks would not take the same parts of."""
-    group, axis = runtime.compiler.group, runtime.compiler.axis
-    assert axis is not None, "a sharded model has a mesh"
+    group = runtime.compiler.group
+    held = _weights(runtime, model)
 
     def check() -> None:
         for name, tensor in new.items():
-            if tensor.device.type != axis.device_type:
+            if tensor.device.type != held.axis.device_type:
                 raise TpCompileError(
-                    f"the mesh is for {axis.device_type}, a new weight is on {tensor.device}",
+                    f"the mesh is for {held.axis.device_type}, a new weight is on {tensor.device}",
                     where=name,
-                    todo=f"make it on {axis.device_type}, with values (low_cpu_mem_usage=False)",
+                    todo=f"make it on {held.axis.device_type}, with values (low_cpu_mem_usage=False)",
+                )
+            if isinstance(tensor, ShardedParameter) and not _is_copy(tensor, held):
+                raise TpCompileError(
+                    "a new weight is a part already, of another model or divided otherwise",
+                    where=name,
+                    todo="give its full_tensor()",
                 )
 
     together(group, "check new weights", check)
@@ -143,16 +157,32 @@ def _check_new(runtime: Runtime, new: dict[str, Tensor]) -> None:
     compare_weights(group, whole)
 
 
+def _is_copy(part: ShardedParameter, held: ShardedWeights) -> bool:
+    """Whether a part is laid out as the weight that it says it is of; copies are."""
+    if part.placing.name not in held.layout.params or part.placing.axis != held.axis:
+        return False
+    own = held.of(part.placing.name)
+    return part.placing == own or (part.placing.whole and own.whole)
+
+
+def _weights(runtime: Runtime, model: nn.Module) -> ShardedWeights:
+    assert runtime.compiler.axis is not None, "a sharded model has a mesh"
+    if runtime.layout is None:
+        return ShardedWeights.undecided(model, runtime.compiler.axis)
+    return runtime.weights()
+
+
 def _become(model: nn.Module, root: nn.Module, runtime: Runtime, before: _Before) -> None:
     """Makes a sharded model of what a sharded model has become."""
+    moved = before.moved(root)
     own = replace(
         runtime,
-        compiler=_compiler(runtime.compiler, root, before),
-        layout=_layout(runtime.layout, root, before),
+        compiler=_compiler(runtime.compiler, moved),
+        layout=_layout(runtime.layout, root, before, moved),
         programs=[],
         composed=set(),
         settings=Settings(),
-        hooks=_hooks(runtime, root, before),
+        hooks=[(moved[path], table, key) for path, table, key in runtime.hooks if path in moved],
         pieces=frozenset(),
         retyped=-1,
     )
@@ -166,9 +196,7 @@ def _become(model: nn.Module, root: nn.Module, runtime: Runtime, before: _Before
         root.__class__ = class_when_sharded(own.original)
     root._tp = own  # type: ignore[assignment]
     guard_submodules(root)
-    assert own.compiler.axis is not None, "a sharded model has a mesh"
-    weights = ShardedWeights.undecided(root, own.compiler.axis) if own.layout is None else own.weights()
-    tensors = whole_tensors(root)
+    weights, tensors = _weights(own, root), whole_tensors(root)
     parts = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, ShardedParameter)}
     for name, part in parts.items():
         part.placing = weights.of(name)  # which knows its name
@@ -178,7 +206,9 @@ def _become(model: nn.Module, root: nn.Module, runtime: Runtime, before: _Before
         own.divided = divided_paths(root, own.layout)
 
 
-def _layout(old: WeightLayout | None, root: nn.Module, before: _Before) -> WeightLayout | None:
+def _layout(
+    old: WeightLayout | None, root: nn.Module, before: _Before, moved: dict[str, str]
+) -> WeightLayout | None:
     """Where all weights are: those that were there before where they were, copies of them there, too."""
     if old is None:
         return None
@@ -191,37 +221,26 @@ def _layout(old: WeightLayout | None, root: nn.Module, before: _Before) -> Weigh
             undecided.append(name)
         whole = whole_layout(name, tensor, len(old.axis_sizes))
         params[name] = whole if was is None else replace(old.params[was], name=name)
-    return replace(old, params=params, undecided=tuple(undecided), split_groups=_groups(old, root, before))
+    return replace(old, params=params, undecided=tuple(undecided), split_groups=_groups(old, before, moved))
 
 
-def _groups(old: WeightLayout, root: nn.Module, before: _Before) -> tuple[str, ...]:
+def _groups(old: WeightLayout, before: _Before, moved: dict[str, str]) -> tuple[str, ...]:
     """Which packed matmuls are held in segments: those of a module, and of what has taken its place."""
-    now = {module: path for path, module in root.named_modules()}
     found = {group for group in old.split_groups if group not in map(starred, before.paths)}
-    for path, module in before.paths.items():
-        if starred(path) in old.split_groups:
+    for path in before.paths:
+        if path and starred(path) in old.split_groups:
             above, _, name = path.rpartition(".")
-            places = (now.get(module), f"{now.get(before.paths[above])}.{name}".lstrip("."))
-            found |= {starred(place) for place in places if place is not None}
+            places = [moved[path]] if path in moved else []
+            places += [f"{moved[above]}.{name}".lstrip(".")] if above in moved else []
+            found |= set(map(starred, places))
     return tuple(sorted(found))
 
 
-def _compiler(old: Compiler, root: nn.Module, before: _Before) -> Compiler:
+def _compiler(old: Compiler, moved: dict[str, str]) -> Compiler:
     """The compiler of what a model has become; what was asked of weights is done, under other names."""
     new, sequence = copy.copy(old), old.sequence
     if not isinstance(sequence, bool):
-        now = {module: path for path, module in root.named_modules()}
-        sequence = frozenset(now.get(before.paths[path], path) for path in sequence)
+        sequence = frozenset(moved.get(path, path) for path in sequence)
     new.options = replace(old.options, plan=None, rules=Rules(), sequence=sequence)
     new.sequence = sequence
     return new
-
-
-def _hooks(runtime: Runtime, root: nn.Module, before: _Before) -> list[tuple[str, str, int]]:
-    """Where the hooks are that no program has in it."""
-    now = {module: path for path, module in root.named_modules()}
-    return [
-        (now[before.paths[path]], table, key)
-        for path, table, key in runtime.hooks
-        if before.paths[path] in now
-    ]
