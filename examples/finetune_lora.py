@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from launch import launch, say, shared_folder
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from train_with_trainer import QUIET, build, sources, tokenizer_of
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -27,19 +27,11 @@ def paragraphs(texts: list[str]) -> list[str]:
     return [piece for text in texts for piece in text.split("\n\n") if 40 < len(piece) < 160][:64]
 
 
-def adapted(words: int) -> Any:
-    """The same small model on every rank, with an adapter in every layer."""
-    model = build(words)
-    torch.manual_seed(1)
-    lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    return get_peft_model(model, lora)
-
-
 def train(folder: str, steps: int, shard: bool = True) -> Any:
-    """Trains the adapter; it is planned with the layers that it is in."""
+    """Trains an adapter in every layer; it is planned with the layers that it is in."""
     texts = sources(3)
     tokenizer = tokenizer_of(texts)
-    model = adapted(len(tokenizer))
+    model = build(len(tokenizer))
     if shard:
         model = tpcompile.parallelize(model)
     args = SFTConfig(
@@ -51,7 +43,11 @@ def train(folder: str, steps: int, shard: bool = True) -> Any:
         **QUIET_TRL,
     )
     data = Dataset.from_dict({"text": paragraphs(texts)})
-    trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+    lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    torch.manual_seed(1)  # the adapter begins with the same numbers on every rank
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=lora
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer
