@@ -12,7 +12,9 @@ import torch.distributed as dist
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import tpcompile
@@ -281,10 +283,17 @@ def refused(folder: str) -> list[str]:
         other = tpcompile.parallelize(training.toy(), example_kwargs=CALL, plan={"*": Replicate()})
         take_again(sharded, "add", lambda: sharded.up.register_parameter("more", other.down.weight))
 
+    def under_ddp() -> None:
+        over = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+        other = tpcompile.parallelize(training.toy(), over, axis="tp", example_kwargs=CALL)
+        DistributedDataParallel(other, process_group=over.get_group("dp"))
+        get_peft_model(other, FIRST)
+
     def otherwise() -> None:
         sharded.up = nn.Linear(22, 42)
 
-    found = [_said(call) for call in (apart, failing, without_values, of_another, otherwise)]
+    calls = (apart, failing, without_values, of_another, under_ddp, otherwise)
+    found = [_said(call) for call in calls]
     for (was, trained, values), p in zip(held, sharded.parameters(), strict=True):
         assert id(p) == was and p.requires_grad == trained and torch.equal(p.to_local(), values)
     _same(sharded(**CALL).logits, whole(**CALL).logits)

@@ -37,10 +37,11 @@ def test_added_to_a_packed_projection() -> None:
 
 def test_refused(tmp_path: Path) -> None:
     answers = run_spmd(adapters.refused, 2, str(tmp_path))
-    for rank, (apart, failing, without_values, another, otherwise, state) in enumerate(answers):
+    for rank, (apart, failing, without_values, another, ddp, otherwise, state) in enumerate(answers):
         assert "different weights" in apart and "set the same seed" in apart
         assert ("a positive integer" if rank == 0 else "rank 0 is to change the adapters: outcome") in failing
         assert "a new weight is on meta" in without_values
         assert "is a part already" in another and "up.more" in another
+        assert "DistributedDataParallel has its weights" in ddp
         assert "which its programs would not notice" in otherwise
         assert "not saved with state_dict" in state

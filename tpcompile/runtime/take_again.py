@@ -52,7 +52,7 @@ def take_again(model: nn.Module, what: str, change: Callable[[], T], around: nn.
 
     Raises:
         TpCompileError: on all ranks: one has failed (there it is its own error), or new weights are unequal,
-            or not on the model's device. The model is as it was.
+            or not on the model's device. The model is as it was, but for values written in place.
     """
     runtime: Runtime = model._tp  # type: ignore[assignment]
     group, root = runtime.compiler.group, model if around is None else around
@@ -126,7 +126,7 @@ def _check(runtime: Runtime, model: nn.Module, moved: bool) -> None:
         raise TpCompileError(
             f"layers of a sharded model are to be changed, but {why}",
             where=type(model).__name__,
-            todo="change the model before parallelize",
+            todo="change the model before that, or before parallelize",
         )
 
 
