@@ -19,7 +19,7 @@ from .planner.plan import Plan
 from .planner.search.cost import CostModel
 from .ranks.agree import compare, together
 from .ranks.compare_order import number_of_model
-from .ranks.mesh import check_mesh, default_mesh
+from .ranks.mesh import Axis, check_mesh, default_mesh
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.check_model import check_device, device_of
@@ -54,7 +54,7 @@ def parallelize(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     plan: PlanLike = "auto",
-    axis: str | None = None,
+    axis: Axis | None = None,
     dynamic: Dynamic = True,
     compile: CompileLike = False,
     cost_model: CostModel | str | None = None,
@@ -80,7 +80,8 @@ def parallelize(
         plan: ``"auto"``, a ``Plan``, or rules: glob of a module or parameter -> ``Shard(dim)``,
             ``Replicate()`` or the name of a strategy, as in a ``tp_plan`` of transformers. ``"hf"`` is
             the model's own such plan, ``"hf-ep"`` the one with whole experts on each rank.
-        axis: the name of the mesh axis to divide over, for a mesh of several.
+        axis: the name of the mesh axis to divide over, for a mesh of several; or a tuple of names, in the
+            mesh's order, of axes that are used as one.
         dynamic: True: batch and sequence may change; False: shapes are fixed; or argument name ->
             {dimension: whether it may change}.
         compile: have Inductor compile every program; instead of True a mode (``"max-autotune"``), options
@@ -148,7 +149,7 @@ def plan(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     plan: PlanLike = "auto",
-    axis: str | None = None,
+    axis: Axis | None = None,
     dynamic: Dynamic = True,
     cost_model: CostModel | str | None = None,
     memory: Bytes | None = None,

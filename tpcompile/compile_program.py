@@ -43,8 +43,8 @@ from .ranks.agree import compare, from_first, together
 from .ranks.compare_sent import compare_sent
 from .ranks.exchange import exchange
 from .ranks.groups import AxisGroups
-from .ranks.mesh import local_device
-from .ranks.mesh_axis import MeshAxis
+from .ranks.mesh import Axis, local_device
+from .ranks.mesh_axis import MeshAxis, line_of
 from .ranks.own_groups import TIMEOUT
 from .rules.randomness import refuse_randomness
 from .strategies.custom.custom_modules import CustomModules, partition_modules
@@ -80,7 +80,7 @@ class Compiler:
         options: what the user asked for.
         ranks: the size of the mesh axis.
         mesh: the mesh, or None to plan only.
-        axis: the name of the mesh axis, for a mesh of several.
+        axis: the name of the mesh axis, or a tuple of several, for a mesh of several.
         timeout: seconds that ranks wait for each other.
 
     Attributes:
@@ -93,14 +93,14 @@ class Compiler:
         options: Options,
         ranks: int,
         mesh: DeviceMesh | None = None,
-        axis: str | None = None,
+        axis: Axis | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
         self.options, self.ranks = options, ranks
         self.axis = MeshAxis.of(mesh, axis, timeout) if mesh is not None else None
         self.rank = self.axis.rank if self.axis is not None else 0
-        line = mesh[axis] if mesh is not None and axis is not None else mesh
-        self._mesh = line if options.custom else None  # custom strategies are given the mesh itself
+        # Custom strategies are given the mesh itself.
+        self._mesh = line_of(mesh, axis, timeout) if mesh is not None and options.custom else None
         self.sequence = options.sequence or (options.plan.sequence if options.plan is not None else False)
         self.whole: frozenset[str] = frozenset()
         self.groups: dict[tuple[int, ...], AxisGroups] = {}

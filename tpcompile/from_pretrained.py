@@ -19,7 +19,7 @@ from .errors import TpCompileError
 from .ir.check import Must, check_arguments, well_called
 from .planner.search.cost import CostModel
 from .ranks.agree import compare, together
-from .ranks.mesh import check_mesh, default_mesh, local_device
+from .ranks.mesh import Axis, check_mesh, default_mesh, local_device
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.compile_options import CompileLike
@@ -43,7 +43,7 @@ def from_pretrained(
     plan: PlanLike = "auto",
     config: Any = None,
     model_class: Any = None,
-    axis: str | None = None,
+    axis: Axis | None = None,
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic: Dynamic = True,
@@ -79,7 +79,8 @@ def from_pretrained(
         plan: see ``parallelize``, as for ``axis`` and all from ``dynamic`` to ``compare_calls``.
         config: a configuration instead of the checkpoint's.
         model_class: the model's class, or an ``AutoModelFor...``; by default the checkpoint's.
-        axis: the name of the mesh axis to divide over, for a mesh of several.
+        axis: the name of the mesh axis to divide over, for a mesh of several; or a tuple of names, in the
+            mesh's order, of axes that are used as one.
         example_args: positional arguments of a typical call.
         example_kwargs: keyword arguments of a typical call; by default they follow from the configuration.
         dynamic: which sizes of the inputs may change.
@@ -108,8 +109,8 @@ def from_pretrained(
     arguments = locals().copy()
     mesh = mesh if mesh is not None else default_mesh()
     check_mesh(mesh, axis)
-    group = MeshAxis.of(mesh, axis, seconds_of(timeout)).group
-    device, first = local_device(mesh.device_type), mesh.get_local_rank(axis) == 0
+    place = MeshAxis.of(mesh, axis, seconds_of(timeout))
+    group, device, first = place.group, local_device(mesh.device_type), place.rank == 0
     built = _build(group, arguments, device, first)
     if not example_args and not example_kwargs:
         _check_example(built.model)

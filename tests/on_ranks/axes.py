@@ -94,16 +94,18 @@ class Run:
     Args:
         kind: "ddp", "whole" or "layers" (FSDP2 of the model, or of each block too), "hsdp", or "alone".
         shape: sizes of the mesh: of data and tensor, or of replicas, data and tensor.
+        names: of the mesh's axes; those but "replicas" and "data" share the model.
     """
 
-    def __init__(self, kind: str, shape: tuple[int, ...]) -> None:
-        names = ("replicas", "data", "tensor")[-len(shape) :]
+    def __init__(self, kind: str, shape: tuple[int, ...], names: tuple[str, ...] = ()) -> None:
+        names = names or ("replicas", "data", "tensor")[-len(shape) :]
         both = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        data = both[names[:-1]]
+        data = both[tuple(name for name in names if name in ("replicas", "data"))]
+        shared = tuple(name for name in names if name not in ("replicas", "data"))
         self.kind, self.replicas = kind, data.size()
-        self.replica = both.get_rank() // shape[-1]
+        self.replica = data.mesh.flatten().tolist().index(both.get_rank())
         self.model: Any = tpcompile.parallelize(
-            Toy().double(), both, (batches()[0, 0],), axis="tensor", dynamic=False
+            Toy().double(), both, (batches()[0, 0],), axis=shared, dynamic=False
         )
         self.wrapped: Any = self.model
         if kind == "ddp":

@@ -281,14 +281,17 @@ def several_batches(folder: str, shape: tuple[int, ...], resume: str | None = No
 
     Args:
         folder: of checkpoints.
-        shape: of the mesh, of which the last axis shares the model; if there is no other, it is unsharded.
+        shape: of the mesh: of data and tensor; or of two axes of data and two of tensor, of which the first has
+            one rank. If there is no other, it is unsharded.
         resume: a checkpoint.
     """
     ranks = 1 if len(shape) == 1 else shape[-1]
     model = toy(seed=dist.get_rank() // ranks)  # the first's weights count, as under DistributedDataParallel
     if len(shape) > 1:
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "more", "tp")[-len(shape) :])
-        model = tpcompile.parallelize(model, mesh, axis="tp", example_kwargs=step_example())
+        names = ("dp", "tp") if len(shape) == 2 else ("dp", "more", "node", "gpu")
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        axis = names[len(shape) // 2 :]
+        model = tpcompile.parallelize(model, mesh, axis=axis, example_kwargs=step_example())
     with as_torchrun(), mock.patch.object(data_ranks, "_BUCKET", 2000):
         trainer = trainer_of(model, folder, Lines(11), kind=Penalised, **MANY)
         trainer.compute_metrics = _correct

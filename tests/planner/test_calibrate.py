@@ -43,7 +43,7 @@ def plans() -> tuple[dict[str, Any], dict[str, Any]]:
 def refusals() -> list[str]:
     """The messages of calls that cannot be met."""
     grid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("tp", "pp"))
-    calls: list[tuple[Any, str | None]] = [(grid, None), (grid, "dp"), ("cpu", None)]
+    calls: list[tuple[Any, Any]] = [(grid, None), (grid, "dp"), ("cpu", None)]
     messages = []
     for where, axis in calls:
         try:
@@ -51,7 +51,7 @@ def refusals() -> list[str]:
             messages.append("accepted")
         except TpCompileError as refusal:
             messages.append(str(refusal))
-    messages.append(tpcompile.calibrate(grid, "pp").name)
+    messages += [tpcompile.calibrate(grid, axis).name for axis in ("pp", ("tp", "pp"))]
     return messages
 
 
@@ -78,11 +78,11 @@ def test_plans_like_the_preset() -> None:
 
 
 def test_bad_requests_are_refused() -> None:
-    for two_axes, unknown, no_mesh, single in run_spmd(refusals, 2):
+    for two_axes, unknown, no_mesh, single, both in run_spmd(refusals, 2):
         assert "2 axes" in two_axes and "give axis=" in two_axes
         assert "no axis 'dp'" in unknown
         assert "give a DeviceMesh" in no_mesh
-        assert single == "calibrated cpu x1"
+        assert (single, both) == ("calibrated cpu x1", "calibrated cpu x2")
 
 
 def test_no_process_group() -> None:

@@ -64,7 +64,7 @@ def test_several_batches(tmp_path: Path) -> None:
     expected = run_spmd(training.several_batches, 2, str(there), (2,))
     found = run_spmd(training.several_batches, 4, str(here), (2, 2))
     again = run_spmd(training.several_batches, 2, str(there), (2,), str(here / "checkpoint-2"))
-    resumed = run_spmd(training.several_batches, 4, str(here), (2, 1, 2), str(there / "checkpoint-2"))
+    resumed = run_spmd(training.several_batches, 4, str(here), (2, 1, 1, 2), str(there / "checkpoint-2"))
     for of_one, of_all in ((expected, found), (again, resumed)):
         for rank, own in enumerate(of_all):
             other = of_one[rank // 2]

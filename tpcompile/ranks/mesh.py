@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import short
+
+Axis = str | tuple[str, ...]
+"""The name of a mesh's axis; or names of several, in the mesh's order, that are used as one."""
 
 
 def default_mesh(device: str | None = None) -> DeviceMesh:
@@ -45,7 +49,7 @@ def check_mesh(mesh: Any, axis: Any, *, connected: bool = True) -> int:
 
     Args:
         mesh: the mesh that the user gave.
-        axis: the name of one of its axes; needed if it has several.
+        axis: the name of one of its axes, or a tuple of several; needed if it has several.
         connected: whether this rank is to talk to the others, not only to know how many they are.
 
     Raises:
@@ -57,18 +61,24 @@ def check_mesh(mesh: Any, axis: Any, *, connected: bool = True) -> int:
         )
     names = mesh.mesh_dim_names or ()
     where = f"axes {names}"
-    if axis is not None and not (isinstance(axis, str) and axis in names):
-        raise TpCompileError(f"the mesh has no axis {short(axis)}", where=where, todo="name one of its axes")
+    wanted = axis if isinstance(axis, tuple) else (axis,)
+    if axis is not None and not (wanted and all(isinstance(name, str) and name in names for name in wanted)):
+        todo = "name one of its axes, or several in a tuple"
+        raise TpCompileError(f"the mesh has no axis {short(axis)}", where=where, todo=todo)
     if axis is None and mesh.ndim != 1:
-        raise TpCompileError(
-            f"the mesh has {mesh.ndim} axes", where=where, todo="give axis=, or one axis of it: mesh['tp']"
-        )
+        todo = "give axis=, one of them or a tuple of several; or one axis of it: mesh['tp']"
+        raise TpCompileError(f"the mesh has {mesh.ndim} axes", where=where, todo=todo)
+    ordered = tuple(name for name in names if name in wanted)
+    if axis is not None and wanted != ordered:
+        # Ranks are counted along the axes as the mesh has them, the last one quickest.
+        what = f"{short(axis)} are not the mesh's axes in its order"
+        raise TpCompileError(what, where=where, todo=f"give axis={ordered}, or make the mesh in that order")
     if connected:
-        _check_connected(mesh, axis)
-    return mesh.size() if axis is None else mesh.size(names.index(axis))
+        _check_connected(mesh, ordered)
+    return math.prod(mesh.size(names.index(name)) for name in ordered) if ordered else mesh.size()
 
 
-def _check_connected(mesh: DeviceMesh, axis: str | None) -> None:
+def _check_connected(mesh: DeviceMesh, axes: tuple[str, ...]) -> None:
     ranks = f"ranks {mesh.mesh.flatten().tolist()}"
     if not dist.is_initialized():
         raise TpCompileError(
@@ -88,7 +98,8 @@ def _check_connected(mesh: DeviceMesh, axis: str | None) -> None:
         )
     todo = "make it with init_device_mesh, after init_process_group"
     with refusing("the mesh has no process groups, or not any more", where=ranks, todo=todo):
-        dist.get_world_size(mesh.get_group(axis))
+        for axis in axes or (None,):
+            dist.get_world_size(mesh.get_group(axis))
 
 
 def local_device(device_type: str) -> torch.device:

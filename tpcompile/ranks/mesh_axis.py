@@ -5,16 +5,21 @@ from __future__ import annotations
 import atexit
 import copy
 import functools
+import math
 import time
 from dataclasses import dataclass, field
+from typing import cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpcompile.errors import TpCompileError
+from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.torch_internals import resolve_process_group
 
+from .exchange import exchange
+from .mesh import Axis
 from .own_groups import TIMEOUT, backend_of, own_group
 
 _FAREWELL = 0.05
@@ -49,25 +54,25 @@ class MeshAxis:
     mesh: DeviceMesh = field(compare=False)
 
     @classmethod
-    def of(cls, mesh: DeviceMesh, axis: str | None = None, timeout: float = TIMEOUT) -> MeshAxis:
+    def of(cls, mesh: DeviceMesh, axis: Axis | None = None, timeout: float = TIMEOUT) -> MeshAxis:
         """The axis of a mesh; all of its ranks call this.
 
         Args:
             mesh: a 1-D mesh, or an n-D one of which `axis` is used; a slice of a larger mesh will do.
-            axis: name of the mesh axis; needed if the mesh has several (see ``check_mesh``).
+            axis: name of the mesh axis, or names of several; needed if the mesh has several (``check_mesh``).
             timeout: seconds that ranks wait for each other (see ``own_group``).
 
         Raises:
-            TpCompileError: the axis is made of several; or a rank did not come.
+            TpCompileError: see ``line_of``; or a rank did not come.
         """
         _say_farewell()
-        rows = _rows(mesh, axis).sort(dim=1).values
+        line = line_of(mesh, axis, timeout)
+        rows = _rows(line).sort(dim=1).values
         replica, rank = (rows == dist.get_rank()).nonzero()[0].tolist()
         shared = mesh.ndim > 1 and mesh.size() == dist.get_world_size()
-        group = mesh.get_group(axis)
+        group = line.get_group()
         own = own_group(group, timeout)  # in any case: messages travel in it
         name = (own if backend_of(group, mesh.device_type) == "gloo" else group).group_name
-        line = mesh if axis is None or mesh.ndim == 1 else mesh[axis]
         rows_ = tuple(map(tuple, rows.tolist()))
         return cls(mesh.device_type, rows_, rank, replica, name, shared, _without_groups(line))
 
@@ -86,19 +91,49 @@ def _without_groups(mesh: DeviceMesh) -> DeviceMesh:
     return bare
 
 
-def _rows(mesh: DeviceMesh, axis: str | None) -> Tensor:
-    """Global ranks, one row for each instance of the axis in the whole mesh."""
-    root = mesh._get_root_mesh()  # a slice knows its own row only, and new_group needs all of them
-    names = root.mesh_dim_names or ()
-    wanted = axis or (mesh.mesh_dim_names or ("",))[0]
-    if wanted in names:
-        grid = root.mesh.movedim(names.index(wanted), -1)
-        return grid.reshape(-1, grid.shape[-1])
-    if mesh.ndim > 1:
+def line_of(mesh: DeviceMesh, axis: Axis | None, timeout: float = TIMEOUT) -> DeviceMesh:
+    """An axis of a mesh, or several as one, as a mesh of its own; all of the mesh's ranks call this.
+
+    Args:
+        mesh: the user's.
+        axis: as ``check_mesh`` accepts it.
+        timeout: seconds that ranks wait for each other.
+
+    Raises:
+        TpCompileError: torch cannot make one axis of several; or a rank did not come.
+    """
+    names = (axis,) if isinstance(axis, str) else axis
+    if names is None or len(names) == 1:
+        return mesh if names is None else mesh[names]
+    root, where = mesh._get_root_mesh(), f"axes {names}"
+    if "_".join(names) not in root._flatten_mapping:  # torch has all processes make its groups, at once
+        if root.size() != dist.get_world_size():
+            what = (
+                f"axes of a mesh of {root.size()} of {dist.get_world_size()} processes cannot be used as one"
+            )
+            raise TpCompileError(what, where=where, todo="make the mesh of all processes, or with one axis")
+        everyone = own_group(cast(dist.ProcessGroup, dist.group.WORLD), timeout)
+        exchange(everyone, f"use the axes {names} as one", None)
+    with refusing("the axes cannot be used as one", where=where, todo="give the mesh's axes other names"):
+        return mesh[names]._flatten()
+
+
+def _rows(line: DeviceMesh) -> Tensor:
+    """Global ranks, one row for each instance of a 1-D mesh in the whole mesh that it is a part of.
+
+    The mesh's axes that it is made of are those along which its ranks lie apart.
+    """
+    grid = line._get_root_mesh().mesh  # a slice knows its own row only, and new_group needs all of them
+    places = torch.stack([(grid == rank).nonzero()[0] for rank in line.mesh])
+    along = [axis for axis in range(grid.ndim) if places[:, axis].unique().numel() > 1]
+    size = math.prod(grid.shape[axis] for axis in along)
+    if size != line.size():
         raise TpCompileError(
-            f"the axis {axis!r} is made of several", where=f"axes {names}", todo="slice the mesh: mesh['tp']"
+            f"the axis holds {line.size()} of the {size} ranks along axes of the mesh that it is a part of",
+            where=f"axes {line.mesh_dim_names}",
+            todo="make the mesh with init_device_mesh, with an axis for each use",
         )
-    return mesh.mesh.reshape(1, -1)  # no names, or a flattened axis
+    return grid.movedim(along, list(range(-len(along), 0))).reshape(-1, size)
 
 
 @functools.cache

@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from tpcompile.ir.check import checked
-from tpcompile.ranks.mesh import check_mesh, local_device
+from tpcompile.ranks.mesh import Axis, check_mesh, local_device
+from tpcompile.ranks.mesh_axis import line_of
 
 from .cost import CostModel
 
@@ -45,7 +46,7 @@ _ACCELERATOR = _Sizes(torch.bfloat16, (4096, 4096, 4096), 1 << 28, (1 << 10, 1 <
 
 
 @checked
-def calibrate(mesh: DeviceMesh, axis: str | None = None) -> CostModel:
+def calibrate(mesh: DeviceMesh, axis: Axis | None = None) -> CostModel:
     """Measures a mesh, in a few seconds, and returns a cost model for ``parallelize`` and ``plan``.
 
     Measured are matmuls and a copy, on all ranks at once, and all-reduces over the axis. Medians count,
@@ -53,13 +54,13 @@ def calibrate(mesh: DeviceMesh, axis: str | None = None) -> CostModel:
 
     Args:
         mesh: the mesh that a model is to be divided over.
-        axis: the axis of it, for a mesh of several.
+        axis: the axis of it, or a tuple of several, as for ``parallelize``.
 
     Raises:
         TpCompileError: there is no process group, this rank is not in the mesh, or it has no such axis.
     """
     check_mesh(mesh, axis)
-    group, kind = mesh.get_group(axis), mesh.device_type
+    group, kind = line_of(mesh, axis).get_group(), mesh.device_type
     device = local_device(kind)
     meter = _Meter(device, _CPU if kind == "cpu" else _ACCELERATOR, group)
     with torch.no_grad():

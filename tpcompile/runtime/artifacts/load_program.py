@@ -22,7 +22,7 @@ from tpcompile.ir.check import checked
 from tpcompile.planner.plan import Plan, digest_of
 from tpcompile.ranks.agree import compare, together
 from tpcompile.ranks.groups import AxisGroups
-from tpcompile.ranks.mesh import check_mesh, default_mesh, local_device
+from tpcompile.ranks.mesh import Axis, check_mesh, default_mesh, local_device
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.ranks.own_groups import TIMEOUT, seconds_of
 
@@ -40,7 +40,7 @@ def load_program(
     folder: str | PathLike[str],
     mesh: DeviceMesh | None = None,
     *,
-    axis: str | None = None,
+    axis: Axis | None = None,
     timeout: float | timedelta = TIMEOUT,
 ) -> LoadedProgram:
     """A sharded model's programs, as ``model.save_program(folder)`` has written them.
@@ -51,7 +51,7 @@ def load_program(
     Args:
         folder: what was written.
         mesh: the device mesh, of as many ranks as the model had; by default one axis over all processes.
-        axis: the name of the mesh axis, for a mesh of several.
+        axis: the name of the mesh axis, or a tuple of several, as for ``parallelize``.
         timeout: seconds that ranks wait for each other.
 
     Raises:
