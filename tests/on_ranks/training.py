@@ -281,8 +281,8 @@ def several_batches(folder: str, shape: tuple[int, ...], resume: str | None = No
 
     Args:
         folder: of checkpoints.
-        shape: of the mesh: of data and tensor; or of two axes of data and two of tensor, of which the first has
-            one rank. If there is no other, it is unsharded.
+        shape: of the mesh: of data and tensor; or of two axes of data and two of tensor, the first of
+            them with one rank. Of data only: it is unsharded.
         resume: a checkpoint.
     """
     ranks = 1 if len(shape) == 1 else shape[-1]

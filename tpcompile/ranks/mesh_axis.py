@@ -108,9 +108,8 @@ def line_of(mesh: DeviceMesh, axis: Axis | None, timeout: float = TIMEOUT) -> De
     root, where = mesh._get_root_mesh(), f"axes {names}"
     if "_".join(names) not in root._flatten_mapping:  # torch has all processes make its groups, at once
         if root.size() != dist.get_world_size():
-            what = (
-                f"axes of a mesh of {root.size()} of {dist.get_world_size()} processes cannot be used as one"
-            )
+            some = f"{root.size()} of {dist.get_world_size()} processes"
+            what = f"axes of a mesh of {some} cannot be used as one"
             raise TpCompileError(what, where=where, todo="make the mesh of all processes, or with one axis")
         everyone = own_group(cast(dist.ProcessGroup, dist.group.WORLD), timeout)
         exchange(everyone, f"use the axes {names} as one", None)
