@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ from tpcompile.capture.repeats.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import bind_call, flatten_call, leaf_names
 from tpcompile.ir.graph_edit import call
+from tpcompile.ir.torch_internals import FakeTensor
 from tpcompile.lowering.lower_graph import lower_program
 from tpcompile.lowering.simulate import SimulatedGroups
 from tpcompile.lowering.state import SOURCE
@@ -291,6 +293,29 @@ def test_falls_back(twist: Callable[[int, torch.Tensor], torch.Tensor], style: s
     expected = model(**bound)
     expected = expected[0] if isinstance(expected, tuple) else expected
     torch.testing.assert_close(run(captured, model, bound), expected, rtol=0, atol=0)
+
+
+class Weighed(nn.Module):
+    """What follows the layers fails with fewer of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(9))
+        self.weights = nn.Parameter(torch.rand(9, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = [x := layer(x) for layer in self.layers]
+        return (torch.stack(seen) * self.weights).sum(0)
+
+
+def test_nothing_is_reported_of_an_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch logs operators that fail on fake tensors as errors, also where all layers are captured then."""
+    model, told = Weighed(), list[logging.LogRecord]()
+    logger = logging.getLogger(FakeTensor.__module__)
+    monkeypatch.setattr(logger, "callHandlers", told.append)
+    captured = capture_repeated(model, bind_call(model, (torch.randn(2, 8),), {}), dynamic=False)
+    assert captured.blocks is None and "captured one by one" in captured.notes[-1]
+    assert not told
 
 
 class Counting(nn.Linear):

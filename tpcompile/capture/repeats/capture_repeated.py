@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from tpcompile.capture.export.specs import InputSpec, OutputSpec
 from tpcompile.capture.export.switch_experts import exportable_experts
 from tpcompile.ir.calls import flatten_call, leaf_names
 from tpcompile.ir.graph_edit import drop_unused
+from tpcompile.ir.torch_internals import FakeTensor
 
 from .blocks import BLOCK, Block, Derived, Repeat, RepeatedBlocks, block_of
 from .cut_run import NotRepeated
@@ -48,7 +50,8 @@ def capture_repeated(
     if not repeats:
         return capture(model, bound, dynamic=dynamic, device=device)
     try:
-        return _capture_short(model, bound, repeats, dynamic, device)
+        with _untold():
+            return _capture_short(model, bound, repeats, dynamic, device)
     except Exception as error:  # the model's own code, run with layers missing: it may fail in any way
         known = str(error) if isinstance(error, NotRepeated) else getattr(error, "what", None)
         refusal = str(known or f"{type(error).__name__}: {error}").split("\n")[0]
@@ -56,6 +59,21 @@ def capture_repeated(
     full = capture(model, bound, dynamic=dynamic, device=device)
     full.notes += (f"repeated layers were captured one by one: {refusal}",)
     return full
+
+
+@contextmanager
+def _untold() -> Iterator[None]:
+    """Keeps torch from reporting operators that fail: what fails here is captured otherwise."""
+    told = logging.getLogger(FakeTensor.__module__)
+    told.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        told.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _capture_short(
