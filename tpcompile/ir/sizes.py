@@ -31,6 +31,11 @@ def divide(a: Size, b: Size) -> Size | None:
     """``a / b`` if ``b`` divides ``a`` for every value of the symbols, else None."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
+    return _divide(a, b)
+
+
+@functools.lru_cache(maxsize=4096)
+def _divide(a: Size, b: Size) -> Size | None:
     quotient = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
     if sympy.denom(quotient) != 1:
         return None
