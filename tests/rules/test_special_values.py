@@ -53,7 +53,9 @@ def test_values() -> None:
 
     def programs() -> Iterator[Asked]:
         for number, case in enumerate(CASES):
-            half = HALVES[number % 2]
+            # On some CPUs kernels of convolutions in half precision fill channels up with zeros, which times
+            # infinity are no number.
+            half = torch.float32 if "conv" in str(case.op) else HALVES[number % 2]
             # Torch has no sums of complex numbers in half precision on a CPU.
             program = special(case, half) if case.op is not torch.ops.aten.complex.default else None
             if program is not None:
