@@ -217,7 +217,7 @@ def _input_grad(y_grad: Tensor | None, grads: Sequence[Tensor | None], weights: 
     for grad, weight in there:
         rows = grad.flatten(0, -2)
         total = rows @ weight if total is None else torch.addmm(total, rows, weight)
-    shape = y_grad.shape if y_grad is not None else (*there[0][0].shape[:-1], -1)
+    shape = y_grad.shape if y_grad is not None else (*there[0][0].shape[:-1], there[0][1].shape[1])
     assert total is not None, "there is a gradient"
     return total.view(shape)
 

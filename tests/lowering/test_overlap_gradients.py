@@ -32,6 +32,7 @@ def test_on_ranks() -> None:
     for found in run_spmd(overlap.ways, 2):
         refusal = found.pop("twice")
         assert "second derivatives" in refusal
+        assert found.pop("nothing") == ((0, overlap.LENGTH, overlap.WIDE), 0.0)
         for name, (result, gradients, _, _, _) in found.items():
             assert result <= 1e-12 and gradients <= 1e-12, name
         # Each block: the gradient in front of "down" (m), its weight's (m); the gradient of what three layers

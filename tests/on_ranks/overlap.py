@@ -105,7 +105,16 @@ def ways() -> dict[str, Any]:
             sharded.plan.recomputed,
         )
     found["twice"] = _differentiated_twice()
+    found["nothing"] = _no_rows()
     return found
+
+
+def _no_rows() -> tuple[tuple[int, ...], float]:
+    """The shape of the gradient of an input without rows, and the sum of its weight's."""
+    x, weight = X[:0].clone().requires_grad_(), torch.ones(2, WIDE, dtype=X.dtype, requires_grad=True)
+    _, y = torch.ops.tpcompile.copy_linears(x, [weight], [None], mesh().get_group().group_name)
+    of_x, of_weight = torch.autograd.grad(y.sum(), (x, weight))
+    return tuple(of_x.shape), float(of_weight.abs().sum())
 
 
 def _differentiated_twice() -> str:
