@@ -106,7 +106,8 @@ class CoalesceCollectives(Pass):
         ranks = math.prod(program.axis_sizes[a] for a in axes)
         widened = [n for n in nodes if _axes(n) != axes]
         kept = sum(self.cost.launch + self.cost.touch(bytes_of(tensor_of(n))) for n in widened)
-        return kept + self.cost.all_reduce(sum(bytes_of(tensor_of(n)) for n in nodes), ranks)
+        near = self.cost.near(axes, program.axis_sizes)
+        return kept + self.cost.all_reduce(sum(bytes_of(tensor_of(n)) for n in nodes), ranks, near)
 
 
 def _axes(node: Node) -> Axes:

@@ -77,7 +77,8 @@ def plan(
 ) -> None:
     """Where every weight goes, and what a forward communicates; with --mode, what a step takes."""
     with errors(as_json):
-        ranks, copies = read_mesh(mesh, ranks)
+        ranks, copies, node = read_mesh(mesh, ranks)
+        device = device if node is None else f"{device}x{node}"
         found = _plan(model, ranks, layers, dtype, device, batch, seq, memory, sequence_parallel)
         data: dict[str, Any] = plan_data(found) | {"copies": copies}
         text = str(found)

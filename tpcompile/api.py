@@ -86,7 +86,8 @@ def parallelize(
             {dimension: whether it may change}.
         compile: have Inductor compile every program; instead of True a mode (``"max-autotune"``), options
             of Inductor, or arguments of ``torch.compile``.
-        cost_model: a ``CostModel`` or the name of a preset; by default the preset for the device.
+        cost_model: a ``CostModel`` or the name of a preset, for nodes of 8 ``"h100x8"``; by default the
+            device's preset, within a node.
         memory: bytes of weights that a rank may hold.
         passes: passes of your own (``Pass``), to run after the compiler's: behind the planner, or before it.
         compose: run a module that cannot be captured as the python that it is, over its submodules, which

@@ -85,7 +85,7 @@ def from_pretrained(
         example_kwargs: keyword arguments of a typical call; by default they follow from the configuration.
         dynamic: which sizes of the inputs may change.
         compile: have Inductor compile every program; or with which options.
-        cost_model: a ``CostModel`` or the name of a preset.
+        cost_model: a ``CostModel`` or the name of a preset (``"h100x8"``: nodes of 8).
         memory: bytes of weights that a rank may hold.
         passes: passes of your own (``Pass``), to run after the compiler's: behind the planner, or before it.
         compose: run what cannot be captured as python over its submodules.

@@ -106,7 +106,7 @@ class JointPlan:
             )
             for a in range(axis)
         }
-        return AxisCosts(self.facts, self.axis_sizes[axis], before, axis)
+        return AxisCosts(self.facts, before, axis, self.axis_sizes)
 
     def _combine(self, options: list[Any], possible: Callable[[tuple[Any, ...], Any], bool]) -> Iterator[Any]:
         """Tuples of options in which each entry is possible after those before it."""

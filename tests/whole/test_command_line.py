@@ -152,6 +152,8 @@ def test_convert_and_meshes(config: str, tmp_path: Path) -> None:
     found = data_of("plan", config, "--mesh", "dp=3,tp=4", "--layers", "1")
     assert (found["ranks"], found["copies"]) == (4, 3)
     assert "3 such groups of 4 ranks" in run("plan", config, "--mesh", "dp=3,tp=4", "--layers", "1").output
+    nodes = data_of("plan", config, "--mesh", "dp=3,node=2,gpu=2", "--layers", "1")
+    assert (nodes["ranks"], nodes["copies"]) == (4, 3) and nodes["seconds"] > found["seconds"]
 
 
 def test_every_command_teaches_by_examples() -> None:
@@ -258,7 +260,7 @@ def test_env() -> None:
         (("fit", "tests.whole.test_command_line:two_layers", "--ranks", "8-2"), "not a number of ranks"),
         (("fit", "tests.whole.test_command_line:two_layers", "--memory", "much"), "not a size of memory"),
         (("fit", "tests.whole.test_command_line:two_layers", "--mode", "sleep"), "mode is 'sleep'"),
-        (("plan", "no/such/model", "--mesh", "node=2,gpu=8"), "none of the axes node, gpu is tp"),
+        (("plan", "no/such/model", "--mesh", "gpu=8,node=2"), "none of the axes gpu, node is tp"),
         (("plan", "no/such/model", "--mesh", "tp"), "is not a mesh"),
         (("convert", "no/such/model", "out", "--to", "gguf"), "'gguf' is not a layout"),
     ],

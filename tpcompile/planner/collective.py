@@ -73,15 +73,15 @@ def sequence_seconds(program: GlobalProgram, cost: CostModel) -> float:
     total = 0.0
     for node in program.graph.nodes:
         if node.op == "call_function" and any(isinstance(a, Filled) for a in node.args):
-            size, axis_sizes = _moved(node), [program.axis_sizes[a] for a in arguments(node)[1]]
-            ranks = math.prod(axis_sizes)
+            size, axes, sizes = _moved(node), arguments(node)[1], program.axis_sizes
+            ranks, near = math.prod(sizes[a] for a in axes), cost.near(axes, sizes)
             match node.target:
-                case markers.reduce_scatter:  # after an all-reduce, which is planned axis by axis
-                    more = cost.all_gather(size, ranks) - sum(cost.all_reduce(size, a) for a in axis_sizes)
+                case markers.reduce_scatter:  # an all-reduce is planned
+                    more = cost.all_gather(size, ranks, near) - cost.all_reduce(size, ranks, near)
                 case markers.all_to_all:
-                    more = cost.all_to_all(size, ranks) - cost.all_gather(size, ranks)
+                    more = cost.all_to_all(size, ranks, near) - cost.all_gather(size, ranks, near)
                 case markers.all_gather:
-                    more = cost.all_gather(size, ranks)
+                    more = cost.all_gather(size, ranks, near)
                 case _:
                     more = 0.0
             total += more * program.times(node)

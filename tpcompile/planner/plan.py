@@ -130,8 +130,9 @@ class Plan(PlanData):
                 ``"train"``: forward, backward and the optimizer's update.
             batch: texts in the step. Without ``batch`` and ``seq``: the call that the plan was made for.
             seq: tokens of each text; for ``"decode"``, those in the cache.
-            device: ``"h100"``, ``"h200"``, ``"b200"``, ``"a100"``, ``"cpu"``, or a ``CostModel`` such as
-                ``tpcompile.calibrate`` measures; by default that of the plan.
+            device: ``"h100"``, ``"h200"``, ``"b200"``, ``"a100"``, ``"cpu"``, for nodes of 8
+                ``"h100x8"``, or a ``CostModel`` such as ``tpcompile.calibrate`` measures; by default that of
+                the plan.
             optimizer: for ``"train"``: ``"adamw"``, ``"adam"``, ``"sgd"``, ``"momentum"``, ``"rmsprop"``,
                 ``"adagrad"``, or a function that makes one of torch's optimizers for a list of parameters.
             checkpointing: for ``"train"``: repeated layers keep what goes into them, and are run again in

@@ -59,18 +59,19 @@ def read_numbers(text: str) -> list[int]:
     return found
 
 
-def read_mesh(text: str | None, ranks: int) -> tuple[int, int]:
-    """How many ranks share a model, and how many copies of it there are, of ``dp=2,tp=4``.
+def read_mesh(text: str | None, ranks: int) -> tuple[int, int, int | None]:
+    """How many ranks share a model, how many copies of it there are, and how many of its ranks are on a node.
 
     Args:
-        text: the axes; the model is divided over ``tp``, or over the only one. None: there is no mesh.
+        text: the axes, as ``dp=2,tp=4``. The model is divided over ``tp``, over ``node`` and ``gpu`` as one,
+            or over the only axis. None: there is no mesh.
         ranks: how many share the model then.
 
     Raises:
-        TpCompileError: it is something else, or several axes and none is ``tp``.
+        TpCompileError: it is something else, or several axes with neither ``tp`` nor ``node`` before ``gpu``.
     """
     if text is None:
-        return ranks, 1
+        return ranks, 1, None
     pairs = [part.strip().partition("=") for part in text.split(",")]
     sizes = {name: int(size) for name, _, size in pairs if name.isidentifier() and size.isdecimal()}
     total = math.prod(sizes.values())
@@ -78,14 +79,17 @@ def read_mesh(text: str | None, ranks: int) -> tuple[int, int]:
         raise TpCompileError(
             f"{text[:60]!r} is not a mesh", where="--mesh", todo="give axes with their sizes, as in dp=2,tp=4"
         )
+    if "tp" not in sizes and [name for name in sizes if name in ("node", "gpu")] == ["node", "gpu"]:
+        mine = sizes["node"] * sizes["gpu"]
+        return mine, total // mine, sizes["gpu"]
     if "tp" not in sizes and len(sizes) > 1:
         raise TpCompileError(
-            f"none of the axes {', '.join(sizes)} is tp, and a model is not divided over several",
+            f"none of the axes {', '.join(sizes)} is tp, nor are there node and, behind it, gpu",
             where="--mesh",
-            todo="call the axis to divide over tp, as in dp=2,tp=4",
+            todo="call the axis to divide over tp, as in dp=2,tp=4, or two of them node=2,gpu=8",
         )
     mine = sizes.get("tp", total)
-    return mine, total // mine
+    return mine, total // mine, None
 
 
 def versions(version: str) -> dict[str, str]:

@@ -16,7 +16,9 @@ Model = Annotated[str, typer.Argument(help="Folder, config.json, hub name, or pa
 Ranks = Annotated[int, typer.Option(help="How many ranks share the model.", min=1, max=4096)]
 Layers = Annotated[int | None, typer.Option(help="Cut the model down to so many layers.", min=1)]
 Dtype = Annotated[str | None, typer.Option(help="Type of the weights; by default the configuration's.")]
-Device = Annotated[str, typer.Option(help="Cost model: h100, h200, b200, a100 or cpu.")]
+Device = Annotated[
+    str, typer.Option(help="Cost model: h100, h200, b200, a100 or cpu; h100x8: in nodes of 8.")
+]
 Mode = Annotated[str | None, typer.Option(help="Estimate a step: prefill, decode or train.")]
 Optimizer = Annotated[str, typer.Option(help="Of a step of training: adamw, adam, sgd, momentum, ...")]
 Again = Annotated[bool, typer.Option(help="Layers are run again in backward, in a step of training.")]
@@ -24,7 +26,8 @@ Divided = Annotated[bool, typer.Option(help="The sequence is divided between the
 Batch = Annotated[int, typer.Option(help="Texts in the example.", min=1)]
 Seq = Annotated[int, typer.Option(help="Tokens of each text in the example.", min=1)]
 Mesh = Annotated[
-    str | None, typer.Option(help="Axes of a mesh instead, as in dp=2,tp=4: the model is divided over tp.")
+    str | None,
+    typer.Option(help="Axes of a mesh instead, dp=2,tp=4 (the model is divided over tp) or node=2,gpu=8."),
 ]
 Cpu = Annotated[bool, typer.Option("--cpu", help="On CPUs, although there are accelerators.")]
 Memory = Annotated[float | None, typer.Option(help="GiB of weights that a rank may hold.")]

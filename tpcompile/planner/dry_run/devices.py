@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.check import short
-from tpcompile.planner.search.cost import PRESETS, CostModel
+from tpcompile.planner.search.cost import PRESETS, CostModel, find_preset
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,14 @@ def device_named(device: str | CostModel) -> Device:
     Raises:
         TpCompileError: there is no such preset.
     """
-    if isinstance(device, CostModel):
-        return DEVICES[device.name] if PRESETS.get(device.name) == device else Device(device)
-    if device not in DEVICES:
-        raise TpCompileError(
-            f"no device named {short(device)}", where="device", todo=f"use one of {', '.join(DEVICES)}"
-        )
-    return DEVICES[device]
+    cost = device if isinstance(device, CostModel) else find_preset(device)
+    if cost is None:
+        todo = f"use one of {', '.join(DEVICES)}; for nodes of 8 ranks h100x8"
+        raise TpCompileError(f"no device named {short(device)}", where="device", todo=todo)
+    base = DEVICES.get(cost.name.partition("x")[0])
+    if base is None or cost != find_preset(cost.name):
+        return Device(cost)
+    if cost.node is None or cost.far_bandwidth is None:
+        return base
+    far = f"{cost.far_bandwidth / 1e9:g} GB/s of each rank between nodes of {cost.node}"
+    return replace(base, cost=cost, rests_on=f"{base.rests_on}; {far}")

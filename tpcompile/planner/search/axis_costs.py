@@ -37,17 +37,20 @@ class AxisCosts:
 
     Args:
         facts: the program and the cost model.
-        ranks: the size of the axis.
         others: the decisions on other axes.
         axis: where the axis stands among all.
+        axis_sizes: the sizes of all.
     """
 
-    def __init__(self, facts: Facts, ranks: int, others: Mapping[int, Assignment], axis: int) -> None:
-        self.facts, self.ranks = facts, ranks
+    def __init__(
+        self, facts: Facts, others: Mapping[int, Assignment], axis: int, axis_sizes: Sequence[int]
+    ) -> None:
+        self.facts, self.ranks = facts, axis_sizes[axis]
+        self.known, self.axis_sizes = sorted({*others, axis}), axis_sizes
         self.model = facts.cost_model
         self.others = [others[a] for a in sorted(others)]
         self.at = sum(a < axis for a in others)
-        self.all_ranks = self.beside([a.ranks for a in self.others], ranks)
+        self.all_ranks = self.beside([a.ranks for a in self.others], self.ranks)
         self._tables: dict[Hashable, Table] = {}
         self._conversions: dict[Hashable, float] = {}
 
@@ -97,9 +100,14 @@ class AxisCosts:
             held = size / math.prod(
                 self.all_ranks[a] for a, p in enumerate(now) if isinstance(p, Shard) and a not in axes
             )
-            total += self.model.reshard(now[axes[0]], after[axes[0]], held, ranks, statistic=statistic)
+            near = self._near(axes)
+            total += self.model.reshard(now[axes[0]], after[axes[0]], held, ranks, near, statistic=statistic)
             now = after
         return total
+
+    def _near(self, axes: Axes) -> int | None:
+        """Of some of the axes that are decided, by their places among these."""
+        return self.model.near([self.known[a] for a in axes], self.axis_sizes)
 
     def times(self, node: Node, options: list[Choice]) -> list[float]:
         """What each choice of a node costs by itself."""
@@ -152,7 +160,8 @@ class AxisCosts:
         whole = [n for n, p in zip(self.all_ranks, placements, strict=True) if not isinstance(p, Shard)]
         # Divided on some axes, that share of it which a rank holds beyond its part of the whole.
         ranks, copies = math.prod(self.all_ranks), math.prod(whole)
-        gather = self.model.all_gather(min(made, default=0.0), ranks)
+        near = self._near(tuple(range(len(self.known))))
+        gather = self.model.all_gather(min(made, default=0.0), ranks, near)
         return SMALL_PRICE * gather * (copies - 1) / (ranks - 1) if ranks > 1 else 0.0
 
     def _placements(self, param: Node, placement: Placement) -> Placements:

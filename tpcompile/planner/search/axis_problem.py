@@ -70,7 +70,7 @@ class AxisProblem:
         for param, allowed in pins.items():
             leader = self.ties.leader(param)
             self.pins[leader] = self.pins.get(leader, allowed) & allowed
-        self.factors, self.costs = facts.factors, AxisCosts(facts, self.ranks, others, axis)
+        self.factors, self.costs = facts.factors, AxisCosts(facts, others, axis, axis_sizes)
         # On one rank there is nothing to divide, and nothing to send: the program stays as it was captured.
         self.candidates = facts.candidates | self._pinned() if self.ranks > 1 else set()
         self.problem = Problem()

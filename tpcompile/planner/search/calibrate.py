@@ -69,7 +69,8 @@ def calibrate(mesh: DeviceMesh, axis: Axis | None = None) -> CostModel:
             dist.all_reduce(rates, dist.ReduceOp.MIN, group=each)
     flops, memory, reductions, bandwidth, calls = rates.tolist()
     name = f"calibrated {kind} x{dist.get_world_size(group)}"
-    return CostModel(name, *map(_rounded, (flops, memory, 1 / reductions, bandwidth, 1 / calls)))
+    latency, launch = _rounded(1 / reductions), _rounded(1 / calls)
+    return CostModel(name, _rounded(flops), _rounded(memory), latency, _rounded(bandwidth), launch)
 
 
 class _Meter:

@@ -37,7 +37,7 @@ class Item:
 def itemise(facts: Facts, decisions: Sequence[Assignment]) -> Iterator[Item]:
     """The modelled time, item by item in the order of the program; it adds up to what the decisions cost."""
     *before, last = decisions
-    costs = AxisCosts(facts, last.ranks, dict(enumerate(before)), len(before))
+    costs = AxisCosts(facts, dict(enumerate(before)), len(before), [d.ranks for d in decisions])
     read: set[Node] = set()
     for node in facts.graph.nodes:
         for operand in node.all_input_nodes:

@@ -50,7 +50,8 @@ def fit(
             what the command line takes: a folder, a ``config.json``, a name in the hub's cache.
         memory: what a rank may take, in bytes or as ``"80GiB"``; by default what the device has.
         ranks: the numbers to try.
-        device: ``"h100"``, ``"h200"``, ``"b200"``, ``"a100"``, ``"cpu"``, or a ``CostModel``.
+        device: ``"h100"``, ``"h200"``, ``"b200"``, ``"a100"``, ``"cpu"``, in nodes of 8 ``"h100x8"``, or
+            a ``CostModel``.
         mode: ``"decode"``: one more token for each text; ``"prefill"``: a prompt; ``"train"``: a step.
         batch: texts in a step, for all ranks together.
         seq: tokens of each text; for ``"decode"``, those in the cache.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tpcompile.ir.markers import Axes
 from tpcompile.ir.torch_internals import tree_leaves
 
 from .live_bytes import LiveBytes
@@ -27,11 +28,13 @@ _SENDS = {
 
 
 class Transfer(NamedTuple):
-    """A collective: its kind, the bytes of the whole value, and how many ranks take part."""
+    """A collective: its kind, the bytes of the whole value, how many ranks take part, over which sub-axes."""
 
     kind: str
     bytes: int
     ranks: int
+    axes: Axes = ()
+    axis_sizes: Axes = ()
 
 
 @dataclass(frozen=True)
@@ -143,9 +146,11 @@ class Recorder(LiveBytes):
         kind = _SENDS.get(func._opname)
         if kind is None:
             return None
-        ranks = math.prod(self._axes[int(axis)] for axis in str(args[-1]).split(","))
+        axes = tuple(int(axis) for axis in str(args[-1]).split(","))
+        ranks = math.prod(self._axes[axis] for axis in axes)
         size = extent(returned[0]) if kind == "all_gather" else extent(given[0])
-        return Transfer(kind, size * ranks if kind == "all_to_all" else size, ranks)
+        whole = size * ranks if kind == "all_to_all" else size
+        return Transfer(kind, whole, ranks, axes, tuple(self._axes))
 
     def _release(self, key: int, size: int) -> None:
         super()._release(key, size)

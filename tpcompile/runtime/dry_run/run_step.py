@@ -85,7 +85,8 @@ def run_step(
             params = [v for v in inputs.given.values() if isinstance(v, Tensor) and v.requires_grad]
             _backward(others, params, recorder)
     states = _update(optimizer, params, recorder, program) if optimizer is not None else 0
-    sent = Counter(event.sent for event in recorder.events if event.sent is not None)
+    sends = (event.sent for event in recorder.events if event.sent is not None)
+    sent = Counter(each._replace(axes=(), axis_sizes=()) for each in sends)  # whichever ranks they are
     return StepRun(recorder.events, recorder.peaks, sent, after, before, max(sizes, default=0), states)
 
 

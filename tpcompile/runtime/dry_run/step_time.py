@@ -39,11 +39,12 @@ def _bound(event: Operation, device: Device) -> tuple[str, float]:
 
 def sending(sent: Transfer, cost: CostModel) -> float:
     """Seconds of a collective."""
+    near = cost.near(sent.axes, sent.axis_sizes)
     if sent.kind == "all_reduce":
-        return cost.all_reduce(sent.bytes, sent.ranks)
+        return cost.all_reduce(sent.bytes, sent.ranks, near)
     if sent.kind == "all_to_all":
-        return cost.all_to_all(sent.bytes, sent.ranks)
-    return cost.all_gather(sent.bytes, sent.ranks)
+        return cost.all_to_all(sent.bytes, sent.ranks, near)
+    return cost.all_gather(sent.bytes, sent.ranks, near)
 
 
 def _overlapped(events: Sequence[Operation], seconds: Sequence[float]) -> float:
