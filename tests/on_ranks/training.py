@@ -18,11 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
+from trl import GRPOTrainer
 
 import tpcompile
 from tests.on_ranks.module_life import refusal
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.runtime.training import data_ranks
+from tpcompile.runtime.training.refuse_arguments import refuse_own_gathers
 from tpcompile.weights.sharded_parameter import ShardedParameter
 
 
@@ -262,6 +264,7 @@ def refused(folder: str) -> dict[str, str]:
         "launched": lambda: trainer_of(several, folder),
         "stream": lambda: stream.evaluate(Stream()),
         "wrapped": around.train,
+        "gathers": lambda: refuse_own_gathers(GRPOTrainer, several._tp.compiler.axis),
     }
     return {name: refusal(call) for name, call in calls.items()}
 

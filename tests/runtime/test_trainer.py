@@ -104,6 +104,7 @@ def test_means() -> None:
         "launched": "start the processes with torchrun",
         "stream": "give a data set that has a length",
         "wrapped": "give Trainer the sharded model itself",
+        "gathers": "grpo_trainer gathers over all processes",
     }.items(),
 )
 def test_refused(refusals: list[dict[str, str]], what: str, message: str) -> None:

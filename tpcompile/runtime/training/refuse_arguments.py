@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.state import DistributedType
+from accelerate.utils import operations
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -32,6 +34,17 @@ _REFUSED = {
     ),
     "neftune_noise_alpha": ("its noise would be random numbers of the ranks' own", "leave it out"),
 }
+
+
+_OVER_ALL = (
+    operations.broadcast,
+    operations.broadcast_object_list,
+    operations.gather,
+    operations.gather_object,
+    operations.pad_across_processes,
+    operations.reduce,
+)
+"""accelerate's functions that take all processes for those of a trainer."""
 
 
 def refuse_arguments(args: Any, axis: MeshAxis, device: torch.device) -> None:
@@ -82,6 +95,30 @@ def refuse_arguments(args: Any, axis: MeshAxis, device: torch.device) -> None:
             where="TrainingArguments",
             todo="start the processes with torchrun, which tells each its device",
         )
+
+
+def refuse_own_gathers(trainer: type, axis: MeshAxis) -> None:
+    """Refuses a trainer whose code gathers over all processes, not over those of its accelerator.
+
+    TRL's trainers that sample (GRPO, RLOO) do: each data rank would take the rows of another one for its own.
+
+    Args:
+        trainer: its class.
+        axis: the ranks that share the model.
+
+    Raises:
+        TpCompileError: it is so, and there are several data ranks.
+    """
+    modules = {kind.__module__: vars(sys.modules[kind.__module__]) for kind in trainer.__mro__}
+    for name, function in ((n, f) for n in modules for f in modules[n].values()):
+        if len(axis.rows) > 1 and any(function is known for known in _OVER_ALL):
+            raise TpCompileError(
+                f"{name} gathers over all processes (accelerate's {function.__name__}), also over those that "
+                "share a model",
+                where=trainer.__name__,
+                todo="share the model over all processes, so that there is one batch at a time; or have the "
+                "trainer call its accelerator's methods, such as self.accelerator.gather",
+            )
 
 
 def refuse_wrapped(model: nn.Module) -> None:

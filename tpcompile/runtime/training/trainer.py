@@ -21,7 +21,7 @@ from tpcompile.weights.saving.adapters import has_adapters
 
 from .data_ranks import DataRanks
 from .one_process import arguments_of_one_process, as_one_process, one_process
-from .refuse_arguments import refuse_arguments, refuse_wrapped
+from .refuse_arguments import refuse_arguments, refuse_own_gathers, refuse_wrapped
 
 
 def share_model(trainer: Any, model: Any) -> None:
@@ -38,6 +38,7 @@ def share_model(trainer: Any, model: Any) -> None:
     if axis is None or isinstance(trainer, ShardedTraining):
         return
     refuse_arguments(trainer.args, axis, next(model.parameters()).device)
+    refuse_own_gathers(type(trainer), axis)
     data = DataRanks.of(axis)
     trainer.args = arguments_of_one_process(trainer.args, data)
     as_one_process(trainer.accelerator, data)
