@@ -148,12 +148,16 @@ def dtensor(wanted: Wanted, mesh: DeviceMesh, compiled: bool, sequence: bool) ->
         f"model.layers.{i}.{name}": style for i in range(wanted.layers) for name, style in inside.items()
     }
     model = parallelize_module(model, mesh, plan)
-    called = torch.compile(model, dynamic=False) if compiled else model
     places = torch.arange(wanted.batch[1]).unsqueeze(0)
+
+    def only_loss(x: Tensor) -> Tensor:  # compiled code with two results wants gradients of both
+        return model(input_ids=x, position_ids=places, labels=x, use_cache=False).loss
+
+    called = torch.compile(only_loss, dynamic=False) if compiled else only_loss
 
     def loss(x: Tensor) -> Tensor:
         with loss_parallel():
-            return called(input_ids=x, position_ids=places, labels=x, use_cache=False).loss
+            return called(x)
 
     return Model(list(model.parameters()), loss, around_backward=loss_parallel)
 

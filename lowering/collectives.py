@@ -45,6 +45,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Move, Move], output: Tensor) -> None:
         ctx.transposed = inputs[2]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once
@@ -78,6 +79,32 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
     Every rank uses the whole result in the same way, so the gradient is whole on every rank already.
     """
     return _apply(x, lambda a: moves.reduce(a, group, "sum"), _same)
+
+
+@_register("(Tensor[] xs, str group) -> Tensor[]")
+def all_reduce_together(xs: Sequence[Tensor], group: str) -> list[Tensor]:
+    """`all_reduce` of several tensors of one type in one message; a result without gradient gives none."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in xs):
+        return list(_Together.apply(group, *xs))
+    return list(_Together.forward(group, *xs))
+
+
+class _Together(torch.autograd.Function):
+    """Sums of several tensors over the ranks, each with a gradient of its own."""
+
+    @staticmethod
+    def forward(group: str, *xs: Tensor) -> tuple[Tensor, ...]:
+        flat = [x.flatten() for x in xs]
+        pieces = moves.reduce(torch.cat(flat), group, "sum").split([f.shape[0] for f in flat])
+        return tuple(piece.reshape(x.shape).clone() for piece, x in zip(pieces, xs, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *grads
 
 
 @_register("(Tensor x, str group, str op, Tensor? among=None, int[] dims=[], bool equal_nan=True) -> Tensor")
@@ -121,6 +148,7 @@ class _Extreme(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, among, ctx.group, _, ctx.dims, ctx.equal_nan = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, among, output)
 
     @staticmethod

@@ -42,7 +42,9 @@ def once(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]
     gradients, and answer with what this rank has.
     """
 
-    def wrapped(ctx: Any, grad: Tensor) -> Any:
+    def wrapped(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is None:  # behind a call of several results, of which the loss uses others
+            return (None,) * len(ctx.needs_input_grad)
         refuse_several(grad)
         if torch.is_grad_enabled() and grad.requires_grad:
             return _Once.apply(grad, functools.partial(backward, ctx))

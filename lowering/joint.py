@@ -25,9 +25,15 @@ _POSITIONS = (
     ops.take_positions.default,
     ops.exchange_positions.default,
 )
+_SEVERAL = {
+    ops.copy_all_to_ranks.default: ops.copy_to_ranks.default,
+    ops.all_reduce_together.default: ops.all_reduce.default,
+}
+"""Those of several tensors, and what they are of each."""
 COLLECTIVES = frozenset(
     (
         ops.all_reduce.default,
+        ops.all_reduce_together.default,
         ops.extreme.default,
         ops.all_gather.default,
         ops.reduce_scatter.default,
@@ -41,9 +47,9 @@ COLLECTIVES = frozenset(
 
 def joint(target: Any, loaded: list[Any]) -> list[Any]:
     """One collective of all members of a group: what each of them gets, with gradients."""
-    if target is ops.copy_all_to_ranks.default:
+    if target in _SEVERAL:
         several = [[(x, group) for x in xs] for xs, group in loaded]
-        copies = [joint(ops.copy_to_ranks.default, list(same)) for same in zip(*several, strict=True)]
+        copies = [joint(_SEVERAL[target], list(same)) for same in zip(*several, strict=True)]
         return [list(own) for own in zip(*copies, strict=True)]
     return list(_Joint.apply(target, [args[1:] for args in loaded], *(args[0] for args in loaded)))
 

@@ -57,16 +57,8 @@ def _all_reduce_coalesced(low: Lowering, node: Node) -> list[Node]:
     """Several sums as one flat buffer: one collective instead of many small ones."""
     xs, axes, _ = arguments(node)
     parts = [low.map(x) for x in xs]
-    flat = [low.emit(aten.flatten.using_ints, p, like=node) for p in parts]
-    joined = low.emit(aten.cat.default, flat, like=node)
-    reduced = low.emit(ops.all_reduce.default, joined, low.groups.name(axes), like=node)
-    sizes = [low.emit(aten.sym_size.int, f, 0, like=node) for f in flat]
-    pieces = low.emit(aten.split_with_sizes.default, reduced, sizes, like=node)
-    out = []
-    for i, part in enumerate(parts):
-        piece = low.emit(operator.getitem, pieces, i, like=node)
-        out.append(low.emit(aten.view_as.default, piece, part, like=node))
-    return out
+    sums = low.emit(ops.all_reduce_together.default, parts, low.groups.name(axes), like=node)
+    return [low.emit(operator.getitem, sums, i, like=node) for i in range(len(parts))]
 
 
 def _from_part(op: Any) -> Callable[[Lowering, Node], Node]:

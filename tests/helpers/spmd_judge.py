@@ -147,9 +147,9 @@ class _Judged:
 
     def call(self, target: Any, args: Any, kwargs: Any) -> Any:
         name = getattr(target, "_opname", "")
-        if name == "copy_all_to_ranks":
-            one = ops.copy_to_ranks.default
-            return [self.collective(one, "copy_to_ranks", (x, args[1]), kwargs) for x in args[0]]
+        if name in _SEVERAL:
+            one, of = getattr(ops, _SEVERAL[name]).default, _SEVERAL[name]
+            return [self.collective(one, of, (x, args[1]), kwargs) for x in args[0]]
         if getattr(target, "namespace", "") == "tpcompile":
             return (self.collective if name in _MOVES else self.function)(target, name, args, kwargs)
         if target is operator.getitem or not name:
@@ -207,6 +207,9 @@ class _Judged:
         rules.output(result, typed)
         return result
 
+
+_SEVERAL = {"copy_all_to_ranks": "copy_to_ranks", "all_reduce_together": "all_reduce"}
+"""Operators of several values, and what each is for one."""
 
 _MOVES: dict[str, Any] = {
     "all_reduce": lambda a: ("all_reduce", {"src": P, "dst": I}),

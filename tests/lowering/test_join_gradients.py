@@ -69,3 +69,10 @@ def test_on_ranks() -> None:
             assert missing == (frozen if name.endswith("both") else [*frozen, *last]), name
         # One more is that of what the first linear layer reads.
         assert {reduced for _, _, reduced in found.values()} == {2}, found
+
+
+def test_a_result_that_no_loss_uses() -> None:
+    """Its sum travels with the other one's, but its weights have no gradient, as unsharded."""
+    for sent, error, missing in run_spmd(joined.one_of_two, 2):
+        assert sent == 1 and error <= 1e-12
+        assert missing and all(name.startswith("first.") for name in missing)

@@ -57,3 +57,26 @@ def ways() -> dict[str, Any]:
                 losses[1].backward()
             found[f"{name}, {result}"] = (*_gradients(whole, sharded), calls.counts["all_reduce"])
     return found
+
+
+class TwoResults(nn.Module):
+    """Two small results, whose sums over the ranks travel together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = toys.Mlp(), toys.Mlp()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.first(x), self.second(x)
+
+
+def one_of_two() -> tuple[int, float, list[str]]:
+    """A loss of one result: all-reduces of the forward, the worst gradient's error, and what has none."""
+    torch.manual_seed(0)
+    whole = TwoResults().double()
+    sharded: Any = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (X,))
+    with Calls() as calls:
+        result = sharded(X)[1]
+    for each in (result, whole(X)[1]):
+        each.square().sum().backward()
+    return (calls.counts["all_reduce"], *_gradients(whole, sharded))
