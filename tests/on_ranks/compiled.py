@@ -74,7 +74,8 @@ def kinds(compile: Any) -> dict[str, Any]:
         both(inputs[0], inputs[1][:4])
     with torch.inference_mode():
         both(inputs[0], inputs[1][:4])
-    both(inputs[0], inputs[0])
+    for x in inputs[:2]:
+        both(x, x)
     whole.up.requires_grad_(False)
     sharded.up.requires_grad_(False)
     both(inputs[0], inputs[0] + 1)

@@ -7,7 +7,7 @@ missing is captured in the ordinary way, and only other kinds of tensors, or mod
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
@@ -80,6 +80,8 @@ class CompiledSteps:
         extents: per placeholder, the sizes of what a call brings; None for what the model has.
         small: the names of extents that may change all the time, if others may not; None: all may.
         options: torch.compile's.
+        twice: the placeholders whose tensor an earlier one has as well, as labels often are the input; of
+            programs that write to nothing that is given.
         fetch: gives the values of the placeholders.
     """
 
@@ -88,6 +90,7 @@ class CompiledSteps:
     extents: tuple[Extents | None, ...]
     small: frozenset[str] | None
     options: Mapping[str, Any]
+    twice: tuple[int, ...] = ()
     compiled: list[_Compiled] = field(default_factory=list)
     fetch: Fetch = field(init=False)
     guarded: list[_Guarded] = field(default_factory=list)
@@ -102,6 +105,8 @@ class CompiledSteps:
         if len_torch_dispatch_stack() or get_tracing_state() is not None:
             return None  # somebody looks at single operators, which compiled code does not show
         values, precision = self.fetch(given), torch.get_float32_matmul_precision()
+        for at in self.twice:
+            values[at] = values[at].view_as(values[at])
         for one in self.guarded:
             if (
                 one.precision == precision
@@ -161,12 +166,23 @@ class CompiledSteps:
 
 
 def compiled_steps(
-    module: GraphModule, feeds: Sequence[Feed | int], captured: Captured, options: Mapping[str, Any]
+    module: GraphModule,
+    feeds: Sequence[Feed | int],
+    captured: Captured,
+    options: Mapping[str, Any],
+    same: Container[int] = (),
 ) -> CompiledSteps:
     """A program's graph under Inductor, compiled when calls come.
 
     With a static cache only the numbers of tokens in it change from step to step: all other sizes are worth
     being compiled for, until they are seen to change.
+
+    Args:
+        module: the program.
+        feeds: where the values of its placeholders come from.
+        captured: what it was captured from.
+        options: torch.compile's.
+        same: which leaves of the call are the same tensor as an earlier one.
     """
     users = captured.user_inputs
     static = any(spec.in_place for spec in captured.outputs)
@@ -177,7 +193,8 @@ def compiled_steps(
     kept = [not isinstance(feed, int) or extents[i] is not None for i, feed in enumerate(feeds)]
     graph = own_graph(module, [isinstance(feed, Feed) for feed in feeds], kept)
     kept_feeds, kept_extents = tuple(compress(feeds, kept)), tuple(compress(extents, kept))
-    return CompiledSteps(graph, kept_feeds, kept_extents, small if static else None, options)
+    twice = tuple(at for at, feed in enumerate(kept_feeds) if feed in same and not static)
+    return CompiledSteps(graph, kept_feeds, kept_extents, small if static else None, options, twice)
 
 
 def _form(values: Sequence[Tensor]) -> tuple[Any, ...]:

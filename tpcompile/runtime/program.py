@@ -212,7 +212,7 @@ class RankProgram:
         whole, feeds = (not grad and self.outlined) or plain
         module, gathers = self.short(whole)
         if key not in self.steps:
-            self.steps[key] = compiled_steps(module, feeds, self.captured, options)
+            self.steps[key] = compiled_steps(module, feeds, self.captured, options, self.same)
             self.steps[key].bind(self._bound)
         return self.steps[key], gathers
 
