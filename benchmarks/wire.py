@@ -106,18 +106,23 @@ def step(call: Callable[[Tensor], Tensor], ranks: int) -> tuple[Wire, Wire]:
     return forward, backward
 
 
-def ours(family: str, ranks: int, sequence_parallel: bool = False) -> tuple[Wire, Wire]:
-    """tpcompile, with the sequence divided between the blocks or not."""
+def ours(family: str, ranks: int, **options: Any) -> tuple[Wire, Wire]:
+    """tpcompile, with options of ``parallelize``."""
     model = AutoModelForCausalLM.from_config(config_of(family)).eval()
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
     ids = torch.ones(BATCH, LENGTH, dtype=torch.long)
-    tpcompile.parallelize(model, mesh, example_kwargs={"input_ids": ids}, sequence_parallel=sequence_parallel)
+    tpcompile.parallelize(model, mesh, example_kwargs={"input_ids": ids}, **options)
     return step(lambda x: model(input_ids=x).logits, ranks)
 
 
 def divided(family: str, ranks: int) -> tuple[Wire, Wire]:
     """tpcompile with ``sequence_parallel=True``."""
     return ours(family, ranks, sequence_parallel=True)
+
+
+def again(family: str, ranks: int) -> tuple[Wire, Wire]:
+    """The same, what linear layers gather is gathered again in backward."""
+    return ours(family, ranks, sequence_parallel=True, checkpointing="gathered")
 
 
 def theirs(family: str, ranks: int) -> tuple[Wire, Wire]:
@@ -142,7 +147,12 @@ def main() -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.ranks)
     print("| family | variant | forward | sent | backward | sent |\n|---|---|---|---|---|---|")
     for family in options.family or FAMILIES:
-        variants = {"tpcompile": ours, "tpcompile, sequence divided": divided, "Hugging Face tp_plan": theirs}
+        variants = {
+            "tpcompile": ours,
+            "tpcompile, sequence divided": divided,
+            "tpcompile, and gathered again": again,
+            "Hugging Face tp_plan": theirs,
+        }
         for name, variant in variants.items():
             forward, backward = variant(family, options.ranks)
             print(f"| {family} | {name} | {forward} | {backward} |", flush=True)
