@@ -115,7 +115,8 @@ def copy_linears(
         biases: [out of this rank], or None.
         group: the group's name.
     """
-    return _linears(x, weights, biases, _Way(_same, lambda grad: begin_reduce(grad, "sum", group)))
+    way = _Way(_same, lambda grad: begin_reduce(grad.contiguous(), "sum", group))
+    return _linears(x, weights, biases, way)
 
 
 @_register(
