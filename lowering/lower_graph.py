@@ -90,7 +90,8 @@ def lower_program(
     local = _walk(Lowering(program, shapes, groups, known=known or KnownValues()))
     writes = any(spec.in_place for spec in program.captured.outputs)
     regions = {} if writes else program.captured.regions
-    lowered = Lowered(local, None, regions, program.captured.gathers_again, writes)
+    again = program.captured.gathers_again
+    lowered = Lowered(local, regions=regions, gathers_again=again, in_place=writes)
     if program.blocks is not None:
         try:
             lists = unroll(local.graph, program.blocks, copy_placeholder)

@@ -11,7 +11,6 @@ sequence, whose input can be gathered again in backward instead of being kept: K
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -186,12 +185,13 @@ class _Linears(torch.autograd.Function):
         if first is None:
             return (None,) * len(ctx.needs_input_grad)
         refuse_several(first)
-        y: Begun = functools.partial(_itself, kept)
+        again = None
         if kept is not None and ctx.way.again is not None:
-            y = begin_once(ops.as_late_as(kept, first), ctx.way.again)
+            again = begin_once(ops.as_late_as(kept, first), ctx.way.again)
         sent = begin_once(_input_grad(y_grad, grads, weights), ctx.way.begin) if of_x else None
         rows = [None if grad is None else grad.flatten(0, -2) for grad in grads]
-        read = y().flatten(0, -2) if kept is not None else None
+        y = kept if again is None else again()
+        read = None if y is None else y.flatten(0, -2)
         found: list[Tensor | None] = []
         for at, asked in enumerate(of_layers):
             grad = rows[at % len(rows)] if asked else None
@@ -200,10 +200,6 @@ class _Linears(torch.autograd.Function):
             else:
                 found.append(None if grad is None else grad.sum(0))
         return None, sent() if sent is not None else None, *found
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
 
 
 def _weights(layers: Sequence[Any]) -> Sequence[Any]:

@@ -43,14 +43,14 @@ def begin_gather_rows(x: Tensor, ranks: int, group: str) -> Begun:
     return _send(x, group, "all-gather", lambda a: _C10D.all_gather_into_tensor(a, ranks, group))
 
 
-def begin_reduce_scatter_rows(x: Tensor, ranks: int, group: str) -> Begun:
-    """Begins to give each rank its rows of the sum over the ranks; all get as many."""
-    return _send(x, group, "reduce-scatter", lambda a: _C10D.reduce_scatter_tensor(a, "sum", ranks, group))
-
-
 def reduce_scatter_rows(x: Tensor, ranks: int, group: str) -> Tensor:
     """This rank's rows of the sum over the ranks, who get as many each."""
     return begin_reduce_scatter_rows(x, ranks, group)()
+
+
+def begin_reduce_scatter_rows(x: Tensor, ranks: int, group: str) -> Begun:
+    """Begins what `reduce_scatter_rows` does."""
+    return _send(x, group, "reduce-scatter", lambda a: _C10D.reduce_scatter_tensor(a, "sum", ranks, group))
 
 
 def exchange_rows(x: Tensor, received: list[int], sent: list[int], group: str) -> Tensor:

@@ -50,7 +50,7 @@ def make_plan(
     """The plan of a program, from it as it was planned and as it was rewritten."""
     cost = options.cost
     gathered = _gathered_weights(rewritten)
-    idle = rewritten.captured.gathers_again and not _gathered_again(rewritten)
+    again = _gathered_again(rewritten)
     seconds = sum(d.cost for d in planned.decisions) - GATHERED * sum(map(rewritten.times, gathered))
     return Plan(
         layout=layout,
@@ -60,7 +60,7 @@ def make_plan(
         fallbacks=fallbacks_of(planned),
         notes=(
             *rewritten.captured.notes,
-            *((_NOTHING_GATHERED,) if idle else ()),
+            *((_NOTHING_GATHERED,) if rewritten.captured.gathers_again and not again else ()),
             *dict.fromkeys(
                 [*gathered.values(), *_whole_weights(planned, layout), *_divided_buffers(planned, layout)]
             ),
@@ -68,7 +68,7 @@ def make_plan(
         cost=cost,
         seconds=seconds + sequence_seconds(rewritten, cost),
         sequence=sequence,
-        recomputed=_recomputed(rewritten, options.checkpointing),
+        recomputed=_recomputed(rewritten, options.checkpointing, again),
         proof=rewritten.proof,
         timings={"proof": rewritten.proof.seconds} if rewritten.proof is not None else {},
         planned=planned,
@@ -77,14 +77,16 @@ def make_plan(
     )
 
 
-def _recomputed(program: GlobalProgram, checkpointing: Checkpointing | None) -> tuple[str, ...]:
+def _recomputed(
+    program: GlobalProgram, checkpointing: Checkpointing | None, gathered_again: int
+) -> tuple[str, ...]:
     """What is computed again in backward, one line for layers that are alike."""
     found: dict[str, int] = {}
     for calls in members_of(program.graph).values():
         name = starred(where(calls)) or "calls of forward"
         found[name] = found.get(name, 0) + max(map(program.times, calls))
-    if again := _gathered_again(program):
-        found["what linear layers gather"] = again
+    if gathered_again:
+        found["what linear layers gather"] = gathered_again
     but = f", but for {checkpointing.kept}" if checkpointing is not None and checkpointing.kept else ""
     return tuple(f"{name} ({count}){but}" for name, count in found.items())
 

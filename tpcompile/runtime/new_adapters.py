@@ -13,7 +13,7 @@ from tpcompile.ir.when_imported import when_imported
 from tpcompile.weights.saving.adapters import tell_peft
 
 from .take_again import take_again
-from .watched_module import ENTRY
+from .watched_module import root_of
 
 _WHAT = "change the adapters"
 
@@ -59,7 +59,7 @@ def _inside(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found = [_sharded(each) for each in (self, *args, *kwargs.values()) if isinstance(each, nn.Module)]
+        found = [root_of(each) for each in (self, *args, *kwargs.values()) if isinstance(each, nn.Module)]
         model = next((each for each in found if each is not None), None)
         if model is None:
             return method(self, *args, **kwargs)
@@ -67,11 +67,3 @@ def _inside(method: Callable[..., Any]) -> Callable[..., Any]:
         return take_again(model, _WHAT, lambda: method(self, *args, **kwargs))
 
     return run
-
-
-def _sharded(module: nn.Module) -> nn.Module | None:
-    """The sharded model that a module is, or is a part of."""
-    own = module.__dict__
-    if "_tp" in own:
-        return module
-    return own[ENTRY].root if ENTRY in own else None

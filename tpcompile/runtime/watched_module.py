@@ -226,9 +226,18 @@ class WatchedModule(nn.Module):
 
     def _is_tied(self, tensor: Any) -> bool:
         """Whether a tensor is in several places of the whole model."""
-        root = self if "_tp" in self.__dict__ else self.__dict__[ENTRY].root
+        root = root_of(self)
+        assert root is not None, "its weights are watched"
         tables = (table for module in root.modules() for table in (module._parameters, module._buffers))
         return sum(other is tensor for table in tables for other in table.values()) > 1
+
+
+def root_of(module: nn.Module) -> nn.Module | None:
+    """The sharded model that a module is, or is a part of."""
+    own = module.__dict__
+    if "_tp" in own:
+        return module
+    return own[ENTRY].root if ENTRY in own else None
 
 
 def _refuse_untying(where: str) -> NoReturn:

@@ -109,9 +109,11 @@ def refuse_own_gathers(trainer: type, axis: MeshAxis) -> None:
     Raises:
         TpCompileError: it is so, and there are several data ranks.
     """
+    if len(axis.rows) == 1:
+        return
     modules = {kind.__module__: vars(sys.modules[kind.__module__]) for kind in trainer.__mro__}
     for name, function in ((n, f) for n in modules for f in modules[n].values()):
-        if len(axis.rows) > 1 and any(function is known for known in _OVER_ALL):
+        if any(function is known for known in _OVER_ALL):
             raise TpCompileError(
                 f"{name} gathers over all processes (accelerate's {function.__name__}), also over those that "
                 "share a model",
