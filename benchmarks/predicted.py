@@ -74,7 +74,7 @@ def model_of(family: str, layers: int) -> nn.Module:
 
 def predicted(model: nn.Module, ranks: int, batch: int = BATCH, length: int = LENGTH) -> Taken:
     """What the weights and each kind of step are said to take."""
-    plan = tpcompile.plan(model, ranks)
+    plan = tpcompile.plan(model, ranks, cost_model="cpu")
     modes: tuple[Mode, ...] = ("train", "prefill", "decode")
     found: Taken = {mode: said(plan.estimate(mode, batch=batch, seq=length, device="cpu")) for mode in modes}
     return {"weights": (plan.layout.fullest, ""), **found}

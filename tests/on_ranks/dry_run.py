@@ -70,8 +70,10 @@ def taken() -> dict[str, Taken]:
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     with torch.no_grad():  # the first program is that of the prompt
         prompt = {"input_ids": ids, "use_cache": True}
-        generates = tpcompile.parallelize(llama(), mesh, example_kwargs=prompt)
+        generates: Any = tpcompile.parallelize(llama(), mesh, example_kwargs=prompt)
+    found = generating(generates, ids, ranks)
+    loss = lambda: generates(input_ids=ids, labels=ids, use_cache=False).loss  # noqa: E731
     return {
         "deep": {"train": training(deep, lambda: deep(X), ranks)},
-        "llama": generating(generates, ids, ranks),
+        "llama": {**found, "train": training(generates, loss, ranks)},
     }

@@ -32,14 +32,17 @@ def meta(make: Callable[[], nn.Module]) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def plans() -> dict[str, tpcompile.Plan]:
-    return {"deep": tpcompile.plan(meta(Deep), 2, (X,)), "llama": tpcompile.plan(meta(llama), 2)}
+    return {
+        "deep": tpcompile.plan(meta(Deep), 2, (X,), cost_model="cpu"),
+        "llama": tpcompile.plan(meta(llama), 2, cost_model="cpu"),
+    }
 
 
 def test_processes_take_what_was_said(plans: dict[str, tpcompile.Plan]) -> None:
     ranks: list[dict[str, Taken]] = run_spmd(on_ranks.taken, 2, timeout=300)
     sizes = {"batch": BATCH, "seq": LENGTH, "device": "cpu"}
     expected = {"deep": {"train": said(plans["deep"].estimate("train", device="cpu"))}}
-    modes = ("prefill", "decode")
+    modes = ("train", "prefill", "decode")
     expected["llama"] = {mode: said(plans["llama"].estimate(mode, **sizes)) for mode in modes}
     expected["llama"]["weights"] = (plans["llama"].layout.fullest, "")
     for name, steps in expected.items():

@@ -24,6 +24,7 @@ from tpcompile.planner.plan import Plan
 from tpcompile.planner.search.cost import CostModel
 from tpcompile.runtime.check_model import check_model
 from tpcompile.runtime.make_program import hand_out
+from tpcompile.runtime.sharded_result import defer_gathers
 
 from .calls import next_call, sizes_of_call, token_call
 from .compiler import Captures, DryCompiler
@@ -187,7 +188,9 @@ class Estimator:
         training = step.mode == "train"
         leaves = flatten_call(bound)[0]
         layout = compiled.plan.layout
-        for _, program, module in compiler.programs:
+        for _, program, graph in compiler.programs:
+            # As a call runs it: what nobody uses beside the loss stays divided.
+            module, _ = defer_gathers(graph, program.captured.whole_outputs)
             inputs = FakeInputs(
                 self.model, program.captured, leaves, layout, learning=training, caches=caches
             )
