@@ -97,10 +97,10 @@ def _bytes(tensors: Any) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def _step(known: list[Tensor], ranks: int, call: Callable[[], object]) -> tuple[float, str]:
-    """What a call takes; ``known``: what is there before, and stays."""
+def _step(known: list[Tensor], given: Tensor, ranks: int, call: Callable[[], object]) -> tuple[float, str]:
+    """What a call takes; ``known``: what is there before, and stays; ``given``: the call's, not counted."""
     live, wire = LiveBytes(), Wire(ranks)
-    for each in known:
+    for each in (*known, given):
         live.hold(each, counts=False)
     with wire, live:
         result = call()
@@ -119,7 +119,7 @@ def measure(family: str, ranks: int, layers: int) -> Taken:
     model: Any = model_of(family, layers)
     tpcompile.parallelize(model, init_device_mesh("cpu", (ranks,)))
     ids = torch.randint(1000, (BATCH, LENGTH))
-    train = training(model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss, ranks)
+    train = training(model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss, ids, ranks)
     return {**generating(model, ids, ranks), "train": train}
 
 
@@ -129,14 +129,15 @@ def generating(model: Any, ids: Tensor, ranks: int) -> Taken:
     found = {"weights": (float(_bytes(weights)), "")}
     with torch.no_grad():
         _next(model, ids, _prompt(model, ids))
-        found["prefill"] = _step(weights, ranks, lambda: model(input_ids=ids, use_cache=True))
+        found["prefill"] = _step(weights, ids, ranks, lambda: model(input_ids=ids, use_cache=True))
         caches = _prompt(model, ids)
-        found["decode"] = _step([*weights, *_tensors(caches)], ranks, lambda: _next(model, ids, caches))
+        known = [*weights, *_tensors(caches)]
+        found["decode"] = _step(known, ids, ranks, lambda: _next(model, ids, caches))
     return found
 
 
-def training(model: Any, loss: Callable[[], Tensor], ranks: int) -> tuple[float, str]:
-    """What a step of training takes on this rank, its second one."""
+def training(model: Any, loss: Callable[[], Tensor], given: Tensor, ranks: int) -> tuple[float, str]:
+    """What a step of training takes on this rank, its second one; ``given``: what the loss is computed of."""
     optimizer = torch.optim.AdamW(model.parameters())
 
     def train() -> None:
@@ -147,7 +148,7 @@ def training(model: Any, loss: Callable[[], Tensor], ranks: int) -> tuple[float,
     train()
     states = local_parts(v for state in optimizer.state.values() for v in state.values() if v.ndim)
     weights = local_parts((*model.parameters(), *model.buffers()))
-    return _step([*weights, *states], ranks, train)
+    return _step([*weights, *states], given, ranks, train)
 
 
 def _prompt(model: Any, ids: Tensor) -> dict[str, Any]:

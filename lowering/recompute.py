@@ -44,13 +44,13 @@ def for_training(
     graph, _ = copied(whole)
     overlaps, regions = overlap_gradients(graph, again), members_of(graph)
     for number, (region, calls) in enumerate(regions.items()):
-        _replace(graph, calls, contexts[region.name], number)
+        _replace(graph, calls, contexts[region.name], number).meta["block"] = region.block
     graph.lint()
     return GraphModule(nn.Module(), graph, "TrainingProgram") if regions or overlaps else None
 
 
-def _replace(graph: Graph, calls: Sequence[Node], context: ContextFn | None, number: int) -> None:
-    """Puts one call that is checkpointed where a region's calls are."""
+def _replace(graph: Graph, calls: Sequence[Node], context: ContextFn | None, number: int) -> Node:
+    """Puts one call that is checkpointed where a region's calls are; returns it."""
     inside = set(calls)
     operands = list(dict.fromkeys(n for call in calls for n in call.all_input_nodes if n not in inside))
     results = [call for call in calls if any(user not in inside for user in call.users)]
@@ -64,6 +64,7 @@ def _replace(graph: Graph, calls: Sequence[Node], context: ContextFn | None, num
             node.replace_all_uses_with(result, lambda user: user not in inside)
     for node in reversed(calls):
         graph.erase_node(node)
+    return region
 
 
 def _checkpointed(body: GraphModule, context: ContextFn | None, number: int) -> Callable[..., Any]:

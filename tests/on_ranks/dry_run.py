@@ -66,14 +66,23 @@ def taken() -> dict[str, Taken]:
     """What the steps of both models take on this rank."""
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
-    deep: Any = tpcompile.parallelize(Deep(), mesh, (X,))
+
+    def trained(layers: int, checkpointing: str | None = None) -> tuple[float, str]:
+        deep: Any = tpcompile.parallelize(Deep(layers), mesh, (X,), checkpointing=checkpointing)
+        return training(deep, lambda: deep(X), X, ranks)
+
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     with torch.no_grad():  # the first program is that of the prompt
         prompt = {"input_ids": ids, "use_cache": True}
         generates: Any = tpcompile.parallelize(llama(), mesh, example_kwargs=prompt)
     found = generating(generates, ids, ranks)
-    loss = lambda: generates(input_ids=ids, labels=ids, use_cache=False).loss  # noqa: E731
+
+    def loss() -> Tensor:
+        result: Tensor = generates(input_ids=ids, labels=ids, use_cache=False).loss
+        return result
+
     return {
-        "deep": {"train": training(deep, lambda: deep(X), ranks)},
-        "llama": {**found, "train": training(generates, loss, ranks)},
+        "deep": {"train": trained(7), "selective": trained(7, "selective")},
+        "short": {"full": trained(2, "full")},
+        "llama": {**found, "train": training(generates, loss, ids, ranks)},
     }

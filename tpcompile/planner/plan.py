@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any
 
+from tpcompile.capture.checkpointing import Asked
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import Must, checked, short
 from tpcompile.ir.layout.weight_layout import WeightLayout
@@ -117,7 +118,7 @@ class Plan(PlanData):
         seq: Count | None = None,
         device: str | CostModel | None = None,
         optimizer: str | Callable[..., Any] = "adamw",
-        checkpointing: bool = False,
+        checkpointing: bool | Asked | None = None,
         sequence_parallel: bool | None = None,
     ) -> Estimate:
         """What one step takes on every rank: bytes of memory by kind, seconds by kind, what is sent.
@@ -135,8 +136,8 @@ class Plan(PlanData):
                 the plan.
             optimizer: for ``"train"``: ``"adamw"``, ``"adam"``, ``"sgd"``, ``"momentum"``, ``"rmsprop"``,
                 ``"adagrad"``, or a function that makes one of torch's optimizers for a list of parameters.
-            checkpointing: for ``"train"``: repeated layers keep what goes into them, and are run again in
-                backward, collectives included.
+            checkpointing: for ``"train"``: what is computed again in backward, as ``parallelize`` takes it;
+                True: all layers, False: what forward itself says; by default as in the plan.
             sequence_parallel: whether the sequence is divided between the blocks; by default as in the plan.
 
         Raises:

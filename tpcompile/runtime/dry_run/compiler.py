@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
 from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.switch_experts import exportable_experts
@@ -36,7 +35,7 @@ class DryCompiler(Compiler):
         captures: what was captured already.
 
     Attributes:
-        programs: of the call that was compiled last: numbers of layers, and with these the rank's graph.
+        programs: of the call that was compiled last: numbers of layers, and with these the rank's graphs.
     """
 
     def __init__(self, options: Options, ranks: int, accelerator: bool, captures: Captures) -> None:
@@ -45,7 +44,7 @@ class DryCompiler(Compiler):
         self._captures = captures
         self._key: Hashable = None
         self._runs = True
-        self.programs: list[tuple[Copies, GlobalProgram, GraphModule]] = []
+        self.programs: list[tuple[Copies, GlobalProgram, Lowered]] = []
 
     def compile_as(
         self,
@@ -85,6 +84,5 @@ class DryCompiler(Compiler):
             short = shortened(rewritten, copies)
             # A message with the gradients of all layers could not be told from those of a few.
             groups = SimulatedGroups(rewritten.axis_sizes, first)
-            graph = lower_program(short, first, groups, joined=False).local
-            self.programs.append((copies, short, graph))
+            self.programs.append((copies, short, lower_program(short, first, groups, joined=False)))
         return super().lower(rewritten)

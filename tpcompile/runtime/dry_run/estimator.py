@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tpcompile.capture.checkpointing import Asked, read_checkpointing
 from tpcompile.capture.held_caches import Held
 from tpcompile.compile_program import Compiled
 from tpcompile.errors import TpCompileError, refusing
@@ -46,7 +47,8 @@ class Step:
         seq: tokens of each.
         device: what a rank computes on.
         optimizer: makes the optimizer of a step of training.
-        checkpointing: repeated layers are run again in backward.
+        checkpointing: what is run again in backward, as ``parallelize`` takes it; True: all layers, False:
+            what forward itself says, None: as the model is planned.
     """
 
     mode: Mode
@@ -54,7 +56,7 @@ class Step:
     seq: int | None
     device: Device
     optimizer: Optimizer
-    checkpointing: bool
+    checkpointing: bool | Asked | None
 
 
 @dataclass
@@ -102,7 +104,7 @@ class Estimator:
         seq: int | None,
         device: str | CostModel,
         optimizer: str | Callable[..., Any],
-        checkpointing: bool,
+        checkpointing: bool | Asked | None,
         sequence: bool | frozenset[str],
     ) -> Estimate:
         """See ``Plan.estimate``.
@@ -144,6 +146,10 @@ class Estimator:
             TpCompileError: the step cannot be compiled, or not run in this way.
         """
         options = replace(self.options, sequence=sequence)
+        if step.checkpointing is not None:
+            full: Asked | None = "full" if step.checkpointing is True else None
+            asked = full if isinstance(step.checkpointing, bool) else step.checkpointing
+            options = replace(options, checkpointing=read_checkpointing(self.model, asked))
         if options.custom:
             raise TpCompileError(
                 "modules with custom strategies run on processes only",
@@ -188,7 +194,8 @@ class Estimator:
         training = step.mode == "train"
         leaves = flatten_call(bound)[0]
         layout = compiled.plan.layout
-        for _, program, graph in compiler.programs:
+        for _, program, lowered in compiler.programs:
+            graph = (lowered.training if training else None) or lowered.local
             # As a call runs it: what nobody uses beside the loss stays divided.
             module, _ = defer_gathers(graph, program.captured.whole_outputs)
             inputs = FakeInputs(
@@ -197,7 +204,7 @@ class Estimator:
             optimizer = step.optimizer if training else None
             todo = "report the model; what can be had without a run is in the plan"
             with refusing("the program does not run without values", where=f"mode={step.mode!r}", todo=todo):
-                run = run_step(module, program.captured.whole_outputs, inputs, optimizer, step.checkpointing)
+                run = run_step(module, program.captured.whole_outputs, inputs, optimizer)
             yield run
 
 
@@ -226,6 +233,8 @@ def _put_together(
         logits=max(run.result for run in runs),
         cache_per_token=grown,
     )
+    _, _, lowered = compiler.programs[0]
+    recomputed = (*compiled.plan.recomputed, *lowered.notes) if step.mode == "train" else ()
     times = [time_of(run.events, step.device) for run in runs]
     time = Time(**{f.name: extended([getattr(t, f.name) for t in times], copies) for f in fields(Time)})
     return Estimate(
@@ -239,7 +248,7 @@ def _put_together(
         collectives=_sent([run.sent for run in runs], copies),
         operations=whole(lambda run: sum(e.operations for e in run.events)),
         capacity=step.device.memory,
-        rests_on=tuple(_rests_on(step, copies, program.blocks is not None)),
+        rests_on=tuple(_rests_on(step, copies, recomputed)),
     )
 
 
@@ -250,7 +259,7 @@ def _sent(counts: Sequence[Counter[Transfer]], copies: tuple[int, ...]) -> tuple
     )
 
 
-def _rests_on(step: Step, copies: tuple[int, ...], repeats: bool) -> Iterator[str]:
+def _rests_on(step: Step, copies: tuple[int, ...], recomputed: Sequence[str]) -> Iterator[str]:
     yield (
         "memory: the tensors that the first rank's program makes in torch's eager mode on a CPU "
         f"(torch {torch.__version__}), counted while it runs without values; what kernels take for "
@@ -260,11 +269,7 @@ def _rests_on(step: Step, copies: tuple[int, ...], repeats: bool) -> Iterator[st
         yield f"layers: {sum(copies)} periods of equal layers were not run, each adds what the last one does"
     if step.mode == "train":
         yield "optimizer: its own second update, run without values"
-    if step.checkpointing:
-        yield (
-            "checkpointing: every period of repeated layers keeps what goes in, and is run again in backward "
-            'with its collectives; parallelize(checkpointing="full") does so layer by layer'
-        )
+    yield from (f"recomputed in backward: {line}" for line in recomputed)
     yield f"device: {step.device.rests_on}"
     yield (
         "time: a formula, for each operator the most of arithmetic, traffic and a launch; attention counts "

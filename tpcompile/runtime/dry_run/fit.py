@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tpcompile.capture.checkpointing import Asked
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.check import checked
 from tpcompile.ir.units import read_bytes, size_text
@@ -35,7 +36,7 @@ def fit(
     batch: Count = 1,
     seq: Count = 4096,
     optimizer: str | Callable[..., Any] = "adamw",
-    checkpointing: bool = False,
+    checkpointing: bool | Asked | None = None,
     sequence_parallel: bool = False,
     plan: PlanLike = "auto",
     dtype: str | torch.dtype | None = None,

@@ -51,7 +51,6 @@ def run_step(
     specs: Sequence[OutputSpec],
     inputs: FakeInputs,
     optimizer: Optimizer | None,
-    recompute: bool,
 ) -> StepRun:
     """Runs a forward, and with an optimizer a backward and its update.
 
@@ -60,12 +59,11 @@ def run_step(
         specs: its results.
         inputs: gives its inputs.
         optimizer: makes an optimizer, for a step of training.
-        recompute: periods of repeated layers are run again in backward.
 
     Raises:
         TpCompileError: there is no loss, or nothing to train.
     """
-    program = LocalProgram(module, recompute)
+    program = LocalProgram(module)
     recorder = Recorder(program.where, inputs.layout.axis_sizes)
     given = inputs.of(module.graph)
     for value in (*given, *inputs.given.values()):
