@@ -59,6 +59,7 @@ def from_pretrained(
     attn_implementation: str | Mapping[str, str] | None = None,
     generation_config: Any = None,
     key_mapping: Mapping[str, str] | None = None,
+    quantization_config: Any = None,
     trust_remote_code: bool = False,
     variant: Variant | None = None,
     subfolder: str = "",
@@ -96,6 +97,8 @@ def from_pretrained(
         attn_implementation: ``"sdpa"``, ``"eager"``, or one that you registered with transformers.
         generation_config: instead of the checkpoint's.
         key_mapping: patterns of keys in the checkpoint -> what they become.
+        quantization_config: for a quantised checkpoint: transformers' object, or a dict of its fields, that
+            says ``dequantize=True``. Every rank dequantises its own slices while it reads them.
         trust_remote_code: whether code that comes with the checkpoint may run.
         variant: reads ``model.<variant>.safetensors``.
         subfolder: of the folder or repository.

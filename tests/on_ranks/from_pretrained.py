@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 from typing import Any
@@ -21,9 +22,9 @@ from tpcompile.weights.sharded_parameter import local_tensor
 NEW_TOKENS = 5
 
 
-def whole_model(model_class: Any, folder: str, dtype: Any) -> Any:
+def whole_model(model_class: Any, folder: str, dtype: Any, quantisation: Any = None) -> Any:
     """What transformers loads."""
-    model = model_class.from_pretrained(folder, dtype=dtype)
+    model = model_class.from_pretrained(folder, dtype=dtype, quantization_config=quantisation)
     families.set_experts(model)
     return model.to(families.device())
 
@@ -43,12 +44,16 @@ def same_slices(model: Any, whole: Any) -> list[str]:
     ]
 
 
-def load(name: str, folder: str, dtype: Any, out: str, decode: bool) -> dict[str, Any]:
+def load(
+    name: str, folder: str, dtype: Any, out: str, decode: bool, quantisation: Any = None
+) -> dict[str, Any]:
     """Loads a checkpoint, compares it with what transformers loads, saves it; it may also decode."""
     example = call(name, CAPTURED) | {"use_cache": True}
-    model: Any = tpcompile.from_pretrained(folder, mesh(), dtype=dtype, example_kwargs=example)
+    model: Any = tpcompile.from_pretrained(
+        folder, mesh(), dtype=dtype, example_kwargs=example, quantization_config=quantisation
+    )
     original = getattr(transformers, type(model).__name__)
-    whole = whole_model(original, folder, dtype)
+    whole = whole_model(original, folder, dtype, copy.deepcopy(quantisation))
     found: dict[str, Any] = {"wrong": same_slices(model, whole), "training": model.training}
     found["instance"] = isinstance(model, original)
     found["lent"] = len(model._tp.lent)  # else it would not run compiled

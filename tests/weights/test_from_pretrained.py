@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,13 +26,11 @@ from tests.weights.test_checkpoint import fewer, planned
 from tpcompile.ir.layout.selection import Selection
 from tpcompile.ir.layout.weight_layout import WeightLayout, whole_layout
 from tpcompile.ir.module_tensors import whole_tensors
-from tpcompile.weights.loading.expressions import Expression, Leaf
+from tpcompile.weights.loading.expressions import Expression
 from tpcompile.weights.loading.fill_tensor import Filler
-from tpcompile.weights.loading.lazy_tensor import LazyTensor
 from tpcompile.weights.loading.load_slices import load_slices
-from tpcompile.weights.loading.map_slice import map_slice
 from tpcompile.weights.loading.match_keys import warn_unexpected
-from tpcompile.weights.loading.read_headers import MappedFiles, read_header
+from tpcompile.weights.loading.read_headers import MappedFiles
 from tpcompile.weights.loading.request import Built, CheckpointRequest
 from tpcompile.weights.shard import shard_weights
 from tpcompile.weights.sharded_parameter import local_tensor
@@ -46,80 +42,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
-
-
-# ------------------------------------------------------------------------------------------- expressions
-
-Convert = Callable[[list[Tensor]], Tensor]
-CONVERSIONS: dict[str, Convert] = {
-    "experts": lambda t: torch.cat([torch.stack(t[:2]), torch.stack(t[2:])], dim=1),
-    "experts, transposed": lambda t: torch.stack(t, dim=0).transpose(1, 2).contiguous(),
-    "chunk": lambda t: torch.cat(t, dim=-1).chunk(3, dim=1)[1].contiguous(),
-    "split": lambda t: torch.cat(t).split([5, 1, 10])[2].T,
-    "unbind": lambda t: torch.unbind(torch.stack(t, dim=1), dim=1)[3][1:, :-2],
-    "squeeze": lambda t: torch.stack(t, dim=2).chunk(4, dim=2)[1].squeeze(2),
-    "select": lambda t: torch.stack(t)[2, :, 1:4].unsqueeze(-2).to(torch.float64),
-    "reshape": lambda t: torch.cat(t).reshape(4, 2, 2, 6).transpose(1, 2).reshape(16, 6),
-    "step": lambda t: torch.cat(t, dim=1)[:, ::3],
-    "arithmetic": lambda t: torch.stack([t[0] * 2, t[1] + t[2]])[:, 1:],
-}
-
-
-@pytest.mark.parametrize("name", CONVERSIONS)
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_boxes_of_conversions(name: str, data: st.DataObject) -> None:
-    """A conversion that was recorded gives, box by box, what it gives when it is run."""
-    tensors = [torch.randn(4, 6, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    leaves = [Leaf((4, 6), torch.float32, str(i)) for i in range(4)]
-    expected = CONVERSIONS[name](tensors)
-    lazy = CONVERSIONS[name]([LazyTensor(leaf) for leaf in leaves])
-    assert isinstance(lazy, LazyTensor) and lazy.shape == expected.shape and lazy.dtype == expected.dtype
-    offsets = [data.draw(st.integers(0, size - 1)) for size in expected.shape]
-    sizes = [data.draw(st.integers(0, s - o)) for s, o in zip(expected.shape, offsets, strict=True)]
-    target = torch.full(sizes, 77, dtype=expected.dtype)
-    filler = Filler(lambda leaf: tensors[int(leaf.name)])
-    filler.fill(target, lazy.expression, offsets)
-    box = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
-    assert torch.equal(target, expected[box])
-    needs_whole = name in ("reshape", "step", "arithmetic")
-    assert needs_whole or not filler._whole, "a copy was made on the way"
-    assert torch.equal(filler.whole(lazy.expression), expected)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_what_lies_in_one_piece_is_mapped(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """A mapped box is the box; just the contiguous ones are mapped, and the file stays as it is."""
-    file = tmp_path_factory.getbasetemp() / "mapped.safetensors"
-    tensors = {"a": torch.arange(60.0).view(3, 4, 5), "b": torch.arange(60.0, 120.0).view(3, 4, 5)}
-    save_file(tensors, file)
-    stored = read_header(str(file))
-    joined = torch.cat([LazyTensor(stored["a"]), LazyTensor(stored["b"])])[1:]  # type: ignore[list-item]
-    whole = torch.cat([tensors["a"], tensors["b"]])[1:]
-    offsets = [data.draw(st.integers(0, size - 1)) for size in whole.shape]
-    sizes = [data.draw(st.integers(1, s - o)) for s, o in zip(whole.shape, offsets, strict=True)]
-    box = whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
-    mapped = map_slice(joined.expression, offsets, sizes, torch.float32)
-    one_file = offsets[0] + sizes[0] <= 2 or offsets[0] >= 2
-    assert (mapped is not None) == (one_file and box.is_contiguous())
-    assert map_slice(joined.expression, offsets, sizes, torch.float64) is None
-    if mapped is not None:
-        assert torch.equal(mapped, box) and mapped.untyped_storage().nbytes() == box.numel() * 4
-        mapped.zero_()
-        assert torch.equal(load_file(file)["a"], tensors["a"]) and torch.equal(
-            load_file(file)["b"], tensors["b"]
-        )
-
-
-def test_conversions_that_cannot_be_recorded() -> None:
-    lazy = LazyTensor(Leaf((4, 6), torch.float32, "w"))
-    with pytest.raises(tpcompile.TpCompileError, match="in place"):
-        lazy.mul_(2)
-    with pytest.raises(tpcompile.TpCompileError, match="looks at values"):
-        lazy.sum().item()
 
 
 # ------------------------------------------------------------------------------------ models, in this process
@@ -363,7 +285,7 @@ def bad_checkpoints(tmp_path: Path) -> list[tuple[str, list[str]]]:
         (changed(good, "pickle", pickled), ["pytorch_model.bin is a pickle", "can run any code"]),
         (
             changed(good, "fp8", with_config(quantization_config={"quant_method": "fp8"})),
-            ["quantised (fp8)", "dequantise"],
+            ["quantised (fp8)", "FineGrainedFP8Config(dequantize=True)", "dequantises its slices"],
         ),
         (changed(good, "class", with_config(architectures=["NoSuchModel"])), ["which class the model has"]),
         (changed(good, "empty", lambda f: shutil.rmtree(f) or f.mkdir()), ["no model.safetensors"]),
@@ -391,7 +313,7 @@ def test_bad_checkpoints_are_refused_on_every_rank(tmp_path: Path) -> None:
         ({"dtype": torch.int8}, "not a type that a model can have"),
         ({"model_class": torch.nn.Linear}, "not a model of transformers"),
         ({"others": {"device_map": "auto"}}, "does not take device_map"),
-        ({"others": {"quantization_config": object()}}, "does not take quantization_config"),
+        ({"quantization_config": {"dequantize": True}}, "the checkpoint is not quantised"),
         ({"others": {"tp_plan": "auto"}}, "does not take tp_plan"),
         ({"others": {"hiden_size": 3}}, "no field hiden_size"),
     ],

@@ -30,9 +30,8 @@ _REFUSED = {
     "tp_size": "give mesh",
     "distributed_config": "give mesh and plan",
     "device_mesh": "give mesh",
-    "quantization_config": "quantised models cannot be divided yet: leave it out",
-    "load_in_8bit": "quantised models cannot be divided yet: leave it out",
-    "load_in_4bit": "quantised models cannot be divided yet: leave it out",
+    "load_in_8bit": "nothing is quantised while it is loaded: leave it out",
+    "load_in_4bit": "nothing is quantised while it is loaded: leave it out",
     "state_dict": "load the model with transformers, then call tpcompile.parallelize",
     "gguf_file": "load it with transformers, write it with save_pretrained, and load that",
     "ignore_mismatched_sizes": "every tensor must fit: give the configuration of the checkpoint",
@@ -90,22 +89,7 @@ def find_config(name_or_path: str, config: Any, subfolder: str, hub: Mapping[str
             todo="give arguments of tpcompile.from_pretrained, or fields of the model's configuration",
         )
     found.name_or_path = name_or_path
-    _refuse_quantised(found, name_or_path)
     return found
-
-
-def _refuse_quantised(config: Any, where: str) -> None:
-    for part in (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {}))):
-        quantised = getattr(part, "quantization_config", None)
-        if quantised is not None:
-            fields = quantised if isinstance(quantised, Mapping) else vars(quantised)
-            method = fields.get("quant_method") or "an unnamed method"
-            raise TpCompileError(
-                f"the checkpoint is quantised ({getattr(method, 'value', method)})",
-                where=where,
-                todo="load it with transformers and dequantise it (dequantize=True in its quantization "
-                "config), write that with save_pretrained, and load the result",
-            )
 
 
 def find_class(
@@ -170,12 +154,15 @@ def _class_of(config: Any, auto: Any, mapping: Any, trust_remote_code: bool, hub
 def find_dtype(dtype: Any, config: Any, stored: Mapping[str, Stored]) -> torch.dtype:
     """The type of the model: as given, else the configuration's, else that of the first floating tensor.
 
+    A tensor of floating numbers of one byte is a quantised one.
+
     Raises:
         TpCompileError: it is not a type.
     """
     if dtype in (None, "auto"):
         dtype = getattr(config, "dtype", None)
-        first = next((s.dtype for s in stored.values() if s.dtype.is_floating_point), torch.float32)
+        floats = (s.dtype for s in stored.values() if s.dtype.is_floating_point and s.dtype.itemsize > 1)
+        first = next(floats, torch.float32)
         dtype = first if dtype is None else dtype
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1:

@@ -6,11 +6,12 @@ nodes; a box of the result is found in the leaves without making the rest, see `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tpcompile.ir.torch_internals import tree_leaves
 
@@ -93,6 +94,35 @@ class Cast(Expression):
 
 
 @dataclass(frozen=True)
+class Reshape(Expression):
+    """A tensor's elements, in their order, in another shape."""
+
+    of: Expression
+
+
+@dataclass(frozen=True, eq=False)
+class Known(Expression):
+    """A tensor whose elements are there: a constant of a conversion."""
+
+    tensor: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Elementwise(Expression):
+    """An operator that makes each element of those at its place; operands are broadcast to the shape.
+
+    Attributes:
+        func: the operator.
+        args: its arguments, expressions instead of tensors.
+        kwargs: its keyword arguments.
+    """
+
+    func: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Apply(Expression):
     """Any other operator: it needs its operands as a whole.
 
@@ -109,18 +139,33 @@ class Apply(Expression):
     index: int | None = None
 
 
+def operands(expression: Apply | Elementwise) -> list[Expression]:
+    """What an operator is applied to."""
+    return [x for x in tree_leaves((expression.args, expression.kwargs)) if isinstance(x, Expression)]
+
+
 def leaves(expression: Expression) -> Iterator[Leaf]:
     """The tensors that an expression is made of."""
-    if isinstance(expression, Leaf):
-        yield expression
-    elif isinstance(expression, Join):
-        for part in expression.parts:
-            yield from leaves(part)
-    elif isinstance(expression, Apply):
-        for operand in tree_leaves((expression.args, expression.kwargs)):
-            if isinstance(operand, Expression):
-                yield from leaves(operand)
-    elif isinstance(expression, Permute | Cut | AddDim | DropDim | Cast):
-        yield from leaves(expression.of)
+    if isinstance(expression, Apply | Elementwise):
+        for operand in operands(expression):
+            yield from leaves(operand)
     else:
-        raise AssertionError(f"no expression: {expression!r}")
+        yield from _leaves(expression, leaves)
+
+
+def copied(expression: Expression) -> Iterator[Leaf]:
+    """The tensors whose own elements an expression has, in another order or type perhaps."""
+    if not isinstance(expression, Apply | Elementwise):
+        yield from _leaves(expression, copied)
+
+
+def _leaves(e: Expression, of: Callable[[Expression], Iterator[Leaf]]) -> Iterator[Leaf]:
+    if isinstance(e, Leaf):
+        yield e
+    elif isinstance(e, Join):
+        for part in e.parts:
+            yield from of(part)
+    elif isinstance(e, Permute | Cut | AddDim | DropDim | Cast | Reshape):
+        yield from of(e.of)
+    elif not isinstance(e, Known):
+        raise AssertionError(f"no expression: {e!r}")

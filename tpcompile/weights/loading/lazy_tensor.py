@@ -6,34 +6,78 @@ they give expressions, from which a rank reads its slices only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.torch_internals import disabled_torch_function_impl, tree_map_only
+from tpcompile.ir.torch_internals import TorchDispatchMode, disabled_torch_function_impl, tree_map_only
 
-from .expressions import AddDim, Apply, Cast, Cut, DropDim, Expression, Join, Permute
+from . import make_expression as make
+from .expressions import Expression, leaves
+from .fill_tensor import Filler
+from .read_headers import MappedFiles, Stored
+from .reshape_expression import bits, reshape, slice_
+from .written_part import Part, parts_of, put
 
 aten = torch.ops.aten
 _LOOKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_FEW = 1024  # elements of stored tensors that are read where a conversion looks at them
+
+
+class Buffer:
+    """Memory that a conversion has asked for, and writes into part by part.
+
+    Attributes:
+        expression: what it holds now.
+        sealed: whether something may see it in another way than by its parts, so that it has to stay.
+    """
+
+    def __init__(self, expression: Expression) -> None:
+        self.expression = expression
+        self.sealed = False
 
 
 class LazyTensor(Tensor):
-    """A valueless tensor on the CPU that knows its expression; its strides are those of a fresh one."""
+    """A valueless tensor on the CPU that knows its expression; its strides are those of a fresh one.
 
-    expression: Expression
+    But for a part of a buffer, which has the strides of a part: ``contiguous()`` is a copy of it.
+    """
+
+    _known: Expression
+    _buffer: Buffer | None
+    _parts: tuple[Part, ...]
 
     @staticmethod
-    def __new__(cls, expression: Expression) -> LazyTensor:
-        """A tensor of the expression's shape and type."""
+    def __new__(
+        cls,
+        expression: Expression,
+        buffer: Buffer | None = None,
+        parts: tuple[Part, ...] = (),
+        like: Any = None,
+    ) -> LazyTensor:
+        """A tensor of the expression's shape and type, or part of a buffer, with the strides of ``like``."""
         made = Tensor._make_wrapper_subclass(
-            cls, torch.Size(expression.shape), dtype=expression.dtype, device=torch.device("cpu")
+            cls,
+            torch.Size(expression.shape),
+            strides=None if like is None else like.stride(),
+            dtype=expression.dtype,
+            device=torch.device("cpu"),
         )
-        made.expression = expression
+        made._known, made._buffer, made._parts = expression, buffer, parts
         return made
+
+    @property
+    def expression(self) -> Expression:
+        """What it holds now."""
+        if self._buffer is None:
+            return self._known
+        found = self._buffer.expression
+        for part in self._parts:
+            found = part.of(found)
+        return found
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyTensor({tuple(self.shape)}, dtype={self.dtype})"
@@ -48,147 +92,136 @@ class LazyTensor(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Records a call."""
-        args, kwargs = tree_map_only(LazyTensor, lambda t: t.expression, (args, kwargs or {}))
+        kwargs = kwargs or {}
         if func._schema.is_mutable:
-            raise TpCompileError(
-                f"a weight conversion changes a tensor in place ({func})",
-                where="transformers' conversion of weights",
-                todo="write the conversion with operators that return a new tensor",
-            )
-        rule = _RULES.get(func)
-        found = rule(*args, **kwargs) if rule is not None else _apply(func, args, kwargs)
-        return tree_map_only(Expression, LazyTensor, found)
+            return _write(func, args, kwargs)
+        of = args[0] if args and isinstance(args[0], LazyTensor) else None
+        if of is not None and of._buffer is not None and any(r.alias_info for r in func._schema.returns):
+            parts = parts_of(func, args, kwargs)
+            if parts is not None:
+                like = func(torch.empty_strided(of.shape, of.stride(), device="meta"), *args[1:], **kwargs)
+                found = parts[-1].of(of.expression) if parts else of.expression
+                return LazyTensor(found, of._buffer, of._parts + parts, like)
+            of._buffer.sealed = True
+        args, kwargs = tree_map_only(Tensor, _expression, (args, kwargs))
+        return tree_map_only(Expression, LazyTensor, _record(func, args, kwargs))
+
+    def write(self, value: Expression, func: Any) -> None:
+        """Puts a value of this shape and type into its place.
+
+        Raises:
+            TpCompileError: this is not a part of memory that the conversion has asked for.
+        """
+        new: Expression | None = None
+        if self._buffer is not None and not self._buffer.sealed:
+            new = put(self._buffer.expression, self._parts, value)
+        if self._buffer is None or new is None:
+            _refuse_write(func)
+        self._buffer.expression = new
 
 
-def _apply(func: Any, args: Any, kwargs: Any) -> Any:
-    """An operator without a rule; its results' shapes come from running it on valueless tensors."""
+class Recording(TorchDispatchMode):
+    """Memory that is asked for is lazy: buffers, into which conversions may write lazy tensors."""
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Makes a buffer, or calls."""
+        kwargs = kwargs or {}
+        value = _FACTORIES.get(func)
+        if value is None or torch.device(kwargs.get("device") or "cpu").type != "cpu":
+            return func(*args, **kwargs)
+        like = func(*args, **{**kwargs, "device": torch.device("meta")})
+        made = make.filled(like.shape, like.dtype, value(*args))
+        return LazyTensor(made, Buffer(made))
+
+
+_FACTORIES: dict[Any, Callable[..., Any]] = {
+    aten.empty.memory_format: lambda *args: 0,
+    aten.zeros.default: lambda *args: 0,
+    aten.ones.default: lambda *args: 1,
+    aten.full.default: lambda size, value: value,
+}
+
+
+def _expression(tensor: Tensor) -> Expression:
+    return tensor.expression if isinstance(tensor, LazyTensor) else make.known(tensor)
+
+
+def _write(func: Any, args: Any, kwargs: Any) -> Any:
+    """Records ``copy_``, ``mul_``, ``mul(out=...)``: the operator that returns its result, and a write."""
+    out = kwargs.get("out")
+    target = args[0] if out is None else out
+    if not isinstance(target, LazyTensor):
+        _refuse_write(func)
+    name = func._schema.name.removeprefix("aten::").removesuffix("_")
+    if name in ("copy", "fill", "zero"):
+        new = args[1] if len(args) > 1 else 0
+        value = _expression(new) if isinstance(new, Tensor) else make.filled((), target.dtype, new)
+    else:
+        packet = getattr(aten, name)
+        value = packet(*args, **{key: x for key, x in kwargs.items() if key != "out"}).expression
+    target.write(make.cast(make.expand(value, target.shape), dtype=target.dtype), func)
+    return target
+
+
+def _refuse_write(func: Any) -> NoReturn:
+    raise TpCompileError(
+        f"a weight conversion changes a tensor in place ({func})",
+        where="transformers' conversion of weights",
+        todo="write the conversion with operators that return a new tensor",
+    )
+
+
+def _record(func: Any, args: Any, kwargs: Any) -> Any:
+    rule = _RULES.get(func)
+    if rule is not None:
+        return rule(*args, **kwargs)
+    if func is aten._local_scalar_dense.default:
+        return _look(func, args[0])
     if _LOOKS & set(func.tags):
-        raise TpCompileError(
-            f"a weight conversion looks at values ({func})",
-            where="transformers' conversion of weights",
-            todo="write the conversion without decisions that depend on weights",
-        )
-
-    def empty(e: Expression) -> Tensor:
-        return torch.empty(e.shape, dtype=e.dtype, device="meta")
-
-    fake_args, fake_kwargs = tree_map_only(Expression, empty, (args, kwargs))
-    result = func(*fake_args, **fake_kwargs)
-    if isinstance(result, Tensor):
-        return Apply(tuple(result.shape), result.dtype, func, args, kwargs)
-    parts = [Apply(tuple(r.shape), r.dtype, func, args, kwargs, i) for i, r in enumerate(result)]
-    return type(result)(parts)
+        _refuse_look(func)
+    if torch.Tag.pointwise in func.tags:
+        return make.elementwise(func, args, kwargs)
+    return make.apply(func, args, kwargs)
 
 
-def _same(of: Expression, *args: Any, **kwargs: Any) -> Expression:
-    return of
+def _look(func: Any, e: Expression) -> Any:
+    """A number that a conversion asks for: read, if that takes a few elements of files (a stored shape)."""
+    if sum(leaf.count if isinstance(leaf, Stored) else _FEW + 1 for leaf in leaves(e)) > _FEW:
+        _refuse_look(func)
+    return Filler(MappedFiles().read).whole(e).item()
 
 
-def _cast(of: Expression, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Expression:
-    return of if dtype is None or dtype == of.dtype else Cast(of.shape, dtype, of)
-
-
-def _permute(of: Expression, dims: Sequence[int]) -> Expression:
-    order = tuple(d % len(of.shape) for d in dims)
-    return Permute(tuple(of.shape[d] for d in order), of.dtype, of, order)
-
-
-def _transpose(of: Expression, dim0: int, dim1: int) -> Expression:
-    order = list(range(len(of.shape)))
-    order[dim0], order[dim1] = order[dim1], order[dim0]
-    return _permute(of, order)
-
-
-def _t(of: Expression) -> Expression:
-    return _permute(of, range(len(of.shape))[::-1])
-
-
-def _cat(parts: Sequence[Expression], dim: int = 0) -> Expression:
-    parts = [p for p in parts if p.shape != (0,)] or list(parts[:1])  # cat skips these
-    dim %= len(parts[0].shape)
-    dtype = parts[0].dtype
-    for part in parts[1:]:
-        dtype = torch.promote_types(dtype, part.dtype)
-    shape = list(parts[0].shape)
-    shape[dim] = sum(p.shape[dim] for p in parts)
-    for part in parts:
-        if part.shape[:dim] + part.shape[dim + 1 :] != parts[0].shape[:dim] + parts[0].shape[dim + 1 :]:
-            raise ValueError(f"shapes {parts[0].shape} and {part.shape} cannot be joined along {dim}")
-    return Join(tuple(shape), dtype, tuple(_cast(p, dtype=dtype) for p in parts), dim)
-
-
-def _stack(parts: Sequence[Expression], dim: int = 0) -> Expression:
-    dim %= len(parts[0].shape) + 1
-    if len({p.shape for p in parts}) > 1:
-        raise ValueError(f"shapes {sorted({p.shape for p in parts})} cannot be stacked")
-    return _cat([_unsqueeze(p, dim) for p in parts], dim)
-
-
-def _unsqueeze(of: Expression, dim: int) -> Expression:
-    dim %= len(of.shape) + 1
-    return AddDim(of.shape[:dim] + (1,) + of.shape[dim:], of.dtype, of, dim)
-
-
-def _drop(of: Expression, dim: int) -> Expression:
-    return DropDim(of.shape[:dim] + of.shape[dim + 1 :], of.dtype, of, dim)
-
-
-def _squeeze(of: Expression, dim: int) -> Expression:
-    dim %= len(of.shape)
-    return _drop(of, dim) if of.shape[dim] == 1 else of
-
-
-def _narrow(of: Expression, dim: int, start: int, length: int) -> Expression:
-    return Cut(of.shape[:dim] + (length,) + of.shape[dim + 1 :], of.dtype, of, dim, start)
-
-
-def _slice(
-    of: Expression, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Expression:
-    dim %= len(of.shape)
-    begin, stop, stride = slice(start, end, step).indices(of.shape[dim])
-    if stride != 1:
-        found: Expression = _apply(aten.slice.Tensor, (of, dim, start, end, step), {})
-        return found
-    return _narrow(of, dim, begin, max(0, stop - begin))
-
-
-def _select(of: Expression, dim: int, index: int) -> Expression:
-    dim %= len(of.shape)
-    return _drop(_narrow(of, dim, index % of.shape[dim], 1), dim)
-
-
-def _unbind(of: Expression, dim: int = 0) -> list[Expression]:
-    return [_select(of, dim, i) for i in range(of.shape[dim])]
-
-
-def _split_sizes(of: Expression, sizes: Sequence[int], dim: int = 0) -> list[Expression]:
-    dim %= len(of.shape)
-    return [_narrow(of, dim, sum(sizes[:i]), size) for i, size in enumerate(sizes)]
-
-
-def _split(of: Expression, size: int, dim: int = 0) -> list[Expression]:
-    total = of.shape[dim]
-    return _split_sizes(of, [min(size, total - at) for at in range(0, total, size)] or [0], dim)
+def _refuse_look(func: Any) -> NoReturn:
+    raise TpCompileError(
+        f"a weight conversion looks at values ({func})",
+        where="transformers' conversion of weights",
+        todo="write the conversion without decisions that depend on weights",
+    )
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
-    aten.alias.default: _same,
-    aten.detach.default: _same,
-    aten.clone.default: _same,
-    aten.lift_fresh.default: _same,
-    aten._to_copy.default: _cast,
-    aten.permute.default: _permute,
-    aten.transpose.int: _transpose,
-    aten.t.default: _t,
-    aten.cat.default: _cat,
-    aten.stack.default: _stack,
-    aten.unsqueeze.default: _unsqueeze,
-    aten.squeeze.dim: _squeeze,
-    aten.slice.Tensor: _slice,
-    aten.select.int: _select,
-    aten.unbind.int: _unbind,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split_sizes,
+    aten.alias.default: make.same,
+    aten.detach.default: make.same,
+    aten.clone.default: make.same,
+    aten.lift_fresh.default: make.same,
+    aten._to_copy.default: make.cast,
+    aten.permute.default: make.permute,
+    aten.transpose.int: make.transpose,
+    aten.t.default: lambda of: make.permute(of, range(len(of.shape))[::-1]),
+    aten.cat.default: make.cat,
+    aten.stack.default: make.stack,
+    aten.unsqueeze.default: make.unsqueeze,
+    aten.squeeze.dim: make.squeeze,
+    aten.slice.Tensor: slice_,
+    aten.select.int: make.select,
+    aten.unbind.int: make.unbind,
+    aten.split.Tensor: make.split,
+    aten.split_with_sizes.default: make.split_sizes,
+    aten.expand.default: make.expand,
+    aten.view.default: reshape,
+    aten.reshape.default: reshape,
+    aten.view.dtype: bits,
+    aten._unsafe_view.default: reshape,
+    aten.index.Tensor: make.look_up,
+    aten.constant_pad_nd.default: make.pad,
 }

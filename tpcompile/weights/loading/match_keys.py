@@ -23,9 +23,9 @@ from tpcompile.ir.hf_internals import (
 from tpcompile.ir.module_tensors import every_name, whole_tensors
 from tpcompile.ir.names import first_few
 
-from .expressions import Expression, leaves
+from .expressions import Expression, copied, leaves
 from .fill_tensor import Filler
-from .lazy_tensor import LazyTensor
+from .lazy_tensor import LazyTensor, Recording
 from .read_headers import MappedFiles, Stored
 
 _CHUNK = 1 << 24  # elements of a tensor that are compared at once
@@ -34,7 +34,11 @@ _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def match_keys(
-    model: Any, stored: Mapping[str, Stored], dtype: torch.dtype, key_mapping: Mapping[str, str] | None
+    model: Any,
+    stored: Mapping[str, Stored],
+    dtype: torch.dtype,
+    key_mapping: Mapping[str, str] | None,
+    quantizer: Any = None,
 ) -> tuple[dict[str, Expression], set[str], set[str]]:
     """Matches a checkpoint with a model on ``meta``, by the rules of the installed transformers.
 
@@ -46,6 +50,7 @@ def match_keys(
         stored: the checkpoint's tensors.
         dtype: the model's type.
         key_mapping: the user's own renaming of keys, patterns as in transformers.
+        quantizer: transformers' own, whose conversions dequantise a quantised checkpoint; else None.
 
     Returns:
         Per name (of ``tensors_by_name``) what a tensor is made of; the names that a checkpoint may lack and
@@ -54,16 +59,18 @@ def match_keys(
     Raises:
         TpCompileError: a key is missing, or has another shape or kind of type.
     """
-    info = _convert(model, stored, dtype, key_mapping)
+    info = _convert(model, stored, dtype, key_mapping, quantizer)
     expressions = _harvest(model)
     if info.conversion_errors:
         name, text = next(iter(info.conversion_errors.items()))
-        _refuse("a weight conversion failed", f"{name}: {text.strip().splitlines()[-1]}", stored)
+        keys = _sources(model, name, stored, key_mapping, quantizer)
+        what = f"a weight conversion failed for {name}: {_last_error(text)}"
+        _refuse(what, _places(keys, stored), stored)
     if info.mismatched_keys:
         name, found, expected = sorted(info.mismatched_keys, key=lambda m: str(m[0]))[0]
-        keys = _sources(model, name, stored, key_mapping)
+        keys = _sources(model, name, stored, key_mapping, quantizer)
         what = f"{name} has shape {list(found)} in the checkpoint, {list(expected)} in the model"
-        _refuse(what, ", ".join(f"{stored[k].file}: {k}" for k in keys) or name, stored)
+        _refuse(what, _places(keys, stored) or name, stored)
     _tie(model, expressions, info.missing_keys)
     lacking = set(info.missing_keys)
     model._adjust_missing_and_unexpected_keys(info)
@@ -71,7 +78,7 @@ def match_keys(
     if info.missing_keys:
         _refuse(f"the checkpoint lacks {first_few(sorted(info.missing_keys))}", "", stored)
     for name, expression in expressions.items():
-        _check_type(name, expression)
+        _check_type(name, expression, quantizer is not None)
     return _by_first_name(model, expressions), lacking, set(info.unexpected_keys)
 
 
@@ -86,16 +93,31 @@ def _refuse(what: str, where: str, stored: Mapping[str, Stored]) -> NoReturn:
     raise TpCompileError(what, where=where or ", ".join(files[:3]), todo=_TODO)
 
 
+def _places(keys: Iterable[str], stored: Mapping[str, Stored]) -> str:
+    return ", ".join(f"{stored[key].file}: {key}" for key in keys)
+
+
+def _last_error(text: str) -> str:
+    """The error in what transformers tells of a conversion that failed: a traceback, and more."""
+    lines = text.strip().splitlines()
+    return next((line for line in reversed(lines) if re.match(r"[\w.]*\wError: ", line)), lines[-1])
+
+
 def _convert(
-    model: Any, stored: Mapping[str, Stored], dtype: torch.dtype, key_mapping: Mapping[str, str] | None
+    model: Any,
+    stored: Mapping[str, Stored],
+    dtype: torch.dtype,
+    key_mapping: Mapping[str, str] | None,
+    quantizer: Any,
 ) -> Any:
     config = LoadStateDictConfig(
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(model, _plain(key_mapping), None),
+        hf_quantizer=quantizer,
+        weight_mapping=get_model_conversion_mapping(model, _plain(key_mapping), quantizer),
     )
     lazy: dict[str, Any] = {key: LazyTensor(leaf) for key, leaf in stored.items()}
-    with _no_progress_bar():
+    with _no_progress_bar(), Recording():
         info, _ = convert_and_load_state_dict_in_model(
             model=model, state_dict=lazy, load_config=config, disk_offload_index=None
         )
@@ -180,8 +202,9 @@ def _kind(dtype: torch.dtype) -> object:
     return "integer" if dtype in _INTEGERS else dtype
 
 
-def _check_type(name: str, expression: Expression) -> None:
-    for leaf in leaves(expression):
+def _check_type(name: str, expression: Expression, quantised: bool) -> None:
+    """What a quantizer computes with may be of any type, but not what it lets through."""
+    for leaf in copied(expression) if quantised else leaves(expression):
         if _kind(leaf.dtype) != _kind(expression.dtype):
             raise TpCompileError(
                 f"{name} has type {leaf.dtype} in the checkpoint, {expression.dtype} in the model",
@@ -197,10 +220,14 @@ def _by_first_name(model: nn.Module, expressions: Mapping[str, Expression]) -> d
 
 
 def _sources(
-    model: Any, name: str, stored: Mapping[str, Stored], key_mapping: Mapping[str, str] | None
+    model: Any,
+    name: str,
+    stored: Mapping[str, Stored],
+    key_mapping: Mapping[str, str] | None,
+    quantizer: Any,
 ) -> list[str]:
     """The keys that a parameter is made of, for an error."""
-    mapping: list[Any] = get_model_conversion_mapping(model, _plain(key_mapping), None)
+    mapping: list[Any] = get_model_conversion_mapping(model, _plain(key_mapping), quantizer)
     converters = [m for m in mapping if hasattr(m, "operations")]
     renamings = [m for m in mapping if not hasattr(m, "operations")]
     state = model.state_dict()

@@ -32,6 +32,7 @@ DTYPES = {
     "U64": torch.uint64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -62,9 +63,14 @@ class Stored(Leaf):
         return f"{self.file}: {self.name}"
 
     @property
+    def count(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    @property
     def stop(self) -> int:
         """The byte behind its last one."""
-        return self.start + math.prod(self.shape) * self.dtype.itemsize
+        return self.start + self.count * self.dtype.itemsize
 
 
 def read_headers(files: Sequence[str], index: Mapping[str, str] | None = None) -> dict[str, Stored]:

@@ -24,6 +24,7 @@ from .build_model import (
     find_generation_config,
     refuse_arguments,
 )
+from .dequantise import find_quantizer, forget_quantisation, prepare_model
 from .expressions import Expression
 from .find_files import POINTER, find_files
 from .initialise_rest import initialise_rest
@@ -54,10 +55,12 @@ class Opened:
     Attributes:
         config: its configuration.
         stored: its tensors by their keys.
+        quantizer: what dequantises them, or None.
     """
 
     config: Any
     stored: Mapping[str, Stored]
+    quantizer: Any = None
 
     def lines(self) -> list[str]:
         """What ranks must agree about."""
@@ -96,6 +99,7 @@ class CheckpointRequest:
         trust_remote_code: whether code that comes with the checkpoint may run.
         variant: of the weights.
         subfolder: of the folder or repository.
+        quantization_config: how a quantised checkpoint is to be loaded, or None.
         adapter: what is to be put into the model; only whether there is one counts here.
         others: arguments for the hub, and fields of the configuration.
     """
@@ -110,6 +114,7 @@ class CheckpointRequest:
     trust_remote_code: bool = False
     variant: str | None = None
     subfolder: str = ""
+    quantization_config: Any = None
     adapter: Any = None
     others: Mapping[str, Any] = field(default_factory=dict)
 
@@ -140,7 +145,8 @@ class CheckpointRequest:
             raise
         files = find(pointer=getattr(config, POINTER, None))
         self._refuse_adapter()
-        return Opened(config, read_headers(files.paths, files.index))
+        quantizer = find_quantizer(config, self.quantization_config, self.name)
+        return Opened(config, read_headers(files.paths, files.index), quantizer)
 
     def _refuse_adapter(self) -> None:
         """Refuses an adapter beside the model, which transformers would put into it."""
@@ -162,12 +168,18 @@ class CheckpointRequest:
         Raises:
             TpCompileError: the model cannot be made, or is not the checkpoint's.
         """
-        config, todo = opened.config, "check the configuration and the checkpoint; nothing was loaded"
+        config, quantizer = opened.config, opened.quantizer
+        todo = "check the configuration and the checkpoint; nothing was loaded"
         with refusing("no model can be made of the checkpoint", where=self.name, todo=todo):
             dtype = find_dtype(self.dtype, config, opened.stored)
+            dtype = dtype if quantizer is None else quantizer.update_dtype(dtype)
             model_class = find_class(config, self.model_class, self.trust_remote_code, self._hub)
             model = build_model(model_class, config, dtype, self.attn_implementation)
-            expressions, _, unexpected = match_keys(model, opened.stored, dtype, self.key_mapping)
+            if quantizer is not None:
+                prepare_model(model, quantizer, dtype)
+            expressions, _, unexpected = match_keys(model, opened.stored, dtype, self.key_mapping, quantizer)
+            if quantizer is not None:
+                forget_quantisation(model, quantizer)
             initialise_rest(model, expressions, device)
             find_generation_config(model, self.generation_config, self.name, self.subfolder, self._hub)
         return Built(model, expressions, frozenset(unexpected))

@@ -1,0 +1,149 @@
+"""Quantised checkpoints: transformers' quantizer dequantises them, as part of its weight conversions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig, HfQuantizer
+
+from tpcompile.errors import TpCompileError, refusing
+
+_FIELD = "quantization_config"
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)  # types of scales that are powers of two
+_SCALE = "_scale_inv"  # what transformers adds to a weight's name for the scales of its blocks
+_WHOLE = (
+    "load it with transformers, call dequantize() of the model, write that with save_pretrained, and load it"
+)
+
+
+def find_quantizer(config: Any, given: Any, where: str) -> HfQuantizer | None:
+    """What dequantises a checkpoint: transformers' quantizer; None if it is not quantised.
+
+    Args:
+        config: the checkpoint's configuration; afterwards its ``quantization_config`` is the one that counts.
+        given: what the user gave for it: one of transformers' objects, a dict of its fields, or None.
+        where: the checkpoint, for an error.
+
+    Raises:
+        TpCompileError: dequantising was not asked for, or the method cannot do it tensor by tensor; or there
+            is nothing to dequantise.
+    """
+    holders = _holders(config)
+    if not holders:
+        if given is not None:
+            raise TpCompileError(
+                "the checkpoint is not quantised, and nothing is quantised while it is loaded",
+                where=where,
+                todo=f"leave {_FIELD} out",
+            )
+        return None
+    stored = getattr(holders[0], _FIELD)
+    fields = stored if isinstance(stored, Mapping) else getattr(stored, "__dict__", {})
+    method = fields.get("quant_method") or "an unnamed method"
+    method = str(getattr(method, "value", method))
+    said = f"the checkpoint is quantised ({method})"
+    with refusing(f"{said}, which cannot be understood", where=where, todo=_WHOLE):
+        if isinstance(given, Mapping):
+            given = AutoQuantizationConfig.from_dict({"quant_method": method, **given})
+        wanted = AutoHfQuantizer.merge_quantization_configs(copy.deepcopy(stored), given)
+        if not getattr(wanted, "dequantize", False):
+            kind = type(wanted).__name__
+            able = hasattr(wanted, "dequantize")
+            raise TpCompileError(
+                said,
+                where=where,
+                todo=f"give {_FIELD}=transformers.{kind}(dequantize=True): then every rank dequantises its "
+                "slices while it reads them, and holds them in the model's type"
+                if able
+                else _WHOLE,
+            )
+        quantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+        operation = _operations(quantizer).get("dequantize")
+    if operation is None:
+        raise TpCompileError(f"{said}, and dequantised only as a whole", where=where, todo=_WHOLE)
+    block = getattr(wanted, "weight_block_size", None)
+    if block is not None:
+        whole = _of_whole_blocks(operation, tuple(block))
+        quantizer.get_load_operations = lambda: {"dequantize": whole}
+    setattr(config, _FIELD, wanted)
+    return quantizer
+
+
+def prepare_model(model: Any, quantizer: HfQuantizer, dtype: torch.dtype) -> None:
+    """Lets the quantizer change a model on ``meta`` as it does before it loads (nothing, as a rule)."""
+    quantizer.preprocess_model(model=model, dtype=dtype, device_map=None, use_kernels=False)
+
+
+def forget_quantisation(model: Any, quantizer: HfQuantizer) -> None:
+    """Makes a model an ordinary one, whose configuration does not say that it is quantised."""
+    quantizer.postprocess_model(model)
+    for config in _holders(model.config):
+        delattr(config, _FIELD)
+
+
+def _holders(config: Any) -> list[Any]:
+    """A configuration and its parts, as far as they say that they are quantised."""
+    parts = (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {})))
+    return [part for part in parts if getattr(part, _FIELD, None) is not None]
+
+
+def _operations(quantizer: HfQuantizer) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = getattr(quantizer, "get_load_operations", dict)()
+    return found
+
+
+def _of_whole_blocks(operation: Any, block: tuple[int, ...]) -> Any:
+    """An operation that takes a weight's size over the number of its scales for the size of its blocks.
+
+    That is wrong where the last block is cut short (576 rows in blocks of 128): it is filled up before, and
+    cut afterwards. Scales for blocks of another size are refused.
+    """
+
+    class OfWholeBlocks(operation):
+        """transformers' operation, on weights of whole blocks."""
+
+        def convert(self, input_dict: Any, full_layer_name: Any = None, **kwargs: Any) -> Any:
+            """Fills up, converts, and cuts."""
+            whole, sizes = dict(input_dict), {}
+            for key, value in input_dict.items():
+                if key + _SCALE in input_dict:
+                    weights, scales = _list(value), _list(input_dict[key + _SCALE])
+                    whole[key] = [_fill(w, s, block) for w, s in zip(weights, scales, strict=True)]
+                    if any(w is not old for w, old in zip(whole[key], weights, strict=True)):
+                        sizes[full_layer_name if key == "weight" else key] = [w.shape[-2:] for w in weights]
+            found = super().convert(whole, full_layer_name=full_layer_name, **kwargs)
+            for key, old in sizes.items():
+                found[key] = [t[..., :n, :m] for t, (n, m) in zip(_list(found[key]), old, strict=True)]
+            return found
+
+    return OfWholeBlocks
+
+
+def _list(value: Tensor | list[Tensor]) -> list[Tensor]:
+    return value if isinstance(value, list) else [value]
+
+
+def _fill(weight: Tensor, scales: Tensor, block: tuple[int, ...]) -> Tensor:
+    """A weight with zeros behind its last rows and columns, where their block is cut short.
+
+    Raises:
+        ValueError: the scales are not those of its blocks.
+    """
+    if not scales.ndim or weight.dtype not in _FP8:
+        return weight  # one scale for all, or packed numbers, whose blocks have a size of their own
+    sizes = weight.shape[-2:]
+    grid = [-(-size // length) for size, length in zip(sizes, block, strict=True)]
+    if list(scales.shape[-2:]) == grid:
+        lack = [n * b - size if n > 1 else 0 for n, b, size in zip(grid, block, sizes, strict=True)]
+        return pad(weight, (0, lack[1], 0, lack[0])) if any(lack) else weight
+    if scales.dtype in _EXPONENTS:
+        return weight  # MX formats: the number of scales says which blocks
+    given = f"scales of shape {list(scales.shape)} for a weight of shape {list(weight.shape)}"
+    raise ValueError(f"{given}, in blocks of {block}")
