@@ -102,3 +102,57 @@ def mxfp4(folder: Path) -> None:
         return found
 
     rewrite(folder, change, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens"]})
+
+
+def compressed(folder: Path, kind: str, group: int = 8) -> None:
+    """compressed-tensors: ``w4a16`` (eight numbers of 4 bits per int32), ``w8a16`` (int8) or ``fp8`` (e4m3).
+
+    Args:
+        folder: a checkpoint, which becomes a quantised one.
+        kind: one of these.
+        group: of w4a16: how many numbers of a row have one scale; the others have one per row.
+    """
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for key, tensor in tensors.items():
+            if tensor.ndim != 2 or not key.endswith("weight") or any(part in key for part in KEPT):
+                found[key] = tensor
+                continue
+            block = (1, group if kind == "w4a16" else tensor.shape[1])
+            most = {"w4a16": 7, "w8a16": 127, "fp8": 448}[kind]
+            scale = (block_maxima(tensor.float(), block) / most).to(tensor.dtype)
+            numbers = tensor.float() / spread(scale, block, tensor.shape)
+            found[f"{key}_scale"] = scale
+            if kind == "w4a16":
+                found[f"{key}_shape"] = torch.tensor(tensor.shape)
+                found[f"{key}_packed"] = packed(numbers.round().clamp(-8, 7))
+            else:
+                found[key] = numbers.to(E4M3) if kind == "fp8" else numbers.round().to(torch.int8)
+        return found
+
+    weights = {
+        "num_bits": 4 if kind == "w4a16" else 8,
+        "type": "float" if kind == "fp8" else "int",
+        "symmetric": True,
+        **({"strategy": "group", "group_size": group} if kind == "w4a16" else {"strategy": "channel"}),
+    }
+    formats = {"w4a16": "pack-quantized", "w8a16": "int-quantized", "fp8": "float-quantized"}
+    fields = {
+        "quant_method": "compressed-tensors",
+        "format": formats[kind],
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    rewrite(folder, change, fields)
+
+
+def packed(numbers: Tensor) -> Tensor:
+    """Numbers from -8 to 7, eight of a row in each int32, the first in its lowest bits."""
+    rows, columns = numbers.shape
+    count = math.ceil(columns / 8)
+    whole = torch.zeros(rows, count * 8, dtype=torch.int64)
+    whole[:, :columns] = numbers.long() + 8
+    words = (whole.view(rows, count, 8) << torch.arange(0, 32, 4)).sum(-1)
+    return words.where(words < 1 << 31, words - (1 << 32)).int()

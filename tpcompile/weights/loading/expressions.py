@@ -101,7 +101,7 @@ class Reshape(Expression):
 
 
 @dataclass(frozen=True, eq=False)
-class Known(Expression):
+class Constant(Expression):
     """A tensor whose elements are there: a constant of a conversion."""
 
     tensor: Tensor = field(repr=False)
@@ -167,5 +167,5 @@ def _leaves(e: Expression, of: Callable[[Expression], Iterator[Leaf]]) -> Iterat
             yield from of(part)
     elif isinstance(e, Permute | Cut | AddDim | DropDim | Cast | Reshape):
         yield from of(e.of)
-    elif not isinstance(e, Known):
+    elif not isinstance(e, Constant):
         raise AssertionError(f"no expression: {e!r}")

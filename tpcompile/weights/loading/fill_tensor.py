@@ -16,12 +16,12 @@ from .expressions import (
     AddDim,
     Apply,
     Cast,
+    Constant,
     Cut,
     DropDim,
     Elementwise,
     Expression,
     Join,
-    Known,
     Leaf,
     Permute,
     Reshape,
@@ -48,7 +48,7 @@ class Filler:
         """Writes a box of an expression into the target: as large as it, beginning at ``offsets``."""
         if 0 in target.shape:
             return
-        if isinstance(e, Leaf | Known):
+        if isinstance(e, Leaf | Constant):
             target.copy_(self.box(e, offsets, target.shape))
         elif isinstance(e, Cast | Reshape | Elementwise) and target.numel() > _MOST:
             for start, part in _in_parts(target, offsets):
@@ -113,7 +113,7 @@ class Filler:
             new = len(e.shape) - len(x.shape)
             sizes = [s if s == 1 else target.shape[new + d] for d, s in enumerate(x.shape)]
             start = [0 if s == 1 else offsets[new + d] for d, s in enumerate(x.shape)]
-            if isinstance(x, Leaf | Known):
+            if isinstance(x, Leaf | Constant):
                 return self.box(x, start, sizes)
             made = torch.empty(sizes, dtype=x.dtype)
             self.fill(made, x, start)
@@ -134,7 +134,7 @@ class Filler:
         """All of an expression; perhaps a view of a leaf."""
         if isinstance(e, Leaf):
             return self.read(e)
-        if isinstance(e, Known):
+        if isinstance(e, Constant):
             return e.tensor
         if isinstance(e, Permute):
             return self.whole(e.of).permute(e.dims)

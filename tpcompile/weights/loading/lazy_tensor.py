@@ -20,7 +20,7 @@ from .expressions import Expression, leaves
 from .fill_tensor import Filler
 from .read_headers import MappedFiles, Stored
 from .reshape_expression import bits, reshape, slice_
-from .written_part import Part, parts_of, put
+from .written_part import Places, parts_of, put
 
 aten = torch.ops.aten
 _LOOKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -48,14 +48,14 @@ class LazyTensor(Tensor):
 
     _known: Expression
     _buffer: Buffer | None
-    _parts: tuple[Part, ...]
+    _parts: tuple[Places, ...]
 
     @staticmethod
     def __new__(
         cls,
         expression: Expression,
         buffer: Buffer | None = None,
-        parts: tuple[Part, ...] = (),
+        parts: tuple[Places, ...] = (),
         like: Any = None,
     ) -> LazyTensor:
         """A tensor of the expression's shape and type, or part of a buffer, with the strides of ``like``."""
@@ -143,7 +143,7 @@ _FACTORIES: dict[Any, Callable[..., Any]] = {
 
 
 def _expression(tensor: Tensor) -> Expression:
-    return tensor.expression if isinstance(tensor, LazyTensor) else make.known(tensor)
+    return tensor.expression if isinstance(tensor, LazyTensor) else make.constant(tensor)
 
 
 def _write(func: Any, args: Any, kwargs: Any) -> Any:

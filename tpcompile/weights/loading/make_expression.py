@@ -15,12 +15,12 @@ from .expressions import (
     AddDim,
     Apply,
     Cast,
+    Constant,
     Cut,
     DropDim,
     Elementwise,
     Expression,
     Join,
-    Known,
     Permute,
 )
 
@@ -49,7 +49,11 @@ def transpose(of: Expression, dim0: int, dim1: int) -> Expression:
 
 
 def cat(parts: Sequence[Expression], dim: int = 0) -> Expression:
-    """Tensors one behind the other."""
+    """Tensors one behind the other.
+
+    Raises:
+        ValueError: their shapes do not fit.
+    """
     parts = [p for p in parts if p.shape != (0,)] or list(parts[:1])  # cat skips these
     dim %= len(parts[0].shape)
     dtype = functools.reduce(torch.promote_types, (p.dtype for p in parts))
@@ -73,7 +77,11 @@ def join(parts: Sequence[Expression], dim: int) -> Expression:
 
 
 def stack(parts: Sequence[Expression], dim: int = 0) -> Expression:
-    """Tensors one behind the other along a new dimension."""
+    """Tensors one behind the other along a new dimension.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
     dim %= len(parts[0].shape) + 1
     if len({p.shape for p in parts}) > 1:
         raise ValueError(f"shapes {sorted({p.shape for p in parts})} cannot be stacked")
@@ -147,12 +155,12 @@ def expand(of: Expression, sizes: Sequence[int], **kwargs: Any) -> Expression:
 
 def filled(shape: Sequence[int], dtype: torch.dtype, value: Any) -> Expression:
     """A tensor of one value."""
-    return expand(known(torch.full((), value, dtype=dtype)), shape)
+    return expand(constant(torch.full((), value, dtype=dtype)), shape)
 
 
-def known(tensor: Tensor) -> Known:
+def constant(tensor: Tensor) -> Constant:
     """A constant."""
-    return Known(tuple(tensor.shape), tensor.dtype, tensor.detach())
+    return Constant(tuple(tensor.shape), tensor.dtype, tensor.detach())
 
 
 def pad(of: Expression, pads: Sequence[int], value: Any = 0) -> Expression:
@@ -181,7 +189,7 @@ def elementwise(func: Any, args: Any, kwargs: Any) -> Expression:
 
 def look_up(table: Expression, indices: Sequence[Expression | None]) -> Expression:
     """Elements of a table that is a constant, or any other indexing."""
-    if isinstance(table, Known) and len(table.shape) == len(indices) == 1 and indices[0] is not None:
+    if isinstance(table, Constant) and len(table.shape) == len(indices) == 1 and indices[0] is not None:
         func = functools.partial(_look_up, table.tensor)
         return Elementwise(indices[0].shape, table.dtype, func, (indices[0],), {})
     found: Expression = apply(torch.ops.aten.index.Tensor, (table, indices), {})

@@ -16,8 +16,19 @@ from torch import Tensor
 
 from tpcompile.ir.torch_internals import tree_map_only
 
-from .expressions import AddDim, Cast, Cut, DropDim, Elementwise, Expression, Join, Known, Reshape, operands
-from .make_expression import apply, cast, elementwise, join, known, narrow, select, unsqueeze
+from .expressions import (
+    AddDim,
+    Cast,
+    Constant,
+    Cut,
+    DropDim,
+    Elementwise,
+    Expression,
+    Join,
+    Reshape,
+    operands,
+)
+from .make_expression import apply, cast, constant, elementwise, join, narrow, select, unsqueeze
 from .reshape import Group, groups
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -55,7 +66,7 @@ def bits(of: Expression, dtype: torch.dtype) -> Expression:
     whole, small = _INTEGERS[of.dtype.itemsize], _INTEGERS[dtype.itemsize]
     shifts = torch.arange(0, 8 * whole.itemsize, 8 * small.itemsize, dtype=whole)
     operand = unsqueeze(bits(of, whole), len(of.shape))
-    parts = elementwise(torch.ops.aten.bitwise_right_shift.Tensor, (operand, known(shifts)), {})
+    parts = elementwise(torch.ops.aten.bitwise_right_shift.Tensor, (operand, constant(shifts)), {})
     return reshape(bits(cast(parts, dtype=small), dtype), (*of.shape[:-1], of.shape[-1] * len(shifts)))
 
 
@@ -64,7 +75,11 @@ def _bits(dtype: torch.dtype, tensor: Tensor) -> Tensor:
 
 
 def reshape(of: Expression, shape: Sequence[int], *dtype: None) -> Expression:
-    """The elements in another shape; one size may be -1."""
+    """The elements in another shape; one size may be -1.
+
+    Raises:
+        ValueError: it has another number of elements.
+    """
     if -1 in shape:
         rest = -math.prod(shape)
         shape = [math.prod(of.shape) // rest if s == -1 else s for s in shape]
@@ -75,8 +90,8 @@ def reshape(of: Expression, shape: Sequence[int], *dtype: None) -> Expression:
         return of
     if isinstance(of, Reshape | AddDim | DropDim):
         return reshape(of.of, shape)
-    if isinstance(of, Known):
-        return known(of.tensor.reshape(shape))
+    if isinstance(of, Constant):
+        return constant(of.tensor.reshape(shape))
     below = of if 0 in shape else _below(of, shape)
     return below if below.shape == shape else Reshape(shape, of.dtype, below)
 

@@ -14,7 +14,7 @@ from .reshape_expression import reshape, strided
 aten = torch.ops.aten
 
 
-class Part(NamedTuple):
+class Places(NamedTuple):
     """Places of one dimension: ``start``, ``start + step``, ...
 
     Attributes:
@@ -37,7 +37,7 @@ class Part(NamedTuple):
         return make.drop(found, self.dim) if self.drop else found
 
 
-def parts_of(func: Any, args: Sequence[Any], kwargs: Any) -> tuple[Part, ...] | None:
+def parts_of(func: Any, args: Sequence[Any], kwargs: Any) -> tuple[Places, ...] | None:
     """The part that an operator takes of its first argument, if it is one that can be written into."""
     if func in (aten.alias.default, aten.detach.default):
         return ()
@@ -46,14 +46,14 @@ def parts_of(func: Any, args: Sequence[Any], kwargs: Any) -> tuple[Part, ...] | 
         dim, start, end, step = given
         dim %= args[0].ndim
         places = range(*slice(start, end, step).indices(args[0].shape[dim]))
-        return (Part(dim, places.start, len(places), step, False),)
+        return (Places(dim, places.start, len(places), step, False),)
     if func is aten.select.int and not kwargs:
         of, dim, index = args
-        return (Part(dim % of.ndim, index % of.shape[dim], 1, 1, True),)
+        return (Places(dim % of.ndim, index % of.shape[dim], 1, 1, True),)
     return None
 
 
-def put(whole: Expression, parts: Sequence[Part], value: Expression) -> Expression | None:
+def put(whole: Expression, parts: Sequence[Places], value: Expression) -> Expression | None:
     """The whole with a value in the place of a part of a part of ... it; None if that cannot be said."""
     if not parts:
         return value
@@ -71,7 +71,7 @@ def put(whole: Expression, parts: Sequence[Part], value: Expression) -> Expressi
             return None
         taken = make.narrow(whole, dim, first, size)
         apart = reshape(taken, (*taken.shape[:dim], part.length, step, *taken.shape[dim + 1 :]))
-        slot = Part(dim + 1, part.start % step, 1, 1, True)
+        slot = Places(dim + 1, part.start % step, 1, 1, True)
         joined = put(apart, [slot], inner)
         assert joined is not None
         inner = reshape(joined, taken.shape)
