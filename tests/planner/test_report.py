@@ -29,8 +29,10 @@ from tpcompile.planner.report import notebook
 from tpcompile.planner.report.bars import loads
 from tpcompile.planner.report.draw_graph import draw_graph
 from tpcompile.planner.report.draw_partition import draw_partition
-from tpcompile.planner.report.graph_boxes import boxes_of, layers_of
+from tpcompile.planner.report.graph_boxes import boxes_of
 from tpcompile.planner.report.graph_layout import lay_out
+from tpcompile.planner.report.graph_section import graph_section
+from tpcompile.planner.report.layer_kinds import kinds_of
 from tpcompile.planner.report.markup import data, tag
 from tpcompile.planner.report.notebook import graph_html
 from tpcompile.planner.report.partition import MOST_CELLS, Partition, partition_of
@@ -199,9 +201,13 @@ def test_a_timeline_adds_up_to_the_modelled_time(plan: Plan) -> None:
 def test_a_graph_is_drawn_with_all_its_collectives(plan: Plan) -> None:
     program = plan.rewritten
     assert program is not None
-    layers = dict(layers_of(program))
-    assert list(layers) == ["mixers.1", "layers.3"]
-    for name, nodes in layers.items():
+    kinds = kinds_of(program)
+    assert [(kind.name, kind.numbers) for kind in kinds] == [
+        ("mixers.0", (0,)),  # packed
+        ("mixers.1", (1,)),
+        ("layers.3", (0, 1, 2, 3, 4, 5, 6)),
+    ]
+    for name, nodes in ((kind.name, kind.nodes) for kind in kinds):
         boxes = boxes_of(program, name, nodes)
         assert sorted(n.name for b in boxes.boxes if b.kind not in ENDS for n in b.nodes) == sorted(
             n.name for n in nodes
@@ -216,6 +222,39 @@ def test_a_graph_is_drawn_with_all_its_collectives(plan: Plan) -> None:
 
 
 ENDS = {"given", "result"}
+
+
+class Given(Mlp):
+    """A layer that is given something beside its input, as masks and positions are."""
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:  # type: ignore[override]
+        y: Tensor = x + super().forward(x * given)
+        return y
+
+
+class Alternating(nn.Module):
+    """Every third layer is of another width, and is given the other of two values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Given(20, 36 if number % 3 == 2 else 28) for number in range(15))
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = (x.sin(), x.cos())
+        for number, layer in enumerate(self.layers):
+            x = layer(x, given[number % 3 == 2])
+        return x
+
+
+def test_each_kind_of_layer_is_drawn_once() -> None:
+    """Those that capture has left out belong to a kind too."""
+    program = tpcompile.plan(Alternating().eval(), 2, (X,)).rewritten
+    assert program is not None and program.blocks is not None
+    kinds = {tuple(sorted(kind.numbers)): kind.name for kind in kinds_of(program)}
+    assert set(kinds) == {(2, 5, 8, 11, 14), (0, 1, 3, 4, 6, 7, 9, 10, 12, 13)}
+    assert kinds[2, 5, 8, 11, 14] == "layers.8"
+    page = graph_section(program)
+    assert page.count("tpc-graph") == 2 and "as all of 2, 5, 8, 11, 14" in page
 
 
 def test_a_layout_has_edges_downward_and_boxes_apart() -> None:
@@ -368,7 +407,7 @@ def test_pages_of_four_kinds_of_models(tmp_path: Path) -> None:
         rounded = sum(event.times for each in stretches for event in each.events) / EXACT
         assert sum(each.seconds() for each in stretches) == pytest.approx(plan.seconds, rel=0, abs=rounded)
         graphs = list(parsed.find("svg", class_="tpc-graph"))
-        assert len(graphs) == (2 if name == "t5" else 1)
+        assert len(graphs) == (4 if name == "t5" else 1)  # the first blocks have the position biases
         assert len(list(parsed.find("g", class_="tpc-collective"))) >= 2 * len(graphs)
     if PROGRAM is not None:
         with browse(PROGRAM, tmp_path / "profile") as browser:

@@ -14,8 +14,6 @@ from tpcompile.ir.print_graph import target_text
 from tpcompile.planner.global_program import GlobalProgram
 from tpcompile.rules.rule import Rule
 
-from .timeline import layer_of
-
 _MOST_WORDS = 3
 
 
@@ -44,20 +42,6 @@ class Boxes:
     name: str
     boxes: tuple[Box, ...]
     edges: Mapping[tuple[Box, Box], tuple[str, ...]]
-
-
-def layers_of(program: GlobalProgram) -> list[tuple[str, list[Node]]]:
-    """The last layer of each list in a rewritten program, by name; or all of a program without layers."""
-    names = program.params()
-    found: dict[str, list[Node]] = {}
-    for node in program.graph.nodes:
-        if node.op == "call_function" and (layer := layer_of(names.get(node) or module_path(node))):
-            found.setdefault(layer, []).append(node)
-    if not found:
-        return [("", [n for n in program.graph.nodes if n.op == "call_function"])]
-    # Of layers that repeat the last is drawn: it is the one that stands for those that are left out.
-    last = {starred(layer): layer for layer in found}
-    return [(layer, found[layer]) for layer in last.values()]
 
 
 def boxes_of(program: GlobalProgram, name: str, nodes: Collection[Node]) -> Boxes:

@@ -11,8 +11,9 @@ from tpcompile.planner.print_plan import placement_text
 
 from .draw_graph import draw_graph
 from .draw_partition import draw_partition
-from .graph_boxes import boxes_of, layers_of
+from .graph_boxes import boxes_of
 from .graph_section import MOST_BOXES
+from .layer_kinds import kinds_of
 from .markup import tag
 from .partition import partition_of
 from .tree import tree_of
@@ -52,10 +53,10 @@ def plan_html(plan: PlanData, name: str = "") -> str:
 
 def graph_html(program: GlobalProgram) -> str:
     """The last kind of layer of a rewritten program, drawn, if it is not too large for that."""
-    name, nodes = layers_of(program)[-1]
-    boxes = boxes_of(program, name, nodes)
+    kind = kinds_of(program)[-1]
+    boxes = boxes_of(program, kind.name, kind.nodes)
     count = program.call_count()
-    of = f"{name}, {len(nodes)} of {count} calls" if name else f"{count} calls"
+    of = f"{kind.name}, {len(kind.nodes)} of {count} calls" if kind.name else f"{count} calls"
     many = len(boxes.boxes) > MOST_BOXES
     drawn = tag("p", "too many for a drawing", style=_SOFT) if many else draw_graph(boxes)
     return tag("div", tag("p", tag("code", of)), tag("div", drawn, style="overflow-x:auto"))

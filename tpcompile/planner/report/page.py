@@ -13,7 +13,6 @@ from tpcompile.planner.print_plan import idle_lines, placement_text
 
 from .bars import memory_section
 from .beside_section import beside_section
-from .graph_boxes import boxes_of, layers_of
 from .graph_section import graph_section
 from .markup import Markup, data, join, table_head, tag
 from .timeline import timeline_of
@@ -40,8 +39,7 @@ def report_page(
         stretches = timeline_of(plan.planned, plan.cost)
         sections["Step"] = timeline_section(stretches, plan.seconds, plan.cost.name)
     if plan.rewritten is not None:
-        layers = layers_of(plan.rewritten)
-        sections["Graph"] = graph_section([boxes_of(plan.rewritten, *layer) for layer in layers])
+        sections["Graph"] = graph_section(plan.rewritten)
     sections["Collectives"] = _collectives(plan)
     sections["Notes"] = _notes(plan)
     if beside is not None:
