@@ -469,6 +469,8 @@ def test_nothing_is_not_called_right() -> None:
     for none in (None, 5, ()):
         with pytest.raises(TpCompileError, match="leaves no tensor behind"):
             tpcompile.verify(Handed(lambda y, none=none: none), 2, (x,))
+    with pytest.raises(TpCompileError, match="all results are zero"):
+        tpcompile.verify(Handed(lambda y: y * 0), 2, (x,))
     for hand_out in (Tensor.detach, lambda y: y.argmax(-1)):
         report = tpcompile.verify(Handed(hand_out), 2, (x,))
         assert report.ok, report

@@ -105,13 +105,20 @@ def refuse_nothing(model: nn.Module, outcome: Mapping[Key, Any]) -> None:
     """Nothing is not called right.
 
     Raises:
-        TpCompileError: there is no tensor in what a model leaves behind.
+        TpCompileError: there is no tensor in what a model leaves behind, or its results are zero everywhere.
     """
     if not any(isinstance(value, Tensor) for value in outcome.values()):
         raise TpCompileError(
             "the call leaves no tensor behind that could be compared",
             where=type(model).__name__,
             todo="verify a call that returns one",
+        )
+    results = [v for (sort, _), v in outcome.items() if sort == "result" and isinstance(v, Tensor)]
+    if results and not any(bool(result.any()) for result in results):
+        raise TpCompileError(
+            "all results are zero, which they could be whatever the model does",
+            where=type(model).__name__,
+            todo="verify a call with other arguments (token ids that are no padding), or a model with weights",
         )
 
 
