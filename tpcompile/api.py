@@ -14,6 +14,7 @@ from .compile_program import Compiler
 from .errors import TpCompileError
 from .ir.calls import signature_of
 from .ir.check import check_arguments, checked, well_called
+from .ir.unwrap import put_together_on_error, unwrap, unwrapped_copy
 from .planner.options import Options
 from .planner.plan import Plan
 from .planner.search.cost import CostModel
@@ -114,32 +115,40 @@ def parallelize(
     mesh = mesh if mesh is not None else default_mesh(device_of(model))
     ranks, seconds = check_mesh(mesh, axis), seconds_of(timeout)
     group = MeshAxis.of(mesh, axis, seconds).group
-    options, example, hooks = together(group, "read the request", lambda: _read(mesh, arguments))
-    asked = [*options.lines(), f"compare_calls: {compare_calls}", f"timeout: {seconds}"]
-    compare(group, "requests", asked, "make the same request on every rank")
-    signature, original, lifted = signature_of(model), type(model), model.__dict__.get("forward")
-    compiler = Compiler(options, ranks, mesh, axis, seconds)
-    runtime = Runtime(compiler, signature, original, lifted=lifted, hooks=hooks, compare_calls=compare_calls)
-    runtime.number = (number_of_model(runtime.group_name),)
-    failed = try_first(runtime, model, example) if example is not None else None
+    with put_together_on_error(model):
+        options, example, hooks = together(group, "read the request", lambda: _read(mesh, arguments))
+        asked = [*options.lines(), f"compare_calls: {compare_calls}", f"timeout: {seconds}"]
+        compare(group, "requests", asked, "make the same request on every rank")
+        signature, original, lifted = signature_of(model), type(model), model.__dict__.get("forward")
+        compiler = Compiler(options, ranks, mesh, axis, seconds)
+        runtime = Runtime(
+            compiler, signature, original, lifted=lifted, hooks=hooks, compare_calls=compare_calls
+        )
+        runtime.number = (number_of_model(runtime.group_name),)
+        failed = try_first(runtime, model, example) if example is not None else None
+        _become_sharded(model, runtime)
+        if failed is not None and example is not None:
+            compose_call(runtime, model, "", tuple(example), failed)
+            # Perhaps a call without pictures: more of the model is planned at once.
+            usual = example_or_default(model, (), None)
+            if runtime.layout is None and usual is not None and usual.keys() != example.keys():
+                try_first(runtime, model, usual, optional=True)
+        runtime.mark_weights(model)
+        if (wanted := read_compile(compile)) is not None:
+            runtime.compile_options = without_graphs(wanted, group)
+        return cast(ShardedModule, model)
+
+
+def _become_sharded(model: nn.Module, runtime: Runtime) -> None:
+    """From here on calls of the model are the runtime's, and libraries know that it is not a whole one."""
     model.__dict__.pop("forward", None)
     model._tp = runtime  # type: ignore[assignment]
-    model.__class__ = class_when_sharded(original)
+    model.__class__ = class_when_sharded(runtime.original)
     guard_submodules(model)
     runtime.rebind()  # the modules' tables are others now
     tell_trainer()
     tell_peft()
     tell_of_adapters()
-    if failed is not None and example is not None:
-        compose_call(runtime, model, "", tuple(example), failed)
-        # Perhaps a call without pictures: more of the model is planned at once.
-        usual = example_or_default(model, (), None)
-        if runtime.layout is None and usual is not None and usual.keys() != example.keys():
-            try_first(runtime, model, usual, optional=True)
-    runtime.mark_weights(model)
-    if (wanted := read_compile(compile)) is not None:
-        runtime.compile_options = without_graphs(wanted, group)
-    return cast(ShardedModule, model)
 
 
 @checked
@@ -176,14 +185,15 @@ def plan(
         )
     else:
         ranks, device = mesh_or_sizes, "h100"
+    apart = unwrapped_copy(model)
     options = read_options(
-        model,
+        apart,
         *(plan, cost_model, device, dynamic, memory, ()),
         sequence_parallel=sequence_parallel,
         checkpointing=checkpointing,
     )
-    example = example_call(model, example_args, example_kwargs, dynamic)
-    found = Compiler(options, ranks).compile(model, example, None).plan
+    example = example_call(apart, example_args, example_kwargs, dynamic)
+    found = Compiler(options, ranks).compile(apart, example, None).plan
     found.estimator = Estimator.of(model, options, example).of_plan
     return found
 
@@ -193,6 +203,7 @@ def _read(mesh: DeviceMesh, asked: Mapping[str, Any]) -> tuple[Options, dict[str
     check_arguments(parallelize, asked)
     model = asked["model"]
     check_device(model, mesh)
+    unwrap(model)
     names = inspect.signature(read_options).parameters.keys() & asked.keys()
     options = read_options(device=mesh.device_type, **{name: asked[name] for name in names})
     read_compile(asked["compile"])

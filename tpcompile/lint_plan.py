@@ -15,6 +15,7 @@ from .ir.module_tensors import whole_tensors
 from .ir.names import starred
 from .ir.nodes import module_path, operands
 from .ir.units import size_text, time_text
+from .ir.unwrap import unwrapped_copy
 from .passes.keep_whole import KeepWhole
 from .passes.pipeline import run_passes
 from .planner.compare_plans import Outcome, outcome_of
@@ -132,6 +133,7 @@ def lint_plan(
         TpCompileError: the model cannot be captured, or has no plan of its own.
     """
     model = model_or_config if isinstance(model_or_config, nn.Module) else model_of(model_or_config)
+    model = unwrapped_copy(model)
     check_model(model)
     if isinstance(tp_plan, str) and tp_plan != "hf":
         raise TpCompileError(

@@ -11,7 +11,7 @@ from tpcompile.ir.nodes import operands
 from tpcompile.ir.placements import Placement, R, Shard
 from tpcompile.planner.search.must_divide import worth_dividing
 from tpcompile.rules.factors import Factors
-from tpcompile.rules.rule import Rule
+from tpcompile.rules.rule import Labels, Rule
 from tpcompile.strategies.read_rules import Wish
 
 from .decide import Pins
@@ -54,11 +54,11 @@ def _resolved(program: GlobalProgram, wishes: Wishes) -> Iterator[Resolved]:
     """Per parameter and wish what is allowed: None where nothing follows, with the reason if it should."""
     factors = program.factors()
     candidates = worth_dividing(factors, set(program.params()))
-    stuck = factors.stuck_atoms()
+    stuck, weights = factors.stuck_atoms(), _of_weights(program)
     for node, name in program.params().items():
         met: frozenset[Placement] | None = None
         for wish in wishes.get(name, ()) if node.users and name not in program.custom.parts else ():
-            allowed, why = _allowed(factors, node, wish, candidates, stuck)
+            allowed, why = _allowed(factors, weights, node, wish, candidates, stuck)
             if why and not wish.optional:
                 raise TpCompileError(
                     f"the rule {wish.rule!r} asks for {wish.asked!r}, "
@@ -80,14 +80,14 @@ def _resolved(program: GlobalProgram, wishes: Wishes) -> Iterator[Resolved]:
 
 
 def _allowed(
-    factors: Factors, param: Node, wish: Wish, candidates: set[int], stuck: set[int]
+    factors: Factors, weights: set[Node], param: Node, wish: Wish, candidates: set[int], stuck: set[int]
 ) -> tuple[frozenset[Placement] | None, str]:
     """The placements that a wish allows; None where it asks for nothing, or cannot be met, and why not."""
     if wish.want == "whole":
         return frozenset({R}), ""
     if wish.want == "any":
         return None, ""
-    dim = _dim(factors, param, wish)
+    dim = _dim(factors, weights, param, wish)
     if isinstance(dim, str):
         return None, dim
     if dim is None:
@@ -101,7 +101,7 @@ def _allowed(
     return frozenset(units or usable), ""
 
 
-def _dim(factors: Factors, param: Node, wish: Wish) -> int | str | None:
+def _dim(factors: Factors, weights: set[Node], param: Node, wish: Wish) -> int | str | None:
     """The dimension that a wish divides; None where it does not concern the parameter; or why not."""
     rank = param.meta["val"].ndim
     if isinstance(wish.want, int):
@@ -118,7 +118,7 @@ def _dim(factors: Factors, param: Node, wish: Wish) -> int | str | None:
         return 0 if wish.want == "rows" else rank - 1
     if rank == 3 and wish.direct:  # a stack of experts: transformers counts dimensions there
         return rank - 2 if wish.want == "out" else rank - 1
-    dim = _matmul_dim(factors, param, wish.want)
+    dim = _matmul_dim(factors, weights, param, wish.want)
     if dim is None and not _is_bias(factors, param):
         return f"no matmul {'keeps' if wish.want == 'out' else 'sums over'} a dimension of it"
     return dim
@@ -134,16 +134,17 @@ def _multiplied(rule: Rule, user: Node, param: Node) -> bool:
     return operands(user).index(param) not in rule.once
 
 
-def _matmul_dim(factors: Factors, param: Node, want: str) -> int | None:
+def _matmul_dim(factors: Factors, weights: set[Node], param: Node, want: str) -> int | None:
     """The dimension that a matmul keeps (``out``) or sums over (``in``); lookups are asked last."""
     found: list[tuple[bool, int]] = []
     for user in param.users:
         rule = factors.rules.get(user)
         if not isinstance(rule, Rule):
             continue
-        if not rule.contraction and len(operands(user)) == 1:  # a transposed or cast weight
-            inner = _matmul_dim(factors, user, want)
-            if inner is not None and (dim := _through(rule, inner)) is not None:
+        if not rule.contraction and user in weights:  # transposed, cast, or scaled
+            inner = _matmul_dim(factors, weights, user, want)
+            mine = rule.inputs[operands(user).index(param)]
+            if inner is not None and (dim := _through(rule, mine, inner)) is not None:
                 found.append((False, dim))
         elif rule.contraction and _multiplied(rule, user, param):
             for d, letters in enumerate(rule.inputs[operands(user).index(param)]):
@@ -161,9 +162,19 @@ def _shared(rule: Rule, user: Node, param: Node) -> set[str]:
     return {x for t in rule.outputs for d in t for x in d} & others
 
 
-def _through(rule: Rule, dim: int) -> int | None:
-    wanted = rule.outputs[0][dim]
-    return next((d for d, letters in enumerate(rule.inputs[0]) if letters == wanted), None)
+def _of_weights(program: GlobalProgram) -> set[Node]:
+    """The values that are made of nothing but weights."""
+    found = set(program.params())
+    for node in program.graph.nodes:
+        if node.op == "call_function" and (given := operands(node)) and found.issuperset(given):
+            found.add(node)
+    return found
+
+
+def _through(rule: Rule, mine: Labels, dim: int) -> int | None:
+    """The dimension of an operand that a result's is, or that has the first factor of it."""
+    wanted = set(rule.outputs[0][dim])
+    return next((d for d, letters in enumerate(mine) if wanted & set(letters)), None)
 
 
 def _refuse_idle(wishes: Wishes, program: GlobalProgram, found: Mapping[Node, object]) -> None:

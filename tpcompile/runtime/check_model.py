@@ -57,7 +57,8 @@ def check_model(model: nn.Module) -> None:
             raise TpCompileError(
                 f"{name} is a {type(tensor).__name__}, a tensor with operations of its own",
                 where=name,
-                todo="parallelize the model before it is quantised or wrapped, with plain tensors",
+                todo="parallelize the model before it is quantised or wrapped, with plain tensors; or use "
+                "a quantisation whose tensors can be taken apart (__tensor_flatten__), as torchao's",
             )
     if any(nn.parameter.is_lazy(p) for p in model.parameters()):
         raise TpCompileError(

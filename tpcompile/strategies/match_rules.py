@@ -13,6 +13,7 @@ from torch import nn
 
 from tpcompile.ir.module_tensors import first_names
 from tpcompile.ir.names import starred
+from tpcompile.ir.unwrap import taken_apart
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Names:
     """What a plan's rules may name.
 
     Attributes:
-        params: every name of every parameter -> the first one of the same parameter.
+        params: every name of every parameter -> the first one of the same parameter; of a quantised one
+            that of its largest part, and none of the others.
         modules: the module names.
         prefix: where the base model is (``model`` in ``model.layers``), or ``""``.
     """
@@ -87,6 +89,11 @@ def names_of(model: nn.Module) -> Names:
     """What rules about a model may name."""
     first = first_names(model)
     params = {name: first[name] for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, (main, *others) in taken_apart(model).items():
+        # A rule for a quantised weight is about its numbers: scales follow these.
+        params |= {name: first[main]} if main in params else {}
+        for other in others:
+            params.pop(other, None)
     prefix: Any = getattr(model, "base_model_prefix", "")
     has_base = bool(prefix) and isinstance(getattr(model, prefix, None), nn.Module)
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}

@@ -53,10 +53,11 @@ def _tokens(config: Any, seed: int) -> Tensor:
         (value for name, value in settings if name == "vocab_size" and isinstance(value, int)), default=0
     )
     plain = [token for token in range(min(size, 1000)) if token not in special]
-    chosen = torch.randint(max(1, len(plain)), (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
-    return torch.tensor(plain or [0])[chosen]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(max(1, len(plain)), (BATCH, LENGTH), generator=generator, device="cpu")
+    return torch.tensor(plain or [0], device="cpu")[chosen]
 
 
 def _values(shape: tuple[int, ...], dtype: Any) -> Tensor:
     """Random numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)

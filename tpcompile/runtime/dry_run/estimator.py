@@ -18,6 +18,7 @@ from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.calls import flatten_call
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.ir.module_tensors import whole_tensors
+from tpcompile.ir.unwrap import unwrapped_copy
 from tpcompile.planner.dry_run.devices import Device, device_named
 from tpcompile.planner.dry_run.estimate import Estimate, Memory, Mode, Sends, Time
 from tpcompile.planner.options import Options
@@ -93,8 +94,9 @@ class Estimator:
             raise TpCompileError(
                 "the model that was planned is gone", where="model", todo="keep it, or plan it on meta"
             )
-        check_model(found)
-        return found
+        apart = unwrapped_copy(found)
+        check_model(apart)
+        return apart
 
     def of_plan(
         self,

@@ -13,6 +13,7 @@ from tpcompile.capture.checkpointing import Asked
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.check import checked
 from tpcompile.ir.units import read_bytes, size_text
+from tpcompile.ir.unwrap import unwrapped_copy
 from tpcompile.planner.dry_run.devices import Device, device_named
 from tpcompile.planner.dry_run.estimate import Mode
 from tpcompile.planner.dry_run.fitted import Fit, Size
@@ -67,7 +68,7 @@ def fit(
     if not ranks:
         raise TpCompileError("there is no number of ranks to try", where="ranks", todo="give range(1, 17)")
     began = time.perf_counter()
-    found, built = device_named(device), model_meant(model, dtype)
+    found, built = device_named(device), unwrapped_copy(model_meant(model, dtype))
     limit = _limit(memory, found)
     options = read_options(built, plan, found.cost, "cpu", False, None, ())
     estimator = Estimator.of(built, options)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.check import checked
+from tpcompile.ir.unwrap import unwrapped_copy
 from tpcompile.lowering.simulate import lower_all
 from tpcompile.planner.options import Options
 from tpcompile.planner.search.cost import CostModel
@@ -71,6 +72,7 @@ def verify(
             where=type(model).__name__,
             todo="make it on a real device, if need be with fewer layers; random weights will do",
         )
+    model = unwrapped_copy(model)
     asked = (plan, cost_model, "cpu", dynamic, memory, passes)
     options = read_options(model, *asked, sequence_parallel=sequence_parallel)
     if options.custom:

@@ -118,7 +118,7 @@ def refuse_nothing(model: nn.Module, outcome: Mapping[Key, Any]) -> None:
         raise TpCompileError(
             "all results are zero, which they could be whatever the model does",
             where=type(model).__name__,
-            todo="verify a call with other arguments (token ids that are no padding), or a model with weights",
+            todo="verify a call with other arguments (tokens that are no padding), or a model with weights",
         )
 
 

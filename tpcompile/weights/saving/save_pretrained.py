@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import check_arguments
 from tpcompile.ir.hf_internals import custom_object_save, revert_weight_conversion
+from tpcompile.ir.unwrap import taken_apart
 from tpcompile.ranks.agree import together
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.weights.loading.expressions import Expression, Leaf, leaves
@@ -102,6 +103,12 @@ def _prepare(
             "the model has adapters",
             where="save_pretrained",
             todo="save them from the model before it was sharded, or merge them",
+        )
+    if quantised := next(iter(taken_apart(model)), None):
+        raise TpCompileError(
+            "the model has quantised weights, of which no checkpoint of transformers can be written yet",
+            where=quantised,
+            todo="save_program(folder), or torch.distributed.checkpoint with sharded_state_dict()",
         )
     target = _folder(wishes.save_directory)
     Collector(model, 0 if axis is None else axis.rank, 0).check()

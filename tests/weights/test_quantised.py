@@ -1,0 +1,93 @@
+"""Quantised weights that are divided as they are: torchao's tensors, in parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchao.quantization import quantize_
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import tpcompile
+from tests.helpers.run_ranks import run_spmd
+from tests.on_ranks import quantised as spmd
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FAMILIES: dict[str, Any] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**spmd.SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=8, **spmd.SIZES)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**EXPERTS, **spmd.SIZES)),
+    "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(head_dim=8, **EXPERTS, **spmd.SIZES)),
+}
+
+
+def test_every_kind() -> None:
+    """The logits of the unsharded quantised model."""
+    for found in run_spmd(spmd.kinds, 2):
+        assert found.keys() == spmd.KINDS.keys()
+        assert max(found.values()) <= 1e-6, found
+
+
+@pytest.mark.parametrize(
+    "family, ranks, kind",
+    [
+        ("llama", 2, "int4"),
+        ("llama", 4, "int4"),
+        ("qwen3", 4, "int4"),
+        ("mixtral", 4, "fp8"),
+        ("gpt_oss", 4, "fp8"),
+    ],
+)
+def test_families(family: str, ranks: int, kind: str) -> None:
+    """Tokens as well; and a rank holds its share."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    quantize_(model, spmd.KINDS[kind])
+    report = tpcompile.verify(
+        model, ranks, example_kwargs={"input_ids": spmd.IDS}, gradients=False, generate=3
+    )
+    assert report.ok, report
+    whole, plan = tpcompile.plan(model, 1).layout.fullest, tpcompile.plan(model, ranks)
+    assert plan.layout.fullest <= 1.05 * whole / ranks, str(plan)
+    assert "lm_head.weight" in model.state_dict(), "the model is as it was"
+
+
+def test_rules_are_about_the_weight() -> None:
+    """By its own name or by its module's; scales follow the numbers. And transformers' own plan."""
+    model = spmd.quantised("int4")
+    rules = {"layers.*.self_attn.q_proj.weight": tpcompile.Replicate(), "layers.*.mlp.down_proj": "colwise"}
+    layout, layer = tpcompile.plan(model, 2, plan=rules).layout, "model.layers.0."
+    assert layout.params[f"{layer}self_attn.q_proj._weight_qdata"].is_whole
+    assert layout.local_shape(f"{layer}mlp.down_proj._weight_qdata", 0) == (32, 128)
+    assert layout.local_shape(f"{layer}mlp.down_proj._weight_scale", 0) == (32, 8)
+    own = tpcompile.plan(model, 2, plan="hf")
+    assert own.layout.local_shape(f"{layer}mlp.down_proj._weight_qdata", 0) == (64, 64)
+    assert not own.notes
+
+
+def test_adapters_learn() -> None:
+    for found in run_spmd(spmd.adapters, 2):
+        assert max(found.values()) <= 1e-5, found
+
+
+def test_its_life(tmp_path: Path) -> None:
+    for found in run_spmd(spmd.life, 2, tmp_path):
+        assert max(found.values()) <= 1e-6, found
+
+
+def test_what_is_refused() -> None:
+    for nothing, trained, taken in run_spmd(spmd.refused, 2):
+        assert "names no module" in nothing
+        assert "is to be trained" in trained
+        assert "_weight_scale" in taken
