@@ -22,6 +22,7 @@ from tests.on_ranks.models import CAPTURED, build, call
 from tests.weights.test_checkpoint import fewer
 from tests.weights.test_from_pretrained import checkpoint_of, damaged, load_rank, opened, tensors_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
+from tpcompile.runtime.find_model import find_model, model_meant
 from tpcompile.weights.loading.expressions import Expression
 from tpcompile.weights.loading.fill_tensor import Filler
 from tpcompile.weights.loading.read_headers import MappedFiles
@@ -79,7 +80,7 @@ FP8 = [
 def test_fp8(name: str, dtype: torch.dtype, block: Any, scales: torch.dtype, tmp_path: Path) -> None:
     """Blocks that slices cut: 68 rows on 4 ranks in blocks of 4; experts that are merged."""
     model_class = checkpoint_of(name, tmp_path, dtype)
-    quantised.fp8(tmp_path, block, scales)
+    quantised.fp8(tmp_path, block, scales, modules_to_not_convert=["lm_head"])
     asked = FineGrainedFP8Config(dequantize=True)
     whole = model_class.from_pretrained(tmp_path, quantization_config=asked)
     assert_slices(tmp_path, planned(name), tensors_of(whole), quantization_config=asked)
@@ -89,13 +90,15 @@ def test_fp8(name: str, dtype: torch.dtype, block: Any, scales: torch.dtype, tmp
     ("name", "block"), [("llama", (16, 16)), ("deepseek_v3", (16, 8)), ("mixtral", (4, 8))]
 )
 def test_fp8_blocks_that_are_cut_short(name: str, block: Any, tmp_path: Path) -> None:
-    """transformers refuses these, or takes 28 columns in 4 blocks of 8 for blocks of 7."""
+    """transformers refuses these, or takes 28 columns in 4 blocks of 8 for blocks of 7.
+
+    Here the checkpoint's own configuration says that it is to be dequantised.
+    """
     model_class = checkpoint_of(name, tmp_path / "quantised", BF16)
-    quantised.fp8(tmp_path / "quantised", block)
+    quantised.fp8(tmp_path / "quantised", block, dequantize=True)
     quantised.dequantised_fp8(tmp_path / "quantised", block, BF16, tmp_path / "plain")
     whole = model_class.from_pretrained(tmp_path / "plain")
-    asked = {"dequantize": True}
-    assert_slices(tmp_path / "quantised", planned(name), tensors_of(whole), quantization_config=asked)
+    assert_slices(tmp_path / "quantised", planned(name), tensors_of(whole))
 
 
 def test_mxfp4(tmp_path: Path) -> None:
@@ -165,6 +168,21 @@ def test_loads_decodes_and_saves(tmp_path: Path) -> None:
     state = model_class.from_pretrained(out).state_dict()
     assert state.keys() == expected.keys()
     assert all(state[k].dtype == expected[k].dtype and torch.equal(state[k], expected[k]) for k in state)
+
+
+def test_models_of_quantised_configurations(tmp_path: Path) -> None:
+    """What the command line plans and runs is the model of dequantised weights, and it says so."""
+    checkpoint_of("llama", tmp_path, BF16)
+    quantised.fp8(tmp_path)
+    for verifiable in (False, True):
+        with pytest.warns(UserWarning, match=r"is quantised \(fp8\).*dequantised, to torch.bfloat16"):
+            model = find_model(str(tmp_path), verifiable=verifiable)
+        assert not hasattr(model.config, "quantization_config")
+        assert {p.dtype for p in model.parameters()} == {BF16}
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="is quantised"):
+        model_meant(config)
+    assert config.quantization_config is not None
 
 
 # ------------------------------------------------------------------------------------------------- refusals

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from typer.testing import CliRunner, Result
 
+from tests.helpers import quantised
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import commands
 from tpcompile.__main__ import app
@@ -99,11 +100,15 @@ def greedy(llama: transformers.LlamaForCausalLM) -> list[int]:
 
 
 def test_generate_starts_its_ranks(llama: transformers.LlamaForCausalLM, tmp_path: Path) -> None:
+    """With a quantised checkpoint, which is dequantised if that is asked for."""
     llama.save_pretrained(tmp_path)
+    quantised.fp8(tmp_path, (8, 8))
+    asked = transformers.FineGrainedFP8Config(dequantize=True)
+    whole = transformers.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=asked)
     given = ["generate", str(tmp_path), "--ranks", "2", "--ids", "1,2,3", "--tokens", "1", "--cpu", "--json"]
-    command = [sys.executable, "-m", "tpcompile", *given]
+    command = [sys.executable, "-m", "tpcompile", *given, "--dequantize"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
-    assert json.loads(done.stdout)["ids"] == greedy(llama)[:4]
+    assert json.loads(done.stdout)["ids"] == greedy(whole)[:4]
 
 
 def test_ranks_end_with_who_started_them() -> None:

@@ -16,6 +16,9 @@ Model = Annotated[str, typer.Argument(help="Folder, config.json, hub name, or pa
 Ranks = Annotated[int, typer.Option(help="How many ranks share the model.", min=1, max=4096)]
 Layers = Annotated[int | None, typer.Option(help="Cut the model down to so many layers.", min=1)]
 Dtype = Annotated[str | None, typer.Option(help="Type of the weights; by default the configuration's.")]
+Dequantised = Annotated[
+    bool, typer.Option("--dequantize", help="A quantised checkpoint is dequantised while it is loaded.")
+]
 Device = Annotated[
     str, typer.Option(help="Cost model: h100, h200, b200, a100 or cpu; h100x8: in nodes of 8.")
 ]

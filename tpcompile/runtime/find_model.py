@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,11 @@ def find_model(
         _cut(config.get_text_config(), layers)
     kind: Any = find_class(config, None, False, {})
     wanted = find_dtype(dtype, config, {})
+    _warn_of_quantised(config, wanted)
     model = build_model(kind, config, wanted, None)
     if verifiable:
         _check_memory(model)
-        model = kind._from_config(config, dtype=wanted).eval()
+        model = kind._from_config(model.config, dtype=wanted).eval()
     return model
 
 
@@ -91,7 +93,20 @@ def model_meant(model: Any, dtype: str | torch.dtype | None = None) -> nn.Module
     config = copy.deepcopy(model)
     auto = None if config.architectures else transformers.AutoModelForCausalLM
     kind: Any = find_class(config, auto, False, {})
-    return build_model(kind, config, find_dtype(dtype, config, {}), None)
+    wanted = find_dtype(dtype, config, {})
+    _warn_of_quantised(config, wanted)
+    return build_model(kind, config, wanted, None)
+
+
+def _warn_of_quantised(config: Any, dtype: torch.dtype) -> None:
+    from tpcompile.weights.loading.dequantise import quantised_by
+
+    if (method := quantised_by(config)) is not None:
+        warnings.warn(
+            f"the checkpoint is quantised ({method}): this is about the model whose weights "
+            f"were dequantised, to {dtype}",
+            stacklevel=3,
+        )
 
 
 def _read_fields(fields: Sequence[str]) -> dict[str, Any]:

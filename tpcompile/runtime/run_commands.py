@@ -11,7 +11,20 @@ import typer
 
 from tpcompile.ir.units import size_text, time_text
 
-from .command_options import Batch, Cpu, Dtype, Fields, Json, Layers, Model, Ranks, Seq, errors, show
+from .command_options import (
+    Batch,
+    Cpu,
+    Dequantised,
+    Dtype,
+    Fields,
+    Json,
+    Layers,
+    Model,
+    Ranks,
+    Seq,
+    errors,
+    show,
+)
 from .find_model import example_of, find_model
 from .run_on_ranks import (
     bench_call,
@@ -38,6 +51,7 @@ def generate(
     ids: Annotated[str | None, typer.Option(help="Token ids instead, as in 1,2,3.")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to generate.", min=1)] = 20,
     dtype: Dtype = None,
+    dequantize: Dequantised = False,
     cpu: Cpu = False,
     as_json: Json = False,
 ) -> None:
@@ -46,7 +60,7 @@ def generate(
         given, tokenizer = read_prompt(model, prompt, ids)
     _on_ranks(ranks)
     with errors(as_json), mesh_of_ranks(cpu) as mesh:
-        found = generate_tokens(_load(context, model, mesh, dtype), given, tokenizer, tokens)
+        found = generate_tokens(_load(context, model, mesh, dtype, dequantize), given, tokenizer, tokens)
         _show_first(found.get("text", found["ids"]), found, as_json)
 
 
@@ -84,6 +98,7 @@ def convert(
     to: Annotated[str, typer.Option(help="tp-plan, safetensors, dcp, or program.")] = "safetensors",
     ranks: Ranks = 1,
     dtype: Dtype = None,
+    dequantize: Dequantised = False,
     shard: Annotated[str, typer.Option(help="The size of a file of safetensors.")] = "5GB",
     cpu: Cpu = False,
     as_json: Json = False,
@@ -98,7 +113,7 @@ def convert(
             return show("\n".join(f"{key}: {style}" for key, style in found["rules"].items()), found, as_json)
     _on_ranks(ranks)
     with errors(as_json), mesh_of_ranks(cpu) as mesh:
-        found = convert_checkpoint(_load(context, model, mesh, dtype), layout, out, shard)
+        found = convert_checkpoint(_load(context, model, mesh, dtype, dequantize), layout, out, shard)
         _show_first(f"written: {out}, {size_text(found['bytes'])}", found, as_json)
 
 
@@ -108,8 +123,11 @@ def _on_ranks(ranks: int) -> None:
         raise typer.Exit(start_ranks(ranks))
 
 
-def _load(context: typer.Context, model: str, mesh: Any, dtype: str | None) -> Any:
-    return context.obj.from_pretrained(model, mesh, dtype=dtype, local_files_only=True)
+def _load(context: typer.Context, model: str, mesh: Any, dtype: str | None, dequantize: bool) -> Any:
+    asked = {"dequantize": True} if dequantize else None
+    return context.obj.from_pretrained(
+        model, mesh, dtype=dtype, quantization_config=asked, local_files_only=True
+    )
 
 
 def _show_first(text: object, data: dict[str, Any], as_json: bool) -> None:

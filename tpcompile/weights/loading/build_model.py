@@ -18,6 +18,7 @@ from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import short
 from tpcompile.ir.hf_internals import get_class_from_dynamic_module
 
+from .dequantise import say_nothing_of_it
 from .read_headers import Stored
 
 # Parts of the names of attention that runs kernels which torch.export cannot see into.
@@ -177,7 +178,7 @@ def find_dtype(dtype: Any, config: Any, stored: Mapping[str, Stored]) -> torch.d
 def build_model(
     model_class: Any, config: Any, dtype: torch.dtype, attention: str | Mapping[str, str] | None
 ) -> transformers.PreTrainedModel:
-    """The model in evaluation mode, on ``meta``.
+    """The model in evaluation mode, on ``meta``: an ordinary one, also where the weights are quantised.
 
     Args:
         model_class: its class.
@@ -197,6 +198,7 @@ def build_model(
                 todo='give attn_implementation="sdpa" (or "eager")',
             )
     config = copy.deepcopy(config)
+    say_nothing_of_it(config)
     extra = {"attn_implementation": attention} if attention is not None else {}
     safe = getattr(initialization, "meta_device_safe_creation_ops", contextlib.nullcontext)
     todo = "check the configuration; transformers' from_config with it fails likewise"

@@ -44,9 +44,7 @@ def find_quantizer(config: Any, given: Any, where: str) -> HfQuantizer | None:
             )
         return None
     stored = getattr(holders[0], _FIELD)
-    fields = stored if isinstance(stored, Mapping) else getattr(stored, "__dict__", {})
-    method = fields.get("quant_method") or "an unnamed method"
-    method = str(getattr(method, "value", method))
+    method = _method(stored)
     said = f"the checkpoint is quantised ({method})"
     with refusing(f"{said}, which cannot be understood", where=where, todo=_WHOLE):
         if isinstance(given, Mapping):
@@ -76,16 +74,33 @@ def find_quantizer(config: Any, given: Any, where: str) -> HfQuantizer | None:
     return quantizer
 
 
+def quantised_by(config: Any) -> str | None:
+    """The method by which a configuration says that the weights are quantised, or None."""
+    holders = _holders(config)
+    return _method(getattr(holders[0], _FIELD)) if holders else None
+
+
+def say_nothing_of_it(config: Any) -> None:
+    """Makes a configuration that of an ordinary model."""
+    for part in _holders(config):
+        delattr(part, _FIELD)
+
+
 def prepare_model(model: Any, quantizer: HfQuantizer, dtype: torch.dtype) -> None:
     """Lets the quantizer change a model on ``meta`` as it does before it loads (nothing, as a rule)."""
     quantizer.preprocess_model(model=model, dtype=dtype, device_map=None, use_kernels=False)
 
 
 def forget_quantisation(model: Any, quantizer: HfQuantizer) -> None:
-    """Makes a model an ordinary one, whose configuration does not say that it is quantised."""
+    """Makes a model an ordinary one again after its weights were converted."""
     quantizer.postprocess_model(model)
-    for config in _holders(model.config):
-        delattr(config, _FIELD)
+    say_nothing_of_it(model.config)
+
+
+def _method(stored: Any) -> str:
+    fields = stored if isinstance(stored, Mapping) else getattr(stored, "__dict__", {})
+    method = fields.get("quant_method") or "an unnamed method"
+    return str(getattr(method, "value", method))
 
 
 def _holders(config: Any) -> list[Any]:
