@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig
 from torch import Tensor
 from transformers import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 
@@ -23,6 +24,7 @@ from tests.weights.test_checkpoint import fewer
 from tests.weights.test_from_pretrained import checkpoint_of, damaged, load_rank, opened, tensors_of
 from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.runtime.find_model import find_model, model_meant
+from tpcompile.weights.loading.add_adapter import add_adapter
 from tpcompile.weights.loading.expressions import Expression
 from tpcompile.weights.loading.fill_tensor import Filler
 from tpcompile.weights.loading.read_headers import MappedFiles
@@ -168,6 +170,18 @@ def test_loads_decodes_and_saves(tmp_path: Path) -> None:
     state = model_class.from_pretrained(out).state_dict()
     assert state.keys() == expected.keys()
     assert all(state[k].dtype == expected[k].dtype and torch.equal(state[k], expected[k]) for k in state)
+
+
+def test_an_adapter_around_dequantised_weights(tmp_path: Path) -> None:
+    checkpoint_of("llama", tmp_path, BF16, num_hidden_layers=1)
+    quantised.fp8(tmp_path, (4, 4))
+    built = opened(tmp_path, quantization_config={"dequantize": True})
+    found = add_adapter(built, LoraConfig(r=2, target_modules=["up_proj"]), torch.device("cpu"))
+    key = "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"
+    assert found.expressions[key] == built.expressions["model.layers.0.mlp.up_proj.weight"]
+    assert {n for n, p in found.model.named_parameters() if p.requires_grad and not p.is_meta} == {
+        f"base_model.model.model.layers.0.mlp.up_proj.lora_{one}.default.weight" for one in "AB"
+    }
 
 
 def test_models_of_quantised_configurations(tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ def find_quantizer(config: Any, given: Any, where: str) -> HfQuantizer | None:
     if block is not None:
         whole = _of_whole_blocks(operation, tuple(block))
         quantizer.get_load_operations = lambda: {"dequantize": whole}
+    # transformers copies a conversion for every key, and with it what belongs to its quantizer.
+    quantizer.__deepcopy__ = lambda memo: quantizer
     setattr(config, _FIELD, wanted)
     return quantizer
 

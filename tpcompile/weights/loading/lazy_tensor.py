@@ -103,8 +103,12 @@ class LazyTensor(Tensor):
                 found = parts[-1].of(of.expression) if parts else of.expression
                 return LazyTensor(found, of._buffer, of._parts + parts, like)
             of._buffer.sealed = True
-        args, kwargs = tree_map_only(Tensor, _expression, (args, kwargs))
-        return tree_map_only(Expression, LazyTensor, _record(func, args, kwargs))
+        found = _record(func, _expressions(args), {key: _expressions(x) for key, x in kwargs.items()})
+        return (
+            LazyTensor(found)
+            if isinstance(found, Expression)
+            else tree_map_only(Expression, LazyTensor, found)
+        )
 
     def write(self, value: Expression, func: Any) -> None:
         """Puts a value of this shape and type into its place.
@@ -144,6 +148,13 @@ _FACTORIES: dict[Any, Callable[..., Any]] = {
 
 def _expression(tensor: Tensor) -> Expression:
     return tensor.expression if isinstance(tensor, LazyTensor) else make.constant(tensor)
+
+
+def _expressions(x: Any) -> Any:
+    """An argument of an operator, with expressions for tensors; pytree would take far longer."""
+    if isinstance(x, list | tuple):
+        return type(x)(_expressions(one) for one in x)
+    return _expression(x) if isinstance(x, Tensor) else x
 
 
 def _write(func: Any, args: Any, kwargs: Any) -> Any:

@@ -183,8 +183,21 @@ def apply(func: Any, args: Any, kwargs: Any) -> Any:
 
 def elementwise(func: Any, args: Any, kwargs: Any) -> Expression:
     """An operator that makes each element of those at its place."""
-    result = on_meta(func, args, kwargs)
-    return Elementwise(tuple(result.shape), result.dtype, func, args, kwargs)
+    if kwargs or any(isinstance(x, list | tuple) for x in args):
+        result = on_meta(func, args, kwargs)
+        return Elementwise(tuple(result.shape), result.dtype, func, args, kwargs)
+    said = tuple((type(x), (x.shape, x.dtype) if isinstance(x, Expression) else x) for x in args)
+    return Elementwise(*_result(func, said), func, args, kwargs)
+
+
+@functools.lru_cache(maxsize=1000)
+def _result(func: Any, args: tuple[tuple[type, Any], ...]) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of an operator's result: all experts have the same."""
+    tensors = (
+        torch.empty(x[0], dtype=x[1], device="meta") if issubclass(t, Expression) else x for t, x in args
+    )
+    found = func(*tensors)
+    return tuple(found.shape), found.dtype
 
 
 def look_up(table: Expression, indices: Sequence[Expression | None]) -> Expression:
