@@ -94,6 +94,11 @@ class _Copies(torch.autograd.Function):
         return None, *(None if grad is None else next(pieces).view(grad.shape) for grad in grads)
 
 
+def sends_joined(backward: Any) -> bool:
+    """Whether what a node of autograd's graph sends are gradients that travel together."""
+    return backward is not None and backward.name() == f"{_Copies.__name__}Backward"
+
+
 @once
 def _summed(ctx: Any, grad: Tensor) -> Tensor:
     return moves.reduce(grad, ctx.group, "sum")

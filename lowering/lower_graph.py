@@ -70,7 +70,6 @@ def lower_program(
     coordinates: tuple[int, ...],
     groups: Groups,
     known: KnownValues | None = None,
-    joined: bool = True,
 ) -> Lowered:
     """One rank's program: constants local, parameters as this rank's parts, real collectives.
 
@@ -79,7 +78,6 @@ def lower_program(
         coordinates: the rank's position on each sub-axis.
         groups: its process groups.
         known: what is known from other ranks of the same program.
-        joined: gradients of small weights travel together.
 
     Raises:
         CannotLower: an operator does not run on local shapes; it does where it is whole. Or layers that
@@ -100,8 +98,7 @@ def lower_program(
         if not writes and _may_outline(program, local.graph):
             lowered.outlined = outline(local.graph, lists)
         drop_unused(local.graph)  # of the last layer, what only the others return
-    if joined:
-        join_gradients(local.graph)
+    join_gradients(local.graph)
     seed_graph(local.graph, groups, len(program.axis_sizes))
     if regions:
         lowered.notes = join_regions(local.graph)

@@ -76,7 +76,13 @@ def _join(graph: Graph, read: Node, linears: Sequence[Node], again: bool) -> Non
             x, group, dim, ranks, _, size, _ = read.args
             rest = [group, dim, ranks, size, again]
             joined = graph.call_function(ops.gather_linears.default, (x, weights, biases, *rest))
-        joined.meta = {**read.meta, "val": [n.meta["val"] for n in (read, *linears)]}
+        stacks = [n.meta.get("nn_module_stack") or {} for n in linears]
+        shared = dict(item for item in stacks[0].items() if all(item in s.items() for s in stacks))
+        joined.meta = {
+            **read.meta,
+            "val": [n.meta["val"] for n in (read, *linears)],
+            "nn_module_stack": shared,
+        }
         for at, node in enumerate((read, *linears)):
             result = graph.call_function(operator.getitem, (joined, at))
             result.meta.update(node.meta)

@@ -225,7 +225,7 @@ def verify(
     raise typer.Exit(0 if report.ok else 1)
 
 
-@app.command()
+@app.command(epilog="Example: tpcompile env --json")
 def env(as_json: Json = False) -> None:
     """Versions and places, for a bug report."""
     found = versions(tpcompile.__version__)

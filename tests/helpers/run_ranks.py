@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import gc
 import multiprocessing
+import multiprocessing.context
 import os
 import pickle
 import sys
@@ -75,9 +76,7 @@ class Workers:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
-        with _environment(_ENVIRONMENT):
+        with forkserver() as context:
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
                 process = context.Process(
@@ -241,6 +240,15 @@ def _receive(pipe: Connection) -> tuple[Any, ...]:
 
 def _nothing() -> None:
     dist.barrier()
+
+
+@contextlib.contextmanager
+def forkserver() -> Iterator[multiprocessing.context.ForkServerContext]:
+    """What starts processes that have imported torch already; inside, the environment is as they need it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with _environment(_ENVIRONMENT):
+        yield context
 
 
 @contextlib.contextmanager

@@ -67,8 +67,8 @@ def taken() -> dict[str, Taken]:
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
 
-    def trained(layers: int, checkpointing: str | None = None) -> tuple[float, str]:
-        deep: Any = tpcompile.parallelize(Deep(layers), mesh, (X,), checkpointing=checkpointing)
+    def trained(layers: int, **options: Any) -> tuple[float, str]:
+        deep: Any = tpcompile.parallelize(Deep(layers), mesh, (X,), **options)
         return training(deep, lambda: deep(X), X, ranks)
 
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
@@ -82,7 +82,11 @@ def taken() -> dict[str, Taken]:
         return result
 
     return {
-        "deep": {"train": trained(7), "selective": trained(7, "selective")},
-        "short": {"full": trained(2, "full")},
+        "deep": {
+            "train": trained(7),
+            "selective": trained(7, checkpointing="selective"),
+            "divided": trained(7, sequence_parallel=True),
+        },
+        "short": {"full": trained(2, checkpointing="full")},
         "llama": {**found, "train": training(generates, loss, ids, ranks)},
     }

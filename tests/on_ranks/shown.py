@@ -10,16 +10,24 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import tpcompile
 from tests.helpers.toys import Mlp
 
+Flops = dict[str, int]
 
-def shown() -> tuple[str | None, str, str, str, dict[str, str], list[str]]:
-    """In a notebook before anything is planned; as text; in a notebook, as a model, a program; in traces."""
+
+def shown() -> tuple[str | None, str, str, str, dict[str, str], list[str], tuple[Flops, Flops]]:
+    """In a notebook before anything is planned; as text; in a notebook, as a model, a program; in traces.
+
+    Last the operations of a step by modules: of the model, and of this rank.
+    """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
-    model = tpcompile.parallelize(nn.Sequential(Mlp(20, 33), Mlp(20, 33)).eval(), mesh)
+    whole = nn.Sequential(Mlp(20, 33), Mlp(20, 33)).eval()
+    expected = _flops(whole)
+    model = tpcompile.parallelize(whole, mesh)
     before = model._repr_html_()
     traced: dict[str, str] = {}
     handler = logging.Handler()
@@ -37,7 +45,14 @@ def shown() -> tuple[str | None, str, str, str, dict[str, str], list[str]]:
         model.programs[0]._repr_html_(),
         traced,
         _profiled(model),
+        (expected, _flops(model)),
     )
+
+
+def _flops(model: nn.Module) -> dict[str, int]:
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 5, 20)).sum().backward()
+    return {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
 
 
 def _profiled(model: Any) -> list[str]:

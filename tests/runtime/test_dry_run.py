@@ -42,17 +42,23 @@ def plans() -> dict[str, tpcompile.Plan]:
 def test_processes_take_what_was_said(plans: dict[str, tpcompile.Plan]) -> None:
     ranks: list[dict[str, Taken]] = run_spmd(on_ranks.taken, 2, timeout=300)
     sizes = {"batch": BATCH, "seq": LENGTH, "device": "cpu"}
-    ways = {"train": ("deep", None), "selective": ("deep", "selective"), "full": ("short", True)}
+    ways: dict[tuple[str, str], dict[str, Any]] = {
+        ("deep", "train"): {},
+        ("deep", "selective"): {"checkpointing": "selective"},
+        ("deep", "divided"): {"sequence_parallel": True},  # gradients of norms travel together
+        ("short", "full"): {"checkpointing": True},
+    }
     expected: dict[str, Taken] = {"deep": {}, "short": {}}
-    for way, (name, checkpointing) in ways.items():
-        expected[name][way] = said(plans[name].estimate("train", device="cpu", checkpointing=checkpointing))
+    for (name, way), options in ways.items():
+        expected[name][way] = said(plans[name].estimate("train", device="cpu", **options))
     modes = ("train", "prefill", "decode")
     expected["llama"] = {mode: said(plans["llama"].estimate(mode, **sizes)) for mode in modes}
     expected["llama"]["weights"] = (plans["llama"].layout.fullest, "")
     for name, steps in expected.items():
         for step, (size, sent) in steps.items():
             most = max(rank[name][step][0] for rank in ranks)
-            assert size == pytest.approx(most, rel=0.01), (name, step)
+            # gloo's thread holds what it has sent and received last until the next message.
+            assert size == pytest.approx(most, rel=0.02), (name, step)
             assert {rank[name][step][1] for rank in ranks} == {sent}, (name, step)
 
 

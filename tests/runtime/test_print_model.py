@@ -52,7 +52,8 @@ def test_a_model_prints_what_a_rank_holds() -> None:
 
 
 def test_a_sharded_model_shows_itself() -> None:
-    for rank, (before, text, table, graph, traced, ranges) in enumerate(run_spmd(shown, 2)):
+    found = run_spmd(shown, 2)
+    for rank, (before, text, table, graph, traced, ranges, _) in enumerate(found):
         assert before is None
         assert f"weight: S(0) [{17 - rank}, 20] of [33, 20]" in text
         assert "Sequential on 2 ranks" in table and "S(1)" in table
@@ -64,3 +65,7 @@ def test_a_sharded_model_shows_itself() -> None:
         )
         assert [name for name in ranges if "." in name] == ["0.up", "0.down", "1.up", "1.down"]
         assert [name for name in ranges if "." not in name] == ["0", "1"]
+    whole, *_ = (flops[0] for *_, flops in found)
+    together = {name: sum(flops[1][name] for *_, flops in found) for name in whole}
+    assert "Sequential.0.up" in whole
+    assert together == whole

@@ -1,4 +1,4 @@
-"""The commands, one as a process and the others in this one: what they print, and how they end."""
+"""The commands, each as a process: what they print, and how they end."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import torch
 import transformers
 from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from typer.testing import CliRunner, Result
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from tests.helpers import quantised
+from tests.helpers.run_command import Ended, run_command
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import commands
 from tpcompile.__main__ import app
@@ -44,8 +46,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments)
+def run(*arguments: str) -> Ended:
+    return run_command(*arguments)
 
 
 def data_of(*arguments: str) -> dict[str, Any]:
@@ -76,7 +78,8 @@ def noted() -> nn.Module:
 
 def test_a_factory_is_called_once() -> None:
     MADE.clear()
-    assert run("verify", "tests.whole.test_command_line:noted").exit_code == 2  # for want of an example
+    noting = ("verify", "tests.whole.test_command_line:noted")
+    assert CliRunner().invoke(app, noting).exit_code == 2  # for want of an example
     assert len(MADE) == 1
 
 
@@ -109,6 +112,15 @@ def test_generate_starts_its_ranks(llama: transformers.LlamaForCausalLM, tmp_pat
     command = [sys.executable, "-m", "tpcompile", *given, "--dequantize"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
     assert json.loads(done.stdout)["ids"] == greedy(whole)[:4]
+
+
+def test_bench_under_torchrun(config: str) -> None:
+    given = ["bench", config, "--layers", "1", "--mode", "decode", "--seq", "4", "--runs", "1", "--cpu"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tpcompile"]
+    command = [sys.executable, "-m", *launch, *given, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
+    found = json.loads(done.stdout)
+    assert (found["mode"], found["ranks"]) == ("decode", 2) and found["seconds"] > 0
 
 
 def test_ranks_end_with_who_started_them() -> None:
@@ -162,11 +174,14 @@ def test_convert_and_meshes(config: str, tmp_path: Path) -> None:
 
 
 def test_every_command_teaches_by_examples() -> None:
-    done = run("--help")
-    for command in ("plan", "fit", "report", "explain", "lint", "verify", "generate", "bench", "convert"):
-        assert command in done.output
-        assert f"Example: tpcompile {command}" in " ".join(run(command, "--help").output.split())
-    assert "--install-completion" in done.output
+    def help_of(*command: str) -> str:
+        return " ".join(CliRunner().invoke(app, (*command, "--help")).output.split())
+
+    assert "--install-completion" in help_of()
+    group: Any = get_command(app)
+    assert len(group.commands) == 11
+    for command in group.commands:
+        assert command in help_of() and f"Example: tpcompile {command}" in help_of(command)
 
 
 def test_a_plan_follows_its_options(config: str, tmp_path: Path) -> None:

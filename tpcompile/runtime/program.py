@@ -17,14 +17,13 @@ from tpcompile.capture.export.size_check import size_check
 from tpcompile.compile_program import Compiled
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import Sizes, identical
-from tpcompile.ir.torch_internals import profiler_enabled
 from tpcompile.planner.plan import Plan
 from tpcompile.planner.report.notebook import graph_html
 
 from .compile_step import CompiledSteps, compiled_steps
 from .drawn_numbers import Draws
 from .fetch_inputs import Feed, make_fetch
-from .named_run import run_named
+from .named_run import run_named, somebody_watches
 from .settings import Reads, found_out_once
 from .sharded_result import Gathers, ShardedResult, defer_gathers
 from .value_checks import checks_among, refuse_failed
@@ -259,7 +258,7 @@ class RankProgram:
         gathers: dict[int, Gathers] = {}
         if not torch.compiler.is_compiling():
             graph_module, gathers = self.short(graph_module)
-            if profiler_enabled():
+            if somebody_watches():
                 return run_named(graph_module, fetch(given)), gathers
         # Not as a module: global module hooks (a FLOP counter's) are for the model, and trip over segments.
         return graph_module.forward(*fetch(given)), gathers

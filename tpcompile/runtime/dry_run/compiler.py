@@ -82,7 +82,6 @@ class DryCompiler(Compiler):
         wanted = samples(left_out(rewritten))
         for copies in wanted if self._runs else wanted[:1]:
             short = shortened(rewritten, copies)
-            # A message with the gradients of all layers could not be told from those of a few.
             groups = SimulatedGroups(rewritten.axis_sizes, first)
-            self.programs.append((copies, short, lower_program(short, first, groups, joined=False)))
+            self.programs.append((copies, short, lower_program(short, first, groups)))
         return super().lower(rewritten)

@@ -255,10 +255,15 @@ def _put_together(
 
 
 def _sent(counts: Sequence[Counter[Transfer]], copies: tuple[int, ...]) -> tuple[Sends, ...]:
-    every = dict.fromkeys(sent for count in counts for sent in count)
-    return tuple(
-        Sends(s.kind, round(extended([c[s] for c in counts], copies)), s.bytes, s.ranks) for s in every
-    )
+    every = dict.fromkeys(sent for count in counts for sent in count if not sent.joined)
+    alone = {s: round(extended([c[s] for c in counts], copies)) for s in every}
+    # Of gradients that travel together every run has the same messages, the larger the more layers it has.
+    joined = zip(*([s for s in count.elements() if s.joined] for count in counts), strict=True)
+    for messages in joined:
+        size = round(extended([s.bytes for s in messages], copies))
+        whole = messages[0]._replace(bytes=size, joined=False)
+        alone[whole] = alone.get(whole, 0) + 1
+    return tuple(Sends(s.kind, count, s.bytes, s.ranks) for s, count in alone.items())
 
 
 def _rests_on(step: Step, copies: tuple[int, ...], recomputed: Sequence[str]) -> Iterator[str]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tpcompile.ir.markers import Axes
-from tpcompile.ir.torch_internals import tree_leaves
+from tpcompile.ir.torch_internals import current_autograd_node, tree_leaves
+from tpcompile.lowering.join_gradients import sends_joined
 
 from .live_bytes import LiveBytes
 from .operations import arithmetic, extent, is_fused, traffic
@@ -28,11 +29,15 @@ _SENDS = {
 
 
 class Transfer(NamedTuple):
-    """A collective: its kind, the bytes of the whole value, how many ranks take part, over which sub-axes."""
+    """A collective: its kind, the bytes of the whole value, how many ranks take part, over which sub-axes.
+
+    ``joined``: it is one message for weights of all layers, which is the larger the more there are.
+    """
 
     kind: str
     bytes: int
     ranks: int
+    joined: bool = False
     axes: Axes = ()
     axis_sizes: Axes = ()
 
@@ -150,7 +155,8 @@ class Recorder(LiveBytes):
         ranks = math.prod(self._axes[axis] for axis in axes)
         size = extent(returned[0]) if kind == "all_gather" else extent(given[0])
         whole = size * ranks if kind == "all_to_all" else size
-        return Transfer(kind, whole, ranks, axes, tuple(self._axes))
+        joined = sends_joined(current_autograd_node())
+        return Transfer(kind, whole, ranks, joined, axes, tuple(self._axes))
 
     def _release(self, key: int, size: int) -> None:
         super()._release(key, size)
