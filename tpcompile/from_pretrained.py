@@ -98,7 +98,8 @@ def from_pretrained(
         generation_config: instead of the checkpoint's.
         key_mapping: patterns of keys in the checkpoint -> what they become.
         quantization_config: for a quantised checkpoint: transformers' object, or a dict of its fields, that
-            says ``dequantize=True``. Every rank dequantises its own slices while it reads them.
+            says ``dequantize=True``. Every rank dequantises its own slices while it reads them. For any other
+            checkpoint: how its weights are quantised while they are read (``TorchAoConfig``).
         trust_remote_code: whether code that comes with the checkpoint may run.
         variant: reads ``model.<variant>.safetensors``.
         subfolder: of the folder or repository.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -19,7 +20,7 @@ from torchao.quantization import (
     quantize_,
 )
 from torchao.quantization.granularity import PerGroup
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 import tpcompile
 from tests.on_ranks.module_life import refusal
@@ -137,8 +138,35 @@ def life(folder: Path) -> dict[str, float]:
     model.save_program(folder / "program")
     with torch.no_grad():
         found["program"] = tpcompile.load_program(folder / "program", mesh())(**CALL).logits
-    assert "no checkpoint of transformers" in refusal(lambda: model.save_pretrained(folder / "checkpoint"))
+    assert "did not quantise this weight" in refusal(lambda: model.save_pretrained(folder / "checkpoint"))
     assert not (folder / "checkpoint").exists()
+    return {name: float((value - want).abs().max()) for name, value in found.items()}
+
+
+def checkpoints(folder: Path) -> dict[str, float]:
+    """Quantised while they are loaded, written, and loaded again: how far from what transformers does."""
+    kind = TorchAoConfig(KINDS["int4"])
+    theirs = LlamaForCausalLM.from_pretrained(folder / "plain", quantization_config=kind)
+    ours = tpcompile.from_pretrained(
+        folder / "plain", mesh(), example_kwargs=CALL, quantization_config=TorchAoConfig(KINDS["int4"])
+    )
+    want, found = logits(theirs), {"quantised": logits(ours)}
+    whole = ours.full_state_dict()
+    for name, weight in theirs.named_parameters():
+        if "proj.weight" in name:
+            assert torch.equal(whole[name.replace("weight", "_weight_qdata")], weight.qdata)
+            assert torch.equal(whole[name.replace("weight", "_weight_scale")], weight.scale)
+    ours.save_pretrained(folder / "written")
+    dist.barrier()
+    found["theirs of ours"] = logits(LlamaForCausalLM.from_pretrained(folder / "written"))
+    again = tpcompile.from_pretrained(folder / "written", mesh(), example_kwargs=CALL)
+    found["ours again"] = logits(again)
+    again.save_pretrained(folder / "rewritten", max_shard_size="40KB")
+    dist.barrier()
+    other = tpcompile.from_pretrained(folder / "rewritten", mesh(), example_kwargs=CALL)
+    assert all(torch.equal(value, whole[name]) for name, value in other.full_state_dict().items())
+    adapted = tpcompile.from_pretrained(folder / "written", mesh(), example_kwargs=CALL, adapter=LORA)
+    assert {n.split(".")[-2] for n, p in adapted.named_parameters() if p.requires_grad} == {"default"}
     return {name: float((value - want).abs().max()) for name, value in found.items()}
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torchao.quantization import quantize_
 from transformers import (
     GptOssConfig,
@@ -17,11 +19,13 @@ from transformers import (
     MixtralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    TorchAoConfig,
 )
 
 import tpcompile
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import quantised as spmd
+from tests.weights.test_from_pretrained import opened
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILIES: dict[str, Any] = {
@@ -84,6 +88,35 @@ def test_adapters_learn() -> None:
 def test_its_life(tmp_path: Path) -> None:
     for found in run_spmd(spmd.life, 2, tmp_path):
         assert max(found.values()) <= 1e-6, found
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**spmd.SIZES)).save_pretrained(tmp_path / "plain")
+    for found in run_spmd(spmd.checkpoints, 2, tmp_path):
+        assert max(found.values()) <= 1e-6, found
+
+
+def test_damaged_checkpoints(tmp_path: Path) -> None:
+    """Parts that are missing or have other sizes, and methods whose weights cannot be divided."""
+    torch.manual_seed(0)
+    plain, folder = tmp_path / "plain", tmp_path / "quantised"
+    LlamaForCausalLM(LlamaConfig(**spmd.SIZES)).save_pretrained(plain)
+    kind = TorchAoConfig(spmd.KINDS["int4"])
+    LlamaForCausalLM.from_pretrained(plain, quantization_config=kind).save_pretrained(folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    name = "model.layers.0.mlp.up_proj._weight_scale"
+    for change in ({}, {name: tensors[name][:5]}):
+        left = {key: value for key, value in tensors.items() if key != name} | change
+        save_file(left, folder / "model.safetensors", metadata)
+        with pytest.raises(tpcompile.TpCompileError, match="up_proj"):
+            opened(folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(tpcompile.TpCompileError):
+        opened(folder)
+    with pytest.raises(tpcompile.TpCompileError, match="nothing can be quantised like this"):
+        opened(plain, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
 
 
 def test_what_is_refused() -> None:

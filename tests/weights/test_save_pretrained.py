@@ -186,7 +186,7 @@ def test_a_module_of_torch_has_no_checkpoint_of_transformers(tmp_path: Path) -> 
 def test_sizes_and_files() -> None:
     assert size_in_bytes("5GB") == 5 * 10**9 and size_in_bytes("2 MiB") == 2**21 and size_in_bytes(7) == 7
     tensors = {str(i): Leaf((size,), torch.float32, str(i)) for i, size in enumerate([1, 1, 5, 1])}
-    files = plan_files(tensors, 8, None)
+    files = plan_files(tensors, 8, None, {})
     assert [list(file.tensors) for file in files] == [["0", "1"], ["2"], ["3"]]
     assert files[0].name == "model-00001-of-00003.safetensors"
     assert len(files[0].header()) % 8 == 0

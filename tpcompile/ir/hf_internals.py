@@ -38,6 +38,7 @@ PRIVATE_ATTRIBUTES = {
         "_save_optimizer_and_scheduler",
         "_save_rng_state",
     ),
+    "transformers.core_model_loading": ("_weight_conversions",),
     "transformers.generation:PrefixConstrainedLogitsProcessor": ("_prefix_allowed_tokens_fn",),
     "transformers.initialization": ("_is_hf_initialized",),
     "transformers.masking_utils:AttentionMaskInterface": ("_global_mapping",),

@@ -86,6 +86,15 @@ def taken_apart(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
+def wholes(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that are taken apart, put together."""
+    return {
+        f"{path}.{name}" if path else name: wrapping.whole(module)
+        for path, module in model.named_modules()
+        for name, wrapping in module.__dict__.get(APART, {}).items()
+    }
+
+
 def unwrapped_copy(model: Any) -> Any:
     """A copy of a model with its quantised weights taken apart, over the same memory; itself, if it has none.
 
@@ -118,7 +127,9 @@ def unwrap(model: Any) -> None:
     if not _has_wrapped(model):
         return
     modules = [(path, module) for path, module in model.named_modules() if _tables_of(module)]
-    _refuse(modules)
+    # transformers marks every weight that it loads as one to be trained, if its type looks like a float's.
+    marked = getattr(model, "hf_quantizer", None) is not None
+    _refuse(modules, marked)
     parts: _Parts = {}
     for _, module in modules:
         apart: dict[str, Wrapping] = {}
@@ -143,12 +154,12 @@ def _tables_of(module: nn.Module) -> list[tuple[dict[str, Any], list[str]]]:
     return [(table, names) for table, names in found if names]
 
 
-def _refuse(modules: list[tuple[str, nn.Module]]) -> None:
+def _refuse(modules: list[tuple[str, nn.Module]], marked: bool) -> None:
     for path, module in modules:
         for table, names in _tables_of(module):
             for name in names:
                 where, kind = f"{path}.{name}" if path else name, type(table[name]).__name__
-                if table[name].requires_grad:
+                if table[name].requires_grad and not marked:
                     raise TpCompileError(
                         f"a {kind} that is to be trained: how its updates are divided is not known",
                         where=where,

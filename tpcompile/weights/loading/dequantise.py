@@ -1,4 +1,4 @@
-"""Quantised checkpoints: transformers' quantizer dequantises them, as part of its weight conversions."""
+"""Quantised checkpoints: transformers' quantizer dequantises them as it converts weights, or keeps them."""
 
 from __future__ import annotations
 
@@ -31,17 +31,10 @@ def find_quantizer(config: Any, given: Any, where: str) -> HfQuantizer | None:
         where: the checkpoint, for an error.
 
     Raises:
-        TpCompileError: dequantising was not asked for, or the method cannot do it tensor by tensor; or there
-            is nothing to dequantise.
+        TpCompileError: dequantising was not asked for, or the method cannot do it tensor by tensor.
     """
     holders = _holders(config)
     if not holders:
-        if given is not None:
-            raise TpCompileError(
-                "the checkpoint is not quantised, and nothing is quantised while it is loaded",
-                where=where,
-                todo=f"leave {_FIELD} out",
-            )
         return None
     stored = getattr(holders[0], _FIELD)
     method = _method(stored)
@@ -50,6 +43,9 @@ def find_quantizer(config: Any, given: Any, where: str) -> HfQuantizer | None:
         if isinstance(given, Mapping):
             given = AutoQuantizationConfig.from_dict({"quant_method": method, **given})
         wanted = AutoHfQuantizer.merge_quantization_configs(copy.deepcopy(stored), given)
+        if not hasattr(wanted, "dequantize") and (kept := _keeping(wanted)) is not None:
+            setattr(config, _FIELD, wanted)
+            return kept
         if not getattr(wanted, "dequantize", False):
             kind = type(wanted).__name__
             able = hasattr(wanted, "dequantize")
@@ -70,10 +66,8 @@ def find_quantizer(config: Any, given: Any, where: str) -> HfQuantizer | None:
     if block is not None:
         whole = _of_whole_blocks(operation, tuple(block))
         quantizer.get_load_operations = lambda: {"dequantize": whole}
-    # transformers copies a conversion for every key, and with it what belongs to its quantizer.
-    quantizer.__deepcopy__ = lambda memo: quantizer
     setattr(config, _FIELD, wanted)
-    return quantizer
+    return _shared(quantizer)
 
 
 def quantised_by(config: Any) -> str | None:
@@ -88,21 +82,56 @@ def say_nothing_of_it(config: Any) -> None:
         delattr(part, _FIELD)
 
 
-def prepare_model(model: Any, quantizer: HfQuantizer, dtype: torch.dtype) -> None:
+def keeps(quantizer: HfQuantizer) -> bool:
+    """Whether weights stay quantised: the quantizer makes tensors of their parts."""
+    dequantises = getattr(quantizer.quantization_config, "dequantize", False)
+    return "deserialize" in _operations(quantizer) and not dequantises
+
+
+def _keeping(wanted: Any) -> HfQuantizer | None:
+    """What loads a checkpoint whose weights stay quantised; None if that cannot be done."""
+    quantizer: HfQuantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=True)
+    if not keeps(quantizer):
+        return None
+    quantizer.validate_environment(device_map=None, weights_only=True)
+    return _shared(quantizer)
+
+
+def prepare_model(model: Any, quantizer: HfQuantizer, dtype: torch.dtype, files: list[str]) -> None:
     """Lets the quantizer change a model on ``meta`` as it does before it loads (nothing, as a rule)."""
-    quantizer.preprocess_model(model=model, dtype=dtype, device_map=None, use_kernels=False)
+    quantizer.preprocess_model(
+        model=model, dtype=dtype, device_map=None, checkpoint_files=files, use_kernels=False
+    )
+    if keeps(quantizer):
+        model.hf_quantizer = quantizer
 
 
-def forget_quantisation(model: Any, quantizer: HfQuantizer) -> None:
-    """Makes a model an ordinary one again after its weights were converted."""
+def finish_model(model: Any, quantizer: HfQuantizer) -> None:
+    """Lets the quantizer finish a model; one that was dequantised becomes an ordinary one in all it says."""
     quantizer.postprocess_model(model)
-    say_nothing_of_it(model.config)
+    if not keeps(quantizer):
+        say_nothing_of_it(model.config)
+        return
+    # What is written is what was read: there is nothing to be reverted.
+    own = _operations(quantizer)["deserialize"]
+    used = [c for c in model._weight_conversions if not _operates(c, own)]
+    model._weight_conversions = used
 
 
 def _method(stored: Any) -> str:
     fields = stored if isinstance(stored, Mapping) else getattr(stored, "__dict__", {})
     method = fields.get("quant_method") or "an unnamed method"
     return str(getattr(method, "value", method))
+
+
+def _shared(quantizer: HfQuantizer) -> HfQuantizer:
+    """transformers copies a conversion for every key, and with it what belongs to its quantizer."""
+    quantizer.__deepcopy__ = lambda memo: quantizer
+    return quantizer
+
+
+def _operates(conversion: Any, operation: Any) -> bool:
+    return any(isinstance(one, operation) for one in getattr(conversion, "operations", ()))
 
 
 def _holders(config: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.module_tensors import of_the_kind, replace_tensors, tensors_by_name
+from tpcompile.ir.unwrap import APART
 
 _FLAG = "_is_hf_initialized"  # transformers' mark of tensors and modules that its initialisation leaves alone
 
@@ -57,6 +58,8 @@ def _initialised(model: Any, rest: Mapping[str, tuple[nn.Module, str]], content:
     replace_tensors(model, new)
     for module in model.modules():
         module.__dict__.pop(_FLAG, None)
+        if APART in module.__dict__:  # nothing draws numbers for a quantised weight
+            module.__dict__[_FLAG] = True
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model.initialize_weights()

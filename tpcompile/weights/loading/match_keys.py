@@ -22,6 +22,7 @@ from tpcompile.ir.hf_internals import (
 )
 from tpcompile.ir.module_tensors import every_name, whole_tensors
 from tpcompile.ir.names import first_few
+from tpcompile.ir.unwrap import unwrap
 
 from .expressions import Expression, copied, leaves
 from .fill_tensor import Filler
@@ -60,6 +61,7 @@ def match_keys(
         TpCompileError: a key is missing, or has another shape or kind of type.
     """
     info = _convert(model, stored, dtype, key_mapping, quantizer)
+    unwrap(model)  # what stays quantised
     expressions = _harvest(model)
     if info.conversion_errors:
         name, text = next(iter(info.conversion_errors.items()))

@@ -24,11 +24,12 @@ from .build_model import (
     find_generation_config,
     refuse_arguments,
 )
-from .dequantise import find_quantizer, forget_quantisation, prepare_model
+from .dequantise import find_quantizer, finish_model, prepare_model
 from .expressions import Expression
 from .find_files import POINTER, find_files
 from .initialise_rest import initialise_rest
 from .match_keys import match_keys
+from .quantise import quantise_model, quantizer_for
 from .read_headers import Stored, read_headers
 
 
@@ -55,18 +56,23 @@ class Opened:
     Attributes:
         config: its configuration.
         stored: its tensors by their keys.
-        quantizer: what dequantises them, or None.
+        quantizer: what loads quantised ones, or None.
+        wanted: what quantises them while they are loaded, or None.
+        becomes: how, as text.
     """
 
     config: Any
     stored: Mapping[str, Stored]
     quantizer: Any = None
+    wanted: Any = None
+    becomes: str = ""
 
     def lines(self) -> list[str]:
         """What ranks must agree about."""
         tensors = [f"{key}: {s.dtype} {list(s.shape)}" for key, s in sorted(self.stored.items())]
         fields = sorted((name, v) for name, v in vars(self.config).items() if not name.startswith("_"))
-        return [*tensors, *(f"configuration, {name}: {describe_value(value)}" for name, value in fields)]
+        settings = [f"configuration, {name}: {describe_value(value)}" for name, value in fields]
+        return [*tensors, *settings, f"quantised: {self.becomes}"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,8 @@ class CheckpointRequest:
         trust_remote_code: whether code that comes with the checkpoint may run.
         variant: of the weights.
         subfolder: of the folder or repository.
-        quantization_config: how a quantised checkpoint is to be loaded, or None.
+        quantization_config: how a quantised checkpoint is to be loaded, or how another one is to be
+            quantised, or None.
         adapter: what is to be put into the model; only whether there is one counts here.
         others: arguments for the hub, and fields of the configuration.
     """
@@ -145,8 +152,11 @@ class CheckpointRequest:
             raise
         files = find(pointer=getattr(config, POINTER, None))
         self._refuse_adapter()
-        quantizer = find_quantizer(config, self.quantization_config, self.name)
-        return Opened(config, read_headers(files.paths, files.index), quantizer)
+        quantizer, wanted, becomes = find_quantizer(config, self.quantization_config, self.name), None, ""
+        if quantizer is None and self.quantization_config is not None:
+            wanted = quantizer_for(self.quantization_config, self.name)
+            becomes = describe_value(wanted.quantization_config.to_dict())
+        return Opened(config, read_headers(files.paths, files.index), quantizer, wanted, becomes)
 
     def _refuse_adapter(self) -> None:
         """Refuses an adapter beside the model, which transformers would put into it."""
@@ -176,10 +186,12 @@ class CheckpointRequest:
             model_class = find_class(config, self.model_class, self.trust_remote_code, self._hub)
             model = build_model(model_class, config, dtype, self.attn_implementation)
             if quantizer is not None:
-                prepare_model(model, quantizer, dtype)
+                prepare_model(model, quantizer, dtype, sorted({s.file for s in opened.stored.values()}))
             expressions, _, unexpected = match_keys(model, opened.stored, dtype, self.key_mapping, quantizer)
             if quantizer is not None:
-                forget_quantisation(model, quantizer)
+                finish_model(model, quantizer)
             initialise_rest(model, expressions, device)
+            if opened.wanted is not None:
+                expressions = quantise_model(model, opened.wanted, expressions, dtype)
             find_generation_config(model, self.generation_config, self.name, self.subfolder, self._hub)
         return Built(model, expressions, frozenset(unexpected))

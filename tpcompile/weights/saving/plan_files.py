@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tpcompile.errors import TpCompileError
@@ -23,10 +23,12 @@ class File:
     Attributes:
         name: its name.
         tensors: what it holds, by key, in the order in which it is written.
+        metadata: what else its header says.
     """
 
     name: str
     tensors: Mapping[str, Expression]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -35,7 +37,7 @@ class File:
 
     def header(self) -> bytes:
         """The file's beginning: the length of the header, and the header itself."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        entries: dict[str, Any] = {"__metadata__": {**self.metadata, "format": "pt"}}
         at = 0
         for key, tensor in self.tensors.items():
             stop = at + bytes_of(tensor)
@@ -70,8 +72,12 @@ def size_in_bytes(size: int | str) -> int:
     return found
 
 
-def plan_files(tensors: Mapping[str, Expression], largest: int, variant: str | None) -> list[File]:
+def plan_files(
+    tensors: Mapping[str, Expression], largest: int, variant: str | None, metadata: Mapping[str, str]
+) -> list[File]:
     """Divides tensors over files of at most ``largest`` bytes; a larger tensor has a file to itself.
+
+    All headers say the metadata.
 
     Raises:
         TpCompileError: a tensor has a type that safetensors does not know.
@@ -95,7 +101,7 @@ def plan_files(tensors: Mapping[str, Expression], largest: int, variant: str | N
         names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     # Larger elements first: every tensor is aligned then.
     return [
-        File(n, dict(sorted(group.items(), key=lambda item: -item[1].dtype.itemsize)))
+        File(n, dict(sorted(group.items(), key=lambda item: -item[1].dtype.itemsize)), metadata)
         for n, group in zip(names, groups, strict=True)
     ]
 

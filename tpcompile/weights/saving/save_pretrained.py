@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import check_arguments
 from tpcompile.ir.hf_internals import custom_object_save, revert_weight_conversion
-from tpcompile.ir.unwrap import taken_apart
 from tpcompile.ranks.agree import together
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.weights.loading.expressions import Expression, Leaf, leaves
@@ -30,6 +29,7 @@ from tpcompile.weights.shard import unsharded
 
 from .collect_tensors import Collector, leaves_of
 from .plan_files import File, index_text, plan_files, size_in_bytes
+from .quantised_metadata import quantised_metadata
 from .staged_checkpoint import StagedCheckpoint, refusal
 
 
@@ -104,16 +104,11 @@ def _prepare(
             where="save_pretrained",
             todo="save them from the model before it was sharded, or merge them",
         )
-    if quantised := next(iter(taken_apart(model)), None):
-        raise TpCompileError(
-            "the model has quantised weights, of which no checkpoint of transformers can be written yet",
-            where=quantised,
-            todo="save_program(folder), or torch.distributed.checkpoint with sharded_state_dict()",
-        )
     target = _folder(wishes.save_directory)
     Collector(model, 0 if axis is None else axis.rank, 0).check()
+    metadata = quantised_metadata(model, original)
     tensors, parameters = _tensors(model, original, wishes.save_original_format)
-    files = plan_files(tensors, size_in_bytes(wishes.max_shard_size), wishes.variant)
+    files = plan_files(tensors, size_in_bytes(wishes.max_shard_size), wishes.variant, metadata)
     others = _configs(model)
     if len(files) > 1:
         others[variant_of(INDEX, wishes.variant)] = index_text(files, parameters).encode()
