@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -313,3 +314,31 @@ def model_family(name: str, folder: str) -> list[bool]:
         model.save_program(folder)
         loaded = tpcompile.load_program(folder, mesh())
         return [bits(x, y) for x, y in zip(run(loaded), wanted, strict=True)]
+
+
+def packages(folder: str) -> dict[str, Any]:
+    """A program with native code: what it gives, for which sizes it runs, and what is refused."""
+    torch.manual_seed(0)
+    sharded = tpcompile.parallelize(Counted().attention.eval(), mesh(), (torch.randn(3, 5, 20),))
+    x = torch.randn(3, 5, 20)
+    with torch.no_grad():
+        sharded.save_program(folder, package=True)
+        loaded = tpcompile.load_program(folder, mesh(), package=True)
+        ran: list[bool] = []
+        for call in loaded.calls:
+            code = call.package
+            assert code is not None
+
+            def runs(*inputs: Any, runs: Any = code.runs) -> Any:
+                ran.append(True)
+                return runs(*inputs)
+
+            call.package = replace(code, runs=runs)
+        torch.testing.assert_close(loaded(x), sharded(x))
+        packaged = len(ran)
+        same = torch.equal(loaded(x[:2]), sharded(x[:2])) and len(ran) == packaged
+        plain = tpcompile.load_program(folder, mesh())
+        untouched = torch.equal(plain(x), sharded(x)) and all(each.package is None for each in plain.calls)
+        sharded.save_program(folder)
+    without = refusal(lambda: tpcompile.load_program(folder, mesh(), package=True))
+    return {"packaged": packaged, "same": same, "untouched": untouched, "without": without}

@@ -83,3 +83,10 @@ def test_damaged_and_made_up_folders(tmp_path: Path) -> None:
     for rank, outcomes in enumerate(run_spmd(artifacts.fuzz, 2, str(tmp_path / "program"), str(tmp_path))):
         assert outcomes["refused"] > 40
         assert "accepted" not in outcomes["hostile"], rank
+
+
+def test_packages_are_native_code_for_the_sizes_that_were_saved(tmp_path: Path) -> None:
+    for found in run_spmd(artifacts.packages, 2, str(tmp_path / "program"), timeout=400):
+        assert found["packaged"] == 1
+        assert found["same"] and found["untouched"]  # other sizes, and who did not ask, run the graph
+        assert "saved without packages" in found["without"]

@@ -19,7 +19,9 @@ from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch._C import _len_torch_dispatch_stack as len_torch_dispatch_stack
 from torch._C._autograd import _get_sequence_nr as get_sequence_nr
 from torch._C._distributed_c10d import BroadcastOptions, GatherOptions
+from torch._C._distributed_c10d import _register_process_group as register_process_group
 from torch._C._distributed_c10d import _resolve_process_group as resolve_process_group
+from torch._C._distributed_c10d import _unregister_process_group as unregister_process_group
 from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards, dict_version
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor, peek_interpreter_stack
 from torch._dispatch.python import enable_python_dispatcher
@@ -77,6 +79,7 @@ PRIVATE_ATTRIBUTES = {
         "_use_count",
     ),
     "torch.UntypedStorage": ("_cdata",),
+    "torch": ("_inductor",),
     "torch._ops:OpOverload": ("_opname", "_overloadname", "_schema"),
     "torch._functorch._aot_autograd.frontend_utils": (
         "_dynamo_source",

@@ -89,13 +89,13 @@ def _backend(group: dist.ProcessGroup, device_type: str | None = None) -> Any:
     return group._get_backend(device)
 
 
-def find_group(name: str, description: str = _DESCRIPTION) -> dist.ProcessGroup | None:
-    """The group that was made under this name and description, if it was not destroyed since."""
+def find_group(name: str, description: str | None = _DESCRIPTION) -> dist.ProcessGroup | None:
+    """The group that was made under this name and description (None: any), if it was not destroyed since."""
     try:
         group: dist.ProcessGroup = resolve_process_group(name)  # type: ignore[arg-type]
     except RuntimeError:
         return None
-    return group if group.group_desc == description else None
+    return group if description is None or group.group_desc == description else None
 
 
 def make_group(

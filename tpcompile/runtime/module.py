@@ -203,7 +203,7 @@ class ShardedModule(WatchedModule):
             save_pretrained(self, self._tp.compiler.axis, self._tp.original, wishes)
 
     @checked
-    def save_program(self, folder: str | os.PathLike[str]) -> None:
+    def save_program(self, folder: str | os.PathLike[str], *, package: bool = False) -> None:
         """Writes the calls that were captured, for ``tpcompile.load_program``, which needs no model.
 
         All ranks must call it. What is written: each rank's graphs and slices of the weights, of all calls of
@@ -211,14 +211,16 @@ class ShardedModule(WatchedModule):
 
         Args:
             folder: a new or empty folder, or one with a program, which is replaced.
+            package: with each rank's graphs as native code (AOTInductor) for the sizes that they were
+                captured with; it runs only where ``load_program`` is asked to.
 
         Raises:
             TpCompileError: on every rank; nothing was captured, a program runs code that is not torch's, or
                 the folder cannot be written.
         """
-        lines = [f"folder: {os.fspath(folder)!r}"]
+        lines = [f"folder: {os.fspath(folder)!r}", f"package: {package}"]
         with alike(self._tp.compiler.group, "save_program", lines):
-            save_programs(self._tp, os.fspath(folder))
+            save_programs(self._tp, os.fspath(folder), package)
 
     @checked
     def clip_grad_norm_(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from tpcompile.ranks.own_groups import TIMEOUT, seconds_of
 from .call_data import captured_of, example_of, signature_of_data
 from .graph_data import graph_of
 from .loaded_program import LoadedCall, LoadedProgram, TensorFeed
+from .package import Package, machine, register_names
 from .save_program import FORMAT, MANIFEST, VERSION, versions
 from .values import decode
 
@@ -42,6 +44,7 @@ def load_program(
     *,
     axis: Axis | None = None,
     timeout: float | timedelta = TIMEOUT,
+    package: bool = False,
 ) -> LoadedProgram:
     """A sharded model's programs, as ``model.save_program(folder)`` has written them.
 
@@ -53,6 +56,8 @@ def load_program(
         mesh: the device mesh, of as many ranks as the model had; by default one axis over all processes.
         axis: the name of the mesh axis, or a tuple of several, as for ``parallelize``.
         timeout: seconds that ranks wait for each other.
+        package: calls of the sizes that native code was saved for (``save_program(package=True)``) run it,
+            not bit for bit the same. It executes code from the folder: ask for it if you trust who wrote it.
 
     Raises:
         TpCompileError: on all ranks: the folder holds something else, is damaged, or was written by another
@@ -64,7 +69,8 @@ def load_program(
     data = together(place.group, "read the program", lambda: _read_manifest(path, ranks, place.device_type))
     compare(place.group, "saved programs", [data["digest"]], "give every rank the same folder")
     groups = AxisGroups(place, tuple(data["axes"]))
-    return together(place.group, "load the program", lambda: _load(path, data, place, groups))
+    compare(place.group, "ways to load a program", [f"package: {package}"], "give every rank the same")
+    return together(place.group, "load the program", lambda: _load(path, data, place, groups, package))
 
 
 def _read_manifest(folder: Path, ranks: int, device: str) -> dict[str, Any]:
@@ -91,7 +97,9 @@ def _read_manifest(folder: Path, ranks: int, device: str) -> dict[str, Any]:
     return data
 
 
-def _load(folder: Path, data: Mapping[str, Any], axis: MeshAxis, groups: AxisGroups) -> LoadedProgram:
+def _load(
+    folder: Path, data: Mapping[str, Any], axis: MeshAxis, groups: AxisGroups, package: bool
+) -> LoadedProgram:
     register_cache_support()
     device = local_device(axis.device_type)
     with refusing("the saved program cannot be read", where=str(folder), todo=_TODO):
@@ -102,10 +110,30 @@ def _load(folder: Path, data: Mapping[str, Any], axis: MeshAxis, groups: AxisGro
         tensors = {n: _restore(t, mine["orders"][n], device) for n, t in load_tensors(stored).items()}
         pairs = zip(data["calls"], mine["programs"], strict=True)
         calls = [_call(call, part, tensors, groups.name, device) for call, part in pairs]
+        if package:
+            for call, part in zip(calls, mine["programs"], strict=True):
+                call.package = _package(folder, part.get("package"), data["files"], groups, device)
         plan = Plan.from_json(data["plan"])
         return LoadedProgram(
             str(data["model"]), signature_of_data(data["signature"]), calls, tensors, plan, axis
         )
+
+
+def _package(
+    folder: Path, data: Any, digests: Mapping[str, str], groups: AxisGroups, device: torch.device
+) -> Package:
+    """A call's native code.
+
+    Raises:
+        ValueError: there is none, or it is for another machine.
+    """
+    if data is None:
+        raise ValueError("it was saved without packages (package=True)")
+    if data["machine"] != (here := machine(device)):
+        raise ValueError(f"its packages are for {data['machine']}, this is {here}")
+    code = _read_file(folder / data["file"], digests)
+    register_names({own: groups.name(tuple(axes)) for own, axes in data["groups"].items()})
+    return Package(torch._inductor.aoti_load_package(io.BytesIO(code)), data["layouts"], data["results"])
 
 
 def _read_file(path: Path, digests: Mapping[str, str]) -> bytes:

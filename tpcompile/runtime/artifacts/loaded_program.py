@@ -27,6 +27,7 @@ from tpcompile.ranks.turns import own_turn
 
 from ..program import autocast_of, device_of
 from ..value_checks import checks_among, refuse_failed
+from .package import Package
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class LoadedCall:
         wanted: of which tensors gradients are wanted, if forward has asked; None: it has not.
         autocast: the autocast type, or None.
         default: the default type of floating point numbers.
+        package: the same as native code, for some sizes.
         seen: the sizes of calls that ranks have compared.
     """
 
@@ -81,6 +83,7 @@ class LoadedCall:
     wanted: Sequence[bool] | None
     autocast: torch.dtype | None
     default: torch.dtype
+    package: Package | None = None
     seen: set[Sizes] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -111,7 +114,9 @@ class LoadedCall:
         leaves = with_counts(leaves, self.numbers)
         given = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
         fetched = [given[f] if isinstance(f, int) else f.get() for f in self.feeds]
-        flat: Sequence[Any] = self.graph_module.forward(*fetched)
+        flat = None if self.package is None else self.package.run(fetched)
+        if flat is None:
+            flat = self.graph_module.forward(*fetched)
         refuse_failed(self.checks, flat)
         for buffer, new in zip(self.mutated, flat[len(flat) - len(self.mutated) :], strict=True):
             buffer.copy_(new)

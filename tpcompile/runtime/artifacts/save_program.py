@@ -27,6 +27,7 @@ from tpcompile.planner.write_file import write_whole
 from tpcompile.ranks.agree import together
 from tpcompile.ranks.exchange import exchange
 from tpcompile.ranks.groups import AxisGroups
+from tpcompile.ranks.mesh import local_device
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.weights.sharded_parameter import ShardedParameter, local_tensor
 
@@ -36,6 +37,7 @@ from ..program import RankProgram
 from ..state import State
 from .call_data import call_data, signature_data
 from .graph_data import graph_data
+from .package import compile_package, machine
 
 FORMAT = "tpcompile program"
 VERSION = 1
@@ -53,6 +55,7 @@ class Saved:
         groups: the process groups of the sub-axes.
         signature: of the model's forward.
         name: the model's class, for people.
+        package: whether graphs are compiled to native code as well.
     """
 
     programs: Sequence[RankProgram]
@@ -60,14 +63,16 @@ class Saved:
     groups: AxisGroups
     signature: CallSignature
     name: str
+    package: bool = False
 
 
-def save_programs(model: State, folder: str) -> None:
+def save_programs(model: State, folder: str, package: bool = False) -> None:
     """Writes the programs of a sharded model; all of its ranks call this.
 
     Args:
         model: what it knows.
         folder: where to.
+        package: whether graphs are compiled to native code as well.
 
     Raises:
         TpCompileError: see ``save_program``; or there are none.
@@ -89,7 +94,8 @@ def save_programs(model: State, folder: str) -> None:
         )
     groups = model.compiler.groups[programs[0].plan.axis_sizes]
     name = model.original.__name__
-    save_program(Path(folder), Saved(programs, model.compiler.axis, groups, model.signature, name))
+    saved = Saved(programs, model.compiler.axis, groups, model.signature, name, package)
+    save_program(Path(folder), saved)
 
 
 def save_program(folder: Path, saved: Saved) -> None:
@@ -109,9 +115,7 @@ def save_program(folder: Path, saved: Saved) -> None:
 
     calls, mine = together(axis.group, "describe the programs", describe)
     _prepare(folder, axis, writes)
-    files = together(
-        axis.group, "write the program", lambda: _write(folder, axis.rank, mine, tensors, writes)
-    )
+    files = together(axis.group, "write the program", lambda: _write(folder, saved, mine, tensors, writes))
     everyone = exchange(axis.group, "write the program: files", files)
     digests = {name: digest for each in everyone for name, digest in each.items()}
 
@@ -187,7 +191,7 @@ def _prepare(folder: Path, axis: MeshAxis, writes: bool) -> None:
             if any(folder.iterdir()) and not ours:
                 raise TpCompileError("there is something else in the folder", where=str(folder), todo=_TODO)
             write_whole(manifest, json.dumps({"format": FORMAT, "version": "unfinished"}))
-            for kind in ("rank-*.json", "rank-*.safetensors", f"{MANIFEST}.*.part"):
+            for kind in ("rank-*.json", "rank-*.safetensors", "rank-*.pt2", f"{MANIFEST}.*.part"):
                 for path in folder.glob(kind):
                     path.unlink()
 
@@ -195,7 +199,7 @@ def _prepare(folder: Path, axis: MeshAxis, writes: bool) -> None:
 
 
 def _write(
-    folder: Path, rank: int, programs: list[Any], tensors: Mapping[str, Tensor], writes: bool
+    folder: Path, saved: Saved, programs: list[Any], tensors: Mapping[str, Tensor], writes: bool
 ) -> dict[str, str]:
     """Writes a rank's files; their digests by their names."""
     if not writes:
@@ -207,11 +211,26 @@ def _write(
             order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
             orders[name] = order if order != sorted(order) else None
             stored[name] = tensor.permute(order).contiguous().clone()
-        path = folder / f"rank-{rank}.safetensors"
-        save_file(stored, path)
-        text = folder / f"rank-{rank}.json"
-        text.write_text(json.dumps({"programs": programs, "orders": orders}))
-        return {each.name: file_digest(each) for each in (path, text)}
+        paths = [folder / f"rank-{saved.axis.rank}.{kind}" for kind in ("safetensors", "json")]
+        save_file(stored, paths[0])
+        if saved.package:
+            paths += [_package(folder, saved, at, data) for at, data in enumerate(programs)]
+        paths[1].write_text(json.dumps({"programs": programs, "orders": orders}))
+        return {each.name: file_digest(each) for each in paths}
+
+
+def _package(folder: Path, saved: Saved, at: int, data: dict[str, Any]) -> Path:
+    """Compiles a call's graph for the sizes that it was captured with."""
+    program, path = saved.programs[at], folder / f"rank-{saved.axis.rank}-{at}.pt2"
+    device = local_device(saved.axis.device_type)
+    given = [
+        torch.zeros(tuple(map(int, x.shape)), dtype=x.dtype, device=device) if isinstance(x, Tensor) else x
+        for x in program.example
+    ]
+    names = {name: axes for axes, name in saved.groups.names.items()}
+    data["package"] = compile_package(program.graph_module, program.fetch(given), names, path)
+    data["package"]["machine"] = machine(device)
+    return path
 
 
 def _manifest(saved: Saved, calls: list[Any], files: Mapping[str, str]) -> dict[str, Any]:
