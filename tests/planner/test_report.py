@@ -15,6 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tpcompile
 from tests.helpers import families
@@ -255,6 +256,31 @@ def test_each_kind_of_layer_is_drawn_once() -> None:
     assert kinds[2, 5, 8, 11, 14] == "layers.8"
     page = graph_section(program)
     assert page.count("tpc-graph") == 2 and "as all of 2, 5, 8, 11, 14" in page
+
+
+PICTURE = Path(__file__).resolve().parents[2] / "docs" / "pictures" / "layer.svg"
+
+
+def test_the_drawing_in_the_documentation_is_ours(request: pytest.FixtureRequest) -> None:
+    """``--update-golden`` draws it anew."""
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_hidden_layers=2,
+        vocab_size=128,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).eval()
+    program = tpcompile.plan(model, 4).rewritten
+    assert program is not None
+    kind = kinds_of(program)[-1]
+    head = '<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff" '
+    drawn = draw_graph(boxes_of(program, kind.name, kind.nodes)).replace("<svg ", head, 1) + "\n"
+    if request.config.getoption("--update-golden"):
+        PICTURE.write_text(drawn)
+    assert PICTURE.read_text() == drawn
 
 
 def test_a_layout_has_edges_downward_and_boxes_apart() -> None:
