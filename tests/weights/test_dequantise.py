@@ -14,6 +14,9 @@ import transformers
 from peft import LoraConfig
 from torch import Tensor
 from transformers import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
+from transformers.quantizers import HfQuantizer, auto
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import tpcompile
 from tests.helpers import quantised
@@ -236,6 +239,15 @@ def test_damaged(kind: str, tmp_path: Path) -> None:
         assert part in str(refused.value), refused.value
 
 
+def test_shapes_count_whatever_the_quantizer_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint_of("llama", tmp_path / "good", BF16)
+    quantised.fp8(tmp_path / "good", (4, 4))
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "param_needs_quantization", lambda *args, **kwargs: True)
+    folder = damaged(tmp_path / "good", "bad", DAMAGED["another shape"][0])
+    with pytest.raises(tpcompile.TpCompileError, match=r"has shape \[64, 40\] in the checkpoint, \[68, 40\]"):
+        opened(Path(folder), quantization_config={"dequantize": True})
+
+
 def test_scales_of_nothing_warn(tmp_path: Path) -> None:
     checkpoint_of("llama", tmp_path / "good", BF16)
     quantised.fp8(tmp_path / "good", (4, 4))
@@ -265,3 +277,66 @@ def test_what_is_not_dequantised(config: Any, given: Any, parts: list[str], tmp_
         opened(tmp_path, quantization_config=given)
     for part in parts:
         assert part in str(refused.value), refused.value
+
+
+class Finished(HfQuantizer):
+    """A method that dequantises finished modules."""
+
+    def is_serializable(self) -> bool:
+        """It has no format."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """It does not train."""
+        return False
+
+
+class FinishedConfig(QuantizationConfigMixin):
+    """Its configuration."""
+
+    def __init__(self, dequantize: bool = False, **fields: Any) -> None:
+        self.quant_method, self.dequantize = "finished", dequantize  # type: ignore[assignment]
+
+
+def test_a_method_without_conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "finished", Finished)
+    monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "finished", FinishedConfig)
+    checkpoint_of("llama", tmp_path)
+    quantised.rewrite(tmp_path, lambda tensors: tensors, {"quant_method": "finished", "dequantize": True})
+    with pytest.raises(
+        tpcompile.TpCompileError, match=r"quantised \(finished\), and dequantised only as a whole"
+    ):
+        opened(tmp_path)
+
+
+def test_damaged_in_other_formats(tmp_path: Path) -> None:
+    checkpoint_of("gpt_oss", tmp_path / "mxfp4", BF16, **GPT_OSS)
+    quantised.mxfp4(tmp_path / "mxfp4")
+    checkpoint_of("llama", tmp_path / "w4a16", BF16)
+    quantised.compressed(tmp_path / "w4a16", "w4a16", 4)
+    up = "model.layers.0.mlp.experts.gate_up_proj"
+    cases: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
+        ("mxfp4", lambda s: s.pop(f"{up}_scales"), "gate_up_proj: KeyError"),
+        ("mxfp4", lambda s: s.pop(f"{up}_blocks"), "gate_up_proj: KeyError"),
+        (
+            "mxfp4",
+            lambda s: s.update({f"{up}_scales": s[f"{up}_scales"][:, 1:].contiguous()}),
+            "AssertionError",
+        ),
+        ("w4a16", lambda s: s.pop(f"{UP}_scale"), "conversion failed"),
+        (
+            "w4a16",
+            lambda s: s.update({f"{UP}_scale": s[f"{UP}_scale"][:, 1:].contiguous()}),
+            "conversion failed",
+        ),
+        (
+            "w4a16",
+            lambda s: s.update({f"{UP}_packed": s[f"{UP}_packed"][:, 1:].contiguous()}),
+            "conversion failed",
+        ),
+    ]
+    for i, (kind, change, message) in enumerate(cases):
+        folder = damaged(tmp_path / kind, f"bad{i}", change)
+        with pytest.raises(tpcompile.TpCompileError, match=message):
+            opened(Path(folder), quantization_config={"dequantize": True})

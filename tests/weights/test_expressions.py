@@ -125,6 +125,44 @@ def test_conversions_that_cannot_be_recorded() -> None:
             torch.zeros(4, 5)[:, ::2].copy_(lazy[:, :3])
 
 
+def test_what_torch_refuses_is_refused() -> None:
+    """Shapes that do not fit are no reason to take what would."""
+    lazy: Any = LazyTensor(Leaf((4, 6), torch.float32, "w"))
+    table = torch.arange(4.0)
+    with Recording():
+        for attempt in (
+            lambda: lazy.split([2, 3], dim=1),
+            lambda: lazy.expand(4, 12),
+            lambda: torch.zeros(4, 3).copy_(lazy),
+            lambda: lazy[4],
+            lambda: lazy.view(5, 5),
+            lambda: lazy * torch.ones(5),
+            lambda: torch.cat([lazy, lazy.t()]),
+            lambda: torch.stack([lazy, lazy[1:]]),
+            lambda: torch.nn.functional.pad(lazy, (0, -1)),
+            lambda: table[lazy[0, :4] > 0],
+        ):
+            with pytest.raises((ValueError, RuntimeError, IndexError)):
+                attempt()
+
+
+def test_constants_are_those_of_their_time() -> None:
+    tensor, number = torch.randn(4, 6), torch.tensor([2.0])
+    found = LazyTensor(Leaf((4, 6), torch.float32, "w")) * number
+    number.add_(1)
+    assert torch.equal(Filler(lambda leaf: tensor).whole(found.expression), tensor * 2)  # type: ignore[attr-defined]
+
+
+def test_parts_of_memory_as_a_list() -> None:
+    """They may be seen after it has changed."""
+    for apart in (torch.unbind, lambda memory: torch.split(memory, 2)):
+        with Recording():
+            memory = torch.zeros(4, 6)
+            apart(memory)
+            with pytest.raises(tpcompile.TpCompileError, match="in place"):
+                memory.fill_(2)
+
+
 def test_what_is_copied_from_memory_stays() -> None:
     tensor = torch.randn(4, 6)
     with Recording():

@@ -124,8 +124,14 @@ def narrow(of: Expression, dim: int, start: int, length: int) -> Expression:
 
 
 def select(of: Expression, dim: int, index: int) -> Expression:
-    """A tensor at one place of a dimension, without it."""
+    """A tensor at one place of a dimension, without it.
+
+    Raises:
+        ValueError: there is no such place.
+    """
     dim %= len(of.shape)
+    if not -of.shape[dim] <= index < of.shape[dim]:
+        raise ValueError(f"dimension {dim} of shape {list(of.shape)} has no place {index}")
     return drop(narrow(of, dim, index % of.shape[dim], 1), dim)
 
 
@@ -135,8 +141,14 @@ def unbind(of: Expression, dim: int = 0) -> list[Expression]:
 
 
 def split_sizes(of: Expression, sizes: Sequence[int], dim: int = 0) -> list[Expression]:
-    """Parts of these lengths."""
+    """Parts of these lengths.
+
+    Raises:
+        ValueError: they are not the whole.
+    """
     dim %= len(of.shape)
+    if sum(sizes) != of.shape[dim]:
+        raise ValueError(f"dimension {dim} of shape {list(of.shape)} is not one of parts of {list(sizes)}")
     return [narrow(of, dim, sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
 
@@ -147,9 +159,15 @@ def split(of: Expression, size: int, dim: int = 0) -> list[Expression]:
 
 
 def expand(of: Expression, sizes: Sequence[int], **kwargs: Any) -> Expression:
-    """A tensor repeated along new dimensions and those of size 1."""
+    """A tensor repeated along new dimensions and those of size 1.
+
+    Raises:
+        ValueError: its other sizes are not those wanted.
+    """
     new = len(sizes) - len(of.shape)
     shape = tuple(of.shape[d - new] if s == -1 else s for d, s in enumerate(sizes))
+    if new < 0 or any(old not in (1, size) for old, size in zip(of.shape, shape[new:], strict=True)):
+        raise ValueError(f"shape {list(of.shape)} cannot be expanded to {list(sizes)}")
     return of if shape == of.shape else Elementwise(shape, of.dtype, same, (of,), {})  # type: ignore[arg-type]
 
 
@@ -159,12 +177,18 @@ def filled(shape: Sequence[int], dtype: torch.dtype, value: Any) -> Expression:
 
 
 def constant(tensor: Tensor) -> Constant:
-    """A constant."""
-    return Constant(tuple(tensor.shape), tensor.dtype, tensor.detach())
+    """A tensor's elements as they are now: what it is changed to afterwards is another constant."""
+    return Constant(tuple(tensor.shape), tensor.dtype, tensor.detach().clone())
 
 
 def pad(of: Expression, pads: Sequence[int], value: Any = 0) -> Expression:
-    """A tensor between some of one value: before and behind it in the last dimension, the one before, ..."""
+    """A tensor between some of one value: before and behind it in the last dimension, the one before, ...
+
+    Raises:
+        ValueError: some would be taken away.
+    """
+    if min(pads) < 0:
+        raise ValueError(f"a conversion pads by {list(pads)}")
     for d, (before, behind) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
         dim = len(of.shape) - 1 - d
         ends = [filled((*of.shape[:dim], n, *of.shape[dim + 1 :]), of.dtype, value) for n in (before, behind)]
@@ -202,9 +226,11 @@ def _result(func: Any, args: tuple[tuple[type, Any], ...]) -> tuple[tuple[int, .
 
 def look_up(table: Expression, indices: Sequence[Expression | None]) -> Expression:
     """Elements of a table that is a constant, or any other indexing."""
-    if isinstance(table, Constant) and len(table.shape) == len(indices) == 1 and indices[0] is not None:
-        func = functools.partial(_look_up, table.tensor)
-        return Elementwise(indices[0].shape, table.dtype, func, (indices[0],), {})
+    index = indices[0]
+    if isinstance(table, Constant) and len(table.shape) == len(indices) == 1 and index is not None:
+        if index.dtype in (torch.int32, torch.int64):  # others are masks
+            func = functools.partial(_look_up, table.tensor)
+            return Elementwise(index.shape, table.dtype, func, (index,), {})
     found: Expression = apply(torch.ops.aten.index.Tensor, (table, indices), {})
     return found
 

@@ -60,9 +60,13 @@ def match_keys(
     Raises:
         TpCompileError: a key is missing, or has another shape or kind of type.
     """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     info = _convert(model, stored, dtype, key_mapping, quantizer)
     unwrap(model)  # what stays quantised
     expressions = _harvest(model)
+    for name, e in expressions.items():  # transformers asks its quantizer whether a shape matters
+        if e.shape != shapes.get(name, e.shape):
+            info.mismatched_keys.add((name, e.shape, shapes[name]))
     if info.conversion_errors:
         name, text = next(iter(info.conversion_errors.items()))
         keys = _sources(model, name, stored, key_mapping, quantizer)
