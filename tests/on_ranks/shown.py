@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import tpcompile
-from tests.helpers.toys import Mlp
+from tests.helpers.toys import Attention, Mlp
 
 Flops = dict[str, int]
 
@@ -28,6 +28,7 @@ def shown() -> tuple[str | None, str, str, str, dict[str, str], list[str], tuple
     whole = nn.Sequential(Mlp(20, 33), Mlp(20, 33)).eval()
     expected = _flops(whole)
     model = tpcompile.parallelize(whole, mesh)
+    attention = tpcompile.parallelize(Attention(packed=False).eval(), mesh, (torch.zeros(2, 5, 20),))
     before = model._repr_html_()
     traced: dict[str, str] = {}
     handler = logging.Handler()
@@ -45,7 +46,7 @@ def shown() -> tuple[str | None, str, str, str, dict[str, str], list[str], tuple
         model.programs[0]._repr_html_(),
         traced,
         _profiled(model),
-        (expected, _flops(model)),
+        ({**expected, **_flops(Attention(packed=False))}, {**_flops(model), **_flops(attention)}),
     )
 
 

@@ -14,6 +14,8 @@ from torch.utils.module_tracker import ModuleTracker
 
 from tpcompile.ir.torch_internals import profiler_enabled, tree_leaves
 
+_TOLD = "tpcompile names its module"
+
 
 def somebody_watches() -> bool:
     """Whether a profiler, or a counter that tells modules apart, sees what is run."""
@@ -63,8 +65,11 @@ class _NamedRun(Interpreter):
         for tracker, _ in self._around:
             tell = partial(_tell, tracker, frozenset(tracker.parents))
             for value in tree_leaves(result):
-                if isinstance(value, Tensor) and value.grad_fn is not None:
-                    value.grad_fn.register_prehook(tell)
+                step: Any = value.grad_fn if isinstance(value, Tensor) else None
+                # A call that hands on a value is not the one whose gradient is computed there.
+                if step is not None and _TOLD not in step.metadata:
+                    step.metadata[_TOLD] = True
+                    step.register_prehook(tell)
         return result
 
     def enter(self, paths: list[str]) -> None:
