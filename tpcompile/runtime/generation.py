@@ -65,10 +65,20 @@ class ShardedGeneration(ShardedModule):
             TpCompileError: on all ranks, if the calls differ, or ask for a cache that cannot be divided; or a
                 function of the user's fails on one of them, or says something else there.
         """
-        with own_turn(self._tp.group_name):
-            return self._generate(super().generate, args, kwargs)  # type: ignore[misc]
+        original = super().generate  # type: ignore[misc]
+        if self._tp.leader is None:
+            return self._generate(original, args, kwargs)
+        sent = {name: value for name, value in kwargs.items() if name != "streamer"}
+        with self._tp.leader.announced("generate", args, sent):
+            return self._generate(original, args, kwargs)
 
     def _generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with own_turn(self._tp.group_name):
+            return self._generate_in_turn(original, args, kwargs)
+
+    def _generate_in_turn(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         group = self._tp.compiler.group
         call = _arguments(original, args, kwargs)
         own = call.pop("streamer", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Any
 
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from .copy_model import copy_model
 from .print_model import model_text
 from .program import RankProgram
 from .runtime import Runtime
+from .serve_ranks import serve_ranks
 from .verify.live import verify_live
 from .verify.report import Report
 from .verify.tokens import Steps
@@ -75,6 +77,28 @@ class ShardedModule(WatchedModule):
         """
         with own_turn(self._tp.group_name):
             return add_program(self._tp, self, self._tp.bind(args, kwargs))
+
+    def serve_ranks(self) -> AbstractContextManager[bool]:
+        """One rank calls the model, and the others follow: for a server, a notebook or a pipeline on rank 0.
+
+        All ranks enter the block together. On rank 0 of the model's ranks it gives True, and every call of
+        the model, of ``generate`` and of submodules in it is made by the other ranks too, with the same
+        arguments, which travel from it as pickles; calls of several threads take turns. The others get False
+        when rank 0 has left the block.
+
+            with model.serve_ranks() as leading:
+                if leading:
+                    serve(model)
+
+        Calls that record gradients and calls with a cache are refused in it; ``save_pretrained`` and whatever
+        else all ranks have to call has to wait until it is over. A failure of a call is raised on rank 0, and
+        the others go on.
+
+        Raises:
+            TpCompileError: on all ranks: some of them do something else. In the block: a call cannot be told
+                to the others, or has failed on one of them.
+        """
+        return serve_ranks(self, self._tp)
 
     @checked
     def verify(

@@ -51,6 +51,14 @@ class Runtime(State):
         """
         if torch.compiler.is_dynamo_compiling():
             return self._call(model, args, kwargs, entry)
+        if self.leader is not None:
+            with self.leader.announced("__call__", args, kwargs, "" if entry is None else entry.path):
+                return self._in_turn(model, args, kwargs, entry)
+        return self._in_turn(model, args, kwargs, entry)
+
+    def _in_turn(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], entry: Entry | None
+    ) -> Any:
         with own_turn(self.group_name):
             again = self._again(model, args, kwargs, "" if entry is None else entry.path)
             return self._call(model, args, kwargs, entry) if again is None else self._run_uncast(*again)
