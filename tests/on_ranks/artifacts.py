@@ -316,6 +316,18 @@ def model_family(name: str, folder: str) -> list[bool]:
         return [bits(x, y) for x, y in zip(run(loaded), wanted, strict=True)]
 
 
+class HandsOn(nn.Module):
+    """Gives what it is given, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp(20, 36)
+        self.eval()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mlp(x), x
+
+
 def packages(folder: str) -> dict[str, Any]:
     """A program with native code: what it gives, for which sizes it runs, and what is refused."""
     torch.manual_seed(0)
@@ -340,5 +352,10 @@ def packages(folder: str) -> dict[str, Any]:
         plain = tpcompile.load_program(folder, mesh())
         untouched = torch.equal(plain(x), sharded(x)) and all(each.package is None for each in plain.calls)
         sharded.save_program(folder)
+        hands_on = tpcompile.parallelize(HandsOn(), mesh(), (x,))
+        refused = refusal(lambda: hands_on.save_program(folder, package=True))
+        assert torch.equal(tpcompile.load_program(folder, mesh())(x), sharded(x))  # it is still there
     without = refusal(lambda: tpcompile.load_program(folder, mesh(), package=True))
-    return {"packaged": packaged, "same": same, "untouched": untouched, "without": without}
+    return {"packaged": packaged, "same": same, "untouched": untouched, "without": without} | {
+        "refused": refused
+    }

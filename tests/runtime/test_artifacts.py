@@ -89,4 +89,4 @@ def test_packages_are_native_code_for_the_sizes_that_were_saved(tmp_path: Path) 
     for found in run_spmd(artifacts.packages, 2, str(tmp_path / "program"), timeout=400):
         assert found["packaged"] == 1
         assert found["same"] and found["untouched"]  # other sizes, and who did not ask, run the graph
-        assert "saved without packages" in found["without"]
+        assert "saved without packages" in found["without"] and "hands on" in found["refused"]

@@ -62,6 +62,23 @@ def _layout(value: Any) -> Any:
     return [str(value.dtype), list(value.shape), list(value.stride())]
 
 
+def refuse_unpackable(graph_module: GraphModule, inputs: Sequence[Any], call: str) -> None:
+    """Refuses a graph that cannot be native code.
+
+    Raises:
+        TpCompileError: it is given, or gives, what is not a tensor, or one that it was given; or it writes.
+    """
+    graph = graph_module.graph
+    results: Any = graph.output_node().args[0]
+    writes = any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in graph.nodes)
+    if writes or not all(map(_may_return, results)) or None in map(_layout, inputs):
+        raise TpCompileError(
+            "native code gives new tensors: a call has numbers, hands on what it is given, or writes to it",
+            where=call,
+            todo="save the program without package=True",
+        )
+
+
 def compile_package(
     graph_module: GraphModule, inputs: Sequence[Any], names: Mapping[str, Axes], path: Path
 ) -> dict[str, Any]:
@@ -75,18 +92,11 @@ def compile_package(
         path: the file.
 
     Raises:
-        TpCompileError: it writes into what it is given, or returns sizes; or torch cannot compile it.
+        TpCompileError: torch cannot compile it.
     """
     layouts = [_layout(x) for x in inputs]
     copy, moved = Graph(graph_module), dict[Node, Node]()
     results: Any = copy.graph_copy(graph_module.graph, moved)
-    writes = any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in copy.nodes)
-    if None in layouts or writes or not all(_may_return(x) for x in results):
-        raise TpCompileError(
-            "a call is given or gives numbers, or writes into what it is given: it cannot be a package",
-            where=str(path),
-            todo="save the program without package=True",
-        )
     own = {name: f"tpcompile {secrets.token_hex(8)}" for name in names}
 
     def renamed(value: Any) -> Any:

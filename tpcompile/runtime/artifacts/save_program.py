@@ -37,7 +37,7 @@ from ..program import RankProgram
 from ..state import State
 from .call_data import call_data, signature_data
 from .graph_data import graph_data
-from .package import compile_package, machine
+from .package import compile_package, machine, refuse_unpackable
 
 FORMAT = "tpcompile program"
 VERSION = 1
@@ -110,6 +110,8 @@ def save_program(folder: Path, saved: Saved) -> None:
 
     def describe() -> tuple[list[Any], list[Any]]:
         kept: dict[int, str] = {}
+        for program in saved.programs if saved.package else ():
+            refuse_unpackable(program.graph_module, _inputs(program, saved), str(program))
         calls = [call_data(program) for program in saved.programs]
         return calls, [_rank_data(program, saved, tensors, kept) for program in saved.programs]
 
@@ -222,15 +224,20 @@ def _write(
 def _package(folder: Path, saved: Saved, at: int, data: dict[str, Any]) -> Path:
     """Compiles a call's graph for the sizes that it was captured with."""
     program, path = saved.programs[at], folder / f"rank-{saved.axis.rank}-{at}.pt2"
+    names = {name: axes for axes, name in saved.groups.names.items()}
+    data["package"] = compile_package(program.graph_module, _inputs(program, saved), names, path)
+    data["package"]["machine"] = machine(local_device(saved.axis.device_type))
+    return path
+
+
+def _inputs(program: RankProgram, saved: Saved) -> Sequence[Any]:
+    """What a program's graph is given in a call like the one that it was captured for."""
     device = local_device(saved.axis.device_type)
     given = [
         torch.zeros(tuple(map(int, x.shape)), dtype=x.dtype, device=device) if isinstance(x, Tensor) else x
         for x in program.example
     ]
-    names = {name: axes for axes, name in saved.groups.names.items()}
-    data["package"] = compile_package(program.graph_module, program.fetch(given), names, path)
-    data["package"]["machine"] = machine(device)
-    return path
+    return program.fetch(given)
 
 
 def _manifest(saved: Saved, calls: list[Any], files: Mapping[str, str]) -> dict[str, Any]:
