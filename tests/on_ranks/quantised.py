@@ -186,4 +186,9 @@ def refused() -> list[str]:
     layer._weight_scale = 1.0
     said.append(refusal(lambda: tpcompile.parallelize(model, mesh())))
     assert list(model.state_dict()) == names
+    sharded = tpcompile.parallelize(quantised("fp8"), mesh(), example_kwargs=CALL)
+    want, types = logits(sharded), [p.dtype for p in sharded.parameters()]
+    said.append(refusal(sharded.bfloat16))
+    assert [p.dtype for p in sharded.parameters()] == types
+    assert torch.equal(logits(sharded.to("cpu")), want)
     return said

@@ -120,7 +120,8 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
 
 
 def test_what_is_refused() -> None:
-    for nothing, trained, taken in run_spmd(spmd.refused, 2):
+    for nothing, trained, taken, cast in run_spmd(spmd.refused, 2):
         assert "names no module" in nothing
         assert "is to be trained" in trained
         assert "_weight_scale" in taken
+        assert "would be cast" in cast

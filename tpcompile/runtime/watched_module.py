@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -12,6 +13,8 @@ from tpcompile.capture.export.look_inside import only_asks
 from tpcompile.capture.export.python_state import MISSING
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.check import check_arguments
+from tpcompile.ir.module_tensors import named_tensor
+from tpcompile.ir.unwrap import taken_apart
 from tpcompile.ranks.agree import compare, together
 from tpcompile.weights.load_state import check_state, own_parts, state_lines
 from tpcompile.weights.sharded_parameter import ShardedParameter
@@ -122,6 +125,8 @@ class WatchedModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self._place() is not None:
+            _refuse_cast(self, fn)
         before, leaves = types_of(self), _leaves(self)
         result = super()._apply(fn, recurse)
         if (place := self._place()) is not None:
@@ -238,6 +243,18 @@ def root_of(module: nn.Module) -> nn.Module | None:
     if "_tp" in own:
         return module
     return own[ENTRY].root if ENTRY in own else None
+
+
+def _refuse_cast(module: nn.Module, fn: Any) -> None:
+    """Refuses another type for parts of quantised weights: scales would be rounded, numbers would grow."""
+    for name, parts in taken_apart(module).items():
+        for part in (named_tensor(module, part) for part in parts):
+            if fn(torch.empty(0, dtype=part.dtype, device=part.device)).dtype != part.dtype:
+                raise TpCompileError(
+                    f"a quantised weight would be cast from {part.dtype}",
+                    where=name,
+                    todo="cast the model before parallelize, or only move it: model.to(device)",
+                )
 
 
 def _refuse_untying(where: str) -> NoReturn:
