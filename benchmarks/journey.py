@@ -3,10 +3,11 @@
     python -m benchmarks.journey [--hidden 768] [--layers 12] [--rounds 3] [--skip compiled]
 
 Two processes of one thread load a checkpoint from disk and generate twenty tokens behind a prompt of 32,
-each variant in fresh processes, in turns. *Cold* has nothing on disk that was compiled or planned before; *warm* is
-the start after that. Prints a markdown table of medians, of the slower rank: seconds since the processes were started
-to when everything was imported, the model was loaded, and the first and the tenth token were there; and a token after
-those, in milliseconds. Ratios are to transformers' eager warm start of the same round.
+each variant in fresh processes, in turns. *Cold* has nothing on disk that was compiled or planned before;
+*warm* is the start after that. Prints a markdown table of medians, of the slower rank: seconds since the
+processes were started to when everything was imported, the model was loaded, and the first and the tenth
+token were there; and a token after those, in milliseconds. Ratios are to transformers' eager warm start of
+the same round.
 """
 
 from __future__ import annotations
