@@ -138,7 +138,7 @@ def unwrap(model: Any) -> None:
                 parameter = table is module._parameters
                 saved = name not in module._non_persistent_buffers_set
                 apart[name] = _take_apart(module, f"_{name}", table.pop(name), parts, parameter, saved)
-        module.__dict__[APART] = apart
+        module.__dict__[APART] = module.__dict__.get(APART, {}) | apart
         kind: Any = type(module)
         module.__class__ = _class_apart(kind, tuple(apart))
 
