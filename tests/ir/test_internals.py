@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -44,6 +45,26 @@ def test_a_name_is_there(internals: str, module: str, alias: ast.alias) -> None:
     users = [user for user in MODULES if local in imported_names(user)]
     assert users, "nobody needs it"
     assert hasattr(importlib.import_module(module), alias.name), f"needed by {', '.join(users)}"
+
+
+def _imports_of_some_versions() -> Iterator[Any]:
+    for module in INTERNALS:
+        for block in ast.parse(inspect.getsource(module)).body:
+            if isinstance(block, ast.Try):
+                names = {
+                    a.asname or a.name
+                    for n in ast.walk(block)
+                    if isinstance(n, ast.ImportFrom)
+                    for a in n.names
+                }
+                yield from (pytest.param(module, name, id=name) for name in sorted(names))
+
+
+@pytest.mark.parametrize(("internals", "name"), list(_imports_of_some_versions()))
+def test_a_name_that_versions_have_elsewhere_or_not_at_all(internals: ModuleType, name: str) -> None:
+    users = [user for user in MODULES if f"{internals.__name__}.{name}" in imported_names(user)]
+    assert users, "nobody needs it"
+    assert getattr(internals, name) is not None, "not in this version, for which tests are meant"
 
 
 @pytest.mark.parametrize(("owner", "name"), ATTRIBUTES)

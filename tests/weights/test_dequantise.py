@@ -279,6 +279,15 @@ def test_what_is_not_dequantised(config: Any, given: Any, parts: list[str], tmp_
         assert part in str(refused.value), refused.value
 
 
+def test_a_version_that_does_not_say_how_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(HfQuantizer, "get_load_operations")  # as in transformers 5.17
+    checkpoint_of("llama", tmp_path)
+    quantised.fp8(tmp_path)
+    said = r"\(fp8\), and transformers (?s:.)* install transformers"
+    with pytest.raises(tpcompile.TpCompileError, match=said):
+        opened(tmp_path, quantization_config=FineGrainedFP8Config(dequantize=True))
+
+
 class Finished(HfQuantizer):
     """A method that dequantises finished modules."""
 

@@ -19,6 +19,11 @@ try:
 except ImportError:  # 5.17
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
+try:
+    from transformers.masking_utils import remap_positions_for_packed_sequence
+except ImportError:  # 5.17, whose masks go by places where rows are packed, too: nothing is remapped
+    remap_positions_for_packed_sequence = None
+
 PRIVATE_ATTRIBUTES = {
     "peft.utils.save_and_load": ("_reshard_dtensor_values_for_load",),
     "accelerate.state:PartialState": ("_shared_state",),
@@ -43,7 +48,6 @@ PRIVATE_ATTRIBUTES = {
     "transformers.initialization": ("_is_hf_initialized",),
     "transformers.masking_utils:AttentionMaskInterface": ("_global_mapping",),
     "transformers.modeling_utils:AttentionInterface": ("_global_mapping",),
-    "transformers.integrations.moe": ("_is_expert_parallel",),
     "transformers.integrations.peft": ("_hf_peft_config_loaded",),
     "transformers.models.auto.auto_factory:_BaseAutoModelClass": ("_model_mapping",),
     "transformers.utils.output_capturing": ("_output_capturing_hooks_installed",),

@@ -257,16 +257,19 @@ def masks_as_in_python(errors: list[Exception]) -> Iterator[None]:
     if masking is None or modeling is None:
         yield
         return
+    from tpcompile.ir.hf_internals import remap_positions_for_packed_sequence as remap
+
     masks = _Masks(errors)
     made = (masking.AttentionMaskInterface._global_mapping, masking.sdpa_mask, masks.make)
     attended = (modeling.AttentionInterface._global_mapping, modeling.sdpa_attention_forward, masks.attend)
-    find, remap = masking.find_packed_sequence_indices, masking.remap_positions_for_packed_sequence
+    find = masking.find_packed_sequence_indices
     with ExitStack() as stack:
         for table, original, changed in (made, attended):
             names = [name for name, function in table.items() if function is original]
             stack.callback(table.update, dict.fromkeys(names, original))
             table.update(dict.fromkeys(names, changed(original)))
         stack.enter_context(patch.object(masking, find.__name__, masks.find_packed(find)))
-        stack.enter_context(patch.object(masking, remap.__name__, masks.remap(remap)))
+        if remap is not None:
+            stack.enter_context(patch.object(masking, remap.__name__, masks.remap(remap)))
         stack.enter_context(masks)
         yield

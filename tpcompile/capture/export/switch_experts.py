@@ -12,6 +12,8 @@ from torch import nn
 _EXPORTABLE = ("batched_mm", "grouped_mm")
 _INSTALLED = "_output_capturing_hooks_installed"
 _FIELD = "_experts_implementation_internal"
+_SWITCHED_BY = "transformers.integrations.moe"  # whose use_experts_implementation decorates a forward
+_RECORDED_BY = "transformers.utils.output_capturing"  # whose capture_outputs does
 
 
 def _expert_configs(model: nn.Module) -> list[Any]:
@@ -19,8 +21,7 @@ def _expert_configs(model: nn.Module) -> list[Any]:
     found: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
-        # `_is_expert_parallel` is set by transformers' `use_experts_implementation` and by nothing else.
-        if "_is_expert_parallel" in module.__dict__ and hasattr(config, _FIELD):
+        if hasattr(config, _FIELD) and _switches(type(module)):
             found[id(config)] = config
     return list(found.values())
 
@@ -67,17 +68,22 @@ def install_output_hooks(model: nn.Module) -> None:
     They leave hooks on their layers, which later calls find; a captured program has them in it.
     """
     for module in model.modules():
-        if _records_outputs(type(module)) and not any(hasattr(m, _INSTALLED) for m in module.modules()):
+        recorded = _decorated(type(module).forward, _RECORDED_BY)
+        if recorded and not any(hasattr(m, _INSTALLED) for m in module.modules()):
             from tpcompile.ir.hf_internals import maybe_install_capturing_hooks
 
             maybe_install_capturing_hooks(module)
 
 
-def _records_outputs(kind: type[nn.Module]) -> bool:
-    """Whether a class's forward is one that transformers' ``capture_outputs`` has decorated."""
-    forward: Any = kind.forward
+def _switches(kind: type) -> bool:
+    """Whether a class, or one that it extends, is of experts whose implementation can be switched."""
+    return any(_decorated(vars(base).get("forward"), _SWITCHED_BY) for base in kind.__mro__)
+
+
+def _decorated(forward: Any, by: str) -> bool:
+    """Whether one of transformers' modules, by its name, has decorated a forward."""
     while forward is not None:
-        if getattr(forward, "__globals__", {}).get("__name__") == "transformers.utils.output_capturing":
+        if getattr(forward, "__globals__", {}).get("__name__") == by:
             return True
         forward = getattr(forward, "__wrapped__", None)
     return False

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig, HfQuantizer
@@ -31,7 +32,8 @@ def find_quantizer(config: Any, given: Any, where: str) -> HfQuantizer | None:
         where: the checkpoint, for an error.
 
     Raises:
-        TpCompileError: dequantising was not asked for, or the method cannot do it tensor by tensor.
+        TpCompileError: dequantising was not asked for, the method cannot do it tensor by tensor, or this
+            version of transformers does not say how.
     """
     holders = _holders(config)
     if not holders:
@@ -39,6 +41,12 @@ def find_quantizer(config: Any, given: Any, where: str) -> HfQuantizer | None:
     stored = getattr(holders[0], _FIELD)
     method = _method(stored)
     said = f"the checkpoint is quantised ({method})"
+    if not hasattr(HfQuantizer, "get_load_operations"):  # 5.17
+        raise TpCompileError(
+            f"{said}, and transformers {transformers.__version__} does not say how single weights are read",
+            where=where,
+            todo=f"install transformers 5.24 or later, or {_WHOLE}",
+        )
     with refusing(f"{said}, which cannot be understood", where=where, todo=_WHOLE):
         if isinstance(given, Mapping):
             given = AutoQuantizationConfig.from_dict({"quant_method": method, **given})
@@ -141,7 +149,7 @@ def _holders(config: Any) -> list[Any]:
 
 
 def _operations(quantizer: HfQuantizer) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = getattr(quantizer, "get_load_operations", dict)()
+    found: Mapping[str, Any] = quantizer.get_load_operations()
     return found
 
 
