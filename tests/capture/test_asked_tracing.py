@@ -18,6 +18,7 @@ from transformers.masking_utils import (
     create_chunked_causal_mask,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 from transformers.utils import is_torchdynamo_compiling, is_tracing
 
 from tpcompile.capture.export.capture_model import capture
@@ -75,6 +76,26 @@ def test_forward_does_otherwise_while_it_is_traced(question: str) -> None:
     outcomes(Asks(QUESTIONS[question]), {"x": torch.randn(3, 4).double()})
     assert not torch.compiler.is_compiling()
     assert is_compiling.__kwdefaults__ is None
+
+
+class Delta(nn.Module):
+    """A function of transformers' models that goes another way where it is exported: a loop over 64 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.layer(x).unflatten(2, (3, 4))
+        decay, beta = -F.softplus(heads[..., 0]), heads[..., 1].sigmoid()
+        return torch_chunk_gated_delta_rule(heads, heads.roll(1, 3), heads, decay, beta)[0]  # type: ignore[no-any-return]
+
+
+def test_transformers_models_are_not_told_that_they_are_exported() -> None:
+    model, x = Delta().double(), torch.randn(3, 7, 4).double()
+    outcomes(model, {"x": x}, {"x": torch.randn(2, 9, 4).double()})
+    code = capture(model, bind_call(model, (), {"x": x})).graph_module.code
+    assert code.count("aten.linalg_solve_triangular.default(") == 2
 
 
 # Masks that are left out.

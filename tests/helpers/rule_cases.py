@@ -42,6 +42,7 @@ def _case(op: object, *args: object, **kwargs: object) -> Case:
 
 _SAME = signed(6, 10)
 _SQUARE = signed(6, 6)
+_TRIANGLES = Operand((4, 6, 6), lambda s: torch.randn(s) + 4 * torch.eye(6))  # well conditioned
 _OFFSETS = Operand((2,), lambda _: torch.tensor([4, 14], dtype=torch.int32))
 _EIGHT = (
     Operand((6, 10), lambda s: torch.randn(s).to(torch.float8_e4m3fn)),
@@ -67,6 +68,11 @@ MATMULS = [
     _case(aten.addmm.default, signed(6, 14), signed(6, 10), signed(10, 14), beta=0.5, alpha=2.0),
     _case(aten.addmm.default, signed(6, 1), signed(6, 10), signed(10, 14)),
     _case(aten.dot.default, signed(10), signed(10)),
+    _case(aten.linalg_solve_triangular.default, _TRIANGLES, signed(4, 6, 10), upper=False),
+    _case(
+        aten.linalg_solve_triangular.default, signed(6, 6), signed(4, 6, 10), upper=True, unitriangular=True
+    ),
+    _case(aten.linalg_solve_triangular.default, _TRIANGLES, signed(14, 1, 10, 6), upper=False, left=False),
     _case(aten.matmul.default, signed(4, 1, 6, 10), signed(14, 10, 22)),
     _case(aten.matmul.default, signed(4, 14, 6, 10), signed(14, 10, 22)),
     _case(aten.matmul.default, signed(10), signed(4, 10, 22)),

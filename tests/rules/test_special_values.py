@@ -19,6 +19,7 @@ Asked = tuple[RuleProgram, Callable[[Choice], bool]]
 """A call, and which of its ways are to be tried."""
 KERNEL = ("aten.einsum.default", "(S(4), S(3)) -> P(sum)")
 """torch's own fault: its kernel for bfloat16 has 5 columns of infinity make no number, and 10 infinity."""
+COMPLEX = (torch.ops.aten.complex.default, torch.ops.aten.view_as_complex.default)
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -57,7 +58,7 @@ def test_values() -> None:
             # infinity are no number.
             half = torch.float32 if "conv" in str(case.op) else HALVES[number % 2]
             # Torch has no sums of complex numbers in half precision on a CPU.
-            program = special(case, half) if case.op is not torch.ops.aten.complex.default else None
+            program = special(case, half) if case.op not in COMPLEX else None
             if program is not None:
                 yield program, lambda c, p=program: not _is_product(p, c)
                 if any(_is_product(program, c) for c in program.choices()):

@@ -38,6 +38,24 @@ def matmul(node: Node) -> Rule:
     )
 
 
+def triangular_solve(node: Node) -> Rule:
+    """``a[... n n], b[... n k] -> x[... n k]`` with ``a @ x = b``; ``x @ a = b`` where it is not ``left``."""
+    a, b = (shape(o) for o in operands(node))
+    letters = Letters()
+    left = option(node, "left", True)
+    rows, columns = letters.dims(a[-2:])
+    free = letters.dim(b[-1 if left else -2])
+    batch = broadcast_dims([a[:-2], b[:-2]], letters)
+    solved = (rows, free) if left else (free, columns)
+    return Rule(
+        ((*aligned(a[:-2], batch), rows, columns), (*aligned(b[:-2], batch), *solved)),
+        ((*batch, *solved),),
+        letters.sizes,
+        whole=frozenset((*rows, *columns)),
+        linear=(frozenset({1}),),
+    )
+
+
 def scaled_matmul(node: Node) -> Rule | str:
     """``(a[i k] * s) @ (b[k n] * t) + bias[n]`` of eight bits, with scales of all, of rows and of columns."""
     if option(node, "scale_result") is not None:

@@ -54,6 +54,7 @@ MATMULS: dict[str, Row] = {
     "aten.bmm": "b i k, b k n -> b i n; linear 0|1; contraction",
     "aten.dot": "k, k -> ; linear 0|1; contraction",
     "aten.matmul": contractions.matmul,
+    "aten.linalg_solve_triangular": contractions.triangular_solve,
     **_rows(contractions.add_matmul, "addmm addmv baddbmm"),
     "aten.einsum": contractions.einsum,
     "aten.scaled_dot_product_attention": contractions.attention,

@@ -1,7 +1,9 @@
 """Whether something is traced is answered for a model's python as where it runs as python.
 
 What it does otherwise while it is traced would be what programs compute, and nobody could tell. Libraries are
-answered truly: torch has to know, and transformers goes other ways to the same numbers, but for masks.
+answered truly: torch has to know, and transformers goes other ways to the same numbers, but for masks. Its
+models are not where they ask whether they are exported: what they do instead is for targets that have few
+operators, such as a loop over 64 rows for one triangular solve, which took most of a minute to capture.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ _HAND_ON = {
     *("torch._utils", "torch._dynamo.external_utils", "typing_extensions"),
     "transformers.utils.import_utils",
 }
+_MODELS, _ASKS_EXPORT = "transformers.models.", "is_torchdynamo_exporting"
 _QUESTIONS: tuple[tuple[Any, str], ...] = (
     (torch.compiler.is_compiling, "_is_compiling_flag"),
     (torch.compiler.is_exporting, "_is_exporting_flag"),
@@ -76,4 +79,8 @@ def _asks_itself(frame: FrameType | None) -> bool:
     """Whether it is a model that asks, and not a library."""
     while frame is not None and module_of(frame) in _HAND_ON:
         frame = frame.f_back
-    return frame is not None and not is_librarys(module_of(frame), "transformers", "tpcompile")
+    if frame is None:
+        return False
+    if module_of(frame).startswith(_MODELS):
+        return _ASKS_EXPORT in frame.f_code.co_names  # maybe both questions in one condition
+    return not is_librarys(module_of(frame), "transformers", "tpcompile")
