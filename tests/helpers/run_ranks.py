@@ -181,6 +181,15 @@ def close_pools() -> None:
     _pools.clear()
 
 
+@contextlib.contextmanager
+def as_torchrun() -> Iterator[None]:
+    """The environment of a rank that torchrun has started."""
+    here = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
+    here |= {"LOCAL_WORLD_SIZE": dist.get_world_size()}
+    with _environment({name: str(value) for name, value in here.items()}):
+        yield
+
+
 def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, is_master=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl import GRPOTrainer
 
 import tpcompile
+from tests.helpers.run_ranks import as_torchrun
 from tests.on_ranks.module_life import refusal
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.runtime.training import data_ranks
@@ -155,15 +155,6 @@ def same_curve(folder: str, args: dict[str, Any], limit: float) -> None:
     weights = sharded.model.full_state_dict()
     for name, weight in alone.model.state_dict().items():
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=2 * limit)
-
-
-@contextlib.contextmanager
-def as_torchrun() -> Iterator[None]:
-    """The environment of a rank that torchrun has started."""
-    here = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
-    here |= {"LOCAL_WORLD_SIZE": dist.get_world_size()}
-    with mock.patch.dict(os.environ, {name: str(value) for name, value in here.items()}):
-        yield
 
 
 def _correct(prediction: Any) -> dict[str, float]:
