@@ -115,20 +115,43 @@ class Shares(nn.Module):
         return first + 0, left, right, whole, counts
 
 
-class Counts(nn.Module):
-    """Writes into buffers: into all of one, twice, and into a part of another."""
+class Fills(nn.Module):
+    """Writes into parts of what is new, which is read and viewed later."""
 
-    def __init__(self, parts: bool) -> None:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = torch.zeros_like(x)
+        y[:, :, 0] = x[:, :, 1]
+        before, y[:, 1] = y.sum(), x[:, 1]
+        y[:, 2:, 3:].copy_(x[:, :-2, 3:] * 2)
+        return y.view(x.shape[0], -1), before, y[:, 1] + 1
+
+
+class FillsSeen(nn.Module):
+    """Writes into parts that others see: through a view taken before, and by the result of the write."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y, z = x * 2, x * 3
+        seen, part = y[:, 0], z[:, 0].copy_(x[:, 1])
+        y[:, :, 0], z[:, :, 0] = x[:, :, 1], x[:, :, 2]
+        return seen + 0, y, part + 0, z
+
+
+class Counts(nn.Module):
+    """Writes into buffers: into all of one, twice, and into a part of another, first or last."""
+
+    def __init__(self, part: str) -> None:
         super().__init__()
-        self.parts = parts
+        self.part = part
         self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("sums", torch.zeros(6))
+        self.register_buffer("sums", torch.arange(6.0))
 
     def forward(self, x: Tensor) -> Tensor:
         before = self.count + 1
         self.count.add_(1).mul_(2)
-        self.sums.copy_(x.sum((0, 1)))
-        if self.parts:
+        if self.part == "first":
+            self.sums[1:].neg_()
+        self.sums.add_(x.sum((0, 1)))
+        if self.part == "last":
             self.sums[1:].neg_()
         y: Tensor = x * before + self.sums / self.count
         return y
@@ -217,7 +240,10 @@ def test_sizes_that_are_made_on_the_way() -> None:
         torch.testing.assert_close(programs.run_whole(program, Padded(), x), [Padded()(x)])
 
 
-@pytest.mark.parametrize(("model", "traces"), [(Keeps(), 0), (Shares(), 1), (Shifts(), 0), (Writes(), 1)])
+@pytest.mark.parametrize(
+    ("model", "traces"),
+    [(Keeps(), 0), (Shares(), 1), (Shifts(), 0), (Writes(), 1), (Fills(), 0), (FillsSeen(), 1)],
+)
 def test_writes(model: nn.Module, traces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _captured(model, {"x": torch.randn(2, 5, 6)}, monkeypatch)[0] == traces
     program = programs.captured(model, torch.randn(2, 5, 6), dynamic=True)
@@ -229,11 +255,11 @@ def test_writes(model: nn.Module, traces: int, monkeypatch: pytest.MonkeyPatch) 
     assert not any(n.op == "call_function" and "_." in str(n.target) for n in program.graph.nodes)
 
 
-@pytest.mark.parametrize("parts", [False, True])
-def test_written_buffers(parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("part", "traces"), [("", 0), ("first", 1), ("last", 0)])
+def test_written_buffers(part: str, traces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they become is a result of the program."""
-    x, model = torch.randn(2, 5, 6), Counts(parts)
-    assert _captured(model, {"x": x}, monkeypatch)[0] == parts
+    x, model = torch.randn(2, 5, 6), Counts(part)
+    assert _captured(model, {"x": x}, monkeypatch)[0] == traces
     program = programs.captured(model, x)
     names = {
         spec.name: i for i, spec in enumerate(program.captured.outputs) if spec.kind == "buffer_mutation"

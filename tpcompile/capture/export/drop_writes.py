@@ -1,12 +1,14 @@
 """Writes into tensors that nobody else sees, as the values that they leave behind.
 
 ``y = x.add_(z)`` is ``y = x.add(z)`` where x is new and nothing is a view of it; whoever used x later uses y.
-If x was given, y is what it becomes.
+If x was given, y is what it becomes. A write into a part of what is new, ``x[:, 0] = z``, is a
+``select_scatter``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -15,6 +17,12 @@ from tpcompile.ir.graph_edit import call
 from tpcompile.ir.torch_internals import FakeTensorMode, OpOverload
 
 from .aliases import may_alias
+
+_SCATTERS: dict[Any, OpOverload] = {
+    torch.ops.aten.select.int: torch.ops.aten.select_scatter.default,
+    torch.ops.aten.slice.Tensor: torch.ops.aten.slice_scatter.default,
+}
+"""Views of a part, and what puts a part in its place."""
 
 
 def drop_writes(graph: Graph, mode: FakeTensorMode, changeable: Collection[Node]) -> dict[Node, Node]:
@@ -32,23 +40,30 @@ def drop_writes(graph: Graph, mode: FakeTensorMode, changeable: Collection[Node]
     given: dict[Node, Node] = {}  # value -> the placeholder whose value it is
     for node in graph.nodes:
         target = without_write(node.target) if node.op == "call_function" else None
-        if target is None or not isinstance(written := node.args[0], Node) or not _is_private(written, node):
+        if target is None or not isinstance(written := node.args[0], Node):
             continue
-        if written.op == "placeholder" and written not in changeable:
+        if (views := _views_of_private(written, node, order)) is None:
+            continue
+        base: Any = views[-1].args[0] if views else written
+        if base.op == "placeholder" and base not in changeable:
             continue
         with graph.inserting_before(node):
             new = call(graph, target, node.args, node.kwargs, like=node, mode=mode)
-        if not _are_alike(new, written):
-            graph.erase_node(new)
-            continue
+            if not _are_alike(new, written):
+                graph.erase_node(new)
+                continue
+            for view in views:
+                order[new] = order[node]
+                args = (view.args[0], new, *view.args[1:])
+                new = call(graph, _SCATTERS[view.target], args, like=node, mode=mode)
         order[new] = order[node]
-        for user in list(written.users):
+        for user in list(base.users):
             if order[user] > order[new]:
-                user.replace_input_with(written, new)
+                user.replace_input_with(base, new)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-        if written.op == "placeholder" or written in given:
-            given[new] = given.pop(written, written)
+        if base.op == "placeholder" or base in given:
+            given[new] = given.pop(base, base)
     return {placeholder: value for value, placeholder in given.items()}
 
 
@@ -81,6 +96,24 @@ def _is_private(tensor: Node, writer: Node) -> bool:
     if not isinstance(viewed, Node) or viewed.op == "placeholder" or len(viewed.users) > 1:
         return False
     return _is_private(viewed, tensor)
+
+
+def _views_of_private(written: Node, writer: Node, order: Mapping[Node, int]) -> list[Node] | None:
+    """The views, from the last one on, through which a call writes into what nobody else sees.
+
+    Returns:
+        None where somebody may see it: through a view that was taken before, or by the call's result.
+    """
+    if _is_private(written, writer):
+        return []
+    views, user, base = list[Node](), writer, written
+    while base.target in _SCATTERS and len(base.users) == 1 and not base.kwargs:
+        views.append(base)
+        user, base = base, base.args[0]  # type: ignore[assignment]
+    if not views or writer.users or base.op != "call_function" or may_alias(base):
+        return None
+    others = (other for other in base.users if other is not user and _may_view(other, base))
+    return views if all(order[other] > order[writer] for other in others) else None
 
 
 def _may_view(user: Node, tensor: Node) -> bool:
