@@ -479,6 +479,25 @@ def test_in_a_browser(page: Path, plan: Plan, tmp_path: Path) -> None:
         assert light != dark
 
 
+@pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium: apt-get install chromium")
+def test_on_paper(page: Path, tmp_path: Path) -> None:
+    """Modules are unfolded, what is for the screen is left out, paper is white for dark screens too."""
+    assert PROGRAM is not None
+    shown = "[...document.querySelectorAll('%s')].filter(e => e.checkVisibility()).length"
+    with browse(PROGRAM, tmp_path) as browser:
+        browser.open(page, 1200, "dark")
+        browser.click("#close")
+        assert browser.run(shown % "nav, .tools") > 1
+        assert browser.run(shown % ".module .weight") == 0
+        assert len(browser.call("Page.printToPDF")["data"]) > 10_000
+        assert browser.run(shown % ".module .weight") > 1
+        dark = {"name": "prefers-color-scheme", "value": "dark"}
+        browser.call("Emulation.setEmulatedMedia", media="print", features=[dark])
+        assert browser.run(shown % "nav, .tools, .lead, #find") == 0
+        assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert browser.problems == []
+
+
 def _paper(browser: Any, page: Path, scheme: str) -> str:
     browser.open(page, 800, scheme)
     colour: str = browser.run("getComputedStyle(document.body).backgroundColor")
