@@ -105,6 +105,7 @@ def fit(
         str | None, typer.Option(help="What a rank may take, as 80GiB; by default what the device has.")
     ] = None,
     ranks: Annotated[str, typer.Option(help="Numbers of ranks to try: 1-16, or 2,4,8.")] = "1-16",
+    mesh: Mesh = None,
     layers: Layers = None,
     dtype: Dtype = None,
     device: Device = "h100",
@@ -119,10 +120,12 @@ def fit(
     """Which numbers of ranks a model fits on, the quickest, the cheapest. Exits with 1 if none fits."""
     with errors(as_json):
         kind: Any = mode
+        mine, copies, node = read_mesh(mesh, 0)
+        device = device if node is None else f"{device}x{node}"
         found = tpcompile.fit(
             find_model(model, layers, dtype),
             memory,
-            read_numbers(ranks),
+            read_numbers(ranks) if mesh is None else [mine],
             device=device,
             mode=kind,
             batch=batch,
@@ -131,7 +134,12 @@ def fit(
             checkpointing=checkpointing,
             sequence_parallel=sequence_parallel,
         )
-        show(found, found.to_json(), as_json)
+        text = (
+            str(found)
+            if copies == 1
+            else f"{found}\n\n{copies} such groups of {mine} ranks; the numbers are of one"
+        )
+        show(text, found.to_json() | {"copies": copies}, as_json)
     raise typer.Exit(0 if any(size.fits for size in found.sizes) else 1)
 
 

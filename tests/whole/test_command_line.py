@@ -253,6 +253,19 @@ def test_fit_says_by_its_code_whether_any_size_fits(config: str) -> None:
     assert done.exit_code == 1 and "none fits" in done.output
 
 
+def test_fit_on_a_mesh(config: str) -> None:
+    """A mesh is one number of ranks, with copies beside them, and slower links if its model spans nodes."""
+    options = ("--layers", "1", "--batch", "2", "--seq", "8")
+    near, far = (
+        data_of("fit", config, *options, "--mesh", f"dp=3,{mesh}") for mesh in ("tp=4", "node=2,gpu=2")
+    )
+    for found in (near, far):
+        assert [size["ranks"] for size in found["sizes"]] == [4] and found["copies"] == 3
+    times = [found["sizes"][0]["estimate"]["time"]["communication"] for found in (near, far)]
+    assert 0 < times[0] < times[1]
+    assert "3 such groups" in run("fit", config, *options, "--mesh", "dp=3,tp=4").output
+
+
 def test_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TPCOMPILE_CACHE", "1")
     monkeypatch.setenv("TPCOMPILE_CACHE_DIR", str(tmp_path / "kept"))
