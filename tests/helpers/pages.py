@@ -65,6 +65,9 @@ Name = tuple[str, str]
 """A page, and the first line of a block of python in it."""
 
 NOT_RUN: dict[Name, str] = {
+    ("README", "# capture first: model.capture(...) or example arguments"): (
+        "compiles C++; examples/compile_and_train_step.py, which a test runs, does the same"
+    ),
     ("adding_a_pass", '"square_by_multiplying_norms": Case('): "a line of a table in a test",
     ("models", "model = tpcompile.from_pretrained(path, mesh)  # planned by a call of input_ids"): (
         "takes a minute and a half on one rank; tests/whole/test_encoder_decoder.py calls Qwen2-VL so"
@@ -73,6 +76,7 @@ NOT_RUN: dict[Name, str] = {
 """The blocks that do not run, and why."""
 
 APART: dict[Name, tuple[int, str]] = {
+    ("README", "tpcompile.parallelize(model, mesh, example_args=(words, style))"): (1, "artifacts"),
     ("loading", "from transformers import FineGrainedFP8Config"): (1, "fp8"),
     ("sharded_modules", 'mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))'): (
         4,
@@ -92,6 +96,7 @@ APART: dict[Name, tuple[int, str]] = {
 which names of ``tests/on_ranks/page_names.py`` they find."""
 
 ALTERNATIVES: set[Name] = {
+    ("README", 'tpcompile.parallelize(model, plan="hf")  # or "hf-ep": whole experts on each rank'),
     ("compile", "model = tpcompile.parallelize(model, mesh, compile=True)"),
     ("strategies", 'tpcompile.parallelize(model, plan="hf")  # the model\'s own plan'),
 }

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
@@ -153,6 +156,16 @@ def _randomness() -> Names:
     return llama() | {"model": transformers.GPT2LMHeadModel(config)}
 
 
+def _readme() -> Names:
+    """With a tokenizer beside the checkpoint."""
+    names = llama()
+    words = {"[UNK]": 0, "Can": 1, "I": 2, "help": 3}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained("Qwen/Qwen3-0.6B")
+    return names
+
+
 def _report() -> Names:
     names = llama()
     return names | {"plan": tpcompile.plan(names["model"], 2)}
@@ -199,6 +212,7 @@ def _trainer() -> Names:
 
 
 NAMES: dict[str, Callable[[], Names]] = {
+    "README": _readme,
     "adding_a_rule": _scan,
     "artifacts": _styled,
     "checkpoints": _checkpoints,

@@ -14,7 +14,7 @@ from tests.on_ranks import pages
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TUTORIAL = sorted((DOCS / "tutorial").glob("*.md"))
-PAGES = sorted(page for page in DOCS.glob("*.md") if blocks_of(page))
+PAGES = [page for page in (*sorted(DOCS.glob("*.md")), DOCS.parent / "README.md") if blocks_of(page)]
 
 
 @pytest.mark.parametrize("page", TUTORIAL, ids=lambda page: page.stem)
