@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from .torch_internals import is_traceable_wrapper_subclass
 
 _Parts = dict[int, tuple[Tensor, Tensor]]
 """By its identity a part, which is kept for that, and the parameter that it became."""
+
+_ORIGINAL = "_tp_whole_class"
+"""The attribute of a class by which it says which one it stands for."""
 
 APART = "_tp_apart"
 """The attribute of a module that says how its weights are put together."""
@@ -111,11 +114,57 @@ def unwrapped_copy(model: Any) -> Any:
 @contextmanager
 def put_together_on_error(model: Any) -> Iterator[None]:
     """Puts together what ``unwrap`` has taken apart in the block, if that fails."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    before = {id(module) for module in modules if APART in module.__dict__}
     try:
         yield
     except BaseException:
-        _wrap_again(model)
+        _wrap_again([module for module in modules if id(module) not in before])
         raise
+
+
+@contextmanager
+def put_together(model: nn.Module) -> Iterator[None]:
+    """Lends a model its quantised weights as they were, and its modules their classes, while its python runs.
+
+    Python may ask for both: for the class of a module, or for the names of its parameters.
+    """
+    undo: list[Callable[[], Any]] = []
+    try:
+        for module in model.modules():
+            apart: dict[str, Wrapping] = module.__dict__.get(APART, {})
+            for name, wrapping in apart.items():
+                _lend(module, name, wrapping, undo)
+            kind: Any = type(module)
+            if apart and _ORIGINAL in vars(kind):
+                undo.append(functools.partial(setattr, module, "__class__", kind))
+                module.__class__ = vars(kind)[_ORIGINAL]
+        yield
+    finally:
+        for act in reversed(undo):
+            act()
+
+
+def _lend(module: nn.Module, name: str, wrapping: Wrapping, undo: list[Callable[[], Any]]) -> None:
+    """Puts a weight in the place of its parts."""
+    parts, tables = set(wrapping.leaves()), [module._parameters, module._buffers]
+    for table in cast(list[Any], tables):
+        if not parts <= table.keys():  # or it is there already: an exported module has several faces
+            continue
+        whole = wrapping.whole(module)
+        whole._is_param = table is module._parameters
+        before: dict[str, Any] = dict(table)
+        lent: dict[str, Any] = {}
+        for key, tensor in before.items():
+            lent |= {name: whole} if key in parts else {key: tensor}
+
+        def restore(table: Any = table, before: Any = before) -> None:
+            dict.clear(table)
+            dict.update(table, before)
+
+        undo.append(restore)
+        dict.clear(table)
+        dict.update(table, lent)
 
 
 def unwrap(model: Any) -> None:
@@ -131,7 +180,8 @@ def unwrap(model: Any) -> None:
     marked = getattr(model, "hf_quantizer", None) is not None
     _refuse(modules, marked)
     parts: _Parts = {}
-    for _, module in modules:
+    kinds: list[Any] = [_apart_class_of(module) for _, module in modules]
+    for (_, module), kind in zip(modules, kinds, strict=True):
         apart: dict[str, Wrapping] = {}
         for table, names in _tables_of(module):
             for name in names:
@@ -139,8 +189,7 @@ def unwrap(model: Any) -> None:
                 saved = name not in module._non_persistent_buffers_set
                 apart[name] = _take_apart(module, f"_{name}", table.pop(name), parts, parameter, saved)
         module.__dict__[APART] = module.__dict__.get(APART, {}) | apart
-        kind: Any = type(module)
-        module.__class__ = _class_apart(kind, tuple(apart))
+        module.__class__ = kind
 
 
 def _has_wrapped(model: Any) -> bool:
@@ -205,6 +254,11 @@ def _take_apart(
     return Wrapping(type(tensor), tuple(found), context, tensor.size(), tensor.stride())
 
 
+def _apart_class_of(module: nn.Module) -> type[nn.Module]:
+    kind: Any = type(module)
+    return _class_apart(kind, tuple(name for _, names in _tables_of(module) for name in names))
+
+
 @functools.cache
 def _class_apart(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """A subclass in which some weights are put together when they are read."""
@@ -216,20 +270,19 @@ def _class_apart(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
 
         return property(read)
 
-    body = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original.__name__, (original,), {**body, **{name: reads(name) for name in names}})
+    body: dict[str, Any] = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    body |= {_ORIGINAL: original, **{name: reads(name) for name in names}}
+    return type(original.__name__, (original,), body)
 
 
-def _wrap_again(model: Any) -> None:
+def _wrap_again(modules: Iterable[nn.Module]) -> None:
     """Undoes ``unwrap``; nothing was kept for it, so that whole weights are freed while they are divided."""
-    if not isinstance(model, nn.Module):
-        return
     made: dict[tuple[int, ...], Any] = {}
-    for module in model.modules():
+    for module in modules:
         apart: dict[str, Wrapping] = module.__dict__.pop(APART, {})
-        if apart:
-            kind: Any = type(module).__base__
-            module.__class__ = kind
+        kind: Any = type(module)
+        if apart and _ORIGINAL in vars(kind):
+            module.__class__ = vars(kind)[_ORIGINAL]
         for name, wrapping in apart.items():
             parts = list(wrapping.leaves())
             key = tuple(id(getattr(module, part)) for part in parts)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from tpcompile.errors import TpCompileError
+
 from .guards import guard_submodules, without_guards
 from .make_program import bind_program
 from .settings import Settings
@@ -26,6 +28,12 @@ def copy_model(model: nn.Module, runtime: Runtime, memo: dict[int, Any]) -> nn.M
         runtime: its runtime.
         memo: ``copy.deepcopy``'s.
     """
+    if runtime.leader is not None:
+        raise TpCompileError(
+            "the other ranks would not copy the model with this one",
+            where="copy.deepcopy",
+            todo="copy it on all ranks, before serve_ranks",
+        )
     kind: Any = type(model)
     with without_guards(model), as_original(model, runtime):
         copied: nn.Module = copy.deepcopy(model, memo)

@@ -182,6 +182,19 @@ class ShardedGeneration(ShardedModule):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
 
+class GeneratesWithin(ShardedModule):
+    """Mixed into the class of a model whose ``generate`` is that of a model in it, such as a PEFT model's."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own."""
+        original = super().generate  # type: ignore[misc]
+        if self._tp.leader is None:
+            return original(*args, **kwargs)
+        sent = {name: value for name, value in kwargs.items() if name != "streamer"}
+        with self._tp.leader.announced("generate", args, sent):
+            return original(*args, **kwargs)
+
+
 @contextmanager
 def compiling(runtime: Runtime, options: dict[str, Any]) -> Iterator[None]:
     """Runs a model's programs under torch.compile for a while."""
@@ -239,5 +252,6 @@ def _get(config: Any, name: str) -> Any:
 
 def class_when_sharded(original: type[nn.Module]) -> type[nn.Module]:
     """The class of a model of this class once it is sharded."""
-    generates = hasattr(original, "generate") and hasattr(original, "_sample")
-    return sharded_class(original, ShardedGeneration if generates else ShardedModule)
+    if not hasattr(original, "generate"):
+        return sharded_class(original, ShardedModule)
+    return sharded_class(original, ShardedGeneration if hasattr(original, "_sample") else GeneratesWithin)

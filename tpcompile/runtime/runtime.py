@@ -213,7 +213,7 @@ class Runtime(State):
         sizes = sizes_of_call(leaves, program.loose)
         model = ", copy ".join(map(str, self.number))
         what = f"model {model}, {program.entry} {program.number}"
-        due = compare_order(group, (self.number, program.number, sizes), what)
+        due = compare_order(group, (self.number, program.number, sizes), what, always=self.served)
         if due and not self.compare_calls and not self.generating and can_compare(leaves):
             self.compare(program.root, bound, program.entry, leaves)
 

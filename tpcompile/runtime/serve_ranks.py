@@ -6,6 +6,7 @@ make by themselves, so that everything that ranks compare they compare here.
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tpcompile.capture.caches.register import is_cache
-from tpcompile.errors import RanksApart, TpCompileError
+from tpcompile.errors import RanksApart, TpCompileError, refusing
 from tpcompile.ir.torch_internals import tree_map_only
 from tpcompile.ranks.agree import alike, share_failure
 from tpcompile.ranks.exchange import exchange
@@ -25,6 +26,7 @@ from tpcompile.ranks.exchange import exchange
 if TYPE_CHECKING:
     from .runtime import Runtime
 
+_TODO = "give arguments of classes and functions that other processes can import"
 _NEXT, _DONE = "serve the next call", "serve a call"
 _EVER = 10 * 365 * 86400.0
 """Seconds that ranks wait for a call: nobody may ask for hours. A process that ends is noticed at once."""
@@ -45,8 +47,7 @@ class _Request:
     Attributes:
         path: the submodule that is called; ``""`` is the model.
         method: its name; ``"__call__"`` calls the module.
-        args: positional arguments.
-        kwargs: keyword arguments.
+        arguments: positional and keyword arguments, pickled: a rank that cannot read them says so.
         training: the mode of the model.
         gradients: whether gradients are recorded, for a model without weights to train.
         inference: whether inference mode is on.
@@ -55,8 +56,7 @@ class _Request:
 
     path: str
     method: str
-    args: Any
-    kwargs: Any
+    arguments: bytes
     training: bool
     gradients: bool
     inference: bool
@@ -70,11 +70,15 @@ class Leader:
         model: the sharded model.
         group: its ranks.
         device: the type of device that it is on.
+
+    Attributes:
+        apart: whether the ranks are out of step, so that nobody can be told anything.
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup, device: str) -> None:
         self._model, self._group, self._device = model, group, device
         self._turn, self._inside = threading.RLock(), False
+        self.apart = False
 
     @contextmanager
     def announced(
@@ -93,10 +97,14 @@ class Leader:
             self._inside, failure = True, None
             try:
                 yield
-            except RanksApart:  # all ranks know
-                raise
             except Exception as error:
+                if isinstance(error, RanksApart):
+                    self.apart = True
+                    raise
                 failure = error
+            except BaseException:  # the others are in the call, and wait for this rank
+                self.apart = True
+                raise
             finally:
                 self._inside = False
             share_failure(self._group, _DONE, failure)
@@ -119,14 +127,17 @@ class Leader:
         positional, named = tree_map_only(
             Tensor, lambda t: _Sent(t.detach().cpu(), t.device.type), (tuple(args), dict(kwargs))
         )
+        with refusing("the other ranks cannot be told of this call", where=where, todo=_TODO):
+            arguments = pickle.dumps((positional, named))
         cast = torch.get_autocast_dtype(self._device) if torch.is_autocast_enabled(self._device) else None
         modes = self._model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast
-        return _Request(path, method, positional, named, *modes)
+        return _Request(path, method, arguments, *modes)
 
     def finish(self) -> None:
         """Lets the others go."""
         with self._turn:
-            exchange(self._group, _NEXT, None)
+            if not self.apart:
+                exchange(self._group, _NEXT, None)
 
 
 @contextmanager
@@ -136,18 +147,29 @@ def serve_ranks(model: nn.Module, runtime: Runtime) -> Iterator[bool]:
     if group is None or axis is None or group.size() == 1:
         yield True
         return
+    if runtime.leader is not None:
+        raise TpCompileError(
+            "the ranks follow already", where="serve_ranks", todo="call the model: you are in such a block"
+        )
     device = axis.device_type
     with alike(group, "serve_ranks"):
-        if group.rank() != 0:
-            _follow(model, group, device)
-            yield False
-            return
-        runtime.leader = Leader(model, group, device)
+        runtime.served = True
         try:
-            yield True
+            if group.rank() != 0:
+                _follow(model, group, device)
+                yield False
+                return
+            leader = runtime.leader = Leader(model, group, device)
+            try:
+                yield True
+            except RanksApart:
+                leader.apart = True
+                raise
+            finally:
+                runtime.leader = None
+                leader.finish()
         finally:
-            leader, runtime.leader = runtime.leader, None
-            leader.finish()
+            runtime.served = False
 
 
 def _follow(model: nn.Module, group: dist.ProcessGroup, device: str) -> None:
@@ -157,18 +179,18 @@ def _follow(model: nn.Module, group: dist.ProcessGroup, device: str) -> None:
         request: _Request | None = exchange(group, _NEXT, None, patience=_EVER)[0]
         if request is None:
             return
-        args, kwargs = tree_map_only(
-            _Sent,
-            lambda sent: sent.values.to(here if sent.device == here.type else sent.device),
-            (request.args, request.kwargs),
-        )
         failure: Exception | None = None
         try:
+            args, kwargs = tree_map_only(
+                _Sent,
+                lambda sent: sent.values.to(here if sent.device == here.type else sent.device),
+                pickle.loads(request.arguments),
+            )
             with ExitStack() as modes:
                 modes.enter_context(torch.inference_mode(request.inference))
                 modes.enter_context(torch.set_grad_enabled(request.gradients))
-                if request.autocast is not None:
-                    modes.enter_context(torch.autocast(device, request.autocast))
+                cast = request.autocast
+                modes.enter_context(torch.autocast(device, cast, enabled=cast is not None))
                 if model.training != request.training:
                     model.train(request.training)
                 getattr(model.get_submodule(request.path), request.method)(*args, **kwargs)

@@ -57,6 +57,7 @@ class State:
         captured: how many programs it has had.
         generating: whether it is in ``generate``, whose arguments decide about its calls.
         leader: tells the other ranks of calls that this one makes, in ``serve_ranks``.
+        served: whether ranks are in ``serve_ranks``: they may have changed the model each in its own way.
         running: how many calls are being worked on: what the model's own code changes is not a new setting.
         found: the program that was looked for, and found, last.
         last: per path that is called, how to know another call like the last one.
@@ -84,6 +85,7 @@ class State:
     running: int = 0
     generating: bool = False
     leader: Any = None
+    served: bool = False
     custom: CustomModules = field(default_factory=CustomModules)
     foreign: bool = False
     lent: dict[tuple[int, str], int] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from tpcompile.capture.caches.register import is_cache
 from tpcompile.errors import CannotCapture, TpCompileError
 from tpcompile.ir.calls import call_model
 from tpcompile.ir.torch_internals import TreeSpec, is_alias_of, tree_flatten, tree_unflatten
+from tpcompile.ir.unwrap import put_together
 
 from .dynamic_dims import Attempt, Place
 from .flatten_program import PREFIX, UserResult
@@ -112,7 +113,9 @@ class FlatModel(nn.Module):
             types_of_numbers(functions, any(spec is not None for spec in self._attempt.dynamic)),
             recorded_reads(model, strangers) as self.seen.reads,
         ):
-            taken = take_results(call, call_model(model, call))
+            with put_together(model):
+                result = call_model(model, call)
+            taken = take_results(call, result)
         self.seen.outer += places_of(strangers)
         _refuse_changed(given, _contents(call))
         state.refuse_iterators(self.seen.reads)

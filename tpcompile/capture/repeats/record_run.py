@@ -34,6 +34,7 @@ from tpcompile.ir.torch_internals import (
     no_dispatch,
     tree_unflatten,
 )
+from tpcompile.ir.unwrap import put_together
 
 from .blocks import Repeat
 
@@ -229,7 +230,8 @@ def record_run(
         run.reads = stack.enter_context(recorded_reads(model, strangers))
         stack.enter_context(types_of_numbers(functions, False))
         recorder.stage = "inside"
-        result = call_model(model, call)
+        with put_together(model):
+            result = call_model(model, call)
         recorder.stage = "after"
         _note_results(recorder, take_results(call, result), state)
     run.reads |= hooks

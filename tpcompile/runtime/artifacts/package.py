@@ -23,6 +23,7 @@ from tpcompile.ir.torch_internals import (
     unregister_process_group,
 )
 from tpcompile.ranks.own_groups import find_group
+from tpcompile.rules.randomness import random_nodes
 
 _ALIGNED = 16
 """Bytes; code is compiled for inputs that begin at a multiple of them."""
@@ -66,11 +67,18 @@ def refuse_unpackable(graph_module: GraphModule, inputs: Sequence[Any], call: st
     """Refuses a graph that cannot be native code.
 
     Raises:
-        TpCompileError: it is given, or gives, what is not a tensor, or one that it was given; or it writes.
+        TpCompileError: it is given, or gives, what is not a tensor, or one that it was given; or it writes,
+            or draws random numbers.
     """
     graph = graph_module.graph
     results: Any = graph.output_node().args[0]
     writes = any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in graph.nodes)
+    if drawn := next(iter(random_nodes(graph)), None):
+        raise TpCompileError(
+            "native code draws random numbers of its own, other ones on every rank",
+            where=f"{call}: {drawn.target}",
+            todo="save the program without package=True",
+        )
     if writes or not all(map(_may_return, results)) or None in map(_layout, inputs):
         raise TpCompileError(
             "native code gives new tensors: a call has numbers, hands on what it is given, or writes to it",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,8 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import call_model, flatten_call, leaf_names
 from tpcompile.ir.module_tensors import tensors_by_name
 from tpcompile.ir.torch_internals import tree_map
+from tpcompile.ir.unwrap import put_together
+from tpcompile.runtime.watched_module import WatchedModule
 
 from .compare import difference, largest
 
@@ -82,7 +85,8 @@ def run_python(model: nn.Module, bound: Mapping[str, Any], learning: bool) -> di
         model.zero_grad()  # a copy of a sharded model has the gradients of earlier steps
         for name in learning_leaves(bound):
             leaves[name].requires_grad_()
-    with torch.set_grad_enabled(learning):
+    whole = nullcontext() if isinstance(model, WatchedModule) else put_together(model)
+    with torch.set_grad_enabled(learning), whole:
         results = take_results(call, call_model(model, call))
     named = zip(results.names, results.values, strict=True)
     found: dict[Key, Any] = {

@@ -63,7 +63,7 @@ class Piece:
     def cut(self, made: Tensor, dim: int) -> Tensor:
         """Makes the part's dimensions of one, ``dim``, that holds the elements of the cover."""
         run = made.narrow(dim, self.start, math.prod(self.rows))
-        run = run.reshape(*made.shape[:dim], *self.rows, *made.shape[dim + 1 :])
+        run = run.reshape([*made.shape[:dim], *self.rows, *made.shape[dim + 1 :]])
         for i, (start, size) in enumerate(zip(self.inside, self.sizes, strict=True)):
             run = run.narrow(dim + i, start, size)
         return run
