@@ -328,6 +328,18 @@ class HandsOn(nn.Module):
         return self.mlp(x), x
 
 
+class Draws(nn.Module):
+    """Draws random numbers in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp(20, 36)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.mlp(x), 0.5, training=True)
+
+
 def packages(folder: str) -> dict[str, Any]:
     """A program with native code: what it gives, for which sizes it runs, and what is refused."""
     torch.manual_seed(0)
@@ -354,8 +366,11 @@ def packages(folder: str) -> dict[str, Any]:
         sharded.save_program(folder)
         hands_on = tpcompile.parallelize(HandsOn(), mesh(), (x,))
         refused = refusal(lambda: hands_on.save_program(folder, package=True))
+        draws = tpcompile.parallelize(Draws(), mesh(), (x,))
+        drawn = refusal(lambda: draws.save_program(folder, package=True))
         assert torch.equal(tpcompile.load_program(folder, mesh())(x), sharded(x))  # it is still there
     without = refusal(lambda: tpcompile.load_program(folder, mesh(), package=True))
     return {"packaged": packaged, "same": same, "untouched": untouched, "without": without} | {
-        "refused": refused
+        "refused": refused,
+        "drawn": drawn,
     }

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torchao.quantization import (
     Float8WeightOnlyConfig,
     Int8DynamicActivationInt8WeightConfig,
@@ -170,10 +170,39 @@ def checkpoints(folder: Path) -> dict[str, float]:
     return {name: float((value - want).abs().max()) for name, value in found.items()}
 
 
+class AsksItsParts(nn.Module):
+    """Python that asks for a layer's class, and for the names of its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 64)
+        self.down = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.up(x)) if type(self.up) is nn.Linear else x
+        named = dict(self.down.named_parameters())
+        return self.down(x) * 2 if list(named) == ["weight", "bias"] else x
+
+
+def asked() -> tuple[float, bool, bool]:
+    """A quantised model's python sees what it saw before, also where it is verified."""
+    torch.manual_seed(0)
+    model, x = AsksItsParts().requires_grad_(False), torch.randn(3, 64)
+    quantize_(model, KINDS["int8"])
+    want = model(x)
+    right = tpcompile.verify(model, 2, (x,)).ok
+    sharded = tpcompile.parallelize(model, mesh(), (x,))
+    model(torch.randn(1, 64))  # another program
+    return float((sharded(x) - want).abs().max()), right, sharded.verify((x,)).ok
+
+
 def refused() -> list[str]:
     """A request that fails leaves a quantised model as it was."""
     model, one = quantised("int4"), quantised("int4").model.layers[0].mlp
     names, kind = list(model.state_dict()), type(one.up_proj.weight)
+    twice = tpcompile.parallelize(quantised("int4"), mesh(), example_kwargs=CALL)
+    assert "parallelised already" in refusal(lambda: tpcompile.parallelize(twice, mesh()))
+    assert torch.equal(logits(twice), logits(copy.deepcopy(twice))), "it is as it was"
     said = [refusal(lambda: tpcompile.parallelize(model, mesh(), plan={"nothing": "colwise"}))]
     layer = model.model.layers[0].mlp.up_proj
     assert list(model.state_dict()) == names

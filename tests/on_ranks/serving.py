@@ -95,6 +95,40 @@ def _threads(model: Any, want: Tensor, options: dict[str, Any]) -> bool:
     return len(same) == 3 and all(same)
 
 
+class Scaled(torch.nn.Module):
+    """A layer with a setting that its forward reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.scale = torch.nn.Linear(4, 8), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x) * self.scale
+
+
+def differently() -> dict[str, str]:
+    """What the first rank alone changes in its model is found out before anything is computed."""
+    x, said = torch.ones(2, 4), {}
+    model = tpcompile.parallelize(Scaled().eval(), mesh(), (x,))
+    with torch.no_grad():
+        for scale in (2.0, 1.0):
+            model.scale = scale
+            for _ in range(3):  # a call of each is known, and not the first
+                model(x)
+    with model.serve_ranks() as leading, torch.no_grad():
+        if leading:
+            model(x)
+            said["copied"] = refusal(lambda: copy.deepcopy(model))
+            said["nested"] = refusal(lambda: model.serve_ranks().__enter__())
+            said["unknown"] = refusal(lambda: model(x, nothing=lambda: 0))
+            model(x)
+            model.scale = 2.0
+            said["changed"] = refusal(lambda: model(x))
+            model.scale = 1.0
+            model(x)
+    return said
+
+
 def one_fails() -> list[str]:
     """A call that fails on a follower alone is an error of the leader's, and ranks stay in step."""
     model = tpcompile.parallelize(torch.nn.Linear(4, 8), mesh(), (torch.ones(2, 4),))

@@ -90,3 +90,4 @@ def test_packages_are_native_code_for_the_sizes_that_were_saved(tmp_path: Path) 
         assert found["packaged"] == 1
         assert found["same"] and found["untouched"]  # other sizes, and who did not ask, run the graph
         assert "saved without packages" in found["without"] and "hands on" in found["refused"]
+        assert "draws random numbers" in found["drawn"]

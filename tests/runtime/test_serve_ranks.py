@@ -18,6 +18,15 @@ def test_the_others_follow() -> None:
     assert "cannot be captured" in leader["failed"]
 
 
+def test_what_the_leader_alone_changes() -> None:
+    said, other = run_spmd(spmd.differently, 2)
+    assert other == {}
+    assert "programs for a served call" in said["changed"]
+    assert "would not copy the model" in said["copied"]
+    assert "follow already" in said["nested"]
+    assert "cannot be told of this call" in said["unknown"]
+
+
 def test_one_that_fails() -> None:
     leader, other = run_spmd(spmd.one_fails, 2)
     assert other == []

@@ -43,6 +43,7 @@ CONVERSIONS: dict[str, Convert] = {
     "a table": lambda t: torch.arange(9.0).square()[(torch.cat(t).abs() * 3).clamp(max=8).long()],
     "written": lambda t: _interleaved(t).reshape(2, 8, 3, 4).flatten(2),
     "bytes": lambda t: torch.cat(t).long().view(torch.int16)[:, :7],
+    "a number": lambda t: torch.cat(t) * t[0][:1, :1].reshape(()),
     "a sum": lambda t: torch.cat(t).cumsum(0)[:, 1:],
 }
 

@@ -119,6 +119,12 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
         opened(plain, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
 
 
+def test_its_python_sees_whole_weights() -> None:
+    for error, *right in run_spmd(spmd.asked, 2):
+        assert error <= 1e-6
+        assert all(right)
+
+
 def test_what_is_refused() -> None:
     for nothing, trained, taken, cast in run_spmd(spmd.refused, 2):
         assert "names no module" in nothing

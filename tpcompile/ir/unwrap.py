@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from .torch_internals import is_traceable_wrapper_subclass
 _Parts = dict[int, tuple[Tensor, Tensor]]
 """By its identity a part, which is kept for that, and the parameter that it became."""
 
-_ORIGINAL = "_tp_whole_class"
+ORIGINAL = "_tp_whole_class"
 """The attribute of a class by which it says which one it stands for."""
 
 APART = "_tp_apart"
@@ -123,50 +123,6 @@ def put_together_on_error(model: Any) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def put_together(model: nn.Module) -> Iterator[None]:
-    """Lends a model its quantised weights as they were, and its modules their classes, while its python runs.
-
-    Python may ask for both: for the class of a module, or for the names of its parameters.
-    """
-    undo: list[Callable[[], Any]] = []
-    try:
-        for module in model.modules():
-            apart: dict[str, Wrapping] = module.__dict__.get(APART, {})
-            for name, wrapping in apart.items():
-                _lend(module, name, wrapping, undo)
-            kind: Any = type(module)
-            if apart and _ORIGINAL in vars(kind):
-                undo.append(functools.partial(setattr, module, "__class__", kind))
-                module.__class__ = vars(kind)[_ORIGINAL]
-        yield
-    finally:
-        for act in reversed(undo):
-            act()
-
-
-def _lend(module: nn.Module, name: str, wrapping: Wrapping, undo: list[Callable[[], Any]]) -> None:
-    """Puts a weight in the place of its parts."""
-    parts, tables = set(wrapping.leaves()), [module._parameters, module._buffers]
-    for table in cast(list[Any], tables):
-        if not parts <= table.keys():  # or it is there already: an exported module has several faces
-            continue
-        whole = wrapping.whole(module)
-        whole._is_param = table is module._parameters
-        before: dict[str, Any] = dict(table)
-        lent: dict[str, Any] = {}
-        for key, tensor in before.items():
-            lent |= {name: whole} if key in parts else {key: tensor}
-
-        def restore(table: Any = table, before: Any = before) -> None:
-            dict.clear(table)
-            dict.update(table, before)
-
-        undo.append(restore)
-        dict.clear(table)
-        dict.update(table, lent)
-
-
 def unwrap(model: Any) -> None:
     """Takes a model's quantised weights apart, in place.
 
@@ -184,12 +140,21 @@ def unwrap(model: Any) -> None:
     for (_, module), kind in zip(modules, kinds, strict=True):
         apart: dict[str, Wrapping] = {}
         for table, names in _tables_of(module):
+            order = list(table)
             for name in names:
                 parameter = table is module._parameters
                 saved = name not in module._non_persistent_buffers_set
                 apart[name] = _take_apart(module, f"_{name}", table.pop(name), parts, parameter, saved)
+            _reorder(table, [part for n in order for part in (apart[n].leaves() if n in apart else [n])])
         module.__dict__[APART] = module.__dict__.get(APART, {}) | apart
         module.__class__ = kind
+
+
+def _reorder(table: Any, order: Iterable[str]) -> None:
+    """Gives a table of tensors another order."""
+    held = dict(table)
+    dict.clear(table)
+    dict.update(table, {name: held[name] for name in order})
 
 
 def _has_wrapped(model: Any) -> bool:
@@ -271,7 +236,7 @@ def _class_apart(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
         return property(read)
 
     body: dict[str, Any] = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    body |= {_ORIGINAL: original, **{name: reads(name) for name in names}}
+    body |= {ORIGINAL: original, **{name: reads(name) for name in names}}
     return type(original.__name__, (original,), body)
 
 
@@ -281,8 +246,11 @@ def _wrap_again(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         apart: dict[str, Wrapping] = module.__dict__.pop(APART, {})
         kind: Any = type(module)
-        if apart and _ORIGINAL in vars(kind):
-            module.__class__ = vars(kind)[_ORIGINAL]
+        if apart and ORIGINAL in vars(kind):
+            module.__class__ = vars(kind)[ORIGINAL]
+        whole_of = {part: name for name, wrapping in apart.items() for part in wrapping.leaves()}
+        tables = (module._parameters, module._buffers) if apart else ()
+        orders = [dict.fromkeys(whole_of.get(n, n) for n in table) for table in tables]
         for name, wrapping in apart.items():
             parts = list(wrapping.leaves())
             key = tuple(id(getattr(module, part)) for part in parts)
@@ -298,3 +266,5 @@ def _wrap_again(modules: Iterable[nn.Module]) -> None:
                 module.register_parameter(name, whole)
             else:
                 module.register_buffer(name, whole, persistent=saved)
+        for table, order in zip(tables, orders, strict=True):
+            _reorder(table, order)

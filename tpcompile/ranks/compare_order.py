@@ -30,14 +30,13 @@ def number_of_model(group_name: str) -> int:
     return _MODELS[group_name]
 
 
-def compare_order(group: dist.ProcessGroup, call: Hashable, what: str, always: bool = False) -> bool:
+def compare_order(group: dist.ProcessGroup, call: Hashable, what: str) -> bool:
     """Notes that a program is about to run, and compares at times what has been run.
 
     Args:
         group: the ranks.
         call: numbers that tell the program, and the sizes of the call, from others.
         what: the program as text.
-        always: compare now.
 
     Returns:
         Whether it is time to compare all of the call.
@@ -48,7 +47,7 @@ def compare_order(group: dist.ProcessGroup, call: Hashable, what: str, always: b
     count, before = _RUN[group.group_name]
     count, now = count + 1, hash((before, call))  # of numbers, it is the same in every process
     _RUN[group.group_name] = [count, now]
-    if count & (count - 1) and count % _EVERY and not always:
+    if count & (count - 1) and count % _EVERY:
         return False
     todo = "make the same calls, of the same models, in the same order; compare_calls=True says which differ"
     lines = [f"{count} calls, the last one {what}", f"all of them: {now & 0xFFFFFFFF:08x}"]

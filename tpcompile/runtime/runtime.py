@@ -17,6 +17,7 @@ from tpcompile.capture.divide_caches import divide_caches
 from tpcompile.errors import RanksApart, TpCompileError
 from tpcompile.ir.calls import flatten_call, leaf_names, sizes_of_call
 from tpcompile.ir.torch_internals import TreeSpec, get_tracing_state, peek_interpreter_stack
+from tpcompile.ranks.agree import compare
 from tpcompile.ranks.compare_calls import MOST_SIZES, can_compare, compare_sizes
 from tpcompile.ranks.compare_order import compare_order
 from tpcompile.ranks.lost_ranks import is_loss, lost
@@ -213,7 +214,10 @@ class Runtime(State):
         sizes = sizes_of_call(leaves, program.loose)
         model = ", copy ".join(map(str, self.number))
         what = f"model {model}, {program.entry} {program.number}"
-        due = compare_order(group, (self.number, program.number, sizes), what, always=self.served)
+        if self.served:
+            todo = "change a model before serve_ranks, on all ranks, or change it back"
+            compare(group, "programs for a served call", [f"{what}, {sizes}"], todo)
+        due = compare_order(group, (self.number, program.number, sizes), what)
         if due and not self.compare_calls and not self.generating and can_compare(leaves):
             self.compare(program.root, bound, program.entry, leaves)
 

@@ -14,8 +14,8 @@ from tpcompile.capture.caches.call_results import GivenCache, Results, take_resu
 from tpcompile.capture.caches.register import is_cache
 from tpcompile.errors import CannotCapture, TpCompileError
 from tpcompile.ir.calls import call_model
+from tpcompile.ir.put_together import put_together
 from tpcompile.ir.torch_internals import TreeSpec, is_alias_of, tree_flatten, tree_unflatten
-from tpcompile.ir.unwrap import put_together
 
 from .dynamic_dims import Attempt, Place
 from .flatten_program import PREFIX, UserResult

@@ -26,6 +26,7 @@ from tpcompile.capture.export.state_writes import StateWrite, collect_writes
 from tpcompile.capture.export.switch_experts import install_output_hooks
 from tpcompile.ir.calls import call_model
 from tpcompile.ir.module_tensors import replace_tensors, whole_tensors
+from tpcompile.ir.put_together import put_together
 from tpcompile.ir.torch_internals import (
     FakeTensor,
     FakeTensorMode,
@@ -34,7 +35,6 @@ from tpcompile.ir.torch_internals import (
     no_dispatch,
     tree_unflatten,
 )
-from tpcompile.ir.unwrap import put_together
 
 from .blocks import Repeat
 

@@ -18,8 +18,8 @@ from tpcompile.capture.held_caches import cache_leaves
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.calls import call_model, flatten_call, leaf_names
 from tpcompile.ir.module_tensors import tensors_by_name
+from tpcompile.ir.put_together import put_together
 from tpcompile.ir.torch_internals import tree_map
-from tpcompile.ir.unwrap import put_together
 from tpcompile.runtime.watched_module import WatchedModule
 
 from .compare import difference, largest
