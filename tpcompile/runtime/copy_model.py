@@ -27,6 +27,9 @@ def copy_model(model: nn.Module, runtime: Runtime, memo: dict[int, Any]) -> nn.M
         model: the sharded model.
         runtime: its runtime.
         memo: ``copy.deepcopy``'s.
+
+    Raises:
+        TpCompileError: the ranks follow this one, and would not copy it.
     """
     if runtime.leader is not None:
         raise TpCompileError(

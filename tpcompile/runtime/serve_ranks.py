@@ -142,7 +142,11 @@ class Leader:
 
 @contextmanager
 def serve_ranks(model: nn.Module, runtime: Runtime) -> Iterator[bool]:
-    """See ``ShardedModule.serve_ranks``."""
+    """See ``ShardedModule.serve_ranks``.
+
+    Raises:
+        TpCompileError: on all ranks: some of them do something else; or this is in such a block already.
+    """
     group, axis = runtime.compiler.group, runtime.compiler.axis
     if group is None or axis is None or group.size() == 1:
         yield True

@@ -217,8 +217,8 @@ def record_run(
         functions, strangers = list[FunctionType](), list[tuple[nn.Module, str]]()
         hooks = hooked(model)  # without our own
         run.outer = tuple(stack.enter_context(unchanged_outside(model, functions)))
-        stack.enter_context(_marking(model, repeats, run))
-        stack.enter_context(no_fused_encoder())
+        for context in (_marking(model, repeats, run), no_fused_encoder(), put_together(model)):
+            stack.enter_context(context)
         stack.enter_context(export_trace._compiling_state_context())  # type: ignore[attr-defined]
         stack.enter_context(as_untraced([]))
         stack.enter_context(mode)
@@ -230,8 +230,7 @@ def record_run(
         run.reads = stack.enter_context(recorded_reads(model, strangers))
         stack.enter_context(types_of_numbers(functions, False))
         recorder.stage = "inside"
-        with put_together(model):
-            result = call_model(model, call)
+        result = call_model(model, call)
         recorder.stage = "after"
         _note_results(recorder, take_results(call, result), state)
     run.reads |= hooks
