@@ -52,9 +52,7 @@ def exchange(
         return [value]
     own = own_group(group)
     with _LOCK, telling(own, what):
-        if begun:
-            patience = max(_PATIENCE, limit_of(own))
-        return _exchange(own, what, value, patience)
+        return _exchange(own, what, value, begun, patience)
 
 
 def name_of(group: dist.ProcessGroup, place: int) -> str:
@@ -62,9 +60,13 @@ def name_of(group: dist.ProcessGroup, place: int) -> str:
     return f"rank {dist.get_global_rank(group, place)}"
 
 
-def _exchange(group: dist.ProcessGroup, what: str, value: Any, patience: float | None) -> list[Any]:
+def _exchange(
+    group: dist.ProcessGroup, what: str, value: Any, begun: bool, patience: float | None
+) -> list[Any]:
     if backend_of(group) == "fake":  # of torch: it sends nothing, and has no time limit
         return [value] * group.size()
+    if begun:
+        patience = max(_PATIENCE, limit_of(group))
     data = pickle.dumps(value)
     name = what.encode()[: _HEAD // 2] + _END
     head = (len(data).to_bytes(_SIZE, "little") + name + data)[:_HEAD].ljust(_HEAD, _END)
