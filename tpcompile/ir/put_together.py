@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from .unwrap import APART, ORIGINAL, Wrapping
+from .unwrap import APART, ORIGINAL, Wrapping, refill
 
 
 @contextmanager
@@ -46,11 +46,5 @@ def _lend(module: nn.Module, name: str, wrapping: Wrapping, undo: list[Callable[
         lent: dict[str, Any] = {}
         for key, tensor in before.items():
             lent |= {name: whole} if key in parts else {key: tensor}
-
-        def restore(table: Any = table, before: Any = before) -> None:
-            dict.clear(table)
-            dict.update(table, before)
-
-        undo.append(restore)
-        dict.clear(table)
-        dict.update(table, lent)
+        undo.append(functools.partial(refill, table, before))
+        refill(table, lent)

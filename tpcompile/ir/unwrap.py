@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -150,11 +150,14 @@ def unwrap(model: Any) -> None:
         module.__class__ = kind
 
 
-def _reorder(table: Any, order: Iterable[str]) -> None:
-    """Gives a table of tensors another order."""
-    held = dict(table)
+def refill(table: Any, tensors: Mapping[str, Any]) -> None:
+    """Gives a module's table other tensors, or another order, whatever the module watches."""
     dict.clear(table)
-    dict.update(table, {name: held[name] for name in order})
+    dict.update(table, tensors)
+
+
+def _reorder(table: Any, order: Iterable[str]) -> None:
+    refill(table, {name: table[name] for name in order})
 
 
 def _has_wrapped(model: Any) -> bool:

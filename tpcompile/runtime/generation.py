@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -66,10 +66,7 @@ class ShardedGeneration(ShardedModule):
                 function of the user's fails on one of them, or says something else there.
         """
         original = super().generate  # type: ignore[misc]
-        if self._tp.leader is None:
-            return self._generate(original, args, kwargs)
-        sent = {name: value for name, value in kwargs.items() if name != "streamer"}
-        with self._tp.leader.announced("generate", args, sent):
+        with _announced(self._tp, args, kwargs):
             return self._generate(original, args, kwargs)
 
     def _generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -188,11 +185,19 @@ class GeneratesWithin(ShardedModule):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own."""
         original = super().generate  # type: ignore[misc]
-        if self._tp.leader is None:
+        with _announced(self._tp, args, kwargs):
             return original(*args, **kwargs)
-        sent = {name: value for name, value in kwargs.items() if name != "streamer"}
-        with self._tp.leader.announced("generate", args, sent):
-            return original(*args, **kwargs)
+
+
+def _announced(
+    runtime: Runtime, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> AbstractContextManager[None]:
+    """Around ``generate``: ranks that follow this one make the call too, without its streamer."""
+    if runtime.leader is None:
+        return nullcontext()
+    sent = {name: value for name, value in kwargs.items() if name != "streamer"}
+    announced: AbstractContextManager[None] = runtime.leader.announced("generate", args, sent)
+    return announced
 
 
 @contextmanager

@@ -44,10 +44,15 @@ def default_example(model: nn.Module) -> dict[str, Any] | None:
     return None
 
 
+def parts_of_config(config: Any) -> list[Any]:
+    """A configuration of transformers, and those in it, such as that of a model's text part."""
+    parts = (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {})))
+    return [part for part in parts if part is not None]
+
+
 def _tokens(config: Any, seed: int) -> Tensor:
     """Token ids of text, [2, 16]; 0 where the configuration does not say how many there are."""
-    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
-    settings = [item for part in parts if part is not None for item in vars(part).items()]
+    settings = [item for part in parts_of_config(config) for item in vars(part).items()]
     special = {value for name, value in settings if name.endswith(_SPECIAL) and isinstance(value, int)}
     size = min(
         (value for name, value in settings if name == "vocab_size" and isinstance(value, int)), default=0

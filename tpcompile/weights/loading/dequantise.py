@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig, HfQuantizer
 
+from tpcompile.capture.export.default_example import parts_of_config
 from tpcompile.errors import TpCompileError, refusing
 
 _FIELD = "quantization_config"
@@ -144,8 +145,7 @@ def _operates(conversion: Any, operation: Any) -> bool:
 
 def _holders(config: Any) -> list[Any]:
     """A configuration and its parts, as far as they say that they are quantised."""
-    parts = (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {})))
-    return [part for part in parts if getattr(part, _FIELD, None) is not None]
+    return [part for part in parts_of_config(config) if getattr(part, _FIELD, None) is not None]
 
 
 def _operations(quantizer: HfQuantizer) -> Mapping[str, Any]:
