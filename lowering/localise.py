@@ -15,6 +15,7 @@ from tpcompile.ir.markers import origin
 from tpcompile.ir.nodes import arguments, operands, option, results, shape
 from tpcompile.ir.placements import Filled, Shard
 from tpcompile.ir.sizes import Size, sizes_of
+from tpcompile.rules.kernels import HEADS
 from tpcompile.rules.reductions import reduced_dims
 
 from .state import Lowering
@@ -248,6 +249,30 @@ def attention(low: Lowering, node: Node) -> Node:
     return low.emit(aten.matmul.default, scores, value, like=node)
 
 
+def flex_attention(low: Lowering, node: Node) -> Node:
+    """Python that is told a head's number is told that in the whole model."""
+    inputs, numbers, key, *rest = arguments(node)
+    call = low.program.captured.functions[key]
+    mine = [*_heads(low, operands(node)[0]), *low.map(numbers[HEADS:])]
+    return low.emit(node.target, low.map(inputs), mine, call.handle, *rest, like=node)
+
+
+def _heads(low: Lowering, query: Node) -> tuple[int, int, int]:
+    """This rank's heads: its ``h`` is the whole model's ``h // held * of + h % held + first``."""
+    placements = query.meta["placement"]
+    whole: list[Any] = list(low.shapes.factors.atom_sizes(origin(query))[1])
+    mine: list[Any] = low.shapes.atoms(query, placements)[1]
+    divided = [at for at, part in enumerate(mine) if part < whole[at]]
+    inside = [math.prod(whole[at + 1 :]) for at in range(len(whole))]
+    first = sum(low.shapes.start(query, placements, Shard(1, at)) * inside[at] for at in divided)
+    last = divided[-1]
+    if math.prod(mine[:last]) == 1:  # they stand together
+        return first, 1, 1
+    if len(divided) > 1:
+        raise ValueError("heads of parts of groups")  # it is planned again, as a whole
+    return first, mine[last] * inside[last], whole[last] * inside[last]
+
+
 LOCALISERS: dict[str, Callable[[Lowering, Node], Node]] = {
     "sizes": sizes,
     "split": split,
@@ -258,4 +283,5 @@ LOCALISERS: dict[str, Callable[[Lowering, Node], Node]] = {
     "group_norm": group_norm,
     "grouped_matmul": grouped_matmul,
     "attention": attention,
+    "flex_attention": flex_attention,
 }

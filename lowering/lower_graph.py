@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tpcompile.capture.export.autograd_functions import FUNCTION
 from tpcompile.capture.export.checkpoint_calls import ContextFn
+from tpcompile.capture.export.kept_calls import FUNCTION
 from tpcompile.capture.repeats.unroll_layers import unroll
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.graph_edit import drop_unused

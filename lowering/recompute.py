@@ -18,8 +18,8 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
-from tpcompile.capture.export.autograd_functions import FUNCTION
 from tpcompile.capture.export.checkpoint_calls import ContextFn
+from tpcompile.capture.export.kept_calls import FUNCTION
 from tpcompile.ir.graph_edit import copied
 from tpcompile.ir.regions import members_of
 

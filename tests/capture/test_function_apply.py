@@ -9,8 +9,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from tpcompile.capture.export.autograd_functions import FUNCTION
 from tpcompile.capture.export.capture_model import capture
+from tpcompile.capture.export.kept_calls import FUNCTION
 from tpcompile.errors import CannotCapture
 from tpcompile.ir.calls import bind_call
 

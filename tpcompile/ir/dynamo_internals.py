@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import mark_static_address
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.source import ConstantSource
 from torch.export import _trace as export_trace

@@ -47,6 +47,7 @@ PRIVATE_ATTRIBUTES = {
     "transformers.generation:PrefixConstrainedLogitsProcessor": ("_prefix_allowed_tokens_fn",),
     "transformers.initialization": ("_is_hf_initialized",),
     "transformers.masking_utils:AttentionMaskInterface": ("_global_mapping",),
+    "transformers.modeling_flash_attention_utils": ("_is_packed_sequence",),
     "transformers.modeling_utils:AttentionInterface": ("_global_mapping",),
     "transformers.integrations.peft": ("_hf_peft_config_loaded",),
     "transformers.models.auto.auto_factory:_BaseAutoModelClass": ("_model_mapping",),

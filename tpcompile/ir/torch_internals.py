@@ -51,6 +51,7 @@ from torch.utils import _foreach_utils as foreach_utils
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import (
     SequenceKey,
     TreeSpec,
@@ -119,6 +120,13 @@ PRIVATE_ATTRIBUTES = {
         "_modules",
         "_non_persistent_buffers_set",
         "_parameters",
+    ),
+    "torch.nn.attention.flex_attention": (
+        "_LARGE_SPARSE_BLOCK_SIZE",
+        "_convert_mask_to_block_mask",
+        "_create_empty_block_mask",
+        "_create_sparse_block_from_block_mask",
+        "_validate_device",
     ),
     "torch.nn.utils.stateless": ("_functional_call",),
     "torch.nn.utils.clip_grad": ("_clip_grads_with_norm_", "_get_total_norm"),

@@ -29,6 +29,7 @@ from .rule import Dim, Labels, Rule
 _OPTIONS = ("whole", "reduce", "linear", "once", "fixed", "contraction", "localize")
 LOCALISERS = (
     "attention",
+    "flex_attention",
     "group_norm",
     "grouped_matmul",
     "groups",

@@ -36,14 +36,6 @@ def broadcast(node: Node) -> Rule:
     )
 
 
-def autograd_function(node: Node) -> Rule | str:
-    """A function with a backward of the user's."""
-    name = str(node.args[2]).partition("(")[0]
-    return (
-        broadcast(node) if node.args[3] else f"not all that {name} does, forward and backward, is elementwise"
-    )
-
-
 def type_as(node: Node) -> Rule:
     """``x.type_as(y)``: of y nothing but its type is used; it is placed like x where it has x's shape."""
     x, y = operands(node)

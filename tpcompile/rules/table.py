@@ -20,7 +20,7 @@ from tpcompile.ir.nodes import find_operator, operands, results, shape
 from tpcompile.ir.sizes import sizes_of
 from tpcompile.ir.torch_internals import OpOverload, OpOverloadPacket
 
-from . import contractions, indexing, opaque, parts, pointwise, reductions, views
+from . import contractions, indexing, kernels, opaque, parts, pointwise, reductions, views
 from .notation import instantiate, parse_row
 from .randomness import is_random
 from .rule import Rule
@@ -172,7 +172,7 @@ POINTWISE: dict[str, Row] = {
 
 OURS: dict[str, Row] = {
     opaque.NAME: opaque.opaque_module,
-    "tpcompile.autograd_function": pointwise.autograd_function,
+    "tpcompile.autograd_function": kernels.autograd_function,
     "tpcompile.uniform": pointwise.broadcast,
 }
 

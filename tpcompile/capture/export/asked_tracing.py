@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 
+from .kernel_masks import kernel_masks
 from .look_inside import is_librarys, module_of
 from .masks_as_in_python import masks_as_in_python
 
@@ -41,7 +42,7 @@ def as_untraced(errors: list[Exception]) -> Iterator[None]:
     Raises:
         CannotCapture: which way that is, is not known.
     """
-    with unseen_tracing(), masks_as_in_python(errors):
+    with unseen_tracing(), masks_as_in_python(errors), kernel_masks():
         yield
 
 

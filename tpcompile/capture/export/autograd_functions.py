@@ -8,11 +8,9 @@ directions treat elements one by one (``examine_function``).
 from __future__ import annotations
 
 import itertools
-import uuid
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,34 +19,30 @@ from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointFunction
 
-from tpcompile.errors import CannotCapture, TpCompileError
+from tpcompile.errors import CannotCapture
 from tpcompile.ir.nodes import has_fractions
 from tpcompile.ir.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 
 from .checkpoint_calls import CheckpointCalls, ContextFn
 from .examine_function import is_elementwise
 from .explain_failure import here
+from .flex_attention import kept_attention
 from .function_apply import instead_of_apply, own_apply
+from .kept_calls import FUNCTION, KeptCall, Note
 
-_LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
-_CALLS: weakref.WeakValueDictionary[str, FunctionCall] = weakref.WeakValueDictionary()
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 _TENSOR, _SIZE = object(), object()
 
-Note = Callable[[str, list[Any]], None]
-
 
 @dataclass(eq=False)
-class FunctionCall:
-    """A function with the constants of its calls; programs that call it keep it alive.
+class FunctionCall(KeptCall):
+    """A function with the constants of its calls.
 
     Attributes:
         function: the user's class.
         leaves: the arguments of ``apply``, flat: constants, and marks where tensors and open sizes stand.
         spec: their structure.
         autocast: device and type of the autocast mode in which it is called.
-        key: its name in captured graphs, the same on all ranks.
-        handle: its name in this process, because torch keeps compiled programs that name it.
         result: structure and leaves of what the last call returned, marks where tensors stand.
     """
 
@@ -56,12 +50,7 @@ class FunctionCall:
     leaves: tuple[Any, ...]
     spec: TreeSpec
     autocast: tuple[str, torch.dtype] | None
-    key: str
-    handle: str = field(default_factory=lambda: uuid.uuid4().hex)
     result: tuple[TreeSpec, list[Any]] | None = None
-
-    def __post_init__(self) -> None:
-        _CALLS[self.key] = _CALLS[self.handle] = self
 
     def run(self, inputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
         """Calls the function; returns the tensors of its result."""
@@ -90,35 +79,12 @@ class Kept:
     """What of a trace is more than its operators.
 
     Attributes:
-        functions: the functions of autograd that were called, by their key.
+        functions: the calls of python, by their key.
         regions: what was checkpointed, see ``CheckpointCalls``.
     """
 
-    functions: dict[str, FunctionCall]
+    functions: dict[str, KeptCall]
     regions: dict[str, ContextFn | None]
-
-
-def autograd_function(inputs: list[Tensor], sizes: list[int], key: str, elementwise: bool) -> list[Tensor]:
-    """A user's function: forward and backward are its own.
-
-    Raises:
-        TpCompileError: the model that the function belongs to is gone.
-    """
-    call = _CALLS.get(key)
-    if call is None:
-        raise TpCompileError(
-            f"{key} is gone", where=here(), todo="keep the model whose graph this is, or shard it again"
-        )
-    return call.run(inputs, sizes)
-
-
-_LIBRARY.define(
-    "autograd_function(Tensor[] inputs, SymInt[] sizes, str key, bool elementwise) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-# Composite: export keeps it as one node; fake tensors, autograd and torch.compile run the function.
-_LIBRARY.impl("autograd_function", autograd_function, "CompositeImplicitAutograd")
-FUNCTION = torch.ops.tpcompile.autograd_function.default
 
 
 @contextmanager
@@ -131,7 +97,7 @@ def kept_functions(note: Note | None = None) -> Iterator[Kept]:
     Yields:
         What was called.
     """
-    found: dict[str, FunctionCall] = {}
+    found: dict[str, KeptCall] = {}
     checkpoints = CheckpointCalls()
 
     def apply(function: type[Function], *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +119,7 @@ def kept_functions(note: Note | None = None) -> Iterator[Kept]:
         elementwise = not sizes and is_elementwise(call.run, call.function.__qualname__, tensors)
         return call.rebuild(FUNCTION(tensors, sizes, call.key, elementwise))
 
-    with instead_of_apply(apply), checkpoints.watching():
+    with instead_of_apply(apply), checkpoints.watching(), kept_attention(found, note):
         yield Kept(found, checkpoints.found)
 
 
@@ -162,7 +128,7 @@ def _can_learn(leaf: Any) -> bool:
 
 
 def _find(
-    found: dict[str, FunctionCall],
+    found: dict[str, KeptCall],
     function: type[Function],
     leaves: list[Any],
     spec: TreeSpec,
@@ -187,7 +153,8 @@ def _find(
         key = f"{name}({text})#{number}"
         call = found.get(key)
         if call is None:
-            call = found[key] = FunctionCall(function, marked, spec, autocast, key)
+            call = found[key] = FunctionCall(key, function, marked, spec, autocast)
+        assert isinstance(call, FunctionCall)
         same = (call.function, call.spec, call.autocast) == (function, spec, autocast)
         if same and all(map(_equal, call.leaves, marked)):
             return call

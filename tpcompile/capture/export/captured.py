@@ -18,8 +18,8 @@ from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import TreeSpec, tree_unflatten
 from tpcompile.ranks.describe import describe_value
 
-from .autograd_functions import FunctionCall
 from .checkpoint_calls import ContextFn
+from .kept_calls import KeptCall
 from .outer_places import Outer
 from .specs import Extent, InputSpec, OutputSpec
 from .state_writes import StateWrite
@@ -75,7 +75,7 @@ class Captured:
     detached: tuple[str, ...] = ()
     asks_gradients: bool = False
     asks_strides: bool = False
-    functions: dict[str, FunctionCall] = field(default_factory=dict)
+    functions: dict[str, KeptCall] = field(default_factory=dict)
     regions: dict[str, ContextFn | None] = field(default_factory=dict)
     gathers_again: bool = False
     blocks: RepeatedBlocks | None = None

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from tpcompile.capture.export.autograd_functions import FUNCTION
 from tpcompile.capture.export.captured import Captured
+from tpcompile.capture.export.kept_calls import FUNCTION
 from tpcompile.capture.held_caches import Held
 from tpcompile.capture.repeats.unroll_layers import unroll
 from tpcompile.compile_program import Compiler

@@ -22,7 +22,7 @@ from .dequantise import say_nothing_of_it
 from .read_headers import Stored
 
 # Parts of the names of attention that runs kernels which torch.export cannot see into.
-_OPAQUE_ATTENTION = ("flash", "flex", "paged", "kernels", "/")
+_OPAQUE_ATTENTION = ("paged",)
 
 _REFUSED = {
     "device_map": "the mesh says where the model goes: give mesh",

@@ -1,0 +1,177 @@
+"""What the ranks do in ``test_attention_kernels``: kernels that have heads, beside plain arithmetic."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+import tpcompile
+from tests.on_ranks.models import error, gradient_error, mesh
+from tpcompile.capture.export import flex_attention as flex_module
+from tpcompile.ir.torch_internals import FakeTensor
+
+
+class Heads(nn.Module):
+    """Shared keys, slopes, biases that are learned, sinks, packed rows, a window in every second head."""
+
+    def __init__(self, heads: int = 4, groups: int = 2, size: int = 8, width: int = 20) -> None:
+        super().__init__()
+        self.heads, self.groups, self.size = heads, groups, size
+        self.q = nn.Linear(width, heads * size)
+        self.k, self.v = nn.Linear(width, groups * size), nn.Linear(width, groups * size)
+        self.o = nn.Linear(heads * size, width)
+        self.bias, self.sinks = nn.Parameter(torch.randn(heads)), nn.Parameter(torch.randn(heads))
+        self.register_buffer("slopes", torch.rand(heads))
+        self.plain = False
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (
+            layer(x).view(batch, length, -1, self.size).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        y = (self.arithmetic if self.plain else self.kernel)(q, k, v, rows)
+        out: Tensor = self.o(y.transpose(1, 2).reshape(batch, length, -1))
+        return out
+
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+        def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return value + self.slopes[h] * (j - i) + self.bias[h] * ((i - j) % 3)
+
+        def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (j <= i) & (rows[b, i] == rows[b, j]) & ((h % 2 == 0) | (i - j < 3))
+
+        length = q.shape[2]
+        blocks = create_block_mask(mask, len(q), self.heads, length, length, device=q.device)
+        aux = AuxRequest(lse=True)
+        y, found = flex_attention(q, k, v, score, blocks, enable_gqa=True, return_aux=aux)
+        return y * (found.lse - self.sinks[:, None]).sigmoid()[..., None]
+
+    def arithmetic(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(self.heads // self.groups, 1) for x in (k, v))
+        h, i, j = (
+            torch.arange(n).view(shape)
+            for n, shape in ((self.heads, (-1, 1, 1)), (q.shape[2], (-1, 1)), (k.shape[2], (1, -1)))
+        )
+        scores = q @ k.transpose(-1, -2) / self.size**0.5
+        scores = scores + self.slopes[:, None, None] * (j - i) + self.bias[:, None, None] * ((i - j) % 3)
+        shown = (j <= i) & (rows[:, None, :, None] == rows[:, None, None, :]) & ((h % 2 == 0) | (i - j < 3))
+        scores = scores.masked_fill(~shown, -torch.inf)
+        sinks = self.sinks[:, None, None].expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
+
+
+def heads(*counts: int, backend: str = "", alone: bool = False) -> dict[str, Any]:
+    """Errors of results and gradients; what the plan leaves whole.
+
+    Args:
+        counts: of heads, and of groups of them.
+        backend: compiles the program.
+        alone: compiles calls of the kernel by themselves, as on devices that have one.
+    """
+    torch.manual_seed(0)
+    with patch.multiple(flex_module, _has_kernel=_is_real, _BACKEND="aot_eager") if alone else nullcontext():
+        return _heads(counts, {"backend": backend} if backend else False)
+
+
+def _is_real(query: Tensor) -> bool:
+    return not isinstance(query, FakeTensor) and get_proxy_mode() is None
+
+
+def _heads(counts: tuple[int, ...], compiling: Any) -> dict[str, Any]:
+    whole = Heads(*counts)
+    sharded: Any = copy.deepcopy(whole)
+    whole.plain = True
+    rows = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 2]])
+    x = torch.randn(2, 7, 20)
+    sharded = tpcompile.parallelize(sharded, mesh(), (x, rows), compile=compiling)
+    worst = 0.0
+    for length in (7, 5):
+        x = torch.randn(2, length, 20)
+        ours, theirs = sharded(x, rows[:, :length]), whole(x, rows[:, :length])
+        (ours**3).sum().backward()
+        (theirs**3).sum().backward()
+        worst = max(worst, error(ours.detach(), theirs.detach()))
+    return {
+        "worst": worst,
+        "gradients": gradient_error(whole, sharded),
+        "fallbacks": sharded.plan.fallbacks,
+        "whole": _whole(whole, sharded),
+    }
+
+
+def _whole(whole: nn.Module, sharded: Any) -> list[str]:
+    """The projections around attention that a rank holds whole."""
+    layout, rank = sharded.plan.layout, dist.get_rank()
+    ends = tuple(f"{name}{end}.weight" for name in "qkvo" for end in ("", "_proj"))
+    return [
+        name
+        for name, p in whole.named_parameters()
+        if name.endswith(ends) and layout.local_shape(name, rank) == tuple(p.shape)
+    ]
+
+
+FAMILIES = {
+    "llama": transformers.LlamaConfig,
+    "gemma2": partial(transformers.Gemma2Config, sliding_window=4, query_pre_attn_scalar=8),
+}
+
+
+def model(name: str, attention: str, **fields: Any) -> Any:
+    """A model of transformers with two layers, of which Gemma's differ; the same whatever attends."""
+    torch.manual_seed(0)
+    config = FAMILIES[name](
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2 if name == "gemma2" else 1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=64,
+        attn_implementation=attention,
+        **fields,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def flex(name: str) -> dict[str, Any]:
+    """Errors beside transformers' plain attention: as captured, padded, packed, other sizes, generated."""
+    whole, sharded = model(name, "eager"), model(name, "flex_attention")
+    tokens = torch.randint(64, (2, 11))
+    padding = torch.tensor([[0] * 3 + [1] * 8, [1] * 11])
+    packed = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1]] * 2)
+    sharded = tpcompile.parallelize(sharded, mesh(), (), {"input_ids": tokens, "use_cache": False})
+    calls: dict[str, dict[str, Any]] = {
+        "as captured": {},
+        "all shown": {"attention_mask": torch.ones_like(tokens)},
+        "padded": {"attention_mask": padding},
+        "in order": {"position_ids": torch.arange(11)[None].expand(2, -1)},
+        "packed": {"position_ids": packed},
+    }
+    errors = {}
+    with torch.no_grad():
+        for label, more in calls.items():
+            ours, theirs = (m(tokens, use_cache=False, **more).logits for m in (sharded, whole))
+            shown = more.get("attention_mask", torch.ones_like(tokens)).bool()
+            errors[label] = error(ours[shown], theirs[shown])
+        long = torch.randint(64, (1, 135))
+        errors["two blocks"] = error(*(m(long, use_cache=False).logits for m in (sharded, whole)))
+        mine, other = (
+            m.generate(tokens, attention_mask=padding, max_new_tokens=4, do_sample=False)
+            for m in (sharded, whole)
+        )
+    return {
+        "errors": errors,
+        "generated": bool((mine == other).all()),
+        "fallbacks": sharded.plan.fallbacks,
+        "whole": _whole(whole, sharded),
+    }
