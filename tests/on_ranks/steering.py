@@ -90,3 +90,11 @@ def steered() -> dict[str, Any]:
     sharded.generation_config.repetition_penalty = 1.0
     found["afterwards"] = torch.equal(run(), want)
     return found
+
+
+def streamed_by_one() -> tuple[int, bool]:
+    """What a streamer sees where there is one rank only."""
+    _, sharded = pair("llama", num_hidden_layers=1)
+    streamer = Streamer()
+    sharded.generate(families.token_ids(1, 5), max_new_tokens=NEW, streamer=streamer, **GREEDY)
+    return streamer.seen, streamer.ended

@@ -24,3 +24,7 @@ def test_ranks_are_steered_alike() -> None:
     ):
         assert f"rank 1 failed to {what}" in first[name]
         assert second[name].startswith("itself ")
+
+
+def test_one_rank_streams_too() -> None:
+    assert run_spmd(steering.streamed_by_one, 1) == [(5 + steering.NEW, True)]

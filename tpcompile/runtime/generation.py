@@ -224,11 +224,10 @@ def share_random_state(group: dist.ProcessGroup | None, device: torch.device) ->
         module.set_rng_state(states[1], device)
 
 
-def _shared_streamer(group: dist.ProcessGroup | None, own: Any) -> Any:
+def _shared_streamer(group: dist.ProcessGroup | None, own: Any) -> Streamer | None:
     """A streamer for every rank, if any has one."""
-    if group is None or group.size() == 1:
-        return own
-    return Streamer(own) if any(exchange(group, "tell of streamers", own is not None)) else None
+    given = [own is not None] if group is None else exchange(group, "tell of streamers", own is not None)
+    return Streamer(own) if any(given) else None
 
 
 def _defaults(model: Any) -> dict[str, Any]:
