@@ -316,6 +316,48 @@ def model_family(name: str, folder: str) -> list[bool]:
         return [bits(x, y) for x, y in zip(run(loaded), wanted, strict=True)]
 
 
+def generating(folder: str) -> dict[str, Any]:
+    """Whether a saved program generates as its model, in several ways, and what is refused."""
+    model: Any = tpcompile.parallelize(families.build("llama", num_hidden_layers=1), mesh())
+    ids = families.token_ids(2, 6)
+    ways: dict[str, dict[str, Any]] = {
+        "dynamic": {},
+        "static": {"cache_implementation": "static"},
+        "beams": {"num_beams": 2},
+        "drawn": {"do_sample": True, "temperature": 3.0},
+    }
+
+    def run(generate: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        return [generate(ids, max_new_tokens=5, **{"do_sample": False, **way}) for way in ways.values()]
+
+    wanted = run(model.generate)
+    model.save_program(folder)
+    loaded = tpcompile.load_program(folder, mesh())
+    same = map(torch.equal, run(loaded.generate), wanted)
+    found: dict[str, Any] = dict(zip(ways, same, strict=True))
+    found["another call"] = refusal(lambda: loaded.generate(ids, max_new_tokens=2, output_attentions=True))
+    found["ranks"] = refusal(lambda: loaded.generate(ids, max_new_tokens=2 + dist.get_rank()))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        manifest = Path(folder) / "program.json"
+        data = json.loads(manifest.read_text())
+        data["generates"]["class"] = ["subprocess", "Popen"]
+        manifest.write_text(json.dumps(data | {"digest": digest_of(data)}))
+    dist.barrier()
+    found["class"] = refusal(lambda: tpcompile.load_program(folder, mesh()).generate(ids))
+    pictures: Any = tpcompile.parallelize(families.build("qwen2_vl"), mesh())
+    pictures.prepare_inputs_for_generation = pictures.prepare_inputs_for_generation
+    with torch.no_grad():
+        pictures(input_ids=ids, use_cache=False)
+    pictures.save_program(folder)
+    found["replaced"] = refusal(lambda: tpcompile.load_program(folder, mesh()).generate(ids))
+    del pictures.prepare_inputs_for_generation
+    pictures.save_program(folder)
+    found["modules"] = refusal(lambda: tpcompile.load_program(folder, mesh()).generate(ids))
+    return found
+
+
 class HandsOn(nn.Module):
     """Gives what it is given, too."""
 

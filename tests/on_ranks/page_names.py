@@ -91,7 +91,8 @@ def _checkpoints() -> Names:
 
 def _styled() -> Names:
     style = torch.randn(2, 5, 12)
-    return llama() | {"model": Styled(), "words": torch.arange(10).reshape(2, 5), "style": style}
+    names = llama() | {"model": Styled(), "words": torch.arange(10).reshape(2, 5), "style": style}
+    return names | {"LlamaForCausalLM": LlamaForCausalLM}
 
 
 def _scan() -> Names:

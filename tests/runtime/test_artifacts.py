@@ -60,6 +60,16 @@ def test_a_family_with_its_caches(tmp_path: Path, name: str) -> None:
         assert all(found)
 
 
+def test_a_saved_program_generates(tmp_path: Path) -> None:
+    for found in run_spmd(artifacts.generating, 2, str(tmp_path / "program"), timeout=300):
+        assert all(found[way] is True for way in ("dynamic", "static", "beams", "drawn"))
+        assert "no program was saved for such a call" in found["another call"]
+        assert "different calls of generate" in found["ranks"]
+        assert "not a class that generates" in found["class"]
+        assert "has no generate" in found["replaced"]
+        assert "uses its model" in found["modules"]
+
+
 def test_folders_of_others_and_orders_of_calls(tmp_path: Path) -> None:
     for found in run_spmd(artifacts.folders, 2, str(tmp_path)):
         assert "something else in the folder" in found["foreign"] and found["kept"] == ["{}", "{}"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from tpcompile.capture.held_caches import Held
 from tpcompile.compile_program import Compiler
@@ -91,6 +92,11 @@ class State:
     lent: dict[tuple[int, str], int] = field(default_factory=dict)
     found: RankProgram | None = field(init=False, default=None)
     last: dict[str, LastCall] = field(init=False, default_factory=dict)
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The ranks; None without a mesh."""
+        return self.compiler.group
 
     @property
     def group_name(self) -> str:

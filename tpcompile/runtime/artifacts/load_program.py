@@ -114,9 +114,8 @@ def _load(
             for call, part in zip(calls, mine["programs"], strict=True):
                 call.package = _package(folder, part.get("package"), data["files"], groups, device)
         plan = Plan.from_json(data["plan"])
-        return LoadedProgram(
-            str(data["model"]), signature_of_data(data["signature"]), calls, tensors, plan, axis
-        )
+        signature, generates = signature_of_data(data["signature"]), data["generates"]
+        return LoadedProgram(str(data["model"]), signature, calls, tensors, plan, axis, generates)
 
 
 def _package(

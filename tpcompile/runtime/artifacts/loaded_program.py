@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ from tpcompile.planner.plan import Plan
 from tpcompile.ranks.compare_calls import MOST_SIZES, compare_call, compare_sizes
 from tpcompile.ranks.compare_order import compare_order, number_of_model
 from tpcompile.ranks.lost_ranks import telling
+from tpcompile.ranks.mesh import local_device
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.ranks.turns import own_turn
 
 from ..program import autocast_of, device_of
 from ..value_checks import checks_among, refuse_failed
+from .generating import loop_over, refuse_to_generate
 from .package import Package
 
 
@@ -148,9 +151,11 @@ class LoadedProgram:
         tensors: Mapping[str, Tensor],
         plan: Plan,
         axis: MeshAxis,
+        generates: Mapping[str, Any] | None = None,
     ) -> None:
         self.name, self.calls, self.tensors, self.plan = name, list(calls), dict(tensors), plan
         self._signature, self._axis, self._number = signature, axis, number_of_model(axis.group_name)
+        self._generates = generates
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model would give, without gradients. All ranks make the same call.
@@ -176,6 +181,30 @@ class LoadedProgram:
             with torch.no_grad(), torch.autocast(device_of(leaves), enabled=False):
                 with telling(group, f"run saved {self.name}"):
                     return call.run(leaves, bound)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Tokens, as the model's own ``generate`` has them; all ranks make the same call.
+
+        Prompt and steps must have been saved: let the model generate a few tokens, with the cache that is to
+        be used, before ``save_program``. The configuration of the generation is what the model's was then;
+        ``loop`` has it.
+
+        Raises:
+            TpCompileError: it is no decoder of transformers'; the calls were not saved; ranks differ.
+        """
+        return self.loop.generate(*args, **kwargs)
+
+    @cached_property
+    def loop(self) -> Any:
+        """What transformers takes for the model while it generates; it has the ``generation_config``.
+
+        Raises:
+            TpCompileError: it is no decoder of transformers'.
+        """
+        if self._generates is None:
+            raise refuse_to_generate(self.name)
+        axis, device = self._axis, local_device(self._axis.device_type)
+        return loop_over(self, self._generates, axis.group, axis.group_name, device)
 
     def _check(self, leaves: Sequence[Any]) -> None:
         for leaf in leaves:

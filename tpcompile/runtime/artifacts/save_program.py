@@ -36,11 +36,12 @@ from ..guards import hooks_below
 from ..program import RankProgram
 from ..state import State
 from .call_data import call_data, signature_data
+from .generating import generating_data
 from .graph_data import graph_data
 from .package import compile_package, machine, refuse_unpackable
 
 FORMAT = "tpcompile program"
-VERSION = 1
+VERSION = 2
 MANIFEST = "program.json"
 _TODO = "give a folder of its own, with room in it"
 
@@ -55,6 +56,7 @@ class Saved:
         groups: the process groups of the sub-axes.
         signature: of the model's forward.
         name: the model's class, for people.
+        generates: what ``generate`` needs to know of it, or None.
         package: whether graphs are compiled to native code as well.
     """
 
@@ -63,6 +65,7 @@ class Saved:
     groups: AxisGroups
     signature: CallSignature
     name: str
+    generates: dict[str, Any] | None = None
     package: bool = False
 
 
@@ -94,7 +97,8 @@ def save_programs(model: State, folder: str, package: bool = False) -> None:
         )
     groups = model.compiler.groups[programs[0].plan.axis_sizes]
     name = model.original.__name__
-    saved = Saved(programs, model.compiler.axis, groups, model.signature, name, package)
+    generates = generating_data(root, model.original)
+    saved = Saved(programs, model.compiler.axis, groups, model.signature, name, generates, package)
     save_program(Path(folder), saved)
 
 
@@ -247,6 +251,7 @@ def _manifest(saved: Saved, calls: list[Any], files: Mapping[str, str]) -> dict[
         "version": VERSION,
         "versions": versions(),
         "model": saved.name,
+        "generates": saved.generates,
         "device": saved.axis.device_type,
         "ranks": len(saved.axis.rows[0]),
         "axes": list(saved.groups.axis_sizes),

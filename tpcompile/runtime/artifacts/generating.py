@@ -1,0 +1,145 @@
+"""``generate`` of a saved program: transformers' loop, over the programs instead of the model.
+
+Of the model's class, which is one of transformers', only what prepares and steers the loop is used: it is
+made without its constructor, and has no modules and no weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tpcompile.errors import TpCompileError, refusing
+from tpcompile.ir.check import short
+
+from ..generates_alike import GeneratesAlike
+from .values import decode, encode
+
+_CLASSES = re.compile(r"transformers\.models\.\w+\.modeling_\w+")
+_NOT_KEPT = ("quantization_config", "auto_map", "_name_or_path")
+"""Of a configuration: what is about its checkpoint, or names code."""
+
+
+def generating_data(model: nn.Module, original: type[nn.Module]) -> dict[str, Any] | None:
+    """What ``generate`` needs of a model, as JSON; None if it is not for saved programs.
+
+    A class or methods of somebody's own would have to be imported, and encoders are called by themselves,
+    which saved programs are not.
+    """
+    config: Any = getattr(model, "config", None)
+    wishes: Any = getattr(model, "generation_config", None)
+    known = _CLASSES.fullmatch(original.__module__) and hasattr(original, "_sample")
+    replaced = any(callable(value) and hasattr(original, name) for name, value in vars(model).items())
+    if not known or config is None or wishes is None or config.is_encoder_decoder or replaced:
+        return None
+    kept = json.loads(config.to_json_string(use_diff=False))
+    return {
+        "class": [original.__module__, original.__qualname__],
+        "config": {key: value for key, value in kept.items() if key not in _NOT_KEPT},
+        "attention": config._attn_implementation,
+        "dtype": encode(model.dtype),
+        "generation": json.loads(wishes.to_json_string(use_diff=False)),
+    }
+
+
+@dataclass
+class _Ranks:
+    """What ``GeneratesAlike`` looks at."""
+
+    group: dist.ProcessGroup
+    group_name: str
+    steering: tuple[Any, Sequence[Any]] = (None, ())
+    generating: bool = False
+
+
+class _Loop(GeneratesAlike):
+    """Mixed into the model's class."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As that of a sharded model."""
+        try:
+            return self._generate(super().generate, args, kwargs)  # type: ignore[misc]
+        except AttributeError as error:
+            if error.obj is not self:
+                raise
+            raise TpCompileError(
+                f"generate of this class uses its {error.name}, which a saved program has not",
+                where=f"saved {type(self).__name__}",
+                todo="generate with the sharded model, or call the program in a loop of your own",
+            ) from error
+
+    def _where(self) -> torch.device:
+        return self.device
+
+    def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        """What transformers calls with a static cache on a GPU: saved programs run as they are."""
+        return self  # type: ignore[return-value]  # a module
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """How experts are computed stands in the programs."""
+        return {}
+
+
+def loop_over(
+    program: Callable[..., Any],
+    data: Mapping[str, Any],
+    group: dist.ProcessGroup,
+    group_name: str,
+    device: torch.device,
+) -> Any:
+    """What has ``generate``, over a saved program.
+
+    Args:
+        program: called in the model's place.
+        data: what ``generating_data`` made.
+        group: the ranks.
+        group_name: what tells them from others.
+        device: this rank's.
+
+    Raises:
+        TpCompileError: the data is something else, or of another transformers.
+    """
+    with refusing("the saved program cannot generate", where="generate", todo="save the program again"):
+        module, name = data["class"]
+        kind = getattr(importlib.import_module(module), name) if _CLASSES.fullmatch(module) else None
+        if not (inspect.isclass(kind) and issubclass(kind, nn.Module) and hasattr(kind, "_sample")):
+            raise ValueError(f"{short(data['class'])} is not a class that generates")
+        config = kind.config_class.from_dict(dict(data["config"]))  # type: ignore[attr-defined]
+        config._attn_implementation = data["attention"]  # masks are made for it
+        dtype = decode(data["dtype"], device)
+        from transformers import GenerationConfig
+
+        wishes = GenerationConfig.from_dict(dict(data["generation"]))
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return program(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    body = {"forward": forward, "device": device, "dtype": dtype, "__module__": kind.__module__}
+    loop: Any = object.__new__(type(kind.__name__, (_Loop, kind), body))
+    nn.Module.__init__(loop)
+    loop.config, loop.generation_config, loop._tp = config, wishes, _Ranks(group, group_name)
+    return loop.eval()
+
+
+def refuse_to_generate(name: str) -> TpCompileError:
+    """What is said where there is no loop."""
+    return TpCompileError(
+        f"the saved {name} has no generate: it is not a decoder of transformers' own",
+        where="generate",
+        todo="call the program in a loop of your own",
+    )
