@@ -202,3 +202,25 @@ def test_nothing_stays_changed() -> None:
     capture(Attends().double(), bind_call(Attends(), (), {"x": X}))
     assert [dict(vars(masking_utils)), *map(dict, tables)] == before
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
+# Forward asks what its modules are.
+
+
+class Shares(nn.Module):
+    """Has a module under two names, and asks what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.again, self.more = self.layer, nn.ModuleList([self.layer, nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.again, *self.more[:2]):
+            x = layer(x) + (3 if type(layer) is nn.Linear else 5)
+        x = x * (3 if self.again is self.layer else 5)
+        return x + self.more[0].weight.sum() * (3 if type(self.more) is nn.ModuleList else 5)
+
+
+def test_a_module_of_two_names_is_what_it_is() -> None:
+    outcomes(Shares(), {"x": torch.randn(3, 4).double()}, {"x": torch.randn(5, 4).double()})

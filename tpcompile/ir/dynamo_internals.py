@@ -12,6 +12,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.source import ConstantSource
 from torch.export import _trace as export_trace
 from torch.fx import proxy as fx_proxy
+from torch.fx.experimental.proxy_tensor import _ModuleStackTracer as ModuleStackTracer
 from torch.fx.experimental.symbolic_shapes import uninteresting_files
 
 PRIVATE_ATTRIBUTES = {

@@ -64,6 +64,21 @@ def unseen_tracing() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def plain_modules() -> Iterator[None]:
+    """Has python find, in the block, the very modules that the model has.
+
+    Where one module has several names, torch.export lends the model a stand-in for each: of a class of its own,
+    so that ``type(layer) is nn.Linear`` was answered with no, and another object than under the other name.
+    Without them what runs in a shared module is named after its first name.
+    """
+    from tpcompile.ir.dynamo_internals import ModuleStackTracer
+
+    never = property(lambda tracer: False, lambda tracer, value: None)
+    with patch.object(ModuleStackTracer, "enable_attr_proxy", never, create=True):
+        yield
+
+
 def _ask(*, _answer: Callable[[], bool]) -> bool:
     return _answer()
 

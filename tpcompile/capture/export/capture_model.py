@@ -20,6 +20,7 @@ from tpcompile.errors import CannotCapture, OnlyInParts, TpCompileError
 from tpcompile.ir.calls import OpenNumber, flatten_call, identical, leaf_names
 from tpcompile.ir.torch_internals import FakeTensorMode
 
+from .asked_tracing import plain_modules
 from .autograd_functions import kept_functions
 from .captured import Captured
 from .decompose import decompose
@@ -194,7 +195,7 @@ def _export(
     shapes = tuple(attempt.dynamic[at] for at in tensors)
     flat = FlatModel(model, leaves, structure, attempt)
     with lend_fake_weights(model, device), _quiet(), no_fused_encoder(), kept_functions() as kept:
-        with watched_calls() as watch, _cached_results(attempt), quick_stack_lines():
+        with watched_calls() as watch, _cached_results(attempt), quick_stack_lines(), plain_modules():
             flat.begin = watch.order.begin
             exported = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
         _inline(exported)

@@ -69,7 +69,11 @@ class _Loop(GeneratesAlike):
     dtype: torch.dtype
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As that of a sharded model."""
+        """As that of a sharded model.
+
+        Raises:
+            TpCompileError: as there; or the class uses its modules while it generates.
+        """
         try:
             return self._generate(super().generate, args, kwargs)  # type: ignore[misc]
         except AttributeError as error:
@@ -116,7 +120,8 @@ def loop_over(
         module, name = data["class"]
         kind = getattr(importlib.import_module(module), name) if _CLASSES.fullmatch(module) else None
         if not (inspect.isclass(kind) and issubclass(kind, nn.Module) and hasattr(kind, "_sample")):
-            raise ValueError(f"{short(data['class'])} is not a class that generates")
+            what = f"{short(data['class'])} is not a class that generates"
+            raise TpCompileError(what, where="generate", todo="save the program again")
         config = kind.config_class.from_dict(dict(data["config"]))  # type: ignore[attr-defined]
         config._attn_implementation = data["attention"]  # masks are made for it
         dtype = decode(data["dtype"], device)
