@@ -21,7 +21,8 @@ from tpcompile.capture.export.size_check import size_check
 from tpcompile.capture.held_caches import Held
 from tpcompile.ir.calls import bind_call, flatten_call
 from tpcompile.ir.layout.weight_layout import WeightLayout
-from tpcompile.runtime.generation import ShardedGeneration, _describe
+from tpcompile.runtime.generates_alike import _describe
+from tpcompile.runtime.generation import ShardedGeneration
 
 TIMEOUT = 420
 F32 = 1e-5
