@@ -99,12 +99,14 @@ def run_rank(rounds: int, calls: int, layers: int, hidden: int, tokens: int, ski
 
     lines = [HEAD, "|" + "---|" * (2 + 2 * len(COLUMNS))]
     inductor, own = sharded(compile=True), sharded()
+    in_cpp = sharded(compile={"cpp_wrapper": True})
     if "call" not in skip:
         compiled, outer = torch.compile(copy.deepcopy(whole)), torch.compile(own, fullgraph=True)
         variants = {
             "unsharded, torch.compile": lambda: compiled(**call),
             "torch.compile(model, fullgraph=True)": lambda: outer(**call),
             "compile=True": lambda: inductor(**call),
+            'compile={"cpp_wrapper": True}': lambda: in_cpp(**call),
         }
         with torch.no_grad():
             lines += table("a call", measure(variants, rounds, calls))
@@ -117,6 +119,7 @@ def run_rank(rounds: int, calls: int, layers: int, hidden: int, tokens: int, ski
     variants = {
         "unsharded, torch.compile": lambda: unsharded.generate(ids, **static),
         "compile=True": lambda: inductor.generate(ids, **static),
+        'compile={"cpp_wrapper": True}': lambda: in_cpp.generate(ids, **static),
     }
     lines += table("a token, static cache", measure(variants, rounds, 1), tokens)
     variants = {

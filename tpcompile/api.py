@@ -24,7 +24,7 @@ from .ranks.mesh import Axis, check_mesh, default_mesh
 from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.check_model import check_device, device_of
-from .runtime.compile_options import CompileLike, read_compile, without_graphs
+from .runtime.compile_options import CompileLike, for_group, read_compile
 from .runtime.dry_run.estimator import Estimator
 from .runtime.generation import class_when_sharded
 from .runtime.guards import Hook, backward_hooks, guard_submodules
@@ -135,7 +135,7 @@ def parallelize(
                 try_first(runtime, model, usual, optional=True)
         runtime.mark_weights(model)
         if (wanted := read_compile(compile)) is not None:
-            runtime.compile_options = without_graphs(wanted, group)
+            runtime.compile_options = for_group(wanted, group)
         return cast(ShardedModule, model)
 
 

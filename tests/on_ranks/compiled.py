@@ -161,3 +161,15 @@ def layers(compile: Any) -> dict[str, Any]:
     nodes = [steps.graph.graph.nodes for steps in sharded.programs[0].steps.values()]
     regions = [sum(node.target is region for node in each) for each in nodes]
     return {"worst": max(errors), "regions": regions}
+
+
+def in_cpp() -> dict[str, Any]:
+    """Layers that repeat, with C++ around their kernels."""
+    try:
+        x = torch.randn(4, WIDTH)
+        options = {"cpp_wrapper": True}
+        whole, sharded = pair(lambda: nn.Sequential(*(Mlp() for _ in range(8))), x, compile=options)
+    except tpcompile.TpCompileError as refused:
+        return {"refused": str(refused)}
+    with torch.no_grad():
+        return {"worst": error(sharded(x), whole(x)), "compiled": compiled(sharded)}

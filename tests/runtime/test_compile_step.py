@@ -78,6 +78,26 @@ def test_another_precision_of_matmuls_is_compiled_anew() -> None:
     assert len(steps.compiled) == 3
 
 
+def test_others_operators_are_held_to_what_they_announce() -> None:
+    @torch.library.custom_op("tests::lies", mutates_args=())
+    def lies(x: Tensor) -> Tensor:
+        return torch.cat([x, x])
+
+    lies.register_fake(torch.empty_like)
+    call = torch.ops.tests.lies.default
+    made = CompiledSteps(symbolic_trace(lambda x: (call(x) + 1,)), (0,), ((3,),), None, {})
+    made.bind(True)
+    with pytest.raises(AssertionError, match="expected size"):
+        made([torch.ones(3)])
+
+
+def test_cpp_around_kernels() -> None:
+    for found in run_spmd(on_ranks.in_cpp, 1):
+        assert found["worst"] <= F32 and found["compiled"] == [(1, 1)]
+    for found in run_spmd(on_ranks.in_cpp, 2):
+        assert "cannot call collectives from C++" in found["refused"]
+
+
 def test_repeated_layers_are_one_region() -> None:
     for found in run_spmd(on_ranks.layers, 2, {"backend": "aot_eager"}):
         assert found["worst"] <= F32

@@ -13,6 +13,19 @@ from tpcompile.ir.torch_internals import OpOverload, OpOverloadPacket
 
 from .sizes import Size, sizes_of
 
+OWN_NAMESPACES = ("aten", "prims", "tpcompile")
+"""Of torch's operators, and of ours."""
+PYTHON_RUNS = ("tpcompile.local_module", "tpcompile.opaque_module", "tpcompile.autograd_function")
+"""Those of ours that run python of the user's, in all of their overloads."""
+
+
+def runs_others(node: Node) -> bool:
+    """Whether a node's operator is neither torch's nor ours, or one that runs python of the user's."""
+    if not isinstance(node.target, OpOverload):
+        return False
+    space, name = node.target.namespace, node.target._opname
+    return space not in OWN_NAMESPACES or f"{space}.{name}" in PYTHON_RUNS
+
 
 def operands(node: Node) -> list[Node]:
     """The tensor-valued arguments of a node, in order, repeated ones repeated."""

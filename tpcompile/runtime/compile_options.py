@@ -66,9 +66,32 @@ def backend_of(options: Mapping[str, Any]) -> Callable[[GraphModule, list[Any]],
     return other
 
 
-def without_graphs(options: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
-    """The same without CUDA graphs where collectives pass through the host, which no graph can hold."""
+def in_cpp(options: Mapping[str, Any]) -> bool:
+    """Whether Inductor is asked for C++ around its kernels, which has no calls of regions."""
+    return bool((options.get("options") or {}).get("cpp_wrapper"))
+
+
+def for_group(options: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
+    """The options as ranks can have them.
+
+    CUDA graphs are left out where collectives pass through the host, which no graph can hold.
+
+    Raises:
+        TpCompileError: C++ around kernels is asked for, and collectives cannot be called from it.
+    """
+    if group is not None and group.size() > 1 and in_cpp(options) and _takes_groups():
+        raise TpCompileError(
+            "this version of torch cannot call collectives from C++",
+            where="compile={'cpp_wrapper': True}",
+            todo="leave it out, or use model.save_program(folder, package=True)",
+        )
     mode = options.get("mode")
     if mode in _WITHOUT_GRAPHS and dist.get_backend(group) != "nccl":
         return {**options, "mode": _WITHOUT_GRAPHS[mode]}
     return options
+
+
+def _takes_groups() -> bool:
+    """Whether torch's collectives take process groups, for which Inductor's C++ has no form, or names."""
+    schema = torch.ops._c10d_functional.all_reduce.default._schema
+    return str(schema.arguments[-1].type) == "Any"

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from tpcompile.capture.caches.layers import is_count
 from tpcompile.capture.export.captured import Captured
+from tpcompile.ir.nodes import runs_others
 from tpcompile.ir.torch_internals import (
     GlobalStateGuard,
     TensorGuards,
@@ -205,7 +206,16 @@ def _form(values: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def _compile(graph: GraphModule, traced: Traced, options: Mapping[str, Any]) -> Step:
+    from tpcompile.ir.dynamo_internals import inductor_config
+
     backend = backend_of(options)
-    with traced.tracing():
+    # The inputs are guarded. Of the results of others' operators nobody knows whether they are as announced.
+    with traced.tracing(), inductor_config.patch(size_asserts=not _of_torch(graph)):
         made = backend(copy_graph(graph), list(traced.values))
     return lambda values: made(*values)
+
+
+def _of_torch(graph: GraphModule) -> bool:
+    """Whether all operators of a graph, and of its regions, are torch's own or collectives."""
+    parts = [part for part in graph.modules() if isinstance(part, GraphModule)]
+    return not any(runs_others(node) for part in parts for node in part.graph.nodes)

@@ -15,7 +15,7 @@ from torch import nn
 from tpcompile.errors import TpCompileError
 from tpcompile.weights.shard import sharded_class
 
-from .compile_options import without_graphs
+from .compile_options import for_group
 from .generates_alike import GeneratesAlike
 from .module import ShardedModule
 from .runtime import Runtime
@@ -55,7 +55,7 @@ class ShardedGeneration(GeneratesAlike, ShardedModule):
     def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
         """What transformers calls for the steps after the first, with a static cache on a GPU."""
         config = compile_config or self._default_compile_config()
-        options = without_graphs(config.to_dict(), self._tp.group)
+        options = for_group(config.to_dict(), self._tp.group)
 
         def compiled_call(*args: Any, **kwargs: Any) -> Any:
             with compiling(self._tp, options):

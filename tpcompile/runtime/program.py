@@ -20,6 +20,7 @@ from tpcompile.ir.calls import Sizes, identical
 from tpcompile.planner.plan import Plan
 from tpcompile.planner.report.notebook import graph_html
 
+from .compile_options import in_cpp
 from .compile_step import CompiledSteps, compiled_steps
 from .drawn_numbers import Draws
 from .fetch_inputs import Feed, make_fetch
@@ -208,7 +209,7 @@ class RankProgram:
         key = f"{sorted(options.items())} {grad}"
         # Gradients through regions, as torch's compiler makes them, came out wrong.
         plain = (self._for_gradients or self.graph_module, self.feeds)
-        whole, feeds = (not grad and self.outlined) or plain
+        whole, feeds = (not grad and not in_cpp(options) and self.outlined) or plain
         module, gathers = self.short(whole)
         if key not in self.steps:
             self.steps[key] = compiled_steps(module, feeds, self.captured, options, self.same)

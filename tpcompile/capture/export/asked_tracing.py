@@ -68,9 +68,9 @@ def unseen_tracing() -> Iterator[None]:
 def plain_modules() -> Iterator[None]:
     """Has python find, in the block, the very modules that the model has.
 
-    Where one module has several names, torch.export lends the model a stand-in for each: of a class of its own,
-    so that ``type(layer) is nn.Linear`` was answered with no, and another object than under the other name.
-    Without them what runs in a shared module is named after its first name.
+    Where one module has several names, torch.export lends the model a stand-in for each: of a class of its
+    own, so that ``type(layer) is nn.Linear`` was answered with no, and another object than under the other
+    name. Without them what runs in a shared module is named after its first name.
     """
     from tpcompile.ir.dynamo_internals import ModuleStackTracer
 

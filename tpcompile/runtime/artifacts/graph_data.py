@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from tpcompile.errors import TpCompileError
-from tpcompile.ir.nodes import module_path
+from tpcompile.ir.nodes import OWN_NAMESPACES, PYTHON_RUNS, module_path
 from tpcompile.ir.torch_internals import OpOverload, dispatch_has_kernel
 
 from .values import decode, encode
@@ -28,9 +28,7 @@ _PYTHON: dict[str, Callable[..., Any]] = {
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
 }
 _PYTHON_NAMES = {function: name for name, function in _PYTHON.items()}
-_NAMESPACES = ("aten", "prims", "tpcompile")
-_PYTHON_RUNS = ("tpcompile.local_module", "tpcompile.opaque_module", "tpcompile.autograd_function")
-_REFUSED = ("aten.from_file", *_PYTHON_RUNS)
+_REFUSED = ("aten.from_file", *PYTHON_RUNS)
 """What opens files, and what runs python of the user's, in all of their overloads."""
 _GROUP = "group"
 
@@ -144,7 +142,7 @@ def _target(name: str) -> Any:
     if name in _PYTHON:
         return _PYTHON[name]
     space, *rest = name.split(".")
-    if space in _NAMESPACES and len(rest) == 2 and f"{space}.{rest[0]}" not in _REFUSED:
+    if space in OWN_NAMESPACES and len(rest) == 2 and f"{space}.{rest[0]}" not in _REFUSED:
         qualified = f"{space}::{rest[0]}" + ("" if rest[1] == "default" else f".{rest[1]}")
         packet = getattr(getattr(torch.ops, space), rest[0], None)
         found = getattr(packet, rest[1], None)
