@@ -134,6 +134,7 @@ def run(variant: str, folder: Path, kept: Path) -> Times:
             "TORCHINDUCTOR_CACHE_DIR": str(kept / "inductor"),
             "TPCOMPILE_CACHE_DIR": str(kept / "plans"),
         }
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages are compiled
         command = [sys.executable, "-m", "benchmarks.journey", "--variant", variant, "--folder", str(folder)]
         command += ["--began", repr(began)]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))

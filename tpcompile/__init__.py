@@ -10,7 +10,11 @@ _HERE = Path(__file__).parent
 if not (_HERE / "passes").is_dir() and (_HERE.parent / "passes").is_dir():
     __path__.append(str(_HERE.parent))
 
-from .api import parallelize, plan
+from .ir.uncollected import uncollected
+
+with uncollected():  # half of the modules, and all that they take from torch
+    from .api import parallelize, plan
+
 from .errors import TpCompileError
 from .from_pretrained import from_pretrained
 from .ir.placements import Partial, Replicate, Shard

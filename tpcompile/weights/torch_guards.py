@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import optimizer
@@ -55,7 +54,6 @@ def guard_torch() -> None:
     _OPTIMIZER.load_state_dict = _loads_parts(_OPTIMIZER.load_state_dict)
     _around(DistributedDataParallel, _construct_ddp)
     _around(FullyShardedDataParallel, _construct_fsdp)
-    _around(ZeroRedundancyOptimizer, _construct_zero)
     _around(ParametrizationList, _construct_parametrization)
     memory: Any = torch.utils.dlpack  # its function reads memory, which subclasses may not have
     read, plain = memory.to_dlpack, (Tensor, nn.Parameter)
@@ -69,6 +67,8 @@ def guard_torch() -> None:
     graph: Any = torch.autograd.graph
     graph._get_grad_fn_or_grad_acc = functools.partial(_find_node, graph._get_grad_fn_or_grad_acc)
     when_imported("torch.distributed.pipelining.stage", _tell_pipelining)
+    zero = "torch.distributed.optim.zero_redundancy_optimizer"
+    when_imported(zero, lambda module: _around(module.ZeroRedundancyOptimizer, _construct_zero))
 
 
 Construct = Callable[[Callable[[], None], dict[str, Any]], None]
