@@ -78,12 +78,12 @@ def kinds() -> dict[str, float]:
 LORA = LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"], init_lora_weights=False)
 
 
-def _adapted(model: Any) -> Any:
+def adapted(model: Any) -> Any:
     torch.manual_seed(3)
     return get_peft_model(model, copy.deepcopy(LORA))
 
 
-def _learn(model: Any) -> tuple[list[float], dict[str, Tensor]]:
+def learn(model: Any) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of some steps, and the adapters afterwards."""
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, losses = torch.optim.AdamW(weights.values(), lr=1e-2), []
@@ -98,16 +98,16 @@ def _learn(model: Any) -> tuple[list[float], dict[str, Tensor]]:
 
 def adapters() -> dict[str, float]:
     """LoRA over a quantised base, put in before and after it is divided: how far off it is."""
-    losses, weights = _learn(_adapted(quantised("int8")))
+    losses, weights = learn(adapted(quantised("int8")))
     assert losses[-1] < losses[0]
     found = {}
     for when in ("before", "after"):
         model = quantised("int8")
         if when == "before":
-            model = tpcompile.parallelize(_adapted(model), mesh())
+            model = tpcompile.parallelize(adapted(model), mesh())
         else:
-            model = _adapted(tpcompile.parallelize(model, mesh()))
-        mine, own = _learn(model)
+            model = adapted(tpcompile.parallelize(model, mesh()))
+        mine, own = learn(model)
         assert own.keys() == weights.keys()
         found[when] = max(
             *(abs(a - b) for a, b in zip(mine, losses, strict=True)),

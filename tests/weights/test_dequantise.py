@@ -325,7 +325,13 @@ def test_damaged_in_other_formats(tmp_path: Path) -> None:
     checkpoint_of("llama", tmp_path / "w4a16", BF16)
     quantised.compressed(tmp_path / "w4a16", "w4a16", 4)
     up = "model.layers.0.mlp.experts.gate_up_proj"
+    for name, kind in (("llama", "w8a16"), ("mixtral", "fp8")):
+        checkpoint_of(name, tmp_path / kind, BF16)
+        quantised.compressed(tmp_path / kind, kind)
+    expert = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
     cases: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
+        ("w8a16", lambda s: s.update({f"{UP}_scale": s[f"{UP}_scale"][:1]}), r"shape \[1, 1\] for a weight"),
+        ("fp8", lambda s: s.update({f"{expert}_scale": s[f"{expert}_scale"][:1]}), r"shape \[1, 1\] for a"),
         ("mxfp4", lambda s: s.pop(f"{up}_scales"), "gate_up_proj: KeyError"),
         ("mxfp4", lambda s: s.pop(f"{up}_blocks"), "gate_up_proj: KeyError"),
         (

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from tpcompile.errors import TpCompileError
 
+from .bitsandbytes_weights import give_back, is_bitsandbytes, states_of, wrap
 from .module_tensors import every_name
 from .torch_internals import is_traceable_wrapper_subclass
 
@@ -116,10 +117,13 @@ def put_together_on_error(model: Any) -> Iterator[None]:
     """Puts together what ``unwrap`` has taken apart in the block, if that fails."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     before = {id(module) for module in modules if APART in module.__dict__}
+    states = states_of(modules)
     try:
         yield
     except BaseException:
-        _wrap_again([module for module in modules if id(module) not in before])
+        changed = [module for module in modules if id(module) not in before]
+        _wrap_again(changed)
+        give_back(changed, states)
         raise
 
 
@@ -131,6 +135,7 @@ def unwrap(model: Any) -> None:
     """
     if not _has_wrapped(model):
         return
+    wrap(model)
     modules = [(path, module) for path, module in model.named_modules() if _tables_of(module)]
     # transformers marks every weight that it loads as one to be trained, if its type looks like a float's.
     marked = getattr(model, "hf_quantizer", None) is not None
@@ -161,7 +166,8 @@ def _reorder(table: Any, order: Iterable[str]) -> None:
 
 
 def _has_wrapped(model: Any) -> bool:
-    return isinstance(model, nn.Module) and any(is_wrapped(tensor) for _, tensor in every_name(model))
+    tensors = (tensor for _, tensor in every_name(model)) if isinstance(model, nn.Module) else ()
+    return any(is_wrapped(tensor) or is_bitsandbytes(tensor) for tensor in tensors)
 
 
 def _tables_of(module: nn.Module) -> list[tuple[dict[str, Any], list[str]]]:

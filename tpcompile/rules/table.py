@@ -174,6 +174,8 @@ OURS: dict[str, Row] = {
     opaque.NAME: opaque.opaque_module,
     "tpcompile.autograd_function": kernels.autograd_function,
     "tpcompile.uniform": pointwise.broadcast,
+    "tpcompile.linear_4bit": contractions.linear_4bit,
+    "tpcompile.linear_8bit": contractions.linear_8bit,
 }
 
 ROWS: dict[str, Row] = {**MATMULS, **REARRANGEMENTS, **PARTS, **REDUCTIONS, **POINTWISE, **OURS}

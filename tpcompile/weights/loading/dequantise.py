@@ -73,8 +73,10 @@ def find_quantizer(config: Any, given: Any, where: str) -> HfQuantizer | None:
         raise TpCompileError(f"{said}, and dequantised only as a whole", where=where, todo=_WHOLE)
     block = getattr(wanted, "weight_block_size", None)
     if block is not None:
-        whole = _of_whole_blocks(operation, tuple(block))
-        quantizer.get_load_operations = lambda: {"dequantize": whole}
+        operation = _of_whole_blocks(operation, tuple(block))
+    elif _scales_have_rows(quantizer):
+        operation = _of_as_many_rows(operation)
+    quantizer.get_load_operations = lambda: {"dequantize": operation}
     setattr(config, _FIELD, wanted)
     return _shared(quantizer)
 
@@ -100,7 +102,7 @@ def keeps(quantizer: HfQuantizer) -> bool:
 def _keeping(wanted: Any) -> HfQuantizer | None:
     """What loads a checkpoint whose weights stay quantised; None if that cannot be done."""
     quantizer: HfQuantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=True)
-    if not keeps(quantizer):
+    if not keeps(quantizer) or _method(wanted) == "bitsandbytes":  # its parts are no tensors: see its weights
         return None
     quantizer.validate_environment(device_map=None, weights_only=True)
     return _shared(quantizer)
@@ -178,6 +180,35 @@ def _of_whole_blocks(operation: Any, block: tuple[int, ...]) -> Any:
             return found
 
     return OfWholeBlocks
+
+
+def _scales_have_rows(quantizer: Any) -> bool:
+    """Whether each row of a weight of compressed-tensors has scales of its own, by its configuration."""
+    config = getattr(getattr(quantizer, "compressor", None), "quantization_config", None)
+    groups = [group.weights for group in getattr(config, "config_groups", {}).values() if group.weights]
+    return bool(groups) and all(group.strategy in ("channel", "group") for group in groups)
+
+
+def _of_as_many_rows(operation: Any) -> Any:
+    """An operation that would take the scales of one row for those of all."""
+
+    class OfAsManyRows(operation):
+        """transformers' operation, on scales of as many rows as the weight has."""
+
+        def convert(self, input_dict: Any, **kwargs: Any) -> Any:
+            """Compares, and converts."""
+            for key in input_dict:
+                name = key.removesuffix("_scale")
+                weights = input_dict.get(name, input_dict.get(f"{name}_packed"))
+                if key == name or weights is None:
+                    continue
+                for weight, scales in zip(_list(weights), _list(input_dict[key]), strict=True):
+                    if scales.ndim != 2 or scales.shape[0] != weight.shape[0]:
+                        given = f"scales of shape {list(scales.shape)}"
+                        raise ValueError(f"{given} for a weight of {weight.shape[0]} rows")
+            return super().convert(input_dict, **kwargs)
+
+    return OfAsManyRows
 
 
 def _list(value: Tensor | list[Tensor]) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig, HfQuantizer
 
 from tpcompile.errors import TpCompileError, refusing
+from tpcompile.ir.bitsandbytes_weights import as_whole, is_bitsandbytes
 from tpcompile.ir.module_tensors import every_name
 from tpcompile.ir.unwrap import is_wrapped, taken_apart, unwrap
 
@@ -67,7 +68,8 @@ def quantise_model(
     quantizer.preprocess_model(
         model=model, dtype=dtype, device_map=None, checkpoint_files=None, use_kernels=False
     )
-    alone = _Alone(copy.deepcopy(model), quantizer)
+    model.eval()  # also the layers that the quantizer has put in
+    alone = _Alone(_copied(model), quantizer)
     uses = Counter(id(tensor) for _, tensor in every_name(model))
     chosen = [name for name in expressions if quantizer.param_needs_quantization(model, name)]
     for name in chosen:
@@ -112,12 +114,15 @@ class _Alone:
         """What a weight becomes; the copy is as it was afterwards."""
         owner, attribute = _place(self._model, name)
         before, own = owner._parameters[attribute], dict(vars(owner))
+        if weight.is_meta and is_bitsandbytes(weight):  # bitsandbytes would leave it as it is
+            return as_whole(weight, name, owner)
         value = nn.Parameter(weight.detach(), requires_grad=False)
         try:
-            self._quantizer.get_quantize_ops().convert(
+            found = self._quantizer.get_quantize_ops().convert(
                 {name: [value]}, model=self._model, full_layer_name=name, missing_keys=set()
             )
-            return owner._parameters[attribute]
+            made = found.get(name, owner._parameters[attribute])
+            return as_whole(made, name, owner) if is_bitsandbytes(made) else made
         finally:
             vars(owner).clear()
             vars(owner).update(own)
@@ -131,6 +136,14 @@ class _Alone:
             unwrap(owner)
             self._last = name, dict(owner.named_parameters())
         return self._last[1][part.rpartition(".")[2]]
+
+
+def _copied(model: Any) -> Any:
+    """A copy over the same tensors. Weights of bitsandbytes forget their layers, which would keep scales."""
+    tensors: list[Any] = [tensor for _, tensor in every_name(model)]
+    for tensor in filter(is_bitsandbytes, tensors):
+        tensor.module = None
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -37,7 +37,7 @@ def quantised_metadata(model: Any, original: type) -> dict[str, str]:
         plain = {name: tensor for name, tensor in model.state_dict().items() if name not in parts}
         whole = plain | wholes(model)
         stored, metadata = quantizer.get_state_dict_and_metadata(SimpleNamespace(state_dict=lambda: whole))
-    if not parts <= stored.keys():
+    if not parts <= (stored or {}).keys():
         raise TpCompileError(
             f"transformers stores this weight in other tensors than {', '.join(apart[where])}",
             where=where,
