@@ -72,18 +72,20 @@ def kinds(folder: Path) -> dict[str, float]:
 def adapters(folder: Path) -> dict[str, float]:
     """QLoRA: an adapter put in before and after the model is divided; how far off it is."""
     found = {}
-    for name in ("nf4", "int8"):
+    for name, when in (("nf4", "before"), ("int8", "after")):
         losses, weights = learn(adapted(theirs(folder, **KINDS[name]).train()))
         assert losses[-1] < losses[0]
-        before = tpcompile.parallelize(adapted(theirs(folder, **KINDS[name]).train()), mesh())
-        after = adapted(tpcompile.parallelize(theirs(folder, **KINDS[name]).train(), mesh()))
-        for when, model in (("before", before), ("after", after)):
-            mine, own = learn(model)
-            assert own.keys() == weights.keys()
-            found[f"{name}, {when}"] = max(
-                *(abs(a - b) for a, b in zip(mine, losses, strict=True)),
-                *(float((own[key] - weights[key]).abs().max().detach()) for key in weights),
-            )
+        model = theirs(folder, **KINDS[name]).train()
+        if when == "before":
+            model = tpcompile.parallelize(adapted(model), mesh())
+        else:
+            model = adapted(tpcompile.parallelize(model, mesh()))
+        mine, own = learn(model)
+        assert own.keys() == weights.keys()
+        found[f"{name}, {when}"] = max(
+            *(abs(a - b) for a, b in zip(mine, losses, strict=True)),
+            *(float((own[key] - weights[key]).abs().max().detach()) for key in weights),
+        )
     loaded = tpcompile.from_pretrained(
         folder, mesh(), example_kwargs=CALL, quantization_config=BitsAndBytesConfig(**NF4), adapter=LORA
     )
