@@ -6,6 +6,7 @@ matrix, so that a part of it is a weight like the whole.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -89,8 +90,7 @@ def dequantise_8bit(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
 
 def _kernels() -> Any:
-    import bitsandbytes  # noqa: F401  # registers its operators
-
+    importlib.import_module("bitsandbytes")  # registers its operators
     return torch.ops.bitsandbytes
 
 
