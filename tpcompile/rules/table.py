@@ -20,7 +20,7 @@ from tpcompile.ir.nodes import find_operator, operands, results, shape
 from tpcompile.ir.sizes import sizes_of
 from tpcompile.ir.torch_internals import OpOverload, OpOverloadPacket
 
-from . import contractions, indexing, kernels, opaque, parts, pointwise, reductions, views
+from . import contractions, indexing, kernels, opaque, parts, pointwise, quantised, reductions, views
 from .notation import instantiate, parse_row
 from .randomness import is_random
 from .rule import Rule
@@ -79,8 +79,7 @@ MATMULS: dict[str, Row] = {
         "upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d",
         "_upsample_bilinear2d_aa _upsample_bicubic2d_aa",
     ),
-    "aten.grid_sampler_2d": "b c h w, b i j t -> b c i j; whole h w t; linear 0",
-    "aten.grid_sampler": "b c h w, b i j t -> b c i j; whole h w t; linear 0",
+    **_rows("b c h w, b i j t -> b c i j; whole h w t; linear 0", "grid_sampler_2d grid_sampler"),
 }
 
 REARRANGEMENTS: dict[str, Row] = {
@@ -174,8 +173,8 @@ OURS: dict[str, Row] = {
     opaque.NAME: opaque.opaque_module,
     "tpcompile.autograd_function": kernels.autograd_function,
     "tpcompile.uniform": pointwise.broadcast,
-    "tpcompile.linear_4bit": contractions.linear_4bit,
-    "tpcompile.linear_8bit": contractions.linear_8bit,
+    "tpcompile.linear_4bit": quantised.linear_4bit,
+    "tpcompile.linear_8bit": quantised.linear_8bit,
 }
 
 ROWS: dict[str, Row] = {**MATMULS, **REARRANGEMENTS, **PARTS, **REDUCTIONS, **POINTWISE, **OURS}
