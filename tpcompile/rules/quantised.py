@@ -48,3 +48,7 @@ def linear_8bit(node: Node) -> Rule:
         nonempty=True,
         contraction=True,
     )
+
+
+ROWS = {"tpcompile.linear_4bit": linear_4bit, "tpcompile.linear_8bit": linear_8bit}
+"""By operator."""

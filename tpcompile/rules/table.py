@@ -173,8 +173,7 @@ OURS: dict[str, Row] = {
     opaque.NAME: opaque.opaque_module,
     "tpcompile.autograd_function": kernels.autograd_function,
     "tpcompile.uniform": pointwise.broadcast,
-    "tpcompile.linear_4bit": quantised.linear_4bit,
-    "tpcompile.linear_8bit": quantised.linear_8bit,
+    **quantised.ROWS,
 }
 
 ROWS: dict[str, Row] = {**MATMULS, **REARRANGEMENTS, **PARTS, **REDUCTIONS, **POINTWISE, **OURS}
