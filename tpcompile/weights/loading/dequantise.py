@@ -196,7 +196,11 @@ def _of_as_many_rows(operation: Any) -> Any:
         """transformers' operation, on scales of as many rows as the weight has."""
 
         def convert(self, input_dict: Any, **kwargs: Any) -> Any:
-            """Compares, and converts."""
+            """Compares, and converts.
+
+            Raises:
+                ValueError: the scales are not those of the weight's rows.
+            """
             for key in input_dict:
                 name = key.removesuffix("_scale")
                 weights = input_dict.get(name, input_dict.get(f"{name}_packed"))
