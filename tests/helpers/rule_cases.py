@@ -11,6 +11,7 @@ import math
 import torch
 import transformers.integrations.moe  # noqa: F401 (registers transformers.grouped_mm_fallback)
 
+import tests.helpers.flash_attention  # noqa: F401 (registers its operators)
 from tests.helpers.check_rule import (
     ascending,
     boolean,
@@ -496,7 +497,21 @@ POINTWISE = [
     _case(aten.__xor__.Tensor, boolean(4, 6), boolean(4, 6)),
 ]
 
-CASES = [*MATMULS, *RESAMPLING, *VIEWS, *PARTS, *REDUCTIONS, *POINTWISE]
+_HEADS = (signed(3, 7, 12, 10), signed(3, 14, 4, 10), signed(3, 14, 4, 22))
+_PACKED = (signed(7, 12, 10), signed(14, 4, 10), signed(14, 4, 22))
+_STARTS = tuple(
+    Operand((3,), lambda _, at=at: torch.tensor(at, dtype=torch.int32)) for at in ((0, 3, 7), (0, 5, 14))
+)
+_flash, _flash_3 = torch.ops.flash_attn, torch.ops.flash_attn_3
+KERNELS = [
+    _case(_flash._flash_attn_forward.default, *_HEADS, 0.0, 0.3, True, -1, -1, 0.0, None, False),
+    _case(_flash._flash_attn_forward.default, *_HEADS, 0.0, 0.3, False, 3, 2, 5.0, signed(12), False),
+    _case(_flash._flash_attn_forward.default, *_HEADS, 0.0, 0.3, False, -1, -1, 0.0, signed(3, 12), False),
+    _case(_flash._flash_attn_varlen_forward.default, *_PACKED, *_STARTS, 4, 9, 0.0, 0.3, True),
+    _case(_flash_3._flash_attn_forward.default, *_HEADS, softmax_scale=0.3, causal=True),
+]
+
+CASES = [*KERNELS, *MATMULS, *RESAMPLING, *VIEWS, *PARTS, *REDUCTIONS, *POINTWISE]
 
 _UNARY, _BINARY = (("Tensor",), ("Tensor", "Tensor"))
 
@@ -590,6 +605,8 @@ _LOST = "the values of this operand are not used"
 
 # Divisions that work and that are left out: operator, inputs as printed (with *), and why.
 EXCUSED = [
+    ("flash_attn*", "(R, R, P(sum)*", "a summand would be rounded"),
+    ("flash_attn*", "(R, R, S(*", "kernels want values as wide as keys"),
     ("aten.linear.*", "(R, P(sum)*", _WEIGHT),
     ("aten.embedding.*", "(P(sum), R)", _WEIGHT),
     ("aten.embedding.*", "(R, S(*", "not with scale_grad_by_freq: its gradient counts all places"),

@@ -14,9 +14,14 @@ import transformers
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+from transformers import masking_utils
+from transformers import modeling_flash_attention_utils as utils
+from transformers.integrations.flash_attention import flash_attention_forward
 
 import tpcompile
+from tests.helpers import flash_attention
 from tests.on_ranks.models import error, gradient_error, mesh
+from tests.on_ranks.module_life import refusal
 from tpcompile.capture.export import flex_attention as flex_module
 from tpcompile.ir.torch_internals import FakeTensor
 
@@ -121,6 +126,7 @@ def _whole(whole: nn.Module, sharded: Any) -> list[str]:
 
 
 FAMILIES = {
+    "mistral": partial(transformers.MistralConfig, sliding_window=4),
     "llama": transformers.LlamaConfig,
     "gemma2": partial(transformers.Gemma2Config, sliding_window=4, query_pre_attn_scalar=8),
 }
@@ -174,4 +180,63 @@ def flex(name: str) -> dict[str, Any]:
         "generated": bool((mine == other).all()),
         "fallbacks": sharded.plan.fallbacks,
         "whole": _whole(whole, sharded),
+    }
+
+
+FLASH = "flash_of_tests"
+
+
+def _install_flash() -> None:
+    """Has transformers use the stand-ins for flash attention's package."""
+    utils.__dict__.update(
+        _loaded_implementation=FLASH,
+        _flash_fn=flash_attention.flash_attn_func,
+        _flash_varlen_fn=flash_attention.flash_attn_varlen_func,
+        _pad_fn=utils._pad_input,
+        _unpad_fn=utils._unpad_input,
+        _process_flash_kwargs_fn=utils._lazy_define_process_function(flash_attention.flash_attn_varlen_func),
+        _process_with_kvcache_kwargs_fn=dict,
+    )
+    transformers.AttentionInterface.register(FLASH, flash_attention_forward)
+    transformers.AttentionMaskInterface.register(FLASH, masking_utils.flash_attention_mask)
+
+
+def flash(name: str) -> dict[str, Any]:
+    """Errors beside plain attention, and gradients; what is refused, by the values of a call."""
+    _install_flash()
+    whole, sharded = model(name, "eager"), model(name, FLASH)
+    tokens = torch.randint(64, (2, 11))
+    sharded = tpcompile.parallelize(sharded, mesh(), (), {"input_ids": tokens, "use_cache": False})
+    packed = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1]])
+    starts = torch.tensor([0, 5, 9, 11], dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 5, "max_length_k": 5}
+    errors = {}
+    for label, rows, more, ours in (
+        ("as captured", tokens, {}, {}),
+        ("all shown", tokens, {"attention_mask": torch.ones_like(tokens)}, {}),
+        ("one row", tokens[:1], {}, {}),
+        ("packed", tokens[:1], {"position_ids": packed}, lengths),
+    ):
+        mine = sharded(rows, use_cache=False, **more, **ours).logits
+        theirs = whole(rows, use_cache=False, **more).logits
+        (mine**2).sum().backward()
+        (theirs**2).sum().backward()
+        errors[label] = error(mine.detach(), theirs.detach())
+    with torch.no_grad():
+        for model_ in (sharded, whole):
+            errors.setdefault("generated", []).append(
+                model_.generate(tokens, max_new_tokens=4, do_sample=False)
+            )
+    mine, theirs = errors.pop("generated")
+    padded = torch.tensor([[0] * 3 + [1] * 8, [1] * 11])
+    return {
+        "errors": errors,
+        "gradients": gradient_error(whole, sharded),
+        "generated": bool((mine == theirs).all()),
+        "fallbacks": sharded.plan.fallbacks,
+        "whole": _whole(whole, sharded),
+        "refused": [
+            refusal(lambda: sharded(tokens, attention_mask=padded, use_cache=False)),
+            refusal(lambda: sharded(tokens[:1], position_ids=packed, use_cache=False)),
+        ],
     }

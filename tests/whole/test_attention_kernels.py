@@ -6,7 +6,11 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+import tpcompile
+from tests.helpers import flash_attention
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import attention_kernels
 
@@ -32,3 +36,39 @@ def test_flex_attention_of_transformers() -> None:
         assert max(found["errors"].values()) <= F32, found["errors"]
         assert found["generated"]
         assert found["whole"] == []
+
+
+def test_flash_attention_of_transformers() -> None:
+    """By its functions of autograd, which keep their backward; rows that are packed say where they begin."""
+    for found in run_spmd(attention_kernels.flash, 2, "mistral", timeout=300):
+        assert max(found["errors"].values()) <= F32, found["errors"]
+        assert found["gradients"] <= F32
+        assert found["generated"]
+        assert not any("autograd_function" in line for line in found["fallbacks"])
+        assert found["whole"] == []
+        assert "attention_mask hides tokens" in found["refused"][0]
+        assert "position_ids begin anew" in found["refused"][1]
+
+
+class Drops(nn.Module):
+    """Attention with a dropout that a kernel would draw."""
+
+    def __init__(self, operator: bool) -> None:
+        super().__init__()
+        self.operator, self.q = operator, nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (2, 8))
+        if not self.operator:
+            return flash_attention.flash_attn_func(q, q, q, dropout_p=0.1)
+        options = (0.1, 0.3, True, -1, -1, 0.0, None, False)
+        found: Tensor = torch.ops.flash_attn._flash_attn_forward(q, q, q, *options)[0]
+        return found
+
+
+@pytest.mark.parametrize(
+    ("operator", "message"), [(False, "has a dropout_p"), (True, "draws random numbers")]
+)
+def test_a_kernels_dropout_is_refused(operator: bool, message: str) -> None:
+    with pytest.raises(tpcompile.TpCompileError, match=message):
+        tpcompile.plan(Drops(operator), 2, (torch.randn(2, 5, 8),))

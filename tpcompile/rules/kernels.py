@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tpcompile.ir.nodes import op_name, operands, results, shape
+from tpcompile.ir.nodes import operands, results, shape
 from tpcompile.ir.sizes import Size, divide, sizes_of
 from tpcompile.ir.torch_internals import OpOverload
 
@@ -51,11 +51,11 @@ def flash_attention(node: Node) -> Rule | str:
     Further operands are slopes and sinks, which have the heads, or integers about sequences, which are whole,
     as are positions and features.
     """
-    if isinstance(node.target, OpOverload):
+    if isinstance(node.target, OpOverload) and str(node.target).removesuffix(".default") in ROWS:
         declared = [argument.name for argument in node.target._schema.arguments]
         given = {*(n for n, x in zip(declared, node.args, strict=False) if isinstance(x, Node))}
         given |= {n for n, x in node.kwargs.items() if isinstance(x, Node)}
-        if op_name(node) in _FORWARD and given - _OPERANDS:
+        if given - _OPERANDS:
             return f"it is given {', '.join(sorted(given - _OPERANDS))}"
     (q, k, v), others = (shape(o) for o in operands(node)[:3]), operands(node)[3:]
     letters = Letters()
@@ -86,7 +86,15 @@ def flash_attention(node: Node) -> Rule | str:
     )
 
 
-_FORWARD = {"_flash_attn_forward", "_flash_attn_varlen_forward"}
+ROWS = dict.fromkeys(
+    (
+        "flash_attn._flash_attn_forward",
+        "flash_attn._flash_attn_varlen_forward",
+        "flash_attn_3._flash_attn_forward",
+    ),
+    flash_attention,
+)
+"""Operators of flash attention's own packages, with its rule."""
 
 
 def query_heads(q: Size, k: Size, letters: Letters) -> tuple[Dim, Dim] | None:

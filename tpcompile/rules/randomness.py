@@ -27,9 +27,9 @@ def is_random(node: Node) -> bool:
     """Whether a call draws random numbers (a dropout outside of training does not)."""
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return False
-    if torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return False
     declared = {argument.name for argument in node.target._schema.arguments}
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:  # which kernels of others do not have
+        return "dropout_p" in declared and option(node, "dropout_p", 0.0) != 0
     return not any(name in declared and option(node, name) == off for name, off in _SWITCHES)
 
 

@@ -176,7 +176,15 @@ OURS: dict[str, Row] = {
     **quantised.ROWS,
 }
 
-ROWS: dict[str, Row] = {**MATMULS, **REARRANGEMENTS, **PARTS, **REDUCTIONS, **POINTWISE, **OURS}
+ROWS: dict[str, Row] = {
+    **MATMULS,
+    **REARRANGEMENTS,
+    **PARTS,
+    **REDUCTIONS,
+    **POINTWISE,
+    **OURS,
+    **kernels.ROWS,
+}
 
 _USER: dict[str, Row] = {}
 

@@ -24,7 +24,7 @@ from tpcompile.ir.nodes import has_fractions
 from tpcompile.ir.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 
 from .checkpoint_calls import CheckpointCalls, ContextFn
-from .examine_function import is_elementwise
+from .examine_function import is_elementwise, refuse_dropout
 from .explain_failure import here
 from .flex_attention import kept_attention
 from .function_apply import instead_of_apply, own_apply
@@ -111,6 +111,7 @@ def kept_functions(note: Note | None = None) -> Iterator[Kept]:
             result = own_apply(function, *args, **kwargs)
             if not any(map(_can_learn, tree_flatten(result)[0])):  # there is no gradient to keep
                 return result
+        refuse_dropout(function, args, kwargs)
         call = _find(found, function, leaves, spec, tensors)
         if note is not None:
             note(call.key, tensors)

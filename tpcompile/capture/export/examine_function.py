@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -110,6 +112,23 @@ def _record(
                 todo="let it make a new one",
             )
     return recorder.events
+
+
+def refuse_dropout(function: type[Function], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuses a call of a function with a dropout, which its kernel may draw for itself.
+
+    Raises:
+        CannotCapture: its ``dropout_p`` is not 0.
+    """
+    names = list(inspect.signature(function.forward).parameters)
+    names = names[function.setup_context is Function.setup_context :]  # without ctx
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    if given.get("dropout_p"):
+        raise CannotCapture(
+            f"the autograd function {function.__qualname__} has a dropout_p: ranks would draw for themselves",
+            where=here(),
+            todo="call model.eval(), or set the dropout of attention to 0",
+        )
 
 
 class _Recorder(TorchDispatchMode):
