@@ -240,3 +240,87 @@ def flash(name: str) -> dict[str, Any]:
             refusal(lambda: sharded(tokens[:1], position_ids=packed, use_cache=False)),
         ],
     }
+
+
+def _normed(x: Tensor, weight: Tensor) -> Tensor:
+    return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+
+
+def _gradients(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    size = (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+    unit, inner = x * size, grad * weight
+    along = (inner * unit).mean(-1, keepdim=True)
+    return size * (inner - unit * along), (grad * unit).flatten(0, -2).sum(0)
+
+
+class NormFunction(torch.autograd.Function):
+    """A norm with a backward of its own, as kernels come."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _normed(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return _gradients(*ctx.saved_tensors, grad)
+
+
+@torch.library.custom_op("kernels_of_tests::rms_norm", mutates_args=())
+def norm_operator(x: Tensor, weight: Tensor) -> Tensor:
+    """The same as an operator that nobody can look into."""
+    return _normed(x, weight)
+
+
+@norm_operator.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("kernels_of_tests::rms_norm_backward", mutates_args=())
+def norm_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Its backward."""
+    return _gradients(x, weight, grad)
+
+
+@norm_backward.register_fake
+def _(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+norm_operator.register_autograd(
+    lambda ctx, grad: norm_backward(*ctx.saved_tensors, grad),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+class Normed(nn.Module):
+    """A norm of every head, of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 12)
+        self.first, self.second = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = NormFunction.apply(self.up(x).unflatten(-1, (4, 6)), self.first)
+        out: Tensor = self.down(norm_operator(y * 2 + x.mean(), self.second).flatten(-2))
+        return out
+
+
+def norms() -> list[tuple[float, float, tuple[str, ...]]]:
+    """Errors, those of gradients, and what is computed whole: without rules, then with."""
+    found = []
+    for with_rules in (False, True):
+        if with_rules:
+            for kernel in (NormFunction, "kernels_of_tests.rms_norm"):
+                tpcompile.register_rule(kernel, "... h, h -> ... h; whole h")
+        torch.manual_seed(0)
+        whole, x = Normed(), torch.randn(3, 5, 12)
+        sharded: Any = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (x,))
+        ours, theirs = sharded(x), whole(x)
+        (ours**3).sum().backward()
+        (theirs**3).sum().backward()
+        worst = error(ours.detach(), theirs.detach())
+        found.append((worst, gradient_error(whole, sharded), sharded.plan.fallbacks))
+    return found

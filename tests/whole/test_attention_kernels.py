@@ -72,3 +72,10 @@ class Drops(nn.Module):
 def test_a_kernels_dropout_is_refused(operator: bool, message: str) -> None:
     with pytest.raises(tpcompile.TpCompileError, match=message):
         tpcompile.plan(Drops(operator), 2, (torch.randn(2, 5, 8),))
+
+
+def test_rules_for_kernels_of_norms() -> None:
+    """Right without a rule, and computed whole; with one, in either form, heads stay divided."""
+    for without, with_rules in run_spmd(attention_kernels.norms, 2, timeout=300):
+        assert max(*without[:2], *with_rules[:2]) <= F32
+        assert len(without[2]) == 2 and not with_rules[2]

@@ -6,12 +6,11 @@ that torch tags as pointwise needs no row. An operator without a rule is replica
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.autograd import Function
 from torch.fx import Node
 
 from tpcompile.errors import TpCompileError, refusing
@@ -24,6 +23,7 @@ from . import contractions, indexing, kernels, opaque, parts, pointwise, quantis
 from .notation import instantiate, parse_row
 from .randomness import is_random
 from .rule import Rule
+from .well_formed import refuse_misfit, without_useless
 
 RuleMaker = Callable[[Node], Rule | str]
 Row = str | RuleMaker
@@ -177,37 +177,39 @@ OURS: dict[str, Row] = {
 }
 
 ROWS: dict[str, Row] = {
-    **MATMULS,
-    **REARRANGEMENTS,
-    **PARTS,
-    **REDUCTIONS,
-    **POINTWISE,
-    **OURS,
-    **kernels.ROWS,
+    **{**MATMULS, **REARRANGEMENTS, **PARTS, **REDUCTIONS, **POINTWISE},
+    **{**OURS, **kernels.ROWS},
 }
 
 _USER: dict[str, Row] = {}
 
 
 @checked
-def register_rule(op: OpOverload | OpOverloadPacket | str, rule: str | Callable[..., Any]) -> None:
-    """Adds or replaces the rule of an operator.
+def register_rule(
+    op: OpOverload | OpOverloadPacket | str | type[Function], rule: str | Callable[..., Any]
+) -> None:
+    """Adds or replaces the rule of an operator, or of a function of autograd.
 
     Args:
-        op: the operator, its packet, or its name such as ``"mylib.scan"`` or ``"mylib.scan.default"``.
+        op: the operator, its packet, or its name such as ``"mylib.scan"`` or ``"mylib.scan.default"``; or a
+            ``torch.autograd.Function``, whose operands are the tensors that ``apply`` is given. Its forward
+            and backward then run on a rank's parts.
         rule: a line of the notation (``tpcompile/rules/notation.py``), or a function from the fx node
             to a ``Rule``, or to a string that says why there is none for these shapes.
 
     Raises:
         TpCompileError: there is no such operator; the line does not follow the notation.
     """
-    operator_of(op, "register_rule")
+    function = isinstance(op, type) and issubclass(op, Function)
+    name = f"{op.__module__}.{op.__qualname__}" if function else str(op)  # type: ignore[union-attr]
+    if not function:
+        operator_of(op, "register_rule")
     if isinstance(rule, str):
         parse_row(rule)
-    _USER[op if isinstance(op, str) else str(op)] = rule
+    _USER[name] = rule
 
 
-def operator_of(op: OpOverload | OpOverloadPacket | str, where: str) -> OpOverload | OpOverloadPacket:
+def operator_of(op: object, where: str) -> OpOverload | OpOverloadPacket:
     """The operator that is meant.
 
     Raises:
@@ -234,6 +236,8 @@ def rule_of(node: Node) -> Rule | str:
     if is_random(node):
         return "it draws random numbers"
     names = _names(node.target)
+    if names[-1] == "tpcompile.autograd_function":
+        names.insert(0, kernels.function_name(node))
     row = _look_up(node.target, names)
     if row is None:
         return f"no rule for {names[0]}"
@@ -244,8 +248,8 @@ def rule_of(node: Node) -> Rule | str:
         return rule
     if not isinstance(rule, Rule):
         raise TpCompileError(f"the rule of an operator returned {short(rule)}", where=where, todo=todo)
-    _check(rule, node)
-    return _without_useless(rule, node)
+    refuse_misfit(rule, node)
+    return without_useless(rule, node)
 
 
 def has_rule(op: OpOverload) -> bool:
@@ -272,37 +276,3 @@ def _look_up(op: object, names: Iterable[str]) -> Row | None:
 
 def _instantiate(row: str, node: Node) -> Rule | str:
     return instantiate(parse_row(row), list(map(shape, operands(node))), list(map(sizes_of, results(node))))
-
-
-def _without_useless(rule: Rule, node: Node) -> Rule:
-    """Leaves out partial sums of truth values, and those that want one value both partial and whole."""
-    ops = operands(node)
-
-    def useful(group: frozenset[int]) -> bool:
-        others = {ops[i] for i in range(len(ops)) if i not in group}
-        return not any(ops[i] in others or ops[i].meta["val"].dtype is torch.bool for i in group)
-
-    kept = tuple(group for group in rule.linear if useful(group))
-    return rule if kept == rule.linear else replace(rule, linear=kept)
-
-
-def _check(rule: Rule, node: Node) -> None:
-    """A rule that does not describe the node's shapes is an error in the rule, not in the model."""
-    shapes = [*map(shape, operands(node)), *map(sizes_of, results(node))]
-    labels = [*rule.inputs, *rule.outputs]
-    if list(map(len, shapes)) != list(map(len, labels)):
-        raise TpCompileError(
-            f"the rule of {node.target} does not fit its shapes {shapes}",
-            where=str(rule),
-            todo="correct the rule (tpcompile.register_rule)",
-        )
-    for sizes, dims in zip(shapes, labels, strict=True):
-        for size, dim in zip(sizes, dims, strict=True):
-            product = math.prod(rule.sizes[letter] for letter in dim)
-            # Sizes that follow from others can be equal and look different: those are not divided anyway.
-            if product != size and isinstance(product, int) and isinstance(size, int):
-                raise TpCompileError(
-                    f"in the rule of {node.target}, {dim} is not a factorisation of {size}",
-                    where=str(rule),
-                    todo="correct the rule (tpcompile.register_rule)",
-                )
