@@ -18,9 +18,10 @@ from .models import mesh
 from .quantised import CALL, IDS, LORA, adapted, learn, logits
 
 NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+NESTED: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": NF4,
-    "fp4, scales quantised": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+    "fp4, scales quantised": NESTED,
     "int8": {"load_in_8bit": True, "llm_int8_threshold": 2.0},
 }
 SIZES: dict[str, Any] = {
@@ -50,7 +51,7 @@ def _tokens(model: Any) -> Tensor:
 
 
 def kinds(folder: Path) -> dict[str, float]:
-    """Quantised while they are loaded, and in memory: how far logits are from the unsharded model's."""
+    """Quantised while they are loaded, before, and in memory: how far logits are from the whole model's."""
     found = {}
     for name, kind in KINDS.items():
         whole = theirs(folder, **kind)
@@ -61,11 +62,14 @@ def kinds(folder: Path) -> dict[str, float]:
         own = loaded.model.layers[0].mlp.up_proj.weight
         numbers = own.numbers if hasattr(own, "numbers") else own.packed.reshape(-1, 1)
         assert torch.equal(numbers, weight.data)
-        sharded = tpcompile.parallelize(theirs(folder, **kind), mesh(), example_kwargs=CALL)
         assert torch.equal(_tokens(loaded), tokens)
-        for how, model in (("loaded", loaded), ("sharded", sharded)):
+        stored = tpcompile.from_pretrained(folder / name, mesh(), example_kwargs=CALL)
+        for how, model in (("loaded", loaded), ("stored", stored)):
             found[f"{name}, {how}"] = float((logits(model) - want).abs().max())
+            assert not model.training
         assert "other tensors" in refusal(lambda: loaded.save_pretrained(folder / "written"))  # noqa: B023
+    sharded = tpcompile.parallelize(theirs(folder, **NESTED), mesh(), example_kwargs=CALL)
+    found["in memory"] = float((logits(sharded) - logits(theirs(folder, **NESTED))).abs().max())
     return found
 
 

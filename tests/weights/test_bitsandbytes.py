@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import tpcompile
@@ -18,7 +20,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 from tests.on_ranks import bitsandbytes_models as spmd
 from tests.on_ranks.quantised import IDS
-from tests.weights.test_from_pretrained import opened
+from tests.weights.test_from_pretrained import damaged, opened
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +34,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_kind(folder: Path) -> None:
     """Logits and tokens of the unsharded quantised model, with the same kernels."""
+    for name, kind in spmd.KINDS.items():
+        spmd.theirs(folder, **kind).save_pretrained(folder / name)
     for found in run_spmd(spmd.kinds, 2, folder):
-        assert len(found) == 2 * len(spmd.KINDS)
+        assert len(found) == 2 * len(spmd.KINDS) + 1
         assert max(found.values()) <= 1e-6, found
 
 
@@ -83,7 +87,7 @@ def refused(layer: Any) -> str:
     return str(error.value)
 
 
-def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_what_is_refused() -> None:
     assert "rows of 96 numbers are no whole blocks of 64" in refused(Linear4bit(96, 32).to("cpu"))
     assert "not quantised" in refused(Linear4bit(64, 32))
     assert "not quantised" in refused(Linear8bitLt(64, 32, has_fp16_weights=False))
@@ -91,7 +95,44 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     rearranged = Linear4bit(64, 32).to("cpu").eval()
     rearranged.weight.quant_state.packing_format_for_cpu = True
     assert "has rearranged it" in refused(rearranged)
-    model = spmd.theirs(folder, **spmd.NF4)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(tpcompile.TpCompileError, match="bitsandbytes"):
-        opened(tmp_path)
+
+
+UP = "model.layers.0.mlp.up_proj"
+DAMAGED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], str]] = {
+    "no scales": (spmd.NF4, lambda s: s.pop(f"{UP}.weight.absmax"), "are missing"),
+    "nothing but bytes": (spmd.NF4, lambda s: [s.pop(k) for k in [*s] if f"{UP}.weight." in k], "has shape"),
+    "nothing said": (
+        spmd.NF4,
+        lambda s: s.pop(f"{UP}.weight.quant_state.bitsandbytes__nf4"),
+        "are missing",
+    ),
+    "fewer scales": (
+        spmd.NF4,
+        lambda s: s.update({f"{UP}.weight.absmax": s[f"{UP}.weight.absmax"][1:]}),
+        r"scales of shape \[511\], where there should be 512",
+    ),
+    "fewer scales of scales": (
+        spmd.NESTED,
+        lambda s: s.update({f"{UP}.weight.nested_absmax": s[f"{UP}.weight.nested_absmax"][1:]}),
+        r"scales of shape \[1\], where there should be 2",
+    ),
+    "another matrix": (
+        spmd.NF4,
+        lambda s: s.update({k.replace("down", "up"): t.clone() for k, t in s.items() if "down" in k}),
+        r"shape \[128, 256\] in blocks of 64, where the layer has one of \[256, 128\]",
+    ),
+    "one scale": (
+        spmd.KINDS["int8"],
+        lambda s: s.update({f"{UP}.SCB": s[f"{UP}.SCB"][:1]}),
+        r"scales of shape \[1\], where there should be 256",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_checkpoints(kind: str, folder: Path, tmp_path: Path) -> None:
+    fields, change, message = DAMAGED[kind]
+    spmd.theirs(folder, **fields).save_pretrained(tmp_path / "good")
+    bad = damaged(tmp_path / "good", "bad", change)
+    with pytest.raises(tpcompile.TpCompileError, match=message):
+        opened(Path(bad))

@@ -262,7 +262,6 @@ METHODS: list[tuple[dict[str, Any], Any, list[str]]] = [
     ({"quant_method": "fp8"}, {"dequantize": False}, ["(fp8)", "FineGrainedFP8Config(dequantize=True)"]),
     ({"quant_method": "fp8"}, Mxfp4Config(dequantize=True), ["(fp8)", "cannot be understood", "Mxfp4Config"]),
     ({"quant_method": "fp8"}, 5, ["(fp8)", "cannot be understood"]),
-    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, None, ["(bitsandbytes)", "dequantize()"]),
     ({"quant_method": "gptq", "bits": 4}, {"dequantize": True}, ["(gptq)", "dequantize()"]),
     ({"quant_method": "nothing"}, None, ["(nothing)", "cannot be understood"]),
     ({"bits": 4}, None, ["an unnamed method"]),

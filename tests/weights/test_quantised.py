@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torchao.quantization import quantize_
+from torchao.quantization import FqnToConfig, quantize_
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -67,6 +67,15 @@ def test_families(family: str, ranks: int, kind: str) -> None:
     assert "lm_head.weight" in model.state_dict(), "the model is as it was"
 
 
+def test_experts_in_one_tensor_are_refused() -> None:
+    """torchao's classes have no operation that chooses among them."""
+    model = FAMILIES["mixtral"]()
+    experts = FqnToConfig({r"re:.*experts\.(gate_up_proj|down_proj)": spmd.KINDS["fp8"]})
+    quantize_(model, experts, filter_fn=None)
+    with pytest.raises(tpcompile.TpCompileError, match="quantise linear layers only"):
+        tpcompile.plan(model, 2, example_kwargs={"input_ids": spmd.IDS})
+
+
 def test_rules_are_about_the_weight() -> None:
     """By its own name or by its module's; scales follow the numbers. And transformers' own plan."""
     model = spmd.quantised("int4")
@@ -116,7 +125,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(tpcompile.TpCompileError):
         opened(folder)
     with pytest.raises(tpcompile.TpCompileError, match="nothing can be quantised like this"):
-        opened(plain, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+        opened(plain, quantization_config={"quant_method": "gptq", "bits": 4})
 
 
 def test_its_python_sees_whole_weights() -> None:

@@ -31,6 +31,11 @@ _ADVICE = (
         "pass tensors and python values, or register the type as pytree",
     ),
     (("specializ", "Constraint"), "capture with dynamic=False, or leave fewer dimensions open"),
+    (
+        ("Unable to cast NotImplemented to Tensor", "attempting to run unimplemented operator"),
+        "the class of a quantised weight has no such operation (experts in one tensor, as a rule): quantise "
+        "linear layers only",
+    ),
     (("Boolean value of Tensor", "non-Fake"), "keep tensors of the model in parameters or buffers"),
 )
 

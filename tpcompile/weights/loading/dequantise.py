@@ -15,6 +15,8 @@ from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig, HfQ
 from tpcompile.capture.export.default_example import parts_of_config
 from tpcompile.errors import TpCompileError, refusing
 
+from .read_bitsandbytes import of_matrices
+
 _FIELD = "quantization_config"
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)  # types of scales that are powers of two
@@ -102,8 +104,11 @@ def keeps(quantizer: HfQuantizer) -> bool:
 def _keeping(wanted: Any) -> HfQuantizer | None:
     """What loads a checkpoint whose weights stay quantised; None if that cannot be done."""
     quantizer: HfQuantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=True)
-    if not keeps(quantizer) or _method(wanted) == "bitsandbytes":  # its parts are no tensors: see its weights
+    if not keeps(quantizer):
         return None
+    if _method(wanted) == "bitsandbytes":  # its own weights cannot be taken apart
+        operation = of_matrices(_operations(quantizer)["deserialize"])
+        quantizer.get_load_operations = lambda: {"deserialize": operation}
     quantizer.validate_environment(device_map=None, weights_only=True)
     return _shared(quantizer)
 
@@ -113,6 +118,7 @@ def prepare_model(model: Any, quantizer: HfQuantizer, dtype: torch.dtype, files:
     quantizer.preprocess_model(
         model=model, dtype=dtype, device_map=None, checkpoint_files=files, use_kernels=False
     )
+    model.eval()  # also the layers that the quantizer has put in
     if keeps(quantizer):
         model.hf_quantizer = quantizer
 
