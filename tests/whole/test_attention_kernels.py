@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 import tpcompile
 from tests.helpers import flash_attention
@@ -79,3 +80,26 @@ def test_rules_for_kernels_of_norms() -> None:
     for without, with_rules in run_spmd(attention_kernels.norms, 2, timeout=300):
         assert max(*without[:2], *with_rules[:2]) <= F32
         assert len(without[2]) == 2 and not with_rules[2]
+
+
+class Scored(nn.Module):
+    """Flex attention with a function of scores that no program can have, or none."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.q = kind, nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, kept = self.q(x).unflatten(-1, (2, 8)).transpose(1, 2), torch.zeros(2)
+
+        def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return value + torch.rand(()) if self.kind == "draws" else value + kept.add_(1)[h]
+
+        found: Tensor = flex_attention(q, q, q, score)
+        return found
+
+
+@pytest.mark.parametrize("kind", ["draws", "writes"])
+def test_functions_of_scores_that_are_refused(kind: str) -> None:
+    with pytest.raises(tpcompile.TpCompileError, match="draws random numbers, or writes"):
+        tpcompile.plan(Scored(kind), 2, (torch.randn(2, 5, 8),))

@@ -49,7 +49,7 @@ class AttentionCall(KeptCall):
 
     Attributes:
         score, mask: what becomes of a score, and whether it counts.
-        present: which of the tensors about blocks there are.
+        present: which of the tensors about blocks there are, in torch's tuple of a mask.
         block: the sizes of a block.
         scale: of the scores.
         options: the kernel's.
@@ -92,7 +92,7 @@ class AttentionCall(KeptCall):
         def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor, *others: Any) -> Any:
             return self.mask.graph(b, everywhere(h), q, k, *(shown if bound else others))
 
-        whole = (*lengths, *sparse, *(None,) * 4, *self.block, mask)
+        whole = (*lengths, *sparse, *self.block, mask)
         given = (*inputs[:3], score, whole, self.scale, self.options)
         made: tuple[Tensor, ...] = _ATTEND(*given) if bound else _ATTEND(*given, slopes, shown)
         return made
@@ -191,10 +191,11 @@ class _Kept:
                 where=here(),
                 todo="make the mask without compute_dq_write_order",
             )
+        query, key, value = map(_as_autocast, (query, key, value))
         mode, index = _mode_of(query), [torch.int] * 4
         score, *read = lift(score_mod, [query.dtype, *index], mode, query.device)
         mask, *more = lift(block_mask[-1], index, mode, query.device)
-        present = tuple(x is not None for x in block_mask[_SPARSE])
+        present = tuple(x is not None for x in block_mask[_SPARSE.start : -3])
         blocks = [x for x in block_mask[_SPARSE] if x is not None]
         constants = (score.text, mask.text, present, block_mask[-3:-1], scale, sorted(options.items()))
         call = self._find(
@@ -233,6 +234,14 @@ class _Kept:
         with alone(_mode_of(like)):
             made = call.run(tensors, sizes)
         return [like.new_empty(x.shape, dtype=x.dtype) for x in made]
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """As torch's operator takes it under autocast."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype is torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _mode_of(tensor: Tensor) -> FakeTensorMode:

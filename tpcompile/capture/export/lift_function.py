@@ -69,7 +69,8 @@ def lift(
         device: that of its arguments.
 
     Raises:
-        CannotCapture: it reads a number that depends on open sizes and is no integer.
+        CannotCapture: it reads a number that depends on open sizes and is no integer, draws random numbers,
+            or writes.
     """
     from tpcompile.ir.dynamo_internals import TransformGetItemToIndex
 
@@ -107,6 +108,12 @@ class _Reads(TorchDispatchMode):
         self._known = {id(x): x for x in own}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags or func._schema.is_mutable:
+            raise CannotCapture(
+                f"a function of flex_attention draws random numbers, or writes into a tensor ({func})",
+                where=here(),
+                todo="draw them before, and compute new tensors",
+            )
         for x in tree_leaves((args, kwargs or {})):
             if isinstance(x, torch.SymFloat | torch.SymBool):
                 raise CannotCapture(
