@@ -193,6 +193,8 @@ def _diff(values: IndexValues, node: Node) -> Known | None:
         gap = combined(x, first, -1)  # at the first index of the dimension
         if any(s != 0 for d, s in enumerate(gap.steps) if d != dim):
             return None
+        if shape(node)[dim] == 1:  # there is no difference but this one
+            return Affine(gap.start, (sympy.Integer(0),) * len(x.steps))
         if sympy.expand(gap.start - x.steps[dim]) != 0:
             return None
     return Affine(x.steps[dim], (sympy.Integer(0),) * len(x.steps))

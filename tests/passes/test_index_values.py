@@ -52,6 +52,10 @@ KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: (torch.arange(4) - torch.arange(4) != 0) & (torch.arange(4) > 1),
     "packed": _packed,
     "looked up": _looked_up,
+    "one packed": lambda x: _packed(x[:, :1]),
+    "one difference": lambda x: torch.diff(
+        torch.arange(1)[None] + x.shape[1], prepend=_positions(x)[:1, :1] - 2
+    ),
 }
 UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "data": lambda x: x > 0,
