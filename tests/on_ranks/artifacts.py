@@ -75,6 +75,17 @@ class AsksGradients(Mlp):
         return super().forward(x) * (2 if torch.is_grad_enabled() else 3) * (5 if x.requires_grad else 7)
 
 
+class InParts(nn.Module):
+    """Cannot be captured as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Mlp().eval(), Mlp().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if x.sum() > 0 else self.b(x)  # type: ignore[no-any-return]
+
+
 class Writes(nn.Module):
     """Keeps what it saw last."""
 
@@ -167,6 +178,10 @@ def folders(folder: str) -> dict[str, Any]:
     loaded = tpcompile.load_program(manifest.parent, mesh())
     found["same"] = all(torch.equal(loaded(a), b) for a, b in zip((x, x[0]), wanted, strict=True))
     found["order"] = refusal(lambda: [loaded(x[0] if rank else x) for _ in range(64)])
+    with torch.no_grad():
+        parts: Any = tpcompile.parallelize(InParts(), mesh(), (x,), compose=True)
+        parts(x)
+    found["parts"] = refusal(lambda: parts.save_program(str(manifest.parent)))
     return found
 
 
@@ -338,6 +353,7 @@ def generating(folder: str) -> dict[str, Any]:
     found: dict[str, Any] = dict(zip(ways, same, strict=True))
     found["another call"] = refusal(lambda: loaded.generate(ids, max_new_tokens=2, output_attentions=True))
     found["ranks"] = refusal(lambda: loaded.generate(ids, max_new_tokens=2 + dist.get_rank()))
+    found["files"] = refusal(lambda: loaded.loop.save_pretrained(folder))
     dist.barrier()
     if dist.get_rank() == 0:
         manifest = Path(folder) / "program.json"

@@ -6,12 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch._C._distributed_c10d import TCPStore
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, WatermarkingConfig
 
+from tests.helpers import families
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import artifacts
+from tpcompile.runtime.artifacts.generating import generating_data
 
 FRESH = """
 import sys, torch, tpcompile
@@ -67,7 +71,39 @@ def test_a_saved_program_generates(tmp_path: Path) -> None:
         assert "different calls of generate" in found["ranks"]
         assert "not a class that generates" in found["class"]
         assert "has no generate" in found["replaced"]
+        assert "writes no checkpoint" in found["files"]
         assert "uses its model" in found["modules"]
+
+
+class OwnConfig(LlamaConfig):  # type: ignore[misc]
+    """A configuration whose class is somebody's own."""
+
+
+def test_what_is_kept_for_generating(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = families.build("llama", num_hidden_layers=1)
+
+    def refused() -> str:
+        told: str = generating_data(model, LlamaForCausalLM).get("refused", "nothing")
+        return told
+
+    model.generation_config.compile_config = CompileConfig()
+    model.generation_config.watermarking_config = WatermarkingConfig(bias=3.0)
+    model.config.limits = (0.0, float("inf"))
+    assert refused() == "nothing"
+    model.generation_config.sequence_bias = {(5, 6): 9.0}
+    assert "sequence_bias of its GenerationConfig is read otherwise" in refused()
+    model.generation_config.sequence_bias = None
+    model.config.by_layer = {0: 1}
+    assert "by_layer of its LlamaConfig is read otherwise" in refused()
+    model.config.by_layer = object()
+    assert "its configuration cannot be written" in refused()
+    model.config.by_layer = None
+    assert refused() == "nothing"
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "_sample", lambda self, *args: None, raising=False)
+        assert "not a decoder of transformers' own" in refused()
+    model.config = OwnConfig()
+    assert "another class, OwnConfig" in refused()
 
 
 def test_folders_of_others_and_orders_of_calls(tmp_path: Path) -> None:
@@ -75,7 +111,7 @@ def test_folders_of_others_and_orders_of_calls(tmp_path: Path) -> None:
         assert "something else in the folder" in found["foreign"] and found["kept"] == ["{}", "{}"]
         assert "no room" in found["full"] and "unfinished" in found["unfinished"]
         assert found["same"]
-        assert "orders of calls" in found["order"]
+        assert "orders of calls" in found["order"] and "programs alone" in found["parts"]
 
 
 def test_a_parameter_among_the_arguments(tmp_path: Path) -> None:

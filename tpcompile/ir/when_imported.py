@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -19,6 +18,8 @@ def when_imported(name: str, do: Callable[[ModuleType], None]) -> None:
 
 
 class _WhenImported(MetaPathFinder):
+    """Stays until the module is there: it may be looked for before, or its import may fail."""
+
     def __init__(self, name: str, do: Callable[[ModuleType], None]) -> None:
         self.name, self.do = name, do
 
@@ -26,17 +27,20 @@ class _WhenImported(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The module's own, whose loader does it afterwards."""
-        if fullname != self.name:
+        if fullname != self.name or self not in sys.meta_path:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        found = (other.find_spec(fullname, path, target) for other in others if hasattr(other, "find_spec"))
+        spec = next((each for each in found if each is not None), None)
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            self.do(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.do(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

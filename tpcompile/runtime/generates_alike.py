@@ -54,6 +54,21 @@ class GeneratesAlike:
     _tp: Any
     generation_config: Any
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching has a paged cache of its own.
+
+        Raises:
+            TpCompileError: always.
+        """
+        raise TpCompileError(
+            "a sharded model cannot do continuous batching",
+            where="generate_batch",
+            todo="use generate with a batch of prompts",
+        )
+
+    init_continuous_batching = generate_batch
+    """What its other ways in begin with."""
+
     def _where(self) -> torch.device:
         """The device on which tokens are drawn."""
         raise NotImplementedError

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpcompile.errors import TpCompileError
 from tpcompile.weights.shard import sharded_class
 
 from .compile_options import for_group
@@ -39,18 +38,6 @@ class ShardedGeneration(GeneratesAlike, ShardedModule):
         original = super().generate  # type: ignore[misc]
         with _announced(self._tp, args, kwargs):
             return self._generate(original, args, kwargs)
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching has a paged cache of its own.
-
-        Raises:
-            TpCompileError: always.
-        """
-        raise TpCompileError(
-            "a sharded model cannot do continuous batching",
-            where="generate_batch",
-            todo="use generate with a batch of prompts",
-        )
 
     def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
         """What transformers calls for the steps after the first, with a static cache on a GPU."""

@@ -151,7 +151,7 @@ class LoadedProgram:
         tensors: Mapping[str, Tensor],
         plan: Plan,
         axis: MeshAxis,
-        generates: Mapping[str, Any] | None = None,
+        generates: Mapping[str, Any],
     ) -> None:
         self.name, self.calls, self.tensors, self.plan = name, list(calls), dict(tensors), plan
         self._signature, self._axis, self._number = signature, axis, number_of_model(axis.group_name)
@@ -199,10 +199,10 @@ class LoadedProgram:
         """What transformers takes for the model while it generates; it has the ``generation_config``.
 
         Raises:
-            TpCompileError: it is no decoder of transformers'.
+            TpCompileError: it is no decoder of transformers', or its configuration was not kept.
         """
-        if self._generates is None:
-            raise refuse_to_generate(self.name)
+        if (why := self._generates.get("refused")) is not None:
+            raise refuse_to_generate(self.name, why)
         axis, device = self._axis, local_device(self._axis.device_type)
         return loop_over(self, self._generates, axis.group, axis.group_name, device)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.calls import CallSignature
@@ -56,7 +56,7 @@ class Saved:
         groups: the process groups of the sub-axes.
         signature: of the model's forward.
         name: the model's class, for people.
-        generates: what ``generate`` needs to know of it, or None.
+        generates: what ``generate`` needs to know of it, or why there is none.
         package: whether graphs are compiled to native code as well.
     """
 
@@ -65,7 +65,7 @@ class Saved:
     groups: AxisGroups
     signature: CallSignature
     name: str
-    generates: dict[str, Any] | None = None
+    generates: dict[str, Any]
     package: bool = False
 
 
@@ -81,6 +81,12 @@ def save_programs(model: State, folder: str, package: bool = False) -> None:
         TpCompileError: see ``save_program``; or there are none.
     """
     programs = [program for program in model.programs if _is_current(program, model)]
+    if model.foreign or model.composed or any(_is_hooked(program.root, model) for program in programs[:1]):
+        raise TpCompileError(
+            "the model does not run as programs alone",
+            where="save_program",
+            todo="save one without hooks that is captured whole and that nothing else has divided",
+        )
     if not programs or model.compiler.axis is None:
         raise TpCompileError(
             "no call of the model, as it is now, was captured in evaluation mode",
@@ -88,16 +94,11 @@ def save_programs(model: State, folder: str, package: bool = False) -> None:
             todo="call model.eval(), then the model under torch.no_grad()",
         )
     root = programs[0].root
-    hooks = [*root._forward_hooks, *root._forward_pre_hooks]
-    if model.foreign or model.composed or hooks or hooks_below(root, "", model.hooks):
-        raise TpCompileError(
-            "the model does not run as programs alone",
-            where="save_program",
-            todo="save one without hooks that is captured whole and that nothing else has divided",
-        )
     groups = model.compiler.groups[programs[0].plan.axis_sizes]
     name = model.original.__name__
-    generates = generating_data(root, model.original)
+    generates = together(
+        model.compiler.axis.group, "describe how it generates", lambda: generating_data(root, model.original)
+    )
     saved = Saved(programs, model.compiler.axis, groups, model.signature, name, generates, package)
     save_program(Path(folder), saved)
 
@@ -131,6 +132,10 @@ def save_program(folder: Path, saved: Saved) -> None:
                 write_whole(folder / MANIFEST, json.dumps(_manifest(saved, calls, digests)))
 
     together(axis.group, "finish the program", finish)
+
+
+def _is_hooked(root: nn.Module, model: State) -> bool:
+    return bool(root._forward_hooks or root._forward_pre_hooks or hooks_below(root, "", model.hooks))
 
 
 def _is_current(program: RankProgram, model: State) -> bool:
