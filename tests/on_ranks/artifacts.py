@@ -287,9 +287,9 @@ def fuzz(folder: str, scratch: str) -> dict[str, Any]:
     calls = [*CALLS, ["aten.add.Tensor", [], {f"x={code} or self": 1}]]
     hostile = [change(f"rank-{rank}.json", _first_call, call) for rank in range(2) for call in calls]
     for key, value in (("guards", [code]), ("guards", [f"s28 < 9 or {code}"]), ("ranges", [[code, 2, 9]])):
-        hostile.append(change("program.json", lambda data, key=key: (data["calls"][0], key), value))
+        hostile.append(change("rank-0.json", lambda data, key=key: (data["calls"][0], key), value))
     for value in STRUCTURES:
-        hostile.append(change("program.json", lambda data: (data["calls"][0], "result"), value))
+        hostile.append(change("rank-0.json", lambda data: (data["calls"][0], "result"), value))
     return {**outcomes, "hostile": hostile}
 
 
@@ -372,6 +372,17 @@ def generating(folder: str) -> dict[str, Any]:
     pictures.save_program(folder)
     found["modules"] = refusal(lambda: tpcompile.load_program(folder, mesh()).generate(ids))
     return found
+
+
+def uneven(folder: str) -> bool:
+    """Whether ranks generate whose caches have other sizes, one of them no heads."""
+    fields = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model: Any = tpcompile.parallelize(families.build("llama", **fields), mesh())
+    ids = families.token_ids(2, 6)
+    wanted = model.generate(ids, max_new_tokens=3, do_sample=False)
+    model.save_program(folder)
+    loaded = tpcompile.load_program(folder, mesh())
+    return torch.equal(loaded.generate(ids, max_new_tokens=3, do_sample=False), wanted)
 
 
 class HandsOn(nn.Module):

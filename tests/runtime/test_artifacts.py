@@ -75,6 +75,10 @@ def test_a_saved_program_generates(tmp_path: Path) -> None:
         assert "uses its model" in found["modules"]
 
 
+def test_ranks_whose_caches_differ(tmp_path: Path) -> None:
+    assert run_spmd(artifacts.uneven, 3, str(tmp_path / "program")) == [True] * 3
+
+
 class OwnConfig(LlamaConfig):  # type: ignore[misc]
     """A configuration whose class is somebody's own."""
 

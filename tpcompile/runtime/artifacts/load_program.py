@@ -108,7 +108,7 @@ def _load(
         )
         mine = json.loads(texts)
         tensors = {n: _restore(t, mine["orders"][n], device) for n, t in load_tensors(stored).items()}
-        pairs = zip(data["calls"], mine["programs"], strict=True)
+        pairs = zip(mine["calls"], mine["programs"], strict=True)
         calls = [_call(call, part, tensors, groups.name, device) for call, part in pairs]
         if package:
             for call, part in zip(calls, mine["programs"], strict=True):

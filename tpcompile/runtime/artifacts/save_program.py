@@ -122,14 +122,16 @@ def save_program(folder: Path, saved: Saved) -> None:
 
     calls, mine = together(axis.group, "describe the programs", describe)
     _prepare(folder, axis, writes)
-    files = together(axis.group, "write the program", lambda: _write(folder, saved, mine, tensors, writes))
+    files = together(
+        axis.group, "write the program", lambda: _write(folder, saved, calls, mine, tensors, writes)
+    )
     everyone = exchange(axis.group, "write the program: files", files)
     digests = {name: digest for each in everyone for name, digest in each.items()}
 
     def finish() -> None:
         if writes and axis.rank == 0:
             with refusing("the program cannot be written", where=str(folder), todo=_TODO):
-                write_whole(folder / MANIFEST, json.dumps(_manifest(saved, calls, digests)))
+                write_whole(folder / MANIFEST, json.dumps(_manifest(saved, digests)))
 
     together(axis.group, "finish the program", finish)
 
@@ -210,9 +212,17 @@ def _prepare(folder: Path, axis: MeshAxis, writes: bool) -> None:
 
 
 def _write(
-    folder: Path, saved: Saved, programs: list[Any], tensors: Mapping[str, Tensor], writes: bool
+    folder: Path,
+    saved: Saved,
+    calls: list[Any],
+    programs: list[Any],
+    tensors: Mapping[str, Tensor],
+    writes: bool,
 ) -> dict[str, str]:
-    """Writes a rank's files; their digests by their names."""
+    """Writes a rank's files; their digests by their names.
+
+    The call signatures are among what ranks have: caches that stay divided have other sizes on each.
+    """
     if not writes:
         return {}
     with refusing("the program cannot be written", where=str(folder), todo=_TODO):
@@ -226,7 +236,7 @@ def _write(
         save_file(stored, paths[0])
         if saved.package:
             paths += [_package(folder, saved, at, data) for at, data in enumerate(programs)]
-        paths[1].write_text(json.dumps({"programs": programs, "orders": orders}))
+        paths[1].write_text(json.dumps({"calls": calls, "programs": programs, "orders": orders}))
         return {each.name: file_digest(each) for each in paths}
 
 
@@ -249,7 +259,7 @@ def _inputs(program: RankProgram, saved: Saved) -> Sequence[Any]:
     return program.fetch(given)
 
 
-def _manifest(saved: Saved, calls: list[Any], files: Mapping[str, str]) -> dict[str, Any]:
+def _manifest(saved: Saved, files: Mapping[str, str]) -> dict[str, Any]:
     plan = saved.programs[-1].plan
     data = {
         "format": FORMAT,
@@ -261,7 +271,6 @@ def _manifest(saved: Saved, calls: list[Any], files: Mapping[str, str]) -> dict[
         "ranks": len(saved.axis.rows[0]),
         "axes": list(saved.groups.axis_sizes),
         "signature": signature_data(saved.signature),
-        "calls": calls,
         "plan": plan.to_json(),
         "files": dict(sorted(files.items())),
     }
