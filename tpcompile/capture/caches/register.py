@@ -48,6 +48,12 @@ def _flatten(cache: Any) -> tuple[list[Parts], _Context]:
             where="past_key_values",
             todo="do not offload the cache",
         )
+    if (kind := cache.layer_class_to_replicate) is not None and kind.__name__ != "DynamicLayer":
+        raise TpCompileError(
+            f"a cache that makes layers of the class {kind.__name__} cannot be captured",
+            where="past_key_values",
+            todo="give it layers when it is made, as DynamicCache(config=...) does",
+        )
     taken = [take_layer(layer) for layer in cache.layers]
     return [parts for parts, _ in taken], tuple(context for _, context in taken)
 
