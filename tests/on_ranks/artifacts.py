@@ -351,6 +351,15 @@ def generating(folder: str) -> dict[str, Any]:
     loaded = tpcompile.load_program(folder, mesh())
     same = map(torch.equal, run(loaded.generate), wanted)
     found: dict[str, Any] = dict(zip(ways, same, strict=True))
+    options = {
+        "max_new_tokens": 3,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "do_sample": False,
+    }
+    pairs = zip(loaded.generate(ids, **options).logits, model.generate(ids, **options).logits, strict=True)
+    found["bits"] = all(torch.equal(x, y) for x, y in pairs)
+    found["aligned"] = all(tensor.data_ptr() % 64 == 0 for tensor in loaded.tensors.values())
     found["another call"] = refusal(lambda: loaded.generate(ids, max_new_tokens=2, output_attentions=True))
     found["ranks"] = refusal(lambda: loaded.generate(ids, max_new_tokens=2 + dist.get_rank()))
     found["files"] = refusal(lambda: loaded.loop.save_pretrained(folder))

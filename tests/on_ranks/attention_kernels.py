@@ -75,6 +75,36 @@ class Heads(nn.Module):
         return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
 
 
+class Causal(Heads):
+    """Masks whose functions read nothing, one after the other."""
+
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+        length = q.shape[2]
+        windows = (lambda b, h, i, j: j <= i), (lambda b, h, i, j: (j <= i) & (i - j < 3))
+        for window in windows:
+            blocks = create_block_mask(window, None, None, length, length, device=q.device)
+            q = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
+        return q
+
+    def arithmetic(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(self.heads // self.groups, 1) for x in (k, v))
+        i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+        for shown in (j <= i, (j <= i) & (i - j < 3)):
+            q = nn.functional.scaled_dot_product_attention(q, k, v, shown)
+        return q
+
+
+def causal() -> float:
+    """The worst error of results."""
+    torch.manual_seed(0)
+    whole = Causal()
+    sharded: Any = tpcompile.parallelize(
+        copy.deepcopy(whole), mesh(), (torch.randn(2, 7, 20), torch.zeros(2, 7))
+    )
+    whole.plain, x = True, torch.randn(3, 9, 20)
+    return error(sharded(x, torch.zeros(3, 9)).detach(), whole(x, torch.zeros(3, 9)).detach())
+
+
 def heads(*counts: int, backend: str = "", alone: bool = False) -> dict[str, Any]:
     """Errors of results and gradients; what the plan leaves whole.
 

@@ -67,6 +67,7 @@ def test_a_family_with_its_caches(tmp_path: Path, name: str) -> None:
 def test_a_saved_program_generates(tmp_path: Path) -> None:
     for found in run_spmd(artifacts.generating, 2, str(tmp_path / "program"), timeout=300):
         assert all(found[way] is True for way in ("dynamic", "static", "beams", "drawn"))
+        assert found["bits"] and found["aligned"]  # kernels round by where numbers are in memory
         assert "no program was saved for such a call" in found["another call"]
         assert "different calls of generate" in found["ranks"]
         assert "not a class that generates" in found["class"]

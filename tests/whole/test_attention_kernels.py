@@ -32,6 +32,10 @@ def test_flex_attention_knows_heads_by_their_numbers(
         assert found["whole"] == (["k.weight", "v.weight"] if ranks == 3 else [])  # shared by all
 
 
+def test_masks_of_flex_attention_may_read_nothing() -> None:
+    assert max(run_spmd(attention_kernels.causal, 2)) <= F32
+
+
 def test_flex_attention_of_transformers() -> None:
     for found in run_spmd(attention_kernels.flex, 2, "gemma2", timeout=300):
         assert max(found["errors"].values()) <= F32, found["errors"]

@@ -216,7 +216,8 @@ class _Kept:
             constants,
             lambda key: MaskCall(key, mask, (block[0], block[1]), wanted.device, wanted.separate),
         )
-        made = self._call(call, read[0], [*wanted.sizes, *read[1]], anchor)
+        # An operator has some tensor, and the function may read none.
+        made = self._call(call, [*read[0], anchor], [*wanted.sizes, *read[1]], anchor)
         whole = made if wanted.separate else [*made[:2], None, None, *made[2:], None, None]
         return flex.BlockMask(lengths, *whole, BLOCK_SIZE=block, mask_mod=mask_mod)
 

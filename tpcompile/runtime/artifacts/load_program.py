@@ -108,6 +108,8 @@ def _load(
         )
         mine = json.loads(texts)
         tensors = {n: _restore(t, mine["orders"][n], device) for n, t in load_tensors(stored).items()}
+        for name in mine["trained"]:  # torch folds matmuls otherwise for them
+            tensors[name].requires_grad_()
         pairs = zip(mine["calls"], mine["programs"], strict=True)
         calls = [_call(call, part, tensors, groups.name, device) for call, part in pairs]
         if package:
@@ -148,10 +150,13 @@ def _read_file(path: Path, digests: Mapping[str, str]) -> bytes:
 
 
 def _restore(tensor: Tensor, order: list[int] | None, device: torch.device) -> Tensor:
-    """A tensor with its dimensions in the order, in memory, that they had: kernels go by that."""
+    """A tensor with its dimensions in the order, in memory, that they had: kernels go by that.
+
+    It is a copy: kernels go by where in memory it begins, too, and in a file that is anywhere.
+    """
     if order is not None:
         tensor = tensor.permute(sorted(range(len(order)), key=order.__getitem__))
-    return tensor.to(device)
+    return tensor.to(device, copy=True)
 
 
 def _call(

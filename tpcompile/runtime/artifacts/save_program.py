@@ -172,7 +172,7 @@ def _rank_data(
         held = source.held()
         if id(held) not in kept:
             kept[id(held)] = name if name not in tensors else f"{name} {len(tensors)}"
-            tensors[kept[id(held)]] = local_tensor(held).detach()
+            tensors[kept[id(held)]] = local_tensor(held)
         return [kept[id(held)], source.segment, source.overwritten]
 
     for source in program.mutated:
@@ -231,12 +231,14 @@ def _write(
             strides = tensor.stride()
             order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
             orders[name] = order if order != sorted(order) else None
-            stored[name] = tensor.permute(order).contiguous().clone()
+            stored[name] = tensor.detach().permute(order).contiguous().clone()
         paths = [folder / f"rank-{saved.axis.rank}.{kind}" for kind in ("safetensors", "json")]
         save_file(stored, paths[0])
         if saved.package:
             paths += [_package(folder, saved, at, data) for at, data in enumerate(programs)]
-        paths[1].write_text(json.dumps({"calls": calls, "programs": programs, "orders": orders}))
+        trained = [name for name, tensor in tensors.items() if tensor.requires_grad]
+        mine = {"calls": calls, "programs": programs, "orders": orders, "trained": trained}
+        paths[1].write_text(json.dumps(mine))
         return {each.name: file_digest(each) for each in paths}
 
 
