@@ -58,7 +58,7 @@ def attend(
         scale, causal, window, softcap, slopes: of the scores; windows and causality end at the last key.
     """
     q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[-3] // k.shape[-3], -3) for x in (k, v))
+    k, v = (x.repeat_interleave(q.shape[-3] // max(k.shape[-3], 1), -3) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     i, j = (torch.arange(n, dtype=torch.int32, device=q.device) for n in (q.shape[-2], k.shape[-2]))
