@@ -186,6 +186,7 @@ def _diff(values: IndexValues, node: Node) -> Known | None:
     before = argument(node, 3, "prepend")
     if x is None or n != 1 or argument(node, 4, "append") is not None:
         return None
+    step = x.steps[dim]
     if before is not None:
         first = values.affine(before)
         if first is None or shape(before)[dim] != 1:
@@ -194,10 +195,10 @@ def _diff(values: IndexValues, node: Node) -> Known | None:
         if any(s != 0 for d, s in enumerate(gap.steps) if d != dim):
             return None
         if shape(node)[dim] == 1:  # there is no difference but this one
-            return Affine(gap.start, (sympy.Integer(0),) * len(x.steps))
-        if sympy.expand(gap.start - x.steps[dim]) != 0:
+            step = gap.start
+        elif sympy.expand(gap.start - step) != 0:
             return None
-    return Affine(x.steps[dim], (sympy.Integer(0),) * len(x.steps))
+    return Affine(step, (sympy.Integer(0),) * len(x.steps))
 
 
 def _cumsum(values: IndexValues, node: Node) -> Known | None:

@@ -287,10 +287,14 @@ def fuzz(folder: str, scratch: str) -> dict[str, Any]:
     calls = [*CALLS, ["aten.add.Tensor", [], {f"x={code} or self": 1}]]
     hostile = [change(f"rank-{rank}.json", _first_call, call) for rank in range(2) for call in calls]
     for key, value in (("guards", [code]), ("guards", [f"s28 < 9 or {code}"]), ("ranges", [[code, 2, 9]])):
-        hostile.append(change("rank-0.json", lambda data, key=key: (data["calls"][0], key), value))
+        hostile.append(change("rank-0.json", lambda data, key=key: (_call(data), key), value))
     for value in STRUCTURES:
-        hostile.append(change("rank-0.json", lambda data: (data["calls"][0], "result"), value))
+        hostile.append(change("rank-0.json", lambda data: (_call(data), "result"), value))
     return {**outcomes, "hostile": hostile}
+
+
+def _call(data: Any) -> Any:
+    return data["programs"][0]["call"]
 
 
 def _first_call(data: Any) -> Any:

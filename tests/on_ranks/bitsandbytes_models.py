@@ -15,7 +15,7 @@ import tpcompile
 from tests.on_ranks.module_life import refusal
 
 from .models import mesh
-from .quantised import CALL, IDS, LORA, adapted, learn, logits
+from .quantised import CALL, IDS, LORA, adapted, adapters_apart, learn, logits
 
 NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 NESTED: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
@@ -80,16 +80,7 @@ def adapters(folder: Path) -> dict[str, float]:
         losses, weights = learn(adapted(theirs(folder, **KINDS[name]).train()))
         assert losses[-1] < losses[0]
         model = theirs(folder, **KINDS[name]).train()
-        if when == "before":
-            model = tpcompile.parallelize(adapted(model), mesh())
-        else:
-            model = adapted(tpcompile.parallelize(model, mesh()))
-        mine, own = learn(model)
-        assert own.keys() == weights.keys()
-        found[f"{name}, {when}"] = max(
-            *(abs(a - b) for a, b in zip(mine, losses, strict=True)),
-            *(float((own[key] - weights[key]).abs().max().detach()) for key in weights),
-        )
+        found[f"{name}, {when}"] = adapters_apart(model, when, losses, weights)
     loaded = tpcompile.from_pretrained(
         folder, mesh(), example_kwargs=CALL, quantization_config=BitsAndBytesConfig(**NF4), adapter=LORA
     )

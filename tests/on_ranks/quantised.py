@@ -100,20 +100,21 @@ def adapters() -> dict[str, float]:
     """LoRA over a quantised base, put in before and after it is divided: how far off it is."""
     losses, weights = learn(adapted(quantised("int8")))
     assert losses[-1] < losses[0]
-    found = {}
-    for when in ("before", "after"):
-        model = quantised("int8")
-        if when == "before":
-            model = tpcompile.parallelize(adapted(model), mesh())
-        else:
-            model = adapted(tpcompile.parallelize(model, mesh()))
-        mine, own = learn(model)
-        assert own.keys() == weights.keys()
-        found[when] = max(
-            *(abs(a - b) for a, b in zip(mine, losses, strict=True)),
-            *(float((own[name] - weights[name]).abs().max()) for name in weights),
-        )
-    return found
+    return {when: adapters_apart(quantised("int8"), when, losses, weights) for when in ("before", "after")}
+
+
+def adapters_apart(model: Any, when: str, losses: list[float], weights: dict[str, Tensor]) -> float:
+    """How far off losses and adapters are, put in "before" a model is divided, or "after"."""
+    if when == "before":
+        model = tpcompile.parallelize(adapted(model), mesh())
+    else:
+        model = adapted(tpcompile.parallelize(model, mesh()))
+    mine, own = learn(model)
+    assert own.keys() == weights.keys()
+    return max(
+        *(abs(a - b) for a, b in zip(mine, losses, strict=True)),
+        *(float((own[name] - weights[name]).abs().max().detach()) for name in weights),
+    )
 
 
 def life(folder: Path) -> dict[str, float]:

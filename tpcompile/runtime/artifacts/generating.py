@@ -40,8 +40,8 @@ def generating_data(model: nn.Module, original: type[nn.Module]) -> dict[str, An
     wishes: Any = getattr(model, "generation_config", None)
     known = _CLASSES.fullmatch(original.__module__) and hasattr(original, "_sample")
     replaced = any(callable(value) and hasattr(original, name) for name, value in vars(model).items())
-    replaced = replaced or not _has_own_methods(original)
-    if not known or config is None or wishes is None or config.is_encoder_decoder or replaced:
+    foreign = not known or replaced or not _has_own_methods(original)
+    if foreign or config is None or wishes is None or config.is_encoder_decoder:
         return {"refused": "it is not a decoder of transformers' own"}
     if type(config) is not getattr(original, "config_class", None):
         return {"refused": f"its configuration is of another class, {type(config).__name__}"}

@@ -110,8 +110,7 @@ def _load(
         tensors = {n: _restore(t, mine["orders"][n], device) for n, t in load_tensors(stored).items()}
         for name in mine["trained"]:  # torch folds matmuls otherwise for them
             tensors[name].requires_grad_()
-        pairs = zip(mine["calls"], mine["programs"], strict=True)
-        calls = [_call(call, part, tensors, groups.name, device) for call, part in pairs]
+        calls = [_call(part, tensors, groups.name, device) for part in mine["programs"]]
         if package:
             for call, part in zip(calls, mine["programs"], strict=True):
                 call.package = _package(folder, part.get("package"), data["files"], groups, device)
@@ -160,12 +159,12 @@ def _restore(tensor: Tensor, order: list[int] | None, device: torch.device) -> T
 
 
 def _call(
-    data: Mapping[str, Any],
     mine: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     group_name: Callable[[tuple[int, ...]], str],
     device: torch.device,
 ) -> LoadedCall:
+    data = mine["call"]
     graph = graph_of(mine["graph"], len(mine["feeds"]), group_name, device)
     leaves = len(data["inputs"])
 

@@ -81,7 +81,8 @@ def save_programs(model: State, folder: str, package: bool = False) -> None:
         TpCompileError: see ``save_program``; or there are none.
     """
     programs = [program for program in model.programs if _is_current(program, model)]
-    if model.foreign or model.composed or any(_is_hooked(program.root, model) for program in programs[:1]):
+    hooked = bool(programs) and _is_hooked(programs[0].root, model)
+    if model.foreign or model.composed or hooked:
         raise TpCompileError(
             "the model does not run as programs alone",
             where="save_program",
@@ -113,18 +114,15 @@ def save_program(folder: Path, saved: Saved) -> None:
     axis, writes = saved.axis, saved.axis.replica == 0
     tensors: dict[str, Tensor] = {}
 
-    def describe() -> tuple[list[Any], list[Any]]:
+    def describe() -> list[Any]:
         kept: dict[int, str] = {}
         for program in saved.programs if saved.package else ():
             refuse_unpackable(program.graph_module, _inputs(program, saved), str(program))
-        calls = [call_data(program) for program in saved.programs]
-        return calls, [_rank_data(program, saved, tensors, kept) for program in saved.programs]
+        return [_rank_data(program, saved, tensors, kept) for program in saved.programs]
 
-    calls, mine = together(axis.group, "describe the programs", describe)
+    mine = together(axis.group, "describe the programs", describe)
     _prepare(folder, axis, writes)
-    files = together(
-        axis.group, "write the program", lambda: _write(folder, saved, calls, mine, tensors, writes)
-    )
+    files = together(axis.group, "write the program", lambda: _write(folder, saved, mine, tensors, writes))
     everyone = exchange(axis.group, "write the program: files", files)
     digests = {name: digest for each in everyone for name, digest in each.items()}
 
@@ -162,7 +160,11 @@ def file_digest(path: Path) -> str:
 def _rank_data(
     program: RankProgram, saved: Saved, tensors: dict[str, Tensor], kept: dict[int, str]
 ) -> dict[str, Any]:
-    """A rank's graph of one call, and where its inputs come from; their tensors join the others."""
+    """A call, a rank's graph of it, and where its inputs come from; their tensors join the others.
+
+    The call's signature is a rank's own: caches that stay divided have other sizes on each.
+    """
+    call = call_data(program)
     graph = program.graph_module.graph
     placeholders = graph.find_nodes(op="placeholder")
 
@@ -185,6 +187,7 @@ def _rank_data(
             )
     names = [node.meta[SOURCE].spec.name for node in placeholders]
     return {
+        "call": call,
         "graph": graph_data(graph, {name: axes for axes, name in saved.groups.names.items()}),
         "feeds": [feed(source, name) for source, name in zip(program.feeds, names, strict=True)],
         "mutated": [feed(source, source.name)[0] for source in program.mutated],
@@ -212,17 +215,9 @@ def _prepare(folder: Path, axis: MeshAxis, writes: bool) -> None:
 
 
 def _write(
-    folder: Path,
-    saved: Saved,
-    calls: list[Any],
-    programs: list[Any],
-    tensors: Mapping[str, Tensor],
-    writes: bool,
+    folder: Path, saved: Saved, programs: list[Any], tensors: Mapping[str, Tensor], writes: bool
 ) -> dict[str, str]:
-    """Writes a rank's files; their digests by their names.
-
-    The call signatures are among what ranks have: caches that stay divided have other sizes on each.
-    """
+    """Writes a rank's files; their digests by their names."""
     if not writes:
         return {}
     with refusing("the program cannot be written", where=str(folder), todo=_TODO):
@@ -237,8 +232,7 @@ def _write(
         if saved.package:
             paths += [_package(folder, saved, at, data) for at, data in enumerate(programs)]
         trained = [name for name, tensor in tensors.items() if tensor.requires_grad]
-        mine = {"calls": calls, "programs": programs, "orders": orders, "trained": trained}
-        paths[1].write_text(json.dumps(mine))
+        paths[1].write_text(json.dumps({"programs": programs, "orders": orders, "trained": trained}))
         return {each.name: file_digest(each) for each in paths}
 
 

@@ -115,12 +115,17 @@ def _keeping(wanted: Any) -> HfQuantizer | None:
 
 def prepare_model(model: Any, quantizer: HfQuantizer, dtype: torch.dtype, files: list[str]) -> None:
     """Lets the quantizer change a model on ``meta`` as it does before it loads (nothing, as a rule)."""
+    change_layers(model, quantizer, dtype, files)
+    if keeps(quantizer):
+        model.hf_quantizer = quantizer
+
+
+def change_layers(model: Any, quantizer: HfQuantizer, dtype: torch.dtype, files: list[str] | None) -> None:
+    """Lets the quantizer put its layers into a model on ``meta``, which is for evaluation."""
     quantizer.preprocess_model(
         model=model, dtype=dtype, device_map=None, checkpoint_files=files, use_kernels=False
     )
-    model.eval()  # also the layers that the quantizer has put in
-    if keeps(quantizer):
-        model.hf_quantizer = quantizer
+    model.eval()  # also the layers that it has put in
 
 
 def finish_model(model: Any, quantizer: HfQuantizer) -> None:

@@ -17,6 +17,7 @@ from tpcompile.ir.bitsandbytes_weights import as_whole, is_bitsandbytes
 from tpcompile.ir.module_tensors import every_name
 from tpcompile.ir.unwrap import is_wrapped, taken_apart, unwrap
 
+from .dequantise import change_layers
 from .expressions import Apply, Expression
 
 _TODO = "use a method of torchao (transformers.TorchAoConfig), or leave quantization_config out"
@@ -65,10 +66,7 @@ def quantise_model(
     Raises:
         TpCompileError: what a weight becomes cannot be taken apart, or it is tied to another one.
     """
-    quantizer.preprocess_model(
-        model=model, dtype=dtype, device_map=None, checkpoint_files=None, use_kernels=False
-    )
-    model.eval()  # also the layers that the quantizer has put in
+    change_layers(model, quantizer, dtype, None)
     alone = _Alone(_copied(model), quantizer)
     uses = Counter(id(tensor) for _, tensor in every_name(model))
     chosen = [name for name in expressions if quantizer.param_needs_quantization(model, name)]
