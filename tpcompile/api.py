@@ -35,6 +35,7 @@ from .runtime.read_request import (
     Bytes,
     Checkpointing,
     Dynamic,
+    Keywords,
     Passes,
     PlanLike,
     Ranks,
@@ -52,7 +53,7 @@ def parallelize(
     model: nn.Module,
     mesh: DeviceMesh | None = None,
     example_args: Sequence[Any] = (),
-    example_kwargs: Mapping[str, Any] | None = None,
+    example_kwargs: Keywords = None,
     *,
     plan: PlanLike = "auto",
     axis: Axis | None = None,
@@ -77,7 +78,8 @@ def parallelize(
         mesh: the device mesh; by default one axis over all processes.
         example_args: positional arguments of a typical call. Without examples a transformers model is
             captured with ``input_ids`` of shape [2, 16], any other module at its first call.
-        example_kwargs: keyword arguments of that call.
+        example_kwargs: keyword arguments of that call; or ``"generate"``: what the model's ``generate`` makes
+            of a single prompt, so that its first token needs no other capture.
         plan: ``"auto"``, a ``Plan``, or rules: glob of a module or parameter -> ``Shard(dim)``,
             ``Replicate()`` or the name of a strategy, as in a ``tp_plan`` of transformers. ``"hf"`` is
             the model's own such plan, ``"hf-ep"`` the one with whole experts on each rank.
@@ -156,7 +158,7 @@ def plan(
     model: nn.Module,
     mesh_or_sizes: DeviceMesh | Ranks,
     example_args: Sequence[Any] = (),
-    example_kwargs: Mapping[str, Any] | None = None,
+    example_kwargs: Keywords = None,
     *,
     plan: PlanLike = "auto",
     axis: Axis | None = None,

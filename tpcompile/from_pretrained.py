@@ -24,7 +24,7 @@ from .ranks.mesh_axis import MeshAxis
 from .ranks.own_groups import TIMEOUT, seconds_of
 from .runtime.compile_options import CompileLike
 from .runtime.module import ShardedModule
-from .runtime.read_request import Bytes, Checkpointing, Dynamic, Passes, PlanLike
+from .runtime.read_request import Bytes, Checkpointing, Dynamic, Keywords, Passes, PlanLike
 from .runtime.runtime import Runtime
 from .weights.loading.find_files import Variant
 from .weights.sharded_weights import ShardedWeights
@@ -45,7 +45,7 @@ def from_pretrained(
     model_class: Any = None,
     axis: Axis | None = None,
     example_args: Sequence[Any] = (),
-    example_kwargs: Mapping[str, Any] | None = None,
+    example_kwargs: Keywords = None,
     dynamic: Dynamic = True,
     compile: CompileLike = False,
     cost_model: CostModel | str | None = None,
@@ -84,6 +84,7 @@ def from_pretrained(
             mesh's order, of axes that are used as one.
         example_args: positional arguments of a typical call.
         example_kwargs: keyword arguments of a typical call; by default they follow from the configuration.
+            With ``"generate"`` those of a prompt: a model that only generates is captured once less.
         dynamic: which sizes of the inputs may change.
         compile: have Inductor compile every program; or with which options.
         cost_model: a ``CostModel`` or the name of a preset (``"h100x8"``: nodes of 8).

@@ -27,7 +27,7 @@ from .planner.search.must_divide import weight_root
 from .planner.search.quantities import Quantities
 from .rules.rule import Rule
 from .runtime.check_model import check_model
-from .runtime.read_request import Ranks, example_call
+from .runtime.read_request import Keywords, Ranks, example_call
 from .strategies.hf_plan import hf_plan, model_of
 from .strategies.match_rules import names_of
 from .strategies.parallel_interface import STRATEGIES
@@ -111,7 +111,7 @@ def lint_plan(
     tp_plan: Mapping[str, str] | str,
     ranks: Ranks,
     example_args: Sequence[Any] = (),
-    example_kwargs: Mapping[str, Any] | None = None,
+    example_kwargs: Keywords = None,
     *,
     cost_model: CostModel | str = "h100",
 ) -> PlanReport:

@@ -159,6 +159,27 @@ def own_cache() -> dict[str, Any]:
     return found
 
 
+def prompt_first(folder: str) -> dict[str, Any]:
+    """A model that is captured for the prompt of ``generate``: it needs the step's program beside it."""
+    whole = families.build("qwen3", num_hidden_layers=1)
+    if dist.get_rank() == 0:
+        whole.save_pretrained(folder)
+    dist.barrier()
+    loaded = tpcompile.from_pretrained(folder, mesh(), example_kwargs="generate")
+    ids = families.token_ids(1, 7)
+    options = {**GREEDY, "max_new_tokens": 5}
+    programs = [len(loaded.programs)]
+    same = torch.equal(loaded.generate(ids, **options), whole.generate(ids, **options))
+    programs.append(len(loaded.programs))
+    encoder = families.build("t5", num_layers=1, num_decoder_layers=1)
+    said = refusal(lambda: tpcompile.parallelize(encoder, mesh(), example_kwargs="generate"))
+    whole.generation_config.cache_implementation = "nothing"
+    failed = refusal(lambda: tpcompile.parallelize(whole, mesh(), example_kwargs="generate"))
+    return {"same": same, "programs": programs, "said": said, "failed": failed} | {
+        "untouched": "forward" not in vars(whole) and not hasattr(whole, "_tp")
+    }
+
+
 def summed_keys() -> bool:
     """A plan that leaves each rank a summand of the keys: what is handed out is the sum."""
     model = families.build("llama", num_hidden_layers=1)

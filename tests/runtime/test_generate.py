@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +91,13 @@ def test_caches_of_the_caller() -> None:
         assert found.pop("is the caller's")
         assert found.pop("heads") == [2]
         assert max(found.values()) <= F32, found
+
+
+def test_a_model_that_is_captured_for_its_prompt(tmp_path: Path) -> None:
+    for found in run_spmd(spmd_generate.prompt_first, 2, str(tmp_path / "model"), timeout=TIMEOUT):
+        assert found["same"] and found["programs"] == [1, 2]
+        assert "no generate that takes tokens alone" in found["said"]
+        assert "its generate fails" in found["failed"] and found["untouched"]
 
 
 def test_keys_that_are_sums_are_completed() -> None:

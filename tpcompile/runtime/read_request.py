@@ -25,8 +25,10 @@ from tpcompile.strategies.hf_plan import hf_plan
 from tpcompile.strategies.read_rules import Pin, Rules, read_rules
 
 from .check_model import check_model
+from .prompt_call import prompt_call
 
 PlanLike = str | Plan | Mapping[str, Pin]
+Keywords = Mapping[str, Any] | Literal["generate"] | None
 Dynamic = bool | Mapping[str, Mapping[int, bool]]
 Bytes = Annotated[float, Must("a positive number of bytes", lambda size: 0 < size < math.inf)]
 Passes = Sequence[Annotated[Pass, Must("a Pass with a name", lambda one: isinstance(one.name, str))]]
@@ -37,7 +39,7 @@ Ranks = Annotated[int, Must("a number of ranks, from 1 to 4096", lambda ranks: 0
 def example_call(
     model: nn.Module,
     args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Keywords = None,
     dynamic: Dynamic = True,
 ) -> dict[str, Any]:
     """The call to plan a model for: the one that is given, or the default one of a transformers model.
@@ -102,11 +104,13 @@ def _rules(model: nn.Module, plan: PlanLike) -> tuple[Rules, dict[str, str]]:
 def example_or_default(
     model: nn.Module,
     args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
+    kwargs: Keywords,
     dynamic: Dynamic = True,
     *,
     planning: bool = False,
 ) -> dict[str, Any] | None:
+    if kwargs == "generate":
+        kwargs = prompt_call(model)
     example = bind_call(model, args, kwargs) if args or kwargs else _default(model, planning)
     check_dynamic(model, dynamic, example)
     return example

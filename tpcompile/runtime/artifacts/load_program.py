@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -31,7 +31,7 @@ from .call_data import captured_of, example_of, signature_of_data
 from .graph_data import graph_of
 from .loaded_program import LoadedCall, LoadedProgram, TensorFeed
 from .package import Package, machine, register_names
-from .save_program import FORMAT, MANIFEST, VERSION, versions
+from .save_program import FORMAT, MANIFEST, VERSION, tensor_digest, versions
 from .values import decode
 
 _TODO = "copy the folder again, or save the program again"
@@ -103,13 +103,10 @@ def _load(
     register_cache_support()
     device = local_device(axis.device_type)
     with refusing("the saved program cannot be read", where=str(folder), todo=_TODO):
-        texts, stored = (
-            _read_file(folder / f"rank-{axis.rank}.{kind}", data["files"]) for kind in ("json", "safetensors")
-        )
-        mine = json.loads(texts)
-        tensors = {n: _restore(t, mine["orders"][n], device) for n, t in load_tensors(stored).items()}
-        for name in mine["trained"]:  # torch folds matmuls otherwise for them
-            tensors[name].requires_grad_()
+        path = folder / f"rank-{axis.rank}.json"
+        mine = json.loads(_read_file(path, data["files"]))
+        with safe_open(path.with_suffix(".safetensors"), "pt") as file:
+            tensors = {name: _restore(name, file, facts, device) for name, facts in mine["tensors"].items()}
         calls = [_call(part, tensors, groups.name, device) for part in mine["programs"]]
         if package:
             for call, part in zip(calls, mine["programs"], strict=True):
@@ -137,7 +134,7 @@ def _package(
 
 
 def _read_file(path: Path, digests: Mapping[str, str]) -> bytes:
-    """A file, which is read once: what was checked is what is used.
+    """A file of graphs or code, which is read once: what was checked is what is used.
 
     Raises:
         ValueError: it is not the one that was written.
@@ -148,14 +145,21 @@ def _read_file(path: Path, digests: Mapping[str, str]) -> bytes:
     return content
 
 
-def _restore(tensor: Tensor, order: list[int] | None, device: torch.device) -> Tensor:
+def _restore(name: str, file: Any, facts: Mapping[str, Any], device: torch.device) -> Tensor:
     """A tensor with its dimensions in the order, in memory, that they had: kernels go by that.
 
-    It is a copy: kernels go by where in memory it begins, too, and in a file that is anywhere.
+    It is a copy: kernels go by where in memory it begins, too, and in a mapped file that is anywhere. The
+    copy is what is checked.
+
+    Raises:
+        ValueError: it is not the one that was written.
     """
-    if order is not None:
+    tensor: Tensor = file.get_tensor(name).clone()
+    if tensor_digest(tensor) != facts["digest"]:
+        raise ValueError(f"{name} was changed, or is damaged")
+    if (order := facts["order"]) is not None:
         tensor = tensor.permute(sorted(range(len(order)), key=order.__getitem__))
-    return tensor.to(device, copy=True)
+    return tensor.to(device).requires_grad_(facts["trained"])  # torch folds matmuls otherwise for these
 
 
 def _call(

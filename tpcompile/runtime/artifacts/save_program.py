@@ -41,7 +41,7 @@ from .graph_data import graph_data
 from .package import compile_package, machine, refuse_unpackable
 
 FORMAT = "tpcompile program"
-VERSION = 2
+VERSION = 3
 MANIFEST = "program.json"
 _TODO = "give a folder of its own, with room in it"
 
@@ -157,6 +157,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tensor_digest(tensor: Tensor) -> str:
+    """The SHA-256 of a contiguous tensor: its type, its shape, and the bytes of its numbers."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _rank_data(
     program: RankProgram, saved: Saved, tensors: dict[str, Tensor], kept: dict[int, str]
 ) -> dict[str, Any]:
@@ -221,18 +228,21 @@ def _write(
     if not writes:
         return {}
     with refusing("the program cannot be written", where=str(folder), todo=_TODO):
-        orders, stored = {}, {}
+        facts, stored = {}, {}
         for name, tensor in tensors.items():
             strides = tensor.stride()
             order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
-            orders[name] = order if order != sorted(order) else None
             stored[name] = tensor.detach().permute(order).contiguous().clone()
-        paths = [folder / f"rank-{saved.axis.rank}.{kind}" for kind in ("safetensors", "json")]
-        save_file(stored, paths[0])
+            facts[name] = {
+                "order": order if order != sorted(order) else None,
+                "trained": tensor.requires_grad,
+                "digest": tensor_digest(stored[name]),
+            }
+        paths = [folder / f"rank-{saved.axis.rank}.json"]
+        save_file(stored, paths[0].with_suffix(".safetensors"))
         if saved.package:
             paths += [_package(folder, saved, at, data) for at, data in enumerate(programs)]
-        trained = [name for name, tensor in tensors.items() if tensor.requires_grad]
-        paths[1].write_text(json.dumps({"programs": programs, "orders": orders, "trained": trained}))
+        paths[0].write_text(json.dumps({"programs": programs, "tensors": facts}))
         return {each.name: file_digest(each) for each in paths}
 
 

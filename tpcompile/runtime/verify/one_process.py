@@ -18,7 +18,16 @@ from tpcompile.ir.unwrap import unwrapped_copy
 from tpcompile.lowering.simulate import lower_all
 from tpcompile.planner.options import Options
 from tpcompile.planner.search.cost import CostModel
-from tpcompile.runtime.read_request import Bytes, Dynamic, Passes, PlanLike, Ranks, example_call, read_options
+from tpcompile.runtime.read_request import (
+    Bytes,
+    Dynamic,
+    Keywords,
+    Passes,
+    PlanLike,
+    Ranks,
+    example_call,
+    read_options,
+)
 
 from .assemble import RanksDiffer
 from .compare import LIMITS
@@ -37,7 +46,7 @@ def verify(
     model: nn.Module,
     ranks: Ranks,
     example_args: Sequence[Any] = (),
-    example_kwargs: Mapping[str, Any] | None = None,
+    example_kwargs: Keywords = None,
     *,
     gradients: bool = True,
     generate: Steps = 0,
