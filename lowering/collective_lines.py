@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -23,6 +23,11 @@ def members_of(group: Any) -> tuple[int, ...]:
     return tuple(dist.get_process_group_ranks(found))
 
 
+def groups_of(graph: Graph) -> set[str]:
+    """The names of the groups that a lowered graph sends over."""
+    return {given["group"] for _, given in _collectives(graph)}
+
+
 def sent_by(graph: Graph, members_of: Callable[[str], tuple[int, ...]] = members_of) -> list[Sent]:
     """The collectives of a lowered graph, in their order.
 
@@ -31,14 +36,20 @@ def sent_by(graph: Graph, members_of: Callable[[str], tuple[int, ...]] = members
         members_of: the ranks of a group, by the name that the graph has for it.
     """
     found = []
+    for name, given in _collectives(graph):
+        members = members_of(given["group"])
+        found.append(Sent(f"{name} over {len(members)} ranks", members, _facts(given)))
+    return found
+
+
+def _collectives(graph: Graph) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The operators that have a group, by name, and what they are given."""
     for node in graph.nodes:
         if isinstance(node.target, OpOverload) and node.target.namespace == "tpcompile":
             names = (argument.name for argument in node.target._schema.arguments)
             given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
             if "group" in given:
-                members = members_of(given["group"])
-                found.append(Sent(f"{node.target._opname} over {len(members)} ranks", members, _facts(given)))
-    return found
+                yield node.target._opname, given
 
 
 def _facts(given: dict[str, Any]) -> str:

@@ -125,8 +125,8 @@ def copy_linears(
 
 
 @_register(
-    "(Tensor x, Tensor[] weights, Tensor?[] biases, str group, int dim, int ranks, SymInt size, bool again) "
-    "-> Tensor[]"
+    "(Tensor x, Tensor[] weights, Tensor?[] biases, str group, int dim, int ranks, SymInt size, bool again, "
+    "bool chunked=False) -> Tensor[]"
 )
 def gather_linears(
     x: Tensor,
@@ -137,6 +137,7 @@ def gather_linears(
     ranks: int,
     size: int,
     again: bool,
+    chunked: bool = False,
 ) -> list[Tensor]:
     """`gather_positions` and `linear` of its result by each weight: what was gathered, and all results.
 
@@ -149,11 +150,12 @@ def gather_linears(
         ranks: how many ranks share them.
         size: how many positions there are.
         again: gathers them again in backward, where they would be kept otherwise.
+        chunked: in the form that Inductor knows (``chunk_collectives``).
     """
     way = _Way(
-        lambda a: moves.gather(a, group, dim, ranks, size),
-        lambda grad: moves.begin_scatter(grad, group, dim, ranks, zeros=True),
-        (lambda a: moves.begin_gather(a, group, dim, ranks, size)) if again else None,
+        lambda a: moves.gather(a, group, dim, ranks, size, chunked=chunked),
+        lambda grad: moves.begin_scatter(grad, group, dim, ranks, zeros=True, chunked=chunked),
+        (lambda a: moves.begin_gather(a, group, dim, ranks, size, chunked=chunked)) if again else None,
     )
     return _linears(x, weights, biases, way)
 

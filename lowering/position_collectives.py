@@ -14,20 +14,32 @@ from . import position_moves as moves
 from .collectives import _apply, _register, _same
 
 
-@_register("(Tensor x, str group, int dim, int ranks, int index) -> Tensor")
-def scatter_positions(x: Tensor, group: str, dim: int, ranks: int, index: int) -> Tensor:
+@_register("(Tensor x, str group, int dim, int ranks, int index, bool chunked=False) -> Tensor")
+def scatter_positions(
+    x: Tensor, group: str, dim: int, ranks: int, index: int, chunked: bool = False
+) -> Tensor:
     """`P -> S(dim+)`, gradient `S(dim+) -> R`: a reduce-scatter."""
     size = x.shape[dim]
     return _apply(
         x,
-        lambda a: moves.scatter(a, group, dim, ranks),
-        lambda grad: moves.gather(grad, group, dim, ranks, size),
+        lambda a: moves.scatter(a, group, dim, ranks, chunked=chunked),
+        lambda grad: moves.gather(grad, group, dim, ranks, size, chunked=chunked),
     )
 
 
-@_register("(Tensor x, str group, int dim, int ranks, int index, SymInt size, bool partial) -> Tensor")
+@_register(
+    "(Tensor x, str group, int dim, int ranks, int index, SymInt size, bool partial, bool chunked=False) "
+    "-> Tensor"
+)
 def gather_positions(
-    x: Tensor, group: str, dim: int, ranks: int, index: int, size: int, partial: bool
+    x: Tensor,
+    group: str,
+    dim: int,
+    ranks: int,
+    index: int,
+    size: int,
+    partial: bool,
+    chunked: bool = False,
 ) -> Tensor:
     """`S(dim+) -> R`, gradient `P -> S(dim+)` if it is `partial`, else `R -> S(dim+)`: an all-gather.
 
@@ -35,9 +47,9 @@ def gather_positions(
     """
     return _apply(
         x,
-        lambda a: moves.gather(a, group, dim, ranks, size),
+        lambda a: moves.gather(a, group, dim, ranks, size, chunked=chunked),
         lambda grad: (
-            moves.scatter(grad, group, dim, ranks, zeros=True)
+            moves.scatter(grad, group, dim, ranks, zeros=True, chunked=chunked)
             if partial
             else moves.take(grad, dim, ranks, index, zeros=True)
         ),

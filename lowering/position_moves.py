@@ -4,6 +4,8 @@ Of `size` positions each of `ranks` ranks holds `ceil(size / ranks)`, one run af
 much on the last ranks repeats the last position: a real one, so that nothing is divided by zero there;
 gradients are filled with zeros. `size` may be symbolic. Positions are picked by their numbers then, because a
 number of missing positions, which may be 0 for some sizes and not for others, would be a guard.
+
+``chunked`` asks for the form that Inductor knows (`chunk_collectives.py`), which is for some sizes only.
 """
 
 from __future__ import annotations
@@ -15,13 +17,20 @@ from . import collective_moves as moves
 from .send import Begun, begin_gather_rows, begin_reduce_scatter_rows
 
 
-def scatter(x: Tensor, group: str, dim: int, ranks: int, *, zeros: bool = False) -> Tensor:
+def scatter(
+    x: Tensor, group: str, dim: int, ranks: int, *, zeros: bool = False, chunked: bool = False
+) -> Tensor:
     """This rank's positions of the sum over the ranks; `zeros`: what is filled up is zero."""
-    return begin_scatter(x, group, dim, ranks, zeros=zeros)()
+    return begin_scatter(x, group, dim, ranks, zeros=zeros, chunked=chunked)()
 
 
-def begin_scatter(x: Tensor, group: str, dim: int, ranks: int, *, zeros: bool = False) -> Begun:
+def begin_scatter(
+    x: Tensor, group: str, dim: int, ranks: int, *, zeros: bool = False, chunked: bool = False
+) -> Begun:
     """Begins what `scatter` does."""
+    if chunked and x.shape[dim] % ranks == 0:
+        rows = x.contiguous() if dim == 0 else torch.cat(x.chunk(ranks, dim))
+        return begin_reduce_scatter_rows(rows, ranks, group)
     shape, part = list(x.shape), _part(x.shape[dim], ranks)
     if not _fits(x.shape[dim], ranks):
         x = _pick(x, dim, torch.arange(ranks * part, device=x.device), zeros=zeros)
@@ -30,15 +39,17 @@ def begin_scatter(x: Tensor, group: str, dim: int, ranks: int, *, zeros: bool = 
     return lambda: begun().squeeze(0)
 
 
-def gather(x: Tensor, group: str, dim: int, ranks: int, size: int) -> Tensor:
+def gather(x: Tensor, group: str, dim: int, ranks: int, size: int, *, chunked: bool = False) -> Tensor:
     """All positions, one behind the other, contiguous, without what was filled up."""
-    return begin_gather(x, group, dim, ranks, size)()
+    return begin_gather(x, group, dim, ranks, size, chunked=chunked)()
 
 
-def begin_gather(x: Tensor, group: str, dim: int, ranks: int, size: int) -> Begun:
+def begin_gather(x: Tensor, group: str, dim: int, ranks: int, size: int, *, chunked: bool = False) -> Begun:
     """Begins what `gather` does."""
     shape = list(x.shape)
     begun = begin_gather_rows(x.contiguous(), ranks, group)
+    if chunked and size % ranks == 0:
+        return begun if dim == 0 else lambda: torch.cat(begun().chunk(ranks), dim)
 
     def gathered() -> Tensor:
         pieces = begun().view(ranks, *shape).movedim(0, dim)

@@ -121,6 +121,8 @@ def parallelize(
         options, example, hooks = together(group, "read the request", lambda: _read(mesh, arguments))
         asked = [*options.lines(), f"compare_calls: {compare_calls}", f"timeout: {seconds}"]
         compare(group, "requests", asked, "make the same request on every rank")
+        wanted = read_compile(compile)
+        compiled = None if wanted is None else for_group(wanted, group)
         signature, original, lifted = signature_of(model), type(model), model.__dict__.get("forward")
         compiler = Compiler(options, ranks, mesh, axis, seconds)
         runtime = Runtime(
@@ -136,8 +138,7 @@ def parallelize(
             if runtime.layout is None and usual is not None and usual.keys() != example.keys():
                 try_first(runtime, model, usual, optional=True)
         runtime.mark_weights(model)
-        if (wanted := read_compile(compile)) is not None:
-            runtime.compile_options = for_group(wanted, group)
+        runtime.compile_options = compiled
         return cast(ShardedModule, model)
 
 

@@ -43,6 +43,7 @@ from torch._subclasses.fake_tensor import (
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import _profiler_enabled as profiler_enabled  # type: ignore[attr-defined]
 from torch.distributed import _state_dict_utils as state_dict_utils
+from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._storage_utils import _storage_setup as storage_setup
 from torch.distributed.fsdp._fully_shard import _fully_shard as fully_shard

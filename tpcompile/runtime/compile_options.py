@@ -14,6 +14,8 @@ from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import check_arguments, short
 from tpcompile.ir.torch_internals import InductorBackend, OtherBackend
 
+from .symmetric_memory import asks, check_symmetric_memory
+
 Modes = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 CompileLike = bool | Modes | Mapping[str, Any]
 
@@ -68,7 +70,7 @@ def backend_of(options: Mapping[str, Any]) -> Callable[[GraphModule, list[Any]],
 
 def in_cpp(options: Mapping[str, Any]) -> bool:
     """Whether Inductor is asked for C++ around its kernels, which has no calls of regions."""
-    return bool((options.get("options") or {}).get("cpp_wrapper"))
+    return asks(options, "cpp_wrapper")
 
 
 def for_group(options: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
@@ -77,8 +79,10 @@ def for_group(options: dict[str, Any], group: dist.ProcessGroup | None) -> dict[
     CUDA graphs are left out where collectives pass through the host, which no graph can hold.
 
     Raises:
-        TpCompileError: C++ around kernels is asked for, and collectives cannot be called from it.
+        TpCompileError: C++ around kernels is asked for, and collectives cannot be called from it; or what
+            needs symmetric memory, and the ranks have none.
     """
+    check_symmetric_memory(options, group)
     if group is not None and group.size() > 1 and in_cpp(options) and _takes_groups():
         raise TpCompileError(
             "this version of torch cannot call collectives from C++",

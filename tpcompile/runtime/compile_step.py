@@ -30,6 +30,7 @@ from .compile_inputs import Extents, Traced, trace_inputs
 from .compile_options import backend_of
 from .fetch_inputs import Feed, Fetch, make_fetch
 from .own_graph import copy_graph, own_graph
+from .symmetric_memory import for_open_sizes, use_symmetric_memory
 
 Step = Callable[[list[Any]], Sequence[Any]]
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -194,6 +195,7 @@ def compiled_steps(
     kept = [not isinstance(feed, int) or extents[i] is not None for i, feed in enumerate(feeds)]
     graph = own_graph(module, [isinstance(feed, Feed) for feed in feeds], kept)
     kept_feeds, kept_extents = tuple(compress(feeds, kept)), tuple(compress(extents, kept))
+    options = use_symmetric_memory(graph, options)
     twice = tuple(at for at, feed in enumerate(kept_feeds) if feed in same and not static)
     return CompiledSteps(graph, kept_feeds, kept_extents, small if static else None, options, twice)
 
@@ -208,7 +210,7 @@ def _form(values: Sequence[Tensor]) -> tuple[Any, ...]:
 def _compile(graph: GraphModule, traced: Traced, options: Mapping[str, Any]) -> Step:
     from tpcompile.ir.dynamo_internals import inductor_config
 
-    backend = backend_of(options)
+    backend = backend_of(for_open_sizes(options) if traced.symbols else options)
     # The inputs are guarded. Of the results of others' operators nobody knows whether they are as announced.
     with traced.tracing(), inductor_config.patch(size_asserts=not _of_torch(graph)):
         made = backend(copy_graph(graph), list(traced.values))
