@@ -75,6 +75,13 @@ class AsksGradients(Mlp):
         return super().forward(x) * (2 if torch.is_grad_enabled() else 3) * (5 if x.requires_grad else 7)
 
 
+class AsksWeights(Mlp):
+    """Does something else where its weights want gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if self.up.weight.requires_grad else 3)
+
+
 class InParts(nn.Module):
     """Cannot be captured as a whole."""
 
@@ -197,6 +204,22 @@ def gradients(folder: str) -> tuple[bool, list[str]]:
     with torch.no_grad():
         said.append(refusal(lambda: loaded(x.clone().requires_grad_())))
         return bits(loaded(x), wanted), said
+
+
+def as_it_is(folder: str) -> tuple[list[bool], str]:
+    """Programs of weights that want gradients, and of such that do not: whether the model's own is saved; and
+    what is said where its forward does more.
+    """
+    asks: Any = tpcompile.parallelize(AsksWeights().eval(), mesh())
+    x, same = torch.randn(2, 5, 12), []
+    with torch.no_grad():
+        for wanted in (True, False, True):
+            result = asks.requires_grad_(wanted)(x)
+            asks.save_program(folder)
+            same.append(bits(tpcompile.load_program(folder, mesh())(x), result))
+        inner = asks.forward
+        asks.forward = lambda x: inner(x) + 1
+    return same, refusal(lambda: asks.save_program(folder))
 
 
 def parameters(folder: str) -> tuple[bool, str]:

@@ -124,6 +124,12 @@ def test_a_parameter_among_the_arguments(tmp_path: Path) -> None:
         assert same and "x is of another type" in refused
 
 
+def test_programs_of_the_model_as_it_is(tmp_path: Path) -> None:
+    for same, said in run_spmd(artifacts.as_it_is, 2, str(tmp_path / "program")):
+        assert same == [True] * 3
+        assert "forward was not replaced" in said
+
+
 def test_a_program_that_asks_for_gradients(tmp_path: Path) -> None:
     for same, said in run_spmd(artifacts.gradients, 2, str(tmp_path / "program")):
         assert same

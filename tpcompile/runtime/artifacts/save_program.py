@@ -33,7 +33,7 @@ from tpcompile.weights.sharded_parameter import ShardedParameter, local_tensor
 
 from ..fetch_inputs import Feed
 from ..guards import hooks_below
-from ..program import RankProgram
+from ..program import RankProgram, trained_weights
 from ..state import State
 from .call_data import call_data, signature_data
 from .generating import generating_data
@@ -81,12 +81,13 @@ def save_programs(model: State, folder: str, package: bool = False) -> None:
         TpCompileError: see ``save_program``; or there are none.
     """
     programs = [program for program in model.programs if _is_current(program, model)]
-    hooked = bool(programs) and _is_hooked(programs[0].root, model)
-    if model.foreign or model.composed or hooked:
+    more = bool(programs) and _does_more(programs[0].root, model)
+    if model.foreign or model.composed or more:
         raise TpCompileError(
             "the model does not run as programs alone",
             where="save_program",
-            todo="save one without hooks that is captured whole and that nothing else has divided",
+            todo="save one without hooks, whose forward was not replaced after parallelize, that is captured "
+            "whole and that nothing else has divided",
         )
     if not programs or model.compiler.axis is None:
         raise TpCompileError(
@@ -134,15 +135,24 @@ def save_program(folder: Path, saved: Saved) -> None:
     together(axis.group, "finish the program", finish)
 
 
-def _is_hooked(root: nn.Module, model: State) -> bool:
-    return bool(root._forward_hooks or root._forward_pre_hooks or hooks_below(root, "", model.hooks))
+def _does_more(root: nn.Module, model: State) -> bool:
+    """Whether something runs around the programs: hooks, or a forward that calls the one before."""
+    hooked = root._forward_hooks or root._forward_pre_hooks or hooks_below(root, "", model.hooks)
+    return bool(hooked) or "forward" in vars(root)
 
 
 def _is_current(program: RankProgram, model: State) -> bool:
     """Whether a program would run in a call of the model as it is now, without gradients."""
     whole = not program.entry and not program.training and program.types == model.settings.types
-    quiet = program.gradients is None or not program.gradients[0]
-    return whole and quiet and program.reads.hold(model.settings.state)
+    return whole and _is_quiet(program) and program.reads.hold(model.settings.state)
+
+
+def _is_quiet(program: RankProgram) -> bool:
+    """Whether what python has found out of gradients is so without them, and of the weights as they are."""
+    if program.gradients is None:
+        return True
+    trained = trained_weights(program.feeds)
+    return not program.gradients[0] and program.gradients[len(program.gradients) - len(trained) :] == trained
 
 
 def versions() -> dict[str, str]:
