@@ -206,9 +206,9 @@ def gradients(folder: str) -> tuple[bool, list[str]]:
         return bits(loaded(x), wanted), said
 
 
-def as_it_is(folder: str) -> tuple[list[bool], str]:
+def as_it_is(folder: str) -> tuple[list[bool], list[str]]:
     """Programs of weights that want gradients, and of such that do not: whether the model's own is saved; and
-    what is said where its forward does more.
+    what is said where ranks have others, and where its forward does more.
     """
     asks: Any = tpcompile.parallelize(AsksWeights().eval(), mesh())
     x, same = torch.randn(2, 5, 12), []
@@ -217,9 +217,12 @@ def as_it_is(folder: str) -> tuple[list[bool], str]:
             result = asks.requires_grad_(wanted)(x)
             asks.save_program(folder)
             same.append(bits(tpcompile.load_program(folder, mesh())(x), result))
-        inner = asks.forward
-        asks.forward = lambda x: inner(x) + 1
-    return same, refusal(lambda: asks.save_program(folder))
+    asks.requires_grad_(dist.get_rank() == 0)
+    said = [refusal(lambda: asks.save_program(folder))]
+    asks.requires_grad_(True)
+    inner = asks.forward
+    asks.forward = lambda x: inner(x) + 1
+    return same, [*said, refusal(lambda: asks.save_program(folder))]
 
 
 def parameters(folder: str) -> tuple[bool, str]:

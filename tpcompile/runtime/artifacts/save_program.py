@@ -24,7 +24,7 @@ from tpcompile.lowering.state import SOURCE
 from tpcompile.planner.disk_cache import own_sources
 from tpcompile.planner.plan import digest_of
 from tpcompile.planner.write_file import write_whole
-from tpcompile.ranks.agree import together
+from tpcompile.ranks.agree import compare, together
 from tpcompile.ranks.exchange import exchange
 from tpcompile.ranks.groups import AxisGroups
 from tpcompile.ranks.mesh import local_device
@@ -44,6 +44,7 @@ FORMAT = "tpcompile program"
 VERSION = 3
 MANIFEST = "program.json"
 _TODO = "give a folder of its own, with room in it"
+_ALIKE = "give every rank the same attributes, modes and wishes for gradients"
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def save_programs(model: State, folder: str, package: bool = False) -> None:
         TpCompileError: see ``save_program``; or there are none.
     """
     programs = [program for program in model.programs if _is_current(program, model)]
+    numbers = [f"program {program.number}" for program in programs]
+    compare(model.compiler.group, "calls of the model as it is now", numbers, _ALIKE)
     more = bool(programs) and _does_more(programs[0].root, model)
     if model.foreign or model.composed or more:
         raise TpCompileError(
