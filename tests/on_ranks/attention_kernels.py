@@ -14,6 +14,8 @@ import transformers
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 from transformers import modeling_flash_attention_utils as utils
 from transformers.integrations.flash_attention import flash_attention_forward
@@ -92,6 +94,33 @@ class Causal(Heads):
         for shown in (j <= i, (j <= i) & (i - j < 3)):
             q = nn.functional.scaled_dot_product_attention(q, k, v, shown)
         return q
+
+
+class Around(nn.Module):
+    """Flex attention in a checkpoint, before a layer whose operators are taken apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.last = Heads(), weight_norm(nn.Linear(20, 20))
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.heads, x, rows, use_reentrant=False)
+        return self.last(y)  # type: ignore[no-any-return]
+
+
+def around(autocast: bool) -> tuple[float, float]:
+    """The worst errors of results and gradients."""
+    torch.manual_seed(0)
+    whole, rows = Around(), torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 2]])
+    sharded: Any = copy.deepcopy(whole)
+    whole.heads.plain, x = True, torch.randn(2, 7, 20)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        sharded = tpcompile.parallelize(sharded, mesh(), (x, rows))
+        ours, theirs = sharded(x, rows), whole(x, rows)
+    assert ours.dtype == theirs.dtype
+    (ours.float() ** 3).sum().backward()
+    (theirs.float() ** 3).sum().backward()
+    return error(ours.detach(), theirs.detach()), gradient_error(whole, sharded)
 
 
 def causal() -> float:

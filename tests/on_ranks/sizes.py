@@ -167,6 +167,18 @@ def numbers() -> dict[str, tuple[float, int, int]]:
     return found
 
 
+class Seeded(Core):
+    def forward(self, x: Tensor, seed: int) -> Tensor:
+        return self.core(x) * (1 + seed % 5)
+
+
+def large_numbers() -> float:
+    """The worst error over calls with numbers that are no sizes."""
+    whole, x = Seeded(), torch.randn(2, 12, 16)
+    sharded = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (x, 3))
+    return max(_error(sharded, whole, x, seed) for seed in (4, 2**70 + 1, 6, 2**64))
+
+
 @dataclass
 class Sample:
     """A result whose type is registered with pytree, without keys."""

@@ -22,6 +22,10 @@ def test_values_that_are_not_what_they_equal() -> None:
     assert run_spmd(sizes.values_that_are_not_what_they_equal, 2) == [(True, 3)] * 2
 
 
+def test_numbers_that_are_no_sizes() -> None:
+    assert max(run_spmd(sizes.large_numbers, 2)) < 1e-5
+
+
 def test_parameters_among_arguments() -> None:
     for worst, programs in run_spmd(sizes.parameters_among_arguments, 2):
         assert worst < 1e-5 and programs == 3

@@ -36,6 +36,13 @@ def test_masks_of_flex_attention_may_read_nothing() -> None:
     assert max(run_spmd(attention_kernels.causal, 2)) <= F32
 
 
+@pytest.mark.parametrize(("autocast", "most"), [(False, F32), (True, 0.1)])
+def test_flex_attention_in_programs_that_are_traced_again(autocast: bool, most: float) -> None:
+    """Under autocast (a bfloat16 has eight bits), and where operators are taken apart; in a checkpoint."""
+    for errors in run_spmd(attention_kernels.around, 2, autocast):
+        assert max(errors) <= most
+
+
 def test_flex_attention_of_transformers() -> None:
     for found in run_spmd(attention_kernels.flex, 2, "gemma2", timeout=300):
         assert max(found["errors"].values()) <= F32, found["errors"]

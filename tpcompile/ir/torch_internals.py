@@ -13,6 +13,7 @@ from torch._C import _current_autograd_node as current_autograd_node
 from torch._C import _disabled_torch_function_impl as disabled_torch_function_impl
 from torch._C import _dispatch_has_kernel as dispatch_has_kernel
 from torch._C import _dispatch_has_kernel_for_dispatch_key as dispatch_has_kernel_for_dispatch_key
+from torch._C import _dispatch_tls_is_dispatch_key_excluded as dispatch_key_is_excluded
 from torch._C import _get_tracing_state as get_tracing_state
 from torch._C import _is_alias_of as is_alias_of  # type: ignore[attr-defined]
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,8 +31,9 @@ def open_numbers(programs: Sequence[RankProgram], bound: dict[str, Any], path: s
         others = (p.example[names.index(name)] for p in earlier if len(p.example) == len(names))
         return any(type(other) is int and other != bound[name] for other in others)
 
-    # A size of 0 or 1 would be a program of its own, too.
-    numbers = [name for name, value in bound.items() if type(value) is int and value > 1 and changes(name)]
+    # A size of 0 or 1 would be a program of its own, too; a number of more than 63 bits is none.
+    plain = {n: v for n, v in bound.items() if type(v) is int and 1 < v <= sys.maxsize}
+    numbers = [name for name in plain if changes(name)]
     return {**bound, **{name: OpenNumber(bound[name]) for name in numbers}}
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.attention import flex_attention as _flex
 
@@ -25,7 +26,7 @@ from tpcompile.ir.torch_internals import FakeTensor, FakeTensorMode
 from tpcompile.rules.kernels import BLOCK_MASK, FLEX_ATTENTION, HEADS
 
 from .explain_failure import here
-from .kept_calls import FUNCTION, KeptCall, Note
+from .kept_calls import FUNCTION, KeptCall, Note, only_shapes
 from .lift_function import Lifted, alone, lift
 
 flex: Any = _flex
@@ -64,6 +65,10 @@ class AttentionCall(KeptCall):
 
     def run(self, inputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
         """Attends: the result, the logarithms of sums, and the largest scores, the last two by base 2."""
+        if only_shapes(inputs):
+            query, rows = inputs[0], inputs[0].shape[:-1]
+            beside = [query.new_empty(rows, dtype=torch.float32) for _ in range(2)]
+            return [query.new_empty((*rows, inputs[2].shape[-1])), *beside]
         if _has_kernel(inputs[0]):
             # Torch 2.13's dynamo loses the gradients of views that functions read.
             inputs = [x.clone() if x.requires_grad else x for x in inputs]
@@ -81,13 +86,17 @@ class AttentionCall(KeptCall):
         tensors, numbers = iter(inputs[3 + count :]), iter(sizes[_FIXED:])
         blocks = iter(inputs[3 : 3 + count])
         sparse = [next(blocks) if there else None for there in self.present]
+        # Torch differentiates scores by themselves: a checkpoint would compute all again for that.
+        real = not (bound or isinstance(inputs[0], FakeTensor))
+        apart = saved_tensors_hooks(lambda x: x, lambda x: x) if real else nullcontext()
         slopes, shown = (function.take(tensors, numbers) for function in (self.score, self.mask))
 
         def everywhere(h: Tensor) -> Tensor:
             return h + first if held == of else h // held * of + h % held + first
 
         def score(value: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, *others: Any) -> Any:
-            return self.score.graph(value, b, everywhere(h), q, k, *(slopes if bound else others))
+            with apart:
+                return self.score.graph(value, b, everywhere(h), q, k, *(slopes if bound else others))
 
         def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor, *others: Any) -> Any:
             return self.mask.graph(b, everywhere(h), q, k, *(shown if bound else others))
@@ -118,6 +127,11 @@ class MaskCall(KeptCall):
 
     def run(self, inputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
         """Makes the mask; returns the tensors about its blocks that there are."""
+        if only_shapes(inputs):
+            queries, keys = (-(-size // block) for size, block in zip(sizes[2:4], self.block, strict=True))
+            pairs = [(queries,), (queries, keys)], [(keys,), (keys, queries)]
+            each = (shape for pair in pairs for shape in pair * (1 + self.separate))
+            return [inputs[-1].new_empty((*sizes[:2], *shape), dtype=torch.int32) for shape in each]
         others = self.mask.take(iter(inputs), iter(sizes[4:]))
 
         def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Any:

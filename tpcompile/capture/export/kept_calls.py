@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tpcompile.errors import TpCompileError
+from tpcompile.ir.torch_internals import DispatchKey, FakeTensor, dispatch_key_is_excluded
 
 from .explain_failure import here
 
@@ -44,6 +45,14 @@ class KeptCall:
     def run(self, inputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
         """Makes the call; returns the tensors of its result."""
         raise NotImplementedError
+
+
+def only_shapes(inputs: list[Tensor]) -> bool:
+    """Whether torch asks a call for shapes from within an operator, where ``vmap`` does not work.
+
+    It does so where it traces a program again: under autocast, and where operators are to be taken apart.
+    """
+    return isinstance(inputs[0], FakeTensor) and dispatch_key_is_excluded(DispatchKey.FuncTorchBatched)
 
 
 def autograd_function(inputs: list[Tensor], sizes: list[int], key: str, elementwise: bool) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 import weakref
 from collections import deque
@@ -116,7 +117,7 @@ def first_unlike(leaves: Sequence[Any], example: Sequence[Any], numbers: Collect
     """
     for at, (given, mine) in enumerate(zip(leaves, example, strict=True)):
         if at in numbers:
-            like = type(given) is int and given >= 0
+            like = type(given) is int and 0 <= given <= sys.maxsize  # as sizes are
         elif isinstance(given, Tensor) and isinstance(mine, Tensor):
             like = (given.dtype, given.ndim, given.layout) == (mine.dtype, mine.ndim, mine.layout)
             like = like and isinstance(given, nn.Parameter) == isinstance(mine, nn.Parameter)
