@@ -11,6 +11,7 @@ from torch.fx import symbolic_trace
 
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import compiled as on_ranks
+from tests.on_ranks import own_kernel
 from tpcompile import TpCompileError
 from tpcompile.runtime.compile_options import read_compile
 from tpcompile.runtime.compile_step import CompiledSteps
@@ -96,6 +97,12 @@ def test_cpp_around_kernels() -> None:
         assert found["worst"] <= F32 and found["compiled"] == [(1, 1)]
     for found in run_spmd(on_ranks.in_cpp, 2):
         assert "cannot call collectives from C++" in found["refused"]
+
+
+def test_a_kernel_of_ones_own_for_a_sum_a_residual_and_a_norm() -> None:
+    """Inductor's pattern matcher finds them in a rank's graph, twice in each of two calls."""
+    for worst, ran in run_spmd(own_kernel.taken, 2):
+        assert worst <= F32 and ran == 4
 
 
 def test_repeated_layers_are_one_region() -> None:
