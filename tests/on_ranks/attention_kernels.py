@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -132,6 +133,48 @@ def causal() -> float:
     )
     whole.plain, x = True, torch.randn(3, 9, 20)
     return error(sharded(x, torch.zeros(3, 9)).detach(), whole(x, torch.zeros(3, 9)).detach())
+
+
+class Holds(Heads):
+    """Objects of torch's that hold what they were given: a mask with a function, and distributions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = create_block_mask(partial(_window, {"of": 3}), None, None, 7, 7, device="cpu")
+        self.prior = torch.distributions.Normal(0.0, 1.0)
+        self.kinds = torch.distributions.Categorical(probs=torch.tensor([0.25, 0.75]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for y in (self.q, self.k, self.v))
+        y = flex_attention(q, k, v, block_mask=self.blocks, enable_gqa=True).transpose(1, 2)
+        found: Tensor = self.prior.log_prob(self.o(y.flatten(2))) + self.kinds.log_prob(torch.tensor(1))
+        return found
+
+
+def _window(how: dict[str, int], b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return (j <= i) & (i - j < how["of"])
+
+
+CHANGES: tuple[Callable[[Any], Any], ...] = (
+    lambda model: None,
+    lambda model: model.blocks.mask_mod.args[0].update(of=2),
+    lambda model: setattr(model.blocks, "mask_mod", lambda b, h, i, j: i == j),
+    lambda model: setattr(model.prior, "loc", torch.tensor(3.0)),
+    lambda model: model.prior.scale.mul_(2),
+    lambda model: setattr(model, "kinds", torch.distributions.Categorical(probs=torch.tensor([0.5, 0.5]))),
+)
+
+
+def held() -> list[float]:
+    """Errors after changes of what objects of torch's hold."""
+    torch.manual_seed(0)
+    whole, x, found = Holds(), torch.randn(2, 7, 20), []
+    sharded: Any = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (x,))
+    for change in CHANGES:
+        change(whole), change(sharded)
+        with torch.no_grad():
+            found.append(error(sharded(x), whole(x)))
+    return found
 
 
 def heads(*counts: int, backend: str = "", alone: bool = False) -> dict[str, Any]:

@@ -36,6 +36,11 @@ def test_masks_of_flex_attention_may_read_nothing() -> None:
     assert max(run_spmd(attention_kernels.causal, 2)) <= F32
 
 
+def test_what_objects_of_torchs_hold_may_change() -> None:
+    for errors in run_spmd(attention_kernels.held, 2):
+        assert max(errors) <= F32, errors
+
+
 @pytest.mark.parametrize(("autocast", "most"), [(False, F32), (True, 0.1)])
 def test_flex_attention_in_programs_that_are_traced_again(autocast: bool, most: float) -> None:
     """Under autocast (a bfloat16 has eight bits), and where operators are taken apart; in a checkpoint."""

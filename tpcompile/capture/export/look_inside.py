@@ -24,6 +24,8 @@ _CLOSED = (
     *(types.FunctionType, types.BuiltinFunctionType),
 )
 _LIBRARIES = frozenset({"torch", "numpy", "builtins", "logging", "threading", "typing"})
+_HOLDERS = ("torch.distributions.", "torch.nn.attention.flex_attention")
+"""Modules of libraries, by how their names begin, whose objects hold what they were given by their user."""
 
 
 class Attributes(MutableMapping[str, Any]):
@@ -82,9 +84,11 @@ def content(value: Any) -> Any:
         return content(value.__self__)
     if isinstance(value, functools.partial):
         return value.func, value.args, value.keywords
-    if isinstance(value, _CLOSED) or is_opaque(value) or is_librarys(type(value).__module__):
-        return None
     kind: Any = type(value)
+    if isinstance(value, _CLOSED) or is_opaque(value):
+        return None
+    if is_librarys(kind.__module__) and not kind.__module__.startswith(_HOLDERS):
+        return None
     if _slots(kind):
         return Attributes(value)
     own = getattr(value, "__dict__", None)
