@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, NoReturn
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,9 @@ from tests.helpers.toys import Mlp
 from tests.on_ranks.models import error, mesh
 from tests.on_ranks.module_life import pair, refusal
 from tpcompile.errors import TpCompileError
+from tpcompile.weights.asked_by_mode import ask_by_mode
+from tpcompile.weights.dispatch import dispatch
+from tpcompile.weights.sharded_parameter import ShardedParameter
 
 F64 = torch.float64
 
@@ -55,7 +60,6 @@ READS: dict[str, Callable[[Tensor], Tensor]] = {
     "largest": lambda w: w.max(),
     "largest of a list": lambda w: torch._foreach_max([w.detach()])[0],
     "power sums of a list": lambda w: torch._foreach_powsum([w.detach()], 3)[0],
-    "products of lists": lambda w: torch._foreach_mm([w.detach()], [w.detach().T])[0],
     "sum in another type": lambda w: (1000 * w.detach()).to(torch.bfloat16).sum(dtype=torch.float64),
     "sum beyond its type": lambda w: (w.detach() * 0 + 300).half().sum(dtype=torch.float32),
     "sum of whole numbers": lambda w: (7 * w.detach()).sum(dtype=torch.int64),
@@ -70,6 +74,8 @@ READS: dict[str, Callable[[Tensor], Tensor]] = {
     "row without autograd": lambda w: _in_inference_mode(lambda: w.view(-1)[3:] * 2),
     "row of what is computed without autograd": lambda w: _in_inference_mode(lambda: (w * 2)[0]),
 }
+if hasattr(torch, "_foreach_mm"):  # newer than torch 2.12
+    READS["products of lists"] = lambda w: torch._foreach_mm([w.detach()], [w.detach().T])[0]
 
 
 def reads() -> dict[str, float]:
@@ -95,6 +101,21 @@ def reads() -> dict[str, float]:
             model.up.weight[0] = 3.0
     found["written"] = error(_whole(sharded.up.weight), whole.up.weight.detach())
     return found
+
+
+def reads_of_unasked() -> dict[str, float]:
+    """The same where torch does not ask the class what its operators do, as torch 2.11."""
+
+    def unasked(cls: Any, func: Any, *_: Any) -> NoReturn:
+        raise AssertionError(f"torch asks what {func} does")
+
+    with ExitStack() as stack:
+        changed = [(ShardedParameter, "__torch_function__"), (torch.autograd, "_engine_run_backward")]
+        for owner, name in changed:
+            stack.enter_context(mock.patch.object(owner, name, getattr(owner, name)))
+        stack.enter_context(mock.patch.object(ShardedParameter, "__torch_dispatch__", classmethod(unasked)))
+        ask_by_mode(ShardedParameter, dispatch)
+        return reads()
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -18,8 +19,9 @@ from tpcompile.weights.tensor_layout import UnsayableSpec
 CLOSE = 1e-10
 
 
-def test_python_reads_whole_weights() -> None:
-    for found in run_spmd(spmd.reads, 2):
+@pytest.mark.parametrize("reads", [spmd.reads, spmd.reads_of_unasked])
+def test_python_reads_whole_weights(reads: Callable[[], dict[str, float]]) -> None:
+    for found in run_spmd(reads, 2):
         assert max(found.values()) <= CLOSE, found
 
 

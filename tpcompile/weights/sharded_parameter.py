@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from tpcompile.errors import TpCompileError
 
+from .asked_by_mode import ASKED, ask_by_mode
 from .checkpoint_boxes import box_at, chunks, write_items
 from .dispatch import dispatch
 from .gathered_view import GatheredView
@@ -283,6 +284,10 @@ class ShardedParameter(DTensor):
 
     def _boxes(self) -> Any:
         return self.placing.layout.pieced_boxes(self.placing.name, self.placing.rank)
+
+
+if not ASKED:
+    ask_by_mode(ShardedParameter, dispatch)
 
 
 def local_tensor(value: Tensor) -> Tensor:
