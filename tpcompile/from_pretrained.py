@@ -60,6 +60,7 @@ def from_pretrained(
     generation_config: Any = None,
     key_mapping: Mapping[str, str] | None = None,
     quantization_config: Any = None,
+    keep_quantised: bool = False,
     trust_remote_code: bool = False,
     variant: Variant | None = None,
     subfolder: str = "",
@@ -101,6 +102,8 @@ def from_pretrained(
         quantization_config: for a quantised checkpoint: transformers' object, or a dict of its fields, that
             says ``dequantize=True``. Every rank dequantises its own slices while it reads them. For any other
             checkpoint: how its weights are quantised while they are read (``TorchAoConfig``).
+        keep_quantised: weights of a checkpoint in fp8 blocks or in MXFP4 stay so in memory, and every
+            operation on one begins with dequantising it; numbers are those of ``dequantize=True``.
         trust_remote_code: whether code that comes with the checkpoint may run.
         variant: reads ``model.<variant>.safetensors``.
         subfolder: of the folder or repository.

@@ -78,6 +78,7 @@ NOT_RUN: dict[Name, str] = {
 APART: dict[Name, tuple[int, str]] = {
     ("README", "tpcompile.parallelize(model, mesh, example_args=(words, style))"): (1, "artifacts"),
     ("loading", "from transformers import FineGrainedFP8Config"): (1, "fp8"),
+    ("quantised", 'model = tpcompile.from_pretrained("path/or/name", keep_quantised=True)'): (1, "fp8"),
     ("sharded_modules", 'mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))'): (
         4,
         "replicas",

@@ -44,6 +44,10 @@ PRIVATE_ATTRIBUTES = {
         "_save_rng_state",
     ),
     "transformers.core_model_loading": ("_weight_conversions",),
+    "transformers.core_model_loading:WeightTransform": (
+        "_original_source_patterns",
+        "_original_target_patterns",
+    ),
     "transformers.generation:PrefixConstrainedLogitsProcessor": ("_prefix_allowed_tokens_fn",),
     "transformers.initialization": ("_is_hf_initialized",),
     "transformers.masking_utils:AttentionMaskInterface": ("_global_mapping",),

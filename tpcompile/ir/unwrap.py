@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,9 +56,12 @@ class Wrapping:
 
     def whole(self, module: nn.Module) -> Tensor:
         """The tensor, made of what the module has now."""
+        return self.of(functools.partial(getattr, module))
+
+    def of(self, read: Callable[[str], Any]) -> Tensor:
+        """The tensor, made of what ``read`` gives for the names of its parts."""
         parts = {
-            name: part.whole(module) if isinstance(part, Wrapping) else getattr(module, part)
-            for name, part in self.parts
+            name: part.of(read) if isinstance(part, Wrapping) else read(part) for name, part in self.parts
         }
         made: Any = self.kind
         whole: Tensor = made.__tensor_unflatten__(parts, self.context, self.size, self.stride)
@@ -97,6 +100,17 @@ def wholes(model: nn.Module) -> dict[str, Tensor]:
         for path, module in model.named_modules()
         for name, wrapping in module.__dict__.get(APART, {}).items()
     }
+
+
+def joined(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors by name, those that are parts of a weight put together."""
+    found = dict(tensors)
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, wrapping in module.__dict__.get(APART, {}).items():
+            if all(prefix + part in found for part in wrapping.leaves()):  # else it is tied to another one
+                found[prefix + name] = wrapping.of(lambda part, at=prefix: found.pop(at + part))
+    return found
 
 
 def unwrapped_copy(model: Any) -> Any:

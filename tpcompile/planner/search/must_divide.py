@@ -24,6 +24,7 @@ MUST_DIVIDE = 1e4
 GATHERED = 0.1
 _SCALES = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor, torch.ops.aten.sub.Tensor)
 _JOINS = (torch.ops.aten.cat.default, torch.ops.aten.stack.default)
+_CHOICES = (torch.ops.aten.maximum.default, torch.ops.aten.where.self)
 GATHERS = markers.COMMUNICATING - {markers.all_reduce, markers.all_reduce_coalesced}
 """What brings parts of a weight to other ranks."""
 
@@ -83,7 +84,7 @@ def weight_roots(value: Node, params: set[Node], *, rows: bool = False) -> dict[
         seen.add(value)
         ops = operands(value) if value.op == "call_function" else []
         chosen = rows and value.target is torch.ops.aten.index.Tensor
-        if value.target in _JOINS:
+        if value.target in _JOINS + _CHOICES:  # choices: of numbers that bits stand for
             waiting += ops[::-1]
         elif len(ops) == 1 or chosen or _scales(value, ops):
             waiting.append(ops[0])

@@ -15,6 +15,7 @@ from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig, HfQ
 from tpcompile.capture.export.default_example import parts_of_config
 from tpcompile.errors import TpCompileError, refusing
 
+from .keep_blocks import KeptBlocks, finish_kept, keep_blocks, kept_by
 from .read_bitsandbytes import of_matrices
 
 _FIELD = "quantization_config"
@@ -26,20 +27,24 @@ _WHOLE = (
 )
 
 
-def find_quantizer(config: Any, given: Any, where: str) -> HfQuantizer | None:
-    """What dequantises a checkpoint: transformers' quantizer; None if it is not quantised.
+def find_quantizer(config: Any, given: Any, where: str, keep: bool = False) -> HfQuantizer | None:
+    """What dequantises a checkpoint, or keeps it: transformers' quantizer; None if it is not quantised.
 
     Args:
         config: the checkpoint's configuration; afterwards its ``quantization_config`` is the one that counts.
         given: what the user gave for it: one of transformers' objects, a dict of its fields, or None.
         where: the checkpoint, for an error.
+        keep: whether weights are to stay quantised, also where transformers would dequantise them here.
 
     Raises:
-        TpCompileError: dequantising was not asked for, the method cannot do it tensor by tensor, or this
-            version of transformers does not say how.
+        TpCompileError: neither dequantising nor keeping was asked for, the method cannot do it tensor by
+            tensor, or this version of transformers does not say how.
     """
     holders = _holders(config)
     if not holders:
+        if keep:
+            todo = "leave it out, or say how weights are to be quantised: quantization_config"
+            raise TpCompileError("the checkpoint is not quantised", where="keep_quantised", todo=todo)
         return None
     stored = getattr(holders[0], _FIELD)
     method = _method(stored)
@@ -57,19 +62,17 @@ def find_quantizer(config: Any, given: Any, where: str) -> HfQuantizer | None:
         if not hasattr(wanted, "dequantize") and (kept := _keeping(wanted)) is not None:
             setattr(config, _FIELD, wanted)
             return kept
+        blocks = KeptBlocks.by(method, wanted)
+        if keep:
+            return _keeping_blocks(config, wanted, given, blocks, said, where)
         if not getattr(wanted, "dequantize", False):
             kind = type(wanted).__name__
-            able = hasattr(wanted, "dequantize")
-            raise TpCompileError(
-                said,
-                where=where,
-                todo=f"give {_FIELD}=transformers.{kind}(dequantize=True): then every rank dequantises its "
-                "slices while it reads them, and holds them in the model's type"
-                if able
-                else _WHOLE,
-            )
-        quantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=True)
-        quantizer.validate_environment(device_map=None, weights_only=True)
+            ways = f"give {_FIELD}=transformers.{kind}(dequantize=True): then every rank dequantises its "
+            ways += "slices while it reads them, and holds them in the model's type"
+            ways += "; or keep_quantised=True" if blocks is not None else ""
+            todo = ways if hasattr(wanted, "dequantize") else _WHOLE
+            raise TpCompileError(said, where=where, todo=todo)
+        quantizer = _dequantising(wanted)
         operation = _operations(quantizer).get("dequantize")
     if operation is None:
         raise TpCompileError(f"{said}, and dequantised only as a whole", where=where, todo=_WHOLE)
@@ -98,7 +101,7 @@ def say_nothing_of_it(config: Any) -> None:
 def keeps(quantizer: HfQuantizer) -> bool:
     """Whether weights stay quantised: the quantizer makes tensors of their parts."""
     dequantises = getattr(quantizer.quantization_config, "dequantize", False)
-    return "deserialize" in _operations(quantizer) and not dequantises
+    return kept_by(quantizer) is not None or ("deserialize" in _operations(quantizer) and not dequantises)
 
 
 def _keeping(wanted: Any) -> HfQuantizer | None:
@@ -110,6 +113,37 @@ def _keeping(wanted: Any) -> HfQuantizer | None:
         operation = of_matrices(_operations(quantizer)["deserialize"])
         quantizer.get_load_operations = lambda: {"deserialize": operation}
     quantizer.validate_environment(device_map=None, weights_only=True)
+    return _shared(quantizer)
+
+
+def _dequantising(wanted: Any) -> HfQuantizer:
+    quantizer: HfQuantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=True)
+    quantizer.validate_environment(device_map=None, weights_only=True)
+    return quantizer
+
+
+def _keeping_blocks(
+    config: Any, wanted: Any, given: Any, blocks: KeptBlocks | None, said: str, where: str
+) -> HfQuantizer:
+    """What makes weights of a checkpoint's blocks, in a model whose layers are the ordinary ones.
+
+    Raises:
+        TpCompileError: there are no blocks, or the user asks for something else as well.
+    """
+    if blocks is None:
+        raise TpCompileError(
+            f"{said}, and its weights cannot be kept so", where=where, todo="leave keep_quantised out"
+        )
+    if given is not None and getattr(wanted, "dequantize", False):
+        todo = "leave one of the two out"
+        raise TpCompileError(f"keep_quantised, and a {_FIELD} that says otherwise", where=where, todo=todo)
+    wanted.dequantize = False
+    setattr(config, _FIELD, wanted)
+    blocks.config = copy.deepcopy(wanted)
+    wanted = copy.deepcopy(wanted)
+    wanted.dequantize = True  # so that it leaves the layers as they are
+    quantizer = _dequantising(wanted)
+    keep_blocks(quantizer, blocks)
     return _shared(quantizer)
 
 
@@ -130,6 +164,9 @@ def change_layers(model: Any, quantizer: HfQuantizer, dtype: torch.dtype, files:
 
 def finish_model(model: Any, quantizer: HfQuantizer) -> None:
     """Lets the quantizer finish a model; one that was dequantised becomes an ordinary one in all it says."""
+    if (kept := kept_by(quantizer)) is not None:  # of which it knows nothing
+        finish_kept(model, kept)
+        return
     quantizer.postprocess_model(model)
     if not keeps(quantizer):
         say_nothing_of_it(model.config)

@@ -107,6 +107,7 @@ class CheckpointRequest:
         subfolder: of the folder or repository.
         quantization_config: how a quantised checkpoint is to be loaded, or how another one is to be
             quantised, or None.
+        keep_quantised: whether the weights of a quantised one stay so.
         adapter: what is to be put into the model; only whether there is one counts here.
         others: arguments for the hub, and fields of the configuration.
     """
@@ -122,6 +123,7 @@ class CheckpointRequest:
     variant: str | None = None
     subfolder: str = ""
     quantization_config: Any = None
+    keep_quantised: bool = False
     adapter: Any = None
     others: Mapping[str, Any] = field(default_factory=dict)
 
@@ -152,7 +154,8 @@ class CheckpointRequest:
             raise
         files = find(pointer=getattr(config, POINTER, None))
         self._refuse_adapter()
-        quantizer, wanted, becomes = find_quantizer(config, self.quantization_config, self.name), None, ""
+        keep, wanted, becomes = self.keep_quantised, None, ""
+        quantizer = find_quantizer(config, self.quantization_config, self.name, keep)
         if quantizer is None and self.quantization_config is not None:
             wanted = quantizer_for(self.quantization_config, self.name)
             becomes = describe_value(wanted.quantization_config.to_dict())

@@ -7,6 +7,7 @@ from typing import Any
 
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.unwrap import taken_apart, wholes
+from tpcompile.weights.loading.keep_blocks import kept_by
 from tpcompile.weights.shard import unsharded
 
 _TODO = "save_program(folder), or torch.distributed.checkpoint with sharded_state_dict()"
@@ -32,6 +33,14 @@ def quantised_metadata(model: Any, original: type) -> dict[str, str]:
             where=where,
             todo=f"quantise it by from_pretrained(..., quantization_config=...); or {_TODO}",
         )
+    if (kept := kept_by(quantizer)) is not None:
+        if kept.left_out:
+            raise TpCompileError(
+                "the scales of activations that the checkpoint has beside this weight were not kept",
+                where=min(kept.left_out),
+                todo=_TODO,
+            )
+        return {}
     parts = {part for parts in apart.values() for part in parts}
     with unsharded(model, original), refusing("this weight cannot be stored", where=where, todo=_TODO):
         plain = {name: tensor for name, tensor in model.state_dict().items() if name not in parts}

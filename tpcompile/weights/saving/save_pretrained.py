@@ -19,11 +19,13 @@ from transformers import PreTrainedModel
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import check_arguments
 from tpcompile.ir.hf_internals import custom_object_save, revert_weight_conversion
+from tpcompile.ir.unwrap import joined
 from tpcompile.ranks.agree import together
 from tpcompile.ranks.mesh_axis import MeshAxis
 from tpcompile.weights.loading.expressions import Expression, Leaf, leaves
 from tpcompile.weights.loading.fill_tensor import Filler
 from tpcompile.weights.loading.find_files import INDEX, Variant, variant_of
+from tpcompile.weights.loading.keep_blocks import kept_by
 from tpcompile.weights.loading.lazy_tensor import LazyTensor
 from tpcompile.weights.shard import unsharded
 
@@ -131,10 +133,21 @@ def _tensors(model: Any, original: type, original_format: bool) -> tuple[dict[st
     found = leaves_of(model)
     ignored = set(model._keys_to_ignore_on_save or ())
     lazy: dict[str, Any] = {key: LazyTensor(leaf) for key, leaf in found.items() if key not in ignored}
+    kept = kept_by(getattr(model, "hf_quantizer", None))
+    if kept is not None:
+        if not original_format:
+            raise TpCompileError(
+                "weights in fp8 blocks or MXFP4 are written in the form that they were read in, and no other",
+                where="save_original_format",
+                todo="leave it out",
+            )
+        lazy = joined(model, lazy)
     with unsharded(model, original):
         parameters: int = model.num_parameters()
         if original_format:
             lazy = revert_weight_conversion(model, lazy)
+    if kept is not None:
+        lazy = {key: part for name, weight in lazy.items() for key, part in kept.stored(name, weight).items()}
     return {key: value.expression for key, value in lazy.items()}, parameters
 
 
