@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from tpcompile.capture.caches.paged import is_pooled
 from tpcompile.capture.export.specs import OutputSpec
+from tpcompile.errors import TpCompileError
 from tpcompile.ir.torch_internals import OpOverload
 
 aten = torch.ops.aten
@@ -23,6 +25,9 @@ def update_in_place(module: GraphModule, outputs: Sequence[OutputSpec], given: M
         module: a lowered graph.
         outputs: what it returns.
         given: its placeholders of the call's tensors, by name.
+
+    Raises:
+        TpCompileError: rows of a pool, which must not be copied, would be.
     """
     graph = module.graph
     end = graph.output_node()
@@ -30,6 +35,15 @@ def update_in_place(module: GraphModule, outputs: Sequence[OutputSpec], given: M
     copied: list[tuple[Node, Node]] = []
     for i, spec in enumerate(outputs):
         old, new = given.get(spec.name), results[i]
+        if is_pooled(spec.name) and new is not old and (old is None or not _write(graph, old, new)):
+            raise TpCompileError(
+                "what a layer writes into a paged cache cannot be written where this rank has its rows",
+                where=spec.name,
+                todo="use generate with a batch of prompts",
+            )
+        if is_pooled(spec.name):
+            results[i] = old
+            continue
         if not spec.in_place or old is None or new is old or not _alike(old, new):
             continue
         if not _write(graph, old, new):

@@ -297,6 +297,8 @@ PARTS = [
     _case(aten.index_put.default, signed(4, 14, 10), [None, distinct(14, 6)], signed(4, 6, 10)),
     _case(aten.index_add.default, signed(4, 14, 10), 1, ints(14, 6), signed(4, 6, 10)),
     _case(aten.index_copy.default, signed(4, 14, 10), 1, distinct(14, 6), signed(4, 6, 10)),
+    _case(aten.masked_scatter.default, signed(4, 14, 10), boolean(4, 1, 1), signed(6, 14, 10)),
+    _case(aten.masked_scatter.default, signed(4, 14, 10), boolean(14, 1), signed(60, 10)),
     _case(aten.index_fill.int_Scalar, signed(4, 14, 10), 1, ints(14, 6), 1.5),
     _case(aten.index_fill.int_Tensor, signed(4, 14, 10), 1, ints(14, 6), signed()),
     _case(aten.scatter_reduce.two, signed(4, 14), 1, ints(14, 4, 6), signed(4, 6), "amin"),

@@ -206,7 +206,6 @@ def refusals() -> list[str]:
     for options in attempts:
         call = {"input_ids": ids, "max_new_tokens": 2, **GREEDY, **options}
         messages.append(refusal(lambda call=call: sharded.generate(**call)))  # type: ignore[misc]
-    messages.append(refusal(lambda: sharded.generate_batch([[1]])))
     with torch.no_grad():
         cache = sharded(ids).past_key_values
         for layer in cache.layers:

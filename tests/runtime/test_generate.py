@@ -111,7 +111,6 @@ def test_refusals() -> None:
         "would go stale",
         "different calls of generate",
         "different calls of generate",
-        "continuous batching",
         "handed out to this rank",
     ]
     for messages in run_spmd(spmd_generate.refusals, 2, timeout=TIMEOUT):

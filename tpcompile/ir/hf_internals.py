@@ -11,6 +11,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
+from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
+from transformers.generation.continuous_batching.distributed import DistributedHelper
 from transformers.modeling_utils import LoadStateDictConfig, get_model_conversion_mapping
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
@@ -23,6 +25,11 @@ try:
     from transformers.masking_utils import remap_positions_for_packed_sequence
 except ImportError:  # 5.17, whose masks go by places where rows are packed, too: nothing is remapped
     remap_positions_for_packed_sequence = None
+
+try:
+    from transformers.generation.continuous_batching.cache import ATTN_TYPE_TO_ALLOCATOR
+except ImportError:  # 5.17, whose paged cache is built otherwise
+    ATTN_TYPE_TO_ALLOCATOR = None
 
 PRIVATE_ATTRIBUTES = {
     "peft.utils.save_and_load": ("_reshard_dtensor_values_for_load",),
@@ -49,6 +56,16 @@ PRIVATE_ATTRIBUTES = {
         "_original_target_patterns",
     ),
     "transformers.generation:PrefixConstrainedLogitsProcessor": ("_prefix_allowed_tokens_fn",),
+    "transformers.generation.continuous_batching:ContinuousBatchingManager": (
+        "_create_batch_processor",
+        "_generation_step",
+        "_handle_critical_error",
+        "_run_generation_loop",
+        "_supports_logits_to_keep",
+    ),
+    "transformers.generation.continuous_batching.cache_allocators:FullAttentionCacheAllocator": (
+        "_kv_token_views",
+    ),
     "transformers.initialization": ("_is_hf_initialized",),
     "transformers.masking_utils:AttentionMaskInterface": ("_global_mapping",),
     "transformers.modeling_flash_attention_utils": ("_is_packed_sequence",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain, repeat, takewhile
+
 from torch.fx import Node
 
 from tpcompile.ir.nodes import op_name, operands, option, shape
@@ -174,6 +176,26 @@ def scatter_rows(node: Node) -> Rule:
         reduce=dict.fromkeys(rows, "sum") if adds else {},
         linear=(frozenset({0, 2}),),
         once=frozenset({0} if adds else ()),
+    )
+
+
+def masked_scatter(node: Node) -> Rule | str:
+    """``masked_scatter(x, mask, rows)``: where a mask chooses whole rows, what is in a row passes."""
+    x, mask, rows = (shape(o) for o in operands(node))
+    last = zip(reversed(x), reversed(rows), chain(reversed(mask), repeat(1)), strict=False)
+    inside = len(list(takewhile(lambda sizes: sizes[0] == sizes[1] and sizes[2] == 1, last)))
+    if not inside:
+        return "where a value goes depends on all mask bits before it"
+    letters = Letters()
+    row = letters.dims(x[-inside:])
+    ones = min(inside, len(mask))
+    lead, chosen, given = map(letters.dims, (x[:-inside], mask[: len(mask) - ones], rows[:-inside]))
+    return Rule(
+        ((*lead, *row), (*chosen, *((),) * ones), (*given, *row)),
+        ((*lead, *row),),
+        letters.sizes,
+        whole=letters_of((*lead, *chosen, *given)),
+        linear=(frozenset({0, 2}),),
     )
 
 

@@ -128,7 +128,7 @@ PARTS: dict[str, Row] = {
     "aten.bucketize.Tensor": "..., n -> ...; whole n",
     "aten.searchsorted.Tensor": "... n, ... m -> ... m; whole n",
     **_rows(refuse(_DATA_DEPENDENT), "nonzero masked_select unique_dim _unique2 bincount where.default"),
-    "aten.masked_scatter": refuse("where a value goes depends on all mask bits before it"),
+    "aten.masked_scatter": indexing.masked_scatter,
 }
 
 REDUCTIONS: dict[str, Row] = {

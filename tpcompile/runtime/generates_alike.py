@@ -24,7 +24,8 @@ from tpcompile.ranks.turns import own_turn
 
 from .steering import Streamer, steer_criteria, steer_processors
 
-_TODO = "see that the ranks have equal hardware, libraries and settings, or report this"
+EQUAL = "see that the ranks have equal hardware, libraries and settings, or report this"
+"""What to do where equal calls have chosen other tokens."""
 _REFUSED = ("offloaded", "quantized", "paged")
 
 
@@ -54,21 +55,6 @@ class GeneratesAlike:
     _tp: Any
     generation_config: Any
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching has a paged cache of its own.
-
-        Raises:
-            TpCompileError: always.
-        """
-        raise TpCompileError(
-            "a sharded model cannot do continuous batching",
-            where="generate_batch",
-            todo="use generate with a batch of prompts",
-        )
-
-    init_continuous_batching = generate_batch
-    """What its other ways in begin with."""
-
     def _where(self) -> torch.device:
         """The device on which tokens are drawn."""
         raise NotImplementedError
@@ -81,9 +67,9 @@ class GeneratesAlike:
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         group = self._tp.group
-        call = _arguments(original, args, kwargs)
+        call = arguments(original, args, kwargs)
         own = call.pop("streamer", None)
-        with alike(group, "generate", [*_describe(call), *_describe(_defaults(self))]):
+        with alike(group, "generate", call_lines(self, call)):
             self._refuse(call)
             streamer = _shared_streamer(group, own)
             if self._may_sample(call):
@@ -97,7 +83,7 @@ class GeneratesAlike:
             if streamer is not None:
                 share_failure(group, "stream tokens", streamer.failure)
             tokens = describe_value(getattr(result, "sequences", result), floats=False)
-            compare(group, "generated tokens", [tokens], _TODO)
+            compare(group, "generated tokens", [tokens], EQUAL)
             return result
 
     @_SaysWhatItTakes
@@ -152,6 +138,25 @@ class GeneratesAlike:
         return bool(asked) if asked is not None else any(_get(c, "do_sample") for c in configs)
 
 
+class WithoutBatching:
+    """Mixed into the class of what generates, but not by continuous batching."""
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused.
+
+        Raises:
+            TpCompileError: always.
+        """
+        raise TpCompileError(
+            "continuous batching is for a sharded model as it is: not with adapters, nor when it was saved",
+            where=f"generate_batch of {type(self).__name__}",
+            todo="use generate with a batch of prompts",
+        )
+
+    init_continuous_batching = generate_batch
+    """What its other ways in begin with."""
+
+
 def share_random_state(group: dist.ProcessGroup | None, device: torch.device) -> None:
     """Gives every rank the first rank's random state, of the CPU and of the device."""
     module = None if device.type in ("cpu", "meta") else torch.get_device_module(device.type)
@@ -171,12 +176,7 @@ def _shared_streamer(group: dist.ProcessGroup | None, own: Any) -> Streamer | No
     return Streamer(own) if any(given) else None
 
 
-def _defaults(model: Any) -> dict[str, Any]:
-    """What steers a generation beside the arguments of the call."""
-    return {"the model's generation_config": model.generation_config}
-
-
-def _arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name; models call the first ones of ``generate`` as they like."""
     signature = inspect.signature(function)
     found: dict[str, Any] = {}
@@ -184,6 +184,11 @@ def _arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
         further = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
         found |= value if further else {name: value}
     return found
+
+
+def call_lines(model: Any, call: Mapping[str, Any]) -> list[str]:
+    """What steers a generation as text: the arguments of the call, and what stands in for those not given."""
+    return [*_describe(call), *_describe({"the model's generation_config": model.generation_config})]
 
 
 def _describe(call: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import nn
 from tpcompile.weights.shard import sharded_class
 
 from .compile_options import for_group
-from .generates_alike import GeneratesAlike
+from .generates_alike import GeneratesAlike, WithoutBatching
 from .module import ShardedModule
 from .runtime import Runtime
 
@@ -39,6 +39,39 @@ class ShardedGeneration(GeneratesAlike, ShardedModule):
         with _announced(self._tp, args, kwargs):
             return self._generate(original, args, kwargs)
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' continuous batching, with its arguments, on all ranks of the mesh together.
+
+        Every rank makes the same call, and gets the same results. Rank 0 decides which requests a step takes.
+
+        Raises:
+            TpCompileError: on all ranks: the calls differ, the model or an argument cannot be served so; or
+                the ranks could not go on, on whichever of them.
+        """
+        from .batching import generate_batch  # imports transformers
+
+        return generate_batch(self, super().generate_batch, args, kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own: a manager, on all ranks together. Rank 0 is given the requests.
+
+        Raises:
+            TpCompileError: as ``generate_batch``.
+        """
+        from .batching import make_manager  # imports transformers
+
+        return make_manager(self, super().init_continuous_batching, args, kwargs)  # type: ignore[misc]
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own, on all ranks together.
+
+        Raises:
+            TpCompileError: as ``generate_batch``.
+        """
+        from .batching import manage  # imports transformers
+
+        return manage(super().continuous_batching_context_manager, args, kwargs)  # type: ignore[misc]
+
     def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
         """What transformers calls for the steps after the first, with a static cache on a GPU."""
         config = compile_config or self._default_compile_config()
@@ -59,7 +92,7 @@ class ShardedGeneration(GeneratesAlike, ShardedModule):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
 
-class GeneratesWithin(ShardedModule):
+class GeneratesWithin(WithoutBatching, ShardedModule):
     """Mixed into the class of a model whose ``generate`` is that of a model in it, such as a PEFT model's."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

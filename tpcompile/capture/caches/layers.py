@@ -16,6 +16,7 @@ from torch import Tensor
 from tpcompile.errors import TpCompileError
 
 from .form import LayerFacts, LayerForm, Parts
+from .paged import PAGED_FORM
 from .state_layers import state_forms
 
 COUNT = "_count"
@@ -186,5 +187,9 @@ _KEYS_AND_VALUES = {
     "StaticLayer": LayerForm(_take_static, _make_static, _put_static),
     "StaticSlidingWindowLayer": LayerForm(_take_static_sliding, _make_static_sliding, _put_static_sliding),
 }
-LAYER_FORMS: dict[str, LayerForm] = _KEYS_AND_VALUES | state_forms(_KEYS_AND_VALUES)
+LAYER_FORMS: dict[str, LayerForm] = {
+    **_KEYS_AND_VALUES,
+    **state_forms(_KEYS_AND_VALUES),
+    "PagedLayer": PAGED_FORM,
+}
 """Class name of a layer -> how it is taken apart. A class that is not here is refused."""

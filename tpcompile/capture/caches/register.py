@@ -11,6 +11,7 @@ from tpcompile.ir.torch_internals import pytree
 
 from .form import LayerFacts, Parts, register_pytree
 from .layers import make_layer, take_layer
+from .paged import PagedCache
 from .paired import register_paired_cache
 
 _Context = tuple[tuple[str, LayerFacts], ...]
@@ -39,6 +40,7 @@ def register_cache_support() -> None:
             _flatten_with_keys,
         )
     register_paired_cache(cache_utils.EncoderDecoderCache)
+    register_pytree(PagedCache, _flatten_layers, _make_paged, _flatten_with_keys)
 
 
 def _flatten(cache: Any) -> tuple[list[Parts], _Context]:
@@ -54,12 +56,16 @@ def _flatten(cache: Any) -> tuple[list[Parts], _Context]:
             where="past_key_values",
             todo="give it layers when it is made, as DynamicCache(config=...) does",
         )
+    return _flatten_layers(cache)
+
+
+def _flatten_layers(cache: Any) -> tuple[list[Parts], _Context]:
     taken = [take_layer(layer) for layer in cache.layers]
     return [parts for parts, _ in taken], tuple(context for _, context in taken)
 
 
 def _flatten_with_keys(cache: Any) -> tuple[list[tuple[Any, Any]], _Context]:
-    layers, context = _flatten(cache)
+    layers, context = _flatten_layers(cache)
     return [(pytree.SequenceKey(i), parts) for i, parts in enumerate(layers)], context
 
 
@@ -74,7 +80,12 @@ def _make_cache(kind: Any, layers: Sequence[Parts], context: _Context) -> Any:
     return cache
 
 
+def _make_paged(layers: Sequence[Parts], context: _Context) -> PagedCache:
+    return PagedCache([make_layer(p, c) for p, c in zip(layers, context, strict=True)])
+
+
 def is_cache(value: Any) -> bool:
     """Whether a value is a cache that can be taken apart."""
     kind = type(value)
-    return kind in pytree.SUPPORTED_NODES and any(base.__name__ == "Cache" for base in kind.__mro__)
+    named = any(base.__name__ in ("Cache", "PagedCache") for base in kind.__mro__)
+    return named and kind in pytree.SUPPORTED_NODES

@@ -22,7 +22,7 @@ from torch import nn
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import short
 
-from ..generates_alike import GeneratesAlike
+from ..generates_alike import GeneratesAlike, WithoutBatching
 from .values import decode, encode
 
 _CLASSES = re.compile(r"transformers\.models\.\w+\.modeling_\w+")
@@ -103,7 +103,7 @@ class _Ranks:
     generating: bool = False
 
 
-class _Loop(GeneratesAlike):
+class _Loop(GeneratesAlike, WithoutBatching):
     """Mixed into the model's class."""
 
     device: torch.device

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tpcompile.capture.caches.paged import is_pooled
 from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.calls import CallSignature
 from tpcompile.lowering.state import SOURCE
@@ -145,9 +146,10 @@ def _does_more(root: nn.Module, model: State) -> bool:
 
 
 def _is_current(program: RankProgram, model: State) -> bool:
-    """Whether a program would run in a call of the model as it is now, without gradients."""
+    """Whether a program would run in a call of the model as it is now, without gradients or a paged cache."""
     whole = not program.entry and not program.training and program.types == model.settings.types
-    return whole and _is_quiet(program) and program.reads.hold(model.settings.state)
+    pooled = any(is_pooled(spec.name) for spec in program.captured.user_inputs)
+    return whole and not pooled and _is_quiet(program) and program.reads.hold(model.settings.state)
 
 
 def _is_quiet(program: RankProgram) -> bool:

@@ -1,0 +1,125 @@
+"""What the ranks do in ``test_batching``: functions that travel to the processes by their import path."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+import tpcompile
+from tests.helpers import families
+from tests.on_ranks.models import build, mesh
+from tests.on_ranks.module_life import refusal
+from tpcompile.runtime.batching import BatchingManager
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11, 12], [3], [5] * 13, [2, 9, 4, 4, 1], [7, 7]]
+
+
+def pair(name: str, timeout: float = 60.0, **fields: Any) -> tuple[Any, Any]:
+    """The whole model and the sharded one, both with the attention that continuous batching takes here."""
+    model = build(name, **fields)
+    model.set_attn_implementation("sdpa")
+    whole = copy.deepcopy(model)
+    given = {"example_kwargs": families.causal_inputs(), "timeout": timeout}
+    return whole, tpcompile.parallelize(model, mesh(), **given)
+
+
+def wishes(**options: Any) -> dict[str, Any]:
+    """Few pages and few places: requests wait for others, and long prompts come in pieces."""
+    greedy = GenerationConfig(
+        **{"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0, **options}
+    )
+    small = ContinuousBatchingConfig(
+        page_size=4, num_blocks=8, max_batch_tokens=16, max_requests_per_batch=3, seed=5
+    )
+    return {"generation_config": greedy, "continuous_batching_config": small}
+
+
+def tokens(results: dict[str, Any]) -> list[list[int]]:
+    """Those of every request, in order."""
+    return [one.generated_tokens for one in results.values()]
+
+
+def batches(name: str, layers: int, prompts: list[list[int]], calls: int) -> dict[str, Any]:
+    """Whether tokens are the same, the programs that calls took, the key heads in the pool of a rank."""
+    whole, sharded = pair(name, num_hidden_layers=layers)
+    theirs = tokens(whole.generate_batch(prompts, **wishes()))
+    found: dict[str, Any] = {"same": [], "programs": []}
+    for _ in range(calls):
+        before = len(sharded.programs)
+        found["same"].append(tokens(sharded.generate_batch(prompts, **wishes())) == theirs)
+        found["programs"].append(len(sharded.programs) - before)
+    with sharded.continuous_batching_context_manager(**wishes()) as manager:
+        cache = manager.batch_processor.cache
+        found["heads"] = {one.num_key_value_heads for one in cache.cache_allocators.values()}
+    return found
+
+
+def managed() -> dict[str, Any]:
+    """Sampled requests; some that come one after the other, and what another thread may do meanwhile."""
+    whole, sharded = pair("two_kv_heads", num_hidden_layers=1)
+    found: dict[str, Any] = {}
+    drawn = {"do_sample": True, "num_return_sequences": 2}
+    theirs = tokens(whole.generate_batch(PROMPTS[:3], **wishes(**drawn)))
+    found["sampled"] = tokens(sharded.generate_batch(PROMPTS[:3], **wishes(**drawn))) == theirs
+    theirs = tokens(whole.generate_batch(PROMPTS[:2], **wishes()))
+    with sharded.continuous_batching_context_manager(**wishes()) as manager:
+        mine = []
+        for prompt in PROMPTS[:2]:
+            manager.add_request(prompt)  # counts on rank 0 alone
+            while (result := manager.get_result(timeout=1)) is None:
+                assert manager.is_running()
+            mine.append(result.generated_tokens)
+        found["one by one"] = mine == theirs
+        found["meanwhile"] = refusal(lambda: sharded(**families.causal_inputs()))
+    found["threads"] = [thread.name for thread in threading.enumerate() if "generation_loop" in thread.name]
+    with torch.no_grad():
+        error = (sharded(**families.causal_inputs()).logits - whole(**families.causal_inputs()).logits).abs()
+    found["after"] = float(error.max())
+    return found
+
+
+def refusals() -> list[str]:
+    """Calls that must be refused on all ranks, before anything is sent."""
+    _, sharded = pair("two_kv_heads", num_hidden_layers=1)
+    flags = {"use_async_batching": True, "default_compile_level": 1}
+    said = [
+        refusal(lambda: sharded.generate_batch([[1, 2 + dist.get_rank()]], **wishes())),
+        refusal(lambda: sharded.generate_batch([[1]], **wishes(), persistent_manager=True)),
+        *(
+            refusal(lambda flag=flag: sharded.generate_batch([[1]], continuous_batching_config=flag))  # type: ignore[misc]
+            for flag in (ContinuousBatchingConfig(**{name: value}) for name, value in flags.items())
+        ),
+    ]
+    with sharded.serve_ranks() as leading:
+        led = (
+            refusal(lambda: sharded.generate_batch([[1]], **wishes())) if leading else "to ranks that follow"
+        )
+    sharded.set_attn_implementation("eager")
+    return [*said, led, refusal(lambda: sharded.generate_batch([[1]], **wishes()))]
+
+
+def one_fails(last: int) -> str:
+    """A rank's scheduler fails in the midst of requests: what all ranks say."""
+    _, sharded = pair("two_kv_heads", timeout=4.0, num_hidden_layers=1)
+    own, steps = BatchingManager._generation_step, []
+
+    def fail(manager: Any) -> None:
+        steps.append(None)
+        if len(steps) > last:
+            raise ValueError("no more steps")
+        own(manager)
+
+    if dist.get_rank() == 1:
+        BatchingManager._generation_step = fail  # type: ignore[method-assign]
+    try:
+        sharded.generate_batch(PROMPTS, **wishes())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        BatchingManager._generation_step = own  # type: ignore[method-assign]
+    return "accepted"

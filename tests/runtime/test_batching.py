@@ -1,0 +1,56 @@
+"""Continuous batching over sharded models: the unsharded model's tokens, from pools of a rank's heads."""
+
+from __future__ import annotations
+
+from tests.helpers.run_ranks import run_spmd
+from tests.on_ranks import batching as spmd
+
+TIMEOUT = 420
+
+
+def test_requests_that_come_and_go() -> None:
+    """Programs for prompts alone, with what was cached, and of a token for that which is left last."""
+    for found in run_spmd(spmd.batches, 2, "two_kv_heads", 2, spmd.PROMPTS, 2, timeout=TIMEOUT):
+        assert found == {"same": [True, True], "programs": [3, 0], "heads": {1}}
+
+
+def test_windows() -> None:
+    """A layer that looks back as far as its window, and one that sees all."""
+    for found in run_spmd(spmd.batches, 2, "cohere2", 2, spmd.PROMPTS[:4], 1, timeout=TIMEOUT):
+        assert found == {"same": [True], "programs": [3], "heads": {2}}
+
+
+def test_one_key_head() -> None:
+    """All ranks hold it."""
+    for found in run_spmd(spmd.batches, 2, "one_kv_head", 1, spmd.PROMPTS[:2], 1, timeout=TIMEOUT):
+        assert found["same"] == [True] and found["heads"] == {1}
+
+
+def test_a_manager() -> None:
+    each = run_spmd(spmd.managed, 2, timeout=TIMEOUT)
+    assert each[0]["sampled"], "of which another rank's unsharded model draws others"
+    for found in each:
+        assert found["one by one"] and found["threads"] == []
+        assert "another thread is in a call" in found["meanwhile"]
+        assert found["after"] <= 1e-5
+
+
+def test_refusals() -> None:
+    expected = [
+        "different calls of generate_batch",
+        "keep a manager",
+        "compile its steps",
+        "compile its steps",
+        "to ranks that follow",
+        "the attention 'eager'",
+    ]
+    for messages in run_spmd(spmd.refusals, 2, timeout=TIMEOUT):
+        for message, part in zip(messages, expected, strict=True):
+            assert part in message
+
+
+def test_a_rank_that_fails() -> None:
+    """All hear of it: the others wait for it as long as they wait for any rank."""
+    first, second = run_spmd(spmd.one_fails, 2, 3, timeout=TIMEOUT)
+    assert "RanksApart" in first
+    assert "no more steps" in second

@@ -1,0 +1,321 @@
+"""transformers' continuous batching over a sharded model: requests come and go, a step takes tokens of many.
+
+The scheduler, the pages of the cache and the sampling are transformers' own. They run on every rank, and
+follow the first one: they are told that the ranks are one model, of which each has its part of the key heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tpcompile.capture.caches.paged import PagedCache, PagedLayer
+from tpcompile.capture.caches.register import register_cache_support
+from tpcompile.capture.held_caches import Held
+from tpcompile.errors import TpCompileError
+from tpcompile.ir.calls import flatten_call, leaf_names
+from tpcompile.ir.hf_internals import ATTN_TYPE_TO_ALLOCATOR, ContinuousBatchingManager, DistributedHelper
+from tpcompile.ranks.agree import alike, compare, together
+from tpcompile.ranks.describe import describe_value
+from tpcompile.ranks.turns import own_turn
+
+from .add_program import add_program
+from .generates_alike import EQUAL, arguments, call_lines
+from .guards import hooks_below
+from .runtime import Runtime
+
+_FEWEST = 2
+"""So many rows of logits are computed at least: sizes of 0 and 1 would be programs of their own."""
+_NOT_READ = ("max_length_q", "logits_processor_args", "logits_indices")
+"""What torch's attention, and so the model, has no use for."""
+
+
+def generate_batch(
+    model: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """See ``ShardedGeneration.generate_batch``."""
+    _refuse_following(model._tp)
+    group = model._tp.group
+    call = arguments(original, args, kwargs)
+
+    def serve() -> Any:
+        results = original(**call)
+        config = call.get("generation_config") or model.generation_config
+        if len(results) < len(call["inputs"]) * (config.num_return_sequences or 1):
+            what = "not all requests were completed"
+            raise TpCompileError(what, where="generate_batch", todo="see what transformers has logged")
+        return results
+
+    with alike(group, "generate_batch", call_lines(model, call)):
+        _refuse_to_keep(call)
+        results = together(group, "generate_batch", serve)
+        found = [f"{name}: {describe_value(one.generated_tokens)}" for name, one in results.items()]
+        compare(group, "generated tokens", found, EQUAL)
+        return results
+
+
+@contextmanager
+def manage(
+    original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[BatchingManager]:
+    """See ``ShardedGeneration.continuous_batching_context_manager``."""
+    _refuse_to_keep(arguments(original, args, kwargs))
+    with original(*args, **kwargs) as manager:
+        yield manager
+    error = manager.background_thread_status.fatal_error
+    if error is not None:
+        raise error
+
+
+def make_manager(
+    model: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> BatchingManager:
+    """See ``ShardedGeneration.init_continuous_batching``."""
+    _refuse_following(model._tp)
+    call = arguments(original, args, kwargs)
+    with alike(model._tp.group, "init_continuous_batching", call_lines(model, call)):
+        _refuse(model, model._tp)
+        register_cache_support()
+        from transformers import ContinuousBatchingConfig
+
+        wishes = call.get("generation_config") or model.generation_config
+        if wishes.eos_token_id is None:
+            wishes.eos_token_id = -1  # none, for transformers' scheduler
+        config = call.get("continuous_batching_config") or ContinuousBatchingConfig()
+        return BatchingManager(model, wishes, config, call.get("workload_hints"))
+
+
+def _refuse_to_keep(call: Mapping[str, Any]) -> None:
+    """Refuses a manager that outlives the call.
+
+    Raises:
+        TpCompileError: it is asked for.
+    """
+    if call.get("persistent_manager"):
+        _cannot("keep a manager for later calls", "persistent_manager", "use init_continuous_batching")
+
+
+def _refuse_following(runtime: Runtime) -> None:
+    """Refuses calls that the other ranks do not make.
+
+    Raises:
+        TpCompileError: they follow this one.
+    """
+    if runtime.leader is not None or runtime.served:
+        _cannot("be told to ranks that follow", "serve_ranks", "call it on all ranks, outside of serve_ranks")
+
+
+def _cannot(what: str, where: str, todo: str) -> NoReturn:
+    raise TpCompileError(f"continuous batching of a sharded model cannot {what}", where=where, todo=todo)
+
+
+def _refuse(model: Any, runtime: Runtime) -> None:
+    """Refuses models that cannot be served.
+
+    Raises:
+        TpCompileError: this one cannot.
+    """
+    import transformers
+
+    instead = "use generate with a batch of prompts"
+    if ATTN_TYPE_TO_ALLOCATOR is None:
+        _cannot(f"use the paged cache of transformers {transformers.__version__}", "generate_batch", instead)
+    attention = model.config.get_text_config()._attn_implementation
+    if attention != "sdpa":
+        _cannot(f"use the attention {attention!r}", "attn_implementation", 'load it with "sdpa"')
+    if runtime.layout is None:
+        _cannot("begin with a model of which nothing was captured yet", "programs", "call the model before")
+    if runtime.composed or runtime.foreign or hooks_below(model, "", runtime.hooks):
+        _cannot("run a model that is not captured as a whole", "hooks or parts that run as python", instead)
+
+
+class BatchingManager(ContinuousBatchingManager):
+    """A manager of requests whose steps are programs.
+
+    Args:
+        model: the sharded model.
+        generation_config: as transformers' own has it.
+        continuous_batching_config: likewise.
+        workload_hints: likewise.
+
+    Raises:
+        TpCompileError: it is to compile, to record CUDA graphs, or to prepare a step during another.
+    """
+
+    def __init__(
+        self, model: Any, generation_config: Any, continuous_batching_config: Any, workload_hints: Any
+    ) -> None:
+        super().__init__(model, generation_config, continuous_batching_config, workload_hints)
+        made = self.continuous_batching_config
+        compiled = made.varlen_compile_config is not None or made.decode_compile_config is not None
+        if compiled or any(made.cuda_graph_booleans) or made.use_async_batching:
+            _cannot(
+                "compile its steps, record them as CUDA graphs or prepare them ahead",
+                "continuous_batching_config",
+                "leave compile configurations, use_cuda_graph and use_async_batching off",
+            )
+        self._runtime: Runtime = model._tp
+        self._step = _Step(model)
+        self.distributed_helper = _one_model(self._runtime, made.cpu_group_timeout, self._divided())
+        self.is_tp_driver = self.distributed_helper.is_tp_driver
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        """The attention stays as it is."""
+
+    def start(self) -> None:
+        """As transformers' own.
+
+        Raises:
+            TpCompileError: another thread is in a call.
+        """
+        with own_turn(self._runtime.group_name):
+            pass  # it is free for the thread that is started
+        super().start()
+
+    def _run_generation_loop(self, use_inference_mode: bool) -> None:
+        """Holds the ranks' turn: a call of the model by another thread is refused meanwhile."""
+        try:
+            with own_turn(self._runtime.group_name):
+                super()._run_generation_loop(use_inference_mode)
+        except TpCompileError as error:
+            self._handle_critical_error(error, None)
+            self.background_thread_status.mark_as_stopped()
+
+    def _create_batch_processor(self) -> Any:
+        made = super()._create_batch_processor()
+        runtime, view = self._runtime, {"cache": PagedCache.of(made.cache)}
+        assert runtime.layout is not None, "a model without a layout is refused"
+        place, parts = ((1, 0), self.distributed_helper.tp_size) if self._divided() else (None, 1)
+        places = (place,) * len(runtime.layout.axis_sizes)
+        for name, rows in zip(leaf_names(view), flatten_call(view)[0], strict=True):
+            _, heads, features = rows.shape
+            runtime.caches[name] = Held(((), (heads * parts,), (features,)), places)
+        return made
+
+    def _divided(self) -> bool:
+        """Whether each rank has some of the key heads; otherwise all ranks have all of them."""
+        config, group = self.model.config.get_text_config(), self._runtime.group
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return group is not None and heads % group.size() == 0
+
+    def _generation_step(self) -> None:
+        self.batch_processor._generation_step(self._step)
+
+
+def _one_model(runtime: Runtime, timeout: float | None, divided: bool) -> Any:
+    """Has the ranks follow the first one, as those of transformers' own plans do; all of them call this.
+
+    Args:
+        runtime: the model's.
+        timeout: seconds that they wait for each other between steps.
+        divided: whether each has a part of the cache.
+    """
+    axis = runtime.compiler.axis
+    if axis is None:
+        return DistributedHelper(None, timeout)
+    group = axis.group
+    mesh = SimpleNamespace(
+        mesh_dim_names=None, size=group.size, get_group=lambda: group, get_local_rank=group.rank
+    )
+    names = ("k_proj", "v_proj") if divided else ()
+    made: Any = DistributedHelper(mesh, timeout, {f"layers.*.self_attn.{name}": "" for name in names})
+    made.dp_rank = axis.replica  # which of several models: it tells their random numbers apart
+    return made
+
+
+class _Step:
+    """A sharded model, as transformers calls it for a step."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._seen: set[tuple[bool, ...]] = set()
+
+    def _supports_logits_to_keep(self) -> bool:
+        supports: bool = self._model._supports_logits_to_keep()
+        return supports
+
+    def __call__(self, **batch: Any) -> Any:
+        call = _call_of(batch)
+        kept = batch.get("logits_to_keep")
+        with _stepping(self._model._tp):
+            self._see(call)
+            result = self._model(**call)
+        if kept is not None:
+            result.logits = result.logits[:, : len(kept)]
+        return result
+
+    def _see(self, call: dict[str, Any]) -> None:
+        """Captures the first call of its kind with sizes that have nothing to do with each other.
+
+        As many tokens as requests, say, would be a program for that alone.
+        """
+        kind = (call["input_ids"].shape[1] > 1, *(len(rows) > 0 for rows in call["read_index"]))
+        if kind in self._seen:
+            return
+        runtime: Runtime = self._model._tp
+        bound = runtime.bind((), call)
+        leaves, spec = flatten_call(bound)
+        if runtime.find(tuple(bound), leaves, spec, self._model.training) is None:
+            add_program(runtime, self._model, runtime.bind((), _typical(call)))
+        self._seen.add(kind)
+
+
+@contextmanager
+def _stepping(runtime: Runtime) -> Iterator[None]:
+    """For a step: programs run as they are, since compilers take tensors to lie apart."""
+    before = runtime.compile_options, runtime.generating
+    runtime.compile_options, runtime.generating = None, True
+    try:
+        with own_turn(runtime.group_name):
+            yield
+    finally:
+        runtime.compile_options, runtime.generating = before
+
+
+def _call_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a step: without what is not read, and with the cache in a form that programs know.
+
+    Numbers that are not read would be programs of their own.
+    """
+    call = {name: value for name, value in batch.items() if name not in _NOT_READ}
+    call["cache"] = PagedCache.of(batch["cache"])
+    call["max_length_k"] = dict.fromkeys(batch["max_length_k"])
+    if (kept := batch.get("logits_to_keep")) is not None:
+        call["logits_to_keep"] = pad(kept, (0, max(_FEWEST - len(kept), 0)))
+    return call
+
+
+def _typical(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A step like another one, without values, with sizes that differ from each other; 0 and 1 stay."""
+    layers = call["cache"].layers
+    tokens = 7 if call["input_ids"].shape[1] > 1 else 1
+    reads = [11 + 2 * i if len(rows) else 0 for i, rows in enumerate(call["read_index"])]
+    attended = {layer.kind: reads[layer.index] or tokens for layer in layers}
+    masks = call["attention_mask"]
+    like: dict[str, Any] = {
+        "cache": PagedCache([_rows_like(layer, 100 + 2 * place) for place, layer in enumerate(layers)]),
+        "read_index": [one.new_zeros(size) for one, size in zip(call["read_index"], reads, strict=True)],
+        "write_index": [one.new_zeros(tokens) for one in call["write_index"]],
+        "cu_seq_lens_k": {kind: one.new_zeros(4) for kind, one in call["cu_seq_lens_k"].items()},
+        "cu_seq_lens_q": call["cu_seq_lens_q"].new_zeros(4),
+    }
+    like |= {name: call[name].new_zeros(1, tokens) for name in ("input_ids", "position_ids")}
+    if isinstance(masks, Tensor):  # all layers attend alike
+        like["attention_mask"] = masks.new_zeros(1, 1, tokens, *attended.values())
+    else:
+        like["attention_mask"] = {k: m.new_zeros(1, 1, tokens, attended[k]) for k, m in masks.items()}
+    if "logits_to_keep" in call:
+        like["logits_to_keep"] = call["logits_to_keep"].new_zeros(5)
+    return {**call, **like}
+
+
+def _rows_like(layer: PagedLayer, count: int) -> PagedLayer:
+    made = PagedLayer(*layer.facts)
+    made.keys = layer.keys.new_empty((count, *layer.keys.shape[1:]), device="meta")
+    made.values = layer.values.new_empty((count + 1, *layer.values.shape[1:]), device="meta")
+    return made
