@@ -115,6 +115,9 @@ def _generation() -> Names:
         "StaticCache": transformers.StaticCache,
         "prompt": names["ids"],
         "token": names["ids"][:, :1],
+        "prompts": [[1, 2, 3], [4, 5]],
+        "GenerationConfig": transformers.GenerationConfig,
+        "ContinuousBatchingConfig": transformers.ContinuousBatchingConfig,
     }
 
 

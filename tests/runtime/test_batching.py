@@ -10,13 +10,13 @@ TIMEOUT = 420
 
 def test_requests_that_come_and_go() -> None:
     """Programs for prompts alone, with what was cached, and of a token for that which is left last."""
-    for found in run_spmd(spmd.batches, 2, "two_kv_heads", 2, spmd.PROMPTS, 2, timeout=TIMEOUT):
+    for found in run_spmd(spmd.batches, 2, "two_kv_heads", 1, spmd.PROMPTS, 2, timeout=TIMEOUT):
         assert found == {"same": [True, True], "programs": [3, 0], "heads": {1}}
 
 
 def test_windows() -> None:
     """A layer that looks back as far as its window, and one that sees all."""
-    for found in run_spmd(spmd.batches, 2, "cohere2", 2, spmd.PROMPTS[:4], 1, timeout=TIMEOUT):
+    for found in run_spmd(spmd.batches, 2, "cohere2", 2, spmd.PROMPTS[:3], 1, timeout=TIMEOUT):
         assert found == {"same": [True], "programs": [3], "heads": {2}}
 
 
