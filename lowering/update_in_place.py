@@ -35,13 +35,13 @@ def update_in_place(module: GraphModule, outputs: Sequence[OutputSpec], given: M
     copied: list[tuple[Node, Node]] = []
     for i, spec in enumerate(outputs):
         old, new = given.get(spec.name), results[i]
-        if is_pooled(spec.name) and new is not old and (old is None or not _write(graph, old, new)):
-            raise TpCompileError(
-                "what a layer writes into a paged cache cannot be written where this rank has its rows",
-                where=spec.name,
-                todo="use generate with a batch of prompts",
-            )
         if is_pooled(spec.name):
+            if new is not old and (old is None or not _write(graph, old, new)):
+                raise TpCompileError(
+                    "what a layer writes into a paged cache cannot be written where this rank has its rows",
+                    where=spec.name,
+                    todo="use generate with a batch of prompts",
+                )
             results[i] = old
             continue
         if not spec.in_place or old is None or new is old or not _alike(old, new):
