@@ -193,7 +193,7 @@ class BatchingManager(ContinuousBatchingManager):
         """Whether each rank has some of the key heads; otherwise all ranks have all of them."""
         config, group = self.model.config.get_text_config(), self._runtime.group
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return group is not None and heads % group.size() == 0
+        return group is not None and group.size() > 1 and heads % group.size() == 0
 
     def _generation_step(self) -> None:
         self.batch_processor._generation_step(self._step)
