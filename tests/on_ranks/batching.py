@@ -59,8 +59,12 @@ def batches(name: str, layers: int, prompts: list[list[int]], calls: int) -> dic
     return found
 
 
-def managed() -> dict[str, Any]:
-    """Sampled requests; some that come one after the other, and what another thread may do meanwhile."""
+def managed(folder: str) -> dict[str, Any]:
+    """Sampled requests; some that come one after the other; what else may be done meanwhile, and afterwards.
+
+    Args:
+        folder: for the programs, of which those over pages are not saved.
+    """
     whole, sharded = pair("two_kv_heads", num_hidden_layers=1)
     found: dict[str, Any] = {}
     drawn = {"do_sample": True, "num_return_sequences": 2}
@@ -77,9 +81,12 @@ def managed() -> dict[str, Any]:
         found["one by one"] = mine == theirs
         found["meanwhile"] = refusal(lambda: sharded(**families.causal_inputs()))
     found["threads"] = [thread.name for thread in threading.enumerate() if "generation_loop" in thread.name]
+    sharded.save_program(folder)
+    loaded = tpcompile.load_program(folder, mesh())
+    found["loaded"] = refusal(lambda: loaded.loop.generate_batch(PROMPTS))
     with torch.no_grad():
-        error = (sharded(**families.causal_inputs()).logits - whole(**families.causal_inputs()).logits).abs()
-    found["after"] = float(error.max())
+        results = [model(**families.causal_inputs()).logits for model in (whole, sharded, loaded)]
+    found["after"] = max(float((result - results[0]).abs().max()) for result in results)
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import batching as spmd
 
@@ -26,12 +28,13 @@ def test_one_key_head() -> None:
         assert found["same"] == [True] and found["heads"] == {1}
 
 
-def test_a_manager() -> None:
-    each = run_spmd(spmd.managed, 2, timeout=TIMEOUT)
+def test_a_manager(tmp_path: Path) -> None:
+    each = run_spmd(spmd.managed, 2, str(tmp_path), timeout=TIMEOUT)
     assert each[0]["sampled"], "of which another rank's unsharded model draws others"
     for found in each:
         assert found["one by one"] and found["threads"] == []
         assert "another thread is in a call" in found["meanwhile"]
+        assert "nor when it was saved" in found["loaded"]
         assert found["after"] <= 1e-5
 
 
