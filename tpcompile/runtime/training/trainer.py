@@ -101,6 +101,13 @@ class ShardedTraining(Trainer):
         """Whether this is the first rank of all."""
         return self._data_ranks.first
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As of any trainer; transformers 5.17 leaves out the ranks that write nothing."""
+        if self.args.should_save:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Every rank takes part; one writes."""
         output_dir = output_dir if output_dir is not None else self.args.output_dir
