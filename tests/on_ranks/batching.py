@@ -19,10 +19,10 @@ from tpcompile.runtime.batching import BatchingManager
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11, 12], [3], [5] * 13, [2, 9, 4, 4, 1], [7, 7]]
 
 
-def pair(name: str, timeout: float = 60.0, **fields: Any) -> tuple[Any, Any]:
-    """The whole model and the sharded one, both with the attention that continuous batching takes here."""
-    model = build(name, **fields)
-    model.set_attn_implementation("sdpa")
+def pair(name: str, layers: int = 1, attention: str = "sdpa", timeout: float = 60.0) -> tuple[Any, Any]:
+    """The whole model and the sharded one."""
+    model = build(name, num_hidden_layers=layers)
+    model.set_attn_implementation(attention)
     whole = copy.deepcopy(model)
     given = {"example_kwargs": families.causal_inputs(), "timeout": timeout}
     return whole, tpcompile.parallelize(model, mesh(), **given)
@@ -44,9 +44,9 @@ def tokens(results: dict[str, Any]) -> list[list[int]]:
     return [one.generated_tokens for one in results.values()]
 
 
-def batches(name: str, layers: int, prompts: list[list[int]], calls: int) -> dict[str, Any]:
+def batches(name: str, layers: int, attention: str, prompts: list[list[int]], calls: int) -> dict[str, Any]:
     """Whether tokens are the same, the programs that calls took, the key heads in the pool of a rank."""
-    whole, sharded = pair(name, num_hidden_layers=layers)
+    whole, sharded = pair(name, layers, attention)
     theirs = tokens(whole.generate_batch(prompts, **wishes()))
     found: dict[str, Any] = {"same": [], "programs": []}
     for _ in range(calls):
@@ -56,6 +56,7 @@ def batches(name: str, layers: int, prompts: list[list[int]], calls: int) -> dic
     with sharded.continuous_batching_context_manager(**wishes()) as manager:
         cache = manager.batch_processor.cache
         found["heads"] = {one.num_key_value_heads for one in cache.cache_allocators.values()}
+    assert sharded.config._attn_implementation == attention, "over pages it has another name"
     return found
 
 
@@ -65,7 +66,7 @@ def managed(folder: str) -> dict[str, Any]:
     Args:
         folder: for the programs, of which those over pages are not saved.
     """
-    whole, sharded = pair("two_kv_heads", num_hidden_layers=1)
+    whole, sharded = pair("two_kv_heads")
     found: dict[str, Any] = {}
     drawn = {"do_sample": True, "num_return_sequences": 2}
     theirs = tokens(whole.generate_batch(PROMPTS[:3], **wishes(**drawn)))
@@ -92,7 +93,7 @@ def managed(folder: str) -> dict[str, Any]:
 
 def refusals() -> list[str]:
     """Calls that must be refused on all ranks, before anything is sent."""
-    _, sharded = pair("two_kv_heads", num_hidden_layers=1)
+    _, sharded = pair("two_kv_heads")
     flags = {"use_async_batching": True, "default_compile_level": 1}
     said = [
         refusal(lambda: sharded.generate_batch([[1, 2 + dist.get_rank()]], **wishes())),
@@ -106,13 +107,13 @@ def refusals() -> list[str]:
         led = (
             refusal(lambda: sharded.generate_batch([[1]], **wishes())) if leading else "to ranks that follow"
         )
-    sharded.set_attn_implementation("eager")
+    sharded.set_attn_implementation("flex_attention")
     return [*said, led, refusal(lambda: sharded.generate_batch([[1]], **wishes()))]
 
 
 def one_fails(last: int) -> str:
     """A rank's scheduler fails in the midst of requests: what all ranks say."""
-    _, sharded = pair("two_kv_heads", timeout=4.0, num_hidden_layers=1)
+    _, sharded = pair("two_kv_heads", timeout=4.0)
     own, steps = BatchingManager._generation_step, []
 
     def fail(manager: Any) -> None:

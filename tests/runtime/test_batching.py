@@ -12,19 +12,19 @@ TIMEOUT = 420
 
 def test_requests_that_come_and_go() -> None:
     """Programs for prompts alone, with what was cached, and of a token for that which is left last."""
-    for found in run_spmd(spmd.batches, 2, "two_kv_heads", 1, spmd.PROMPTS, 2, timeout=TIMEOUT):
+    for found in run_spmd(spmd.batches, 2, "two_kv_heads", 1, "sdpa", spmd.PROMPTS, 2, timeout=TIMEOUT):
         assert found == {"same": [True, True], "programs": [3, 0], "heads": {1}}
 
 
 def test_windows() -> None:
-    """A layer that looks back as far as its window, and one that sees all."""
-    for found in run_spmd(spmd.batches, 2, "cohere2", 2, spmd.PROMPTS[:3], 1, timeout=TIMEOUT):
+    """A layer that looks back as far as its window, and one that sees all, with sinks."""
+    for found in run_spmd(spmd.batches, 2, "gpt_oss", 2, "eager", spmd.PROMPTS[:3], 1, timeout=TIMEOUT):
         assert found == {"same": [True], "programs": [2], "heads": {2}}
 
 
 def test_one_key_head() -> None:
     """All ranks hold it."""
-    for found in run_spmd(spmd.batches, 2, "one_kv_head", 1, spmd.PROMPTS[:2], 1, timeout=TIMEOUT):
+    for found in run_spmd(spmd.batches, 2, "one_kv_head", 1, "sdpa", spmd.PROMPTS[:2], 1, timeout=TIMEOUT):
         assert found["same"] == [True] and found["heads"] == {1}
 
 
@@ -45,7 +45,7 @@ def test_refusals() -> None:
         "compile its steps",
         "compile its steps",
         "to ranks that follow",
-        "the attention 'eager'",
+        "the attention 'flex_attention'",
     ]
     for messages in run_spmd(spmd.refusals, 2, timeout=TIMEOUT):
         for message, part in zip(messages, expected, strict=True):

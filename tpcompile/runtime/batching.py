@@ -118,8 +118,8 @@ def _refuse(model: Any, runtime: Runtime) -> None:
     if ATTN_TYPE_TO_ALLOCATOR is None:
         _cannot(f"use the paged cache of transformers {transformers.__version__}", "generate_batch", instead)
     attention = model.config.get_text_config()._attn_implementation
-    if attention != "sdpa":
-        _cannot(f"use the attention {attention!r}", "attn_implementation", 'load it with "sdpa"')
+    if attention not in ("sdpa", "eager"):
+        _cannot(f"use the attention {attention!r}", "attn_implementation", 'load it with "sdpa" or "eager"')
     if runtime.layout is None:
         _cannot("begin with a model of which nothing was captured yet", "programs", "call the model before")
     if runtime.composed or runtime.foreign or hooks_below(model, "", runtime.hooks):
@@ -157,7 +157,8 @@ class BatchingManager(ContinuousBatchingManager):
         self.is_tp_driver = self.distributed_helper.is_tp_driver
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
-        """The attention stays as it is."""
+        """The attention stays as it is, but for the name that transformers has for it over pages."""
+        super().switch_to_cb_friendly_attn(model, auto_switch_to_flash=False)
 
     def start(self) -> None:
         """As transformers' own.
