@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -448,6 +451,25 @@ class Draws(nn.Module):
         return nn.functional.dropout(self.mlp(x), 0.5, training=True)
 
 
+def _turns_of_others(act: Callable[[], Any]) -> int:
+    """How often another thread, which asks for it every hundredth of a second, has its turn meanwhile."""
+    turns, done = 0, threading.Event()
+
+    def count() -> None:
+        nonlocal turns
+        while not done.wait(0.01):
+            turns += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        act()
+    finally:
+        done.set()
+        thread.join()
+    return turns
+
+
 def packages(folder: str) -> dict[str, Any]:
     """A program with native code: what it gives, for which sizes it runs, and what is refused."""
     torch.manual_seed(0)
@@ -469,6 +491,10 @@ def packages(folder: str) -> dict[str, Any]:
         torch.testing.assert_close(loaded(x), sharded(x))
         packaged = len(ran)
         same = torch.equal(loaded(x[:2]), sharded(x[:2])) and len(ran) == packaged
+        dist.barrier()
+        late = 1.0 if dist.get_rank() else 0.0
+        time.sleep(late)
+        turns = _turns_of_others(lambda: loaded(x))
         plain = tpcompile.load_program(folder, mesh())
         untouched = torch.equal(plain(x), sharded(x)) and all(each.package is None for each in plain.calls)
         sharded.save_program(folder)
@@ -478,7 +504,5 @@ def packages(folder: str) -> dict[str, Any]:
         drawn = refusal(lambda: draws.save_program(folder, package=True))
         assert torch.equal(tpcompile.load_program(folder, mesh())(x), sharded(x))  # it is still there
     without = refusal(lambda: tpcompile.load_program(folder, mesh(), package=True))
-    return {"packaged": packaged, "same": same, "untouched": untouched, "without": without} | {
-        "refused": refused,
-        "drawn": drawn,
-    }
+    found = {"turns": turns, "late": late, "packaged": packaged, "same": same, "untouched": untouched}
+    return found | {"without": without, "refused": refused, "drawn": drawn}

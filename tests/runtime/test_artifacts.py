@@ -145,6 +145,7 @@ def test_damaged_and_made_up_folders(tmp_path: Path) -> None:
 def test_packages_are_native_code_for_the_sizes_that_were_saved(tmp_path: Path) -> None:
     for found in run_spmd(artifacts.packages, 2, str(tmp_path / "program"), timeout=400):
         assert found["packaged"] == 1
+        assert found["late"] or found["turns"] > 20  # who waits for another rank does not keep python's lock
         assert found["same"] and found["untouched"]  # other sizes, and who did not ask, run the graph
         assert "saved without packages" in found["without"] and "hands on" in found["refused"]
         assert "draws random numbers" in found["drawn"]
