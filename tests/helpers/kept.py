@@ -10,16 +10,7 @@ import transformers as hf
 
 from tests.helpers import quantised
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+SIZES = quantised.SIZES | {"hidden_size": 128}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LATENT = {
     "kv_lora_rank": 20,

@@ -12,6 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+"""Of small models whose weights are quantised."""
+
 E4M3 = torch.float8_e4m3fn
 KEPT = ("embed", "lm_head", "norm", ".gate.weight")  # parts of the names of weights that stay as they are
 

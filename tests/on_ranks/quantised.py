@@ -23,20 +23,11 @@ from torchao.quantization.granularity import PerGroup
 from transformers import LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 import tpcompile
+from tests.helpers.quantised import SIZES
 from tests.on_ranks.module_life import refusal
 
 from .models import mesh
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 IDS = torch.randint(1, 64, (2, 6), generator=torch.Generator().manual_seed(1))
 CALL = {"input_ids": IDS, "use_cache": False}
 KINDS = {

@@ -84,33 +84,34 @@ def is_wrapped(tensor: Any) -> bool:
 def taken_apart(model: nn.Module) -> dict[str, list[str]]:
     """Per name of a weight that is taken apart the names of its parts, the largest one first."""
     found: dict[str, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        apart: dict[str, Wrapping] = module.__dict__.get(APART, {})
-        for name, wrapping in apart.items():
-            parts = sorted(wrapping.leaves(), key=lambda part: -getattr(module, part).numel())
-            found[prefix + name] = [prefix + part for part in parts]
+    for module, prefix, name, wrapping in _wrappings(model, every_name=True):
+        parts = sorted(wrapping.leaves(), key=lambda part: -getattr(module, part).numel())
+        found[prefix + name] = [prefix + part for part in parts]
     return found
 
 
 def wholes(model: nn.Module) -> dict[str, Tensor]:
     """The weights that are taken apart, put together."""
-    return {
-        f"{path}.{name}" if path else name: wrapping.whole(module)
-        for path, module in model.named_modules()
-        for name, wrapping in module.__dict__.get(APART, {}).items()
-    }
+    return {prefix + name: wrapping.whole(module) for module, prefix, name, wrapping in _wrappings(model)}
 
 
 def joined(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors by name, those that are parts of a weight put together."""
     found = dict(tensors)
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        for name, wrapping in module.__dict__.get(APART, {}).items():
-            if all(prefix + part in found for part in wrapping.leaves()):  # else it is tied to another one
-                found[prefix + name] = wrapping.of(lambda part, at=prefix: found.pop(at + part))
+    for _, prefix, name, wrapping in _wrappings(model):
+        if all(prefix + part in found for part in wrapping.leaves()):  # else it is tied to another one
+            parts = {part: found.pop(prefix + part) for part in wrapping.leaves()}
+            found[prefix + name] = wrapping.of(parts.__getitem__)
     return found
+
+
+def _wrappings(
+    model: nn.Module, *, every_name: bool = False
+) -> Iterator[tuple[nn.Module, str, str, Wrapping]]:
+    """The weights that are taken apart: their module, what its names begin with, their name there."""
+    for path, module in model.named_modules(remove_duplicate=not every_name):
+        for name, wrapping in module.__dict__.get(APART, {}).items():
+            yield module, f"{path}." if path else "", name, wrapping
 
 
 def unwrapped_copy(model: Any) -> Any:

@@ -47,7 +47,6 @@ def ask_by_mode(kind: Any, dispatch: Callable[..., Any]) -> None:
         kind: the class: it gets a ``__torch_function__``.
         dispatch: what an operator does: it takes the class, the operator, its arguments, and those by name.
     """
-    from torch import autograd
 
     def asks(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with AskingMode(kind, dispatch):
@@ -62,6 +61,6 @@ def ask_by_mode(kind: Any, dispatch: Callable[..., Any]) -> None:
         with AskingMode(kind, dispatch):
             return engine(*args, **kwargs)
 
+    autograd: Any = torch.autograd
+    engine, autograd._engine_run_backward = autograd._engine_run_backward, runs
     kind.__torch_function__ = classmethod(asks)
-    engine: Any = autograd._engine_run_backward  # type: ignore[attr-defined]
-    autograd._engine_run_backward = runs  # type: ignore[attr-defined]

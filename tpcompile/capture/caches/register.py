@@ -76,12 +76,16 @@ def _make_cache(kind: Any, layers: Sequence[Parts], context: _Context) -> Any:
     if not context:
         Cache.__init__(cache, layer_class_to_replicate=DynamicLayer)
     else:
-        Cache.__init__(cache, layers=[make_layer(p, c) for p, c in zip(layers, context, strict=True)])
+        Cache.__init__(cache, layers=_make_layers(layers, context))
     return cache
 
 
 def _make_paged(layers: Sequence[Parts], context: _Context) -> PagedCache:
-    return PagedCache([make_layer(p, c) for p, c in zip(layers, context, strict=True)])
+    return PagedCache(_make_layers(layers, context))
+
+
+def _make_layers(layers: Sequence[Parts], context: _Context) -> list[Any]:
+    return [make_layer(parts, facts) for parts, facts in zip(layers, context, strict=True)]
 
 
 def is_cache(value: Any) -> bool:

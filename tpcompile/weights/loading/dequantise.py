@@ -15,7 +15,7 @@ from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig, HfQ
 from tpcompile.capture.export.default_example import parts_of_config
 from tpcompile.errors import TpCompileError, refusing
 
-from .keep_blocks import KeptBlocks, finish_kept, keep_blocks, kept_by
+from .keep_blocks import KeptBlocks, as_list, finish_kept, keep_blocks, kept_by
 from .read_bitsandbytes import of_matrices
 
 _FIELD = "quantization_config"
@@ -218,13 +218,13 @@ def _of_whole_blocks(operation: Any, block: tuple[int, ...]) -> Any:
             whole, sizes = dict(input_dict), {}
             for key, value in input_dict.items():
                 if key + _SCALE in input_dict:
-                    weights, scales = _list(value), _list(input_dict[key + _SCALE])
+                    weights, scales = as_list(value), as_list(input_dict[key + _SCALE])
                     whole[key] = [_fill(w, s, block) for w, s in zip(weights, scales, strict=True)]
                     if any(w is not old for w, old in zip(whole[key], weights, strict=True)):
                         sizes[full_layer_name if key == "weight" else key] = [w.shape[-2:] for w in weights]
             found = super().convert(whole, full_layer_name=full_layer_name, **kwargs)
             for key, old in sizes.items():
-                found[key] = [t[..., :n, :m] for t, (n, m) in zip(_list(found[key]), old, strict=True)]
+                found[key] = [t[..., :n, :m] for t, (n, m) in zip(as_list(found[key]), old, strict=True)]
             return found
 
     return OfWholeBlocks
@@ -254,17 +254,13 @@ def _of_as_many_rows(operation: Any) -> Any:
                 weights = input_dict.get(name, input_dict.get(f"{name}_packed"))
                 if key == name or weights is None:
                     continue
-                for weight, scales in zip(_list(weights), _list(input_dict[key]), strict=True):
+                for weight, scales in zip(as_list(weights), as_list(input_dict[key]), strict=True):
                     if scales.ndim != 2 or scales.shape[0] != weight.shape[0]:
                         given = f"scales of shape {list(scales.shape)}"
                         raise ValueError(f"{given} for a weight of {weight.shape[0]} rows")
             return super().convert(input_dict, **kwargs)
 
     return OfAsManyRows
-
-
-def _list(value: Tensor | list[Tensor]) -> list[Tensor]:
-    return value if isinstance(value, list) else [value]
 
 
 def _fill(weight: Tensor, scales: Tensor, block: tuple[int, ...]) -> Tensor:

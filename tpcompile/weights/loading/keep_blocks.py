@@ -88,11 +88,11 @@ def keep_blocks(quantizer: HfQuantizer, kept: KeptBlocks) -> None:
                 if key.endswith(kept.scales) or _ACTIVATIONS in key:
                     kept.left_out |= {full_layer_name} if _ACTIVATIONS in key else set()
                     continue
-                weights, scales = _list(value), input_dict.get(key.removesuffix(kept.bits) + kept.scales)
+                weights, scales = as_list(value), input_dict.get(key.removesuffix(kept.bits) + kept.scales)
                 if scales is None:
                     weights = [weight.to(dtype) for weight in weights]
                 else:
-                    pairs = zip(weights, _list(scales), strict=True)
+                    pairs = zip(weights, as_list(scales), strict=True)
                     weights = [kept.weight(*pair, dtype) for pair in pairs]
                     kept.names.add(full_layer_name)
                 single = key == "weight" or kept.bits
@@ -108,7 +108,8 @@ def kept_by(quantizer: Any) -> KeptBlocks | None:
     return getattr(quantizer, "kept", None)
 
 
-def _list(value: Any) -> list[Tensor]:
+def as_list(value: Any) -> list[Tensor]:
+    """What a conversion is given for a pattern: one tensor, or several."""
     return value if isinstance(value, list) else [value]
 
 
