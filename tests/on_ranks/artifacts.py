@@ -192,6 +192,10 @@ def folders(folder: str) -> dict[str, Any]:
         parts: Any = tpcompile.parallelize(InParts(), mesh(), (x,), compose=True)
         parts(x)
     found["parts"] = refusal(lambda: parts.save_program(str(manifest.parent)))
+    hasty = tpcompile.load_program(manifest.parent, mesh(), timeout=2)
+    found["one refuses"] = refusal(lambda: hasty(x.double() if rank else x))
+    found["after"] = [torch.equal(hasty(x), wanted[0]) for _ in "ab"]  # no orders are compared at the third
+    found["one refuses what others run"] = refusal(lambda: hasty(x.double() if rank else x))
     return found
 
 

@@ -112,11 +112,15 @@ def test_what_is_kept_for_generating(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_folders_of_others_and_orders_of_calls(tmp_path: Path) -> None:
-    for found in run_spmd(artifacts.folders, 2, str(tmp_path)):
+    for rank, found in enumerate(run_spmd(artifacts.folders, 2, str(tmp_path))):
         assert "something else in the folder" in found["foreign"] and found["kept"] == ["{}", "{}"]
         assert "no room" in found["full"] and "unfinished" in found["unfinished"]
         assert found["same"]
         assert "orders of calls" in found["order"] and "programs alone" in found["parts"]
+        for case, is_to in (("one refuses", "is to"), ("one refuses what others run", "was to")):
+            told = f"rank 1 {is_to} refuse a call of saved Mlp: no program was saved for such a call"
+            assert found[case].startswith("no program was saved") if rank else told in found[case], case
+        assert all(found["after"])
 
 
 def test_a_parameter_among_the_arguments(tmp_path: Path) -> None:

@@ -73,6 +73,29 @@ def share_failure(
         raise failure
 
 
+@contextmanager
+def telling_refusals(group: dist.ProcessGroup, what: str) -> Iterator[None]:
+    """Around what a rank looks at before it talks: if it refuses, those that compare hear of it at once.
+
+    Those that run something already wait for it until the time limit, as this rank does; then both know.
+
+    Args:
+        group: the ranks.
+        what: is called.
+
+    Raises:
+        TpCompileError: this rank's own.
+    """
+    try:
+        yield
+    except TpCompileError as error:
+        try:
+            exchange(group, f"refuse {what}: {error.what}", None)
+        except RanksApart as apart:  # the others have not refused it, or for another reason
+            raise error from apart
+        raise
+
+
 def from_first(group: dist.ProcessGroup | None, make: Callable[[], T], what: str = "make the plan") -> T:
     """The first rank's result, on every rank.
 

@@ -20,6 +20,7 @@ from tpcompile.ir.calls import CallSignature, Sizes, flatten_call, identical, le
 from tpcompile.ir.torch_internals import TreeSpec
 from tpcompile.ir.units import size_text
 from tpcompile.planner.plan import Plan
+from tpcompile.ranks.agree import telling_refusals
 from tpcompile.ranks.compare_calls import MOST_SIZES, compare_call, compare_sizes
 from tpcompile.ranks.compare_order import compare_order, number_of_model
 from tpcompile.ranks.lost_ranks import telling
@@ -164,11 +165,13 @@ class LoadedProgram:
             TpCompileError: no program was saved for such a call; gradients are wanted; ranks differ.
         """
         with own_turn(self._axis.group_name):
-            bound = self._signature.bind_or_refuse(args, kwargs, self.name)
-            leaves, spec = flatten_call(bound)
-            self._check(leaves)
-            call = self._find(bound, leaves, spec)
-            group, place = self._axis.group, self.calls.index(call)
+            group = self._axis.group
+            with telling_refusals(group, f"a call of saved {self.name}"):
+                bound = self._signature.bind_or_refuse(args, kwargs, self.name)
+                leaves, spec = flatten_call(bound)
+                self._check(leaves)
+                call = self._find(bound, leaves, spec)
+            place = self.calls.index(call)
             if (sizes := sizes_of_call(leaves, call.loose)) not in call.seen:
                 names = leaf_names(bound)
                 whole = [names[at] for at in call.loose], [leaves[at] for at in call.loose]
