@@ -199,6 +199,27 @@ def folders(folder: str) -> dict[str, Any]:
     return found
 
 
+def replicas(folder: str) -> list[str]:
+    """What replicas hear: the folder is there when they go on; it is not; they name different ones."""
+    axes = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    sharded = tpcompile.parallelize(Mlp().eval(), axes, (torch.randn(3, 12),), axis="tp")
+    x, replica = torch.randn(2, 12), axes.get_local_rank("dp")
+
+    def save_and_load() -> None:
+        sharded.save_program(folder)
+        loaded = tpcompile.load_program(folder, axes, axis="tp")
+        assert torch.equal(loaded(x), sharded(x)), "the programs are the same"
+
+    said = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_program, "save_file", lambda *args: (time.sleep(1), save_file(*args)))
+        said.append(refusal(save_and_load))
+        patch.setattr(save_program, "save_file", _no_room)
+        said.append(refusal(save_and_load))
+        said.append(refusal(lambda: sharded.save_program(f"{folder}-{replica}")))
+        return said
+
+
 def gradients(folder: str) -> tuple[bool, list[str]]:
     """A program that asks whether gradients are recorded: whether it is right without, and what is said."""
     sharded: Any = tpcompile.parallelize(AsksGradients().eval(), mesh())

@@ -123,6 +123,13 @@ def test_folders_of_others_and_orders_of_calls(tmp_path: Path) -> None:
         assert all(found["after"])
 
 
+def test_replicas(tmp_path: Path) -> None:
+    """The first one writes; the other waits until it has, and hears of it if it could not."""
+    for waited, full, apart in run_spmd(artifacts.replicas, 4, str(tmp_path / "program")):
+        assert waited == "accepted"
+        assert "no room" in full and "different calls of save_program" in apart
+
+
 def test_a_parameter_among_the_arguments(tmp_path: Path) -> None:
     for same, refused in run_spmd(artifacts.parameters, 2, str(tmp_path / "program")):
         assert same and "x is of another type" in refused

@@ -81,6 +81,14 @@ class MeshAxis:
         """The ranks of the axis; asked for each time, for the reason above."""
         return resolve_process_group(self.group_name)  # type: ignore[arg-type]
 
+    @property
+    def everyone(self) -> dist.ProcessGroup:
+        """The ranks that make their calls together: those of the mesh's other axes too, if it has any.
+
+        Of several replicas the first one writes files, and all of them must know that these are there.
+        """
+        return cast(dist.ProcessGroup, dist.group.WORLD) if self.shared else self.group
+
 
 def _without_groups(mesh: DeviceMesh) -> DeviceMesh:
     """An equal mesh that asks torch for its process groups, each time, by their names."""

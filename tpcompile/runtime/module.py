@@ -243,7 +243,8 @@ class ShardedModule(WatchedModule):
                 the folder cannot be written.
         """
         lines = [f"folder: {os.fspath(folder)!r}", f"package: {package}"]
-        with alike(self._tp.compiler.group, "save_program", lines):
+        axis = self._tp.compiler.axis
+        with alike(None if axis is None else axis.everyone, "save_program", lines):
             save_programs(self._tp, os.fspath(folder), package)
 
     @checked

@@ -82,9 +82,11 @@ def save_programs(model: State, folder: str, package: bool = False) -> None:
     Raises:
         TpCompileError: see ``save_program``; or there are none.
     """
+    axis = model.compiler.axis
+    everyone = None if axis is None else axis.everyone
     programs = [program for program in model.programs if _is_current(program, model)]
     numbers = [f"program {program.number}" for program in programs]
-    compare(model.compiler.group, "calls of the model as it is now", numbers, _ALIKE)
+    compare(everyone, "calls of the model as it is now", numbers, _ALIKE)
     more = bool(programs) and _does_more(programs[0].root, model)
     if model.foreign or model.composed or more:
         raise TpCompileError(
@@ -93,7 +95,7 @@ def save_programs(model: State, folder: str, package: bool = False) -> None:
             todo="save one without hooks, whose forward was not replaced after parallelize, that is captured "
             "whole and that nothing else has divided",
         )
-    if not programs or model.compiler.axis is None:
+    if not programs or axis is None:
         raise TpCompileError(
             "no call of the model, as it is now, was captured in evaluation mode",
             where="save_program",
@@ -102,15 +104,13 @@ def save_programs(model: State, folder: str, package: bool = False) -> None:
     root = programs[0].root
     groups = model.compiler.groups[programs[0].plan.axis_sizes]
     name = model.original.__name__
-    generates = together(
-        model.compiler.axis.group, "describe how it generates", lambda: generating_data(root, model.original)
-    )
-    saved = Saved(programs, model.compiler.axis, groups, model.signature, name, generates, package)
+    generates = together(everyone, "describe how it generates", lambda: generating_data(root, model.original))
+    saved = Saved(programs, axis, groups, model.signature, name, generates, package)
     save_program(Path(folder), saved)
 
 
 def save_program(folder: Path, saved: Saved) -> None:
-    """Writes a folder; all ranks of the axis call this.
+    """Writes a folder; all ranks call this, and of several replicas the first one writes.
 
     Raises:
         TpCompileError: on all ranks: a program cannot be saved, or the folder cannot be written; what is no
@@ -125,9 +125,9 @@ def save_program(folder: Path, saved: Saved) -> None:
             refuse_unpackable(program.graph_module, _inputs(program, saved), str(program))
         return [_rank_data(program, saved, tensors, kept) for program in saved.programs]
 
-    mine = together(axis.group, "describe the programs", describe)
+    mine = together(axis.everyone, "describe the programs", describe)
     _prepare(folder, axis, writes)
-    files = together(axis.group, "write the program", lambda: _write(folder, saved, mine, tensors, writes))
+    files = together(axis.everyone, "write the program", lambda: _write(folder, saved, mine, tensors, writes))
     everyone = exchange(axis.group, "write the program: files", files)
     digests = {name: digest for each in everyone for name, digest in each.items()}
 
@@ -136,7 +136,7 @@ def save_program(folder: Path, saved: Saved) -> None:
             with refusing("the program cannot be written", where=str(folder), todo=_TODO):
                 write_whole(folder / MANIFEST, json.dumps(_manifest(saved, digests)))
 
-    together(axis.group, "finish the program", finish)
+    together(axis.everyone, "finish the program", finish)
 
 
 def _does_more(root: nn.Module, model: State) -> bool:
@@ -233,7 +233,7 @@ def _prepare(folder: Path, axis: MeshAxis, writes: bool) -> None:
                 for path in folder.glob(kind):
                     path.unlink()
 
-    together(axis.group, "make the program's folder", prepare)
+    together(axis.everyone, "make the program's folder", prepare)
 
 
 def _write(

@@ -79,9 +79,9 @@ def save_pretrained(model: Any, axis: MeshAxis | None, original: type, wishes: S
     Raises:
         TpCompileError: on every rank; what was there before is still there.
     """
-    group, every = _group(axis), _all_ranks(axis)
+    group, everyone = _group(axis), None if axis is None else axis.everyone
     prepared = together(group, "prepare the checkpoint", lambda: _prepare(model, axis, original, wishes))
-    together(every, "save the model", lambda: _save(model, axis, *prepared, wishes))
+    together(everyone, "save the model", lambda: _save(model, axis, *prepared, wishes))
 
 
 def _prepare(
@@ -169,11 +169,6 @@ def find_writer(axis: MeshAxis | None, wishes: SaveRequest) -> int | None:
             "no rank may write", where="is_main_process", todo="give is_main_process=True on one rank"
         )
     return flags.index(True)
-
-
-def _all_ranks(axis: MeshAxis | None) -> dist.ProcessGroup | None:
-    """Those who must know that the checkpoint is there."""
-    return dist.group.WORLD if axis is not None and axis.shared else _group(axis)
 
 
 def _group(axis: MeshAxis | None) -> dist.ProcessGroup | None:
