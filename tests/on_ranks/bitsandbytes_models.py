@@ -63,6 +63,13 @@ def kinds(folder: Path) -> dict[str, float]:
         numbers = own.numbers if hasattr(own, "numbers") else own.packed.reshape(-1, 1)
         assert torch.equal(numbers, weight.data)
         assert torch.equal(_tokens(loaded), tokens)
+        for change in (
+            lambda layer, weight: setattr(layer, "weight", weight),
+            lambda layer, weight: setattr(layer, "weight", weight.data),
+            lambda layer, weight: delattr(layer, "weight"),
+        ):
+            said = refusal(lambda: change(loaded.model.layers[0].mlp.up_proj, weight))  # noqa: B023
+            assert "replaced, added or removed" in said, (name, said)
         stored = tpcompile.from_pretrained(folder / name, mesh(), example_kwargs=CALL)
         for how, model in (("loaded", loaded), ("stored", stored)):
             found[f"{name}, {how}"] = float((logits(model) - want).abs().max())

@@ -210,6 +210,8 @@ def refused() -> list[str]:
     sharded = tpcompile.parallelize(quantised("fp8"), mesh(), example_kwargs=CALL)
     want, types = logits(sharded), [p.dtype for p in sharded.parameters()]
     said.append(refusal(sharded.bfloat16))
+    layer = sharded.model.layers[0].mlp.up_proj
+    said.append(refusal(lambda: setattr(layer, "weight", one.up_proj.weight)))
     assert [p.dtype for p in sharded.parameters()] == types
     assert torch.equal(logits(sharded.to("cpu")), want)
     return said

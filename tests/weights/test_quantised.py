@@ -135,8 +135,9 @@ def test_its_python_sees_whole_weights() -> None:
 
 
 def test_what_is_refused() -> None:
-    for nothing, trained, taken, cast in run_spmd(spmd.refused, 2):
+    for nothing, trained, taken, cast, replaced in run_spmd(spmd.refused, 2):
         assert "names no module" in nothing
         assert "is to be trained" in trained
         assert "_weight_scale" in taken
         assert "would be cast" in cast
+        assert "replaced, added or removed" in replaced

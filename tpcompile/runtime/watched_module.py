@@ -14,7 +14,7 @@ from tpcompile.capture.export.python_state import MISSING
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.check import check_arguments
 from tpcompile.ir.module_tensors import named_tensor
-from tpcompile.ir.unwrap import taken_apart
+from tpcompile.ir.unwrap import APART, taken_apart
 from tpcompile.ranks.agree import compare, together
 from tpcompile.weights.load_state import check_state, own_parts, state_lines
 from tpcompile.weights.sharded_parameter import ShardedParameter
@@ -40,7 +40,8 @@ class WatchedModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         own, place = self.__dict__, self._place()
         if place is not None:
-            if isinstance(value, nn.Module) and value is not self._modules.get(name):
+            layer = isinstance(value, nn.Module) and value is not self._modules.get(name)
+            if layer or name in own.get(APART, ()):
                 self._refuse_change(name)
             if name == "__class__" and place[1] and not _is_wrapped(value, type(self)):
                 self._refuse_change(name)
@@ -56,6 +57,8 @@ class WatchedModule(nn.Module):
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
+        if self._place() is not None and name in self.__dict__.get(APART, ()):
+            self._refuse_change(name)
         if name == "forward" and LIFTED in self.__dict__:
             self._replace_forward(MISSING)
             return
