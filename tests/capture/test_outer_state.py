@@ -6,6 +6,7 @@ import importlib
 import random
 import secrets
 import sys
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from tpcompile.capture.export.capture_model import capture
-from tpcompile.capture.export.outer_places import outer_places
-from tpcompile.capture.export.python_state import shot
+from tpcompile.capture.export.named_places import outer_places
+from tpcompile.capture.export.shots import shot
 from tpcompile.capture.repeats.capture_repeated import capture_repeated
 from tpcompile.errors import CannotCapture
 from tpcompile.ir.calls import bind_call
@@ -210,6 +212,93 @@ def test_what_the_methods_of_objects_name_is_noticed(act: Any, owner: Any, name:
         assert not reads.hold(0)
     with patch(f"{__name__}.BASE", 7.0):  # of a method that nobody calls
         assert reads.hold(0)
+
+
+class Model:
+    """A class in a class, as configurations are written."""
+
+    depth = 2
+
+
+class Config:
+    """Numbers that nobody makes an object of."""
+
+    width, model = 3, Model
+
+    @staticmethod
+    def scale() -> float:
+        return SCALE
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return x * SCALE * _doubled.times  # type: ignore[attr-defined,no-any-return]
+
+
+_doubled.times = 2  # type: ignore[attr-defined]
+VARIABLE: ContextVar[int] = ContextVar("VARIABLE", default=1)
+
+
+@pytest.mark.parametrize(
+    ("held", "act", "owner", "name", "value"),
+    [
+        (Config, lambda m, x: x * m.st.width, Config, "width", 4),
+        (Config, lambda m, x: x * getattr(m.st, "width"), Config, "width", 4),  # noqa: B009
+        (Config(), lambda m, x: x * m.st.width, Config, "width", 4),
+        (Config, lambda m, x: x * m.st.scale(), Config, "scale", lambda: 3.0),
+        (Config, lambda m, x: x * m.st.scale(), __name__, "SCALE", 3.0),
+        (Config, lambda m, x: x * m.st.model.depth, Model, "depth", 4),
+        (Config, lambda m, x: x * m.st.model.depth, Config, "model", Config),
+        (settings, lambda m, x: x * m.st.SCALE, settings, "SCALE", 3.0),
+        (settings, lambda m, x: m.st.shifted(x), settings, "SHIFT", 3.0),
+        ([_doubled], lambda m, x: m.st[0](x), __name__, "SCALE", 3.0),
+        ({"f": _doubled}, lambda m, x: m.st["f"](x), _doubled, "times", 3),
+        (SGD([nn.Parameter(torch.ones(1))], 0.5), lambda m, x: x * m.st.defaults["lr"], None, "lr", 0.1),
+    ],
+)
+def test_what_classes_modules_and_functions_in_attributes_hold_is_noticed(
+    held: Any, act: Any, owner: Any, name: str, value: Any
+) -> None:
+    model = Holding(act)
+    model.st = held
+    captured = capture(model, bind_call(model, (torch.ones(3, 2),), {}))
+    reads = Reads(model, captured, lambda path: type(model.get_submodule(path)))
+    assert reads.hold(0) and reads.hold(0)
+    changed = patch(f"{owner}.{name}", value) if isinstance(owner, str) else patch.object(owner, name, value)
+    with patch.dict(held.defaults, {name: value}) if owner is None else changed:
+        assert not reads.hold(0)
+    assert reads.hold(0)
+    with patch(f"{__name__}.BASE", 7.0):  # which nobody names
+        assert reads.hold(0)
+
+
+def test_context_variables_in_attributes_are_noticed() -> None:
+    model = Holding(lambda m, x: x * m.st.get())
+    model.st = VARIABLE
+    captured = capture(model, bind_call(model, (torch.ones(3, 2),), {}))
+    reads = Reads(model, captured, lambda path: type(model.get_submodule(path)))
+    token = VARIABLE.set(2)
+    assert not reads.hold(0)
+    VARIABLE.reset(token)
+    assert reads.hold(0)
+
+
+def _set_width(m: Any, x: Tensor) -> Tensor:
+    m.st.width += 1
+    return x
+
+
+def _counted_calls(m: Any, x: Tensor) -> Tensor:
+    m.st.times += 1
+    return x * m.st.times
+
+
+@pytest.mark.parametrize(("held", "act"), [(Config, _set_width), (_doubled, _counted_calls)])
+def test_what_classes_and_functions_in_attributes_hold_is_not_changed(held: Any, act: Any) -> None:
+    model = Holding(act)
+    model.st = held
+    with pytest.raises(CannotCapture, match="changes"):
+        capture(model, bind_call(model, (torch.ones(3, 2),), {}))
+    assert (Config.width, _doubled.times) == (3, 2)  # type: ignore[attr-defined]
 
 
 def _filled(tensor: Tensor) -> None:

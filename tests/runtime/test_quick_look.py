@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 
-from tpcompile.capture.export.python_state import shot
+from tpcompile.capture.export.shots import DEEPEST, shot
+from tpcompile.errors import CannotCapture
 from tpcompile.runtime.quick_look import QuickLook
 
 
@@ -35,6 +40,15 @@ class Slots:
         self.number = 1
 
 
+class Named(dict[str, int]):
+    """A dict that has attributes, too."""
+
+    size = 1
+
+
+LOCAL = threading.local()
+
+
 def around() -> Callable[[], Any]:
     """A function with a cell."""
     items = [1]
@@ -43,7 +57,11 @@ def around() -> Callable[[], Any]:
 
 def state() -> dict[str, Any]:
     """Everything that a module may keep."""
-    thing = Thing()
+    thing, LOCAL.number = Thing(), 3
+    named = Named(a=1)
+    named.size = 2
+    held, loop = {"a": 1}, list[Any]()
+    loop.append((loop, thing))
     return {
         "number": 1000,
         "text": "a",
@@ -56,6 +74,13 @@ def state() -> dict[str, Any]:
         "method": Thing().method,
         "partial": functools.partial(print, [1], end={"a": 1}),
         "slots": Slots(),
+        "views": (held.values(), held.items(), MappingProxyType(held)),
+        "bound": [held.get],
+        "memory": memoryview(bytearray(1)),
+        "weak": [weakref.ref(thing)],
+        "local": LOCAL,
+        "named": named,
+        "loop": loop,
         "last": [1],
     }
 
@@ -83,6 +108,13 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "an argument of a partial call": lambda s: s["partial"].args[0].append(2),
     "a keyword of a partial call": lambda s: s["partial"].keywords["end"].update(a=2),
     "a slot": lambda s: setattr(s["slots"], "number", 2),
+    "of a view": lambda s: s["bound"][0].__self__.update(a=2),
+    "of memory": lambda s: s["memory"].obj.__setitem__(0, 1),
+    "behind a weak reference": lambda s: setattr(s["weak"][0](), "number", 4),
+    "of this thread": lambda s: setattr(LOCAL, "number", 4),
+    "an attribute of a dict": lambda s: setattr(s["named"], "size", 3),
+    "an item of one with attributes": lambda s: s["named"].update(a=2),
+    "in itself": lambda s: s["loop"][0][0].append(1),
     "grows at the end": lambda s: s["last"].append(1),
 }
 
@@ -90,11 +122,42 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_noticed(change: str) -> None:
     table = state()
-    look = QuickLook()
+    look, unchanged = QuickLook(), {name: shot(value) for name, value in table.items()}
     look.table(table, [*table, "absent"])
-    assert look.finished().same()
+    assert look.finished().same() and all(unchanged[name](table[name]) for name in table)
     CHANGES[change](table)
     assert not look.same()
+    assert set(table) != set(unchanged) or not all(unchanged[name](table[name]) for name in table)
+
+
+def test_what_a_weak_reference_refers_to_may_go() -> None:
+    thing, look = Thing(), QuickLook()
+    table = {"weak": weakref.ref(thing)}
+    unchanged = shot(table)
+    look.table(table, table)
+    assert look.finished().same() and unchanged(table)
+    del thing
+    assert table["weak"]() is None
+    assert not look.same() and not unchanged(table)
+
+
+def test_what_is_at_two_places_stays_one_object() -> None:
+    shared = [1]
+    value = {"a": shared, "b": shared}
+    unchanged = shot(value)
+    value["a"] = [1]
+    assert not unchanged(value)  # else nobody would look into what is at the second place
+    value["a"] = shared
+    assert unchanged(value)
+
+
+def test_what_is_too_deep_to_compare_is_refused() -> None:
+    value: list[Any] = [1]
+    for _ in range(DEEPEST):
+        value = [value]
+    assert shot(value)(copy.deepcopy(value))
+    with pytest.raises(CannotCapture, match=f"the table holds values that are more than {DEEPEST} deep"):
+        shot([value], name="the table")
 
 
 def test_attributes_outside_of_tables() -> None:

@@ -9,16 +9,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from operator import attrgetter, call, is_, itemgetter
+from threading import local
 from typing import Any
+from weakref import ReferenceType
 
 from torch import Tensor
 
-from tpcompile.capture.export.look_inside import PLAIN, Attributes, content
+from tpcompile.capture.export.look_inside import PLAIN, Attributes, beside_items, content
 from tpcompile.capture.export.opaque_values import is_opaque
-from tpcompile.capture.export.python_state import DEEPEST, MISSING, is_small, shot, tensor_version
+from tpcompile.capture.export.shots import MISSING, is_small, shot, tensor_version
 from tpcompile.ir.torch_internals import dict_version
 
 _END = object()
+_COMPARED = (set, Attributes)
 _BUILT_IN = (dict, list, tuple, deque)
 Baked = frozenset[int] | None
 
@@ -75,7 +78,7 @@ class QuickLook:
         self._versioned: list[dict[Any, Any]] = []
         self._tensors: list[Tensor] = []
         self._slow: list[Callable[[], bool]] = []
-        self._seen: dict[tuple[int, Baked], tuple[Any, int]] = {}  # kept alive, so that ids stay theirs
+        self._seen: dict[tuple[int, Baked], Any] = {}  # kept alive, so that ids stay theirs
 
     def table(self, table: dict[str, Any], names: Iterable[str], baked: Baked = None) -> None:
         """Looks at some keys of a table, and into what is there; ``baked`` is that of ``shot``."""
@@ -87,7 +90,7 @@ class QuickLook:
         if present:
             self._tables.all(partial(itemgetter(*present, present[0]), table))  # of one key comes no tuple
             for name in present:
-                self._into(table[name], baked, 0)
+                self._into(table[name], baked)
 
     def attributes(self, owner: Any, names: Iterable[str]) -> None:
         """Looks at attributes of a class, a function or a cell, and into what is there."""
@@ -99,7 +102,7 @@ class QuickLook:
         elif present:
             self._others.all(partial(attrgetter(*present), owner))
         for name in present:
-            self._into(getattr(owner, name), None, 0)
+            self._into(getattr(owner, name), None)
 
     def slow(self, look: Callable[[], bool]) -> None:
         """Adds what can only be found out by comparing."""
@@ -126,38 +129,43 @@ class QuickLook:
             and all(map(call, self._slow))
         )
 
-    def _into(self, value: Any, baked: Baked, depth: int) -> None:
+    def _into(self, value: Any, baked: Baked) -> None:
         """Follows ``shot``: what that compares is looked at here."""
-        if isinstance(value, PLAIN) or self._seen.get((id(value), baked), (None, depth + 1))[1] <= depth:
+        if isinstance(value, PLAIN) or (id(value), baked) in self._seen:
             return
-        self._seen[id(value), baked] = value, depth
+        self._seen[id(value), baked] = value
         inside = content(value)
         if isinstance(value, Tensor) and baked is None and not is_small(value):
             self._tensors.append(value)
-        elif (
-            isinstance(value, Tensor)
-            or is_opaque(value)
-            or (isinstance(inside, set | Attributes) and depth <= DEEPEST)
-        ):
-            self._slow.append(partial(shot(value, baked, depth), value))
-        elif inside is None or depth > DEEPEST:
-            return
+        elif isinstance(value, (Tensor, ReferenceType)) or is_opaque(value) or isinstance(inside, _COMPARED):
+            self._slow.append(partial(shot(value, baked), value))
         elif isinstance(value, types.MethodType):
-            self._into(value.__self__, baked, depth + 1)
-        else:
-            self._container(value, inside, baked, depth)
+            self._into(value.__self__, baked)
+        elif inside is not None:
+            self._container(value, inside, baked)
+        if isinstance(beside := beside_items(value), Attributes):
+            self._slow.append(partial(shot(value, baked), value))
+        elif beside is not None:
+            self._table(partial(object.__getattribute__, value, "__dict__"), beside, baked)
 
-    def _container(self, value: Any, inside: Any, baked: Baked, depth: int) -> None:
-        items = inside
+    def _container(self, value: Any, inside: Any, baked: Baked) -> None:
         if type(value) not in _BUILT_IN:  # which no object stops being
             self._others.single(partial(type, value))
         if isinstance(inside, dict):
-            if inside is not value:
-                self._others.single(partial(object.__getattribute__, value, "__dict__"))
-            self._versioned.append(inside)
-            self._tables.all(partial(tuple, inside))
-            self._tables.all(partial(tuple, items := inside.values()))
-        elif inside is value and not isinstance(value, tuple):
+            is_own = inside is getattr(value, "__dict__", None)
+            find = partial(object.__getattribute__, value, "__dict__") if is_own else None
+            self._table(partial(content, value) if isinstance(value, local) else find, inside, baked)
+            return
+        if inside is value and not isinstance(value, tuple):
             self._others.all(partial(tuple, inside))
+        for each in inside:
+            self._into(each, baked)
+
+    def _table(self, find: Callable[[], Any] | None, table: dict[Any, Any], baked: Baked) -> None:
+        if find is not None:
+            self._others.single(find)
+        self._versioned.append(table)
+        self._tables.all(partial(tuple, table))
+        self._tables.all(partial(tuple, items := table.values()))
         for each in items:
-            self._into(each, baked, depth + 1)
+            self._into(each, baked)

@@ -23,7 +23,7 @@ from tpcompile.capture.export.captured import Captured
 from tpcompile.capture.export.look_inside import PLAIN, content, same
 from tpcompile.capture.export.opaque_values import is_opaque
 from tpcompile.capture.export.outer_places import Outer
-from tpcompile.capture.export.python_state import MISSING, Shot, form_shot, shot, storage
+from tpcompile.capture.export.shots import MISSING, Shot, form_shot, shot, storage
 
 from .quick_look import QuickLook
 from .replaced_forward import LIFTED
@@ -91,7 +91,7 @@ class Reads:
     def __init__(
         self, model: nn.Module, captured: Captured, original: Callable[[str], type[nn.Module]]
     ) -> None:
-        self._baked = baked = None if captured.baked is None else frozenset(map(storage, captured.baked))
+        self._baked = None if captured.baked is None else frozenset(map(storage, captured.baked))
         fed = {spec.name for spec in captured.inputs if spec.kind == "attribute"}
         plain: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         self._deep: list[tuple[dict[str, Any], str, Shot, bool]] = []
@@ -106,22 +106,23 @@ class Reads:
             if name == "forward" and path:
                 values[LIFTED] = own.get(LIFTED, MISSING)
             if name != "forward" or path:
-                self._note(own, name, values, f"{path}.{name}".lstrip(".") in fed, baked)
+                self._note(own, name, values, f"{path}.{name}".lstrip("."), fed)
             kind = original(path)
             if name not in own and _is_models(kind, name):
                 classes[kind, name] = None
         self._plain = [_Values(own, values) for own, values in plain.values() if values]
         self._classes = [_class_shot(kind, name) for kind, name in classes]
-        self._outer = [(place, shot(place.look())) for place in captured.outer]
+        self._outer = [(place, shot(place.look(), name=place.name)) for place in captured.outer]
         self._quick: QuickLook | None = None
 
     def _note(
-        self, own: dict[str, Any], name: str, values: dict[str, Any], fed: bool, baked: frozenset[int] | None
+        self, own: dict[str, Any], name: str, values: dict[str, Any], place: str, every_fed: set[str]
     ) -> None:
-        value = own.get(name, MISSING)
+        value, fed = own.get(name, MISSING), place in every_fed
         if isinstance(value, Tensor) or is_opaque(value) or content(value) is not None:
             if id(value) not in self._shots:
-                self._shots[id(value)] = value, form_shot(value) if fed else shot(value, baked)
+                taken = form_shot(value) if fed else shot(value, self._baked, place)
+                self._shots[id(value)] = value, taken
             self._deep.append((own, name, self._shots[id(value)][1], fed))
         else:
             values[name] = value
@@ -227,7 +228,7 @@ def _class_shot(kind: type, name: str) -> tuple[Callable[..., Any], type, str, S
     """
     value = getattr(kind, name)
     if getattr(kind, name) is value:
-        return getattr, kind, name, shot(value)
+        return getattr, kind, name, shot(value, name=f"{kind.__qualname__}.{name}")
     return getattr_static, kind, name, partial(operator.is_, getattr_static(kind, name))
 
 

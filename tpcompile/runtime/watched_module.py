@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tpcompile.capture.export.look_inside import only_asks
-from tpcompile.capture.export.python_state import MISSING
+from tpcompile.capture.export.shots import MISSING
 from tpcompile.errors import TpCompileError
 from tpcompile.ir.check import check_arguments
 from tpcompile.ir.module_tensors import named_tensor

@@ -30,8 +30,8 @@ from .fake_model import capture_device, fake_input, lend_fake_weights, no_fused_
 from .flat_model import PYTHON_VALUES, FlatModel, Structure
 from .flatten_program import flatten_program
 from .inline_no_grad import inline_regions
-from .python_state import storage
 from .read_guards import read_guards, read_ranges
+from .shots import storage
 from .stack_lines import quick_stack_lines
 from .switch_experts import exportable_experts
 from .watch_calls import watched_calls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 import types
 import weakref
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 from .opaque_values import is_opaque
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, range, slice, torch.dtype, torch.device)
+OURS = "_tp"
+"""How attributes of modules begin that are not the user's but ours."""
+
 _CONTAINERS = (dict, list, tuple, set, deque)
-_CLOSED = (
-    *(nn.Module, Tensor, type, Enum, weakref.ReferenceType, types.ModuleType),
-    *(types.FunctionType, types.BuiltinFunctionType),
-)
+_CLOSED = (nn.Module, Tensor, type, Enum, types.ModuleType, types.FunctionType)
+VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
+_BOUND = (types.BuiltinMethodType, types.MethodWrapperType)
 _LIBRARIES = frozenset({"torch", "numpy", "builtins", "logging", "threading", "typing"})
-_HOLDERS = ("torch.distributions.", "torch.nn.attention.flex_attention")
+_HOLDERS = ("torch.distributions.", "torch.nn.attention.flex_attention", "torch.optim.")
 """Modules of libraries, by how their names begin, whose objects hold what they were given by their user."""
 
 
@@ -73,26 +76,53 @@ def is_librarys(module: str, *more: str) -> bool:
 
 
 def content(value: Any) -> Any:
-    """The container of what is in a value: itself, or the attributes of an object or of a method's object.
+    """The container of what is in a value: itself, the attributes of an object, or what it stands for.
+
+    Methods, also python's own (``d.get``), stand for their objects; views, also of memory, and weak
+    references for what they show.
 
     Returns:
         A list, tuple, set or table; None: the value is not looked into.
     """
     if isinstance(value, _CONTAINERS):
         return value
-    if isinstance(value, types.MethodType):
-        return content(value.__self__)
-    if isinstance(value, functools.partial):
-        return value.func, value.args, value.keywords
-    kind: Any = type(value)
     if isinstance(value, _CLOSED) or is_opaque(value):
         return None
+    if isinstance(value, types.MethodType):
+        return content(value.__self__)
+    if isinstance(value, VIEWS):
+        return content(gc.get_referents(value)[0])
+    if isinstance(value, (functools.partial, weakref.ReferenceType, memoryview, *_BOUND)):
+        return _stands_for(value)
+    kind: Any = type(value)
     if is_librarys(kind.__module__) and not kind.__module__.startswith(_HOLDERS):
         return None
+    return _attributes(value)
+
+
+def beside_items(value: Any) -> Any:
+    """The attributes of a container whose class is derived from python's, as a table; None: it has none."""
+    derived = isinstance(value, _CONTAINERS) and type(value).__module__ not in ("builtins", "collections")
+    return _attributes(value) if derived else None
+
+
+def _attributes(value: Any) -> Any:
+    kind: Any = type(value)
     if _slots(kind):
         return Attributes(value)
     own = getattr(value, "__dict__", None)
     return own if type(own) is dict else None
+
+
+def _stands_for(value: Any) -> tuple[Any, ...] | None:
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, weakref.ReferenceType):
+        return (value(),)
+    if isinstance(value, memoryview):
+        return (value.obj,)
+    owner = value.__self__
+    return None if owner is None or isinstance(owner, types.ModuleType) else (owner,)
 
 
 def same(one: Any, other: Any) -> bool:

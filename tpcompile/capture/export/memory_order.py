@@ -17,7 +17,7 @@ from tpcompile.errors import CannotCapture
 from tpcompile.ir.torch_internals import FakeTensor, tree_leaves
 
 from .explain_failure import here
-from .python_state import storage
+from .shots import storage
 
 STRIDES = (
     *(Tensor.stride, Tensor.is_contiguous, Tensor.dim_order),

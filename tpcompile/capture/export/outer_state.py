@@ -16,9 +16,10 @@ from torch import nn
 
 from tpcompile.errors import CannotCapture
 
+from .named_places import CACHED, outer_places
 from .opaque_values import is_iterator, is_opaque, put_back, refuse_iterator, snapshot
-from .outer_places import CACHED, Outer, outer_places
-from .python_state import shot
+from .outer_places import Outer
+from .shots import shot
 
 _REFILLED = (list, dict, set, deque)
 
@@ -42,7 +43,7 @@ class KeptPlace:
             self._copied = snapshot(self._value)
         elif type(self._value) in _REFILLED:
             self._copied = type(self._value)(self._value)
-        self._unchanged = shot(self._value)
+        self._unchanged = shot(self._value, name=place.name)
 
     def put_back(self) -> bool:
         """Puts it back, and says whether it had changed; the attributes of an object stay changed."""

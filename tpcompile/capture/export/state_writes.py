@@ -14,7 +14,8 @@ from tpcompile.errors import CannotCapture
 from tpcompile.ir.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 
 from .look_inside import PLAIN, Attributes
-from .python_state import BOOKKEEPING, MISSING, PythonState, StateChange, Step, table_at
+from .python_state import BOOKKEEPING, PythonState, StateChange, Step, table_at
+from .shots import MISSING
 
 TRACED = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 _HOOKS = tuple(name for name in BOOKKEEPING if "hooks" in name)

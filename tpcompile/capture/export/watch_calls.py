@@ -32,7 +32,7 @@ from .explain_failure import here
 from .look_inside import PLAIN, is_librarys, module_of, only_asks
 from .memory_order import STRIDES, MemoryOrder
 from .open_sizes import is_message, sizes_as_numbers, unseen
-from .python_state import storage
+from .shots import storage
 from .written_constants import WrittenConstants
 
 _TENSOR: Any = Tensor
