@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from transformers import DynamicCache, StaticCache
 
 import tpcompile
 from tests.helpers import families
+from tests.helpers.other_thread import turns_of_others
 from tests.helpers.toys import Attention, Mlp
 from tests.on_ranks.models import call, mesh
 from tests.on_ranks.module_life import refusal
@@ -476,25 +475,6 @@ class Draws(nn.Module):
         return nn.functional.dropout(self.mlp(x), 0.5, training=True)
 
 
-def _turns_of_others(act: Callable[[], Any]) -> int:
-    """How often another thread, which asks for it every hundredth of a second, has its turn meanwhile."""
-    turns, done = 0, threading.Event()
-
-    def count() -> None:
-        nonlocal turns
-        while not done.wait(0.01):
-            turns += 1
-
-    thread = threading.Thread(target=count)
-    thread.start()
-    try:
-        act()
-    finally:
-        done.set()
-        thread.join()
-    return turns
-
-
 def packages(folder: str) -> dict[str, Any]:
     """A program with native code: what it gives, for which sizes it runs, and what is refused."""
     torch.manual_seed(0)
@@ -519,7 +499,7 @@ def packages(folder: str) -> dict[str, Any]:
         dist.barrier()
         late = 1.0 if dist.get_rank() else 0.0
         time.sleep(late)
-        turns = _turns_of_others(lambda: loaded(x))
+        turns = turns_of_others(lambda: loaded(x))
         plain = tpcompile.load_program(folder, mesh())
         untouched = torch.equal(plain(x), sharded(x)) and all(each.package is None for each in plain.calls)
         sharded.save_program(folder)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 import tpcompile
+from tests.helpers.other_thread import turns_of_others
 from tests.helpers.toys import Mlp
 from tests.on_ranks.models import Calls, error, gradient_error, mesh
 
@@ -164,12 +167,13 @@ def layers(compile: Any) -> dict[str, Any]:
 
 
 def in_cpp() -> dict[str, Any]:
-    """Layers that repeat, with C++ around their kernels."""
-    try:
-        x = torch.randn(4, WIDTH)
-        options = {"cpp_wrapper": True}
-        whole, sharded = pair(lambda: nn.Sequential(*(Mlp() for _ in range(8))), x, compile=options)
-    except tpcompile.TpCompileError as refused:
-        return {"refused": str(refused)}
+    """Layers that repeat, with C++ around their kernels; one rank comes late, while another thread works."""
+    x = torch.randn(4, WIDTH)
+    options = {"cpp_wrapper": True}
+    whole, sharded = pair(lambda: nn.Sequential(*(Mlp() for _ in range(8))), x, compile=options)
     with torch.no_grad():
-        return {"worst": error(sharded(x), whole(x)), "compiled": compiled(sharded)}
+        found = {"worst": error(sharded(x), whole(x)), "compiled": compiled(sharded)}
+        dist.barrier()
+        late = 1.0 if dist.get_rank() else 0.0
+        time.sleep(late)
+        return found | {"late": late, "turns": turns_of_others(lambda: sharded(x))}

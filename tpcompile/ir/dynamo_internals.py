@@ -11,6 +11,7 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.source import ConstantSource
 from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.export import _trace as export_trace
 from torch.fx import proxy as fx_proxy
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer as ModuleStackTracer

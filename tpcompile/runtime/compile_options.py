@@ -14,6 +14,7 @@ from tpcompile.errors import TpCompileError, refusing
 from tpcompile.ir.check import check_arguments, short
 from tpcompile.ir.torch_internals import InductorBackend, OtherBackend
 
+from .await_collectives import awaiting
 from .symmetric_memory import asks, check_symmetric_memory
 
 Modes = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -79,16 +80,11 @@ def for_group(options: dict[str, Any], group: dist.ProcessGroup | None) -> dict[
     CUDA graphs are left out where collectives pass through the host, which no graph can hold.
 
     Raises:
-        TpCompileError: C++ around kernels is asked for, and collectives cannot be called from it; or what
-            needs symmetric memory, and the ranks have none.
+        TpCompileError: what needs symmetric memory is asked for, and the ranks have none.
     """
     check_symmetric_memory(options, group)
     if group is not None and group.size() > 1 and in_cpp(options) and _takes_groups():
-        raise TpCompileError(
-            "this version of torch cannot call collectives from C++",
-            where="compile={'cpp_wrapper': True}",
-            todo="leave it out, or use model.save_program(folder, package=True)",
-        )
+        options = awaiting(options)
     mode = options.get("mode")
     if mode in _WITHOUT_GRAPHS and dist.get_backend(group) != "nccl":
         return {**options, "mode": _WITHOUT_GRAPHS[mode]}

@@ -25,8 +25,8 @@ from tpcompile.ir.torch_internals import (
 from tpcompile.ranks.own_groups import find_group
 from tpcompile.rules.randomness import random_nodes
 
-_LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
-_C10D = torch.ops._c10d_functional
+from ..await_collectives import await_collectives
+
 _ALIGNED = 16
 """Bytes; code is compiled for inputs that begin at a multiple of them."""
 
@@ -121,43 +121,12 @@ def compile_package(
         register_names({own[name]: name for name in names})  # Inductor asks for them
         exported = torch.export.export(_Plain(module), tuple(x.detach() for x in inputs), strict=False)
         functional = exported.run_decompositions()
-        for node in functional.graph.nodes:
-            node.target = _AWAITED.get(node.target, node.target)
+        await_collectives(functional.graph)
         torch._inductor.aoti_compile_and_package(functional, package_path=str(path))
     for name in own.values():
         unregister_process_group(name)  # type: ignore[arg-type]
     kept = [None if isinstance(x, Node) else [x] for x in results]
     return {"file": path.name, "groups": aliases, "layouts": layouts, "results": kept}
-
-
-def _awaited(collective: Any) -> Any:
-    """An operator that does what one of torch's functional collectives does, and waits for it in python.
-
-    Native code runs with python's lock held. Waiting there, it may wait for a thread of gloo's that needs
-    the lock to let go of what python has sent before; an operator that python calls waits without the lock.
-    """
-    schema = collective._schema
-    name = f"awaited_{schema.name.partition('::')[2]}"
-
-    def awaited(*args: Any) -> Tensor:
-        finished: Tensor = _C10D.wait_tensor(collective(*args))
-        return finished
-
-    _LIBRARY.define(f"{name}{str(schema).partition(schema.name)[2]}")
-    _LIBRARY.impl(name, awaited, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tpcompile::{name}", lambda *args: collective(*args), lib=_LIBRARY)
-    return getattr(torch.ops.tpcompile, name).default
-
-
-_AWAITED = {
-    collective: _awaited(collective)
-    for collective in (
-        _C10D.all_reduce.default,
-        _C10D.all_gather_into_tensor.default,
-        _C10D.reduce_scatter_tensor.default,
-        _C10D.all_to_all_single.default,
-    )
-}
 
 
 def register_names(names: Mapping[str, str]) -> None:
