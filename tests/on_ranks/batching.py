@@ -71,6 +71,11 @@ def managed(folder: str) -> dict[str, Any]:
     drawn = {"do_sample": True, "num_return_sequences": 2}
     theirs = tokens(whole.generate_batch(PROMPTS[:3], **wishes(**drawn)))
     found["sampled"] = tokens(sharded.generate_batch(PROMPTS[:3], **wishes(**drawn))) == theirs
+    with sharded.continuous_batching_context_manager(**wishes(do_sample=True)) as manager:
+        manager.add_request(PROMPTS[0])
+        while (result := manager.get_result(timeout=0.001)) is None:
+            torch.rand(dist.get_rank())  # numbers that the sampler of one rank does not get
+        found["drawn"] = result.generated_tokens
     theirs = tokens(whole.generate_batch(PROMPTS[:2], **wishes()))
     with sharded.continuous_batching_context_manager(**wishes()) as manager:
         mine = []
@@ -80,7 +85,10 @@ def managed(folder: str) -> dict[str, Any]:
                 assert manager.is_running()
             mine.append(result.generated_tokens)
         found["one by one"] = mine == theirs
-        found["meanwhile"] = refusal(lambda: sharded(**families.causal_inputs()))
+        norm, call = sharded.lm_head.weight.norm, lambda: sharded(**families.causal_inputs())
+        found["meanwhile"] = [refusal(do) for do in (call, norm, lambda: sharded.generate_batch([[1]]))]
+        with manager.pause():
+            found["in a pause"] = [refusal(do) for do in (call, norm)]
     found["threads"] = [thread.name for thread in threading.enumerate() if "generation_loop" in thread.name]
     sharded.save_program(folder)
     loaded = tpcompile.load_program(folder, mesh())

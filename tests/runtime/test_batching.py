@@ -30,10 +30,12 @@ def test_one_key_head() -> None:
 
 def test_a_manager(tmp_path: Path) -> None:
     each = run_spmd(spmd.managed, 2, str(tmp_path), timeout=TIMEOUT)
+    assert each[0]["drawn"] == each[1]["drawn"]
     assert each[0]["sampled"], "of which another rank's unsharded model draws others"
     for found in each:
         assert found["one by one"] and found["threads"] == []
-        assert "another thread is in a call" in found["meanwhile"]
+        assert all("another thread is in a call" in said for said in found["meanwhile"])
+        assert found["in a pause"] == ["accepted", "accepted"]
         assert "nor when it was saved" in found["loaded"]
         assert found["after"] <= 1e-5
 

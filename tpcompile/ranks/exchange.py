@@ -21,6 +21,7 @@ from tpcompile.ir.torch_internals import BroadcastOptions, GatherOptions
 
 from .lost_ranks import telling
 from .own_groups import backend_of, limit_of, own_group
+from .turns import own_turn
 
 _HEAD = 512
 """Bytes that travel in any case: a size, the operation's name, and as much of what is given as fits."""
@@ -47,11 +48,11 @@ def exchange(
 
     Raises:
         RanksApart: ranks are to do different things, or one does not come, or is gone.
+        TpCompileError: another thread is in a call over these ranks.
     """
     if group.size() == 1:
         return [value]
-    own = own_group(group)
-    with _LOCK, telling(own, what):
+    with own_turn(group.group_name), _LOCK, telling(own := own_group(group), what):
         return _exchange(own, what, value, begun, patience)
 
 

@@ -32,3 +32,14 @@ def own_turn(group_name: str) -> Iterator[None]:
         yield
     finally:
         turn.release()
+
+
+@contextmanager
+def turn_lent(group_name: str) -> Iterator[None]:
+    """Lets other threads have the turn that this one has, until the end of the block, which waits for it."""
+    turn = _TURNS[group_name]
+    turn.release()
+    try:
+        yield
+    finally:
+        turn.acquire()

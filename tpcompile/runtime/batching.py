@@ -19,7 +19,8 @@ from tpcompile.ir.calls import flatten_call, leaf_names
 from tpcompile.ir.hf_internals import ATTN_TYPE_TO_ALLOCATOR, ContinuousBatchingManager, DistributedHelper
 from tpcompile.ranks.agree import alike, compare, together
 from tpcompile.ranks.describe import describe_value
-from tpcompile.ranks.turns import own_turn
+from tpcompile.ranks.exchange import exchange
+from tpcompile.ranks.turns import own_turn, turn_lent
 
 from .batch_step import BatchStep
 from .generates_alike import EQUAL, arguments, call_lines
@@ -155,10 +156,22 @@ class BatchingManager(ContinuousBatchingManager):
         self._step = BatchStep(model)
         self.distributed_helper = _one_model(self._runtime, made.cpu_group_timeout, self._divided())
         self.is_tp_driver = self.distributed_helper.is_tp_driver
+        self._let_others_in_pauses()
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """The attention stays as it is, but for the name that transformers has for it over pages."""
         super().switch_to_cb_friendly_attn(model, auto_switch_to_flash=False)
+
+    def _let_others_in_pauses(self) -> None:
+        """``pause`` is for threads that use the model: the loop lends them its turn."""
+        status = self.background_thread_status
+        wait = status.pause_and_wait
+
+        def pause_and_wait() -> None:
+            with turn_lent(self._runtime.group_name):
+                wait()
+
+        status.pause_and_wait = pause_and_wait
 
     def start(self) -> None:
         """As transformers' own.
@@ -198,6 +211,11 @@ class BatchingManager(ContinuousBatchingManager):
 
     def _generation_step(self) -> None:
         self.batch_processor._generation_step(self._step)
+        group, step = self._runtime.group, self.batch_processor.inputs_and_outputs
+        if group is not None and self.batch_processor.do_sample:
+            # other threads of a rank draw from the same generator
+            drawn = step.output_ids[:, : step.num_request_in_batch]
+            drawn.copy_(drawn.new_tensor(exchange(group, "take the first rank's tokens", drawn.tolist())[0]))
 
 
 def _one_model(runtime: Runtime, timeout: float | None, divided: bool) -> Any:
