@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers as hf
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from tests.helpers import quantised
 
@@ -63,3 +65,9 @@ def dequantised(name: str, folder: Path) -> Any:
     by = hf.Mxfp4Config if name == "gpt_oss" else hf.FineGrainedFP8Config
     asked = by(dequantize=True)
     return of_experts(FAMILIES[name][0].from_pretrained(folder, quantization_config=asked))
+
+
+def with_fp8_layers(name: str, folder: Path) -> Any:
+    """What transformers makes of it where its kernels are."""
+    with mock.patch.object(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None):
+        return FAMILIES[name][0].from_pretrained(folder)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -40,6 +41,16 @@ def beside_plain(folder: Path, plain: Path) -> tuple[float, bool]:
     """The same of a checkpoint whose numbers were dequantised by hand."""
     model = load(folder)
     return apart(model, kept.of_experts(kept.FAMILIES["deepseek_v3"][0].from_pretrained(plain)))
+
+
+def in_memory(name: str, folder: Path) -> tuple[float, bool]:
+    """The same of a model that transformers has loaded with its own layers."""
+    model = kept.with_fp8_layers(name, folder)
+    with pytest.warns(UserWarning, match="those of the dequantised model"):
+        model = tpcompile.parallelize(model, mesh())
+    said = refusal(lambda: model.save_pretrained(folder / "out"))
+    assert "stores this weight in other tensors" in said
+    return apart(model, kept.dequantised(name, folder))
 
 
 def apart(model: Any, whole: Any) -> tuple[float, bool]:

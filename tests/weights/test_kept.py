@@ -43,6 +43,14 @@ def test_ranks(name: str, ranks: int, tmp_path: Path) -> None:
         assert error <= 1e-5 and tokens and share <= 1.05
 
 
+@pytest.mark.parametrize("name", ["qwen3", "mixtral"])
+def test_in_memory(name: str, tmp_path: Path) -> None:
+    """Models with transformers' own fp8 layers, whose kernels are not called."""
+    kept.checkpoint(name, tmp_path, F32)
+    for error, tokens in run_spmd(spmd.in_memory, 2, name, tmp_path):
+        assert error <= 1e-5 and tokens
+
+
 def test_life(tmp_path: Path) -> None:
     kept.checkpoint("qwen3", tmp_path, F32)
     for found in run_spmd(spmd.life, 2, tmp_path):

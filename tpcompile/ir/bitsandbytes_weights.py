@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tpcompile.errors import TpCompileError
 
+from .module_tensors import every_name
 from .quantised_linear import dequantise_4bit, dequantise_8bit, linear_4bit, linear_8bit
 from .torch_internals import disabled_torch_function_impl
 
@@ -131,6 +132,11 @@ def is_bitsandbytes(tensor: Any) -> bool:
     return library is not None and isinstance(tensor, (library.Params4bit, library.Int8Params))
 
 
+def concerns(model: nn.Module) -> bool:
+    """Whether a model has such weights."""
+    return _library() is not None and any(is_bitsandbytes(tensor) for _, tensor in every_name(model))
+
+
 def as_whole(weight: Any, where: str, layer: Any) -> nn.Parameter:
     """A weight of bitsandbytes over the same memory; on ``meta`` one that it has not quantised will do.
 
@@ -220,7 +226,7 @@ def give_back(modules: Iterable[nn.Module], states: Mapping[int, dict[str, Any]]
     for layer in modules:
         kind: Any = type(layer)
         weight: Any = layer._parameters.get("weight")
-        if not isinstance(weight, QuantisedWeight):
+        if id(layer) not in states or not isinstance(weight, QuantisedWeight):
             continue
         layer.__class__, state, key = vars(kind)[_ORIGINAL], states[id(layer)], id(weight)
         if key not in made:

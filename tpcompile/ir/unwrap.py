@@ -21,12 +21,15 @@ from torch.distributed.tensor import DTensor
 
 from tpcompile.errors import TpCompileError
 
-from .bitsandbytes_weights import give_back, is_bitsandbytes, states_of, wrap
+from . import bitsandbytes_weights, fp8_layers
 from .module_tensors import every_name
 from .torch_internals import is_traceable_wrapper_subclass
 
 _Parts = dict[int, tuple[Tensor, Tensor]]
 """By its identity a part, which is kept for that, and the parameter that it became."""
+
+_LIBRARIES: tuple[Any, ...] = (bitsandbytes_weights, fp8_layers)
+"""What gives a library's layers weights that can be taken apart, and undoes it."""
 
 ORIGINAL = "_tp_whole_class"
 """The attribute of a class by which it says which one it stands for."""
@@ -132,13 +135,13 @@ def put_together_on_error(model: Any) -> Iterator[None]:
     """Puts together what ``unwrap`` has taken apart in the block, if that fails."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     before = {id(module) for module in modules if APART in module.__dict__}
-    states = states_of(modules)
+    states = [library.states_of(modules) for library in _LIBRARIES]
     try:
         yield
     except BaseException:
-        changed = [module for module in modules if id(module) not in before]
-        _wrap_again(changed)
-        give_back(changed, states)
+        _wrap_again(module for module in modules if id(module) not in before)
+        for library, state in zip(_LIBRARIES, states, strict=True):
+            library.give_back(modules, state)
         raise
 
 
@@ -150,7 +153,8 @@ def unwrap(model: Any) -> None:
     """
     if not _has_wrapped(model):
         return
-    wrap(model)
+    for library in _LIBRARIES:
+        library.wrap(model)
     modules = [(path, module) for path, module in model.named_modules() if _tables_of(module)]
     # transformers marks every weight that it loads as one to be trained, if its type looks like a float's.
     marked = getattr(model, "hf_quantizer", None) is not None
@@ -181,8 +185,10 @@ def _reorder(table: Any, order: Iterable[str]) -> None:
 
 
 def _has_wrapped(model: Any) -> bool:
-    tensors = (tensor for _, tensor in every_name(model)) if isinstance(model, nn.Module) else ()
-    return any(is_wrapped(tensor) or is_bitsandbytes(tensor) for tensor in tensors)
+    if not isinstance(model, nn.Module):
+        return False
+    own = any(is_wrapped(tensor) for _, tensor in every_name(model))
+    return own or any(library.concerns(model) for library in _LIBRARIES)
 
 
 def _tables_of(module: nn.Module) -> list[tuple[dict[str, Any], list[str]]]:
@@ -278,17 +284,16 @@ def _wrap_again(modules: Iterable[nn.Module]) -> None:
         for name, wrapping in apart.items():
             parts = list(wrapping.leaves())
             key = tuple(id(getattr(module, part)) for part in parts)
-            whole = made[key] if key in made else made.setdefault(key, wrapping.whole(module))
-            parameter, saved = (
-                parts[0] in module._parameters,
-                parts[0] not in module._non_persistent_buffers_set,
-            )
+            parameter = parts[0] in module._parameters
+            saved = parts[0] not in module._non_persistent_buffers_set
+            if key not in made:
+                whole = wrapping.whole(module)
+                made[key] = nn.Parameter(whole, requires_grad=False) if parameter else whole
             for part in parts:
                 delattr(module, part)
             if parameter:
-                whole = made[key] = nn.Parameter(whole, requires_grad=False)
-                module.register_parameter(name, whole)
+                module.register_parameter(name, made[key])
             else:
-                module.register_buffer(name, whole, persistent=saved)
+                module.register_buffer(name, made[key], persistent=saved)
         for table, order in zip(tables, orders, strict=True):
             _reorder(table, order)
