@@ -26,6 +26,7 @@ from tpcompile.runtime.command_options import (
     Dtype,
     Fields,
     Json,
+    Kept,
     Layers,
     Memory,
     Mesh,
@@ -70,6 +71,7 @@ def plan(
     optimizer: Optimizer = "adamw",
     checkpointing: Again = False,
     sequence_parallel: Divided = False,
+    keep_quantised: Kept = False,
     output: Annotated[
         Path | None, typer.Option(help="Write the plan here, for parallelize(plan=...).")
     ] = None,
@@ -79,7 +81,8 @@ def plan(
     with errors(as_json):
         ranks, copies, node = read_mesh(mesh, ranks)
         device = device if node is None else f"{device}x{node}"
-        found = _plan(model, ranks, layers, dtype, device, batch, seq, memory, sequence_parallel)
+        asked = (memory, sequence_parallel, keep_quantised)
+        found = _plan(model, ranks, layers, dtype, device, batch, seq, *asked)
         data: dict[str, Any] = plan_data(found) | {"copies": copies}
         text = str(found)
         if copies > 1:
@@ -115,6 +118,7 @@ def fit(
     optimizer: Optimizer = "adamw",
     checkpointing: Again = False,
     sequence_parallel: Divided = False,
+    keep_quantised: Kept = False,
     as_json: Json = False,
 ) -> None:
     """Which numbers of ranks a model fits on, the quickest, the cheapest. Exits with 1 if none fits."""
@@ -123,7 +127,7 @@ def fit(
         mine, copies, node = read_mesh(mesh, 0)
         device = device if node is None else f"{device}x{node}"
         found = tpcompile.fit(
-            find_model(model, layers, dtype),
+            find_model(model, layers, dtype, keep_quantised=keep_quantised),
             memory,
             read_numbers(ranks) if mesh is None else [mine],
             device=device,
@@ -275,8 +279,9 @@ def _plan(
     seq: int,
     memory: float | None = None,
     sequence_parallel: bool = False,
+    keep_quantised: bool = False,
 ) -> tpcompile.Plan:
-    built = find_model(spec, layers, dtype)
+    built = find_model(spec, layers, dtype, keep_quantised=keep_quantised)
     limit = None if memory is None else memory * 2**30
     return tpcompile.plan(
         built,

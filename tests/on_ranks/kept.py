@@ -43,6 +43,12 @@ def beside_plain(folder: Path, plain: Path) -> tuple[float, bool]:
     return apart(model, kept.of_experts(kept.FAMILIES["deepseek_v3"][0].from_pretrained(plain)))
 
 
+def held(folder: Path) -> int:
+    """Bytes of a rank."""
+    model = load(folder)
+    return sum(local_tensor(tensor).nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
 def in_memory(name: str, folder: Path) -> tuple[float, bool]:
     """The same of a model that transformers has loaded with its own layers."""
     model = kept.with_fp8_layers(name, folder)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
 import tpcompile
 from tests.helpers import kept, quantised
 from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import kept as spmd
 from tests.weights.test_from_pretrained import damaged, opened
+from tpcompile.__main__ import app
 from tpcompile.weights.loading.expressions import copied, leaves
 from tpcompile.weights.saving.quantised_metadata import quantised_metadata
 
@@ -49,6 +52,20 @@ def test_in_memory(name: str, tmp_path: Path) -> None:
     kept.checkpoint(name, tmp_path, F32)
     for error, tokens in run_spmd(spmd.in_memory, 2, name, tmp_path):
         assert error <= 1e-5 and tokens
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
+def test_bytes_are_known_before(name: str, tmp_path: Path) -> None:
+    """What ``fit`` and the commands say of a checkpoint's weights is what a rank holds."""
+    kept.checkpoint(name, tmp_path, BF16)
+    bytes_ = run_spmd(spmd.held, 2, tmp_path)[0]
+    (size,) = tpcompile.fit(tmp_path, "1GiB", [2], seq=8, keep_quantised=True).sizes
+    assert size.estimate is not None and size.estimate.memory.weights == bytes_
+    command = ["plan", str(tmp_path), "--ranks", "2", "--keep-quantised", "--mode", "decode", "--json"]
+    found = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).stdout)
+    assert found["estimate"]["memory"]["weights"] == bytes_
+    with pytest.raises(tpcompile.TpCompileError, match="is no checkpoint"):
+        tpcompile.fit(transformers.LlamaConfig(), "1GiB", [2], keep_quantised=True)
 
 
 def test_life(tmp_path: Path) -> None:

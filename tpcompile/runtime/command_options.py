@@ -19,6 +19,7 @@ Dtype = Annotated[str | None, typer.Option(help="Type of the weights; by default
 Dequantised = Annotated[
     bool, typer.Option("--dequantize", help="A quantised checkpoint is dequantised while it is loaded.")
 ]
+Kept = Annotated[bool, typer.Option("--keep-quantised", help="fp8 blocks and MXFP4 of a checkpoint stay so.")]
 Device = Annotated[
     str, typer.Option(help="Cost model: h100, h200, b200, a100 or cpu; h100x8: in nodes of 8.")
 ]

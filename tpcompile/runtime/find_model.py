@@ -33,6 +33,7 @@ def find_model(
     fields: Sequence[str] | None = None,
     *,
     verifiable: bool = False,
+    keep_quantised: bool = False,
 ) -> nn.Module:
     """The model that is meant, in evaluation mode.
 
@@ -43,12 +44,16 @@ def find_model(
         fields: other values of the configuration, as ``name=value``.
         verifiable: with random weights, if they fit into memory as often as verifying wants them; else a
             configuration's model is on ``meta``.
+        keep_quantised: with the weights that ``from_pretrained(..., keep_quantised=True)`` has; for that
+            the checkpoint has to be there, of which the files' headers are read.
 
     Raises:
-        TpCompileError: there is no such model, or it is too large to be verified.
+        TpCompileError: there is no such model, it is too large to be verified, or cannot be kept quantised.
     """
     module, colon, factory = spec.partition(":")
     if colon and not Path(spec).exists():
+        if keep_quantised:
+            raise _no_checkpoint()
         model = _from_factory(module, factory)
         if verifiable:
             _check_memory(model)
@@ -58,6 +63,8 @@ def find_model(
     config = find_config(spec, None, "", {"local_files_only": True}, _read_fields(fields or ()))
     if layers is not None:
         _cut(config.get_text_config(), layers)
+    if keep_quantised:
+        return _kept_quantised(spec, config, dtype)
     kind: Any = find_class(config, None, False, {})
     wanted = find_dtype(dtype, config, {})
     _warn_of_quantised(config, wanted)
@@ -68,20 +75,26 @@ def find_model(
     return model
 
 
-def model_meant(model: Any, dtype: str | torch.dtype | None = None) -> nn.Module:
+def model_meant(
+    model: Any, dtype: str | torch.dtype | None = None, keep_quantised: bool = False
+) -> nn.Module:
     """A model as it is, or the one of a configuration, or of ``find_model``'s text, on ``meta``.
 
     Args:
         model: one of these; a configuration without an architecture is that of a causal language model.
         dtype: the type of a configuration's weights, by default the configuration's.
+        keep_quantised: see ``find_model``.
 
     Raises:
-        TpCompileError: it is none of these, or a model with another type.
+        TpCompileError: it is none of these, a model with another type, or what is to be kept quantised is
+            no checkpoint.
     """
+    if isinstance(model, str | os.PathLike):
+        return find_model(str(model), dtype=dtype, keep_quantised=keep_quantised)
+    if keep_quantised:
+        raise _no_checkpoint()
     if isinstance(model, nn.Module) and dtype is None:
         return model
-    if isinstance(model, str | os.PathLike):
-        return find_model(str(model), dtype=dtype)
     import transformers
 
     from tpcompile.weights.loading.build_model import build_model, find_class, find_dtype
@@ -98,13 +111,28 @@ def model_meant(model: Any, dtype: str | torch.dtype | None = None) -> nn.Module
     return build_model(kind, config, wanted, None)
 
 
+def _no_checkpoint() -> TpCompileError:
+    todo = "give the checkpoint's folder or name; a model whose weights are quantised needs no such wish"
+    return TpCompileError("what is to be kept quantised is no checkpoint", where="keep_quantised", todo=todo)
+
+
+def _kept_quantised(spec: str, config: Any, dtype: str | torch.dtype | None) -> nn.Module:
+    from tpcompile.weights.loading.request import CheckpointRequest
+
+    request = CheckpointRequest(
+        spec, dtype=dtype, config=config, keep_quantised=True, others={"local_files_only": True}
+    )
+    model: nn.Module = request.build(request.open(), torch.device("cpu")).model
+    return model
+
+
 def _warn_of_quantised(config: Any, dtype: torch.dtype) -> None:
     from tpcompile.weights.loading.dequantise import quantised_by
 
     if (method := quantised_by(config)) is not None:
         warnings.warn(
             f"the checkpoint is quantised ({method}): this is about the model whose weights "
-            f"were dequantised, to {dtype}",
+            f"were dequantised, to {dtype}; keep_quantised is about the one whose weights stay so",
             stacklevel=3,
         )
 

@@ -18,6 +18,7 @@ from .command_options import (
     Dtype,
     Fields,
     Json,
+    Kept,
     Layers,
     Model,
     Ranks,
@@ -52,6 +53,7 @@ def generate(
     tokens: Annotated[int, typer.Option(help="How many tokens to generate.", min=1)] = 20,
     dtype: Dtype = None,
     dequantize: Dequantised = False,
+    keep_quantised: Kept = False,
     cpu: Cpu = False,
     as_json: Json = False,
 ) -> None:
@@ -60,7 +62,9 @@ def generate(
         given, tokenizer = read_prompt(model, prompt, ids)
     _on_ranks(ranks)
     with errors(as_json), mesh_of_ranks(cpu) as mesh:
-        found = generate_tokens(_load(context, model, mesh, dtype, dequantize), given, tokenizer, tokens)
+        found = generate_tokens(
+            _load(context, model, mesh, dtype, dequantize, keep_quantised), given, tokenizer, tokens
+        )
         _show_first(found.get("text", found["ids"]), found, as_json)
 
 
@@ -99,6 +103,7 @@ def convert(
     ranks: Ranks = 1,
     dtype: Dtype = None,
     dequantize: Dequantised = False,
+    keep_quantised: Kept = False,
     shard: Annotated[str, typer.Option(help="The size of a file of safetensors.")] = "5GB",
     cpu: Cpu = False,
     as_json: Json = False,
@@ -113,7 +118,9 @@ def convert(
             return show("\n".join(f"{key}: {style}" for key, style in found["rules"].items()), found, as_json)
     _on_ranks(ranks)
     with errors(as_json), mesh_of_ranks(cpu) as mesh:
-        found = convert_checkpoint(_load(context, model, mesh, dtype, dequantize), layout, out, shard)
+        found = convert_checkpoint(
+            _load(context, model, mesh, dtype, dequantize, keep_quantised), layout, out, shard
+        )
         _show_first(f"written: {out}, {size_text(found['bytes'])}", found, as_json)
 
 
@@ -123,11 +130,11 @@ def _on_ranks(ranks: int) -> None:
         raise typer.Exit(start_ranks(ranks))
 
 
-def _load(context: typer.Context, model: str, mesh: Any, dtype: str | None, dequantize: bool) -> Any:
-    asked = {"dequantize": True} if dequantize else None
-    return context.obj.from_pretrained(
-        model, mesh, dtype=dtype, quantization_config=asked, local_files_only=True
-    )
+def _load(
+    context: typer.Context, model: str, mesh: Any, dtype: str | None, dequantize: bool, keep: bool
+) -> Any:
+    wishes = {"quantization_config": {"dequantize": True} if dequantize else None, "keep_quantised": keep}
+    return context.obj.from_pretrained(model, mesh, dtype=dtype, local_files_only=True, **wishes)
 
 
 def _show_first(text: object, data: dict[str, Any], as_json: bool) -> None:

@@ -41,6 +41,7 @@ def fit(
     sequence_parallel: bool = False,
     plan: PlanLike = "auto",
     dtype: str | torch.dtype | None = None,
+    keep_quantised: bool = False,
 ) -> Fit:
     """Which numbers of ranks a model fits on, which of them is quickest, and which cheapest per token.
 
@@ -60,6 +61,8 @@ def fit(
         optimizer: see ``Plan.estimate``, as for all that follow.
         plan: see ``parallelize``.
         dtype: of the weights of a configuration or a name; by default the configuration's.
+        keep_quantised: of a checkpoint's folder or name: see ``from_pretrained``. Else a quantised one
+            counts as dequantised.
 
     Raises:
         TpCompileError: the arguments make no sense, or the model cannot be captured. What is refused for a
@@ -68,7 +71,7 @@ def fit(
     if not ranks:
         raise TpCompileError("there is no number of ranks to try", where="ranks", todo="give range(1, 17)")
     began = time.perf_counter()
-    found, built = device_named(device), unwrapped_copy(model_meant(model, dtype))
+    found, built = device_named(device), unwrapped_copy(model_meant(model, dtype, keep_quantised))
     limit = _limit(memory, found)
     options = read_options(built, plan, found.cost, "cpu", False, None, ())
     estimator = Estimator.of(built, options)
