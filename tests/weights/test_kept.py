@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor
 from typer.testing import CliRunner
 
 import tpcompile
@@ -17,6 +18,8 @@ from tests.helpers.run_ranks import run_spmd
 from tests.on_ranks import kept as spmd
 from tests.weights.test_from_pretrained import damaged, opened
 from tpcompile.__main__ import app
+from tpcompile.capture.export.capture_model import capture
+from tpcompile.ir.calls import bind_call
 from tpcompile.weights.loading.expressions import copied, leaves
 from tpcompile.weights.saving.quantised_metadata import quantised_metadata
 
@@ -94,6 +97,20 @@ def test_slices_are_copied(tmp_path: Path) -> None:
         expressions = {n: e for n, e in built.expressions.items() if n.endswith(("_qdata", "_scale"))}
         assert any("down_proj" in one for one in expressions)
         assert all(list(copied(e)) == list(leaves(e)) for e in expressions.values())
+
+
+def test_few_experts_are_chosen_before_they_are_dequantised(tmp_path: Path) -> None:
+    """One token has two of the four experts; a grouped matmul, transformers' default, takes all of them."""
+    kept.checkpoint("mixtral", tmp_path, F32)
+    model = opened(tmp_path, keep_quantised=True).model
+    assert model.config._experts_implementation == "grouped_mm"
+    for tokens, experts in ((1, 2), (6, 4)):
+        bound = bind_call(model, (), {"input_ids": torch.ones(1, tokens, dtype=torch.long)})
+        graph = capture(model, bound, dynamic=False).graph_module.graph
+        made = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+        sizes = {value.shape[0] for value in made if value.dtype == F32 and value.shape[1:] == (256, 128)}
+        assert sizes == {experts}
+    assert model.config._experts_implementation == "grouped_mm"
 
 
 def test_blocks_that_are_cut_short(tmp_path: Path) -> None:

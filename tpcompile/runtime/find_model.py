@@ -122,7 +122,7 @@ def _kept_quantised(spec: str, config: Any, dtype: str | torch.dtype | None) -> 
     request = CheckpointRequest(
         spec, dtype=dtype, config=config, keep_quantised=True, others={"local_files_only": True}
     )
-    model: nn.Module = request.build(request.open(), torch.device("cpu")).model
+    model: nn.Module = request.build(request.open(), torch.device("meta")).model
     return model
 
 

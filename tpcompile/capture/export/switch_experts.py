@@ -7,9 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-_EXPORTABLE = ("batched_mm", "grouped_mm")
+from tpcompile.ir.block_scaled import BlockScaled
+from tpcompile.ir.unwrap import APART
+
+_FEW = "tpcompile_few"
+"""What is captured in place of a grouped matmul over quantised experts, as transformers' table calls it."""
+
+_EXPORTABLE = ("batched_mm", "grouped_mm", _FEW)
 _INSTALLED = "_output_capturing_hooks_installed"
 _FIELD = "_experts_implementation_internal"
 _SWITCHED_BY = "transformers.integrations.moe"  # whose use_experts_implementation decorates a forward
@@ -54,12 +60,41 @@ def exportable_experts(model: nn.Module, device: torch.device) -> Iterator[None]
     before = [getattr(config, _FIELD) for config in configs]
     try:
         for config, old in zip(configs, before, strict=True):
-            if old not in _EXPORTABLE:
-                setattr(config, _FIELD, chosen)
+            wanted = old if old in _EXPORTABLE else chosen
+            setattr(config, _FIELD, _FEW if wanted == "grouped_mm" and _has_kept(model) else wanted)
         yield
     finally:
         for config, old in zip(configs, before, strict=True):
             setattr(config, _FIELD, old)
+
+
+def _has_kept(model: nn.Module) -> bool:
+    """Whether a model has experts that are dequantised in every call; then ``_FEW`` exists from here on."""
+    wrappings = (w for module in model.modules() for w in module.__dict__.get(APART, {}).values())
+    found = any(w.kind is BlockScaled and len(w.size) == 3 for w in wrappings)
+    if found:
+        _table()[_FEW] = _grouped_unless_few
+    return found
+
+
+def _grouped_unless_few(experts: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Any:
+    """A grouped matmul, for which all experts are dequantised; where few are asked for, these and no others.
+
+    Args:
+        experts: the module.
+        hidden_states: of shape [tokens, hidden].
+        index: experts of each token, of shape [tokens, chosen].
+        weights: what each counts, of this shape too.
+    """
+    rows = index.numel()
+    few = isinstance(rows, int) and rows < experts.num_experts and isinstance(experts.down_proj, BlockScaled)
+    return _table()["batched_mm" if few else "grouped_mm"](experts, hidden_states, index, weights)
+
+
+def _table() -> Any:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return ALL_EXPERTS_FUNCTIONS
 
 
 def install_output_hooks(model: nn.Module) -> None:
