@@ -15,7 +15,7 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 import tpcompile
 from tests.helpers.quantised import SIZES
 from tpcompile.ir.block_scaled import BlockScaled
-from tpcompile.ir.unwrap import put_together_on_error, unwrap
+from tpcompile.ir.unwrap import put_together_on_error, unwrap, unwrapped_copy
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
@@ -66,6 +66,7 @@ def test_they_are_given_back() -> None:
             layer = whole.model.layers[0]
             assert isinstance(layer.mlp.experts.down_proj, BlockScaled)
             assert "weight_scale_inv" not in dict(layer.self_attn.q_proj.named_parameters())
+            assert unwrapped_copy(whole) is whole, "there is nothing more to do"
             raise ZeroDivisionError
     assert seen(whole) == before
     attention = whole.model.layers[0].self_attn

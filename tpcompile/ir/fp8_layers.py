@@ -14,13 +14,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tpcompile.errors import TpCompileError
 
 from .block_scaled import BlockScaled
 
-_LAYERS, _EXPERTS = "transformers.integrations.finegrained_fp8", "transformers.integrations.mxfp4"
+_FP8, _MXFP4 = "transformers.integrations.finegrained_fp8", "transformers.integrations.mxfp4"
 _SCALE = "_scale_inv"  # what transformers adds to a weight's name for its scales
 _ORIGINAL = "_tp_fp8_class"
 """The attribute of a class by which it says which one of transformers' it stands for."""
@@ -34,9 +34,9 @@ State = tuple[type[nn.Module], dict[str, bool]]
 
 def is_fp8(module: nn.Module) -> bool:
     """Whether a layer is one of transformers' that calls kernels for its weights of few bits."""
-    library = sys.modules.get(_LAYERS)
+    library = sys.modules.get(_FP8)
     kinds = () if library is None else (library.FP8Linear, library.FP8Experts)
-    return isinstance(module, kinds) and any(_is_bits(weight) for weight in module._parameters.values())
+    return isinstance(module, kinds) and bool(_weights(module))
 
 
 def concerns(model: nn.Module) -> bool:
@@ -113,13 +113,11 @@ def give_back(modules: Iterable[nn.Module], states: Mapping[int, State]) -> None
                 layer._parameters[name] = before[name]
 
 
-def _is_bits(weight: Tensor | None) -> bool:
-    return weight is not None and weight.element_size() == 1
-
-
 def _weights(layer: nn.Module) -> list[str]:
-    """The names of a layer's weights that have scales."""
-    return [name for name in layer._parameters if name + _SCALE in layer._parameters]
+    """The names of a layer's weights of few bits, which have scales."""
+    named = layer._parameters.items()
+    bits = (name for name, weight in named if weight is not None and weight.element_size() == 1)
+    return [name for name in bits if name + _SCALE in layer._parameters]
 
 
 def _whole(where: str, layer: Any, bits: Any, scale: Any, dtype: torch.dtype) -> nn.Parameter:
@@ -142,7 +140,7 @@ def _computed_in(model: nn.Module, layers: set[int]) -> torch.dtype:
 
 
 def _refuse_other_forwards(path: str, layer: Any) -> None:
-    library: Any = sys.modules[_LAYERS]
+    library: Any = sys.modules[_FP8]
     kinds = (library.FP8Linear, library.FP8GroupedLinear, library.FP8Experts)
     if not any(type(layer).forward is kind.forward for kind in kinds):
         what = f"a {type(layer).__name__}, whose forward is not that of transformers' fp8 layers"
@@ -150,7 +148,7 @@ def _refuse_other_forwards(path: str, layer: Any) -> None:
 
 
 def _mxfp4() -> tuple[type, ...]:
-    library = sys.modules.get(_EXPERTS)
+    library = sys.modules.get(_MXFP4)
     return () if library is None else (library.Mxfp4GptOssExperts,)
 
 
