@@ -239,13 +239,19 @@ def grouped_matmul(low: Lowering, node: Node) -> Node:
 
 
 def attention(low: Lowering, node: Node) -> Node:
-    """Without heads, two matmuls of nothing: torch 2.11 divides by the number of heads, and crashes."""
-    query, key, value = (low.local[n] for n in operands(node)[:3])
+    """Without heads, two matmuls of nothing: torch 2.11 divides by the number of heads, and crashes.
+
+    A mask stays an operand: its gradient is a sum over all ranks.
+    """
+    query, key, value, *masks = (low.local[n] for n in operands(node))
     sizes = key.meta["val"].shape
     if len(sizes) < 3 or not isinstance(sizes[-3], int) or sizes[-3] > 0:
         return unchanged(low, node)
     turned = low.emit(aten.transpose.int, key, -2, -1, like=node)
     scores = low.emit(aten.matmul.default, query, turned, like=node)
+    for mask in masks:
+        mask = low.emit(aten.type_as.default, mask, query, like=node)
+        scores = low.emit(aten.add.Tensor, scores, mask, like=node)
     return low.emit(aten.matmul.default, scores, value, like=node)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 import tpcompile
 from tests.helpers import flash_attention
@@ -65,6 +66,26 @@ def test_flash_attention_of_transformers() -> None:
         assert found["whole"] == []
         assert "attention_mask hides tokens" in found["refused"][0]
         assert "position_ids begin anew" in found["refused"][1]
+
+
+class Biased(nn.Module):
+    """Attention of two heads to whose scores the same learned bias is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(12, 8) for _ in range(3))
+        self.out, self.bias = nn.Linear(8, 12), nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        out: Tensor = self.out(scaled_dot_product_attention(*parts, self.bias).transpose(1, 2).flatten(2))
+        return out
+
+
+def test_a_rank_without_heads_takes_part_in_the_gradient_of_a_mask() -> None:
+    plan = {"q": "colwise", "k": "colwise", "v": "colwise", "out": "rowwise"}
+    example = (torch.randn(2, 5, 12, dtype=torch.float64),)
+    assert tpcompile.verify(Biased().double(), 3, example, plan=plan).ok
 
 
 class Drops(nn.Module):

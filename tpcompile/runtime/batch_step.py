@@ -101,7 +101,7 @@ def _typical(call: Mapping[str, Any]) -> dict[str, Any]:
     like |= {name: call[name].new_zeros(1, tokens) for name in ("input_ids", "position_ids")}
     if isinstance(masks, Tensor):  # all layers attend alike
         like["attention_mask"] = masks.new_zeros(1, 1, tokens, *attended.values())
-    else:
+    elif masks is not None:
         like["attention_mask"] = {k: m.new_zeros(1, 1, tokens, attended[k]) for k, m in masks.items()}
     if "logits_to_keep" in call:
         like["logits_to_keep"] = call["logits_to_keep"].new_zeros(5)
