@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import tpcompile
@@ -97,6 +98,21 @@ def managed(folder: str) -> dict[str, Any]:
         results = [model(**families.causal_inputs()).logits for model in (whole, sharded, loaded)]
     found["after"] = max(float((result - results[0]).abs().max()) for result in results)
     return found
+
+
+def replicas() -> list[bool]:
+    """Two instances of a model, each with requests of its own, one after the other."""
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    whole = build("two_kv_heads", num_hidden_layers=1)
+    sharded = copy.deepcopy(whole)
+    given = {"example_kwargs": families.causal_inputs(), "timeout": 60.0}
+    tpcompile.parallelize(sharded, both, axis="tensor", **given)
+    first = both.get_local_rank("data")
+    return [
+        tokens(sharded.generate_batch([prompt], **wishes()))
+        == tokens(whole.generate_batch([prompt], **wishes()))
+        for prompt in PROMPTS[first : first + 2]
+    ]
 
 
 def refusals() -> list[str]:

@@ -40,6 +40,11 @@ def test_a_manager(tmp_path: Path) -> None:
         assert found["after"] <= 1e-5
 
 
+def test_replicas() -> None:
+    """A batch finds nothing of an earlier one's group."""
+    assert run_spmd(spmd.replicas, 4, timeout=TIMEOUT) == [[True, True]] * 4
+
+
 def test_refusals() -> None:
     expected = [
         "different calls of generate_batch",

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any, NoReturn
+
+import torch.distributed as dist
 
 from tpcompile.capture.caches.paged import PagedCache
 from tpcompile.capture.caches.register import register_cache_support
@@ -20,6 +21,7 @@ from tpcompile.ir.hf_internals import ATTN_TYPE_TO_ALLOCATOR, ContinuousBatching
 from tpcompile.ranks.agree import alike, compare, together
 from tpcompile.ranks.describe import describe_value
 from tpcompile.ranks.exchange import exchange
+from tpcompile.ranks.own_groups import limit_of, make_group
 from tpcompile.ranks.turns import own_turn, turn_lent
 
 from .batch_step import BatchStep
@@ -227,13 +229,17 @@ def _one_model(runtime: Runtime, timeout: float | None, divided: bool) -> Any:
         divided: whether each has a part of the cache.
     """
     axis = runtime.compiler.axis
-    if axis is None:
-        return DistributedHelper(None, timeout)
-    group = axis.group
-    mesh = SimpleNamespace(
-        mesh_dim_names=None, size=group.size, get_group=lambda: group, get_local_rank=group.rank
-    )
     names = ("k_proj", "v_proj") if divided else ()
-    made: Any = DistributedHelper(mesh, timeout, {f"layers.*.self_attn.{name}": "" for name in names})
+    made: Any = DistributedHelper(None, timeout, {f"layers.*.self_attn.{name}": "" for name in names})
+    if axis is None:
+        return made
+    group, ranks = axis.group, dist.get_process_group_ranks(axis.group)
+    if len(ranks) > 1:
+        made.tp_size, made.tp_group = len(ranks), group
+        made.tp_local_rank, made.tp_root_global_rank = group.rank(), ranks[0]
+        # transformers' own would have the name of one that an earlier batch of some ranks has left behind
+        topic = f"{group.group_name}/batches"
+        made.cpu_comm_group = make_group(ranks, topic, timeout or limit_of(group))
+        made.is_tp_driver = made.infer_if_tp_driver()
     made.dp_rank = axis.replica  # which of several models: it tells their random numbers apart
     return made
