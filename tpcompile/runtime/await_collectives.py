@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from .split_matmuls import LAST_PASS, SplitMatmuls
+
 _LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
 _C10D = torch.ops._c10d_functional
 _WAIT = _C10D.wait_tensor.default
-_LAST = "post_grad_custom_post_pass"
-"""Inductor's option for passes that change its graph when all others have."""
 
 
 def _awaited(collective: Any) -> Any:
@@ -68,11 +68,10 @@ def await_collectives(graph: Graph) -> None:
         node.target, node.args, last = own, (*node.args, last), node
         node.meta.pop("eager_input_vals", None)  # of the operator that it was
         for wait in [user for user in node.users if user.target is _WAIT]:
-            if all(
-                user.op != "output" for user in wait.users
-            ):  # results of exported programs keep their names
-                wait.replace_all_uses_with(node)
-                graph.erase_node(wait)
+            if any(user.op == "output" for user in wait.users):
+                continue  # results of exported programs keep their names
+            wait.replace_all_uses_with(node)
+            graph.erase_node(wait)
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,6 @@ def awaiting(options: Mapping[str, Any]) -> dict[str, Any]:
 
     CustomGraphPass.register(AwaitCollectives)
     own = options["options"]
-    asked = own.get(_LAST) or ()
+    asked = own.get(LAST_PASS, SplitMatmuls()) or ()
     before = asked if isinstance(asked, list | tuple) else (asked,)
-    return {**options, "options": {**own, _LAST: [*before, AwaitCollectives()]}}
+    return {**options, "options": {**own, LAST_PASS: [*before, AwaitCollectives()]}}
