@@ -19,6 +19,8 @@ from transformers import (
     MixtralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     TorchAoConfig,
 )
 
@@ -28,10 +30,16 @@ from tests.on_ranks import quantised as spmd
 from tests.weights.test_from_pretrained import opened
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 FAMILIES: dict[str, Any] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**spmd.SIZES)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=8, **spmd.SIZES)),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**EXPERTS, **spmd.SIZES)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, **spmd.SIZES
+        )
+    ),
     "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(head_dim=8, **EXPERTS, **spmd.SIZES)),
 }
 
@@ -67,13 +75,31 @@ def test_families(family: str, ranks: int, kind: str) -> None:
     assert "lm_head.weight" in model.state_dict(), "the model is as it was"
 
 
-def test_experts_in_one_tensor_are_refused() -> None:
-    """torchao's classes have no operation that chooses among them."""
-    model = FAMILIES["mixtral"]()
-    experts = FqnToConfig({r"re:.*experts\.(gate_up_proj|down_proj)": spmd.KINDS["fp8"]})
+def with_experts(family: str, kind: str) -> Any:
+    """A model whose experts torchao has quantised, and computes one after the other, which it can."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    model.set_experts_implementation("eager")
+    experts = FqnToConfig({r"re:.*experts\.(gate_up_proj|down_proj)": spmd.KINDS[kind]})
     quantize_(model, experts, filter_fn=None)
+    return model
+
+
+@pytest.mark.parametrize(("family", "kind"), [("mixtral", "int8"), ("mixtral", "fp8"), ("qwen3_moe", "int8")])
+def test_experts_in_one_tensor(family: str, kind: str) -> None:
+    model = with_experts(family, kind)
+    report = tpcompile.verify(model, 2, example_kwargs={"input_ids": spmd.IDS}, gradients=False, generate=3)
+    assert report.ok, report
+    assert max(one.error for one in report.findings) <= 1e-5, report  # fp8 has a limit of its own
+    plan = tpcompile.plan(model, 2)
+    assert not plan.layout.params["model.layers.0.mlp.experts._down_proj_qdata"].is_whole, str(plan)
+    assert model.config._experts_implementation == "eager"
+
+
+def test_experts_that_round_activations_are_refused() -> None:
+    """torchao's classes have no operation that chooses among them."""
     with pytest.raises(tpcompile.TpCompileError, match="quantise linear layers only"):
-        tpcompile.plan(model, 2, example_kwargs={"input_ids": spmd.IDS})
+        tpcompile.plan(with_experts("mixtral", "int8 of activations"), 2)
 
 
 def test_rules_are_about_the_weight() -> None:

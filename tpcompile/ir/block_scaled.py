@@ -125,10 +125,10 @@ def _numbers(qdata: Tensor) -> Tensor:
     if qdata.dtype != torch.uint8:
         return qdata.to(torch.float32)
     codes = torch.stack([qdata & 15, qdata >> 4], -1).flatten(-2)
-    size = (codes & 7).to(torch.float32)
+    size = (codes & 7).to(torch.bfloat16)  # which has all of these; in float32 it takes four times as long
     # 0, 0.5, 1, 1.5, 2, 3, 4, 6
     size = torch.maximum(torch.maximum(size * 0.5, size - 2), size * 2 - 8)
-    return torch.where(codes < 8, size, -size)
+    return torch.where(codes < 8, size, -size).to(torch.float32)
 
 
 def _refuse_writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -95,9 +95,9 @@ def _make_functional(program: ExportedProgram) -> None:
             continue
         if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
             raise CannotTakeApart(f"{node.target} writes")
-        if node.target in torchs and not alias_depends(node.target):
+        if node.target in torchs and not alias_depends(node.target) and node.target.namespace == "aten":
             raise CannotTakeApart(f"{node.target} is made of operators with rules, maybe")
-    _take_apart_all(graph, mode)
+    _take_apart_all(graph, mode, torchs)
 
 
 def _casts_nothing(node: Node) -> bool:
@@ -121,10 +121,11 @@ def _is_tensor_call(node: Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor | list | tuple | None)
 
 
-def _take_apart_all(graph: Graph, mode: FakeTensorMode) -> None:
+def _take_apart_all(graph: Graph, mode: FakeTensorMode, without_rules: Mapping[OpOverload, Any]) -> None:
     sizes = Sizes()
     for node in graph.nodes:  # which goes on behind a node that is erased
-        if _is_tensor_call(node) and is_composite(node.target) and alias_depends(node.target):
+        composite = _is_tensor_call(node) and is_composite(node.target)
+        if composite and (alias_depends(node.target) or node.target in without_rules):
             take_apart(node, sizes, mode)
             continue
         if node.target is torch.ops.aten.lift_fresh_copy.default:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tpcompile.ir.block_scaled import BlockScaled
-from tpcompile.ir.unwrap import APART
+from tpcompile.ir.unwrap import APART, is_wrapped
 
-_FEW = "tpcompile_few"
-"""What is captured in place of a grouped matmul over quantised experts, as transformers' table calls it."""
+_QUANTISED = "tpcompile_quantised"
+"""What is captured of quantised experts, as transformers' table calls it."""
 
-_EXPORTABLE = ("batched_mm", "grouped_mm", _FEW)
+_EXPORTABLE = ("batched_mm", "grouped_mm", _QUANTISED)
 _INSTALLED = "_output_capturing_hooks_installed"
 _FIELD = "_experts_implementation_internal"
 _SWITCHED_BY = "transformers.integrations.moe"  # whose use_experts_implementation decorates a forward
@@ -61,23 +61,24 @@ def exportable_experts(model: nn.Module, device: torch.device) -> Iterator[None]
     try:
         for config, old in zip(configs, before, strict=True):
             wanted = old if old in _EXPORTABLE else chosen
-            setattr(config, _FIELD, _FEW if wanted == "grouped_mm" and _has_kept(model) else wanted)
+            quantised = old != "batched_mm" and _has_quantised(model)
+            setattr(config, _FIELD, _QUANTISED if quantised else wanted)
         yield
     finally:
         for config, old in zip(configs, before, strict=True):
             setattr(config, _FIELD, old)
 
 
-def _has_kept(model: nn.Module) -> bool:
-    """Whether a model has experts that are dequantised in every call; then ``_FEW`` exists from here on."""
+def _has_quantised(model: nn.Module) -> bool:
+    """Whether a model has experts that are quantised; then ``_QUANTISED`` exists from here on."""
     wrappings = (w for module in model.modules() for w in module.__dict__.get(APART, {}).values())
-    found = any(w.kind is BlockScaled and len(w.size) == 3 for w in wrappings)
+    found = any(len(wrapping.size) == 3 for wrapping in wrappings)
     if found:
-        _table()[_FEW] = _grouped_unless_few
+        _table()[_QUANTISED] = _quantised_experts
     return found
 
 
-def _grouped_unless_few(experts: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Any:
+def _quantised_experts(experts: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Any:
     """A grouped matmul, for which all experts are dequantised; where few are asked for, these and no others.
 
     Args:
@@ -86,9 +87,26 @@ def _grouped_unless_few(experts: Any, hidden_states: Tensor, index: Tensor, weig
         index: experts of each token, of shape [tokens, chosen].
         weights: what each counts, of this shape too.
     """
-    rows = index.numel()
-    few = isinstance(rows, int) and rows < experts.num_experts and isinstance(experts.down_proj, BlockScaled)
-    return _table()["batched_mm" if few else "grouped_mm"](experts, hidden_states, index, weights)
+    rows, kept = index.numel(), isinstance(experts.down_proj, BlockScaled)
+    few = kept and isinstance(rows, int) and rows < experts.num_experts
+    forward = _table()["batched_mm" if few else "grouped_mm"]
+    return forward(experts if kept else _Dequantised(experts), hidden_states, index, weights)
+
+
+class _Dequantised:
+    """A module of experts whose weights are dequantised when they are read, if they are torchao's.
+
+    These have hardly any operation that a program can have for experts. Those that round activations too
+    stay as they are: there is nothing else that computes the same.
+    """
+
+    def __init__(self, experts: Any) -> None:
+        self._experts = experts
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._experts, name)
+        alone = is_wrapped(value) and getattr(value, "act_quant_kwargs", value) is None
+        return value.dequantize() if alone else value
 
 
 def _table() -> Any:
