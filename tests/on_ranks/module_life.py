@@ -214,10 +214,12 @@ def shown_buffers() -> float:
     return max(worst, error(sharded.full_state_dict(), whole.state_dict()))
 
 
-def batch_statistics() -> float:
-    """Evaluated first, then trained: a batch norm between divided convolutions."""
+def batch_statistics(names: int = 1) -> float:
+    """Evaluated first, then trained: a batch norm between divided convolutions, perhaps under two names."""
     torch.manual_seed(0)
-    layers = (nn.Conv1d(5, 14, 1, bias=False), nn.BatchNorm1d(14), nn.ReLU(), nn.Conv1d(14, 6, 1))
+    norm = nn.BatchNorm1d(14)
+    again = (nn.Conv1d(14, 14, 1, bias=False), norm)[: 2 * (names - 1)]
+    layers = (nn.Conv1d(5, 14, 1, bias=False), norm, nn.ReLU(), *again, nn.Conv1d(14, 6, 1))
     whole = nn.Sequential(*layers).eval()
     x = torch.randn(X)
     sharded = tpcompile.parallelize(copy.deepcopy(whole), mesh(), (x,))

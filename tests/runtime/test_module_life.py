@@ -64,6 +64,7 @@ def test_results_show_what_buffers_were() -> None:
 def test_batch_norm_between_divided_layers_trains() -> None:
     assert max(run_spmd(life.batch_statistics, 2)) <= F32
     assert max(run_spmd(life.batch_statistics, 3)) <= F32
+    assert max(run_spmd(life.batch_statistics, 2, 2)) <= F32
 
 
 def test_deep_copies() -> None:

@@ -28,7 +28,7 @@ from .dynamic_dims import Attempt, Dims, attempts
 from .explain_failure import explain_failure, is_data_dependent
 from .fake_model import capture_device, fake_input, lend_fake_weights, no_fused_encoder
 from .flat_model import PYTHON_VALUES, FlatModel, Structure
-from .flatten_program import flatten_program
+from .flatten_program import flatten_program, merge_names
 from .inline_no_grad import inline_regions
 from .read_guards import read_guards, read_ranges
 from .shots import storage
@@ -198,7 +198,7 @@ def _export(
         with watched_calls() as watch, _cached_results(attempt), quick_stack_lines(), plain_modules():
             flat.begin = watch.order.begin
             exported = torch.export.export(flat, fakes, dynamic_shapes=(shapes,), strict=False)
-        _inline(exported)
+        _simplify(exported, model)
         program = decompose(exported)
         guards = read_guards(exported)  # with those of what was taken apart
     taken, peeked = flat.seen.taken, watch.peeked
@@ -238,7 +238,8 @@ def _single_numbers(model: nn.Module) -> dict[int, torch.Tensor]:
     return {id(x): x for x in held if x.numel() == 1}
 
 
-def _inline(program: ExportedProgram) -> None:
+def _simplify(program: ExportedProgram, model: nn.Module) -> None:
+    merge_names(program, model)
     tainted = {
         node
         for node in program.graph.find_nodes(op="placeholder")

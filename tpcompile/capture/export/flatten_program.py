@@ -48,6 +48,22 @@ def strip_prefix(name: str) -> str:
     return name[len(PREFIX) + 1 :] if name.startswith(PREFIX + ".") else ("" if name == PREFIX else name)
 
 
+def merge_names(program: ExportedProgram, model: nn.Module) -> None:
+    """A tensor under several names is given once: torch traces no writes into one that is given twice."""
+    canonical, graph = first_names(model), program.graph
+    nodes = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    given: dict[str, Node] = {}
+    for spec in list(program.graph_signature.input_specs):
+        if _KINDS.get(spec.kind) not in ("param", "buffer"):
+            continue
+        name, node = strip_prefix(str(spec.target)), nodes[spec.arg.name]
+        first = given.setdefault(canonical.get(name, name), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+            program.graph_signature.input_specs.remove(spec)
+
+
 def flatten_program(
     program: ExportedProgram,
     model: nn.Module,
@@ -79,7 +95,7 @@ def flatten_program(
 def _keyed_placeholders(
     program: ExportedProgram, model: nn.Module, leaf_names: Sequence[str], leaves: Sequence[Any]
 ) -> dict[tuple[str, str], Node]:
-    """Return (kind, name) -> placeholder; the names of a tied tensor become one."""
+    """Return (kind, name) -> placeholder."""
     canonical = first_names(model)
     nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
     users = iter(_traced(leaf_names, leaves))
@@ -97,11 +113,7 @@ def _keyed_placeholders(
         node = nodes[spec.arg.name]
         name = next(users) if kind == "user" else strip_prefix(str(spec.target))
         name = canonical.get(name, name) if kind in ("param", "buffer") else name
-        if (kind, name) in keyed:
-            node.replace_all_uses_with(keyed[kind, name])
-            program.graph.erase_node(node)
-        else:
-            keyed[kind, name] = node
+        keyed[kind, name] = node
     return keyed
 
 
