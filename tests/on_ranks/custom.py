@@ -34,12 +34,25 @@ class Packed(nn.Module):
         return self.odd(self.down(nn.functional.silu(gate) * up))
 
 
+class Shared(nn.Module):
+    """Has a layer under two names, and calls it by both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 12)
+        self.again = self.inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.again(nn.functional.silu(self.inner(x)))
+        return y
+
+
 def build(name: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     """A model in float64 with the example's and another call."""
     torch.manual_seed(0)
-    if name == "packed":
+    if name in ("packed", "shared"):
         one, two = torch.randn(3, 5, 12).double(), torch.randn(2, 7, 12).double()
-        return Packed().double(), {"x": one}, {"x": two}
+        return {"packed": Packed, "shared": Shared}[name]().double(), {"x": one}, {"x": two}
     layers, _, name = name.rpartition(" layers of ")
     if layers:
         model = families.build(name, torch.float64, num_hidden_layers=int(layers))
@@ -173,7 +186,9 @@ def loaded(folder: str, other: str) -> tuple[float, bool]:
 def refusals() -> list[str]:
     """Bad strategies, each with the message it gets; the model stays as it is."""
     custom_layers.register()
-    messages = []
+    twice, messages = {"inner": "colwise_custom", "again": "gathering_custom"}, []
+    said = refusal(lambda: tpcompile.parallelize(Shared(), mesh(), (torch.randn(3, 12),), plan=twice))
+    assert "again, which is inner" in said, said
     plans = [
         {"inner": "no_methods_custom"},
         {"inner": "nothing_custom"},
@@ -189,8 +204,8 @@ def refusals() -> list[str]:
         try:
             tpcompile.parallelize(model, mesh(), example_kwargs=example, plan=plan)
             messages.append("accepted")
-        except tpcompile.TpCompileError as refusal:
-            messages.append(str(refusal))
+        except tpcompile.TpCompileError as error:
+            messages.append(str(error))
     assert type(model) is Packed
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     sharded = tpcompile.parallelize(
@@ -199,8 +214,8 @@ def refusals() -> list[str]:
     try:
         sharded(**example)
         messages.append("accepted")
-    except tpcompile.TpCompileError as refusal:
-        messages.append(str(refusal))
+    except tpcompile.TpCompileError as error:
+        messages.append(str(error))
     return messages
 
 

@@ -35,6 +35,11 @@ def test_plain_packed_and_gathering(ranks: int) -> None:
     check("packed", ranks, {"inner": "plain_custom", "gate_up": "packed_custom", "odd": "gathering_custom"})
 
 
+def test_a_module_of_two_names() -> None:
+    """By its second one, of which the plan says nothing else."""
+    check("shared", 2, {"again": "colwise_custom"})
+
+
 def test_compiled() -> None:
     check("packed", 2, {"inner": "colwise_custom", "gate_up": "packed_custom"}, compiled=True)
 

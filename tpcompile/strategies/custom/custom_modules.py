@@ -124,15 +124,18 @@ def find_modules(model: nn.Module, custom: Mapping[str, str]) -> CustomModules:
 
     Args:
         model: the model.
-        custom: glob of a module -> name of a registered custom strategy.
+        custom: glob of a module -> name of a registered custom strategy. Any of a module's names will do.
 
     Raises:
-        TpCompileError: a glob names no module, a strategy cannot be used, or a module cannot be taken apart
-            from the rest of the model.
+        TpCompileError: a glob names no module, a strategy cannot be used, a module has two, or it cannot be
+            taken apart from the rest of the model.
     """
     found = CustomModules()
     known = {name: resolve(name) for name in dict.fromkeys(custom.values())}
-    names = [name for name, _ in model.named_modules() if name]
+    first: dict[int, str] = {}
+    every = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    names = {name: first.setdefault(id(module), name) for name, module in every}
+    given: dict[str, CustomStrategy] = {}
     for glob, strategy in custom.items():
         matches = [n for n in names if fnmatchcase(n, glob)]
         if not matches:
@@ -142,17 +145,26 @@ def find_modules(model: nn.Module, custom: Mapping[str, str]) -> CustomModules:
                 where="plan",
                 todo=f"did you mean {', '.join(near)}?" if near else "see model.named_modules()",
             )
-        found.strategies.update({n: known[strategy] for n in matches})
-    found.strategies = {n: found.strategies[n] for n in names if n in found.strategies}
+        given.update({n: known[strategy] for n in matches})
+    for name, path in names.items():
+        if name in given and found.strategies.setdefault(path, given[name]) is not given[name]:
+            pair = f"{found.strategies[path].name!r} and {given[name].name!r}"
+            raise TpCompileError(
+                f"one module under several names is given to two strategies, {pair}",
+                where=f"plan: {name}, which is {path}",
+                todo="give all its names to the same strategy, or only one of them to any",
+            )
     owners = weight_owners(model)
     for path in found.strategies:
-        _check_apart(model, path, found.strategies, owners)
+        own = tuple(f"{name}." for name, main in names.items() if main == path)
+        _check_apart(model, path, own, found.strategies, owners)
     return found
 
 
 def _check_apart(
     model: nn.Module,
     path: str,
+    own: tuple[str, ...],
     strategies: Mapping[str, CustomStrategy],
     owners: Mapping[int, frozenset[str]],
 ) -> None:
@@ -165,7 +177,7 @@ def _check_apart(
     if "forward" in module.__dict__:
         raise TpCompileError("the module's forward was replaced", where=path, todo="leave it to the planner")
     for tensor in (*module.parameters(), *module.buffers()):
-        other = next((n for n in sorted(owners[id(tensor)]) if not n.startswith(path + ".")), None)
+        other = next((n for n in sorted(owners[id(tensor)]) if not n.startswith(own)), None)
         if other is not None:
             raise TpCompileError(
                 f"a weight of the module is also {other}",
