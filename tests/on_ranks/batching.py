@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import threading
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -86,8 +88,9 @@ def managed(folder: str) -> dict[str, Any]:
                 assert manager.is_running()
             mine.append(result.generated_tokens)
         found["one by one"] = mine == theirs
+        again = partial(sharded.generate_batch, [[1]])
         norm, call = sharded.lm_head.weight.norm, lambda: sharded(**families.causal_inputs())
-        found["meanwhile"] = [refusal(do) for do in (call, norm, lambda: sharded.generate_batch([[1]]))]
+        found["meanwhile"] = [refusal(do) for do in (call, norm, again, sharded.serve_ranks().__enter__)]
         with manager.pause():
             found["in a pause"] = [refusal(do) for do in (call, norm)]
     found["threads"] = [thread.name for thread in threading.enumerate() if "generation_loop" in thread.name]
@@ -127,12 +130,47 @@ def refusals() -> list[str]:
             for flag in (ContinuousBatchingConfig(**{name: value}) for name, value in flags.items())
         ),
     ]
+    made = sharded.init_continuous_batching(**wishes())
     with sharded.serve_ranks() as leading:
-        led = (
-            refusal(lambda: sharded.generate_batch([[1]], **wishes())) if leading else "to ranks that follow"
-        )
+        assert leading == (dist.get_rank() == 0)
+        led = [
+            refusal(lambda: sharded.generate_batch([[1]], **wishes())),
+            refusal(lambda: sharded.init_continuous_batching(**wishes())),
+            refusal(made.start),
+        ]
     sharded.set_attn_implementation("flex_attention")
-    return [*said, led, refusal(lambda: sharded.generate_batch([[1]], **wishes()))]
+    return [*said, *led, refusal(lambda: sharded.generate_batch([[1]], **wishes()))]
+
+
+def adapters() -> list[str]:
+    """What a model of PEFT says, that is put around a model before and after it is divided, by both its ways;
+    and whether adapters in the model's own layers serve.
+    """
+    lora = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    whole, sharded = pair("two_kv_heads")
+    before = get_peft_model(copy.deepcopy(whole), copy.deepcopy(lora))
+    given = {"example_kwargs": families.causal_inputs()}
+    said = []
+    for model in (tpcompile.parallelize(before, mesh(), **given), get_peft_model(sharded, lora)):
+        model.generate(input_ids=torch.tensor([[1, 2]]), max_new_tokens=2, do_sample=False)
+        for part in (model, model.get_base_model()):
+            said.append(refusal(lambda part=part: part.generate_batch([[1]], **wishes())))  # type: ignore[misc]
+            said.append(refusal(lambda part=part: part.init_continuous_batching(**wishes())))  # type: ignore[misc]
+            said.append(refusal(lambda part=part: _manage(part)))  # type: ignore[misc]
+    whole, sharded = pair("two_kv_heads")
+    made = []
+    for model in (whole, sharded):
+        torch.manual_seed(3)
+        inject_adapter_in_model(copy.deepcopy(lora), model)
+        model(**families.causal_inputs())
+        made.append(tokens(model.generate_batch(PROMPTS[:2], **wishes())))
+    assert made[0] == made[1]
+    return said
+
+
+def _manage(model: Any) -> None:
+    with model.continuous_batching_context_manager(**wishes()):
+        raise AssertionError("a manager was made")
 
 
 def one_fails(last: int) -> str:

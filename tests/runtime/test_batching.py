@@ -51,12 +51,17 @@ def test_refusals() -> None:
         "keep a manager",
         "compile its steps",
         "compile its steps",
-        "to ranks that follow",
+        *["to ranks that follow"] * 3,
         "the attention 'flex_attention'",
     ]
     for messages in run_spmd(spmd.refusals, 2, timeout=TIMEOUT):
         for message, part in zip(messages, expected, strict=True):
             assert part in message
+
+
+def test_adapters() -> None:
+    for said in run_spmd(spmd.adapters, 2, timeout=TIMEOUT):
+        assert len(said) == 12 and all("not in a model of PEFT" in each for each in said), said
 
 
 def test_a_rank_that_fails() -> None:

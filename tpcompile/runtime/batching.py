@@ -179,8 +179,9 @@ class BatchingManager(ContinuousBatchingManager):
         """As transformers' own.
 
         Raises:
-            TpCompileError: another thread is in a call.
+            TpCompileError: another thread is in a call; or ranks follow this one, or it follows.
         """
+        _refuse_following(self._runtime)
         with own_turn(self._runtime.group_name):
             pass  # it is free for the thread that is started
         super().start()

@@ -148,13 +148,13 @@ class WithoutBatching:
             TpCompileError: always.
         """
         raise TpCompileError(
-            "continuous batching is for a sharded model as it is: not with adapters, nor when it was saved",
+            "continuous batching is for a sharded model as it is: not in a model of PEFT, nor when it was "
+            "saved",
             where=f"generate_batch of {type(self).__name__}",
             todo="use generate with a batch of prompts",
         )
 
-    init_continuous_batching = generate_batch
-    """What its other ways in begin with."""
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
 
 def share_random_state(group: dist.ProcessGroup | None, device: torch.device) -> None:

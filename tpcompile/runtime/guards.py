@@ -24,6 +24,7 @@ from tpcompile.ir.layout.weight_layout import WeightLayout
 from tpcompile.weights.shard import local_weights
 
 from .fixed_table import fix_tables, tell_functional_call
+from .generates_alike import WithoutBatching
 from .place import Root
 from .replaced_forward import LIFTED, lift_forward
 from .watched_module import ENTRY, WatchedModule, refuse_old_hooks
@@ -95,7 +96,8 @@ def guarded_class(original: type[nn.Module]) -> type[nn.Module]:
 
     forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
     body = {"forward": forward, "__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original.__name__, (GuardedModule, original), body)
+    batching = (WithoutBatching,) if hasattr(original, "generate_batch") else ()
+    return type(original.__name__, (*batching, GuardedModule, original), body)
 
 
 def _original(module: nn.Module, guard: _Guard) -> Callable[..., Any]:
