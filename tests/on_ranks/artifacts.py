@@ -199,7 +199,7 @@ def folders(folder: str) -> dict[str, Any]:
 
 
 def replicas(folder: str) -> list[str]:
-    """What replicas hear: the folder is there when they go on; it is not; they name different ones."""
+    """What replicas hear: the folder is there; it is not; they name different ones; they are no replicas."""
     axes = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     sharded = tpcompile.parallelize(Mlp().eval(), axes, (torch.randn(3, 12),), axis="tp")
     x, replica = torch.randn(2, 12), axes.get_local_rank("dp")
@@ -216,6 +216,8 @@ def replicas(folder: str) -> list[str]:
         patch.setattr(save_program, "save_file", _no_room)
         said.append(refusal(save_and_load))
         said.append(refusal(lambda: sharded.save_program(f"{folder}-{replica}")))
+        sharded.up.weight.add_(replica)
+        said.append(refusal(lambda: sharded.save_program(folder)))
         return said
 
 

@@ -94,7 +94,11 @@ def save_replicas(name: str, data: dict[str, Any], folder: str) -> list[bool]:
     model.save_pretrained(folder, max_shard_size="30KB")
     there = os.path.exists(os.path.join(folder, "model.safetensors.index.json"))
     dist.barrier()
-    return [there, os.listdir(os.path.dirname(folder)) == [os.path.basename(folder)]]
+    alone = os.listdir(os.path.dirname(folder)) == [os.path.basename(folder)]
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(model._tp.compiler.axis.replica)
+    said = answer(lambda: model.save_pretrained(folder))
+    return [there, alone, "other models, not replicas" in said]
 
 
 def failed_save(model: Any, folder: str) -> str:

@@ -125,9 +125,10 @@ def test_folders_of_others_and_orders_of_calls(tmp_path: Path) -> None:
 
 def test_replicas(tmp_path: Path) -> None:
     """The first one writes; the other waits until it has, and hears of it if it could not."""
-    for waited, full, apart in run_spmd(artifacts.replicas, 4, str(tmp_path / "program")):
+    for waited, full, apart, others in run_spmd(artifacts.replicas, 4, str(tmp_path / "program")):
         assert waited == "accepted"
         assert "no room" in full and "different calls of save_program" in apart
+        assert "other models, not replicas" in others and "save_program, up.weight" in others
 
 
 def test_a_parameter_among_the_arguments(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx import symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tpcompile.ir.dynamo_internals import inductor_config
 from tpcompile.runtime.compile_step import CompiledSteps
-from tpcompile.runtime.split_matmuls import split_matmuls
+from tpcompile.runtime.split_matmuls import SplitMatmuls, last_pass, split_matmuls
 
 MM = torch.ops.aten.mm.default
 pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="only MKL's are taken apart")
@@ -63,3 +64,10 @@ def test_programs_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
         (found,), (code,) = run_and_get_code(steps, [x, weight])
     torch.testing.assert_close(found, torch.nn.functional.linear(x, weight))
     assert code.count("extern_kernels.mm(") == 5 and "cat" not in code.partition("def call")[2]
+
+
+def test_the_users_last_pass_stays() -> None:
+    kept = SplitMatmuls()
+    with inductor_config.patch(post_grad_custom_post_pass=kept):
+        assert last_pass() is kept
+    assert last_pass() == kept and last_pass() is not kept

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .split_matmuls import LAST_PASS, SplitMatmuls
+from .split_matmuls import LAST_PASS, last_pass
 
 _LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
 _C10D = torch.ops._c10d_functional
@@ -92,6 +92,6 @@ def awaiting(options: Mapping[str, Any]) -> dict[str, Any]:
 
     CustomGraphPass.register(AwaitCollectives)
     own = options["options"]
-    asked = own.get(LAST_PASS, SplitMatmuls()) or ()
+    asked = own.get(LAST_PASS, last_pass()) or ()
     before = asked if isinstance(asked, list | tuple) else (asked,)
     return {**options, "options": {**own, LAST_PASS: [*before, AwaitCollectives()]}}

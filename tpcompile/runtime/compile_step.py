@@ -30,7 +30,7 @@ from .compile_inputs import Extents, Traced, trace_inputs
 from .compile_options import backend_of
 from .fetch_inputs import Feed, Fetch, make_fetch
 from .own_graph import copy_graph, own_graph
-from .split_matmuls import LAST_PASS, SplitMatmuls
+from .split_matmuls import LAST_PASS, last_pass
 from .symmetric_memory import for_open_sizes, use_symmetric_memory
 
 Step = Callable[[list[Any]], Sequence[Any]]
@@ -209,12 +209,11 @@ def _form(values: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def _compile(graph: GraphModule, traced: Traced, options: Mapping[str, Any]) -> Step:
-    from tpcompile.ir.dynamo_internals import CustomGraphPass, inductor_config
+    from tpcompile.ir.dynamo_internals import inductor_config
 
-    CustomGraphPass.register(SplitMatmuls)
     backend = backend_of(for_open_sizes(options) if traced.symbols else options)
     # The inputs are guarded. Of the results of others' operators nobody knows whether they are as announced.
-    own = {"size_asserts": not _of_torch(graph), LAST_PASS: SplitMatmuls()}
+    own = {"size_asserts": not _of_torch(graph), LAST_PASS: last_pass()}
     with traced.tracing(), inductor_config.patch(own):  # what was asked for takes the place of these
         made = backend(copy_graph(graph), list(traced.values))
     return lambda values: made(*values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,3 +65,11 @@ class SplitMatmuls:
     def uuid(self) -> str:
         """Tells this pass from others; to be changed with what it does."""
         return f"tpcompile split_matmuls 1, {torch.get_num_threads()} threads"
+
+
+def last_pass() -> Any:
+    """Inductor's last pass: the user's for all programs (``torch._inductor.config``), or this one."""
+    from tpcompile.ir.dynamo_internals import CustomGraphPass, inductor_config
+
+    CustomGraphPass.register(SplitMatmuls)
+    return inductor_config.post_grad_custom_post_pass or SplitMatmuls()

@@ -30,6 +30,7 @@ from tpcompile.ranks.exchange import exchange
 from tpcompile.ranks.groups import AxisGroups
 from tpcompile.ranks.mesh import local_device
 from tpcompile.ranks.mesh_axis import MeshAxis
+from tpcompile.weights.saving.replicas import refuse_other_models
 from tpcompile.weights.sharded_parameter import ShardedParameter, local_tensor
 
 from ..fetch_inputs import Feed
@@ -102,6 +103,7 @@ def save_programs(model: State, folder: str, package: bool = False) -> None:
             todo="call model.eval(), then the model under torch.no_grad()",
         )
     root = programs[0].root
+    refuse_other_models(root, axis, "save_program")
     groups = model.compiler.groups[programs[0].plan.axis_sizes]
     name = model.original.__name__
     generates = together(everyone, "describe how it generates", lambda: generating_data(root, model.original))

@@ -32,6 +32,7 @@ from tpcompile.weights.shard import unsharded
 from .collect_tensors import Collector, leaves_of
 from .plan_files import File, index_text, plan_files, size_in_bytes
 from .quantised_metadata import quantised_metadata
+from .replicas import refuse_other_models
 from .staged_checkpoint import StagedCheckpoint, refusal
 
 
@@ -81,6 +82,7 @@ def save_pretrained(model: Any, axis: MeshAxis | None, original: type, wishes: S
     """
     group, everyone = _group(axis), None if axis is None else axis.everyone
     prepared = together(group, "prepare the checkpoint", lambda: _prepare(model, axis, original, wishes))
+    refuse_other_models(model, axis, "save_pretrained")
     together(everyone, "save the model", lambda: _save(model, axis, *prepared, wishes))
 
 
