@@ -7,6 +7,7 @@ import random
 import secrets
 import sys
 from contextvars import ContextVar
+from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -230,6 +231,28 @@ class Config:
         return SCALE
 
 
+class Table(dict[str, int]):
+    """Has data beside its items."""
+
+    depth = 2
+
+
+class Bare:
+    """Nothing but data of its class."""
+
+    __slots__ = ()
+    depth = 2
+
+
+class Kind(StrEnum):
+    """What a model is told to do."""
+
+    UP = "up"
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * len(self.value)
+
+
 def _doubled(x: Tensor) -> Tensor:
     return x * SCALE * _doubled.times  # type: ignore[attr-defined,no-any-return]
 
@@ -248,6 +271,9 @@ VARIABLE: ContextVar[int] = ContextVar("VARIABLE", default=1)
         (Config, lambda m, x: x * m.st.scale(), __name__, "SCALE", 3.0),
         (Config, lambda m, x: x * m.st.model.depth, Model, "depth", 4),
         (Config, lambda m, x: x * m.st.model.depth, Config, "model", Config),
+        (Table(), lambda m, x: x * m.st.depth, Table, "depth", 4),
+        ([Bare()], lambda m, x: x * m.st[0].depth, Bare, "depth", 4),
+        (Kind.UP, lambda m, x: m.st.scaled(x), Kind, "scaled", lambda kind, x: x),
         (settings, lambda m, x: x * m.st.SCALE, settings, "SCALE", 3.0),
         (settings, lambda m, x: m.st.shifted(x), settings, "SHIFT", 3.0),
         ([_doubled], lambda m, x: m.st[0](x), __name__, "SCALE", 3.0),

@@ -49,6 +49,8 @@ def outer_places(model: nn.Module, walked: list[types.FunctionType] | None = Non
 
 
 _Member = tuple[Any, str]
+_WITHOUT = frozenset({type(None), bool, int, float, complex, str, bytes})
+"""Types of values that nothing of the user's is in; a class derived from one may be."""
 
 
 class _Walk:
@@ -131,14 +133,14 @@ def _members_in(value: Any, seen: set[int], depth: int = 0) -> list[_Member]:
         return [(value, "")]
     if isinstance(value, types.FunctionType | types.ModuleType | type):
         return _members(value)
-    inside = content(value)
-    if inside is None or depth > DEEPEST or id(value) in seen:
+    if isinstance(value, nn.Module | Tensor) or type(value) in _WITHOUT:
+        return []
+    if depth > DEEPEST or id(value) in seen:
         return []
     seen.add(id(value))
-    kept = [inside, beside_items(value) or ()]
+    kept = [table for table in (content(value), beside_items(value)) if table is not None]
     items = [item for table in kept for item in (table.values() if isinstance(table, Mapping) else table)]
-    own = [] if inside is value else _members(type(value))
-    return own + [member for item in items for member in _members_in(item, seen, depth + 1)]
+    return _members(type(value)) + [m for item in items for m in _members_in(item, seen, depth + 1)]
 
 
 def _members(owner: Any) -> list[_Member]:
