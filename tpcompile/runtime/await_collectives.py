@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .split_matmuls import LAST_PASS, last_pass
+from .split_matmuls import LAST_PASS, SplitMatmuls, last_pass
 
 _LIBRARY = torch.library.Library("tpcompile", "FRAGMENT")
 _C10D = torch.ops._c10d_functional
@@ -76,14 +76,22 @@ def await_collectives(graph: Graph) -> None:
 
 @dataclass(frozen=True)
 class AwaitCollectives:
-    """``await_collectives`` as a pass of Inductor's, which keeps on disk what was compiled with it."""
+    """``await_collectives`` as a pass of Inductor's, which keeps on disk what was compiled with it.
+
+    Attributes:
+        before: another one of ours, which comes first: torch 2.11 takes a single last pass.
+    """
+
+    before: SplitMatmuls | None = None
 
     def __call__(self, graph: Graph) -> None:
+        if self.before is not None:
+            self.before(graph)
         await_collectives(graph)
 
     def uuid(self) -> str:
         """Tells this pass from others; to be changed with what it does."""
-        return "tpcompile await_collectives 1"
+        return f"tpcompile await_collectives 1, {'' if self.before is None else self.before.uuid()}"
 
 
 def awaiting(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,6 +100,8 @@ def awaiting(options: Mapping[str, Any]) -> dict[str, Any]:
 
     CustomGraphPass.register(AwaitCollectives)
     own = options["options"]
-    asked = own.get(LAST_PASS, last_pass()) or ()
-    before = asked if isinstance(asked, list | tuple) else (asked,)
-    return {**options, "options": {**own, LAST_PASS: [*before, AwaitCollectives()]}}
+    asked = own.get(LAST_PASS, last_pass())
+    last: Any = AwaitCollectives(asked) if isinstance(asked, SplitMatmuls) else AwaitCollectives()
+    if asked and last.before is None:  # the user's
+        last = [*(asked if isinstance(asked, list | tuple) else (asked,)), last]
+    return {**options, "options": {**own, LAST_PASS: last}}
