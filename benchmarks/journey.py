@@ -161,7 +161,7 @@ def measure(args: argparse.Namespace) -> list[str]:
         count = write_checkpoint(folder, args.hidden, args.layers)
         for number in range(args.rounds):
             for variant in variants:
-                kept = Path(place, f"kept {number} {variant}")
+                kept = Path(place, f"kept-{number}-{VARIANTS.index(variant)}")  # a name that compilers take
                 kept.mkdir()
                 for state in ("cold", "warm"):
                     found.setdefault((variant, state), []).append(run(variant, folder, kept))
