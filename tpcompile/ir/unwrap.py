@@ -87,7 +87,7 @@ def is_wrapped(tensor: Any) -> bool:
 def taken_apart(model: nn.Module) -> dict[str, list[str]]:
     """Per name of a weight that is taken apart the names of its parts, the largest one first."""
     found: dict[str, list[str]] = {}
-    for module, prefix, name, wrapping in _wrappings(model, every_name=True):
+    for module, prefix, name, wrapping in wrappings(model, every_name=True):
         parts = sorted(wrapping.leaves(), key=lambda part: -getattr(module, part).numel())
         found[prefix + name] = [prefix + part for part in parts]
     return found
@@ -95,20 +95,20 @@ def taken_apart(model: nn.Module) -> dict[str, list[str]]:
 
 def wholes(model: nn.Module) -> dict[str, Tensor]:
     """The weights that are taken apart, put together."""
-    return {prefix + name: wrapping.whole(module) for module, prefix, name, wrapping in _wrappings(model)}
+    return {prefix + name: wrapping.whole(module) for module, prefix, name, wrapping in wrappings(model)}
 
 
 def joined(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors by name, those that are parts of a weight put together."""
     found = dict(tensors)
-    for _, prefix, name, wrapping in _wrappings(model):
+    for _, prefix, name, wrapping in wrappings(model):
         if all(prefix + part in found for part in wrapping.leaves()):  # else it is tied to another one
             parts = {part: found.pop(prefix + part) for part in wrapping.leaves()}
             found[prefix + name] = wrapping.of(parts.__getitem__)
     return found
 
 
-def _wrappings(
+def wrappings(
     model: nn.Module, *, every_name: bool = False
 ) -> Iterator[tuple[nn.Module, str, str, Wrapping]]:
     """The weights that are taken apart: their module, what its names begin with, their name there."""

@@ -21,6 +21,7 @@ from .shots import DEEPEST, MISSING
 
 _LIBRARIES = {"torch", "numpy", "typing", "collections", "functools", "logging", "warnings", "os", "sys"}
 _LIBRARIES |= {"math", "builtins", "tpcompile"}
+_KNOWN = _LIBRARIES | sys.stdlib_module_names
 _ASKING = {"getattr", "hasattr", "attrgetter", "__dict__", "vars"}
 """Functions that give an attribute of a name that is text."""
 
@@ -49,6 +50,7 @@ def outer_places(model: nn.Module, walked: list[types.FunctionType] | None = Non
 
 
 _Member = tuple[Any, str]
+_OWNERS = (ContextVar, types.FunctionType, types.ModuleType, type)
 _WITHOUT = frozenset({type(None), bool, int, float, complex, str, bytes})
 """Types of values that nothing of the user's is in; a class derived from one may be."""
 
@@ -129,27 +131,28 @@ class _Walk:
 def _members_in(value: Any, seen: set[int], depth: int = 0) -> list[_Member]:
     """What code may use of the user's classes, objects, functions and python modules in a value."""
     value = value.__self__ if isinstance(value, types.MethodType) else value
-    if isinstance(value, ContextVar):
-        return [(value, "")]
-    if isinstance(value, types.FunctionType | types.ModuleType | type):
-        return _members(value)
     if isinstance(value, nn.Module | Tensor) or type(value) in _WITHOUT:
         return []
-    if depth > DEEPEST or id(value) in seen:
+    is_owner = isinstance(value, _OWNERS)
+    if id(value) in seen or (depth > DEEPEST and not is_owner):
         return []
     seen.add(id(value))
+    if is_owner:
+        return _members(value)
     kept = [table for table in (content(value), beside_items(value)) if table is not None]
     items = [item for table in kept for item in (table.values() if isinstance(table, Mapping) else table)]
-    return _members(type(value)) + [m for item in items for m in _members_in(item, seen, depth + 1)]
+    return [m for item in (type(value), *items) for m in _members_in(item, seen, depth + 1)]
 
 
 def _members(owner: Any) -> list[_Member]:
-    """What code may use of a class, a function or a python module, if it is the user's."""
+    """What code may use of a user's class, function or python module, or of a context variable."""
+    if isinstance(owner, ContextVar):
+        return [(owner, "")]
     if isinstance(owner, types.FunctionType):
-        users = _is_users(owner.__module__ or "")
-        return [(owner, name) for name in ("", *vars(owner)) if users]
+        return [(owner, name) for name in ("", *vars(owner))] if _is_users(owner.__module__ or "") else []
     if isinstance(owner, types.ModuleType):
-        return [(owner, name) for name in vars(owner) if _is_users(owner.__name__) and name.isidentifier()]
+        names = filter(str.isidentifier, vars(owner)) if _is_users(owner.__name__) else ()
+        return [(owner, name) for name in names]
     own = [c for c in owner.__mro__ if _is_users(c.__module__)]
     every = [(name, value) for c in own for name, value in vars(c).items()]
     return [(owner, n) for n, v in every if _function(v) is not None or not n.startswith("__")]
@@ -167,10 +170,10 @@ def _function(value: Any) -> types.FunctionType | None:
 def _names(function: types.FunctionType) -> set[str]:
     """The names in a function, in those inside of it, and in that which it wraps."""
     names = {name for code in _codes(function) for name in code.co_names}
-    asked = {
-        c for code in _codes(function) for c in code.co_consts if isinstance(c, str) and c.isidentifier()
-    }
-    return names | asked if not names.isdisjoint(_ASKING) else names
+    if names.isdisjoint(_ASKING):
+        return names
+    texts = (c for code in _codes(function) for c in code.co_consts if isinstance(c, str))
+    return names.union(filter(str.isidentifier, texts))
 
 
 def _codes(function: types.FunctionType) -> Iterator[types.CodeType]:
@@ -208,11 +211,11 @@ def _globals(function: types.FunctionType) -> Iterator[tuple[dict[str, Any], str
 def _methods(function: types.FunctionType) -> list[tuple[type, str]]:
     """What a function may name in the classes of the user's that it names."""
     named = [value for *_, value in _globals(function) if isinstance(value, type)]
-    kinds = [kind for kind in named if _is_users(kind.__module__)]
+    kinds, names = [kind for kind in named if _is_users(kind.__module__)], sorted(_names(function))
     return [
         (kind, name)
         for kind in kinds
-        for name in sorted(_names(function))
+        for name in names
         if hasattr(kind, name) and (name == "forward" or not hasattr(nn.Module, name))
     ]
 
@@ -234,9 +237,10 @@ def _belongs_to(function: types.FunctionType, code: types.FunctionType | type) -
 
 def _is_users(name: str) -> bool:
     """Whether a python module, by its name, is neither python's nor installed."""
+    if name.partition(".")[0] in _KNOWN:
+        return False
     file = getattr(sys.modules.get(name), "__file__", None) or ""
-    known = name.partition(".")[0] in _LIBRARIES | sys.stdlib_module_names
-    return not known and not {"site-packages", "dist-packages"} & {*Path(file).parts}
+    return not {"site-packages", "dist-packages"} & {*Path(file).parts}
 
 
 def _named(function: types.FunctionType) -> Iterator[Outer]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpcompile.ir.block_scaled import BlockScaled
-from tpcompile.ir.unwrap import APART, is_wrapped
+from tpcompile.ir.unwrap import is_wrapped, wrappings
 
 _QUANTISED = "tpcompile_quantised"
 """What is captured of quantised experts, as transformers' table calls it."""
@@ -57,12 +57,11 @@ def exportable_experts(model: nn.Module, device: torch.device) -> Iterator[None]
     """Let the model's experts use an exportable implementation inside the block, and the old one after."""
     chosen = choose_experts_implementation(model, device)
     configs = _expert_configs(model)
-    before = [getattr(config, _FIELD) for config in configs]
+    before, quantised = [getattr(config, _FIELD) for config in configs], _has_quantised(model)
     try:
         for config, old in zip(configs, before, strict=True):
             wanted = old if old in _EXPORTABLE else chosen
-            quantised = old != "batched_mm" and _has_quantised(model)
-            setattr(config, _FIELD, _QUANTISED if quantised else wanted)
+            setattr(config, _FIELD, _QUANTISED if quantised and old != "batched_mm" else wanted)
         yield
     finally:
         for config, old in zip(configs, before, strict=True):
@@ -71,8 +70,7 @@ def exportable_experts(model: nn.Module, device: torch.device) -> Iterator[None]
 
 def _has_quantised(model: nn.Module) -> bool:
     """Whether a model has experts that are quantised; then ``_QUANTISED`` exists from here on."""
-    wrappings = (w for module in model.modules() for w in module.__dict__.get(APART, {}).values())
-    found = any(len(wrapping.size) == 3 for wrapping in wrappings)
+    found = any(len(wrapping.size) == 3 for *_, wrapping in wrappings(model))
     if found:
         _table()[_QUANTISED] = _quantised_experts
     return found
